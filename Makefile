@@ -1,0 +1,36 @@
+# Two commands do all the set-up: `make train` and `make test`. Both make .venv from requirements.lock first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test check ui lock
+train: .venv/installed
+	$(BIN)/captcha-exp train experiment=quickstart
+
+test: .venv/installed
+	$(BIN)/pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+ui: .venv/installed
+	$(BIN)/captcha-exp ui
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
+	    f"Python {v[0]}.{v[1]} is not supported, 3.11 to 3.13 are: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	@echo "installing the locked dependencies into .venv (once, a minute or two)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# The newest versions that pyproject.toml allows, written to requirements.lock; review the difference before committing.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
+	.venv-lock/bin/python -m pip install --quiet --editable '.[dev]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > requirements.lock
+	rm -rf .venv-lock

@@ -1,0 +1,25 @@
+"""Chance: every random draw is a function of (seed, purpose, epoch or index), and of nothing else.
+
+Not of how many workers there are, which launcher is used, or what was drawn before: whoever knows the key can
+repeat the draw alone. A seed for any generator is the first eight bytes of SHA-256 over the key.
+"""
+
+import hashlib
+import random
+
+
+def derive(seed: int, purpose: str, *index: int) -> int:
+    """A seed in [0, 2**63) for one purpose, independent of the seeds of all other purposes and indices."""
+    key = ":".join([str(seed), purpose, *map(str, index)])
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+def stream(seed: int, purpose: str, *index: int) -> random.Random:
+    """A stream of random numbers of its own for one purpose and index."""
+    return random.Random(derive(seed, purpose, *index))
+
+
+def fraction(seed: int, purpose: str, text: str) -> float:
+    """A number in [0, 1) that belongs to a text: the same whenever and wherever it is asked for."""
+    digest = hashlib.sha256(f"{seed}:{purpose}:{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,147 @@
+"""`load` types and checks, the same for a fresh config and for the file of an old run; `resolve` ends every `auto`.
+
+`load` reports all mistakes at once and never edits. Values are checked as JSON in pydantic's strict mode, so nothing
+is converted on the way: an alphabet that YAML has read as a number is refused, not turned into text.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import omegaconf
+from pydantic import TypeAdapter, ValidationError
+
+from captcha_exp.config.mistakes import explain
+from captcha_exp.config.schema import CaptchaLibrary, Config, Data, Mlflow, WheezyLibrary
+from captcha_exp.errors import ConfigError
+
+_CONFIG = TypeAdapter(Config)
+_DATA: TypeAdapter[CaptchaLibrary | WheezyLibrary] = TypeAdapter(Data)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `resolve` has to know of the machine."""
+
+    devices: tuple[str, ...]
+    """every name that device.name may have here, the preferred one first"""
+    cores: int
+    """cores that this process may use"""
+    root: Path
+    """the folder in which outputs/ and mlruns/ stand"""
+    why_not: Mapping[str, str]
+    """for device kinds that are not here: the likely reason"""
+
+
+def load(
+    source: Mapping[str, Any] | omegaconf.DictConfig | Path,
+    machine: Machine | None = None,
+    written: Mapping[str, str] | None = None,
+) -> Config:
+    """A checked config, from a composed one or from the file of a run.
+
+    With a machine, device.name is checked against it too, so that all mistakes are reported together. `written` holds
+    values as a person typed them, by key, for the words of a mistake: YAML has made 100000.0 of a typed 1e5.
+
+    Raises:
+        ConfigError: one line for each mistake: the key, the value, what is allowed.
+    """
+    raw = _plain(source)
+    mistakes: list[str] = []
+    config: Config | None = None
+    try:
+        config = _CONFIG.validate_json(json.dumps(raw))
+    except ValidationError as error:
+        mistakes = explain(error, raw, _CONFIG.json_schema(), written or {})
+    if machine is not None and (mistake := _device_mistake(raw, machine)):
+        mistakes.append(mistake)
+    if mistakes or config is None:
+        raise ConfigError(*mistakes)
+    return config
+
+
+def resolve(config: Config, machine: Machine) -> Config:
+    """The config with a value in the place of every `auto`; the only place that decides them.
+
+    Raises:
+        ConfigError: the device is not on this machine; the line says what is.
+    """
+    if mistake := _device_mistake({"device": {"name": config.device.name}}, machine):
+        raise ConfigError(mistake)
+    device, data, tracking = config.device, config.data, config.tracking
+    if device.name == "auto":
+        device = dataclasses.replace(device, name=machine.devices[0])
+    if device.threads == "auto":
+        device = dataclasses.replace(device, threads=machine.cores)
+    if data.workers == "auto":
+        data = dataclasses.replace(data, workers=machine.cores)
+    if isinstance(tracking, Mlflow) and tracking.uri == "auto":
+        tracking = dataclasses.replace(tracking, uri=f"sqlite:///{machine.root / 'mlruns' / 'mlflow.db'}")
+    return dataclasses.replace(config, device=device, data=data, tracking=tracking)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as they are written to config.yaml; lists for tuples."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    """The text of config.yaml, in the order of the dataclasses."""
+    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(to_dict(config)))
+
+
+def data_from_json(text: str) -> CaptchaLibrary | WheezyLibrary:
+    """The data group from JSON, as a drawing process receives it."""
+    return _DATA.validate_json(text)
+
+
+def leaves(config: Config) -> dict[str, str]:
+    """Every leaf as `group.key` -> text; a list is one leaf, written as YAML writes it on one line."""
+    return {key: _as_yaml(value) for key, value in _walk(to_dict(config))}
+
+
+def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _plain(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
+    """Plain values of a composed config or of a file, with the types that YAML gave them."""
+    try:
+        if isinstance(source, Path):
+            # A saved file is data: what looks like an interpolation in it is text and is never followed.
+            return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(source), resolve=False)
+        if isinstance(source, omegaconf.DictConfig):
+            return omegaconf.OmegaConf.to_container(source, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: there is no such file") from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {reason}") from None
+    return dict(source)
+
+
+def _device_mistake(raw: Any, machine: Machine) -> str | None:
+    try:
+        name = raw["device"]["name"]
+    except (KeyError, TypeError):
+        return None
+    if not isinstance(name, str) or name == "auto" or name in machine.devices:
+        return None
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        return None  # not a device name at all: the schema says so
+    here = ", ".join(["auto", *machine.devices])
+    reason = machine.why_not.get(kind, f"this machine has no {name}")
+    return f"device.name={name!r}: {reason}; available here: {here}"

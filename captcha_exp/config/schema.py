@@ -1,0 +1,232 @@
+"""What can be set: one dataclass per group of conf/, each field with its unit, meaning and limits.
+
+Numbers are written in conf/, never here: a field has a default only when it was added after a release, and then the
+default is the old behaviour. The text under a field is part of the answer to whoever writes something else there.
+"""
+
+import re
+from typing import Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from captcha_exp.alphabet import alphabet_mistake
+
+_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Auto: TypeAlias = Literal["auto"]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Captcha:
+    """What a picture looks like to the network, and what can stand in it."""
+
+    width: Annotated[int, Field(ge=16, le=2048)]
+    """pixels, after the resize"""
+    height: Annotated[int, Field(ge=16, le=2048)]
+    """pixels, after the resize"""
+    channels: Literal[1, 3]
+    """1 for grey, 3 for RGB"""
+    alphabet: str
+    """the characters, in class order, each once"""
+    length: Annotated[int, Field(ge=1, le=32)]
+    """characters in a label"""
+
+    @field_validator("alphabet")
+    @classmethod
+    def _alphabet(cls, value: str) -> str:
+        if mistake := alphabet_mistake(value):
+            raise ValueError(mistake)
+        return value
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Pictures:
+    """What every source of pictures has."""
+
+    source: str
+    """which source it is"""
+    validation_fraction: Fraction
+    """share of the labels whose pictures choose the best epoch"""
+    test_fraction: Fraction
+    """share of the labels whose pictures are looked at once, at the end"""
+    split_seed: Seed
+    """another number is another split"""
+    cache: str
+    """folder of the prepared pictures; a relative one stands beside outputs/"""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "Pictures":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} "
+                "leave nothing to train on: their sum must be below 1"
+            )
+        return self
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Drawn(Pictures):
+    """Pictures that a generator draws."""
+
+    count: Annotated[int, Field(ge=1, le=100_000_000)]
+    """pictures"""
+    seed: Seed
+    """another number is another set of pictures"""
+    width: Annotated[int, Field(ge=16, le=4096)]
+    """pixels, as drawn"""
+    height: Annotated[int, Field(ge=16, le=4096)]
+    """pixels, as drawn"""
+    fonts: tuple[str, ...]
+    """font files: a path, or the name of a free font that matplotlib brings; none for the generator's own"""
+    workers: Annotated[int, Field(ge=1, le=1024)] | Auto
+    """drawing processes; the pictures do not depend on it"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class CaptchaLibrary(Drawn):
+    """Pictures of the PyPI package `captcha`."""
+
+    source: Literal["captcha"]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class WheezyLibrary(Drawn):
+    """Pictures of the PyPI package `wheezy.captcha`."""
+
+    source: Literal["wheezy"]
+    font_sizes: Annotated[tuple[Annotated[int, Field(ge=8, le=512)], ...], Field(min_length=1)]
+    """pixels; each character takes one of them"""
+
+
+Data: TypeAlias = Annotated[CaptchaLibrary | WheezyLibrary, Field(discriminator="source")]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Network:
+    """What every network has."""
+
+    name: str
+    """which network it is"""
+    head: Literal["position", "grouped_softmax"]
+    """how features become characters: cross entropy per position, or the article's grouped softmax with BCE"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Compact(Network):
+    """The small network of this project."""
+
+    name: Literal["compact"]
+    channels: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=2, max_length=4)]
+    """channels of each stage; each stage but the first two halves the height alone"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ResNet18(Network):
+    """The article's network."""
+
+    name: Literal["resnet18"]
+
+
+Model: TypeAlias = Annotated[Compact | ResNet18, Field(discriminator="name")]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Train:
+    """How long, in which steps, and with what."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
+    """pictures in one training step"""
+    evaluation_batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
+    """pictures in one step of an evaluation"""
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)]
+    """passes over the training split, at most"""
+    patience: Annotated[int, Field(ge=1)] | None
+    """epochs without a better validation accuracy after which training stops; null never stops early"""
+    optimizer: Literal["adam", "adamw", "sgd"]
+    """sgd has Nesterov momentum 0.9"""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """at the peak of the schedule"""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """on weights of two and more axes, not on biases and batch norms"""
+    schedule: Literal["constant", "onecycle"]
+    """onecycle climbs linearly to the peak and falls linearly to zero at the last step"""
+    warmup_fraction: Fraction
+    """share of all steps in which onecycle climbs"""
+    label_smoothing: Fraction
+    """of the cross entropy; the grouped softmax takes none"""
+    deterministic: bool
+    """the same seed gives the same bits on the same kind of machine"""
+    chance_after_steps: Annotated[int, Field(ge=1)]
+    """steps after which characters that are still read at chance are reported as trouble"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Device:
+    """The machine that trains."""
+
+    name: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
+    """auto, cpu, mps, cuda, cuda:1 ...; auto takes a CUDA card, else mps, else the CPU"""
+    precision: Literal["fp32", "bf16"]
+    """numbers inside the network; weights and loss are always fp32"""
+    threads: Annotated[int, Field(ge=1, le=1024)] | Auto
+    """threads of the CPU's arithmetic; auto takes every core that the process may use"""
+    resident_limit_mib: Annotated[int, Field(ge=0)]
+    """MiB; a split up to this size lives on the device, a larger one is sent batch by batch"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Mlflow:
+    """A record in MLflow, beside the one in the run's folder."""
+
+    backend: Literal["mlflow"]
+    uri: str
+    """the tracking store; auto is SQLite in mlruns/ beside outputs/"""
+    experiment: Annotated[str, Field(min_length=1)]
+    """name of the MLflow experiment"""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            secret = parts.password is not None or re.search(r"(?i)(password|token|secret)=", parts.query)
+        except ValueError as error:
+            raise ValueError(f"not a URI: {error}") from None
+        if secret:
+            raise ValueError(
+                "a secret must not get into the record of a run; give it by the environment "
+                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)"
+            )
+        if parts.scheme == "file" or (value != "auto" and "://" not in value):
+            raise ValueError("MLflow keeps no runs in plain folders any more; write auto, sqlite:///PATH or http://HOST")
+        return value
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class NoTracking:
+    """The run's folder is the only record."""
+
+    backend: Literal["none"]
+
+
+Tracking: TypeAlias = Annotated[Mlflow | NoTracking, Field(discriminator="backend")]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Config:
+    """Everything that a run is."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """letters, digits and _.- ; part of the run's folder name"""
+    seed: Seed
+    """of the weights and of the order of the batches"""
+    captcha: Captcha
+    data: Data
+    model: Model
+    train: Train
+    device: Device
+    tracking: Tracking

@@ -1,0 +1,56 @@
+"""Where files stand, and how they are written: a reader sees the old file or the new one, never a part of one."""
+
+import hashlib
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def conf() -> Path:
+    """The folder of the YAML files: beside the package in a checkout, inside it when installed."""
+    inside = _PACKAGE / "conf"
+    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+
+
+def root() -> Path:
+    """The folder in which outputs/ and mlruns/ stand.
+
+    CAPTCHA_EXP_ROOT names it; else it is the checkout that the package runs from; else, for an installed package,
+    the working directory.
+    """
+    if named := os.environ.get("CAPTCHA_EXP_ROOT"):
+        return Path(named).expanduser().resolve()
+    checkout = _PACKAGE.parent
+    return checkout if (checkout / "pyproject.toml").is_file() and conf().parent == checkout else Path.cwd()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file with this content, on the disk itself when this returns."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in this folder last; Windows cannot open a folder and needs no such step."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,207 @@
+"""A run's folder and what stands in it.
+
+    run.json            status, when, where, the SHA-256 of every finished file
+    config.yaml         what ran: resolved and complete          requested.yaml  what was asked
+    environment.json    versions, commit, machine                dataset.json    which pictures
+    metrics.jsonl       one line for each epoch, with a checksum of its own
+    model.safetensors   the best weights, with config and alphabet in the file
+    report/             pictures
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from captcha_exp.config import Config, to_yaml
+from captcha_exp.errors import UserError
+from captcha_exp.record.files import root, sha256_of, write_atomically
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """Metrics of one step, with the time at which they were measured: sent twice, they stay one row."""
+
+    step: int
+    timestamp_ms: int
+    metrics: Mapping[str, float]
+
+    def to_line(self) -> str:
+        text = json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}) + "\n"
+
+    @staticmethod
+    def from_line(line: str) -> "MetricsRow":
+        """The row.
+
+        Raises:
+            ValueError: the line is not whole or not what was written.
+        """
+        values = json.loads(line)
+        row = MetricsRow(values["step"], values["timestamp_ms"], values["metrics"])
+        if row.to_line() != line:
+            raise ValueError(f"a line of metrics.jsonl does not have its own checksum: {line[:60]!r}")
+        return row
+
+
+class Run:
+    """A run that is being recorded."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        process = psutil.Process()
+        self.folder = folder
+        self.state: dict[str, Any] = {
+            "name": name,
+            "status": "RUNNING",
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "ended": None,
+            "host": platform.node(),
+            "pid": process.pid,
+            "process_started": process.create_time(),
+            "mlflow": None,
+            "error": None,
+            "result": {},
+            "files": {},
+        }
+        self._write_state()
+
+    @property
+    def report(self) -> Path:
+        """The folder of pictures, made at first use."""
+        folder = self.folder / "report"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def note(self, **state: Any) -> None:
+        """Facts in run.json."""
+        self.state.update(state)
+        self._write_state()
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """A finished file, written atomically."""
+        path = self.folder / name
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
+        return path
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """A finished file of JSON."""
+        return self.write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def log(self, row: MetricsRow) -> None:
+        """One line more in metrics.jsonl, on the disk when this returns."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+            file.write(row.to_line())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[MetricsRow]:
+        """All metrics that were logged."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8") as file:
+            return [MetricsRow.from_line(line) for line in file]
+
+    def close(self, status: Status, error: str | None = None) -> None:
+        """The end: every file with its SHA-256, and how the run ended."""
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != "run.json")
+        self.note(
+            status=status,
+            error=error,
+            ended=datetime.now().astimezone().isoformat(timespec="seconds"),
+            files={p.relative_to(self.folder).as_posix(): sha256_of(p) for p in files},
+        )
+
+    def _write_state(self) -> None:
+        self.write_json("run.json", self.state)
+
+
+def create(config: Config, requested: Config) -> Run:
+    """A new run in a folder of its own: outputs/<date>/<time>-<name>."""
+    now = datetime.now()
+    day = root() / "outputs" / f"{now:%Y-%m-%d}"
+    day.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        folder = day / f"{now:%H%M%S}-{config.name}{'' if number == 1 else f'-{number}'}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another run began in this second
+        run = Run(folder, config.name)
+        run.write("config.yaml", to_yaml(config))
+        run.write("requested.yaml", to_yaml(requested))
+        return run
+    raise UserError(f"{day}: a thousand runs of this name began in one second; wait a second and start again")
+
+
+def runs() -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, content of run.json) of every run in outputs/, the oldest first."""
+    found = []
+    for path in (root() / "outputs").glob("*/*/run.json"):
+        try:
+            found.append((path.parent, _read(path)))
+        except UserError:
+            continue  # listed by nobody: find() names it when it is asked for
+    return sorted(found, key=lambda item: (item[1]["started"], item[0].name))
+
+
+def find(name: str) -> Path:
+    """The folder of a run: given as a folder, as the beginning of an MLflow run id, or as `latest`.
+
+    Raises:
+        UserError: there is no such run, or more than one; the line says how to see them.
+    """
+    for folder in (Path(name), root() / name, root() / "outputs" / name):
+        if (folder / "run.json").is_file():
+            _read(folder / "run.json")
+            return folder.resolve()
+    known = runs()
+    if name == "latest":
+        if not known:
+            raise UserError(f"latest: no run in {root() / 'outputs'} yet; captcha-exp train makes one")
+        return known[-1][0]
+    begin = [f for f, s in known if name and ((s["mlflow"] or {}).get("run_id") or "").startswith(name)]
+    if len(begin) > 1:
+        raise UserError(f"{name!r} begins the ids of {len(begin)} runs; give more of it (captcha-exp runs lists them)")
+    if not begin:
+        raise UserError(
+            f"{name!r} is no run: give a folder with a run.json, the beginning of an MLflow run id, or latest "
+            "(captcha-exp runs lists them)"
+        )
+    return begin[0]
+
+
+def is_alive(state: Mapping[str, Any]) -> bool:
+    """Whether the process that runs this run is there; unknown, and so True, for another machine."""
+    if state["host"] != platform.node():
+        return True
+    try:
+        return abs(psutil.Process(state["pid"]).create_time() - state["process_started"]) < 1
+    except psutil.Error:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"name", "status", "started", "host", "pid", "mlflow", "result", "files"} - state.keys()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as the record of a run: {error}") from None
+    if missing:
+        raise UserError(f"{path}: is not the record of a run: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def now_ms() -> int:
+    """The time in ms since 1970, as MLflow counts it."""
+    return time.time_ns() // 1_000_000
