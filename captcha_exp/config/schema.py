@@ -145,7 +145,7 @@ class Train:
     epochs: Annotated[int, Field(ge=1, le=1_000_000)]
     """passes over the training split, at most"""
     patience: Annotated[int, Field(ge=1)] | None
-    """epochs without a better validation accuracy after which training stops; null never stops early"""
+    """epochs without a better validation accuracy that are borne, one more stops; null never stops early"""
     optimizer: Literal["adam", "adamw", "sgd"]
     """sgd has Nesterov momentum 0.9"""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]

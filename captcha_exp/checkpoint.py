@@ -1,0 +1,83 @@
+"""What a training has reached, and the file of its best weights.
+
+The file is safetensors: numbers and text, nothing that runs when it is read. Config and alphabet stand in it, so that
+the file alone is enough to read pictures with.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from captcha_exp import models
+from captcha_exp.config import Config, load, to_dict
+from captcha_exp.errors import UserError
+from captcha_exp.models import Recogniser
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a training runs."""
+
+    model: Recogniser
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    epoch: int = 0
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    best_weights: Mapping[str, Tensor] | None = None
+
+    def keep_if_better(self, accuracy: float) -> bool:
+        """Whether this epoch's accuracy is better than any before; then its weights are kept."""
+        if accuracy <= self.best_accuracy:
+            return False
+        self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        self.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        return True
+
+    def epochs_without_gain(self) -> int:
+        """Epochs since the best one."""
+        return self.epoch - self.best_epoch
+
+    def restore_best(self) -> None:
+        """The weights of the best epoch, in the model."""
+        if self.best_weights is not None:
+            self.model.load_state_dict(dict(self.best_weights))
+
+
+def weights_to_bytes(model: Recogniser, config: Config) -> bytes:
+    """The content of model.safetensors. Axes are stored in their logical order, whatever the layout in memory."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    metadata = {"config": json.dumps(to_dict(config)), "alphabet": config.captcha.alphabet}
+    return to_safetensors(tensors, metadata)
+
+
+def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:
+    """The recogniser in a weights file, in evaluation mode, with the config that it was trained by.
+
+    Raises:
+        UserError: the file is missing, damaged, or from a network that this version does not have.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; a run has one from its first epoch on") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: is no whole safetensors file: {error}") from None
+    if "config" not in metadata:
+        raise UserError(f"{path}: holds no config, so it is not from captcha-exp")
+    config = load(json.loads(metadata["config"]))
+    model = models.build(config.model, config.captcha)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit the network that its config names: {reason}") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), config

@@ -1,0 +1,139 @@
+"""The machine: which devices, precision, threads and determinism it gives, and how much memory a run takes.
+
+Nothing here depends on environment variables for threads: launchers set them, and results would depend on launchers.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from captcha_exp.config import Config, Machine
+from captcha_exp.record import root
+
+MIB = 2**20
+
+
+def this_machine() -> Machine:
+    """What `resolve` has to know of this machine."""
+    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _cuda_works() else []
+    devices = (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
+    if torch.version.cuda is None:
+        no_cuda = "this build of torch knows no CUDA (install one that does: pytorch.org, 'Get started')"
+    else:
+        no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
+    why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
+    why_not["mps"] = "only Macs with Apple's own processors have mps"
+    return Machine(devices=tuple(devices), cores=_cores(), root=root(), why_not=why_not)
+
+
+def _cuda_works() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def _cores() -> int:
+    """Physical cores that this process may use: hyper-threads share the units that a convolution keeps busy."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def set_up(config: Config) -> torch.device:
+    """The device of a resolved config, with threads and determinism set for the whole process."""
+    device = torch.device(config.device.name)
+    torch.set_num_threads(int(config.device.threads))
+    if config.train.deterministic and device.type == "cuda":
+        # cuBLAS reads this when CUDA starts; without it a deterministic matrix product is an error.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    # Filling fresh memory would find reads of memory that nobody wrote; every tensor here is written first.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+def describe(config: Config) -> str:
+    """The device of a resolved config in one line."""
+    name = config.device.name
+    card = f" ({torch.cuda.get_device_name(torch.device(name))})" if name.startswith("cuda") else ""
+    return f"{name}{card}, {config.device.precision}, {config.device.threads} CPU threads"
+
+
+@contextlib.contextmanager
+def autocast(config: Config, device: torch.device) -> Iterator[None]:
+    """The precision of the config, inside the network; the loss is taken in fp32 outside."""
+    if config.device.precision == "fp32":
+        yield
+    else:
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+
+
+def process_peak_mib(device: torch.device) -> float:
+    """MiB: on the CPU the peak of resident memory so far; on CUDA what the process holds of the card."""
+    if device.type == "cuda":
+        return _cuda_process_bytes(device) / MIB
+    return _peak_resident_bytes() / MIB
+
+
+def _peak_resident_bytes() -> int:
+    """Peak resident bytes of this process alone.
+
+    Linux has two figures: ru_maxrss also counts what the parent held when it started this process; VmHWM does not.
+    """
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _cuda_process_bytes(device: torch.device) -> int:
+    """Bytes of the card that belong to this process, by NVML; where NVML does not know it (containers, Windows), the
+    reserved peak plus what the card has in use beyond torch's reservation, which other processes may share."""
+    reserved = torch.cuda.memory_reserved(device)
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            properties = torch.cuda.get_device_properties(device)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory) - reserved + torch.cuda.max_memory_reserved(device)
+        finally:
+            pynvml.nvmlShutdown()
+    except (ImportError, pynvml.NVMLError):
+        pass
+    free, total = torch.cuda.mem_get_info(device)
+    return torch.cuda.max_memory_reserved(device) + max(0, total - free - reserved)
+
+
+class MemoryMeter:
+    """Peaks of the card's memory, one phase at a time; on other devices it has nothing to tell."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        """A new phase begins."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peaks(self, phase: str) -> dict[str, float]:
+        """MiB since the phase began, as metrics."""
+        if self.device.type != "cuda":
+            return {}
+        return {
+            f"memory/{phase}_peak_allocated_mib": torch.cuda.max_memory_allocated(self.device) / MIB,
+            f"memory/{phase}_peak_reserved_mib": torch.cuda.max_memory_reserved(self.device) / MIB,
+        }

@@ -1,0 +1,146 @@
+"""A pass over a split -> exact match with its interval, per character, per position, confusions."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from captcha_exp import device as devices
+from captcha_exp.alphabet import Alphabet
+from captcha_exp.config import Config
+from captcha_exp.dataset import Split
+from captcha_exp.models import Recogniser
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model read on N pictures, and what stands there."""
+
+    loss: float  # mean over the pictures
+    predicted: npt.NDArray[np.int64]  # (N, T) class ids
+    targets: npt.NDArray[np.int64]  # (N, T) class ids
+    confidences: npt.NDArray[np.float32]  # (N, T) probability that the head gives to what it read
+    rows: npt.NDArray[np.int64]  # (N,) numbers of the pictures in the dataset
+
+    @property
+    def right(self) -> int:
+        """Pictures whose whole label is right."""
+        return int((self.predicted == self.targets).all(axis=1).sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pictures whose whole label is right."""
+        return self.right / len(self.rows)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return wilson(self.right, len(self.rows))
+
+    @property
+    def char_accuracy(self) -> float:
+        """Share of characters that are right."""
+        return float((self.predicted == self.targets).mean())
+
+    def by_position(self) -> list[float]:
+        """Share of right characters at each of the T positions."""
+        return [float(share) for share in (self.predicted == self.targets).mean(axis=0)]
+
+    def by_character(self, alphabet: Alphabet) -> dict[str, float | None]:
+        """Share of right readings of each character; None for one that does not occur."""
+        confusion = self.confusion(len(alphabet))
+        occurs = confusion.sum(axis=1)
+        return {
+            character: float(confusion[k, k] / occurs[k]) if occurs[k] else None
+            for k, character in enumerate(alphabet.characters)
+        }
+
+    def confusion(self, classes: int) -> npt.NDArray[np.int64]:
+        """(K, K) counts: row is what stands there, column what was read."""
+        counts = np.zeros((classes, classes), np.int64)
+        np.add.at(counts, (self.targets.ravel(), self.predicted.ravel()), 1)
+        return counts
+
+    def confusions(self, alphabet: Alphabet) -> list[tuple[str, str, int]]:
+        """(stands there, was read, how often) of all errors, the most frequent first."""
+        wrong = self.predicted != self.targets
+        pairs = Counter(zip(self.targets[wrong].tolist(), self.predicted[wrong].tolist(), strict=True))
+        named = [(alphabet.characters[t], alphabet.characters[p], n) for (t, p), n in pairs.items()]
+        return sorted(named, key=lambda item: (-item[2], item[0], item[1]))
+
+    def chance_char_accuracy(self) -> float:
+        """What always reading the most frequent character of each position would reach."""
+        length = self.targets.shape[1]
+        return float(np.mean([np.bincount(self.targets[:, t]).max() for t in range(length)]) / len(self.rows))
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The figures that are logged."""
+        return {
+            f"{prefix}/loss": self.loss,
+            f"{prefix}/accuracy": self.accuracy,
+            f"{prefix}/char_accuracy": self.char_accuracy,
+        }
+
+    def summary(self, alphabet: Alphabet) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        low, high = self.interval
+        return {
+            "pictures": len(self.rows),
+            "right": self.right,
+            "accuracy": self.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "char_accuracy": self.char_accuracy,
+            "loss": self.loss,
+            "by_position": self.by_position(),
+            "by_character": self.by_character(alphabet),
+            "confusions": [
+                {"label": label, "read": read, "count": count}
+                for label, read, count in self.confusions(alphabet)[:20]
+            ],
+        }
+
+
+def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """(low, high) of the score interval for a share; z is the normal quantile of 97.5 %.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    share = right / total
+    middle = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    # The exact bounds at the ends are 0 and 1; rounding must not leave them.
+    low = 0.0 if right == 0 else (middle - spread) / scale
+    high = 1.0 if right == total else (middle + spread) / scale
+    return low, high
+
+
+@torch.inference_mode()
+def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
+    """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64 if split.device.type != "mps" else torch.float32, device=split.device)
+    predicted, confidences, targets, rows = [], [], [], []
+    for batch in split.batches(config.train.evaluation_batch_size):
+        with devices.autocast(config, split.device):
+            logits = model(batch.images)
+        loss += model.head.loss(logits.float(), batch.targets) * len(batch.rows)
+        ids, confidence = model.head.decode(logits.float())
+        predicted.append(ids)
+        confidences.append(confidence)
+        targets.append(batch.targets)
+        rows.append(batch.rows)
+    model.train(was_training)
+    return Evaluation(
+        loss=float(loss) / len(split),
+        predicted=torch.cat(predicted).cpu().numpy(),
+        targets=torch.cat(targets).cpu().numpy(),
+        confidences=torch.cat(confidences).cpu().numpy(),
+        rows=torch.cat(rows).cpu().numpy(),
+    )

@@ -1,0 +1,211 @@
+"""The networks and their heads.
+
+Axes: B batch, C channels, H height, W width, D features, S places along the width, T positions in the label,
+K classes (characters of the alphabet).
+
+A network turns pictures (B, H, W, C) uint8 into features (B, D, S): what it saw at each of S places from left to
+right. A head turns features into logits (B, T, K) and owns all that depends on how a label is written down: the loss,
+what the loss is at chance, and how logits are read. To add one of either: a class here, a class in config/schema.py,
+a line in `build`, and for a network a file in conf/model/.
+"""
+
+import math
+from typing import Protocol, assert_never
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captcha_exp.config import Captcha, Compact, ResNet18
+
+
+class Head(Protocol):
+    """What a head offers."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, T, K) logits of features (B, D, S)."""
+        ...
+
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """() mean loss of fp32 logits (B, T, K) against class ids (B, T)."""
+        ...
+
+    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) class ids, and (B, T) how sure the head is of each, in [0, 1]."""
+        ...
+
+    def loss_at_chance(self) -> float:
+        """The loss of a head that knows nothing and gives every class the same."""
+        ...
+
+
+class PositionHead(nn.Module):
+    """For each position of the label: a soft look at the places along the width, then one reader shared by all.
+
+    The look is learned twice over: from where a position usually stands, and from what is seen there. Sharing the
+    reader lets every character teach all positions.
+    """
+
+    def __init__(self, features: int, places: int, positions: int, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.usual_place = nn.Parameter(torch.zeros(positions, places))
+        self.look = nn.Conv1d(features, positions, 1)
+        self.read = nn.Linear(features, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        attention = (self.look(features) + self.usual_place).softmax(dim=-1)  # (B, T, S)
+        seen: Tensor = self.read(attention @ features.mT)  # (B, T, S) @ (B, S, D)
+        return seen
+
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+
+    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        confidence, ids = logits.softmax(dim=-1).max(dim=-1)
+        return ids, confidence
+
+    def loss_at_chance(self) -> float:
+        return math.log(self.classes)
+
+
+class GroupedSoftmaxHead(nn.Module):
+    """The article's head: one linear layer to T*K numbers, a softmax over each group of K, binary cross entropy."""
+
+    def __init__(self, features: int, places: int, positions: int, classes: int) -> None:
+        super().__init__()
+        self.positions, self.classes = positions, classes
+        self.linear = nn.Linear(features * places, positions * classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(features.flatten(1))
+        return logits.unflatten(1, (self.positions, self.classes))
+
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        wanted = F.one_hot(targets, self.classes).to(logits.dtype) * (1 - smoothing) + smoothing / self.classes
+        return F.binary_cross_entropy(logits.softmax(dim=-1), wanted)
+
+    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        confidence, ids = logits.softmax(dim=-1).max(dim=-1)
+        return ids, confidence
+
+    def loss_at_chance(self) -> float:
+        share = 1 / self.classes
+        return -share * math.log(share) - (1 - share) * math.log(1 - share)
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] = 1) -> nn.Sequential:
+    """Convolution and batch norm; the norm has the bias."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class CompactNet(nn.Module):
+    """The small network of this project: an eighth of the height, a quarter of the width, a residual per stage.
+
+    Shrinking early makes it cheap; keeping the width makes the characters stay beside each other, where the head
+    finds them. Each picture is brought to mean 0 and deviation 1, so that pale text on a pale ground is as good as
+    any other.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        stages: list[nn.Module] = [conv(channels, widths[0], 4, stride=2), nn.ReLU()]
+        for number, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            last = number == len(widths) - 2
+            stages += [conv(inputs, outputs, 3, stride=2 if number == 0 else (2, 1)), nn.ReLU()]
+            stages += [] if last else [CompactResidual(outputs)]
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.movedim(-1, 1).float() / 255
+        deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), keepdim=True)
+        features: Tensor = self.stages((pixels - mean) / (deviation + 1e-3))
+        return features.flatten(1, 2)  # height becomes features: (B, C, H, W) -> (B, C*H, W)
+
+
+class CompactResidual(nn.Module):
+    """x + relu(norm(conv(x)))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = conv(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.body(x))
+
+
+class ResNet18Net(nn.Module):
+    """The article's network: ResNet-18 with a 3x3 stem of stride 1 and no max-pool.
+
+    Its features are averaged over the whole picture; for a head that looks along the width, over the height alone.
+
+    Source: He et al., Deep residual learning for image recognition, CVPR 2016, table 1, option B.
+    """
+
+    def __init__(self, channels: int, keep_width: bool) -> None:
+        super().__init__()
+        self.keep_width = keep_width
+        blocks: list[nn.Module] = [conv(channels, 64, 3), nn.ReLU()]
+        inputs = 64
+        for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
+            inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.blocks(images.movedim(-1, 1).float() / 255)
+        return features.mean(dim=2) if self.keep_width else features.mean(dim=(2, 3)).unsqueeze(-1)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a short cut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = conv(inputs, outputs, 3, stride)
+        self.second = conv(outputs, outputs, 3)
+        same = inputs == outputs and stride == 1
+        self.short_cut = nn.Identity() if same else conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(self.first(x))) + self.short_cut(x))
+
+
+class Recogniser(nn.Module):
+    """A network with a head: pictures (B, H, W, C) uint8 -> logits (B, T, K)."""
+
+    def __init__(self, network: nn.Module, head: PositionHead | GroupedSoftmaxHead) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.network(images))
+        return logits
+
+
+def build(model: Compact | ResNet18, captcha: Captcha) -> Recogniser:
+    """The recogniser of a config, with fresh weights from torch's global chance."""
+    network: nn.Module
+    match model:
+        case Compact():
+            network = CompactNet(captcha.channels, model.channels)
+        case ResNet18():
+            network = ResNet18Net(captcha.channels, keep_width=model.head == "position")
+        case _:
+            assert_never(model)
+    with torch.no_grad():
+        blank = torch.zeros(1, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
+        _, features, places = network.eval()(blank).shape
+    head: PositionHead | GroupedSoftmaxHead
+    match model.head:
+        case "position":
+            head = PositionHead(features, places, captcha.length, len(captcha.alphabet))
+        case "grouped_softmax":
+            head = GroupedSoftmaxHead(features, places, captcha.length, len(captcha.alphabet))
+        case _:
+            assert_never(model.head)
+    return Recogniser(network, head).train()

@@ -1,0 +1,46 @@
+"""Optimisers and the learning rate. The rate is a function of the step alone: nothing to save, nothing to restore.
+
+The optimisers are torch's fused ones. They are the fastest (5.5 times the loop over parameters on a CPU), and they
+take `found_inf`, a flag on the device that turns a step into no step at all, so that nobody has to wait and look.
+"""
+
+from collections.abc import Iterable
+from typing import assert_never
+
+import torch
+from torch import nn
+
+from captcha_exp.config import Train
+
+
+def optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser of a config. Weights of two and more axes decay; biases and batch norms do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    match train.optimizer:
+        case "adam":
+            return torch.optim.Adam(groups, lr=train.learning_rate, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, 0.99), fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=train.learning_rate, momentum=0.9, nesterov=True, fused=True)
+        case _:
+            assert_never(train.optimizer)
+
+
+def learning_rate(train: Train, step: int, steps: int) -> float:
+    """The rate of step number `step`, counted from 0, of `steps` in all."""
+    match train.schedule:
+        case "constant":
+            return train.learning_rate
+        case "onecycle":
+            # Half a step is added, so that neither the first nor the last step has a rate of zero.
+            place = (step + 0.5) / steps
+            up = place / train.warmup_fraction if train.warmup_fraction else 1.0
+            down = (1 - place) / (1 - train.warmup_fraction)
+            return train.learning_rate * min(up, down)
+        case _:
+            assert_never(train.schedule)

@@ -1,0 +1,316 @@
+"""The training: one step, the one-page loop, and what stands around them.
+
+The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the terminal. `train_step` reads no tensor
+on the host: it never waits for the device, and it can be traced without one.
+"""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from captcha_exp import chance, dataset, models, optim, record, report, watch
+from captcha_exp import device as devices
+from captcha_exp.alphabet import Alphabet
+from captcha_exp.checkpoint import TrainState, weights_to_bytes
+from captcha_exp.config import Config, resolve
+from captcha_exp.dataset import Batch, Dataset, Split
+from captcha_exp.display import Bar, Display, Silent
+from captcha_exp.evaluate import Evaluation, evaluate
+from captcha_exp.record import MetricsRow, Run, Status
+
+
+class Tracker(Protocol):
+    """Where a run is reported to, beside its own folder."""
+
+    def start(self, run: Run, config: Config) -> None: ...
+
+    def describe(self, run: Run, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None: ...
+
+    def log(self, row: MetricsRow) -> None: ...
+
+    def finish(self, run: Run, status: Status) -> None: ...
+
+
+class NoTracker:
+    """The run's folder is the only record."""
+
+    def start(self, run: Run, config: Config) -> None:
+        pass
+
+    def describe(self, run: Run, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        pass
+
+    def log(self, row: MetricsRow) -> None:
+        pass
+
+    def finish(self, run: Run, status: Status) -> None:
+        pass
+
+
+class Step(NamedTuple):
+    """What one training step gives, all on the device."""
+
+    loss: Tensor  # () mean over the batch
+    right: Tensor  # () pictures read right in training mode
+    finite: Tensor  # () bool; a step that is not finite has changed nothing
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training leaves behind."""
+
+    folder: Path
+    config: Config
+    test: Evaluation
+    best_epoch: int
+    weights_sha256: str
+    seconds: float
+    process_peak_mib: float
+
+
+def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
+    """One step of the optimiser."""
+    model, optimizer = state.model, state.optimizer
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    with devices.autocast(config, batch.images.device):
+        logits = model(batch.images)
+    loss = model.head.loss(logits.float(), batch.targets, config.train.label_smoothing)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    # Fused optimisers read this attribute as GradScaler sets it: 1 makes the step leave everything as it is.
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, old))
+        right = (model.head.decode(logits.detach().float())[0] == batch.targets).all(dim=1).sum()
+    return Step(loss.detach(), right, finite)
+
+
+def fit(
+    state: TrainState,
+    training: Split,
+    validation: Split,
+    data: Dataset,
+    config: Config,
+    run: Run,
+    tracker: Tracker,
+    display: Display,
+) -> None:
+    """The loop: train an epoch, look at the whole validation split, log, keep the best, stop early."""
+    steps = -(-len(training) // config.train.batch_size) * config.train.epochs
+    memory = devices.MemoryMeter(training.device)
+    finite = watch.FiniteWatch(training.device)
+    still: str | None = None
+    for state.epoch in range(1, config.train.epochs + 1):
+        began = time.perf_counter()
+        memory.start()
+        state.model.train()
+        order = training.shuffled(config.seed, state.epoch)
+        with display.bar(f"epoch {state.epoch}/{config.train.epochs}", len(training)) as bar:
+            epoch = _Epoch(training.device, bar)
+            for batch in training.batches(config.train.batch_size, order):
+                rate = optim.learning_rate(config.train, state.step, steps)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = rate
+                step = train_step(state, batch, config)
+                finite.note(state.step, step.loss, step.finite)
+                state.step += 1
+                if state.step == 1 and (trouble := watch.check_first_loss(float(step.loss), state.model)):
+                    _trouble(trouble, run, display)
+                if epoch.add(step, len(batch.rows)):
+                    _stop_if_not_finite(finite, state, training, data, config)
+        _stop_if_not_finite(finite, state, training, data, config)
+        metrics = epoch.metrics() | memory.peaks("train")
+
+        memory.start()
+        result = evaluate(state.model, validation, config)
+        metrics |= result.metrics("val") | memory.peaks("eval")
+        metrics["memory/process_peak_mib"] = devices.process_peak_mib(training.device)
+        metrics["speed/epoch_seconds"] = time.perf_counter() - began
+        row = MetricsRow(state.epoch, record.now_ms(), metrics)
+        run.log(row)
+        tracker.log(row)
+
+        better = state.keep_if_better(result.accuracy)
+        if better:
+            run.write("model.safetensors", weights_to_bytes(state.model, config))
+        display.line(_epoch_line(state, metrics, config, better))
+        if not still and (still := watch.check_moving(result, config, state.step)):
+            _trouble(still, run, display)
+        if config.train.patience and state.epochs_without_gain() > config.train.patience:
+            display.line(f"no better epoch since {state.best_epoch}: stopping early (train.patience)")
+            break
+
+
+def train(
+    requested: Config,
+    tracker: Tracker | None = None,
+    display: Display | None = None,
+) -> Result:
+    """A trained, tested and recorded model.
+
+    Raises:
+        UserError: the run cannot be made or cannot go on; the lines say why. Its record says FAILED.
+    """
+    tracker, display = tracker or NoTracker(), display or Silent()
+    began = time.perf_counter()
+    config = resolve(requested, devices.this_machine())
+    device = devices.set_up(config)
+    run = record.create(config, requested)
+    display.line(f"run {run.folder} on {devices.describe(config)}")
+    with _recorded(run, tracker, config):
+        data = dataset.prepare(config, display)
+        environment = record.environment(config)
+        run.write_json("dataset.json", data.manifest)
+        run.write_json("environment.json", environment)
+        tracker.describe(run, data.manifest, environment)
+        training, validation, test = (
+            data.split(name, device, config.device.resident_limit_mib) for name in dataset.SPLITS
+        )
+        state = fresh_state(config, device)
+        fit(state, training, validation, data, config, run, tracker, display)
+
+        state.restore_best()
+        tested = evaluate(state.model, test, config)
+        low, high = tested.interval
+        metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
+        row = MetricsRow(state.epoch, record.now_ms(), metrics)
+        run.log(row)
+        tracker.log(row)
+        alphabet = Alphabet(config.captcha.alphabet)
+        run.write_json("test.json", tested.summary(alphabet))
+        report.curves(run.rows(), run.report / "curves.png")
+        report.confusion(tested, alphabet, run.report / "confusion.png")
+        result = Result(
+            folder=run.folder,
+            config=config,
+            test=tested,
+            best_epoch=state.best_epoch,
+            weights_sha256=weights_sha256(state.model),
+            seconds=time.perf_counter() - began,
+            process_peak_mib=devices.process_peak_mib(device),
+        )
+        run.note(
+            result={
+                "epochs": state.epoch,
+                "best_epoch": state.best_epoch,
+                "val_accuracy": state.best_accuracy,
+                "test_accuracy": tested.accuracy,
+                "weights_sha256": result.weights_sha256,
+                "seconds": result.seconds,
+                "process_peak_mib": result.process_peak_mib,
+            }
+        )
+    return result
+
+
+def fresh_state(config: Config, device: torch.device) -> TrainState:
+    """The state before the first step: weights that depend on the seed alone."""
+    torch.manual_seed(chance.derive(config.seed, "weights"))
+    model = models.build(config.model, config.captcha).to(device, memory_format=torch.channels_last)
+    return TrainState(model, optim.optimizer(config.train, model.parameters()))
+
+
+def weights_sha256(model: models.Recogniser) -> str:
+    """SHA-256 over names, shapes and bytes of all weights and statistics, whatever their layout in memory."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        array = value.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _recorded(run: Run, tracker: Tracker, config: Config) -> Iterator[None]:
+    """However it ends, the record says so: in the folder first, then at the tracker."""
+    status: Status = "FAILED"
+    error: str | None = None
+    try:
+        tracker.start(run, config)
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit) as interruption:
+        status, error = "KILLED", type(interruption).__name__
+        raise
+    except BaseException as exception:
+        error = f"{type(exception).__name__}: {exception}"
+        raise
+    finally:
+        run.close(status, error)
+        tracker.finish(run, status)
+
+
+class _Epoch:
+    """Sums of one epoch, kept on the device; read when a person may look, twice a second."""
+
+    def __init__(self, device: torch.device, bar: Bar) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.right = torch.zeros((), dtype=torch.int64, device=device)
+        self.seen = 0
+        self.bar = bar
+        self.unshown = 0
+        self.began = self.looked = time.perf_counter()
+
+    def add(self, step: Step, pictures: int) -> bool:
+        """Whether this was a moment to look."""
+        self.loss_sum += step.loss * pictures
+        self.right += step.right
+        self.seen += pictures
+        self.unshown += pictures
+        now = time.perf_counter()
+        if now - self.looked < 0.5:
+            return False
+        speed = self.seen / (now - self.began)
+        loss, share = float(self.loss_sum) / self.seen, int(self.right) / self.seen
+        self.bar.advance(self.unshown, f"loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s")
+        self.looked, self.unshown = now, 0
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        loss, right = float(self.loss_sum), int(self.right)  # waits for the device, before the clock is read
+        return {
+            "train/loss": loss / self.seen,
+            "train/accuracy": right / self.seen,
+            "speed/images_per_second": self.seen / (time.perf_counter() - self.began),
+        }
+
+
+def _epoch_line(state: TrainState, metrics: Mapping[str, float], config: Config, better: bool) -> str:
+    width = len(str(config.train.epochs))
+    return (
+        f"epoch {state.epoch:{width}}/{config.train.epochs}  "
+        f"train loss {metrics['train/loss']:.4f} accuracy {metrics['train/accuracy']:7.2%}  "
+        f"val loss {metrics['val/loss']:.4f} accuracy {metrics['val/accuracy']:7.2%}  "
+        f"{metrics['speed/images_per_second']:,.0f} pictures/s  "
+        f"peak {metrics['memory/process_peak_mib']:,.0f} MiB{'  best' if better else ''}"
+    )
+
+
+def _trouble(text: str, run: Run, display: Display) -> None:
+    display.warn(text)
+    run.note(warnings=[*run.state.get("warnings", []), text])
+
+
+def _stop_if_not_finite(
+    finite: watch.FiniteWatch, state: TrainState, training: Split, data: Dataset, config: Config
+) -> None:
+    bad = finite.bad_step()
+    if bad is None:
+        return
+    size = config.train.batch_size
+    number = bad % -(-len(training) // size)  # of the batch in its epoch
+    order = training.shuffled(config.seed, state.epoch)[number * size : (number + 1) * size]
+    batch = next(training.batches(size, order))
+    raise watch.explain_not_finite(finite, state.model, batch, data.labels, config, state.epoch)
