@@ -1,4 +1,5 @@
-"""Text <-> class ids. The order of the alphabet is the order of the classes, and part of every trained model."""
+"""Text <-> class ids. The order of the alphabet is the order of the classes, and part of every trained
+model."""
 
 import unicodedata
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """What a training has reached, and the file of its best weights.
 
-The file is safetensors: numbers and text, nothing that runs when it is read. Config and alphabet stand in it, so that
-the file alone is enough to read pictures with.
+The file is safetensors: numbers and text, nothing that runs when it is read. Config and alphabet stand in
+it, so that the file alone is enough to read pictures with.
 """
 
 import json
@@ -51,10 +51,10 @@ class TrainState:
 
 
 def weights_to_bytes(model: Recogniser, config: Config) -> bytes:
-    """The content of model.safetensors. Axes are stored in their logical order, whatever the layout in memory."""
+    """The content of model.safetensors. Axes stand in their logical order, whatever the layout in memory."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    metadata = {"config": json.dumps(to_dict(config)), "alphabet": config.captcha.alphabet}
-    return to_safetensors(tensors, metadata)
+    # One key alone: safetensors orders several by chance, and the same model is to be the same file.
+    return to_safetensors(tensors, {"config": json.dumps(to_dict(config))})
 
 
 def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:
@@ -80,4 +80,4 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit the network that its config names: {reason}") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), config
+    return models.place(model, device).eval(), config

@@ -1,15 +1,18 @@
 """The pictures of a run: one compact uint8 array, prepared once, split without leaks, handed out in batches.
 
-The cache file is named by a hash of everything that made it, so another size, alphabet or version of the generator
-is another file, and the same question finds the same one. It is written once, by one process while others wait,
-checked by its SHA-256 and mapped into memory. Normalising happens on the device, per batch: a picture is bytes here.
+The cache file is named by a hash of everything that made it, so another size, alphabet or version of the
+generator is another file, and the same question finds the same one. It is written once, by one process while
+others wait, checked by its SHA-256 and mapped into memory. Normalising happens on the device, per batch: a
+picture is bytes here.
 
-Which split a picture belongs to is a hash of its label: no label is on both sides, and adding pictures moves none.
+Which split a picture belongs to is a hash of its label: no label is on both sides, and adding pictures moves
+none.
 """
 
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +60,9 @@ class Split:
         """All pictures once, in this order (N,), else as they stand; the last batch takes what is left."""
         for start in range(0, len(self), size):
             if order is None:
-                images, targets, rows = (x[start : start + size] for x in (self.images, self.targets, self.rows))
+                images, targets, rows = (
+                    x[start : start + size] for x in (self.images, self.targets, self.rows)
+                )
             else:
                 chosen = order[start : start + size]
                 images, targets, rows = self.images[chosen], self.targets[chosen], self.rows[chosen]
@@ -92,40 +97,59 @@ class Dataset:
         return Split(images, targets, rows, device)
 
 
-def prepare(config: Config, display: Display) -> Dataset:
-    """The pictures of a resolved config, from the cache or drawn now.
+@dataclass(frozen=True)
+class Outline:
+    """Which pictures a run has and on which side each is, before any of them is there."""
+
+    labels: list[str]
+    members: dict[str, Tensor]  # split -> (n,) int64, numbers of its pictures
+    made_from: dict[str, Any]  # everything that the bytes of the pictures depend on
+
+    @property
+    def key(self) -> str:
+        """The name of the cache file, and of the dataset."""
+        return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def outline(config: Config) -> Outline:
+    """The labels and the split of a resolved config; cheap, and nothing is created.
 
     Raises:
-        UserError: a split would be empty, or drawing failed; the line says what to change.
+        UserError: a split would be empty, or a font cannot draw the alphabet; the line says what to change.
     """
-    data, captcha = config.data, config.captcha
-    question = _question(data, captcha)
-    key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-    labels = [sources.label(data, captcha, index) for index in range(data.count)]
-    members = split_by_label(labels, config)
+    sources.check_glyphs(config.data, config.captcha)
+    labels = [sources.label(config.data, config.captcha, index) for index in range(config.data.count)]
+    return Outline(labels, split_by_label(labels, config), _made_from(config.data, config.captcha))
 
-    folder = root() / data.cache
+
+def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
+    """The pictures of an outline, from the cache or drawn now.
+
+    Raises:
+        RunFailed: drawing failed; the line gives the drawing process's last words.
+    """
+    labels, alphabet = outline.labels, Alphabet(config.captcha.alphabet)
+    folder = root() / config.data.cache
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key[:32]}.safetensors"
-    with filelock.FileLock(folder / f"{key[:32]}.lock"):
+    path = folder / f"{outline.key}.safetensors"
+    with filelock.FileLock(path.with_suffix(".lock")):
         digest = _checked(path, display)
         if digest is None:
-            digest = _build(path, data, captcha, display)
+            digest = _build(path, config.data, config.captcha, display)
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")
-    alphabet = Alphabet(captcha.alphabet)
     targets = torch.tensor([alphabet.encode(label) for label in labels])
     manifest = {
-        "made_from": question,
-        "cache_key": key,
+        "key": outline.key,
+        "made_from": outline.made_from,
         "images_sha256": digest,
         "labels_sha256": hashlib.sha256("\n".join(labels).encode()).hexdigest(),
         "pictures": len(labels),
         "distinct_labels": len(set(labels)),
-        "splits": {name: len(rows) for name, rows in members.items()},
-        "refused": [],
+        "lengths": {str(length): n for length, n in sorted(Counter(map(len, labels)).items())},
+        "splits": {name: len(rows) for name, rows in outline.members.items()},
     }
-    return Dataset(images, targets, labels, members, manifest)
+    return Dataset(images, targets, labels, outline.members, manifest)
 
 
 def split_by_label(labels: list[str], config: Config) -> dict[str, Tensor]:
@@ -153,7 +177,7 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, Tensor]:
     return {name: torch.tensor(numbers) for name, numbers in members.items()}
 
 
-def _question(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> dict[str, Any]:
+def _made_from(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> dict[str, Any]:
     """Everything that the bytes of the pictures depend on."""
     asked = to_dict(data)
     for indifferent in ("cache", "workers", "split_seed", "validation_fraction", "test_fraction"):

@@ -1,6 +1,7 @@
 """The machine: which devices, precision, threads and determinism it gives, and how much memory a run takes.
 
-Nothing here depends on environment variables for threads: launchers set them, and results would depend on launchers.
+Nothing here depends on environment variables for threads: launchers set them, and results would depend on
+launchers.
 """
 
 import contextlib
@@ -22,9 +23,11 @@ MIB = 2**20
 def this_machine() -> Machine:
     """What `resolve` has to know of this machine."""
     cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _cuda_works() else []
-    devices = (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
+    devices = (
+        (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
+    )
     if torch.version.cuda is None:
-        no_cuda = "this build of torch knows no CUDA (install one that does: pytorch.org, 'Get started')"
+        no_cuda = "this build of torch has no CUDA in it (pytorch.org, 'Get started', names one that has)"
     else:
         no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
     why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
@@ -37,7 +40,7 @@ def _cuda_works() -> bool:
 
 
 def _cores() -> int:
-    """Physical cores that this process may use: hyper-threads share the units that a convolution keeps busy."""
+    """Physical cores that this process may use; hyper-threads share what a convolution keeps busy."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
@@ -52,7 +55,7 @@ def set_up(config: Config) -> torch.device:
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.backends.cudnn.benchmark = not config.train.deterministic
     # Filling fresh memory would find reads of memory that nobody wrote; every tensor here is written first.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
     return device
 
 
@@ -83,7 +86,8 @@ def process_peak_mib(device: torch.device) -> float:
 def _peak_resident_bytes() -> int:
     """Peak resident bytes of this process alone.
 
-    Linux has two figures: ru_maxrss also counts what the parent held when it started this process; VmHWM does not.
+    Linux has two figures: ru_maxrss also counts what the parent held when it started this process; VmHWM
+    does not.
     """
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -97,8 +101,11 @@ def _peak_resident_bytes() -> int:
 
 
 def _cuda_process_bytes(device: torch.device) -> int:
-    """Bytes of the card that belong to this process, by NVML; where NVML does not know it (containers, Windows), the
-    reserved peak plus what the card has in use beyond torch's reservation, which other processes may share."""
+    """Bytes of the card that belong to this process.
+
+    By NVML. Where that does not know (containers, Windows): the reserved peak, plus what the card has in use
+    beyond torch's reservation, of which a part may belong to other processes.
+    """
     reserved = torch.cuda.memory_reserved(device)
     try:
         import pynvml

@@ -5,7 +5,7 @@ Results go to standard output, so that a pipe gets results alone.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from rich.console import Console
@@ -33,13 +33,7 @@ class Display(Protocol):
 
     def warn(self, text: str) -> None: ...
 
-    def bar(self, what: str, total: int) -> "_BarContext": ...
-
-
-class _BarContext(Protocol):
-    def __enter__(self) -> Bar: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
+    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]: ...
 
 
 class Silent:
@@ -51,9 +45,8 @@ class Silent:
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)  # noqa: T201 - this module is where printing is done
 
-    @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Bar]:
-        yield _NoBar()
+    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]:  # noqa: ARG002 - shows nothing
+        return nullcontext(_NoBar())
 
 
 class _NoBar:

@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """Lines for the person at the keyboard: each names the thing, what is wrong, what is allowed or what to do."""
+    """Lines for the person at the keyboard: each names the thing, what is wrong, what is allowed or what to
+    do."""
+
+    exit_code = 2
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
@@ -13,5 +16,7 @@ class ConfigError(UserError):
     """Every mistake of a config at once, one line each; nothing has been created yet."""
 
 
-class TrainingStopped(UserError):
-    """A training that cannot go on; its record says FAILED and the lines say why."""
+class RunFailed(UserError):
+    """A run that cannot go on; its record says FAILED and the lines say why."""
+
+    exit_code = 1

@@ -108,7 +108,8 @@ class Evaluation:
 def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """(low, high) of the score interval for a share; z is the normal quantile of 97.5 %.
 
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22
+    (1927).
     """
     share = right / total
     middle = share + z * z / (2 * total)
@@ -125,7 +126,9 @@ def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
     """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards."""
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64 if split.device.type != "mps" else torch.float32, device=split.device)
+    loss = torch.zeros(
+        (), dtype=torch.float64 if split.device.type != "mps" else torch.float32, device=split.device
+    )
     predicted, confidences, targets, rows = [], [], [], []
     for batch in split.batches(config.train.evaluation_batch_size):
         with devices.autocast(config, split.device):

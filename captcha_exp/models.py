@@ -3,13 +3,14 @@
 Axes: B batch, C channels, H height, W width, D features, S places along the width, T positions in the label,
 K classes (characters of the alphabet).
 
-A network turns pictures (B, H, W, C) uint8 into features (B, D, S): what it saw at each of S places from left to
-right. A head turns features into logits (B, T, K) and owns all that depends on how a label is written down: the loss,
-what the loss is at chance, and how logits are read. To add one of either: a class here, a class in config/schema.py,
-a line in `build`, and for a network a file in conf/model/.
+A network turns pictures (B, H, W, C) uint8 into features (B, D, S): what it saw at each of S places from
+left to right. A head turns features into logits (B, T, K) and owns all that depends on how a label is
+written down: the loss, what the loss is at chance, and how logits are read. To add one of either: a class
+here, a class in config/schema.py, a line in `build`, and for a network a file in conf/model/.
 """
 
 import math
+from itertools import pairwise
 from typing import Protocol, assert_never
 
 import torch
@@ -40,10 +41,11 @@ class Head(Protocol):
 
 
 class PositionHead(nn.Module):
-    """For each position of the label: a soft look at the places along the width, then one reader shared by all.
+    """For each position of the label: a soft look at the places along the width, then one reader shared by
+    all.
 
-    The look is learned twice over: from where a position usually stands, and from what is seen there. Sharing the
-    reader lets every character teach all positions.
+    The look is learned twice over: from where a position usually stands, and from what is seen there.
+    Sharing the reader lets every character teach all positions.
     """
 
     def __init__(self, features: int, places: int, positions: int, classes: int) -> None:
@@ -70,7 +72,8 @@ class PositionHead(nn.Module):
 
 
 class GroupedSoftmaxHead(nn.Module):
-    """The article's head: one linear layer to T*K numbers, a softmax over each group of K, binary cross entropy."""
+    """The article's head: one linear layer to T*K numbers, a softmax over each group of K, binary cross
+    entropy."""
 
     def __init__(self, features: int, places: int, positions: int, classes: int) -> None:
         super().__init__()
@@ -79,10 +82,12 @@ class GroupedSoftmaxHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.linear(features.flatten(1))
-        return logits.unflatten(1, (self.positions, self.classes))
+        return logits.view(-1, self.positions, self.classes)
 
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        wanted = F.one_hot(targets, self.classes).to(logits.dtype) * (1 - smoothing) + smoothing / self.classes
+        wanted = (
+            F.one_hot(targets, self.classes).to(logits.dtype) * (1 - smoothing) + smoothing / self.classes
+        )
         return F.binary_cross_entropy(logits.softmax(dim=-1), wanted)
 
     def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,17 +108,18 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] =
 
 
 class CompactNet(nn.Module):
-    """The small network of this project: an eighth of the height, a quarter of the width, a residual per stage.
+    """The small network of this project: an eighth of the height, a quarter of the width, a residual per
+    stage.
 
-    Shrinking early makes it cheap; keeping the width makes the characters stay beside each other, where the head
-    finds them. Each picture is brought to mean 0 and deviation 1, so that pale text on a pale ground is as good as
-    any other.
+    Shrinking early makes it cheap; keeping the width makes the characters stay beside each other, where the
+    head finds them. Each picture is brought to mean 0 and deviation 1, so that pale text on a pale ground is
+    as good as any other.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         stages: list[nn.Module] = [conv(channels, widths[0], 4, stride=2), nn.ReLU()]
-        for number, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for number, (inputs, outputs) in enumerate(pairwise(widths)):
             last = number == len(widths) - 2
             stages += [conv(inputs, outputs, 3, stride=2 if number == 0 else (2, 1)), nn.ReLU()]
             stages += [] if last else [CompactResidual(outputs)]
@@ -140,7 +146,8 @@ class CompactResidual(nn.Module):
 class ResNet18Net(nn.Module):
     """The article's network: ResNet-18 with a 3x3 stem of stride 1 and no max-pool.
 
-    Its features are averaged over the whole picture; for a head that looks along the width, over the height alone.
+    Its features are averaged over the whole picture; for a head that looks along the width, over the height
+    alone.
 
     Source: He et al., Deep residual learning for image recognition, CVPR 2016, table 1, option B.
     """
@@ -209,3 +216,10 @@ def build(model: Compact | ResNet18, captcha: Captcha) -> Recogniser:
         case _:
             assert_never(model.head)
     return Recogniser(network, head).train()
+
+
+def place(model: Recogniser, device: torch.device) -> Recogniser:
+    """The recogniser on the device, its colours last in memory: the layout that convolutions are fastest in."""
+    model.to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types other forms alone
+    return model

@@ -1,7 +1,9 @@
-"""Optimisers and the learning rate. The rate is a function of the step alone: nothing to save, nothing to restore.
+"""Optimisers and the learning rate. The rate is a function of the step alone: nothing to save, nothing to
+restore.
 
-The optimisers are torch's fused ones. They are the fastest (5.5 times the loop over parameters on a CPU), and they
-take `found_inf`, a flag on the device that turns a step into no step at all, so that nobody has to wait and look.
+The optimisers are torch's fused ones. They are the fastest (5.5 times the loop over parameters on a CPU),
+and they take `found_inf`, a flag on the device that turns a step into no step at all, so that nobody has to
+wait and look.
 """
 
 from collections.abc import Iterable

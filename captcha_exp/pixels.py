@@ -1,12 +1,13 @@
 """Decoded picture -> (H, W, C) uint8: colour, transparency, and the one resize.
 
-Pillow only decodes. Its bilinear resize differs from that of exported graphs in up to one pixel of seven, so the
-resize here is ours and the same wherever it runs: two small matrix products with the triangle filter, widened when
-shrinking so that no pixel is skipped. The weights are whole numbers of 1/256, each row adding up to 256. All products
-and sums are then whole numbers below 2**24, which float32 holds exactly, so that NumPy, torch and an exported graph
-give the same bytes in whatever order they add.
+Pillow only decodes. Its bilinear resize differs from that of exported graphs in up to one pixel of seven, so
+the resize here is ours and the same wherever it runs: two small matrix products with the triangle filter,
+widened when shrinking so that no pixel is skipped. The weights are whole numbers of 1/256, each row adding
+up to 256. All products and sums are then whole numbers below 2**24, which float32 holds exactly, so that
+NumPy, torch and an exported graph give the same bytes in whatever order they add.
 
-Source: the triangle filter with support scaled by the shrinking factor is the one that Pillow documents as BILINEAR.
+Source: the triangle filter with support scaled by the shrinking factor is the one that Pillow documents as
+BILINEAR.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
 
 
 def resize_weights(source: int, target: int) -> npt.NDArray[np.float32]:
-    """(target, source) whole numbers; row t holds the shares, in 1/256, of the source pixels in target pixel t."""
+    """(target, source) whole numbers: the share, in 1/256, of each source pixel in each target pixel."""
     scale = source / target
     support = max(scale, 1.0)
     centres = (np.arange(target) + 0.5) * scale
@@ -40,12 +41,13 @@ def resize_weights(source: int, target: int) -> npt.NDArray[np.float32]:
     shares = np.maximum(0.0, 1.0 - distance / support)
     exact = shares / shares.sum(axis=1, keepdims=True) * UNIT
     whole = np.floor(exact)
-    # The largest remainders are rounded up, so that a row adds up to UNIT and a grey picture stays as grey as it was.
+    # The largest remainders are rounded up: a row adds up to UNIT, and white stays white.
     order = np.argsort(whole - exact, axis=1, kind="stable")
     missing = UNIT - whole.sum(axis=1)
     for row in range(target):
         whole[row, order[row, : int(missing[row])]] += 1
-    return whole.astype(np.float32)
+    weights: npt.NDArray[np.float32] = whole.astype(np.float32)
+    return weights
 
 
 def resize(pictures: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -55,8 +57,9 @@ def resize(pictures: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDAr
         return pictures
     rows: npt.NDArray[Any] = resize_weights(source_height, height)
     columns: npt.NDArray[Any] = resize_weights(source_width, width)
-    # Heights first: (height, H) @ (N, H, W*C). Then widths, with the colour moved out of the way of the product.
+    # Heights first: (height, H) @ (N, H, W*C). Then widths, with the colour moved out of the way of the
+    # product.
     tall = rows @ pictures.reshape(n, source_height, -1).astype(np.float32)
     wide = tall.reshape(n, height, source_width, channels).transpose(0, 1, 3, 2) @ columns.T
-    rounded = np.floor((wide + UNIT**2 / 2) / UNIT**2)
-    return np.ascontiguousarray(rounded.transpose(0, 1, 3, 2)).astype(np.uint8)
+    rounded: npt.NDArray[np.uint8] = np.floor((wide + UNIT**2 / 2) / UNIT**2).astype(np.uint8)
+    return np.ascontiguousarray(rounded.transpose(0, 1, 3, 2))

@@ -48,7 +48,9 @@ def confusion(evaluation: Evaluation, alphabet: Alphabet, path: Path) -> None:
     ticks = np.arange(len(alphabet))
     axes.set_xticks(ticks, list(alphabet.characters))
     axes.set_yticks(ticks, list(alphabet.characters))
-    axes.set(xlabel="read", ylabel="label", title=f"{int(errors.sum())} wrong of {int(counts.sum())} characters")
+    axes.set(
+        xlabel="read", ylabel="label", title=f"{int(errors.sum())} wrong of {int(counts.sum())} characters"
+    )
     figure.colorbar(image, ax=axes, shrink=0.8)
     _save(figure, path)
 
@@ -58,7 +60,9 @@ def samples(images: npt.NDArray[np.uint8], labels: Sequence[str], path: Path) ->
     columns = 6
     rows = -(-len(labels) // columns)
     figure = Figure(figsize=(columns * 1.8, rows * 1.1), layout="constrained")
-    for axes, image, label in zip(figure.subplots(rows, columns, squeeze=False).flat, images, labels, strict=False):
+    for axes, image, label in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, images, labels, strict=False
+    ):
         axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
         axes.set_title(label, fontsize=9, parse_math=False)
     for axes in figure.axes:

@@ -1,10 +1,10 @@
 """Labelled pictures, drawn by a generator.
 
-Drawing runs in processes of its own, one for each worker: a generator keeps its chance in a module, where each
-process can be handed a seeded stand-in. A worker is this module, started as a program; it reads one JSON line that
-says what to draw and then one line for each block of pictures, and answers with raw bytes. It ends with its standard
-input, so with its parent, however that ends. Every picture has a random stream of its own, from (seed, index): the
-same pictures come out of any number of workers, in any order.
+Drawing runs in processes of its own, one for each worker: a generator keeps its chance in a module, where
+each process can be handed a seeded stand-in. A worker is this module, started as a program; it reads one
+JSON line that says what to draw and then one line for each block of pictures, and answers with raw bytes. It
+ends with its standard input, so with its parent, however that ends. Every picture has a random stream of its
+own, from (seed, index): the same pictures come out of any number of workers, in any order.
 """
 
 import json
@@ -25,7 +25,7 @@ from PIL import Image, ImageFont
 from captcha_exp import chance, pixels
 from captcha_exp.config import Captcha, CaptchaLibrary, Drawn, WheezyLibrary, data_from_json, to_dict
 from captcha_exp.display import Display
-from captcha_exp.errors import UserError
+from captcha_exp.errors import RunFailed, UserError
 
 Draw = Callable[[str, random.Random], Image.Image]
 
@@ -86,14 +86,15 @@ def draw(
     """(N, H, W, C) uint8 of the pictures with these indices, drawn on all workers.
 
     Raises:
-        UserError: a drawing process failed; the line gives its last words.
+        RunFailed: a drawing process failed; the line gives its last words.
     """
-    check_glyphs(data, captcha)
     shape = (captcha.height, captcha.width, captcha.channels)
     pictures = np.empty((len(indices), *shape), np.uint8)
     blocks = [(start, indices[start : start + BLOCK]) for start in range(0, len(indices), BLOCK)]
     workers = min(int(data.workers), len(blocks))
-    pending = iter(blocks)  # shared by the threads: taking the next block is one step under the interpreter's lock
+    pending = iter(
+        blocks
+    )  # shared by the threads: taking the next block is one step under the interpreter's lock
     with display.bar(f"drawing {len(indices):,} pictures", len(indices)) as bar:
 
         def serve() -> None:
@@ -134,7 +135,9 @@ def _own_fonts(data: CaptchaLibrary | WheezyLibrary) -> list[Path]:
 
             return [Path(path) for path in DEFAULT_FONTS]
         case WheezyLibrary():
-            raise UserError("data.fonts=[]: wheezy.captcha brings no font; name at least one, such as DejaVuSans.ttf")
+            raise UserError(
+                "data.fonts=[]: wheezy.captcha brings no font; name at least one, such as DejaVuSans.ttf"
+            )
         case _:
             assert_never(data)
 
@@ -185,19 +188,19 @@ class _Worker:
         except BrokenPipeError:
             raise self._failure() from None
 
-    def _failure(self) -> UserError:
+    def _failure(self) -> RunFailed:
         code = self.process.wait()
         assert self.process.stderr is not None  # noqa: S101 - for the type checker: PIPE was asked for
         words = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         reason = words[-1] if words else "it said nothing"
-        return UserError(f"a drawing process ended with exit code {code}: {reason}")
+        return RunFailed(f"a drawing process ended with exit code {code}: {reason}")
 
 
-# -- in the drawing process -------------------------------------------------------------------------------------
+# -- in the drawing process ----------------------------------------------------------------------------------
 
 
 def generator(data: CaptchaLibrary | WheezyLibrary) -> Draw:
-    """A function (text, random stream) -> picture. It hands the generator's module a stand-in for its chance."""
+    """A function (text, random stream) -> picture; it hands the generator's module a seeded stand-in."""
     match data:
         case CaptchaLibrary():
             return _captcha(data)
@@ -214,7 +217,7 @@ def _captcha(data: CaptchaLibrary) -> Draw:
     generator = captcha.image.ImageCaptcha(data.width, data.height, fonts=fonts or None)
 
     def draw_one(text: str, stream: random.Random) -> Image.Image:
-        captcha.image.secrets = _Secrets(stream)  # type: ignore[attr-defined]  # the module is used, not exported
+        captcha.image.secrets = _Secrets(stream)  # type: ignore[assignment, attr-defined]  # as a module is
         return generator.generate_image(text)
 
     return draw_one

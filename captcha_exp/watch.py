@@ -1,7 +1,8 @@
 """Watches a training for the trouble that people most often have, and says what it is.
 
-A loss that starts far from chance, numbers that are no numbers, characters that are still read at chance: each is
-told with its likely causes. Flags are kept on the device and looked at now and then, so that no step waits.
+A loss that starts far from chance, numbers that are no numbers, characters that are still read at chance:
+each is told with its likely causes. Flags are kept on the device and looked at now and then, so that no step
+waits.
 """
 
 import math
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from captcha_exp.config import Config
 from captcha_exp.dataset import Batch
-from captcha_exp.errors import TrainingStopped
+from captcha_exp.errors import RunFailed
 from captcha_exp.evaluate import Evaluation
 from captcha_exp.models import Recogniser
 
@@ -37,7 +38,7 @@ class FiniteWatch:
 
 def explain_not_finite(
     watch: FiniteWatch, model: Recogniser, batch: Batch, labels: list[str], config: Config, epoch: int
-) -> TrainingStopped:
+) -> RunFailed:
     """The step, the batch and the cause, found by doing the step once more in fp32.
 
     A bad step changes nothing, so the weights are those that it met, or little older.
@@ -53,16 +54,18 @@ def explain_not_finite(
             f"train.learning_rate={config.train.learning_rate:g} is too high: try a tenth of it"
         )
     else:
-        cause = f"weights are at most {largest:.3g}; try a tenth of train.learning_rate={config.train.learning_rate:g}"
+        cause = (
+            f"the weights are small ({largest:.3g}); lower train.learning_rate={config.train.learning_rate:g}"
+        )
     shown = ", ".join(repr(labels[int(row)]) for row in batch.rows[:4])
-    return TrainingStopped(
+    return RunFailed(
         f"step {int(watch.first_bad) + 1} (epoch {epoch}): {what} is not a finite number, in the batch of "
         f"{len(batch.rows)} pictures that begins with {shown}; {cause}"
     )
 
 
 def check_first_loss(loss: float, model: Recogniser) -> str | None:
-    """What is wrong with the loss of the first step, or None: fresh weights know nothing, so it is near chance."""
+    """What is wrong with the loss of the first step, or None; fresh weights know nothing: it is at chance."""
     chance = model.head.loss_at_chance()
     if not math.isfinite(loss) or chance / 2 <= loss <= chance * 2:
         return None
@@ -79,10 +82,11 @@ def check_moving(validation: Evaluation, config: Config, steps: int) -> str | No
     spread = 4 * math.sqrt(chance * (1 - chance) / characters)
     if steps < config.train.chance_after_steps or validation.char_accuracy > chance + spread:
         return None
+    size = f"{config.captcha.width}x{config.captcha.height}"
     return (
         f"after {steps:,} steps characters are read no better than by chance "
-        f"({validation.char_accuracy:.1%}, chance {chance:.1%}). Likely causes: labels that do not belong to their "
-        f"pictures; train.learning_rate={config.train.learning_rate:g} too high or far too low; pictures so small "
-        f"({config.captcha.width}x{config.captcha.height}) that nobody could read them (captcha-exp data shows some); "
-        f"or only patience: the article's network takes more steps than compact"
+        f"({validation.char_accuracy:.1%}, chance {chance:.1%}). Likely causes: labels that do not belong to "
+        f"their pictures; train.learning_rate={config.train.learning_rate:g} too high or far too low; pictures "
+        f"that nobody could read at {size} (captcha-exp data shows some); or only patience: the article's network "
+        "takes more steps than compact"
     )

@@ -7,8 +7,8 @@ from captcha_exp.config.loading import load as load
 from captcha_exp.config.loading import resolve as resolve
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
-from captcha_exp.config.schema import CaptchaLibrary as CaptchaLibrary
 from captcha_exp.config.schema import Captcha as Captcha
+from captcha_exp.config.schema import CaptchaLibrary as CaptchaLibrary
 from captcha_exp.config.schema import Compact as Compact
 from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import Data as Data

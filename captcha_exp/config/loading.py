@@ -1,7 +1,8 @@
-"""`load` types and checks, the same for a fresh config and for the file of an old run; `resolve` ends every `auto`.
+"""`load` types and checks, the same for a fresh config and for the file of an old run; `resolve` ends every
+`auto`.
 
-`load` reports all mistakes at once and never edits. Values are checked as JSON in pydantic's strict mode, so nothing
-is converted on the way: an alphabet that YAML has read as a number is refused, not turned into text.
+`load` reports all mistakes at once and never edits. Values are checked as JSON in pydantic's strict mode, so
+nothing is converted on the way: an alphabet that YAML has read as a number is refused, not turned into text.
 """
 
 import dataclasses
@@ -43,8 +44,9 @@ def load(
 ) -> Config:
     """A checked config, from a composed one or from the file of a run.
 
-    With a machine, device.name is checked against it too, so that all mistakes are reported together. `written` holds
-    values as a person typed them, by key, for the words of a mistake: YAML has made 100000.0 of a typed 1e5.
+    With a machine, device.name is checked against it too, so that all mistakes are reported together.
+    `written` holds values as a person typed them, by key, for the words of a mistake: YAML has made 100000.0
+    of a typed 1e5.
 
     Raises:
         ConfigError: one line for each mistake: the key, the value, what is allowed.

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+
 def explain(
     error: ValidationError, raw: Any, schema: dict[str, Any], written: Mapping[str, str]
 ) -> list[str]:
@@ -27,7 +28,9 @@ def explain(
             case "union_tag_invalid" | "union_tag_not_found":
                 tag = rule["discriminator"]["propertyName"]
                 given = value.get(tag) if isinstance(value, Mapping) else value
-                line = f"{key}.{tag}={as_written(f'{key}.{tag}', given, written)}: must be one of {', '.join(rule['discriminator']['mapping'])}"
+                choices = ", ".join(rule["discriminator"]["mapping"])
+                key = f"{key}.{tag}"
+                line = f"{key}={as_written(key, given, written)}: must be one of {choices}"
             case _:
                 line = f"{shown}: must be {_allowed(rule, schema)}{_yaml_hint(value, rule)}"
         lines.setdefault(key, line)

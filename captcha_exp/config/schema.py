@@ -1,7 +1,8 @@
 """What can be set: one dataclass per group of conf/, each field with its unit, meaning and limits.
 
-Numbers are written in conf/, never here: a field has a default only when it was added after a release, and then the
-default is the old behaviour. The text under a field is part of the answer to whoever writes something else there.
+Numbers are written in conf/, never here: a field has a default only when it was added after a release, and
+then the default is the old behaviour. The text under a field is part of the answer to whoever writes
+something else there.
 """
 
 import re
@@ -112,7 +113,8 @@ class Network:
     name: str
     """which network it is"""
     head: Literal["position", "grouped_softmax"]
-    """how features become characters: cross entropy per position, or the article's grouped softmax with BCE"""
+    """how features become characters: cross entropy per position, or the article's grouped softmax with
+    BCE"""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -202,7 +204,9 @@ class Mlflow:
                 "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)"
             )
         if parts.scheme == "file" or (value != "auto" and "://" not in value):
-            raise ValueError("MLflow keeps no runs in plain folders any more; write auto, sqlite:///PATH or http://HOST")
+            raise ValueError(
+                "MLflow keeps no runs in plain folders any more; write auto, sqlite:///PATH or http://HOST"
+            )
         return value
 
 

@@ -1,4 +1,5 @@
-"""A run's folder: made exclusively (`run`), written atomically and hashed (`files`), with what it ran on (`environment`)."""
+"""A run's folder: made exclusively (`run`), written atomically and hashed (`files`), with what it ran on
+(`environment`)."""
 
 from captcha_exp.record.environment import environment as environment
 from captcha_exp.record.files import conf as conf

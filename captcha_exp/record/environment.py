@@ -57,7 +57,7 @@ def version_of(package: str) -> str | None:
 
 
 def git() -> dict[str, Any] | None:
-    """Commit, branch and local changes of the checkout that the code runs from; None when it runs from none."""
+    """Commit, branch and local changes of the checkout that the code runs from, or None."""
     here = Path(__file__)
     try:
         if _git("ls-files", "--error-unmatch", here.name) is None:
@@ -102,5 +102,5 @@ def _cuda(device: str) -> dict[str, Any]:
         "card_bytes": properties.total_memory,
         "card_capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch has no types for it
     }

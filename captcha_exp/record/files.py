@@ -1,4 +1,5 @@
-"""Where files stand, and how they are written: a reader sees the old file or the new one, never a part of one."""
+"""Where files stand, and how they are written: a reader sees the old file or the new one, never a part of
+one."""
 
 import hashlib
 import os
@@ -16,8 +17,8 @@ def conf() -> Path:
 def root() -> Path:
     """The folder in which outputs/ and mlruns/ stand.
 
-    CAPTCHA_EXP_ROOT names it; else it is the checkout that the package runs from; else, for an installed package,
-    the working directory.
+    CAPTCHA_EXP_ROOT names it; else it is the checkout that the package runs from; else, for an installed
+    package, the working directory.
     """
     if named := os.environ.get("CAPTCHA_EXP_ROOT"):
         return Path(named).expanduser().resolve()

@@ -1,11 +1,11 @@
 """A run's folder and what stands in it.
 
-    run.json            status, when, where, the SHA-256 of every finished file
-    config.yaml         what ran: resolved and complete          requested.yaml  what was asked
-    environment.json    versions, commit, machine                dataset.json    which pictures
-    metrics.jsonl       one line for each epoch, with a checksum of its own
-    model.safetensors   the best weights, with config and alphabet in the file
-    report/             pictures
+run.json            status, when, where, the SHA-256 of every finished file
+config.yaml         what ran: resolved and complete          requested.yaml  what was asked
+environment.json    versions, commit, machine                dataset.json    which pictures
+metrics.jsonl       one line for each epoch, with a checksum of its own
+model.safetensors   the best weights, with config and alphabet in the file
+report/             pictures
 """
 
 import hashlib
@@ -172,7 +172,7 @@ def find(name: str) -> Path:
         return known[-1][0]
     begin = [f for f, s in known if name and ((s["mlflow"] or {}).get("run_id") or "").startswith(name)]
     if len(begin) > 1:
-        raise UserError(f"{name!r} begins the ids of {len(begin)} runs; give more of it (captcha-exp runs lists them)")
+        raise UserError(f"{name!r} begins the ids of {len(begin)} runs; give more of it")
     if not begin:
         raise UserError(
             f"{name!r} is no run: give a folder with a run.json, the beginning of an MLflow run id, or latest "
@@ -186,9 +186,10 @@ def is_alive(state: Mapping[str, Any]) -> bool:
     if state["host"] != platform.node():
         return True
     try:
-        return abs(psutil.Process(state["pid"]).create_time() - state["process_started"]) < 1
+        began: float = psutil.Process(state["pid"]).create_time()
     except psutil.Error:
         return False
+    return abs(began - float(state["process_started"])) < 1
 
 
 def _read(path: Path) -> dict[str, Any]:

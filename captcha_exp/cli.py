@@ -1,0 +1,405 @@
+"""The verbs. Each parses, calls one function of the package, and prints; this is the only module that knows
+Hydra.
+
+Config says what a run is, a flag says how this call is made: flags and the verb are taken off before Hydra's
+grammar sees the rest. Hydra composes plain YAML and nothing more: no schema is registered with it, its own
+folders and loggings stay out, and `load` does all the checking, so that every mistake is reported at once.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from captcha_exp.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+    from captcha_exp.config import Config, Machine
+
+PROGRAM = "captcha-exp"
+
+
+def main() -> NoReturn:
+    """The command: exit code 0, or 1 for a run that failed, 2 for a mistake in the call, 130 for Ctrl-C."""
+    try:
+        sys.exit(_dispatch(sys.argv[1:]))
+    except UserError as error:
+        for line in error.lines:
+            print(line, file=sys.stderr)  # noqa: T201 - this module speaks for the program
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # whoever read along has gone: `| head`
+        sys.exit(141)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if "-sc" in argv or "--shell-completion" in argv:
+        return _complete(argv)
+    arguments = _parser().parse_args(argv)
+    code: int = arguments.act(arguments)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train text-captcha recognisers in PyTorch: configured with Hydra, recorded in MLflow.",
+        epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, act: Any, what: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=what, description=what, allow_abbrev=False)
+        added.set_defaults(act=act)
+        return added
+
+    def overrides(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="OVERRIDE",
+            help="experiment=NAME, group=NAME or key=value; see conf/",
+        )
+        added.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of YAML files beside conf/")
+
+    def as_json(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--json", action="store_true", help="print JSON, for a script")
+
+    train = verb("train", _train, "train a recogniser, test it, record it")
+    overrides(train)
+    as_json(train)
+    train.add_argument(
+        "--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed config and stop"
+    )
+    data = verb("data", _data, "draw the pictures of a config and show some")
+    overrides(data)
+    as_json(data)
+    evaluate = verb(
+        "evaluate", _evaluate, "accuracy of a run: whole, per character, per position, confusions"
+    )
+    evaluate.add_argument(
+        "run", metavar="RUN", help="a run's folder, the beginning of an MLflow run id, or latest"
+    )
+    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    as_json(evaluate)
+    as_json(verb("runs", _runs, "list the runs in outputs/"))
+    ui = verb("ui", _ui, "MLflow's UI on 127.0.0.1, with the right store")
+    overrides(ui)
+    ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
+    return parser
+
+
+# -- verbs ---------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.cfg:
+        return _show_config(arguments)
+    composed = _compose(arguments.overrides, arguments.config_dir)
+    config = composed.checked(_machine())
+    from captcha_exp.config import Mlflow
+    from captcha_exp.display import Terminal
+    from captcha_exp.train import NoTracker, Tracker, train
+
+    display = Terminal()
+    tracker: Tracker = NoTracker()
+    if isinstance(config.tracking, Mlflow):
+        from captcha_exp.tracking import MlflowTracker
+
+        tracker = MlflowTracker(display, composed.choices)
+    # SIGTERM ends a run in order, as Ctrl-C does: its record says KILLED.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    result = train(config, tracker, display)
+    if arguments.json:
+        _print_json(
+            {"folder": str(result.folder), **json.loads((result.folder / "run.json").read_text())["result"]}
+        )
+    else:
+        from captcha_exp import summary
+
+        summary.of_training(result, _program())
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    config = _compose(arguments.overrides, arguments.config_dir).checked(_machine())
+    from captcha_exp import dataset, report, summary
+    from captcha_exp.config import resolve
+    from captcha_exp.display import Terminal
+    from captcha_exp.record import root
+
+    config = resolve(config, _machine())
+    data = dataset.prepare(dataset.outline(config), config, Terminal())
+    sheet = root() / config.data.cache / f"{data.manifest['key']}.png"
+    report.samples(data.images[:30].numpy(), data.labels[:30], sheet)
+    if arguments.json:
+        _print_json({**data.manifest, "sheet": str(sheet)})
+    else:
+        summary.of_data(data.manifest, sheet)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from captcha_exp import summary
+    from captcha_exp.display import Terminal
+    from captcha_exp.record import find
+    from captcha_exp.train import evaluate_run
+
+    folder = find(arguments.run)
+    evaluation, alphabet = evaluate_run(folder, arguments.split, Terminal())
+    if arguments.json:
+        _print_json({"folder": str(folder), "split": arguments.split, **evaluation.summary(alphabet)})
+    else:
+        summary.of_evaluation(evaluation, alphabet, folder, arguments.split)
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from captcha_exp import record, summary
+
+    known = record.runs()
+    if arguments.json:
+        _print_json([{"folder": str(folder), **state} for folder, state in known])
+    else:
+        summary.of_runs(known, record.root())
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    config = _compose(arguments.overrides, arguments.config_dir).checked(None)
+    from captcha_exp.config import Mlflow, resolve
+    from captcha_exp.display import Terminal
+    from captcha_exp.tracking import ui
+
+    tracking = resolve(config, _machine()).tracking
+    if not isinstance(tracking, Mlflow):
+        raise UserError("tracking=none: keeps no MLflow store to show; take tracking=mlflow")
+    ui(tracking, arguments.port, Terminal())
+    return 0
+
+
+def _machine() -> "Machine":
+    from captcha_exp.device import this_machine
+
+    return this_machine()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 - the result of the command
+
+
+def _program() -> str:
+    """The command as this person can type it: by name if the shell finds it, else by its path from here."""
+    import shutil
+
+    if shutil.which(PROGRAM):
+        return PROGRAM
+    script = (
+        Path(sys.argv[0])
+        if Path(sys.argv[0]).name.startswith(PROGRAM)
+        else Path(sys.executable).parent / PROGRAM
+    )
+    if not script.exists():
+        return "python -m captcha_exp"
+    with contextlib.suppress(ValueError):
+        return str(script.absolute().relative_to(Path.cwd()))
+    return str(script)
+
+
+# -- Hydra ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """A composed config, and what was wrong with the words that asked for it."""
+
+    config: "DictConfig"
+    choices: dict[str, str]  # conf group -> the file chosen
+    written: dict[str, str]  # key -> value as typed
+    mistakes: list[str]
+
+    def checked(self, machine: "Machine | None") -> "Config":
+        """The config as dataclasses.
+
+        Raises:
+            ConfigError: every mistake, one line each.
+        """
+        from captcha_exp.config import load
+
+        mistakes = list(self.mistakes)
+        try:
+            config = load(self.config, machine, self.written)
+        except ConfigError as error:
+            mistakes += error.lines
+        if mistakes:
+            raise ConfigError(*mistakes)
+        return config
+
+
+def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
+    """The config that conf/ and the overrides describe, for `load`.
+
+    Raises:
+        ConfigError: an override cannot be read or names a file that is not there.
+    """
+    composed = _compose(list(overrides), config_dir)
+    if composed.mistakes:
+        raise ConfigError(*composed.mistakes)
+    return composed.config
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None) -> _Composed:
+    """The composed config, with the mistakes that only Hydra's grammar and groups can show.
+
+    Overrides of values are forced in, so that `load` sees unknown keys too, and reports them with all the
+    rest.
+    """
+    from hydra import compose as hydra_compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf, open_dict
+
+    with _hydra(config_dir):
+        groups = _groups(GlobalHydra.instance().config_loader())
+        mistakes, accepted, written = [], [], {}
+        for text in overrides:
+            try:
+                override, mistake = _read_override(text, groups)
+            except HydraException:
+                override, mistake = (
+                    None,
+                    f"{text!r}: is no override; write key=value, with quotes around odd values",
+                )
+            if mistake or override is None:
+                mistakes.append(str(mistake))
+            elif override.key_or_group in groups or override.is_delete():
+                accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
+            else:
+                accepted.append("++" + text.lstrip("+"))
+                written[override.key_or_group] = text.partition("=")[2]
+        try:
+            config = hydra_compose("config", overrides=accepted, return_hydra_config=True)
+        except HydraException as error:
+            raise ConfigError(*mistakes, _one_line(error)) from None
+        if str(config.hydra.mode).endswith("MULTIRUN"):
+            mistakes.append("hydra.mode=MULTIRUN: one call trains one config; make a call for each")
+        choices = {
+            str(g): str(c) for g, c in config.hydra.runtime.choices.items() if g in groups and c is not None
+        }
+        with open_dict(config):
+            del config["hydra"]
+        OmegaConf.set_readonly(config, True)
+    return _Composed(config, choices, written, mistakes)
+
+
+@contextlib.contextmanager
+def _hydra(config_dir: str | None) -> Iterator[None]:
+    from hydra import initialize_config_dir
+
+    from captcha_exp.record.files import conf
+
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir={config_dir}: there is no such folder")
+    with initialize_config_dir(str(conf()), job_name=PROGRAM, version_base="1.3"):
+        if config_dir is not None:
+            from hydra.core.global_hydra import GlobalHydra
+
+            path = GlobalHydra.instance().config_loader().get_search_path()
+            path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
+        yield
+
+
+def _groups(loader: Any) -> dict[str, list[str]]:
+    """Each group of conf/ with the files to choose from."""
+    names = [name for name in loader.list_groups("") if name != "hydra"]
+    return {name: sorted(loader.get_group_options(name)) for name in names}
+
+
+def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
+    """The override, and what is wrong with it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_overrides([text])[0]
+    key = override.key_or_group
+    if override.is_sweep_override():
+        return (
+            override,
+            f"{text}: is a sweep; one call trains one config (a list is written [1,2], a text in quotes)",
+        )
+    if key.split(".")[0] == "hydra":
+        return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
+    if key in groups and not override.is_delete():
+        choice = override.value()
+        if choice is not None and choice not in groups[key]:
+            close = get_close_matches(str(choice), groups[key], n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            return (
+                override,
+                f"{key}={choice}: there is no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
+            )
+    return override, None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    """`--cfg`: Hydra prints what it composed, checked by nobody."""
+    composed = _compose(arguments.overrides, arguments.config_dir)
+    if composed.mistakes:
+        raise ConfigError(*composed.mistakes)
+    if arguments.cfg == "job":
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(composed.config), end="")  # noqa: T201 - the result of the command
+        return 0
+    _run_hydra(["--cfg", arguments.cfg, *arguments.overrides])
+    return 0
+
+
+def _complete(argv: list[str]) -> int:
+    """What the shell may put at TAB: verbs by ourselves, groups and keys by Hydra."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split(" ")
+    verbs = _verbs()
+    if any(word.startswith("query=") for word in argv) and len(words) <= 2:
+        print("\n".join(verb for verb in verbs if verb.startswith(words[-1])))  # noqa: T201 - the answer
+        return 0
+    if len(words) > 2 and words[1] in verbs:
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    _run_hydra(argv)
+    return 0
+
+
+def _verbs() -> list[str]:
+    return ["train", "data", "evaluate", "runs", "ui"]
+
+
+def _run_hydra(argv: list[str]) -> None:
+    import hydra
+
+    from captcha_exp.record.files import conf
+
+    sys.argv = [sys.argv[0], *argv]
+
+    @hydra.main(config_path=str(conf()), config_name="config", version_base="1.3")
+    def nothing(config: "DictConfig") -> None:  # Hydra only shows or completes here; it runs nothing
+        del config
+
+    nothing()

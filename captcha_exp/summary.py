@@ -1,0 +1,105 @@
+"""What a command tells at its end, on standard output."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from captcha_exp.alphabet import Alphabet
+from captcha_exp.evaluate import Evaluation
+from captcha_exp.record import is_alive
+from captcha_exp.train import Result
+
+
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no edge to wrap at
+    return console
+
+
+def of_training(result: Result, program: str) -> None:
+    """The test figure, what it cost, where the record is, and what to type next."""
+    import json
+
+    test = result.test
+    mlflow = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))["mlflow"]
+    console = _console()
+    console.print()
+    console.print(f"[bold]test accuracy {_share(test)}[/bold], best epoch {result.best_epoch}")
+    console.print(
+        f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)"
+    )
+    console.print(f"weights {result.weights_sha256}", markup=False)
+    if mlflow:
+        console.print(f"run {mlflow['run_id']}", markup=False)
+    console.print(f"folder {result.folder}", markup=False)
+    following = "experiment=alnum" if result.config.name != "alnum" else "experiment=quickstart"
+    console.print("\nnext:")
+    for command, what in (
+        (f"{program} evaluate latest", "per character, per position, confusions"),
+        (f"{program} ui", "the curves of all runs, in MLflow"),
+        (f"{program} train {following}", "another alphabet; conf/experiment/ has them all"),
+    ):
+        console.print(f"  {command:<50} {what}", markup=False)
+
+
+def of_data(manifest: Mapping[str, Any], sheet: Path) -> None:
+    """How many pictures there are, how they are split, and where some can be seen."""
+    splits = ", ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
+    console = _console()
+    console.print(f"{manifest['pictures']:,} pictures with {manifest['distinct_labels']:,} different labels")
+    console.print(f"split by label: {splits}")
+    console.print(f"sheet {sheet}", markup=False)
+
+
+def of_evaluation(evaluation: Evaluation, alphabet: Alphabet, folder: Path, split: str) -> None:
+    """Whole labels, positions, characters, confusions."""
+    console = _console()
+    console.print(f"{folder}, {split} split", markup=False)
+    console.print(f"[bold]accuracy {_share(evaluation)}[/bold]; of characters {evaluation.char_accuracy:.2%}")
+    positions = Table("position", "right", title="per position", title_justify="left")
+    for number, share in enumerate(evaluation.by_position(), 1):
+        positions.add_row(str(number), f"{share:.2%}")
+    characters = Table("character", "right", title="per character, the worst first", title_justify="left")
+    occurring = [(c, share) for c, share in evaluation.by_character(alphabet).items() if share is not None]
+    for character, share in sorted(occurring, key=lambda item: item[1])[:12]:
+        characters.add_row(character, f"{share:.2%}")
+    confusions = Table("label", "read", "times", title="most frequent confusions", title_justify="left")
+    for label, read, count in evaluation.confusions(alphabet)[:12]:
+        confusions.add_row(label, read, str(count))
+    for table in (positions, characters, confusions):
+        console.print(table)
+
+
+def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None:
+    """A line for each run, the newest last."""
+    console = _console()
+    if not known:
+        console.print(f"no run in {root / 'outputs'} yet", markup=False)
+        return
+    table = Table("run", "status", "epochs", "validation", "test", "seconds", "peak MiB", "MLflow id")
+    for folder, state in known:
+        result = state["result"]
+        dead = state["status"] == "RUNNING" and not is_alive(state)
+        table.add_row(
+            "/".join(folder.parts[-2:]),
+            "died" if dead else state["status"],
+            str(result.get("epochs", "")),
+            f"{result['val_accuracy']:.2%}" if result else "",
+            f"{result['test_accuracy']:.2%}" if result else "",
+            f"{result['seconds']:.0f}" if result else "",
+            f"{result['process_peak_mib']:,.0f}" if result else "",
+            ((state["mlflow"] or {}).get("run_id") or "")[:8],
+        )
+    console.print(table)
+
+
+def _share(evaluation: Evaluation) -> str:
+    low, high = evaluation.interval
+    return (
+        f"{evaluation.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}; "
+        f"{evaluation.right:,} of {len(evaluation.rows):,} labels read whole)"
+    )
