@@ -1,18 +1,24 @@
 """A pass over a split -> exact match with its interval, per character, per position, confusions."""
 
+import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from captcha_exp import dataset
 from captcha_exp import device as devices
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.config import Config
+from captcha_exp.checkpoint import load_weights
+from captcha_exp.config import Config, load, resolve
 from captcha_exp.dataset import Split
+from captcha_exp.display import Display
 from captcha_exp.models import Recogniser
 
 
@@ -147,3 +153,38 @@ def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
         confidences=torch.cat(confidences).cpu().numpy(),
         rows=torch.cat(rows).cpu().numpy(),
     )
+
+
+def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation, Alphabet]:
+    """What a finished run's best weights read on one of its splits, on this machine.
+
+    Raises:
+        UserError: the run has no weights, or its pictures are no longer what they were.
+    """
+    weights = folder / "model.safetensors"
+    config = load(folder / "config.yaml")
+    # Another machine may lack the device that the run was trained on; reading needs any.
+    config = resolve(
+        replace(config, device=replace(config.device, name="auto", threads="auto")), devices.this_machine()
+    )
+    device = devices.set_up(config)
+    model, _ = load_weights(weights, device)
+    outline = dataset.outline(config)
+    recorded = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    data = dataset.prepare(outline, config, display)
+    if data.manifest["images_sha256"] != recorded["images_sha256"]:
+        display.warn(
+            f"the pictures are not those of the run: {_difference(recorded['made_from'], outline.made_from)}"
+        )
+    chosen = data.split(split, device, config.device.resident_limit_mib)
+    return evaluate(model, chosen, config), Alphabet(config.captcha.alphabet)
+
+
+def _difference(then: Any, now: Any, key: str = "") -> str:
+    """The first thing that two descriptions do not have in common."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in (*then, *now):
+            if then.get(name) != now.get(name):
+                return _difference(then.get(name), now.get(name), f"{key}.{name}" if key else name)
+        return "the same question gave other bytes"
+    return f"{key} was {then!r} and is {now!r}"

@@ -219,7 +219,7 @@ def build(model: Compact | ResNet18, captcha: Captcha) -> Recogniser:
 
 
 def place(model: Recogniser, device: torch.device) -> Recogniser:
-    """The recogniser on the device, its colours last in memory: the layout that convolutions are fastest in."""
+    """The recogniser on the device, colours last in memory, as convolutions like it best."""
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types other forms alone
     return model

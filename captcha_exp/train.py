@@ -6,10 +6,9 @@ no tensor on the host: it never waits for the device, and it can be traced witho
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +18,8 @@ from torch import Tensor
 from captcha_exp import chance, dataset, models, optim, record, report, watch
 from captcha_exp import device as devices
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.checkpoint import TrainState, load_weights, weights_to_bytes
-from captcha_exp.config import Config, load, resolve
+from captcha_exp.checkpoint import TrainState, weights_to_bytes
+from captcha_exp.config import Config, resolve
 from captcha_exp.dataset import Batch, Dataset, Split
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.evaluate import Evaluation, evaluate
@@ -215,41 +214,6 @@ def train(
             }
         )
     return result
-
-
-def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation, Alphabet]:
-    """What a finished run's best weights read on one of its splits, on this machine.
-
-    Raises:
-        UserError: the run has no weights, or its pictures are no longer what they were.
-    """
-    weights = folder / "model.safetensors"
-    config = load(folder / "config.yaml")
-    # Another machine may lack the device that the run was trained on; reading needs any.
-    config = resolve(
-        replace(config, device=replace(config.device, name="auto", threads="auto")), devices.this_machine()
-    )
-    device = devices.set_up(config)
-    model, _ = load_weights(weights, device)
-    outline = dataset.outline(config)
-    recorded = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    data = dataset.prepare(outline, config, display)
-    if data.manifest["images_sha256"] != recorded["images_sha256"]:
-        display.warn(
-            f"the pictures are not those of the run: {_difference(recorded['made_from'], outline.made_from)}"
-        )
-    chosen = data.split(split, device, config.device.resident_limit_mib)
-    return evaluate(model, chosen, config), Alphabet(config.captcha.alphabet)
-
-
-def _difference(then: Any, now: Any, key: str = "") -> str:
-    """The first thing that two descriptions do not have in common."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for name in (*then, *now):
-            if then.get(name) != now.get(name):
-                return _difference(then.get(name), now.get(name), f"{key}.{name}" if key else name)
-        return "the same question gave other bytes"
-    return f"{key} was {then!r} and is {now!r}"
 
 
 def fresh_state(config: Config, device: torch.device) -> TrainState:

@@ -83,10 +83,11 @@ def check_moving(validation: Evaluation, config: Config, steps: int) -> str | No
     if steps < config.train.chance_after_steps or validation.char_accuracy > chance + spread:
         return None
     size = f"{config.captcha.width}x{config.captcha.height}"
+    rate = f"{config.train.learning_rate:g}"
     return (
         f"after {steps:,} steps characters are read no better than by chance "
         f"({validation.char_accuracy:.1%}, chance {chance:.1%}). Likely causes: labels that do not belong to "
-        f"their pictures; train.learning_rate={config.train.learning_rate:g} too high or far too low; pictures "
-        f"that nobody could read at {size} (captcha-exp data shows some); or only patience: the article's network "
-        "takes more steps than compact"
+        f"their pictures; train.learning_rate={rate} too high or far too low; pictures that "
+        f" nobody could read at {size} (captcha-exp data shows some); or only patience: the "
+        "article's network takes more steps than compact"
     )

@@ -175,7 +175,7 @@ def find(name: str) -> Path:
         raise UserError(f"{name!r} begins the ids of {len(begin)} runs; give more of it")
     if not begin:
         raise UserError(
-            f"{name!r} is no run: give a folder with a run.json, the beginning of an MLflow run id, or latest "
+            f"{name!r} is no run: give a folder with a run.json, the start of an MLflow run id, or latest "
             "(captcha-exp runs lists them)"
         )
     return begin[0]

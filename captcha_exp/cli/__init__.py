@@ -1,9 +1,7 @@
-"""The verbs. Each parses, calls one function of the package, and prints; this is the only module that knows
-Hydra.
+"""The verbs. Each parses, calls one function of the package, and prints.
 
 Config says what a run is, a flag says how this call is made: flags and the verb are taken off before Hydra's
-grammar sees the rest. Hydra composes plain YAML and nothing more: no schema is registered with it, its own
-folders and loggings stay out, and `load` does all the checking, so that every mistake is reported at once.
+grammar sees the rest. Only this package knows Hydra (`composing`); `summary` is what a person reads at the end.
 """
 
 import argparse
@@ -12,19 +10,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from captcha_exp.cli.composing import compose as compose
+from captcha_exp.cli.composing import compose_checked, run_hydra
 from captcha_exp.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
-    from omegaconf import DictConfig
-
-    from captcha_exp.config import Config, Machine
+    from captcha_exp.config import Machine
 
 PROGRAM = "captcha-exp"
 
@@ -110,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return _show_config(arguments)
-    composed = _compose(arguments.overrides, arguments.config_dir)
+    composed = compose_checked(arguments.overrides, arguments.config_dir)
     config = composed.checked(_machine())
     from captcha_exp.config import Mlflow
     from captcha_exp.display import Terminal
@@ -130,15 +124,16 @@ def _train(arguments: argparse.Namespace) -> int:
             {"folder": str(result.folder), **json.loads((result.folder / "run.json").read_text())["result"]}
         )
     else:
-        from captcha_exp import summary
+        from captcha_exp.cli import summary
 
         summary.of_training(result, _program())
     return 0
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    config = _compose(arguments.overrides, arguments.config_dir).checked(_machine())
-    from captcha_exp import dataset, report, summary
+    config = compose_checked(arguments.overrides, arguments.config_dir).checked(_machine())
+    from captcha_exp import dataset, report
+    from captcha_exp.cli import summary
     from captcha_exp.config import resolve
     from captcha_exp.display import Terminal
     from captcha_exp.record import root
@@ -155,10 +150,10 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from captcha_exp import summary
+    from captcha_exp.cli import summary
     from captcha_exp.display import Terminal
+    from captcha_exp.evaluate import evaluate_run
     from captcha_exp.record import find
-    from captcha_exp.train import evaluate_run
 
     folder = find(arguments.run)
     evaluation, alphabet = evaluate_run(folder, arguments.split, Terminal())
@@ -170,7 +165,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from captcha_exp import record, summary
+    from captcha_exp import record
+    from captcha_exp.cli import summary
 
     known = record.runs()
     if arguments.json:
@@ -181,7 +177,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    config = _compose(arguments.overrides, arguments.config_dir).checked(None)
+    config = compose_checked(arguments.overrides, arguments.config_dir).checked(None)
     from captcha_exp.config import Mlflow, resolve
     from captcha_exp.display import Terminal
     from captcha_exp.tracking import ui
@@ -221,147 +217,9 @@ def _program() -> str:
     return str(script)
 
 
-# -- Hydra ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Composed:
-    """A composed config, and what was wrong with the words that asked for it."""
-
-    config: "DictConfig"
-    choices: dict[str, str]  # conf group -> the file chosen
-    written: dict[str, str]  # key -> value as typed
-    mistakes: list[str]
-
-    def checked(self, machine: "Machine | None") -> "Config":
-        """The config as dataclasses.
-
-        Raises:
-            ConfigError: every mistake, one line each.
-        """
-        from captcha_exp.config import load
-
-        mistakes = list(self.mistakes)
-        try:
-            config = load(self.config, machine, self.written)
-        except ConfigError as error:
-            mistakes += error.lines
-        if mistakes:
-            raise ConfigError(*mistakes)
-        return config
-
-
-def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
-    """The config that conf/ and the overrides describe, for `load`.
-
-    Raises:
-        ConfigError: an override cannot be read or names a file that is not there.
-    """
-    composed = _compose(list(overrides), config_dir)
-    if composed.mistakes:
-        raise ConfigError(*composed.mistakes)
-    return composed.config
-
-
-def _compose(overrides: Sequence[str], config_dir: str | None) -> _Composed:
-    """The composed config, with the mistakes that only Hydra's grammar and groups can show.
-
-    Overrides of values are forced in, so that `load` sees unknown keys too, and reports them with all the
-    rest.
-    """
-    from hydra import compose as hydra_compose
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf, open_dict
-
-    with _hydra(config_dir):
-        groups = _groups(GlobalHydra.instance().config_loader())
-        mistakes, accepted, written = [], [], {}
-        for text in overrides:
-            try:
-                override, mistake = _read_override(text, groups)
-            except HydraException:
-                override, mistake = (
-                    None,
-                    f"{text!r}: is no override; write key=value, with quotes around odd values",
-                )
-            if mistake or override is None:
-                mistakes.append(str(mistake))
-            elif override.key_or_group in groups or override.is_delete():
-                accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
-            else:
-                accepted.append("++" + text.lstrip("+"))
-                written[override.key_or_group] = text.partition("=")[2]
-        try:
-            config = hydra_compose("config", overrides=accepted, return_hydra_config=True)
-        except HydraException as error:
-            raise ConfigError(*mistakes, _one_line(error)) from None
-        if str(config.hydra.mode).endswith("MULTIRUN"):
-            mistakes.append("hydra.mode=MULTIRUN: one call trains one config; make a call for each")
-        choices = {
-            str(g): str(c) for g, c in config.hydra.runtime.choices.items() if g in groups and c is not None
-        }
-        with open_dict(config):
-            del config["hydra"]
-        OmegaConf.set_readonly(config, True)
-    return _Composed(config, choices, written, mistakes)
-
-
-@contextlib.contextmanager
-def _hydra(config_dir: str | None) -> Iterator[None]:
-    from hydra import initialize_config_dir
-
-    from captcha_exp.record.files import conf
-
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir={config_dir}: there is no such folder")
-    with initialize_config_dir(str(conf()), job_name=PROGRAM, version_base="1.3"):
-        if config_dir is not None:
-            from hydra.core.global_hydra import GlobalHydra
-
-            path = GlobalHydra.instance().config_loader().get_search_path()
-            path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
-        yield
-
-
-def _groups(loader: Any) -> dict[str, list[str]]:
-    """Each group of conf/ with the files to choose from."""
-    names = [name for name in loader.list_groups("") if name != "hydra"]
-    return {name: sorted(loader.get_group_options(name)) for name in names}
-
-
-def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
-    """The override, and what is wrong with it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    override = OverridesParser.create().parse_overrides([text])[0]
-    key = override.key_or_group
-    if override.is_sweep_override():
-        return (
-            override,
-            f"{text}: is a sweep; one call trains one config (a list is written [1,2], a text in quotes)",
-        )
-    if key.split(".")[0] == "hydra":
-        return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
-    if key in groups and not override.is_delete():
-        choice = override.value()
-        if choice is not None and choice not in groups[key]:
-            close = get_close_matches(str(choice), groups[key], n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            return (
-                override,
-                f"{key}={choice}: there is no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
-            )
-    return override, None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
 def _show_config(arguments: argparse.Namespace) -> int:
     """`--cfg`: Hydra prints what it composed, checked by nobody."""
-    composed = _compose(arguments.overrides, arguments.config_dir)
+    composed = compose_checked(arguments.overrides, arguments.config_dir)
     if composed.mistakes:
         raise ConfigError(*composed.mistakes)
     if arguments.cfg == "job":
@@ -369,7 +227,7 @@ def _show_config(arguments: argparse.Namespace) -> int:
 
         print(OmegaConf.to_yaml(composed.config), end="")  # noqa: T201 - the result of the command
         return 0
-    _run_hydra(["--cfg", arguments.cfg, *arguments.overrides])
+    run_hydra(["--cfg", arguments.cfg, *arguments.overrides])
     return 0
 
 
@@ -383,23 +241,9 @@ def _complete(argv: list[str]) -> int:
         return 0
     if len(words) > 2 and words[1] in verbs:
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
-    _run_hydra(argv)
+    run_hydra(argv)
     return 0
 
 
 def _verbs() -> list[str]:
     return ["train", "data", "evaluate", "runs", "ui"]
-
-
-def _run_hydra(argv: list[str]) -> None:
-    import hydra
-
-    from captcha_exp.record.files import conf
-
-    sys.argv = [sys.argv[0], *argv]
-
-    @hydra.main(config_path=str(conf()), config_name="config", version_base="1.3")
-    def nothing(config: "DictConfig") -> None:  # Hydra only shows or completes here; it runs nothing
-        del config
-
-    nothing()

@@ -1,0 +1,170 @@
+"""Composing a config with Hydra: conf/, the groups, the grammar of overrides.
+
+Hydra composes plain YAML and nothing more: no schema is registered with it, its own folders and loggings stay
+out, and `load` does all the checking, so that every mistake is reported at once.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captcha_exp.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+    from captcha_exp.config import Config, Machine
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config, and what was wrong with the words that asked for it."""
+
+    config: "DictConfig"
+    choices: dict[str, str]  # conf group -> the file chosen
+    written: dict[str, str]  # key -> value as typed
+    mistakes: list[str]
+
+    def checked(self, machine: "Machine | None") -> "Config":
+        """The config as dataclasses.
+
+        Raises:
+            ConfigError: every mistake, one line each.
+        """
+        from captcha_exp.config import load
+
+        mistakes = list(self.mistakes)
+        try:
+            config = load(self.config, machine, self.written)
+        except ConfigError as error:
+            mistakes += error.lines
+        if mistakes:
+            raise ConfigError(*mistakes)
+        return config
+
+
+def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
+    """The config that conf/ and the overrides describe, for `load`.
+
+    Raises:
+        ConfigError: an override cannot be read or names a file that is not there.
+    """
+    composed = compose_checked(list(overrides), config_dir)
+    if composed.mistakes:
+        raise ConfigError(*composed.mistakes)
+    return composed.config
+
+
+def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Composed:
+    """The composed config, with the mistakes that only Hydra's grammar and groups can show.
+
+    Overrides of values are forced in, so that `load` sees unknown keys too, and reports them with all the
+    rest.
+    """
+    from hydra import compose as hydra_compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf, open_dict
+
+    with _hydra(config_dir):
+        groups = _groups(GlobalHydra.instance().config_loader())
+        mistakes, accepted, written = [], [], {}
+        for text in overrides:
+            try:
+                override, mistake = _read_override(text, groups)
+            except HydraException:
+                override, mistake = (
+                    None,
+                    f"{text!r}: is no override; write key=value, with quotes around odd values",
+                )
+            if mistake or override is None:
+                mistakes.append(str(mistake))
+            elif override.key_or_group in groups or override.is_delete():
+                accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
+            else:
+                accepted.append("++" + text.lstrip("+"))
+                written[override.key_or_group] = text.partition("=")[2]
+        try:
+            config = hydra_compose("config", overrides=accepted, return_hydra_config=True)
+        except HydraException as error:
+            raise ConfigError(*mistakes, _one_line(error)) from None
+        if str(config.hydra.mode).endswith("MULTIRUN"):
+            mistakes.append("hydra.mode=MULTIRUN: one call trains one config; make a call for each")
+        choices = {
+            str(g): str(c) for g, c in config.hydra.runtime.choices.items() if g in groups and c is not None
+        }
+        with open_dict(config):
+            del config["hydra"]
+        OmegaConf.set_readonly(config, True)
+    return Composed(config, choices, written, mistakes)
+
+
+@contextlib.contextmanager
+def _hydra(config_dir: str | None) -> Iterator[None]:
+    from hydra import initialize_config_dir
+
+    from captcha_exp.record.files import conf
+
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir={config_dir}: there is no such folder")
+    with initialize_config_dir(str(conf()), job_name="captcha-exp", version_base="1.3"):
+        if config_dir is not None:
+            from hydra.core.global_hydra import GlobalHydra
+
+            path = GlobalHydra.instance().config_loader().get_search_path()
+            path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
+        yield
+
+
+def _groups(loader: Any) -> dict[str, list[str]]:
+    """Each group of conf/ with the files to choose from."""
+    names = [name for name in loader.list_groups("") if name != "hydra"]
+    return {name: sorted(loader.get_group_options(name)) for name in names}
+
+
+def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
+    """The override, and what is wrong with it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_overrides([text])[0]
+    key = override.key_or_group
+    if override.is_sweep_override():
+        return (
+            override,
+            f"{text}: is a sweep; one call trains one config (a list is written [1,2], a text in quotes)",
+        )
+    if key.split(".")[0] == "hydra":
+        return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
+    if key in groups and not override.is_delete():
+        choice = override.value()
+        if choice is not None and choice not in groups[key]:
+            close = get_close_matches(str(choice), groups[key], n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            return (
+                override,
+                f"{key}={choice}: there is no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
+            )
+    return override, None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def run_hydra(argv: list[str]) -> None:
+    import hydra
+
+    from captcha_exp.record.files import conf
+
+    sys.argv = [sys.argv[0], *argv]
+
+    @hydra.main(config_path=str(conf()), config_name="config", version_base="1.3")
+    def nothing(config: "DictConfig") -> None:  # Hydra only shows or completes here; it runs nothing
+        del config
+
+    nothing()
