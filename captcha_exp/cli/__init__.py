@@ -1,7 +1,8 @@
 """The verbs. Each parses, calls one function of the package, and prints.
 
 Config says what a run is, a flag says how this call is made: flags and the verb are taken off before Hydra's
-grammar sees the rest. Only this package knows Hydra (`composing`); `summary` is what a person reads at the end.
+grammar sees the rest. Only this package knows Hydra (`composing`); `summary` is what a person reads at the
+end.
 """
 
 import argparse
