@@ -29,7 +29,8 @@ from captcha_exp.alphabet import Alphabet
 from captcha_exp.config import Captcha, CaptchaLibrary, Config, WheezyLibrary, to_dict
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
-from captcha_exp.record import root, sha256_of, write_atomically
+from captcha_exp.places import root
+from captcha_exp.record import sha256_of, write_atomically
 
 FORMAT = 1  # of the cache file; raised when the same question would give other bytes
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from captcha_exp.config import Config, Machine
-from captcha_exp.record import root
+from captcha_exp.places import root
 
 MIB = 2**20
 

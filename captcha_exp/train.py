@@ -24,6 +24,7 @@ from captcha_exp.dataset import Batch, Dataset, Split
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
+from captcha_exp.record.environment import environment
 
 
 class Tracker(Protocol):
@@ -172,10 +173,10 @@ def train(
     display.line(f"run {run.folder} on {devices.describe(config)}")
     with _recorded(run, tracker, config):
         data = dataset.prepare(outline, config, display)
-        environment = record.environment(config)
+        ran_on = environment(config)
         run.write_json("dataset.json", data.manifest)
-        run.write_json("environment.json", environment)
-        tracker.describe(data.manifest, environment)
+        run.write_json("environment.json", ran_on)
+        tracker.describe(data.manifest, ran_on)
         training, validation, test = (
             data.split(name, device, config.device.resident_limit_mib) for name in dataset.SPLITS
         )

@@ -137,7 +137,7 @@ def _data(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import summary
     from captcha_exp.config import resolve
     from captcha_exp.display import Terminal
-    from captcha_exp.record import root
+    from captcha_exp.places import root
 
     config = resolve(config, _machine())
     data = dataset.prepare(dataset.outline(config), config, Terminal())
@@ -168,12 +168,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp import record
     from captcha_exp.cli import summary
+    from captcha_exp.places import root
 
     known = record.runs()
     if arguments.json:
         _print_json([{"folder": str(folder), **state} for folder, state in known])
     else:
-        summary.of_runs(known, record.root())
+        summary.of_runs(known, root())
     return 0
 
 

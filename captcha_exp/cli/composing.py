@@ -108,7 +108,7 @@ def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Compose
 def _hydra(config_dir: str | None) -> Iterator[None]:
     from hydra import initialize_config_dir
 
-    from captcha_exp.record.files import conf
+    from captcha_exp.places import conf
 
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir={config_dir}: there is no such folder")
@@ -159,7 +159,7 @@ def _one_line(error: Exception) -> str:
 def run_hydra(argv: list[str]) -> None:
     import hydra
 
-    from captcha_exp.record.files import conf
+    from captcha_exp.places import conf
 
     sys.argv = [sys.argv[0], *argv]
 

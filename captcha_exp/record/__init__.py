@@ -1,9 +1,6 @@
 """A run's folder: made exclusively (`run`), written atomically and hashed (`files`), with what it ran on
 (`environment`)."""
 
-from captcha_exp.record.environment import environment as environment
-from captcha_exp.record.files import conf as conf
-from captcha_exp.record.files import root as root
 from captcha_exp.record.files import sha256_of as sha256_of
 from captcha_exp.record.files import write_atomically as write_atomically
 from captcha_exp.record.run import MetricsRow as MetricsRow

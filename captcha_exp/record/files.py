@@ -1,29 +1,8 @@
-"""Where files stand, and how they are written: a reader sees the old file or the new one, never a part of
-one."""
+"""How files are written: a reader sees the old file or the new one, never a part of one."""
 
 import hashlib
 import os
 from pathlib import Path
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def conf() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it when installed."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
-
-
-def root() -> Path:
-    """The folder in which outputs/ and mlruns/ stand.
-
-    CAPTCHA_EXP_ROOT names it; else it is the checkout that the package runs from; else, for an installed
-    package, the working directory.
-    """
-    if named := os.environ.get("CAPTCHA_EXP_ROOT"):
-        return Path(named).expanduser().resolve()
-    checkout = _PACKAGE.parent
-    return checkout if (checkout / "pyproject.toml").is_file() and conf().parent == checkout else Path.cwd()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -23,7 +23,8 @@ import psutil
 
 from captcha_exp.config import Config, to_yaml
 from captcha_exp.errors import UserError
-from captcha_exp.record.files import root, sha256_of, write_atomically
+from captcha_exp.places import root
+from captcha_exp.record.files import sha256_of, write_atomically
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
