@@ -1,8 +1,9 @@
 """How long the command takes until it is useful: `--help`, completion, and the first training step.
 
-Prints one JSON line: CPU seconds of `--help` and of a completion, wall seconds from the start of `captcha-exp train
-experiment=quickstart` to its first step on a cached set, each the median of some runs. The first step is caught from
-outside: the process under measure replaces `train_step` by one that notes the time and leaves.
+Prints one JSON line: CPU seconds of `--help` and of a completion, wall seconds from the start of
+`captcha-exp train experiment=quickstart` to its first step on a cached set, each the median of some runs.
+The first step is caught from outside: the process under measure replaces `train_step` by one that notes the
+time and leaves.
 
     python benchmarks/startup.py [--runs 5]
 """
@@ -52,7 +53,9 @@ def first_step_seconds(root: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
     completion = {"COMP_LINE": "captcha-exp train experiment="}

@@ -1,0 +1,309 @@
+"""Plants one bug at a time in a copy of the project and shows that some test turns red.
+
+    python tests/plant.py            all of them; exit code 1 if a bug goes unseen
+    python tests/plant.py NAME ...   some
+
+A test is worth what it catches. Each entry replaces a piece of code that stands there exactly once;
+`test_plants.py` checks that it still does, so that this list cannot rot unseen.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug: in this file, this text becomes that one; these test files are asked."""
+
+    name: str
+    file: str
+    healthy: str
+    buggy: str
+    tests: tuple[str, ...]
+
+
+PLANTS = (
+    Plant(
+        "the last batch is dropped",
+        "dataset.py",
+        "range(0, len(self), size)",
+        "range(0, len(self) - size + 1, size)",
+        ("test_dataset.py",),
+    ),
+    Plant(
+        "batches come in the same order in every epoch",
+        "dataset.py",
+        'chance.derive(seed, "order", epoch)',
+        'chance.derive(seed, "order")',
+        ("test_dataset.py",),
+    ),
+    Plant(
+        "the split looks at the picture, not at its label",
+        "dataset.py",
+        'chance.fraction(data.split_seed, "split", label)',
+        'chance.fraction(data.split_seed, "split", str(number))',
+        ("test_dataset.py",),
+    ),
+    Plant(
+        "a picture of another size comes from the cache",
+        "dataset.py",
+        '"captcha": to_dict(captcha), "origin"',
+        '"captcha": captcha.alphabet, "origin"',
+        ("test_dataset.py",),
+    ),
+    Plant(
+        "a damaged cache is believed",
+        "dataset.py",
+        "if sha256_of(path) != expected:",
+        "if not expected:",
+        ("test_dataset.py",),
+    ),
+    Plant(
+        "a drawing depends on the process that draws it",
+        "sources.py",
+        'chance.stream(data.seed, "picture", index)',
+        'chance.stream(data.seed + os.getpid(), "picture", index)',
+        ("test_sources.py",),
+    ),
+    Plant(
+        "a class id depends on the order of a sorted alphabet",
+        "alphabet.py",
+        "self.characters.find(character)",
+        '"".join(sorted(self.characters, reverse=True)).find(character)',
+        ("test_alphabet.py",),
+    ),
+    Plant(
+        "the resize cuts off instead of rounding",
+        "pixels.py",
+        "wide + UNIT**2 / 2",
+        "wide + 0",
+        ("test_pixels.py",),
+    ),
+    Plant(
+        "what is transparent becomes black",
+        "pixels.py",
+        "(255, 255, 255, 255)",
+        "(0, 0, 0, 255)",
+        ("test_pixels.py",),
+    ),
+    Plant(
+        "validation looks at the training split",
+        "train.py",
+        "evaluate(state.model, validation, config)",
+        "evaluate(state.model, training, config)",
+        ("test_train.py",),
+    ),
+    Plant(
+        "the last weights are tested instead of the best",
+        "train.py",
+        "state.restore_best()",
+        "state.best_weights",
+        ("test_train.py",),
+    ),
+    Plant(
+        "the best weights go on changing",
+        "checkpoint.py",
+        "value.detach().clone()",
+        "value.detach()",
+        ("test_train.py", "test_checkpoint.py"),
+    ),
+    Plant(
+        "patience ends one epoch early",
+        "train.py",
+        "state.epochs_without_gain() > config.train.patience",
+        "state.epochs_without_gain() >= config.train.patience",
+        ("test_train.py",),
+    ),
+    Plant(
+        "a step that is not finite changes the weights",
+        "train.py",
+        "(~finite).float()",
+        "torch.zeros_like(loss)",
+        ("test_train.py",),
+    ),
+    Plant(
+        "a step that is not finite changes the batch norms",
+        "train.py",
+        "buffer.copy_(torch.where(finite, buffer, old))",
+        "buffer.copy_(torch.where(finite, buffer, buffer))",
+        ("test_train.py",),
+    ),
+    Plant(
+        "the step waits for the device",
+        "train.py",
+        "return Step(loss.detach(), right, finite)",
+        "return Step(loss.detach() + 0 * loss.item(), right, finite)",
+        ("test_train.py",),
+    ),
+    Plant(
+        "evaluation normalises with the batch's own statistics",
+        "evaluate.py",
+        "    model.eval()\n",
+        "    model.train()\n",
+        ("test_evaluate.py", "test_train.py"),
+    ),
+    Plant(
+        "one right character is as good as a label",
+        "evaluate.py",
+        "(self.predicted == self.targets).all(axis=1).sum()",
+        "(self.predicted == self.targets).any(axis=1).sum()",
+        ("test_evaluate.py",),
+    ),
+    Plant(
+        "the confusion matrix lies on its side",
+        "evaluate.py",
+        "(self.targets.ravel(), self.predicted.ravel())",
+        "(self.predicted.ravel(), self.targets.ravel())",
+        ("test_evaluate.py",),
+    ),
+    Plant(
+        "the interval is one of 90 %",
+        "evaluate.py",
+        "1.959963984540054",
+        "1.6448536269514722",
+        ("test_evaluate.py",),
+    ),
+    Plant(
+        "the residual forgets what it adds to",
+        "models.py",
+        "F.relu(self.second(F.relu(self.first(x))) + self.short_cut(x))",
+        "F.relu(self.second(F.relu(self.first(x))))",
+        ("test_models.py",),
+    ),
+    Plant(
+        "the article's network has a stride too many",
+        "models.py",
+        "((64, 1), (128, 2), (256, 2), (512, 2))",
+        "((64, 2), (128, 2), (256, 2), (512, 2))",
+        ("test_models.py",),
+    ),
+    Plant(
+        "batch norms decay",
+        "optim.py",
+        '"weight_decay": 0.0',
+        '"weight_decay": train.weight_decay',
+        ("test_optim.py",),
+    ),
+    Plant(
+        "the environment decides the number of threads",
+        "device.py",
+        "torch.set_num_threads(int(config.device.threads))",
+        "int(config.device.threads)",
+        ("test_train.py", "test_device.py"),
+    ),
+    Plant(
+        "unknown keys are ignored",
+        "config/schema.py",
+        'extra="forbid"',
+        'extra="ignore"',
+        ("test_config.py",),
+    ),
+    Plant(
+        "YAML's numbers become text",
+        "config/schema.py",
+        "strict=True",
+        "strict=False, coerce_numbers_to_str=True",
+        ("test_config.py",),
+    ),
+    Plant(
+        "an alphabet may repeat itself",
+        "alphabet.py",
+        "if characters.count(c) > 1",
+        "if characters.count(c) > 2",
+        ("test_alphabet.py", "test_config.py"),
+    ),
+    Plant(
+        "only the first mistake is reported",
+        "cli/composing.py",
+        "mistakes += error.lines",
+        "mistakes += error.lines[:1]",
+        ("test_cli.py", "test_config.py"),
+    ),
+    Plant(
+        "a cut line of metrics is believed",
+        "record/run.py",
+        "if row.to_line() != line:",
+        "if not row.metrics:",
+        ("test_record.py",),
+    ),
+    Plant(
+        "a file is written in place",
+        "record/files.py",
+        'path.with_name(f".{path.name}.{os.getpid()}.part")',
+        "path",
+        ("test_record.py",),
+    ),
+    Plant(
+        "a failed run is called finished",
+        "tracking.py",
+        "client.set_terminated(self._run_id, status)",
+        'client.set_terminated(self._run_id, "FINISHED")',
+        ("test_tracking.py",),
+    ),
+    Plant(
+        "a store that goes away ends the training",
+        "tracking.py",
+        'self._display.warn(f"MLflow did not take {what}',
+        'raise RuntimeError(f"MLflow did not take {what}',
+        ("test_tracking.py",),
+    ),
+    Plant(
+        "MLflow gets the config as asked, not as resolved",
+        "train.py",
+        "with _recorded(run, tracker, config):",
+        "with _recorded(run, tracker, requested):",
+        ("test_tracking.py",),
+    ),
+)
+
+
+def caught(plant: Plant) -> bool:
+    """Whether a test turns red when the bug is planted in a copy of the project."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("captcha_exp", "conf", "tests"):
+            shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(PROJECT / "pyproject.toml", copy)
+        file = copy / "captcha_exp" / plant.file
+        file.write_text(file.read_text().replace(plant.healthy, plant.buggy))
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                *(f"tests/{t}" for t in plant.tests),
+            ],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    return (
+        done.returncode == 1
+    )  # 1: tests ran and some failed; anything else would be a mistake of this program
+
+
+def main(names: Sequence[str]) -> int:
+    chosen = [plant for plant in PLANTS if not names or plant.name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        results = list(threads.map(caught, chosen))
+    for plant, seen in zip(chosen, results, strict=True):
+        print(f"{'caught' if seen else 'NOT SEEN':9} {plant.name}")  # noqa: T201 - this is a program
+    print(f"{sum(results)} of {len(chosen)} planted bugs are caught")  # noqa: T201 - this is a program
+    return 0 if all(results) and chosen else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
