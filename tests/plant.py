@@ -244,14 +244,14 @@ PLANTS = (
     ),
     Plant(
         "a failed run is called finished",
-        "tracking.py",
+        "tracking/tracker.py",
         "client.set_terminated(self._run_id, status)",
         'client.set_terminated(self._run_id, "FINISHED")',
         ("test_tracking.py",),
     ),
     Plant(
         "a store that goes away ends the training",
-        "tracking.py",
+        "tracking/tracker.py",
         'self._display.warn(f"MLflow did not take {what}',
         'raise RuntimeError(f"MLflow did not take {what}',
         ("test_tracking.py",),

@@ -19,7 +19,7 @@ from captcha_exp.checkpoint import load_weights
 from captcha_exp.config import Config, Mlflow, leaves
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed
-from captcha_exp.tracking import MlflowTracker, ui
+from captcha_exp.tracking import MlflowTracker, serve_ui
 from captcha_exp.train import train
 
 PER_EPOCH = {
@@ -259,7 +259,7 @@ def test_the_ui_names_what_is_missing(root: Path) -> None:
     with pytest.raises(
         Exception, match=r"mlflow.db: there is no MLflow store yet; captcha-exp train makes it"
     ):
-        ui(tracking, None, Silent())
+        serve_ui(tracking, None, Silent())
 
 
 def test_names_and_values_are_what_mlflow_takes(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:

@@ -26,6 +26,8 @@ PROGRAM = "captcha-exp"
 
 def main() -> NoReturn:
     """The command: exit code 0, or 1 for a run that failed, 2 for a mistake in the call, 130 for Ctrl-C."""
+    # SIGTERM ends in order, as Ctrl-C does: a run's record says KILLED, a server that was started ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(_dispatch(sys.argv[1:]))
     except UserError as error:
@@ -117,8 +119,6 @@ def _train(arguments: argparse.Namespace) -> int:
         from captcha_exp.tracking import MlflowTracker
 
         tracker = MlflowTracker(display, composed.choices)
-    # SIGTERM ends a run in order, as Ctrl-C does: its record says KILLED.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = train(config, tracker, display)
     if arguments.json:
         _print_json(
@@ -182,12 +182,12 @@ def _ui(arguments: argparse.Namespace) -> int:
     config = compose_checked(arguments.overrides, arguments.config_dir).checked(None)
     from captcha_exp.config import Mlflow, resolve
     from captcha_exp.display import Terminal
-    from captcha_exp.tracking import ui
+    from captcha_exp.tracking import serve_ui
 
     tracking = resolve(config, _machine()).tracking
     if not isinstance(tracking, Mlflow):
         raise UserError("tracking=none: keeps no MLflow store to show; take tracking=mlflow")
-    ui(tracking, arguments.port, Terminal())
+    serve_ui(tracking, arguments.port, Terminal())
     return 0
 
 

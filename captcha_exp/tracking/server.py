@@ -1,0 +1,107 @@
+"""MLflow's own UI with the right store, on 127.0.0.1, for as long as it is asked for."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+import psutil
+
+from captcha_exp.config import Mlflow
+from captcha_exp.display import Display
+from captcha_exp.errors import UserError
+from captcha_exp.tracking.store import open_store, sqlite_file
+
+
+def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
+    """MLflow's UI on 127.0.0.1 until it is stopped; prints the address of the training view.
+
+    Raises:
+        UserError: there is no such store or experiment, or the port is taken.
+    """
+    uri = tracking.uri
+    path = sqlite_file(uri)
+    if path is not None and not path.is_file():
+        raise UserError(f"{path}: there is no MLflow store yet; captcha-exp train makes it")
+    found = open_store(uri).get_experiment_by_name(tracking.experiment)
+    if found is None:
+        raise UserError(
+            f"tracking.experiment={tracking.experiment}: {uri} has no such experiment; a training makes it"
+        )
+    port = _free_port(port)
+    # Without this, MLflow starts eight processes more, for jobs that nobody here gives it.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "captcha_exp.tracking.server", uri, str(port)]
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            _wait_until_up(server, port)
+            address = f"http://127.0.0.1:{port}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
+            display.line(f"runs    {address}\ncurves  {address}&compareRunsMode=CHART\nCtrl-C ends it")
+            assert server.stderr is not None  # noqa: S101 - for the type checker: PIPE was asked for
+            for _ in server.stderr:  # read, so that the server never waits for a reader
+                pass
+        except KeyboardInterrupt:
+            display.line("the UI has ended")
+        finally:
+            server.terminate()
+
+
+def _free_port(wanted: int | None) -> int:
+    candidates: Sequence[int] = [wanted] if wanted is not None else range(5000, 5050)
+    for port in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"port {candidates[0]} is taken; give another with --port")
+
+
+def _wait_until_up(server: subprocess.Popen[str], port: int) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            words = (server.stderr.read() if server.stderr else "").strip().splitlines()
+            raise UserError(f"MLflow's UI did not start: {words[-1] if words else 'it said nothing'}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise UserError("MLflow's UI did not answer within a minute")
+
+
+def _serve(uri: str, port: str) -> None:
+    """MLflow's server, in a process that ends, with all that it started, when its standard input does."""
+
+    def end_with_the_parent() -> None:
+        sys.stdin.read()
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.terminate()
+        os._exit(0)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
+    from mlflow.cli import cli
+
+    cli(["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"])
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])

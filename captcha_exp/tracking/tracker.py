@@ -1,0 +1,127 @@
+"""MLflow as a `Tracker`.
+
+The run's folder is written first and is complete without MLflow. A store that goes away during a training
+costs the training nothing: rows wait, are sent again with the next one, and keep their own timestamps, by
+which MLflow knows a row that it has already.
+"""
+
+import getpass
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+from captcha_exp.config import Config, Mlflow, leaves
+from captcha_exp.display import Display
+from captcha_exp.errors import RunFailed
+from captcha_exp.record import MetricsRow, Run, Status
+from captcha_exp.tracking.store import experiment_id, first_line, open_store
+
+BATCH = 100  # params or tags that MLflow takes at once
+
+
+class MlflowTracker:
+    """A run in MLflow for each training."""
+
+    def __init__(self, display: Display, choices: Mapping[str, str] | None = None) -> None:
+        self._display = display
+        self._choices = dict(choices or {})  # conf group -> the file chosen, as tags
+        self._unsent: list[MetricsRow] = []
+        self._client: MlflowClient | None = None
+        self._run_id = ""
+
+    def start(self, run: Run, config: Config) -> None:
+        """The run in MLflow, with its params.
+
+        Raises:
+            RunFailed: the store cannot be opened; the line says which.
+        """
+        assert isinstance(config.tracking, Mlflow)  # noqa: S101 - cli makes a tracker for no other
+        uri = config.tracking.uri
+        try:
+            self._client = open_store(uri)
+            experiment = experiment_id(self._client, uri, config.tracking.experiment)
+            tags = {
+                "mlflow.user": getpass.getuser(),
+                "mlflow.source.name": "captcha-exp",
+                "mlflow.source.type": "LOCAL",
+                "folder": str(run.folder),
+                "host": run.state["host"],
+                "pid": str(run.state["pid"]),
+                "process_started": str(run.state["process_started"]),
+                **{f"choice.{group}": choice for group, choice in self._choices.items()},
+            }
+            created = self._client.create_run(experiment, tags=tags, run_name=run.folder.name)
+            self._run_id = created.info.run_id
+            run.note(mlflow={"uri": uri, "experiment_id": experiment, "run_id": self._run_id})
+            params = [Param(key, value) for key, value in leaves(config).items()]
+            for start in range(0, len(params), BATCH):
+                self._client.log_batch(self._run_id, params=params[start : start + BATCH])
+        except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
+            raise RunFailed(
+                f"tracking.uri={uri}: MLflow cannot record there: {first_line(error)}; "
+                "mend the store, or train with tracking=none"
+            ) from error
+
+    def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """The dataset as MLflow's dataset, the code's commit as tags."""
+        git = environment["git"] or {}
+        tags = {
+            "mlflow.source.git.commit": git.get("commit"),
+            "mlflow.source.git.branch": git.get("branch"),
+            "git.dirty": git.get("dirty"),
+            "captcha_exp.version": environment["captcha_exp"],
+        }
+        dataset = Dataset(
+            name=manifest["made_from"]["source"]["source"],
+            digest=manifest["key"][:36],
+            source_type="code",
+            source=json.dumps(manifest["made_from"]),
+            profile=json.dumps(
+                {k: manifest[k] for k in ("pictures", "distinct_labels", "splits", "images_sha256")}
+            ),
+        )
+
+        def send(client: MlflowClient) -> None:
+            named = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
+            client.log_batch(self._run_id, tags=named)
+            client.log_inputs(
+                self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+            )
+
+        self._try("the dataset", send)
+
+    def log(self, row: MetricsRow) -> None:
+        """One row of metrics, and those that could not be sent before."""
+        self._unsent.append(row)
+
+        def send(client: MlflowClient) -> None:
+            metrics = [
+                Metric(key, value, row.timestamp_ms, row.step)
+                for row in self._unsent
+                for key, value in row.metrics.items()
+            ]
+            for start in range(0, len(metrics), 1000):
+                client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
+            self._unsent.clear()
+
+        self._try(f"metrics of step {row.step}", send)
+
+    def finish(self, run: Run, status: Status) -> None:
+        """What has not been sent, the files of the run's folder as artifacts, and the status."""
+        if not self._run_id:
+            return
+        if self._unsent:
+            self.log(self._unsent.pop())
+        self._try("artifacts", lambda client: client.log_artifacts(self._run_id, str(run.folder)))
+        self._try("the end of the run", lambda client: client.set_terminated(self._run_id, status))
+
+    def _try(self, what: str, send: Callable[[Any], object]) -> None:
+        try:
+            send(self._client)
+        except (
+            Exception
+        ) as error:  # as in start(); whatever it is, the training goes on and the folder has it all
+            self._display.warn(f"MLflow did not take {what}: {first_line(error)}; the run's folder has it")
