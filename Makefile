@@ -2,12 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check ui lock
+.PHONY: train test test-ui check ui lock
 train: .venv/installed
 	$(BIN)/captcha-exp train experiment=quickstart
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# In a real browser: needs chromium at /usr/bin/chromium.
+test-ui: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'
+	$(BIN)/pytest -m ui
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

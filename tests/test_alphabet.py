@@ -1,0 +1,71 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captcha_exp.alphabet import Alphabet, alphabet_mistake
+
+DIGITS = Alphabet("0123456789")
+VISIBLE = st.characters(categories=["L", "N", "P", "S"])
+ALPHABETS = st.lists(VISIBLE, min_size=2, max_size=80, unique=True).map("".join)
+
+
+@given(st.data(), ALPHABETS)
+def test_any_text_of_any_alphabet_survives_encode_and_decode(data: st.DataObject, characters: str) -> None:
+    alphabet = Alphabet(characters)
+    text = data.draw(st.text(st.sampled_from(characters)))
+    assert alphabet.decode(alphabet.encode(text)) == text
+
+
+@given(ALPHABETS)
+def test_the_class_id_of_a_character_is_its_place_in_the_alphabet(characters: str) -> None:
+    assert Alphabet(characters).encode(characters) == list(range(len(Alphabet(characters))))
+
+
+def test_a_label_keeps_its_leading_zeros() -> None:
+    assert DIGITS.decode(DIGITS.encode("0070")) == "0070"
+
+
+def test_upper_and_lower_case_are_different_classes() -> None:
+    assert Alphabet("aA").encode("Aa") == [1, 0]
+
+
+def test_a_character_outside_the_alphabet_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^'x' in '12x4' is not in the alphabet '0123456789'$"):
+        DIGITS.encode("12x4")
+
+
+@pytest.mark.parametrize("class_id", [10, 99])
+def test_a_class_id_beyond_the_alphabet_is_refused(class_id: int) -> None:
+    with pytest.raises(IndexError):
+        DIGITS.decode([class_id])
+
+
+@pytest.mark.parametrize(
+    ("characters", "words"),
+    [
+        ("aab", "'a' occurs more than once"),
+        ("abcabc", "'a', 'b', 'c' occurs more than once"),
+        ("", "at least two characters"),
+        ("a", "at least two characters"),
+        ("a b", "' ' cannot be seen"),
+        ("ab\n", r"'\n' cannot be seen"),
+        ("ab\N{NO-BREAK SPACE}", r"'\xa0' cannot be seen"),
+        ("ab\N{ZERO WIDTH SPACE}", r"'\u200b' cannot be seen"),
+        ("ab\N{COMBINING ACUTE ACCENT}", "cannot be seen as a character of its own"),
+    ],
+)
+def test_an_alphabet_that_cannot_be_read_off_a_picture_is_refused(characters: str, words: str) -> None:
+    assert words in (alphabet_mistake(characters) or "")
+    with pytest.raises(ValueError, match=r"^alphabet "):
+        Alphabet(characters)
+
+
+@pytest.mark.parametrize("characters", ["01", "+-=x", "äöü", "你好", "o0O"])
+def test_an_alphabet_of_visible_characters_is_accepted(characters: str) -> None:
+    assert alphabet_mistake(characters) is None
+
+
+def test_two_alphabets_with_the_same_characters_are_one_value() -> None:
+    assert hash(Alphabet("ab")) == hash(Alphabet("ab"))
+    assert Alphabet("ab") == Alphabet("ab")
+    assert Alphabet("ab") != Alphabet("ba")

@@ -1,0 +1,254 @@
+"""Every figure against a slow loop; the interval against a scan of the test that it inverts."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from captcha_exp import models
+from captcha_exp.alphabet import Alphabet
+from captcha_exp.config import Config
+from captcha_exp.dataset import Split
+from captcha_exp.evaluate import Evaluation, evaluate, wilson
+from captcha_exp.models import PositionHead, Recogniser
+
+ALPHABET = Alphabet("bac")  # not in the order of their codes
+
+Texts = list[list[int]]
+
+
+def evaluation(targets: Texts, predicted: Texts) -> Evaluation:
+    return Evaluation(
+        loss=0.5,
+        predicted=np.array(predicted),
+        targets=np.array(targets),
+        confidences=np.ones((len(targets), len(targets[0])), np.float32),
+        rows=np.arange(len(targets)),
+    )
+
+
+@st.composite
+def readings(draw: st.DrawFn) -> tuple[Texts, Texts]:
+    """(targets, predicted) of 1 to 12 pictures with 1 to 4 characters of three."""
+    count, length = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    text = st.lists(st.integers(0, 2), min_size=length, max_size=length)
+    texts = st.lists(text, min_size=count, max_size=count)
+    targets = draw(texts)
+    predicted = [draw(st.one_of(st.just(target), text)) for target in targets]
+    return targets, predicted
+
+
+# -- the interval --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1, 2, 10, 37, 400])
+def test_wilson_holds_the_shares_that_the_score_test_accepts(total: int) -> None:
+    """A share p belongs to it if |right/total - p| is at most 1.96 standard deviations under p."""
+    grid = np.linspace(0, 1, 20_001)
+    for right in {0, 1, total // 3, total // 2, total - 1, total}:
+        accepted = grid[np.abs(right / total - grid) <= 1.959964 * np.sqrt(grid * (1 - grid) / total)]
+        low, high = wilson(right, total)
+        assert low == pytest.approx(accepted.min(), abs=1e-4)
+        assert high == pytest.approx(accepted.max(), abs=1e-4)
+
+
+def test_wilson_has_the_textbook_s_values() -> None:
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+
+
+@given(total=st.integers(1, 10**6), place=st.floats(0, 1))
+def test_wilson_stays_within_bounds_and_around_the_share(total: int, place: float) -> None:
+    right = round(place * total)
+    low, high = wilson(right, total)
+    assert 0 <= low <= right / total <= high <= 1
+    assert low < high
+    assert wilson(total - right, total) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize("total", [1, 3, 49, 1000])
+def test_wilson_ends_at_nought_and_one_exactly(total: int) -> None:
+    assert wilson(0, total)[0] == 0.0
+    assert wilson(total, total)[1] == 1.0
+
+
+# -- the figures ---------------------------------------------------------------------------------------------
+
+
+@given(readings())
+def test_shares_are_those_of_a_slow_count(reading: tuple[Texts, Texts]) -> None:
+    targets, predicted = reading
+    made = evaluation(targets, predicted)
+    count, length = len(targets), len(targets[0])
+    right = sum(t == p for t, p in zip(targets, predicted, strict=True))
+    assert made.right == right
+    assert made.accuracy == pytest.approx(right / count)
+    assert made.interval == wilson(right, count)
+    by_position = [sum(targets[n][t] == predicted[n][t] for n in range(count)) for t in range(length)]
+    assert made.by_position() == pytest.approx([n / count for n in by_position])
+    assert made.char_accuracy == pytest.approx(sum(by_position) / (count * length))
+    assert made.metrics("val") == {
+        "val/loss": 0.5,
+        "val/accuracy": made.accuracy,
+        "val/char_accuracy": made.char_accuracy,
+    }
+
+
+@given(readings())
+def test_counts_of_characters_are_those_of_a_slow_count(reading: tuple[Texts, Texts]) -> None:
+    targets, predicted = reading
+    made = evaluation(targets, predicted)
+    pairs = [(t, p) for ts, ps in zip(targets, predicted, strict=True) for t, p in zip(ts, ps, strict=True)]
+    assert made.confusion(3).tolist() == [[pairs.count((t, p)) for p in range(3)] for t in range(3)]
+    for k, character in enumerate("bac"):
+        occurs = [p for t, p in pairs if t == k]
+        share = made.by_character(ALPHABET)[character]
+        assert share == (pytest.approx(occurs.count(k) / len(occurs)) if occurs else None)
+    errors = {("bac"[t], "bac"[p], pairs.count((t, p))) for t, p in pairs if t != p}
+    assert set(made.confusions(ALPHABET)) == errors
+    assert len(made.confusions(ALPHABET)) == len(errors)
+
+
+@given(readings())
+def test_chance_is_the_best_that_one_fixed_text_reaches(reading: tuple[Texts, Texts]) -> None:
+    targets, _ = reading
+    best = sum(max(sum(text[t] == k for text in targets) for k in range(3)) for t in range(len(targets[0])))
+    assert evaluation(targets, targets).chance_char_accuracy() == pytest.approx(
+        best / (len(targets) * len(targets[0]))
+    )
+
+
+@given(readings())
+def test_the_summary_is_plain_json(reading: tuple[Texts, Texts]) -> None:
+    summary = evaluation(*reading).summary(ALPHABET)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["pictures"] == len(reading[0])
+    assert summary["accuracy_low"] <= summary["accuracy"] <= summary["accuracy_high"]
+
+
+def test_rows_are_what_stands_there_and_columns_what_was_read() -> None:
+    made = evaluation([[0, 1], [0, 2]], [[2, 1], [2, 2]])
+    assert made.confusion(3).tolist() == [[0, 0, 2], [0, 1, 0], [0, 0, 1]]
+    assert made.confusions(ALPHABET) == [("b", "c", 2)]
+
+
+def test_confusions_are_sorted_by_count_then_by_name() -> None:
+    made = evaluation([[0, 0, 1, 2, 2, 2]], [[1, 2, 2, 1, 0, 0]])
+    assert made.confusions(ALPHABET) == [
+        ("c", "b", 2),
+        ("a", "c", 1),
+        ("b", "a", 1),
+        ("b", "c", 1),
+        ("c", "a", 1),
+    ]
+
+
+def test_the_summary_names_the_twenty_most_frequent_confusions() -> None:
+    alphabet = Alphabet("abcdefgh")
+    pairs = [(t, p) for t in range(8) for p in range(8) if t != p]
+    made = evaluation([[t] for t, _ in pairs], [[p] for _, p in pairs])
+    assert len(made.confusions(alphabet)) == 56
+    assert len(made.summary(alphabet)["confusions"]) == 20
+    assert made.summary(alphabet)["confusions"][0] == {"label": "a", "read": "b", "count": 1}
+
+
+# -- the pass over a split -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny: Config) -> Recogniser:
+    torch.manual_seed(0)
+    return models.build(tiny.model, tiny.captcha)
+
+
+@pytest.fixture
+def split(tiny: Config) -> Split:
+    """53 pictures, whose rows are other numbers."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (53, 16, 32, 3), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 5, (53, 2), generator=generator)
+    return Split(images, targets, torch.arange(53) * 3, torch.device("cpu"))
+
+
+def with_batches_of(config: Config, size: int) -> Config:
+    return replace(config, train=replace(config.train, evaluation_batch_size=size))
+
+
+@pytest.mark.parametrize("size", [1, 7, 53, 100])
+def test_every_picture_is_read_once(tiny: Config, model: Recogniser, split: Split, size: int) -> None:
+    made = evaluate(model, split, with_batches_of(tiny, size))
+    assert made.rows.tolist() == split.rows.tolist()
+    assert made.targets.tolist() == split.targets.tolist()
+    model.eval()
+    with torch.no_grad():
+        alone = [model(split.images[n : n + 1])[0].softmax(dim=1).max(dim=1) for n in range(53)]
+    assert made.predicted.tolist() == [one.indices.tolist() for one in alone]
+    expected = np.array([one.values.numpy() for one in alone])
+    np.testing.assert_allclose(made.confidences, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 53, 100])
+def test_the_loss_is_the_mean_over_pictures(tiny: Config, model: Recogniser, split: Split, size: int) -> None:
+    """A short last batch counts by its pictures, not as a batch."""
+    with torch.no_grad():
+        logits = model.eval()(split.images).log_softmax(dim=2)
+    losses = [-sum(float(logits[n, t, int(split.targets[n, t])]) for t in range(2)) / 2 for n in range(53)]
+    made = evaluate(model, split, with_batches_of(tiny, size))
+    assert made.loss == pytest.approx(math.fsum(losses) / 53, rel=1e-5)
+
+
+def test_the_loss_of_an_evaluation_knows_no_smoothing(tiny: Config, model: Recogniser, split: Split) -> None:
+    smooth = replace(tiny, train=replace(tiny.train, label_smoothing=0.5))
+    plain = replace(tiny, train=replace(tiny.train, label_smoothing=0.0))
+    assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_afterwards_as_it_was(
+    tiny: Config, model: Recogniser, split: Split, training: bool
+) -> None:
+    model.train(training)
+    evaluate(model, split, tiny)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_weights_and_statistics_are_left_alone(tiny: Config, model: Recogniser, split: Split) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model.train(), split, tiny)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Teller(nn.Module):
+    """A network whose logits are in the picture: it reads what a test wrote there."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :2, :3, 0].float()  # (B, T, K)
+
+
+class Told(PositionHead):
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def test_what_the_model_reads_is_what_is_counted(tiny: Config) -> None:
+    """Three pictures, of which the second is read wrong in its last character."""
+    images = torch.zeros(3, 2, 3, 1, dtype=torch.uint8)
+    for n, text in enumerate([[0, 1], [2, 0], [1, 1]]):
+        for t, k in enumerate(text):
+            images[n, t, k] = 9
+    targets = torch.tensor([[0, 1], [2, 2], [1, 1]])
+    split = Split(images, targets, torch.tensor([5, 6, 7]), torch.device("cpu"))
+    made = evaluate(Recogniser(Teller(), Told(1, 1, 2, 3)), split, with_batches_of(tiny, 2))
+    assert made.predicted.tolist() == [[0, 1], [2, 0], [1, 1]]
+    assert made.right == 2
+    assert made.confusions(ALPHABET) == [("c", "b", 1)]
+    assert made.confidences == pytest.approx(np.full((3, 2), math.exp(9) / (math.exp(9) + 2)))

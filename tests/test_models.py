@@ -1,0 +1,349 @@
+"""The networks against tables made by formula; the heads against slow loops and torch's own losses."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from captcha_exp import models
+from captcha_exp.config import Captcha, Compact, ResNet18
+from captcha_exp.models import GroupedSoftmaxHead, PositionHead, Recogniser
+
+ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"
+ARTICLE = Captcha(width=56, height=24, channels=3, alphabet=ALNUM, length=4)
+RESNET = ResNet18(name="resnet18", head="grouped_softmax")
+COMPACT = Compact(name="compact", channels=(32, 64, 96, 128), head="position")
+SMALL = Compact(name="compact", channels=(4, 6, 8), head="position")
+
+
+def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> Captcha:
+    return Captcha(width=width, height=height, channels=channels, alphabet="0123456789", length=5)
+
+
+def pictures(asked: Captcha, count: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, asked.height, asked.width, asked.channels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def build(model: Compact | ResNet18, asked: Captcha) -> Recogniser:
+    torch.manual_seed(0)
+    return models.build(model, asked)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# -- the article's network, by formula -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution without bias, its batch norm, and the picture that it makes."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    height: int
+    width: int
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.kernel**2 + 2 * self.outputs
+
+    @property
+    def flop(self) -> int:
+        """Two for each multiplication with its addition."""
+        return 2 * self.inputs * self.outputs * self.kernel**2 * self.height * self.width
+
+
+def article(height: int, width: int) -> list[Layer]:
+    """ResNet-18 as the article has it: a 3x3 stem of stride 1, no max-pool, stages of 64 to 512."""
+    layers = [Layer(3, 64, 3, 1, height, width)]
+    inputs = 64
+    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        height, width = math.ceil(height / stride), math.ceil(width / stride)
+        layers.append(Layer(inputs, outputs, 3, stride, height, width))
+        layers.append(Layer(outputs, outputs, 3, 1, height, width))
+        if stride == 2:
+            layers.append(Layer(inputs, outputs, 1, 2, height, width))
+        layers += [Layer(outputs, outputs, 3, 1, height, width)] * 2
+        inputs = outputs
+    return layers
+
+
+def observed(model: Recogniser, asked: Captcha) -> list[Layer]:
+    """Every convolution as it runs."""
+    layers = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        assert module.bias is None
+        assert module.kernel_size[0] == module.kernel_size[1]
+        kernel, stride = module.kernel_size[0], module.stride[0]
+        layers.append(
+            Layer(inputs[0].shape[1], output.shape[1], kernel, stride, output.shape[2], output.shape[3])
+        )
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model.eval()(pictures(asked, 1))
+    return layers
+
+
+def in_order(layers: list[Layer]) -> list[tuple[int, ...]]:
+    """Without regard to whether the short cut runs before or after the block beside it."""
+    return sorted((x.inputs, x.outputs, x.kernel, x.stride, x.height, x.width) for x in layers)
+
+
+def test_resnet18_has_the_articles_parameters() -> None:
+    model = build(RESNET, ARTICLE)
+    assert parameters(model) == 11_242_704
+    assert parameters(model.head) == 512 * 144 + 144
+    assert sum(layer.weights for layer in article(24, 56)) + parameters(model.head) == 11_242_704
+
+
+def test_resnet18_is_the_article_s_layer_by_layer() -> None:
+    model = build(RESNET, ARTICLE)
+    layers = article(24, 56)
+    assert len(layers) == 20
+    assert (layers[-1].height, layers[-1].width) == (3, 7)
+    assert in_order(observed(model, ARTICLE)) == in_order(layers)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sorted(norm.num_features for norm in norms) == sorted(layer.outputs for layer in layers)
+    assert not any(isinstance(m, nn.MaxPool2d) for m in model.modules())
+
+
+def test_resnet18_takes_1458_mflop_forward() -> None:
+    model = build(RESNET, ARTICLE).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pictures(ARTICLE, 1))
+    expected = sum(layer.flop for layer in article(24, 56)) + 2 * 512 * 144
+    assert counter.get_total_flops() == expected
+    assert round(expected / 1e9, 3) == 1.458
+
+
+def test_a_block_adds_its_short_cut_before_the_last_relu() -> None:
+    """Against the textbook's formula, with batch norms in evaluation mode."""
+    torch.manual_seed(0)
+    block = models.BasicBlock(4, 6, 2).eval()
+    x = torch.randn(2, 4, 8, 8)
+    convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    first, second = (c.weight for c in convolutions if c.kernel_size == (3, 3))
+    (short,) = (c.weight for c in convolutions if c.kernel_size == (1, 1))
+    scale = (1 + 1e-5) ** -0.5  # fresh statistics: mean 0, variance 1
+    inner = F.relu(F.conv2d(x, first, stride=2, padding=1) * scale)
+    expected = F.relu(F.conv2d(inner, second, padding=1) * scale + F.conv2d(x, short, stride=2) * scale)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+
+
+# -- compact -------------------------------------------------------------------------------------------------
+
+
+def test_compact_takes_28_mflop() -> None:
+    model = build(COMPACT, ARTICLE).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pictures(ARTICLE, 1))
+    assert counter.get_total_flops() == pytest.approx(28.2e6, rel=0.01)
+    assert counter.get_total_flops() < 1.458e9 / 50
+
+
+@pytest.mark.parametrize("channels", [(4, 6), (4, 6, 8), (4, 6, 8, 10)])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 19), (24, 56), (31, 100)])
+def test_compact_keeps_a_quarter_of_the_width(channels: tuple[int, ...], height: int, width: int) -> None:
+    model = build(Compact(name="compact", channels=channels, head="position"), captcha(width, height))
+    with torch.no_grad():
+        features = model.eval().network(pictures(captcha(width, height)))
+    rows = math.ceil(height // 2 / 2 ** (len(channels) - 1))
+    assert features.shape == (3, channels[-1] * rows, math.ceil(width // 2 / 2))
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.2])
+def test_compact_does_not_care_about_brightness_and_contrast(gain: float) -> None:
+    asked = captcha()
+    model = build(SMALL, asked).eval()
+    images = (pictures(asked) // 16) * 10
+    with torch.no_grad():
+        bright, pale = model(images), model((images * gain + 90).to(torch.uint8))
+    torch.testing.assert_close(bright, pale, atol=0.02, rtol=0.02)
+
+
+# -- every network with every head ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", ["compact", "resnet18"])
+@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 35)])
+def test_every_combination_trains(
+    network: str,
+    head: Literal["position", "grouped_softmax"],
+    channels: Literal[1, 3],
+    height: int,
+    width: int,
+) -> None:
+    asked = captcha(width, height, channels)
+    model = build(
+        Compact(name="compact", channels=(4, 6, 8, 10), head=head)
+        if network == "compact"
+        else ResNet18(name="resnet18", head=head),
+        asked,
+    )
+    assert model.training
+    logits = model(pictures(asked))
+    assert logits.shape == (3, 5, 10)
+    targets = torch.arange(15).view(3, 5) % 10
+    loss = model.head.loss(logits, targets)
+    assert loss.shape == ()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    ids, confidence = model.head.decode(logits.detach())
+    assert ids.shape == confidence.shape == (3, 5)
+    assert ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
+def test_no_convolution_has_a_bias(model: Compact | ResNet18) -> None:
+    convolutions = [m for m in build(model, captcha()).modules() if isinstance(m, nn.Conv2d)]
+    assert convolutions
+    assert all(c.bias is None for c in convolutions)
+
+
+@pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
+def test_a_picture_is_read_the_same_beside_any_others(model: Compact | ResNet18) -> None:
+    asked = captcha()
+    images = pictures(asked, 5)
+    built = build(model, asked)
+    with torch.no_grad():
+        built(images)  # the statistics move, as in training
+        built.eval()
+        together = built(images)
+        for n in range(5):
+            torch.testing.assert_close(built(images[n : n + 1])[0], together[n], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
+def test_evaluation_leaves_the_statistics_alone(model: Compact | ResNet18) -> None:
+    built = build(model, captcha()).eval()
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    with torch.no_grad():
+        built(pictures(captcha()))
+    assert all((before[name] == value).all() for name, value in built.state_dict().items())
+
+
+def test_colours_last_in_memory_changes_no_value() -> None:
+    asked = captcha()
+    plain, placed = build(SMALL, asked), build(SMALL, asked)
+    models.place(placed, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), placed.parameters(), strict=True))
+    with torch.no_grad():
+        images = pictures(asked)
+        torch.testing.assert_close(plain.eval()(images), placed.eval()(images), atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_chance_builds_the_same_weights() -> None:
+    one, two = build(SMALL, captcha()), build(SMALL, captcha())
+    torch.manual_seed(1)
+    other = models.build(SMALL, captcha())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# -- heads ---------------------------------------------------------------------------------------------------
+
+Head = PositionHead | GroupedSoftmaxHead
+each_head = pytest.mark.parametrize("kind", [PositionHead, GroupedSoftmaxHead])
+
+
+def some_logits(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@each_head
+@pytest.mark.parametrize("classes", [2, 10, 36])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_at_chance_is_the_loss_of_equal_logits(kind: type[Head], classes: int, smoothing: float) -> None:
+    head = kind(8, 3, 4, classes)
+    targets = torch.arange(20).view(5, 4) % classes
+    loss = head.loss(torch.full((5, 4, classes), 0.7), targets, smoothing)
+    assert head.loss_at_chance() == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_loss_at_chance_has_the_known_values() -> None:
+    assert PositionHead(8, 3, 4, 36).loss_at_chance() == pytest.approx(math.log(36))
+    assert GroupedSoftmaxHead(8, 3, 4, 36).loss_at_chance() == pytest.approx(0.127, abs=5e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_position_loss_is_the_mean_of_minus_log_softmax(smoothing: float) -> None:
+    logits, targets = some_logits(3, 2, 5), torch.tensor([[0, 4], [2, 2], [3, 1]])
+    total = 0.0
+    for b, t in itertools.product(range(3), range(2)):
+        row = logits[b, t].tolist()
+        log_sum = math.log(sum(math.exp(x) for x in row))
+        wanted = [(k == int(targets[b, t])) * (1 - smoothing) + smoothing / 5 for k in range(5)]
+        total += sum(w * (log_sum - x) for w, x in zip(wanted, row, strict=True))
+    loss = PositionHead(8, 3, 2, 5).loss(logits, targets, smoothing)
+    assert float(loss) == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_grouped_softmax_loss_is_the_article_s() -> None:
+    """BCELoss on the flattened softmax outputs against the flattened one-hot codes."""
+    logits, targets = some_logits(6, 4, 36), torch.arange(24).view(6, 4)
+    wanted = torch.zeros(6, 4 * 36)
+    for b, t in itertools.product(range(6), range(4)):
+        wanted[b, t * 36 + int(targets[b, t])] = 1
+    outputs = torch.cat([logits[:, t].softmax(dim=1) for t in range(4)], dim=1)
+    expected = nn.BCELoss()(outputs, wanted)
+    assert float(GroupedSoftmaxHead(8, 1, 4, 36).loss(logits, targets)) == pytest.approx(float(expected))
+
+
+def test_grouped_softmax_reads_positions_one_after_the_other() -> None:
+    head = GroupedSoftmaxHead(6, 2, 3, 4)
+    features = some_logits(5, 6, 2)
+    flat = features.reshape(5, 12) @ head.linear.weight.T + head.linear.bias
+    for t in range(3):
+        torch.testing.assert_close(head(features)[:, t], flat[:, t * 4 : (t + 1) * 4])
+
+
+def test_position_head_looks_where_its_weights_say() -> None:
+    """Against a loop over positions and places."""
+    torch.manual_seed(0)
+    head = PositionHead(6, 5, 3, 4)
+    nn.init.normal_(head.usual_place)
+    features = some_logits(2, 6, 5)
+    with torch.no_grad():
+        logits = head(features)
+        for b, t in itertools.product(range(2), range(3)):
+            scores = [
+                float(head.look.weight[t, :, 0] @ features[b, :, s] + head.look.bias[t])  # type: ignore[index]
+                + float(head.usual_place[t, s])
+                for s in range(5)
+            ]
+            shares = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
+            seen = sum((share * features[b, :, s] for s, share in enumerate(shares)), torch.zeros(6))
+            torch.testing.assert_close(logits[b, t], head.read(seen), atol=1e-5, rtol=1e-4)
+
+
+@each_head
+@pytest.mark.parametrize(("positions", "classes"), [(1, 2), (3, 4), (4, 3)])
+def test_decode_finds_the_most_probable_of_all_texts(kind: type[Head], positions: int, classes: int) -> None:
+    logits = some_logits(6, positions, classes)
+    ids, confidence = kind(8, 3, positions, classes).decode(logits)
+    for b in range(6):
+        chances = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits[b].tolist()]
+        texts = itertools.product(range(classes), repeat=positions)
+        best = max(texts, key=lambda text: math.prod(chances[t][k] for t, k in enumerate(text)))
+        assert tuple(ids[b].tolist()) == best
+        assert confidence[b].tolist() == pytest.approx([chances[t][k] for t, k in enumerate(best)], rel=1e-5)

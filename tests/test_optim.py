@@ -1,0 +1,143 @@
+"""The learning rate against its description, the fused optimisers against torch's plain ones."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from captcha_exp.config import Train
+from captcha_exp.optim import learning_rate, optimizer
+
+ONECYCLE = Train(
+    batch_size=8,
+    evaluation_batch_size=8,
+    epochs=1,
+    patience=None,
+    optimizer="adamw",
+    learning_rate=0.01,
+    weight_decay=0.1,
+    schedule="onecycle",
+    warmup_fraction=0.2,
+    label_smoothing=0.0,
+    deterministic=True,
+    chance_after_steps=500,
+)
+CONSTANT = replace(ONECYCLE, schedule="constant")
+
+
+# -- the rate ------------------------------------------------------------------------------------------------
+
+
+def test_onecycle_climbs_and_falls_along_two_straight_lines() -> None:
+    """100 steps, a peak of 0.01 after 20: made by hand, each rate taken in the middle of its step."""
+    expected = [0.01 * (n + 0.5) / 20 for n in range(20)] + [0.01 * (79.5 - n) / 80 for n in range(80)]
+    rates = [learning_rate(ONECYCLE, step, 100) for step in range(100)]
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
+def test_onecycle_peaks_where_the_warmup_ends() -> None:
+    rates = [learning_rate(ONECYCLE, step, 1000) for step in range(1000)]
+    assert rates.index(max(rates)) in (199, 200)
+    assert max(rates) == pytest.approx(0.01, rel=0.01)
+    assert rates[-1] < 0.01 / 500
+
+
+@given(steps=st.integers(1, 5000), warmup=st.floats(0, 0.99), place=st.floats(0, 0.999999))
+def test_onecycle_is_positive_and_never_above_the_peak(steps: int, warmup: float, place: float) -> None:
+    rate = learning_rate(replace(ONECYCLE, warmup_fraction=warmup), int(place * steps), steps)
+    assert 0 < rate <= 0.01 * (1 + 1e-9)
+
+
+def test_onecycle_without_warmup_only_falls() -> None:
+    rates = [learning_rate(replace(ONECYCLE, warmup_fraction=0.0), step, 50) for step in range(50)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(0.01 * 99 / 100)
+
+
+def test_constant_is_constant() -> None:
+    assert {learning_rate(CONSTANT, step, 77) for step in range(77)} == {0.01}
+
+
+# -- the optimisers ------------------------------------------------------------------------------------------
+
+Kind = Literal["adam", "adamw", "sgd"]
+
+
+def network() -> nn.Sequential:
+    """Without a bias before the norm: its gradient would be rounding alone, which Adam makes large."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)
+    )
+
+
+def loss(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    images, targets = torch.randn(8, 1, 6, 6, generator=generator), torch.arange(8) % 4
+    value: Tensor = nn.functional.cross_entropy(model(images), targets)
+    return value
+
+
+def plain(kind: Kind, model: nn.Module) -> torch.optim.Optimizer:
+    """torch's loop over the parameters, with the values that conf/ and schema.py promise."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    if kind == "adam":
+        return torch.optim.Adam(groups, lr=0.01, foreach=False)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99), foreach=False)
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, foreach=False)
+
+
+def descend(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int) -> Tensor:
+    """All parameters after these steps, with a rate that changes at each."""
+    chosen = make(model)
+    for step in range(steps):
+        for group in chosen.param_groups:
+            group["lr"] = 0.01 / (1 + step)
+        chosen.zero_grad()
+        loss(model, step).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        chosen.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_fused_optimisers_do_what_the_plain_ones_do(kind: Kind) -> None:
+    train = replace(ONECYCLE, optimizer=kind)
+    fused = descend(network(), lambda model: optimizer(train, model.parameters()), 20)
+    slow = descend(network(), lambda model: plain(kind, model), 20)
+    start = torch.cat([p.detach().flatten() for p in network().parameters()])
+    assert (fused - start).abs().max() > 1e-3
+    torch.testing.assert_close(fused, slow, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_weights_decay_and_biases_and_norms_do_not(kind: Kind) -> None:
+    model = network()
+    groups = optimizer(replace(ONECYCLE, optimizer=kind), model.parameters()).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.1,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "4.weight": 0.1,
+        "4.bias": 0.0,
+    }
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_no_decay_leaves_weights_without_gradient_alone(kind: Kind) -> None:
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    chosen = optimizer(replace(ONECYCLE, optimizer=kind, weight_decay=0.0), model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    chosen.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

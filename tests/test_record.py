@@ -1,0 +1,329 @@
+"""A run's folder: its own, whole at every moment, checked by hash, found again."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone, tzinfo
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captcha_exp import record
+from captcha_exp.config import Config, load
+from captcha_exp.errors import UserError
+from captcha_exp.places import root as root_of_runs
+from captcha_exp.record import MetricsRow, Run, write_atomically
+
+
+class OneSecond(datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "OneSecond":
+        return cls(2026, 3, 1, 12, 30, 45)
+
+
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captcha_exp.record.run.datetime", OneSecond)
+
+
+@pytest.fixture
+def run(tiny: Config) -> Run:
+    return record.create(tiny, tiny)
+
+
+# -- folders -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_second")
+def test_runs_of_the_same_second_have_folders_of_their_own(tiny: Config, root: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: record.create(tiny, tiny).folder, range(8)))
+    names = ["123045-tiny", *(f"123045-tiny-{number}" for number in range(2, 9))]
+    assert sorted(made) == [root / "outputs/2026-03-01" / name for name in names]
+
+
+def test_a_new_run_says_what_runs_where_and_since_when(run: Run, tiny: Config) -> None:
+    state = json.loads((run.folder / "run.json").read_text())
+    assert state["status"] == "RUNNING"
+    assert (state["host"], state["pid"]) == (platform.node(), os.getpid())
+    assert abs(datetime.now().astimezone() - datetime.fromisoformat(state["started"])) < timedelta(minutes=1)
+    assert load(run.folder / "config.yaml") == load(run.folder / "requested.yaml") == tiny
+
+
+def test_the_root_is_the_folder_that_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path / "elsewhere"))
+    assert root_of_runs() == tmp_path / "elsewhere"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CAPTCHA_EXP_ROOT", "~/mine")
+    assert root_of_runs() == tmp_path / "mine"
+
+
+def test_without_a_name_the_root_is_the_checkout_wherever_the_command_is_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CAPTCHA_EXP_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert root_of_runs() == Path(__file__).resolve().parents[1]
+
+
+# -- atomic writes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "run.json"
+    write_atomically(path, b"old")
+
+    def disk_full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, name, disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"run.json": b"old"}
+
+
+def test_content_is_on_the_disk_before_it_gets_the_name_and_the_name_is_on_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(b"old")
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        what = "folder" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "content"
+        steps.append((f"fsync {what}", path.read_bytes()))
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        steps.append(("replace", source.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_atomically(path, b"new")
+    assert steps == [("fsync content", b"old"), ("replace", b"new"), ("fsync folder", b"new")]
+
+
+def test_a_whole_run_leaves_no_temporary_file(run: Run) -> None:
+    run.write("model.safetensors", b"weights")
+    run.write_json("dataset.json", {})
+    run.log(MetricsRow(1, 2, {}))
+    run.note(error="none")
+    run.close("FINISHED")
+    assert sorted(p.name for p in run.folder.rglob("*")) == [
+        "config.yaml",
+        "dataset.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "requested.yaml",
+        "run.json",
+    ]
+
+
+# -- metrics -------------------------------------------------------------------------------------------------
+
+LINE = MetricsRow(3, 1_700_000_000_000, {"train/loss": 0.125, "val/accuracy": 0.5}).to_line()
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 2**53),
+    st.dictionaries(st.text(), st.floats(allow_nan=False) | st.integers(0, 2**53)),
+)
+def test_a_row_survives_the_file(step: int, timestamp: int, metrics: dict[str, float]) -> None:
+    row = MetricsRow(step, timestamp, metrics)
+    assert MetricsRow.from_line(row.to_line()) == row
+    assert row.to_line().count("\n") == 1
+
+
+def test_a_metric_that_is_not_a_number_survives_the_file() -> None:
+    line = MetricsRow(1, 2, {"train/loss": float("nan")}).to_line()
+    assert MetricsRow.from_line(line).to_line() == line
+
+
+def test_logged_rows_come_back_in_their_order(run: Run) -> None:
+    rows = [MetricsRow(step, 10 * step, {"val/accuracy": step / 3}) for step in (1, 2, 3)]
+    assert run.rows() == []
+    for row in rows:
+        run.log(row)
+    assert run.rows() == rows
+
+
+@given(st.integers(0, len(LINE) - 1))
+def test_a_line_that_was_cut_is_noticed(end: int) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - json's own words where the JSON is cut
+        MetricsRow.from_line(LINE[:end])
+
+
+@given(st.integers(0, len(LINE) - 1), st.characters(codec="utf-8"))
+def test_a_line_with_one_changed_character_is_noticed(place: int, character: str) -> None:
+    changed = LINE[:place] + character + LINE[place + 1 :]
+    if changed != LINE:
+        with pytest.raises(ValueError):  # noqa: PT011
+            MetricsRow.from_line(changed)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "\n", "{}\n", "[]\n", "5\n", LINE.replace('"step"', '"stop"'), LINE + LINE]
+)
+def test_a_line_that_is_no_row_is_noticed(line: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        MetricsRow.from_line(line)
+
+
+# -- the end -------------------------------------------------------------------------------------------------
+
+
+def test_close_writes_down_the_hash_of_every_file(run: Run) -> None:
+    run.write("model.safetensors", b"weights")
+    (run.report / "curves.png").write_bytes(b"picture")
+    run.close("FINISHED")
+    state = json.loads((run.folder / "run.json").read_text())
+    assert state["status"] == "FINISHED"
+    assert state["files"] == {
+        path.relative_to(run.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.folder.rglob("*")
+        if path.is_file() and path != run.folder / "run.json"
+    }
+    assert {"config.yaml", "model.safetensors", "report/curves.png"} <= state["files"].keys()
+
+
+def test_a_failed_run_says_why(run: Run) -> None:
+    run.close("FAILED", "step 3: the loss is not a finite number")
+    state = json.loads((run.folder / "run.json").read_text())
+    assert (state["status"], state["error"]) == ("FAILED", "step 3: the loss is not a finite number")
+    assert datetime.fromisoformat(state["ended"]) >= datetime.fromisoformat(state["started"])
+
+
+# -- found again ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_found_by_folder_by_date_and_time_and_by_the_start_of_its_id(
+    tiny: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = record.create(tiny, tiny), record.create(tiny, tiny)
+    first.note(mlflow={"run_id": "abc123"})
+    second.note(mlflow={"run_id": "abd456"})
+    monkeypatch.chdir(root / "outputs")
+    for name in (
+        str(first.folder),
+        str(first.folder.relative_to(root)),
+        str(first.folder.relative_to(root / "outputs")),
+        "abc123",
+        "abc",
+    ):
+        assert record.find(name) == first.folder
+    assert record.find("abd") == second.folder
+
+
+def test_an_ambiguous_beginning_is_refused(tiny: Config) -> None:
+    for run_id in ("abc123", "abd456"):
+        record.create(tiny, tiny).note(mlflow={"run_id": run_id})
+    with pytest.raises(UserError, match=r"^'ab' begins the ids of 2 runs; give more of it$"):
+        record.find("ab")
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("name", ["nosuchrun", "", "None", "ab"])
+def test_what_is_no_run_is_refused_with_the_ways_to_name_one(name: str) -> None:
+    with pytest.raises(UserError, match=r"is no run: .*captcha-exp runs lists them"):
+        record.find(name)
+
+
+def test_latest_is_refused_while_there_is_no_run(root: Path) -> None:
+    with pytest.raises(UserError, match=r"^latest: no run in .*outputs yet; captcha-exp train makes one$"):
+        record.find("latest")
+
+
+def test_latest_is_the_run_that_began_last_by_the_clock_of_the_world(tiny: Config) -> None:
+    """When summer time ends, the wall clock shows the same hour twice."""
+    summer, winter = (timezone(timedelta(hours=hours)) for hours in (2, 1))
+    older, newer = record.create(tiny, tiny), record.create(tiny, tiny)
+    older.note(started=datetime(2026, 10, 25, 2, 50, tzinfo=summer).isoformat())
+    newer.note(started=datetime(2026, 10, 25, 2, 10, tzinfo=winter).isoformat())
+    assert record.find("latest") == newer.folder
+
+
+def test_latest_is_the_run_that_began_last_also_within_a_second(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count(100_000)
+
+    class Ticking(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Ticking":
+            return cls(2026, 3, 1, 12, 30, 45, next(clock))
+
+    monkeypatch.setattr("captcha_exp.record.run.datetime", Ticking)
+    for number in range(1, 12):  # an alphabet puts -10 before -2
+        newest = record.create(tiny, tiny)
+        assert record.find("latest") == newest.folder, f"run {number} of this second"
+
+
+def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Config) -> None:
+    damaged, good = record.create(tiny, tiny), record.create(tiny, tiny)
+    (damaged.folder / "run.json").write_text("{")
+    assert [folder for folder, _ in record.runs()] == [good.folder]
+    with pytest.raises(UserError, match=r"run\.json: cannot be read as the record of a run"):
+        record.find(str(damaged.folder))
+
+
+# -- alive or dead -------------------------------------------------------------------------------------------
+
+
+def state_of(process: psutil.Process) -> dict[str, Any]:
+    return {"host": platform.node(), "pid": process.pid, "process_started": process.create_time()}
+
+
+def test_a_run_of_this_process_is_alive(run: Run) -> None:
+    assert record.is_alive(run.state)
+
+
+def test_a_run_whose_process_has_ended_is_dead() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    state = state_of(psutil.Process(child.pid))
+    assert record.is_alive(state)
+    child.communicate()
+    assert not record.is_alive(state)
+
+
+def test_a_run_whose_process_has_ended_is_dead_even_if_nobody_has_asked_how() -> None:
+    """In a container whose first process is no init, such a process stays in the table for ever."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = psutil.Process(child.pid)
+    state = state_of(process)
+    child.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+    try:
+        assert not record.is_alive(state)
+    finally:
+        child.communicate()
+
+
+def test_a_process_that_only_has_the_same_number_is_not_the_run(run: Run) -> None:
+    assert not record.is_alive({**run.state, "process_started": run.state["process_started"] - 3600})
+
+
+def test_a_run_of_another_machine_is_not_called_dead(run: Run) -> None:
+    assert record.is_alive({**run.state, "host": "another", "pid": -1})

@@ -1,0 +1,785 @@
+"""The training: what a step does and does not do, how the loop ends, what the record says of it."""
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from captcha_exp import dataset, models, report, sources, watch
+from captcha_exp.checkpoint import TrainState, load_weights
+from captcha_exp.config import Config, Mlflow, to_dict
+from captcha_exp.dataset import Batch, Dataset, Split
+from captcha_exp.display import Silent
+from captcha_exp.errors import RunFailed, UserError
+from captcha_exp.evaluate import Evaluation, evaluate
+from captcha_exp.record import MetricsRow, Run, Status
+from captcha_exp.train import Step, fresh_state, train_step, weights_sha256
+
+# `captcha_exp.train` is the function; this is the module.
+train = importlib.import_module("captcha_exp.train")
+
+CPU = torch.device("cpu")
+Optimizer = Literal["adam", "adamw", "sgd"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
+
+
+class Heard(Silent):
+    """A display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class Notes:
+    """A tracker that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.rows: list[MetricsRow] = []
+        self.status: Status | None = None
+        self.folder: Path | None = None
+
+    def start(self, run: Run, config: Config) -> None:
+        self.calls.append("start")
+        self.folder = run.folder
+
+    def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        self.calls.append("describe")
+
+    def log(self, row: MetricsRow) -> None:
+        self.calls.append("log")
+        self.rows.append(row)
+
+    def finish(self, run: Run, status: Status) -> None:
+        self.calls.append("finish")
+        self.status = status
+
+
+def training(config: Config, **values: Any) -> Config:
+    return replace(config, train=replace(config.train, **values))
+
+
+def state_of(folder: Path | None) -> dict[str, Any]:
+    assert folder is not None
+    state: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return state
+
+
+def rows_of(folder: Path) -> list[MetricsRow]:
+    return [MetricsRow.from_line(f"{line}\n") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def config(tiny: Config) -> Config:
+    """One epoch of the tiny config on one thread."""
+    return replace(training(tiny, epochs=1), device=replace(tiny.device, threads=1))
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of the report take longer than this training."""
+    monkeypatch.setattr(report, "curves", lambda rows, path: None)
+    monkeypatch.setattr(report, "confusion", lambda evaluation, alphabet, path: None)
+
+
+def batch_of(config: Config, count: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, config.captcha.height, config.captcha.width, config.captcha.channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 5, (count, 2), generator=generator)
+    return Batch(images, targets, torch.arange(count))
+
+
+# -- one step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_reads_no_tensor_on_the_host(
+    config: Config, kind: Optimizer, precision: Literal["fp32", "bf16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
+    state, batch = fresh_state(config, CPU), batch_of(config)
+    seen = watch.FiniteWatch(CPU)
+    train_step(state, batch, config)  # an optimiser may look while it makes its own state
+
+    def read(self: Tensor, *args: object, **kwargs: object) -> None:
+        raise AssertionError("a tensor was read on the host")
+
+    with monkeypatch.context() as patch:
+        names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__len__")
+        for name in (*names, "__array__", "__contains__"):
+            patch.setattr(torch.Tensor, name, read)
+        step = train_step(state, batch, config)
+        seen.note(1, step.loss, step.finite)
+    assert seen.bad_step() is None
+    assert step.loss.isfinite()
+
+
+def test_a_step_is_the_textbooks(config: Config) -> None:
+    """Against torch's plain loop with the plain optimiser, the loss without any of our code."""
+    config = training(config, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
+    state = fresh_state(config, CPU)
+    plain = copy.deepcopy(state.model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=False)
+    for seed in range(3):
+        batch = batch_of(config, 8 + seed)
+        ours = train_step(state, batch, config)
+        optimizer.zero_grad()
+        logits = plain(batch.images)
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 5), batch.targets.reshape(-1))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        optimizer.step()
+        torch.testing.assert_close(ours.loss, loss.detach(), atol=1e-5, rtol=1e-4)
+        assert int(ours.right) == int((logits.argmax(dim=2) == batch.targets).all(dim=1).sum())
+        assert bool(ours.finite)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+
+
+def everything(state: TrainState) -> dict[str, Tensor]:
+    """Weights, batch-norm statistics and the optimiser's state, copied."""
+    found = dict(state.model.state_dict())
+    for number, values in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{name}": x for name, x in values.items() if x is not None}
+    return {name: value.clone() for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def not_finite(what: str, state: TrainState) -> Iterator[None]:
+    """Makes the loss, or one gradient alone, NaN or infinite."""
+    cause, _, value = what.partition(" ")
+    if cause == "gradient":
+        parameter = list(state.model.parameters())[-1]
+        handle = parameter.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
+            lambda gradient: gradient.index_fill(0, torch.tensor([0]), float(value))
+        )
+        yield
+        handle.remove()
+    else:
+        plain = type(state.model.head).loss
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(state.model.head), "loss", lambda *args: plain(*args) * float(value))
+            yield
+
+
+CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf"]
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing(config: Config, kind: Optimizer, cause: str) -> None:
+    config = training(config, optimizer=kind)
+    state, batch = fresh_state(config, CPU), batch_of(config)
+    for _ in range(2):
+        train_step(state, batch, config)
+    before = everything(state)
+    with not_finite(cause, state):
+        step = train_step(state, batch, config)
+    assert not step.finite
+    after = everything(state)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert train_step(state, batch, config).finite
+    assert not torch.equal(everything(state)["head.read.weight"], before["head.read.weight"])
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What nobody has written is NaN, so that a read of it is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # added at run time
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_first_step_that_is_not_finite_leaves_no_trace(
+    config: Config, kind: Optimizer, fresh_memory_is_nan: None
+) -> None:
+    """The good steps after it do what they would have done without it."""
+    config = training(config, optimizer=kind)
+    batch = batch_of(config)
+    hurt, whole = fresh_state(config, CPU), fresh_state(config, CPU)
+    with not_finite("loss nan", hurt):
+        train_step(hurt, batch, config)
+    for state in (hurt, whole):
+        train_step(state, batch, config)
+        train_step(state, batch, config)
+    ours, expected = everything(hurt), everything(whole)
+    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+
+
+def test_the_watch_keeps_the_first_bad_step() -> None:
+    seen = watch.FiniteWatch(CPU)
+    good, bad = torch.tensor(True), torch.tensor(False)
+    assert seen.bad_step() is None
+    seen.note(0, torch.tensor(1.0), good)
+    seen.note(7, torch.tensor(math.nan), bad)
+    seen.note(8, torch.tensor(1.0), bad)
+    seen.note(9, torch.tensor(1.0), good)
+    assert seen.bad_step() == 7
+    assert bool(seen.loss_was_bad)
+
+
+def test_the_watch_knows_a_gradient_from_a_loss() -> None:
+    seen = watch.FiniteWatch(CPU)
+    seen.note(3, torch.tensor(1.0), torch.tensor(False))
+    assert seen.bad_step() == 3
+    assert not bool(seen.loss_was_bad)
+
+
+# -- numbers that are no numbers -----------------------------------------------------------------------------
+
+
+def test_a_learning_rate_that_is_too_high_is_said_in_one_line(config: Config, no_report: None) -> None:
+    notes = Notes()
+    config = training(config, learning_rate=1e30, schedule="constant", batch_size=32, epochs=3)
+    with pytest.raises(RunFailed) as failure:
+        train.train(config, notes, Heard())
+    (line,) = failure.value.lines
+    assert line.startswith("step ")
+    assert "(epoch 1): the loss is not a finite number, in the batch of" in line
+    assert "weights have grown to" in line
+    assert "train.learning_rate=1e+30 is too high: try a tenth of it" in line
+    state = state_of(notes.folder)
+    assert state["status"] == notes.status == "FAILED"
+    assert line in state["error"]
+
+
+def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str, value: float) -> str:
+    """The line of a training in which one weight is this number from step `at` (counted from 1) on."""
+    plain = train.train_step
+    steps = 0
+
+    def step(state: TrainState, batch: Batch, config: Config) -> Step:
+        nonlocal steps
+        steps += 1
+        if steps == at:
+            with torch.no_grad():
+                parameter = dict(state.model.named_parameters())[name]
+                parameter[(0,) * parameter.ndim] = value
+        return plain(state, batch, config)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(RunFailed) as failure:
+        train.train(config, None, Heard())
+    (line,) = failure.value.lines
+    return line
+
+
+def test_the_line_names_step_epoch_and_batch(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = training(config, batch_size=32, epochs=3)
+    data = dataset.prepare(dataset.outline(config), config, Silent())
+    side = data.split("train", CPU, 512)
+    per_epoch = math.ceil(len(side) / 32)
+    line = poisoned(config, monkeypatch, per_epoch + per_epoch, "head.read.bias", math.inf)
+    last = side.shuffled(config.seed, 2)[32 * (per_epoch - 1) :]
+    labels = ", ".join(repr(data.labels[int(side.rows[n])]) for n in last[:4])
+    assert line.startswith(f"step {2 * per_epoch} (epoch 2): the loss is not a finite number")
+    assert f"in the batch of {len(last)} pictures that begins with {labels};" in line
+
+
+@pytest.mark.parametrize("name", ["network.stages.0.0.weight", "head.usual_place", "head.read.bias"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_line_names_the_weight_that_is_no_number(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    line = poisoned(config, monkeypatch, 2, name, value)
+    assert f"weights have grown to {value:.3g} ({name})" in line
+
+
+def test_16_bits_that_overflow_are_named_as_the_cause(config: Config) -> None:
+    config = replace(config, device=replace(config.device, precision="bf16"))
+    seen = watch.FiniteWatch(CPU)
+    seen.note(0, torch.tensor(math.nan), torch.tensor(False))
+    state, batch = fresh_state(config, CPU), batch_of(config)
+    failure = watch.explain_not_finite(seen, state.model, batch, ["01"] * 8, config, 1)
+    assert "bf16 overflows where fp32 does not; write device.precision=fp32" in str(failure)
+
+
+# -- losses and readings at chance ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
+def test_the_first_loss_of_fresh_weights_is_at_chance(
+    config: Config, head: Literal["position", "grouped_softmax"]
+) -> None:
+    config = replace(config, model=replace(config.model, head=head))
+    state = fresh_state(config, CPU)
+    step = train_step(state, batch_of(config, 32), config)
+    assert watch.check_first_loss(float(step.loss), state.model) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "trouble"), [(0.7, True), (0.9, False), (1.61, False), (3.1, False), (3.3, True)]
+)
+def test_a_first_loss_far_from_chance_is_said(config: Config, loss: float, trouble: bool) -> None:
+    """ln 5 is 1.609; half and twice of it are borne."""
+    text = watch.check_first_loss(loss, fresh_state(config, CPU).model)
+    assert (text is not None) == trouble
+    if text:
+        assert f"the first loss is {loss:.3f}, but a head that knows nothing has 1.609" in text
+
+
+def test_a_first_loss_far_from_chance_is_in_the_record(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = models.build
+
+    def large(*args: Any) -> models.Recogniser:
+        model = plain(*args)
+        torch.nn.init.normal_(model.head.read.weight, std=100)  # type: ignore[union-attr, arg-type]
+        return model
+
+    monkeypatch.setattr(models, "build", large)
+    heard = Heard()
+    result = train.train(config, None, heard)
+    (warning,) = state_of(result.folder)["warnings"]
+    assert warning.startswith("the first loss is ")
+    assert heard.warnings == [warning]
+
+
+@pytest.fixture
+def learnable(config: Config) -> Config:
+    """Two characters that the tiny network learns to read in a few seconds."""
+    captcha = replace(config.captcha, alphabet="01", length=4)
+    learning = training(config, epochs=6, batch_size=16, learning_rate=0.01, chance_after_steps=30)
+    return replace(learning, captcha=captcha)
+
+
+def test_characters_that_stay_at_chance_are_told_with_causes(
+    learnable: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = dataset.prepare
+
+    def shuffled(*args: Any) -> Dataset:
+        data = plain(*args)
+        return replace(data, targets=data.targets[torch.randperm(len(data.targets))])
+
+    monkeypatch.setattr(dataset, "prepare", shuffled)
+    heard = Heard()
+    result = train.train(learnable, None, heard)
+    (warning,) = heard.warnings  # once, not in every epoch
+    assert "characters are read no better than by chance" in warning
+    for cause in ("labels that do not belong", "train.learning_rate=0.01", "at 32x16", "patience"):
+        assert cause in warning
+    assert "  " not in warning
+    assert state_of(result.folder)["warnings"] == [warning]
+
+
+def test_a_training_that_learns_is_not_warned(learnable: Config, no_report: None) -> None:
+    heard = Heard()
+    result = train.train(learnable, None, heard)
+    assert heard.warnings == []
+    assert result.test.char_accuracy > 0.6
+
+
+def test_chance_is_not_judged_before_its_time(config: Config) -> None:
+    targets = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
+    blind = Evaluation(1.0, np.zeros_like(targets), targets, np.ones((100, 2), np.float32), np.arange(100))
+    assert watch.check_moving(blind, config, config.train.chance_after_steps - 1) is None
+    assert watch.check_moving(blind, config, config.train.chance_after_steps) is not None
+
+
+# -- the same again ------------------------------------------------------------------------------------------
+
+
+def weights(config: Config) -> str:
+    return train.train(config, None, Heard()).weights_sha256
+
+
+TRAIN = """
+import json, sys
+from captcha_exp import load, report
+from captcha_exp.train import train
+report.curves = report.confusion = lambda *args: None
+print(train(load(json.loads(sys.argv[1]))).weights_sha256)
+"""
+
+
+def test_the_weights_are_a_function_of_the_config(config: Config, no_report: None, tmp_path: Path) -> None:
+    """Not of how often, with how many drawing processes, or with which memory; nor of what ran before."""
+    expected = weights(config)
+    torch.rand(7)
+    assert weights(config) == expected
+    drawn_by_two = replace(config.data, workers=2, cache=str(tmp_path / "fresh"))
+    assert weights(replace(config, data=drawn_by_two)) == expected
+    assert weights(replace(config, device=replace(config.device, resident_limit_mib=0))) == expected
+    assert weights(replace(config, seed=1)) != expected
+
+
+def test_threads_are_the_configs_not_the_environments(config: Config, no_report: None) -> None:
+    config = replace(config, device=replace(config.device, threads=2))
+    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, json.dumps(to_dict(config))],
+        env={**os.environ, **dict.fromkeys(variables, "1")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == weights(config)
+
+
+def test_another_split_or_order_gives_other_weights(config: Config, no_report: None) -> None:
+    """The counterpart: the digest does see a change."""
+    one = weights(config)
+    assert weights(replace(config, data=replace(config.data, split_seed=5))) != one
+    assert weights(training(config, batch_size=63)) != one
+
+
+def test_the_digest_sees_names_shapes_values_and_statistics(config: Config) -> None:
+    def digest() -> str:
+        return weights_sha256(model)
+
+    model = fresh_state(config, CPU).model
+    before = digest()
+    assert weights_sha256(fresh_state(config, CPU).model) == before
+    plain = models.build(config.model, config.captcha)
+    plain.load_state_dict(model.state_dict())
+    assert weights_sha256(plain) == before  # another layout in memory
+    with torch.no_grad():
+        next(iter(model.buffers()))[0] += 1e-6
+    assert digest() != before
+
+
+# -- epochs --------------------------------------------------------------------------------------------------
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[tuple[int, str]]:
+    """Gives validation these accuracies; returns (pictures, digest of the weights) of each evaluation."""
+    seen: list[tuple[int, str]] = []
+
+    def chosen(model: models.Recogniser, split: Split, config: Config) -> Evaluation:
+        number = len(seen)
+        seen.append((len(split), weights_sha256(model)))
+        made = evaluate(model, split, config)
+        if number >= len(accuracies):
+            return made
+        right = round(accuracies[number] * len(split))
+        predicted = made.targets.copy()
+        predicted[right:] = (predicted[right:] + 1) % 5
+        return replace(made, predicted=predicted)
+
+    monkeypatch.setattr(train, "evaluate", chosen)
+    return seen
+
+
+def test_the_best_epochs_weights_are_kept_and_tested(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two equals is the best one."""
+    seen = scripted(monkeypatch, [0.2, 0.6, 0.4, 0.6])
+    result = train.train(training(config, epochs=4), None, Heard())
+    digests = [digest for _, digest in seen]
+    assert len(set(digests[:4])) == 4
+    assert result.best_epoch == 2
+    assert digests[4] == digests[1] == result.weights_sha256
+    stored, _ = load_weights(result.folder / "model.safetensors", CPU)
+    assert weights_sha256(stored) == digests[1]
+    assert state_of(result.folder)["result"]["best_epoch"] == 2
+    assert state_of(result.folder)["result"]["epochs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("patience", "accuracies", "epochs"),
+    [
+        (1, [0.5, 0.1, 0.5], 3),
+        (2, [0.1, 0.5, 0.2, 0.6, 0.1, 0.1, 0.6], 7),
+        (1, [0.0, 0.0, 0.0], 3),
+        (None, [0.5], 8),
+    ],
+)
+def test_patience_bears_so_many_epochs_and_one_more_stops(
+    config: Config,
+    no_report: None,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: int | None,
+    accuracies: list[float],
+    epochs: int,
+) -> None:
+    scripted(monkeypatch, accuracies + [0.0] * (8 - len(accuracies)))
+    heard = Heard()
+    result = train.train(training(config, epochs=8, patience=patience, batch_size=200), None, heard)
+    assert state_of(result.folder)["result"]["epochs"] == epochs
+    assert any("stopping early" in line for line in heard.lines) == (epochs < 8)
+
+
+def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    plain_split = Dataset.split
+
+    def opened(self: Dataset, name: str, device: torch.device, limit: int) -> Split:
+        events.append(f"open {name}")
+        return plain_split(self, name, device, limit)
+
+    def evaluated(model: models.Recogniser, split: Split, config: Config) -> Evaluation:
+        made = evaluate(model, split, config)
+        (side,) = (name for name, rows in data.members.items() if set(made.rows) <= set(rows.tolist()))
+        assert sorted(made.rows) == data.members[side].tolist()
+        events.append(f"evaluate {side}")
+        return made
+
+    data = dataset.prepare(dataset.outline(config), config, Silent())
+    monkeypatch.setattr(Dataset, "split", opened)
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    train.train(training(config, epochs=3, evaluation_batch_size=7), None, Heard())
+    assert [e for e in events if e.startswith("evaluate")] == ["evaluate validation"] * 3 + ["evaluate test"]
+    assert [e for e in events if "test" in e] == ["open test", "evaluate test"]
+    assert events[-2:] == ["open test", "evaluate test"]
+
+
+def test_every_epoch_trains_on_all_training_pictures_in_another_order(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train.train_step
+    rows: list[int] = []
+
+    def step(state: TrainState, batch: Batch, config: Config) -> Step:
+        assert state.model.training
+        rows.extend(batch.rows.tolist())
+        return plain(state, batch, config)
+
+    monkeypatch.setattr(train, "train_step", step)
+    train.train(training(config, epochs=2), None, Heard())
+    data = dataset.prepare(dataset.outline(config), config, Silent())
+    expected = data.members["train"].tolist()
+    first, second = rows[: len(expected)], rows[len(expected) :]
+    assert sorted(first) == sorted(second) == expected
+    assert first != second
+    assert first != expected
+
+
+def test_the_rate_follows_the_schedule_over_all_steps(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train.train_step
+    rates: list[float] = []
+
+    def step(state: TrainState, batch: Batch, config: Config) -> Step:
+        rates.extend({group["lr"] for group in state.optimizer.param_groups})
+        return plain(state, batch, config)
+
+    monkeypatch.setattr(train, "train_step", step)
+    config = training(config, epochs=3, schedule="onecycle", warmup_fraction=0.5, learning_rate=0.01)
+    train.train(config, None, Heard())
+    steps = len(rates)
+    assert steps % 3 == 0
+    assert steps > 3
+    middles = [(n + 0.5) / steps for n in range(steps)]
+    assert rates == pytest.approx([0.01 * min(2 * m, 2 - 2 * m) for m in middles])
+
+
+def test_label_smoothing_is_in_the_training_loss_alone(config: Config) -> None:
+    smooth, plain = (training(config, label_smoothing=value) for value in (0.5, 0.0))
+    batch = batch_of(config)
+    losses = [float(train_step(fresh_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
+    assert losses[0] != losses[1]
+    split = Split(batch.images, batch.targets, batch.rows, CPU)
+    model = fresh_state(config, CPU).model
+    assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
+
+
+def test_training_accuracy_and_loss_are_means_over_pictures(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short last batch counts by its pictures."""
+    plain = train.train_step
+    seen: list[tuple[float, int, int]] = []
+
+    def step(state: TrainState, batch: Batch, config: Config) -> Step:
+        made = plain(state, batch, config)
+        seen.append((float(made.loss), int(made.right), len(batch.rows)))
+        return made
+
+    monkeypatch.setattr(train, "train_step", step)
+    result = train.train(training(config, batch_size=100), None, Heard())
+    count = sum(n for _, _, n in seen)
+    assert seen[-1][2] < 100
+    metrics = rows_of(result.folder)[0].metrics
+    assert metrics["train/loss"] == pytest.approx(sum(loss * n for loss, _, n in seen) / count, rel=1e-5)
+    assert metrics["train/accuracy"] == pytest.approx(sum(right for _, right, _ in seen) / count)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_optimiser_trains_in_every_precision(
+    config: Config, no_report: None, kind: Optimizer, precision: Literal["fp32", "bf16"]
+) -> None:
+    config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
+    result = train.train(config, None, Heard())
+    (epoch, test) = rows_of(result.folder)
+    assert all(math.isfinite(value) for value in (*epoch.metrics.values(), *test.metrics.values()))
+    stored, _ = load_weights(result.folder / "model.safetensors", CPU)
+    assert {p.dtype for p in stored.parameters()} == {torch.float32}
+
+
+# -- the record ----------------------------------------------------------------------------------------------
+
+EVERY_EPOCH = {
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "val/char_accuracy",
+    "memory/process_peak_mib",
+    "speed/images_per_second",
+    "speed/epoch_seconds",
+}
+
+
+def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
+    """Every name at every epoch, every file with its hash, the report, and the tracker told."""
+    notes = Notes()
+    result = train.train(tiny, notes, Heard())
+
+    rows = rows_of(result.folder)
+    assert [row.step for row in rows] == [1, 2, 2]
+    assert all(row.metrics.keys() >= EVERY_EPOCH for row in rows[:2])
+    names = {"test/loss", "test/accuracy", "test/char_accuracy", "test/accuracy_low", "test/accuracy_high"}
+    assert rows[2].metrics.keys() == names
+    assert notes.rows == rows
+    assert notes.calls == ["start", "describe", "log", "log", "log", "finish"]
+
+    state = state_of(result.folder)
+    assert state["status"] == notes.status == "FINISHED"
+    assert state["error"] is None
+    assert state["ended"] is not None
+    assert state["result"]["weights_sha256"] == result.weights_sha256
+    assert state["result"]["test_accuracy"] == result.test.accuracy == rows[2].metrics["test/accuracy"]
+    present = {
+        path.relative_to(result.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in result.folder.rglob("*")
+        if path.is_file() and path.name != "run.json"
+    }
+    assert state["files"] == present
+    assert {
+        "config.yaml",
+        "requested.yaml",
+        "environment.json",
+        "dataset.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "test.json",
+        "report/curves.png",
+        "report/confusion.png",
+    } <= present.keys()
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (RuntimeError("the card fell off"), "FAILED"),
+        (UserError("a mistake"), "FAILED"),
+        (MemoryError(), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_however_a_run_ends_its_record_says_so(
+    config: Config, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: Status
+) -> None:
+    def broken(state: TrainState, batch: Batch, config: Config) -> Step:
+        raise raised
+
+    monkeypatch.setattr(train, "train_step", broken)
+    notes = Notes()
+    with pytest.raises(type(raised)):
+        train.train(config, notes, Heard())
+    state = state_of(notes.folder)
+    assert state["status"] == notes.status == status
+    assert type(raised).__name__ in state["error"]
+    assert str(raised) in state["error"] or status == "KILLED"
+    assert state["files"].keys() >= {"config.yaml", "dataset.json"}
+
+
+def test_a_drawing_that_fails_is_a_failed_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*args: object) -> None:
+        raise RunFailed("a drawing process ended with exit code 1: no more ink")
+
+    monkeypatch.setattr(sources, "draw", broken)
+    notes = Notes()
+    config = replace(config, data=replace(config.data, cache=str(tmp_path / "empty")))
+    with pytest.raises(RunFailed, match="no more ink"):
+        train.train(config, notes, Heard())
+    assert state_of(notes.folder)["status"] == notes.status == "FAILED"
+
+
+def test_a_tracker_that_cannot_start_fails_the_run(config: Config) -> None:
+    class Away(Notes):
+        def start(self, run: Run, config: Config) -> None:
+            super().start(run, config)
+            raise ConnectionError("nobody there")
+
+    notes = Away()
+    with pytest.raises(ConnectionError):
+        train.train(config, notes, Heard())
+    assert state_of(notes.folder)["status"] == notes.status == "FAILED"
+
+
+def test_nothing_is_made_when_the_data_cannot_be(config: Config, root: Path) -> None:
+    config = replace(config, data=replace(config.data, fonts=("Missing.ttf",)))
+    with pytest.raises(UserError, match=r"Missing\.ttf"):
+        train.train(config, None, Heard())
+    assert not (root / "outputs").exists()
+
+
+def test_the_record_holds_what_was_asked_and_what_ran(config: Config, no_report: None) -> None:
+    requested = replace(
+        config,
+        device=replace(config.device, name="auto"),
+        tracking=Mlflow(backend="mlflow", uri="auto", experiment="x"),
+    )
+    result = train.train(requested, None, Heard())
+    assert "auto" not in (result.folder / "config.yaml").read_text()
+    assert "name: auto" in (result.folder / "requested.yaml").read_text()
+    assert "uri: auto" in (result.folder / "requested.yaml").read_text()
+
+
+def test_the_model_is_on_disk_from_the_first_epoch_on(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(Notes):
+        def log(self, row: MetricsRow) -> None:
+            super().log(row)
+            if row.step == 2:
+                raise KeyboardInterrupt
+
+    notes = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        train.train(training(config, epochs=5), notes, Heard())
+    assert notes.folder is not None
+    assert len(rows_of(notes.folder)) == 2
+    load_weights(notes.folder / "model.safetensors", CPU)
+    assert state_of(notes.folder)["status"] == "KILLED"
