@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from captcha_exp.cli import compose as compose
     from captcha_exp.config import load as load
 
-__version__ = "0.1.0"
 __all__ = ["compose", "load"]
 
 
