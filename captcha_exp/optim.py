@@ -46,3 +46,9 @@ def learning_rate(train: Train, step: int, steps: int) -> float:
             return train.learning_rate * min(up, down)
         case _:
             assert_never(train.schedule)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -24,7 +24,8 @@ def curves(rows: Sequence[MetricsRow], path: Path) -> None:
     steps = [row.step for row in epochs]
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        for split, label in (("train", "training (running, in training mode)"), ("val", "validation")):
+        # The training's figures are those of moving weights, and its loss has the label smoothing in it.
+        for split, label in (("train", "training, while it ran"), ("val", "validation")):
             values = [row.metrics[f"{split}/{name}"] for row in epochs]
             axes.plot(steps, values, marker="o", markersize=3, label=label)
         for row in rows:

@@ -20,7 +20,7 @@ from captcha_exp import device as devices
 from captcha_exp.alphabet import Alphabet
 from captcha_exp.checkpoint import TrainState, weights_to_bytes
 from captcha_exp.config import Config, resolve
-from captcha_exp.dataset import Batch, Dataset, Split
+from captcha_exp.dataset import Batch, Split
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
@@ -102,56 +102,67 @@ def fit(
     state: TrainState,
     training: Split,
     validation: Split,
-    data: Dataset,
+    labels: list[str],
     config: Config,
     run: Run,
     tracker: Tracker,
     display: Display,
 ) -> None:
     """The loop: train an epoch, look at the whole validation split, log, keep the best, stop early."""
-    steps = -(-len(training) // config.train.batch_size) * config.train.epochs
     memory = devices.MemoryMeter(training.device)
-    finite = watch.FiniteWatch(training.device)
-    still: str | None = None
-    for state.epoch in range(1, config.train.epochs + 1):
-        began = time.perf_counter()
-        memory.start()
-        state.model.train()
-        order = training.shuffled(config.seed, state.epoch)
-        with display.bar(f"epoch {state.epoch}/{config.train.epochs}", len(training)) as bar:
-            epoch = _Epoch(training.device, bar)
-            for batch in training.batches(config.train.batch_size, order):
-                rate = optim.learning_rate(config.train, state.step, steps)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = rate
-                step = train_step(state, batch, config)
-                finite.note(state.step, step.loss, step.finite)
-                state.step += 1
-                if state.step == 1 and (trouble := watch.check_first_loss(float(step.loss), state.model)):
-                    _trouble(trouble, run, display)
-                if epoch.add(step, len(batch.rows)):
-                    _stop_if_not_finite(finite, state, training, data, config)
-        _stop_if_not_finite(finite, state, training, data, config)
-        metrics = epoch.metrics() | memory.peaks("train")
 
-        memory.start()
-        result = evaluate(state.model, validation, config)
-        metrics |= result.metrics("val") | memory.peaks("eval")
-        metrics["memory/process_peak_mib"] = devices.process_peak_mib(training.device)
-        metrics["speed/epoch_seconds"] = time.perf_counter() - began
-        row = MetricsRow(state.epoch, record.now_ms(), metrics)
-        run.log(row)
-        tracker.log(row)
+    def tell(trouble: str) -> None:
+        display.warn(trouble)
+        run.note(warnings=[*run.state["warnings"], trouble])
 
-        better = state.keep_if_better(result.accuracy)
-        if better:
-            run.write("model.safetensors", weights_to_bytes(state.model, config))
-        display.line(_epoch_line(state, metrics, config, better))
-        if not still and (still := watch.check_moving(result, config, state.step)):
-            _trouble(still, run, display)
-        if config.train.patience and state.epochs_without_gain() > config.train.patience:
-            display.line(f"no better epoch since {state.best_epoch}: stopping early (train.patience)")
-            break
+    guard = watch.Guard(training, labels, config, tell)
+    with display.bar("training", config.train.epochs * len(training)) as bar:
+        for state.epoch in range(1, config.train.epochs + 1):
+            began = time.perf_counter()
+            memory.start()
+            metrics = train_epoch(state, training, config, guard, bar)
+            metrics |= memory.peaks("train")
+
+            memory.start()
+            result = evaluate(state.model, validation, config)
+            metrics |= result.metrics("val") | memory.peaks("eval")
+            metrics["memory/process_peak_mib"] = devices.process_peak_mib(training.device)
+            metrics["speed/epoch_seconds"] = time.perf_counter() - began
+            row = MetricsRow(state.epoch, record.now_ms(), metrics)
+            run.log(row)
+            tracker.log(row)
+
+            better = state.keep_if_better(result.accuracy)
+            if better:
+                run.write("model.safetensors", weights_to_bytes(state.model, config))
+            display.line(_epoch_line(state, metrics, config, better))
+            guard.look_at(result, state.step)
+            if config.train.patience and state.epochs_without_gain() > config.train.patience:
+                display.line(f"no better epoch since {state.best_epoch}: stopping early (train.patience)")
+                break
+
+
+def train_epoch(
+    state: TrainState, training: Split, config: Config, guard: watch.Guard, bar: Bar
+) -> dict[str, float]:
+    """Every picture once; loss and accuracy as they were on the way, and pictures per second.
+
+    Raises:
+        RunFailed: a loss or a gradient was not a finite number; the line says where and why.
+    """
+    size = config.train.batch_size
+    steps = -(-len(training) // size) * config.train.epochs
+    state.model.train()
+    sums = _Sums(training.device, bar, f"epoch {state.epoch}/{config.train.epochs}")
+    for batch in training.batches(size, training.shuffled(config.seed, state.epoch)):
+        optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, steps))
+        step = train_step(state, batch, config)
+        guard.note(state.step, step.loss, step.finite)
+        state.step += 1
+        if sums.add(step, len(batch.rows)):
+            guard.look(state.model, state.epoch)
+    guard.look(state.model, state.epoch)
+    return sums.metrics()
 
 
 def train(
@@ -171,7 +182,7 @@ def train(
     outline = dataset.outline(config)
     run = record.create(config, requested)
     display.line(f"run {run.folder} on {devices.describe(config)}")
-    with _recorded(run, tracker, config):
+    with _recorded(run, tracker, config, display):
         data = dataset.prepare(outline, config, display)
         ran_on = environment(config)
         run.write_json("dataset.json", data.manifest)
@@ -181,7 +192,7 @@ def train(
             data.split(name, device, config.device.resident_limit_mib) for name in dataset.SPLITS
         )
         state = fresh_state(config, device)
-        fit(state, training, validation, data, config, run, tracker, display)
+        fit(state, training, validation, data.labels, config, run, tracker, display)
 
         state.restore_best()
         tested = evaluate(state.model, test, config)
@@ -235,7 +246,7 @@ def weights_sha256(model: models.Recogniser) -> str:
 
 
 @contextlib.contextmanager
-def _recorded(run: Run, tracker: Tracker, config: Config) -> Iterator[None]:
+def _recorded(run: Run, tracker: Tracker, config: Config, display: Display) -> Iterator[None]:
     """However it ends, the record says so: in the folder first, then at the tracker."""
     status: Status = "FAILED"
     error: str | None = None
@@ -245,6 +256,7 @@ def _recorded(run: Run, tracker: Tracker, config: Config) -> Iterator[None]:
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit) as interruption:
         status, error = "KILLED", type(interruption).__name__
+        display.line(f"interrupted: {run.folder} keeps what was reached, as KILLED")
         raise
     except BaseException as exception:
         error = f"{type(exception).__name__}: {exception}"
@@ -254,39 +266,42 @@ def _recorded(run: Run, tracker: Tracker, config: Config) -> Iterator[None]:
         tracker.finish(run, status)
 
 
-class _Epoch:
+class _Sums:
     """Sums of one epoch, kept on the device; read when a person may look, twice a second."""
 
-    def __init__(self, device: torch.device, bar: Bar) -> None:
-        self.loss_sum = torch.zeros((), device=device)
+    def __init__(self, device: torch.device, bar: Bar, title: str) -> None:
+        self.loss = torch.zeros((), device=device)
         self.right = torch.zeros((), dtype=torch.int64, device=device)
-        self.seen = 0
-        self.bar = bar
-        self.unshown = 0
+        self.seen = self.shown = 0
+        self.bar, self.title = bar, title
         self.began = self.looked = time.perf_counter()
 
     def add(self, step: Step, pictures: int) -> bool:
         """Whether this was a moment to look."""
-        self.loss_sum += step.loss * pictures
+        self.loss += step.loss * pictures
         self.right += step.right
         self.seen += pictures
-        self.unshown += pictures
-        now = time.perf_counter()
-        if now - self.looked < 0.5:
+        if time.perf_counter() - self.looked < 0.5:
             return False
-        speed = self.seen / (now - self.began)
-        loss, share = float(self.loss_sum) / self.seen, int(self.right) / self.seen
-        self.bar.advance(self.unshown, f"loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s")
-        self.looked, self.unshown = now, 0
+        self._show()
+        self.looked = time.perf_counter()
         return True
 
     def metrics(self) -> dict[str, float]:
-        loss, right = float(self.loss_sum), int(self.right)  # waits for the device, before the clock is read
+        loss, right = float(self.loss), int(self.right)  # waits for the device, before the clock is read
+        self._show()
         return {
             "train/loss": loss / self.seen,
             "train/accuracy": right / self.seen,
             "speed/images_per_second": self.seen / (time.perf_counter() - self.began),
         }
+
+    def _show(self) -> None:
+        loss, share = float(self.loss) / self.seen, int(self.right) / self.seen
+        speed = self.seen / (time.perf_counter() - self.began)
+        note = f"{self.title}  loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s"
+        self.bar.advance(self.seen - self.shown, note)
+        self.shown = self.seen
 
 
 def _epoch_line(state: TrainState, metrics: Mapping[str, float], config: Config, better: bool) -> str:
@@ -298,21 +313,3 @@ def _epoch_line(state: TrainState, metrics: Mapping[str, float], config: Config,
         f"{metrics['speed/images_per_second']:,.0f} pictures/s  "
         f"peak {metrics['memory/process_peak_mib']:,.0f} MiB{'  best' if better else ''}"
     )
-
-
-def _trouble(text: str, run: Run, display: Display) -> None:
-    display.warn(text)
-    run.note(warnings=[*run.state.get("warnings", []), text])
-
-
-def _stop_if_not_finite(
-    finite: watch.FiniteWatch, state: TrainState, training: Split, data: Dataset, config: Config
-) -> None:
-    bad = finite.bad_step()
-    if bad is None:
-        return
-    size = config.train.batch_size
-    number = bad % -(-len(training) // size)  # of the batch in its epoch
-    order = training.shuffled(config.seed, state.epoch)[number * size : (number + 1) * size]
-    batch = next(training.batches(size, order))
-    raise watch.explain_not_finite(finite, state.model, batch, data.labels, config, state.epoch)

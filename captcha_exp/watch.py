@@ -6,62 +6,88 @@ waits.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from captcha_exp.config import Config
-from captcha_exp.dataset import Batch
+from captcha_exp.dataset import Batch, Split
 from captcha_exp.errors import RunFailed
 from captcha_exp.evaluate import Evaluation
 from captcha_exp.models import Recogniser
 
 
-class FiniteWatch:
-    """Remembers, on the device, the first step whose loss or gradient was not finite."""
+class Guard:
+    """Watches one training, and tells of each trouble once.
 
-    def __init__(self, device: torch.device) -> None:
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self.loss_was_bad = torch.zeros((), dtype=torch.bool, device=device)
+    Remembers, on the device, the loss of the first step and the first step that was not finite.
+    """
+
+    def __init__(
+        self, training: Split, labels: list[str], config: Config, tell: Callable[[str], None]
+    ) -> None:
+        device = training.device
+        self._training, self._labels, self._config, self._tell = training, labels, config, tell
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._loss_was_bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._first_loss: Tensor | None = None
+        self._at_chance_was_told = False
 
     def note(self, step: int, loss: Tensor, finite: Tensor) -> None:
-        """One step more; all three are tensors () on the device."""
-        new = ~finite & (self.first_bad < 0)
-        self.loss_was_bad = torch.where(new, ~torch.isfinite(loss), self.loss_was_bad)
-        self.first_bad = torch.where(new, step, self.first_bad)
+        """One step more, counted from 0; both tensors () on the device."""
+        if step == 0:
+            self._first_loss = loss
+        new = ~finite & (self._first_bad < 0)
+        self._loss_was_bad = torch.where(new, ~torch.isfinite(loss), self._loss_was_bad)
+        self._first_bad = torch.where(new, step, self._first_bad)
 
-    def bad_step(self) -> int | None:
-        """The number of the first bad step, or None. Waits for the device."""
-        step = int(self.first_bad)
-        return None if step < 0 else step
+    def look(self, model: Recogniser, epoch: int) -> None:
+        """Tell of a first loss far from chance; stop at a step that was not finite. Waits for the device.
+
+        Raises:
+            RunFailed: the line names the step, the batch and the cause.
+        """
+        if self._first_loss is not None:
+            if trouble := check_first_loss(float(self._first_loss), model):
+                self._tell(trouble)
+            self._first_loss = None
+        bad = int(self._first_bad)
+        if bad < 0:
+            return
+        size = self._config.train.batch_size
+        number = bad % -(-len(self._training) // size)  # of the batch in its epoch
+        order = self._training.shuffled(self._config.seed, epoch)[number * size : (number + 1) * size]
+        batch = next(self._training.batches(size, order))
+        what = "the loss" if bool(self._loss_was_bad) else "a gradient"
+        shown = ", ".join(repr(self._labels[int(row)]) for row in batch.rows[:4])
+        cause = not_finite_cause(model, batch, self._config)
+        raise RunFailed(
+            f"step {bad + 1} (epoch {epoch}): {what} is not a finite number, in the batch of "
+            f"{len(batch.rows)} pictures that begins with {shown}; {cause}"
+        )
+
+    def look_at(self, validation: Evaluation, steps: int) -> None:
+        """Tell of characters that are read no better than by chance, after steps enough to have moved."""
+        if not self._at_chance_was_told and (trouble := check_moving(validation, self._config, steps)):
+            self._tell(trouble)
+            self._at_chance_was_told = True
 
 
-def explain_not_finite(
-    watch: FiniteWatch, model: Recogniser, batch: Batch, labels: list[str], config: Config, epoch: int
-) -> RunFailed:
-    """The step, the batch and the cause, found by doing the step once more in fp32.
+def not_finite_cause(model: Recogniser, batch: Batch, config: Config) -> str:
+    """Why a step was not finite, found by doing it once more in fp32.
 
     A bad step changes nothing, so the weights are those that it met, or little older.
     """
-    what = "the loss" if bool(watch.loss_was_bad) else "a gradient"
     largest, name = max((float(p.detach().abs().max()), name) for name, p in model.named_parameters())
-    loss = model.head.loss(model(batch.images).float(), batch.targets, config.train.label_smoothing)
+    rate = f"train.learning_rate={config.train.learning_rate:g}"
+    with torch.no_grad():
+        loss = model.head.loss(model(batch.images).float(), batch.targets, config.train.label_smoothing)
     if config.device.precision != "fp32" and math.isfinite(float(loss)):
-        cause = f"{config.device.precision} overflows where fp32 does not; write device.precision=fp32"
-    elif not math.isfinite(largest) or largest > 1e3:
-        cause = (
-            f"weights have grown to {largest:.3g} ({name}); "
-            f"train.learning_rate={config.train.learning_rate:g} is too high: try a tenth of it"
-        )
-    else:
-        cause = (
-            f"the weights are small ({largest:.3g}); lower train.learning_rate={config.train.learning_rate:g}"
-        )
-    shown = ", ".join(repr(labels[int(row)]) for row in batch.rows[:4])
-    return RunFailed(
-        f"step {int(watch.first_bad) + 1} (epoch {epoch}): {what} is not a finite number, in the batch of "
-        f"{len(batch.rows)} pictures that begins with {shown}; {cause}"
-    )
+        return f"{config.device.precision} overflows where fp32 does not; write device.precision=fp32"
+    if not math.isfinite(largest) or largest > 1e3:
+        return f"weights have grown to {largest:.3g} ({name}); {rate} is too high: try a tenth of it"
+    return f"the weights are small ({largest:.3g}); try a tenth of {rate}"
 
 
 def check_first_loss(loss: float, model: Recogniser) -> str | None:

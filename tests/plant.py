@@ -259,8 +259,8 @@ PLANTS = (
     Plant(
         "MLflow gets the config as asked, not as resolved",
         "train.py",
-        "with _recorded(run, tracker, config):",
-        "with _recorded(run, tracker, requested):",
+        "with _recorded(run, tracker, config, display):",
+        "with _recorded(run, tracker, requested, display):",
         ("test_tracking.py",),
     ),
 )

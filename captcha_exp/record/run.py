@@ -71,6 +71,7 @@ class Run:
             "process_started": process.create_time(),
             "mlflow": None,
             "error": None,
+            "warnings": [],
             "result": {},
             "files": {},
         }
