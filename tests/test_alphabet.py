@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captcha_exp.alphabet import Alphabet, alphabet_mistake
@@ -9,6 +9,7 @@ VISIBLE = st.characters(categories=["L", "N", "P", "S"])
 ALPHABETS = st.lists(VISIBLE, min_size=2, max_size=80, unique=True).map("".join)
 
 
+@settings(deadline=None)
 @given(st.data(), ALPHABETS)
 def test_any_text_of_any_alphabet_survives_encode_and_decode(data: st.DataObject, characters: str) -> None:
     alphabet = Alphabet(characters)
@@ -16,6 +17,7 @@ def test_any_text_of_any_alphabet_survives_encode_and_decode(data: st.DataObject
     assert alphabet.decode(alphabet.encode(text)) == text
 
 
+@settings(deadline=None)
 @given(ALPHABETS)
 def test_the_class_id_of_a_character_is_its_place_in_the_alphabet(characters: str) -> None:
     assert Alphabet(characters).encode(characters) == list(range(len(Alphabet(characters))))

@@ -81,7 +81,7 @@ def imports(source: str) -> Iterator[Import]:
 
 def part(module: str) -> str:
     """The part of the package that a module or name belongs to: captcha_exp.config.loading -> config."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def own_imports(sources: Sources, module: str) -> set[str]:
@@ -192,12 +192,13 @@ def nothing_read_back_can_run_code(sources: Sources) -> list[str]:
 def _dangerous(node: ast.AST) -> Iterator[str]:
     match node:
         case ast.Call():
+            function = ast.unparse(node.func)
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             on_a_value = isinstance(node.func, ast.Attribute) and called in ("eval", "exec")  # model.eval()
             if called in FORBIDDEN_CALLS and not on_a_value:
                 yield f"{called}()"
-            if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+            if function == "torch.load" and keywords.get("weights_only") != "True":
                 yield "torch.load() without weights_only=True"
             if keywords.get("shell", "False") != "False" or ast.unparse(node.func) in (
                 "os.system",
@@ -307,7 +308,7 @@ def test_no_file_of_conf_names_code(path: Path) -> None:
         (train_knows_neither_mlflow_nor_hydra, {"captcha_exp.train": "def f():\n    import mlflow"}),
         (
             train_knows_neither_mlflow_nor_hydra,
-            {"captcha_exp.train.loop": "from captcha_exp import tracking"},
+            {"captcha_exp.train.loop": "import captcha_exp.tracking"},
         ),
         (no_module_has_a_shapeless_name, {"captcha_exp.utils": ""}),
         (no_module_has_a_shapeless_name, {"captcha_exp.record.common": ""}),

@@ -2,7 +2,7 @@ import random
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captcha_exp.chance import derive, fraction, stream
@@ -33,6 +33,7 @@ def test_the_stream_is_the_one_that_old_runs_used() -> None:
     assert stream(0, "order", 1).sample(range(10), 10) == [3, 9, 7, 1, 5, 4, 2, 8, 0, 6]
 
 
+@settings(deadline=None)
 @given(SEEDS, st.text(), st.lists(st.integers(0, 10**9), max_size=3))
 def test_a_derived_seed_fits_every_generator(seed: int, purpose: str, index: list[int]) -> None:
     assert 0 <= derive(seed, purpose, *index) < 2**63
@@ -57,6 +58,7 @@ def test_seeds_purposes_and_indices_all_give_different_streams() -> None:
     assert len({derive(seed, purpose, *index) for seed, purpose, index in keys}) == len(keys)
 
 
+@settings(deadline=None)
 @given(SEEDS, st.text(), st.text())
 def test_a_fraction_is_at_least_0_and_below_1(seed: int, purpose: str, text: str) -> None:
     assert 0 <= fraction(seed, purpose, text) < 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captcha_exp import record
@@ -144,6 +144,7 @@ def test_a_whole_run_leaves_no_temporary_file(run: Run) -> None:
 LINE = MetricsRow(3, 1_700_000_000_000, {"train/loss": 0.125, "val/accuracy": 0.5}).to_line()
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 10**6),
     st.integers(0, 2**53),
@@ -168,12 +169,14 @@ def test_logged_rows_come_back_in_their_order(run: Run) -> None:
     assert run.rows() == rows
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(LINE) - 1))
 def test_a_line_that_was_cut_is_noticed(end: int) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json's own words where the JSON is cut
         MetricsRow.from_line(LINE[:end])
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(LINE) - 1), st.characters(codec="utf-8"))
 def test_a_line_with_one_changed_character_is_noticed(place: int, character: str) -> None:
     changed = LINE[:place] + character + LINE[place + 1 :]

@@ -46,7 +46,13 @@ def main() -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return _complete(argv)
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes the overrides before the first flag alone.
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        arguments.overrides += rest
     code: int = arguments.act(arguments)
     return code
 
@@ -229,7 +235,8 @@ def _show_config(arguments: argparse.Namespace) -> int:
 
         print(OmegaConf.to_yaml(composed.config), end="")  # noqa: T201 - the result of the command
         return 0
-    run_hydra(["--cfg", arguments.cfg, *arguments.overrides])
+    folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
+    run_hydra([*folder, "--cfg", arguments.cfg, *arguments.overrides])
     return 0
 
 

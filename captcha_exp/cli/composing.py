@@ -69,7 +69,9 @@ def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Compose
     from hydra import compose as hydra_compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf, open_dict
+    from yaml import YAMLError
+
+    from captcha_exp.config import sealed
 
     with _hydra(config_dir):
         groups = _groups(GlobalHydra.instance().config_loader())
@@ -91,17 +93,14 @@ def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Compose
                 written[override.key_or_group] = text.partition("=")[2]
         try:
             config = hydra_compose("config", overrides=accepted, return_hydra_config=True)
-        except HydraException as error:
+        except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(*mistakes, _one_line(error)) from None
         if str(config.hydra.mode).endswith("MULTIRUN"):
             mistakes.append("hydra.mode=MULTIRUN: one call trains one config; make a call for each")
         choices = {
             str(g): str(c) for g, c in config.hydra.runtime.choices.items() if g in groups and c is not None
         }
-        with open_dict(config):
-            del config["hydra"]
-        OmegaConf.set_readonly(config, True)
-    return Composed(config, choices, written, mistakes)
+    return Composed(sealed(config, without="hydra"), choices, written, mistakes)
 
 
 @contextlib.contextmanager
@@ -116,8 +115,9 @@ def _hydra(config_dir: str | None) -> Iterator[None]:
         if config_dir is not None:
             from hydra.core.global_hydra import GlobalHydra
 
-            path = GlobalHydra.instance().config_loader().get_search_path()
-            path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
+            loader: Any = GlobalHydra.instance().config_loader()
+            loader.get_search_path().prepend("command-line", f"file://{Path(config_dir).resolve()}")
+            loader.repository.initialize_sources(loader.get_search_path())
         yield
 
 
@@ -142,12 +142,12 @@ def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, 
         return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
     if key in groups and not override.is_delete():
         choice = override.value()
-        if choice is not None and choice not in groups[key]:
+        if choice not in groups[key]:
             close = get_close_matches(str(choice), groups[key], n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             return (
                 override,
-                f"{key}={choice}: there is no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
+                f"{text}: there is no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
             )
     return override, None
 

@@ -1,16 +1,19 @@
 """What a command tells at its end, on standard output."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.evaluate import Evaluation
 from captcha_exp.record import is_alive
-from captcha_exp.train import Result
+
+if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
+    from captcha_exp.evaluate import Evaluation
+    from captcha_exp.train import Result
 
 
 def _console() -> Console:
@@ -20,10 +23,8 @@ def _console() -> Console:
     return console
 
 
-def of_training(result: Result, program: str) -> None:
+def of_training(result: "Result", program: str) -> None:
     """The test figure, what it cost, where the record is, and what to type next."""
-    import json
-
     test = result.test
     mlflow = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))["mlflow"]
     console = _console()
@@ -55,7 +56,7 @@ def of_data(manifest: Mapping[str, Any], sheet: Path) -> None:
     console.print(f"sheet {sheet}", markup=False)
 
 
-def of_evaluation(evaluation: Evaluation, alphabet: Alphabet, folder: Path, split: str) -> None:
+def of_evaluation(evaluation: "Evaluation", alphabet: Alphabet, folder: Path, split: str) -> None:
     """Whole labels, positions, characters, confusions."""
     console = _console()
     console.print(f"{folder}, {split} split", markup=False)
@@ -97,7 +98,7 @@ def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None
     console.print(table)
 
 
-def _share(evaluation: Evaluation) -> str:
+def _share(evaluation: "Evaluation") -> str:
     low, high = evaluation.interval
     return (
         f"{evaluation.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}; "

@@ -5,6 +5,7 @@ from captcha_exp.config.loading import data_from_json as data_from_json
 from captcha_exp.config.loading import leaves as leaves
 from captcha_exp.config.loading import load as load
 from captcha_exp.config.loading import resolve as resolve
+from captcha_exp.config.loading import sealed as sealed
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
 from captcha_exp.config.schema import Captcha as Captcha

@@ -6,6 +6,7 @@ nothing is converted on the way: an alphabet that YAML has read as a number is r
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 
 import omegaconf
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
+from captcha_exp.config import schema
 from captcha_exp.config.mistakes import explain
 from captcha_exp.config.schema import CaptchaLibrary, Config, Data, Mlflow, WheezyLibrary
 from captcha_exp.errors import ConfigError
@@ -55,10 +58,11 @@ def load(
     mistakes: list[str] = []
     config: Config | None = None
     try:
-        config = _CONFIG.validate_json(json.dumps(raw))
+        config = _CONFIG.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
     except ValidationError as error:
-        mistakes = explain(error, raw, _CONFIG.json_schema(), written or {})
-    if machine is not None and (mistake := _device_mistake(raw, machine)):
+        mistakes = explain(error, raw, _schema(), written or {})
+    told = any(line.startswith("device.name") for line in mistakes)
+    if machine is not None and not told and (mistake := _device_mistake(raw, machine, written or {})):
         mistakes.append(mistake)
     if mistakes or config is None:
         raise ConfigError(*mistakes)
@@ -71,7 +75,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     Raises:
         ConfigError: the device is not on this machine; the line says what is.
     """
-    if mistake := _device_mistake({"device": {"name": config.device.name}}, machine):
+    if mistake := _device_mistake({"device": {"name": config.device.name}}, machine, {}):
         raise ConfigError(mistake)
     device, data, tracking = config.device, config.data, config.tracking
     if device.name == "auto":
@@ -125,16 +129,47 @@ def _plain(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
             # A saved file is data: what looks like an interpolation in it is text and is never followed.
             return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(source), resolve=False)
         if isinstance(source, omegaconf.DictConfig):
-            return omegaconf.OmegaConf.to_container(source, resolve=True)
+            return _without_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
     except FileNotFoundError:
         raise ConfigError(f"{source}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{source}: cannot be read as a config: {reason}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {reason}") from None
     return dict(source)
 
 
-def _device_mistake(raw: Any, machine: Machine) -> str | None:
+@functools.cache
+def _schema() -> dict[str, Any]:
+    """What each key may be, as JSON schema, with the texts under the fields."""
+    rules = _CONFIG.json_schema()
+    for name, rule in rules["$defs"].items():
+        # pydantic reads the texts of a class itself and forgets those of the classes that it extends.
+        for base in getattr(schema, name).__mro__:
+            for key, field in getattr(base, "__pydantic_fields__", {}).items():
+                if field.description:
+                    rule["properties"][key].setdefault("description", field.description)
+    return rules
+
+
+def _without_missing(node: Any) -> Any:
+    """Without the keys that are marked `???`: a value has still to be given."""
+    if isinstance(node, dict):
+        return {key: _without_missing(value) for key, value in node.items() if value != "???"}
+    return node
+
+
+def sealed(config: omegaconf.DictConfig, without: str) -> omegaconf.DictConfig:
+    """A composed config that cannot be changed any more, without one of its groups."""
+    with omegaconf.open_dict(config):
+        del config[without]
+    omegaconf.OmegaConf.set_readonly(config, True)
+    return config
+
+
+def _device_mistake(raw: Any, machine: Machine, written: Mapping[str, str]) -> str | None:
     try:
         name = raw["device"]["name"]
     except (KeyError, TypeError):
@@ -146,4 +181,4 @@ def _device_mistake(raw: Any, machine: Machine) -> str | None:
         return None  # not a device name at all: the schema says so
     here = ", ".join(["auto", *machine.devices])
     reason = machine.why_not.get(kind, f"this machine has no {name}")
-    return f"device.name={name!r}: {reason}; available here: {here}"
+    return f"device.name={written.get('device.name', name)}: {reason}; available here: {here}"

@@ -23,6 +23,8 @@ def explain(
                 line = f"{key}: is missing; write {_allowed(rule, schema)}"
             case "unexpected_keyword_argument":
                 line = f"{shown}: there is no such key; {_nearest(path, known)}"
+            case "secret":
+                line = f"{key}: {item['msg']}"  # without the value: terminals are logged
             case "value_error":
                 line = f"{shown}: {item['ctx']['error']}"
             case "union_tag_invalid" | "union_tag_not_found":
@@ -39,7 +41,7 @@ def explain(
 
 def as_written(key: str, value: Any, written: Mapping[str, str]) -> str:
     """The value as the person wrote it on the command line, else as YAML would write it."""
-    return written[key] if key in written else json.dumps(value, ensure_ascii=False)
+    return written[key] if key in written else json.dumps(value, ensure_ascii=False, default=repr)
 
 
 def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tuple[list[str], Any, Any]:
@@ -81,6 +83,7 @@ def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "")
 def _nearest(path: list[str], known: list[str]) -> str:
     """The most similar key: first among its neighbours, then anywhere."""
     group = ".".join(path[:-1])
+    known = [key for key in known if key != ".".join(path)]  # a key of another choice of this group
     neighbours = [key for key in known if key.rpartition(".")[0] == group]
     for candidates in (neighbours, known):
         names = {key.rpartition(".")[2]: key for key in candidates}

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from captcha_exp.alphabet import alphabet_mistake
 
@@ -195,13 +196,16 @@ class Mlflow:
     def _uri(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
-            secret = parts.password is not None or re.search(r"(?i)(password|token|secret)=", parts.query)
+            secret = parts.password is not None or re.search(
+                r"(?i)(passw(or)?d|pwd|token|secret|(api|access)_?key)=", parts.query
+            )
         except ValueError as error:
             raise ValueError(f"not a URI: {error}") from None
         if secret:
-            raise ValueError(
+            raise PydanticCustomError(
+                "secret",
                 "a secret must not get into the record of a run; give it by the environment "
-                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)"
+                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)",
             )
         if parts.scheme == "file" or (value != "auto" and "://" not in value):
             raise ValueError(

@@ -49,7 +49,10 @@ class MetricsRow:
             ValueError: the line is not whole or not what was written.
         """
         values = json.loads(line)
-        row = MetricsRow(values["step"], values["timestamp_ms"], values["metrics"])
+        try:
+            row = MetricsRow(values["step"], values["timestamp_ms"], values["metrics"])
+        except (KeyError, TypeError):
+            raise ValueError(f"a line of metrics.jsonl is no row: {line[:60]!r}") from None
         if row.to_line() != line:
             raise ValueError(f"a line of metrics.jsonl does not have its own checksum: {line[:60]!r}")
         return row
@@ -64,7 +67,7 @@ class Run:
         self.state: dict[str, Any] = {
             "name": name,
             "status": "RUNNING",
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "started": datetime.now().astimezone().isoformat(timespec="microseconds"),
             "ended": None,
             "host": platform.node(),
             "pid": process.pid,
@@ -120,7 +123,7 @@ class Run:
         self.note(
             status=status,
             error=error,
-            ended=datetime.now().astimezone().isoformat(timespec="seconds"),
+            ended=datetime.now().astimezone().isoformat(timespec="microseconds"),
             files={p.relative_to(self.folder).as_posix(): sha256_of(p) for p in files},
         )
 
@@ -154,7 +157,7 @@ def runs() -> list[tuple[Path, dict[str, Any]]]:
             found.append((path.parent, _read(path)))
         except UserError:
             continue  # listed by nobody: find() names it when it is asked for
-    return sorted(found, key=lambda item: (item[1]["started"], item[0].name))
+    return sorted(found, key=lambda item: datetime.fromisoformat(item[1]["started"]))
 
 
 def find(name: str) -> Path:
@@ -188,7 +191,10 @@ def is_alive(state: Mapping[str, Any]) -> bool:
     if state["host"] != platform.node():
         return True
     try:
-        began: float = psutil.Process(state["pid"]).create_time()
+        process = psutil.Process(state["pid"])
+        began: float = process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
     except psutil.Error:
         return False
     return abs(began - float(state["process_started"])) < 1
@@ -197,7 +203,17 @@ def is_alive(state: Mapping[str, Any]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"name", "status", "started", "host", "pid", "mlflow", "result", "files"} - state.keys()
+        missing = {
+            "name",
+            "status",
+            "started",
+            "host",
+            "pid",
+            "process_started",
+            "mlflow",
+            "result",
+            "files",
+        } - state.keys()
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as the record of a run: {error}") from None
     if missing:
