@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captcha_exp import models
 from captcha_exp.config import Config, load, to_dict
-from captcha_exp.errors import UserError
+from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.models import Recogniser
 
 
@@ -69,11 +69,18 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; a run has one from its first epoch on") from None
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: is no whole safetensors file: {error}") from None
     if "config" not in metadata:
         raise UserError(f"{path}: holds no config, so it is not from captcha-exp")
-    config = load(json.loads(metadata["config"]))
+    try:
+        config = load(dict(json.loads(metadata["config"])))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: its config cannot be read, so it is not from captcha-exp: {error}"
+        ) from None
+    except ConfigError as error:
+        raise UserError(*(f"{path}: {line}" for line in error.lines)) from None
     model = models.build(config.model, config.captcha)
     try:
         model.load_state_dict(tensors)

@@ -67,9 +67,12 @@ class Split:
             else:
                 chosen = order[start : start + size]
                 images, targets, rows = self.images[chosen], self.targets[chosen], self.rows[chosen]
-            yield Batch(
-                images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), rows
-            )
+            yield Batch(self._on_device(images), self._on_device(targets), rows)
+
+    def _on_device(self, part: Tensor) -> Tensor:
+        if self.device.type == "cuda" and part.device != self.device:
+            part = part.pin_memory()  # from there the copy runs beside the step
+        return part.to(self.device, non_blocking=True)
 
     def shuffled(self, seed: int, epoch: int) -> Tensor:
         """(N,) int64, another order for each epoch, the same for the same seed."""
@@ -93,8 +96,6 @@ class Dataset:
         images, targets = self.images[rows], self.targets[rows]
         if images.nbytes <= resident_limit_mib * 2**20:
             images, targets, rows = images.to(device), targets.to(device), rows.to(device)
-        elif device.type == "cuda":
-            images, targets = images.pin_memory(), targets.pin_memory()
         return Split(images, targets, rows, device)
 
 
@@ -203,8 +204,8 @@ def _checked(path: Path, display: Display) -> str | None:
     if not path.exists():
         return None
     try:
-        expected = path.with_suffix(".sha256").read_text()
-    except OSError:
+        expected = path.with_suffix(".sha256").read_text(errors="replace")
+    except FileNotFoundError:
         return None  # the process that wrote the pictures ended before it could vouch for them
     if sha256_of(path) != expected:
         display.warn(f"{path}: is damaged (its SHA-256 is another); the pictures are drawn again")

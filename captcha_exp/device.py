@@ -107,29 +107,39 @@ def _cuda_process_bytes(device: torch.device) -> int:
     beyond torch's reservation, of which a part may belong to other processes.
     """
     reserved = torch.cuda.memory_reserved(device)
+    peak_reserved = torch.cuda.max_memory_reserved(device)
+    if (used := _nvml_bytes(device)) is not None:
+        return used - reserved + peak_reserved
+    free, total = torch.cuda.mem_get_info(device)
+    return peak_reserved + max(0, total - free - reserved)
+
+
+def _nvml_bytes(device: torch.device) -> int | None:
+    """Bytes of the card that the driver counts for this process, or None."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         try:
-            properties = torch.cuda.get_device_properties(device)
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 if process.pid == os.getpid() and process.usedGpuMemory:
-                    return int(process.usedGpuMemory) - reserved + torch.cuda.max_memory_reserved(device)
+                    return int(process.usedGpuMemory)
         finally:
             pynvml.nvmlShutdown()
-    except (ImportError, pynvml.NVMLError):
-        pass
-    free, total = torch.cuda.mem_get_info(device)
-    return torch.cuda.max_memory_reserved(device) + max(0, total - free - reserved)
+    except pynvml.NVMLError:
+        return None
+    return None
 
 
 class MemoryMeter:
-    """Peaks of the card's memory, one phase at a time; on other devices it has nothing to tell."""
+    """Peaks of memory: of the card's allocator one phase at a time, of the process over all phases."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._process_peak_mib = 0.0
 
     def start(self) -> None:
         """A new phase begins."""
@@ -137,10 +147,15 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peaks(self, phase: str) -> dict[str, float]:
-        """MiB since the phase began, as metrics."""
+        """MiB of the card's allocator since the phase began, as metrics; none on other devices."""
+        self._process_peak_mib = max(self._process_peak_mib, process_peak_mib(self.device))
         if self.device.type != "cuda":
             return {}
         return {
             f"memory/{phase}_peak_allocated_mib": torch.cuda.max_memory_allocated(self.device) / MIB,
             f"memory/{phase}_peak_reserved_mib": torch.cuda.max_memory_reserved(self.device) / MIB,
         }
+
+    def process_peak_mib(self) -> float:
+        """MiB: the highest of all phases that have ended."""
+        return self._process_peak_mib

@@ -52,7 +52,7 @@ class PositionHead(nn.Module):
         super().__init__()
         self.classes = classes
         self.usual_place = nn.Parameter(torch.zeros(positions, places))
-        self.look = nn.Conv1d(features, positions, 1)
+        self.look = nn.Conv1d(features, positions, 1, bias=False)  # the softmax would cancel a bias
         self.read = nn.Linear(features, classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -108,12 +108,12 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] =
 
 
 class CompactNet(nn.Module):
-    """The small network of this project: an eighth of the height, a quarter of the width, a residual per
-    stage.
+    """The small network of this project.
 
-    Shrinking early makes it cheap; keeping the width makes the characters stay beside each other, where the
-    head finds them. Each picture is brought to mean 0 and deviation 1, so that pale text on a pale ground is
-    as good as any other.
+    Shrinking early makes it cheap: both sides by half in the stem and in the first stage, the height alone
+    in each stage after. A quarter of the width stays, so that characters stand beside each other where the
+    head finds them. Each picture is brought to mean 0 and deviation 1: pale text on a pale ground is as good
+    as any other.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:

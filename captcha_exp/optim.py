@@ -28,7 +28,11 @@ def optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.O
         case "adamw":
             return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, 0.99), fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=train.learning_rate, momentum=0.9, nesterov=True, fused=True)
+            sgd = torch.optim.SGD(groups, lr=train.learning_rate, momentum=0.9, nesterov=True, fused=True)
+            for parameter in parameters:
+                # torch makes this in the first step, and leaves it unwritten when that step is not finite.
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
         case _:
             assert_never(train.optimizer)
 

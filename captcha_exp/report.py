@@ -1,6 +1,7 @@
 """Pictures of a run, where people would rather look than read."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,5 +74,8 @@ def samples(images: npt.NDArray[np.uint8], labels: Sequence[str], path: Path) ->
 
 def _save(figure: Any, path: Path) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    with warnings.catch_warnings():
+        # An alphabet may have characters that matplotlib's font lacks; it draws boxes, and says so for each.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        figure.savefig(content, format="png", dpi=110)
     write_atomically(path, content.getvalue())

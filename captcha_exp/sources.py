@@ -12,8 +12,10 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, assert_never
@@ -103,10 +105,19 @@ def draw(
                     answer = worker.draw(block, int(np.prod(shape)) * len(block))
                     pictures[start : start + len(block)] = np.frombuffer(answer, np.uint8).reshape(-1, *shape)
                     bar.advance(len(block))
+                    if stop.is_set():
+                        return
 
+        stop = (
+            threading.Event()
+        )  # the first failure, or Ctrl-C, is heard at once and not after the last picture
         with ThreadPoolExecutor(workers) as threads:
-            for future in [threads.submit(serve) for _ in range(workers)]:
-                future.result()
+            try:
+                for future in as_completed([threads.submit(serve) for _ in range(workers)]):
+                    future.result()
+            except BaseException:
+                stop.set()
+                raise
     return pictures
 
 
@@ -117,7 +128,10 @@ def check_glyphs(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> None
         UserError: a font would draw an empty box; the line names it and the characters.
     """
     for path in font_files(data) or _own_fonts(data):
-        font = ImageFont.truetype(str(path), 32)
+        try:
+            font = ImageFont.truetype(str(path), 32)
+        except OSError as error:
+            raise UserError(f"data.fonts: {path} is no font: {error}") from None
         # A font draws what it lacks as the same box as a code point that no font has.
         box = bytes(font.getmask("\U0010fffe"))
         lacking = "".join(c for c in captcha.alphabet if bytes(font.getmask(c)) == box)
@@ -156,11 +170,14 @@ class _Worker:
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         home = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        # Not a pipe: one that nobody reads would fill up and stop the worker.
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "captcha_exp.sources"],
+            # -P: a file captcha.py in the working directory is not the package of that name.
+            [sys.executable, "-P", "-m", "captcha_exp.sources"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.words,
             env={**os.environ, **single, "PYTHONPATH": path},
         )
         self._tell({"data": to_dict(data), "captcha": to_dict(captcha)})
@@ -171,6 +188,7 @@ class _Worker:
     def __exit__(self, *exc: object) -> None:
         self.process.kill()  # it holds nothing: whatever it has drawn has been read
         self.process.communicate()
+        self.words.close()
 
     def draw(self, indices: Sequence[int], size: int) -> bytes:
         self._tell(list(indices))
@@ -190,8 +208,8 @@ class _Worker:
 
     def _failure(self) -> RunFailed:
         code = self.process.wait()
-        assert self.process.stderr is not None  # noqa: S101 - for the type checker: PIPE was asked for
-        words = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+        self.words.seek(0)
+        words = self.words.read().decode(errors="replace").strip().splitlines()
         reason = words[-1] if words else "it said nothing"
         return RunFailed(f"a drawing process ended with exit code {code}: {reason}")
 

@@ -126,7 +126,7 @@ def fit(
             memory.start()
             result = evaluate(state.model, validation, config)
             metrics |= result.metrics("val") | memory.peaks("eval")
-            metrics["memory/process_peak_mib"] = devices.process_peak_mib(training.device)
+            metrics["memory/process_peak_mib"] = memory.process_peak_mib()
             metrics["speed/epoch_seconds"] = time.perf_counter() - began
             row = MetricsRow(state.epoch, record.now_ms(), metrics)
             run.log(row)
@@ -188,14 +188,13 @@ def train(
         run.write_json("dataset.json", data.manifest)
         run.write_json("environment.json", ran_on)
         tracker.describe(data.manifest, ran_on)
-        training, validation, test = (
-            data.split(name, device, config.device.resident_limit_mib) for name in dataset.SPLITS
-        )
+        training = data.split("train", device, config.device.resident_limit_mib)
+        validation = data.split("validation", device, config.device.resident_limit_mib)
         state = fresh_state(config, device)
         fit(state, training, validation, data.labels, config, run, tracker, display)
 
         state.restore_best()
-        tested = evaluate(state.model, test, config)
+        tested = evaluate(state.model, data.split("test", device, config.device.resident_limit_mib), config)
         low, high = tested.interval
         metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
         row = MetricsRow(state.epoch, record.now_ms(), metrics)
@@ -212,7 +211,7 @@ def train(
             best_epoch=state.best_epoch,
             weights_sha256=weights_sha256(state.model),
             seconds=time.perf_counter() - began,
-            process_peak_mib=devices.process_peak_mib(device),
+            process_peak_mib=max(row.metrics.get("memory/process_peak_mib", 0.0) for row in run.rows()),
         )
         run.note(
             result={

@@ -79,7 +79,8 @@ def not_finite_cause(model: Recogniser, batch: Batch, config: Config) -> str:
 
     A bad step changes nothing, so the weights are those that it met, or little older.
     """
-    largest, name = max((float(p.detach().abs().max()), name) for name, p in model.named_parameters())
+    sizes = [(float(p.detach().abs().max()), name) for name, p in model.named_parameters()]
+    largest, name = max(sizes, key=lambda size: math.inf if math.isnan(size[0]) else size[0])
     rate = f"train.learning_rate={config.train.learning_rate:g}"
     with torch.no_grad():
         loss = model.head.loss(model(batch.images).float(), batch.targets, config.train.label_smoothing)
@@ -114,6 +115,6 @@ def check_moving(validation: Evaluation, config: Config, steps: int) -> str | No
         f"after {steps:,} steps characters are read no better than by chance "
         f"({validation.char_accuracy:.1%}, chance {chance:.1%}). Likely causes: labels that do not belong to "
         f"their pictures; train.learning_rate={rate} too high or far too low; pictures that "
-        f" nobody could read at {size} (captcha-exp data shows some); or only patience: the "
+        f"nobody could read at {size} (captcha-exp data shows some); or only patience: the "
         "article's network takes more steps than compact"
     )

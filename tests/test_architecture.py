@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-import yaml  # type: ignore[import-untyped]  # comes with OmegaConf, without types
+import yaml
 
 import captcha_exp
 from captcha_exp.places import conf

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,15 @@ from captcha_exp.models import PositionHead, Recogniser
 ALPHABET = Alphabet("bac")  # not in the order of their codes
 
 Texts = list[list[int]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small only wait for each other on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def evaluation(targets: Texts, predicted: Texts) -> Evaluation:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,15 @@ ARTICLE = Captcha(width=56, height=24, channels=3, alphabet=ALNUM, length=4)
 RESNET = ResNet18(name="resnet18", head="grouped_softmax")
 COMPACT = Compact(name="compact", channels=(32, 64, 96, 128), head="position")
 SMALL = Compact(name="compact", channels=(4, 6, 8), head="position")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small only wait for each other on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> Captcha:
@@ -327,8 +337,7 @@ def test_position_head_looks_where_its_weights_say() -> None:
         logits = head(features)
         for b, t in itertools.product(range(2), range(3)):
             scores = [
-                float(head.look.weight[t, :, 0] @ features[b, :, s] + head.look.bias[t])  # type: ignore[index]
-                + float(head.usual_place[t, s])
+                float(head.look.weight[t, :, 0] @ features[b, :, s]) + float(head.usual_place[t, s])
                 for s in range(5)
             ]
             shares = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]

@@ -1,6 +1,6 @@
 """The learning rate against its description, the fused optimisers against torch's plain ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -66,6 +66,15 @@ def test_constant_is_constant() -> None:
 # -- the optimisers ------------------------------------------------------------------------------------------
 
 Kind = Literal["adam", "adamw", "sgd"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small only wait for each other on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def network() -> nn.Sequential:

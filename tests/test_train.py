@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from captcha_exp import dataset, models, report, sources, watch
+from captcha_exp import dataset, models, report, sources, train, watch
 from captcha_exp.checkpoint import TrainState, load_weights
 from captcha_exp.config import Config, Mlflow, to_dict
 from captcha_exp.dataset import Batch, Dataset, Split
@@ -28,9 +27,6 @@ from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.train import Step, fresh_state, train_step, weights_sha256
-
-# `captcha_exp.train` is the function; this is the module.
-train = importlib.import_module("captcha_exp.train")
 
 CPU = torch.device("cpu")
 Optimizer = Literal["adam", "adamw", "sgd"]
@@ -111,6 +107,15 @@ def batch_of(config: Config, count: int = 8) -> Batch:
     return Batch(images, targets, torch.arange(count))
 
 
+def guarding(config: Config, batch: Batch) -> watch.Guard:
+    """A guard of a training on this one batch, that is to have nothing to tell."""
+
+    def tell(trouble: str) -> None:
+        raise AssertionError(trouble)
+
+    return watch.Guard(Split(*batch, CPU), ["01"] * len(batch.rows), config, tell)
+
+
 # -- one step ------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +126,7 @@ def test_a_step_reads_no_tensor_on_the_host(
 ) -> None:
     config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
     state, batch = fresh_state(config, CPU), batch_of(config)
-    seen = watch.FiniteWatch(CPU)
+    guard = guarding(config, batch)
     train_step(state, batch, config)  # an optimiser may look while it makes its own state
 
     def read(self: Tensor, *args: object, **kwargs: object) -> None:
@@ -132,8 +137,8 @@ def test_a_step_reads_no_tensor_on_the_host(
         for name in (*names, "__array__", "__contains__"):
             patch.setattr(torch.Tensor, name, read)
         step = train_step(state, batch, config)
-        seen.note(1, step.loss, step.finite)
-    assert seen.bad_step() is None
+        guard.note(0, step.loss, step.finite)
+    guard.look(state.model, 1)
     assert step.loss.isfinite()
 
 
@@ -233,23 +238,28 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace(
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
 
-def test_the_watch_keeps_the_first_bad_step() -> None:
-    seen = watch.FiniteWatch(CPU)
-    good, bad = torch.tensor(True), torch.tensor(False)
-    assert seen.bad_step() is None
-    seen.note(0, torch.tensor(1.0), good)
-    seen.note(7, torch.tensor(math.nan), bad)
-    seen.note(8, torch.tensor(1.0), bad)
-    seen.note(9, torch.tensor(1.0), good)
-    assert seen.bad_step() == 7
-    assert bool(seen.loss_was_bad)
+GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
 
-def test_the_watch_knows_a_gradient_from_a_loss() -> None:
-    seen = watch.FiniteWatch(CPU)
-    seen.note(3, torch.tensor(1.0), torch.tensor(False))
-    assert seen.bad_step() == 3
-    assert not bool(seen.loss_was_bad)
+def test_the_first_bad_step_is_the_one_that_is_told(config: Config) -> None:
+    """Later good ones do not hide it, later bad ones do not replace it."""
+    config, batch = training(config, batch_size=2), batch_of(config, 20)
+    guard = guarding(config, batch)
+    model = fresh_state(config, CPU).model
+    guard.note(10, torch.tensor(1.0), GOOD)
+    guard.look(model, 2)
+    guard.note(17, torch.tensor(math.nan), BAD)
+    guard.note(18, torch.tensor(1.0), BAD)
+    guard.note(19, torch.tensor(1.0), GOOD)
+    with pytest.raises(RunFailed, match=r"^step 18 \(epoch 2\): the loss is not a finite number"):
+        guard.look(model, 2)
+
+
+def test_a_bad_gradient_is_told_from_a_bad_loss(config: Config) -> None:
+    guard = guarding(config, batch_of(config))
+    guard.note(0, torch.tensor(1.0), BAD)
+    with pytest.raises(RunFailed, match=r"^step 1 \(epoch 1\): a gradient is not a finite number"):
+        guard.look(fresh_state(config, CPU).model, 1)
 
 
 # -- numbers that are no numbers -----------------------------------------------------------------------------
@@ -316,11 +326,10 @@ def test_the_line_names_the_weight_that_is_no_number(
 
 def test_16_bits_that_overflow_are_named_as_the_cause(config: Config) -> None:
     config = replace(config, device=replace(config.device, precision="bf16"))
-    seen = watch.FiniteWatch(CPU)
-    seen.note(0, torch.tensor(math.nan), torch.tensor(False))
-    state, batch = fresh_state(config, CPU), batch_of(config)
-    failure = watch.explain_not_finite(seen, state.model, batch, ["01"] * 8, config, 1)
-    assert "bf16 overflows where fp32 does not; write device.precision=fp32" in str(failure)
+    guard = guarding(config, batch_of(config))
+    guard.note(0, torch.tensor(math.nan), BAD)
+    with pytest.raises(RunFailed, match=r"bf16 overflows where fp32 does not; write device\.precision=fp32"):
+        guard.look(fresh_state(config, CPU).model, 1)
 
 
 # -- losses and readings at chance ---------------------------------------------------------------------------
@@ -367,9 +376,9 @@ def test_a_first_loss_far_from_chance_is_in_the_record(
 
 @pytest.fixture
 def learnable(config: Config) -> Config:
-    """Two characters that the tiny network learns to read in a few seconds."""
-    captcha = replace(config.captcha, alphabet="01", length=4)
-    learning = training(config, epochs=6, batch_size=16, learning_rate=0.01, chance_after_steps=30)
+    """Three characters that the tiny network learns to read in a second."""
+    captcha = replace(config.captcha, alphabet="017", length=3, width=40)
+    learning = training(config, epochs=20, batch_size=16, learning_rate=0.02, chance_after_steps=170)
     return replace(learning, captcha=captcha)
 
 
@@ -387,7 +396,7 @@ def test_characters_that_stay_at_chance_are_told_with_causes(
     result = train.train(learnable, None, heard)
     (warning,) = heard.warnings  # once, not in every epoch
     assert "characters are read no better than by chance" in warning
-    for cause in ("labels that do not belong", "train.learning_rate=0.01", "at 32x16", "patience"):
+    for cause in ("labels that do not belong", "train.learning_rate=0.02", "at 40x16", "patience"):
         assert cause in warning
     assert "  " not in warning
     assert state_of(result.folder)["warnings"] == [warning]

@@ -124,7 +124,7 @@ class Compact(Network):
 
     name: Literal["compact"]
     channels: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=2, max_length=4)]
-    """channels of each stage; each stage but the first two halves the height alone"""
+    """channels of the stem and of each stage"""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Train:
     warmup_fraction: Fraction
     """share of all steps in which onecycle climbs"""
     label_smoothing: Fraction
-    """of the cross entropy; the grouped softmax takes none"""
+    """share of each target that is spread over all classes; in the training loss alone"""
     deterministic: bool
     """the same seed gives the same bits on the same kind of machine"""
     chance_after_steps: Annotated[int, Field(ge=1)]

@@ -1,0 +1,154 @@
+"""The pictures of a run are whole PNG files, whatever characters stand in them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from captcha_exp import report
+from captcha_exp.alphabet import Alphabet
+from captcha_exp.evaluate import Evaluation
+from captcha_exp.record import MetricsRow
+
+ODD = [
+    "$_^",
+    "$\\{}%",
+    "01+-=x",
+    "ßéЖ",
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",
+    "中文字",
+]
+
+
+def look(path: Path) -> Image.Image:
+    """The picture, whose file is whole and not of one colour."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.verify()
+    with Image.open(path) as image:
+        image.load()
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 2
+        return image.copy()
+
+
+def row(step: int, **metrics: float) -> MetricsRow:
+    return MetricsRow(step, 0, {name.replace("_", "/", 1): value for name, value in metrics.items()})
+
+
+def epoch(step: int, accuracy: float) -> MetricsRow:
+    return row(step, train_loss=1 / step, train_accuracy=accuracy, val_loss=2 / step, val_accuracy=accuracy)
+
+
+def evaluation(classes: int) -> Evaluation:
+    """Every class once, and the last is read as the first."""
+    targets = np.arange(classes)[:, None]
+    predicted = targets.copy()
+    predicted[-1] = 0
+    shape = np.ones((classes, 1), np.float32)
+    return Evaluation(0.1, predicted, targets, shape, np.arange(classes))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were drawn, to look at their parts."""
+    figures: list[Figure] = []
+    plain = Figure.savefig
+
+    def save(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures
+
+
+def parts(figure: Figure) -> list[Axes]:
+    axes: list[Axes] = figure.axes
+    return axes
+
+
+def points(line: Line2D) -> tuple[list[float], list[float]]:
+    x, y = np.asarray(line.get_data(), float).tolist()
+    return x, y
+
+
+def test_curves_show_every_epoch_and_the_test(tmp_path: Path, drawn: list[Figure]) -> None:
+    rows = [epoch(1, 0.2), epoch(2, 0.5), epoch(3, 0.4), row(3, test_loss=0.3, test_accuracy=0.45)]
+    report.curves(rows, tmp_path / "curves.png")
+    look(tmp_path / "curves.png")
+    accuracy, loss = parts(drawn[0])
+    lines = [points(line) for line in accuracy.lines]
+    assert lines == [([1, 2, 3], [0.2, 0.5, 0.4]), ([1, 2, 3], [0.2, 0.5, 0.4]), ([3], [0.45])]
+    assert [points(line)[1] for line in loss.lines] == [[1, 1 / 2, 1 / 3], [2, 1, 2 / 3], [0.3]]
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_curves_of_a_short_run_are_drawn_too(tmp_path: Path, epochs: int) -> None:
+    report.curves([epoch(n + 1, 0.0) for n in range(epochs)], tmp_path / "curves.png")
+    look(tmp_path / "curves.png")
+
+
+def test_curves_survive_numbers_that_are_no_numbers(tmp_path: Path) -> None:
+    rows = [epoch(1, 0.2), row(2, train_loss=np.nan, train_accuracy=0, val_loss=np.inf, val_accuracy=0)]
+    report.curves(rows, tmp_path / "curves.png")
+    look(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("characters", ODD)
+def test_the_confusion_of_any_alphabet_is_drawn(tmp_path: Path, characters: str) -> None:
+    report.confusion(evaluation(len(characters)), Alphabet(characters), tmp_path / "confusion.png")
+    look(tmp_path / "confusion.png")
+
+
+def test_the_confusion_has_labels_down_and_readings_across(tmp_path: Path, drawn: list[Figure]) -> None:
+    report.confusion(evaluation(3), Alphabet("$_^"), tmp_path / "confusion.png")
+    axes = parts(drawn[0])[0]
+    assert axes.get_title() == "1 wrong of 3 characters"
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "read")
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["$", "_", "^"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["$", "_", "^"]
+    errors = np.zeros((3, 3))
+    errors[2, 0] = 1
+    assert (np.asarray(axes.images[0].get_array()) == errors).all()
+
+
+def test_a_model_without_errors_has_an_empty_confusion(tmp_path: Path) -> None:
+    made = evaluation(4)
+    made.predicted[:] = made.targets
+    report.confusion(made, Alphabet("0123"), tmp_path / "confusion.png")
+    look(tmp_path / "confusion.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 6, 8])
+def test_samples_show_every_picture(tmp_path: Path, channels: int, count: int, drawn: list[Figure]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (count, 16, 32, channels), dtype=np.uint8)
+    report.samples(images, [f"{n:04}" for n in range(count)], tmp_path / "samples.png")
+    look(tmp_path / "samples.png")
+    shown = [axes for axes in parts(drawn[0]) if axes.images]
+    assert [axes.get_title() for axes in shown] == [f"{n:04}" for n in range(count)]
+    for axes, image in zip(shown, images, strict=True):
+        assert (np.asarray(axes.images[0].get_array()).reshape(image.shape) == image).all()
+
+
+@pytest.mark.parametrize("label", ["$_^$", "$\\frac$", "a$b$c", "$$", "中文"])
+def test_labels_are_text_and_no_formulas(tmp_path: Path, label: str, drawn: list[Figure]) -> None:
+    """`$_^$` as a formula is an error, and `a$b$c` would lose its dollars."""
+    report.samples(np.zeros((1, 16, 32, 3), np.uint8), [label], tmp_path / "samples.png")
+    look(tmp_path / "samples.png")
+    title = parts(drawn[0])[0].title
+    assert title.get_text() == label
+    assert not title.get_parse_math()
+
+
+def test_an_old_picture_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"half a picture")
+    report.curves([epoch(1, 0.1)], path)
+    look(path)
+    assert list(tmp_path.iterdir()) == [path]
