@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,15 +266,29 @@ PLANTS = (
 )
 
 
-def caught(plant: Plant) -> bool:
-    """Whether a test turns red when the bug is planted in a copy of the project."""
+GIT = (
+    "git",
+    "-c",
+    "user.name=nobody",
+    "-c",
+    "user.email=nobody@example.invalid",
+    "-c",
+    "commit.gpgsign=false",
+)
+
+
+def passes(tests: Iterable[str], plant: Plant | None = None) -> bool:
+    """Whether these test files are green in a copy of the project, with the bug planted if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("captcha_exp", "conf", "tests"):
             shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(PROJECT / "pyproject.toml", copy)
-        file = copy / "captcha_exp" / plant.file
-        file.write_text(file.read_text().replace(plant.healthy, plant.buggy))
+        if plant is not None:
+            file = copy / "captcha_exp" / plant.file
+            file.write_text(file.read_text().replace(plant.healthy, plant.buggy))
+        for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "copy"]):
+            subprocess.run([*GIT, *command], cwd=copy, check=True)  # runs note the commit that they come from
         done = subprocess.run(
             [
                 sys.executable,
@@ -283,22 +297,30 @@ def caught(plant: Plant) -> bool:
                 "-x",
                 "-p",
                 "no:cacheprovider",
-                *(f"tests/{t}" for t in plant.tests),
+                *(f"tests/{test}" for test in tests),
             ],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
-    return (
-        done.returncode == 1
-    )  # 1: tests ran and some failed; anything else would be a mistake of this program
+    if done.returncode not in (
+        0,
+        1,
+    ):  # 1: tests ran and some failed; anything else is a mistake in this program
+        raise RuntimeError(
+            f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 0
 
 
 def main(names: Sequence[str]) -> int:
     chosen = [plant for plant in PLANTS if not names or plant.name in names]
+    if not passes(sorted({test for plant in chosen for test in plant.tests})):
+        print("the healthy copy is not green: mend that first")  # noqa: T201 - this is a program
+        return 1
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        results = list(threads.map(caught, chosen))
+        results = list(threads.map(lambda plant: not passes(plant.tests, plant), chosen))
     for plant, seen in zip(chosen, results, strict=True):
         print(f"{'caught' if seen else 'NOT SEEN':9} {plant.name}")  # noqa: T201 - this is a program
     print(f"{sum(results)} of {len(chosen)} planted bugs are caught")  # noqa: T201 - this is a program

@@ -1,7 +1,7 @@
 """Weights that come back to the bit, and files that are not what they should be, one line each."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,9 @@ from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
 from captcha_exp.models import Recogniser
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(config: Config, seed: int = 0) -> Recogniser:

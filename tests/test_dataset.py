@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Heard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,20 +24,6 @@ from captcha_exp.display import Silent
 from captcha_exp.errors import UserError
 
 CPU = torch.device("cpu")
-
-
-class Heard(Silent):
-    """A display that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.warnings: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,18 +18,11 @@ from captcha_exp.dataset import Split
 from captcha_exp.evaluate import Evaluation, evaluate, wilson
 from captcha_exp.models import PositionHead, Recogniser
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALPHABET = Alphabet("bac")  # not in the order of their codes
 
 Texts = list[list[int]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def evaluation(targets: Texts, predicted: Texts) -> Evaluation:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,20 +15,13 @@ from captcha_exp import models
 from captcha_exp.config import Captcha, Compact, ResNet18
 from captcha_exp.models import GroupedSoftmaxHead, PositionHead, Recogniser
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"
 ARTICLE = Captcha(width=56, height=24, channels=3, alphabet=ALNUM, length=4)
 RESNET = ResNet18(name="resnet18", head="grouped_softmax")
 COMPACT = Compact(name="compact", channels=(32, 64, 96, 128), head="position")
 SMALL = Compact(name="compact", channels=(4, 6, 8), head="position")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> Captcha:

@@ -1,6 +1,6 @@
 """The learning rate against its description, the fused optimisers against torch's plain ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from captcha_exp.config import Train
 from captcha_exp.optim import learning_rate, optimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONECYCLE = Train(
     batch_size=8,
@@ -66,15 +68,6 @@ def test_constant_is_constant() -> None:
 # -- the optimisers ------------------------------------------------------------------------------------------
 
 Kind = Literal["adam", "adamw", "sgd"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network() -> nn.Sequential:

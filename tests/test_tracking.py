@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import EVERY_EPOCH, TINY, Heard
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
@@ -21,27 +21,6 @@ from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed
 from captcha_exp.tracking import MlflowTracker, serve_ui
 from captcha_exp.train import train
-
-PER_EPOCH = {
-    "train/loss",
-    "train/accuracy",
-    "val/loss",
-    "val/accuracy",
-    "val/char_accuracy",
-    "memory/process_peak_mib",
-    "speed/images_per_second",
-    "speed/epoch_seconds",
-}
-
-
-class Noted(Silent):
-    """A display that keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +63,8 @@ def _newest() -> Path:
 def test_every_metric_stands_at_every_epoch(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
     client, run, folder = finished
 
-    assert set(run.data.metrics) >= PER_EPOCH
-    for name in PER_EPOCH:
+    assert set(run.data.metrics) >= EVERY_EPOCH
+    for name in EVERY_EPOCH:
         assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [1, 2], name
     for name in (
         "test/accuracy",
@@ -183,7 +162,7 @@ def test_a_run_that_is_cut_short_says_how(
 def test_a_store_that_goes_away_costs_nothing_and_gets_the_rows_when_it_is_back(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    display = Noted()
+    display = Heard()
     send = MlflowClient.log_batch
     calls = 0
 
@@ -209,7 +188,7 @@ def test_a_store_that_goes_away_costs_nothing_and_gets_the_rows_when_it_is_back(
 def test_a_store_that_is_never_there_again_leaves_the_folder_complete(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    display = Noted()
+    display = Heard()
     tracker = MlflowTracker(display)
 
     def away(*_: object, **named: object) -> None:

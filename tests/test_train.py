@@ -16,9 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from conftest import EVERY_EPOCH, Heard
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from captcha_exp import dataset, models, report, sources, train, watch
+from captcha_exp import compose, dataset, load, models, optim, report, sources, train, watch
 from captcha_exp.checkpoint import TrainState, load_weights
 from captcha_exp.config import Config, Mlflow, to_dict
 from captcha_exp.dataset import Batch, Dataset, Split
@@ -31,20 +33,6 @@ from captcha_exp.train import Step, fresh_state, train_step, weights_sha256
 CPU = torch.device("cpu")
 Optimizer = Literal["adam", "adamw", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
-
-
-class Heard(Silent):
-    """A display that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.warnings: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 class Notes:
@@ -140,6 +128,32 @@ def test_a_step_reads_no_tensor_on_the_host(
         guard.note(0, step.loss, step.finite)
     guard.look(state.model, 1)
     assert step.loss.isfinite()
+
+
+@pytest.mark.parametrize("model", ["compact", "resnet18"])
+@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: str, kind: str) -> None:
+    """On fake tensors, which have shapes and no values: whatever looked at one would fail."""
+    config = load(
+        compose(f"model={model}", f"model.head={head}", f"train.optimizer={kind}", "device.name=cpu")
+    )
+    recogniser = models.build(config.model, config.captcha)
+    fake = FakeTensorMode()
+    for module in recogniser.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(fake.from_tensor(weight.detach())))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, fake.from_tensor(buffer))
+    with fake:
+        state = TrainState(recogniser, optim.optimizer(config.train, recogniser.parameters()))
+        images = torch.zeros(8, config.captcha.height, config.captcha.width, 3, dtype=torch.uint8)
+        batch = Batch(images, torch.zeros(8, 4, dtype=torch.int64), torch.arange(8))
+        for _ in range(3):
+            step = train_step(state, batch, config)
+
+    assert isinstance(step.loss, FakeTensor)
+    assert step.finite.shape == ()
 
 
 def test_a_step_is_the_textbooks(config: Config) -> None:
@@ -652,17 +666,6 @@ def test_every_optimiser_trains_in_every_precision(
 
 
 # -- the record ----------------------------------------------------------------------------------------------
-
-EVERY_EPOCH = {
-    "train/loss",
-    "train/accuracy",
-    "val/loss",
-    "val/accuracy",
-    "val/char_accuracy",
-    "memory/process_peak_mib",
-    "speed/images_per_second",
-    "speed/epoch_seconds",
-}
 
 
 def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
