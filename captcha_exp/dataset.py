@@ -26,7 +26,7 @@ from torch import Tensor
 
 from captcha_exp import chance, sources
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.config import Captcha, CaptchaLibrary, Config, WheezyLibrary, to_dict
+from captcha_exp.config import Captcha, Config, Data, to_dict
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
@@ -179,7 +179,7 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, Tensor]:
     return {name: torch.tensor(numbers) for name, numbers in members.items()}
 
 
-def _made_from(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> dict[str, Any]:
+def _made_from(data: Data, captcha: Captcha) -> dict[str, Any]:
     """Everything that the bytes of the pictures depend on."""
     asked = to_dict(data)
     for indifferent in ("cache", "workers", "split_seed", "validation_fraction", "test_fraction"):
@@ -187,7 +187,7 @@ def _made_from(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> dict[s
     return {"format": FORMAT, "source": asked, "captcha": to_dict(captcha), "origin": sources.origin(data)}
 
 
-def _build(path: Path, data: CaptchaLibrary | WheezyLibrary, captcha: Captcha, display: Display) -> str:
+def _build(path: Path, data: Data, captcha: Captcha, display: Display) -> str:
     """Draw, write, and return the SHA-256 of the file."""
     began = time.perf_counter()
     images = torch.from_numpy(sources.draw(data, captcha, range(data.count), display))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captcha_exp.config import Captcha, Compact, ResNet18
+from captcha_exp.config import Captcha, Compact, Model, ResNet18
 
 
 class Head(Protocol):
@@ -194,7 +194,7 @@ class Recogniser(nn.Module):
         return logits
 
 
-def build(model: Compact | ResNet18, captcha: Captcha) -> Recogniser:
+def build(model: Model, captcha: Captcha) -> Recogniser:
     """The recogniser of a config, with fresh weights from torch's global chance."""
     network: nn.Module
     match model:

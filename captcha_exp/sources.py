@@ -7,6 +7,7 @@ ends with its standard input, so with its parent, however that ends. Every pictu
 own, from (seed, index): the same pictures come out of any number of workers, in any order.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, assert_never
@@ -25,13 +27,41 @@ import numpy.typing as npt
 from PIL import Image, ImageFont
 
 from captcha_exp import chance, pixels
-from captcha_exp.config import Captcha, CaptchaLibrary, Drawn, WheezyLibrary, data_from_json, to_dict
+from captcha_exp.config import Captcha, CaptchaLibrary, Data, Drawn, WheezyLibrary, data_from_json, to_dict
 from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed, UserError
 
 Draw = Callable[[str, random.Random], Image.Image]
 
 BLOCK = 100  # pictures asked for at a time: a tenth of a second, small enough to share the last ones fairly
+
+
+@dataclass(frozen=True)
+class Library:
+    """A generator: the package whose version decides the pixels, its own fonts, and how it comes to draw."""
+
+    package: str
+    own_fonts: Sequence[Path]
+    make: Callable[[], Draw]
+
+
+def library(data: Data) -> Library:
+    """The generator of a config.
+
+    Raises:
+        UserError: it brings no font and the config names none.
+    """
+    match data:
+        case CaptchaLibrary():
+            from captcha.image import DEFAULT_FONTS
+
+            return Library("captcha", [Path(path) for path in DEFAULT_FONTS], lambda: _captcha(data))
+        case WheezyLibrary():
+            if not data.fonts:
+                raise UserError("data.fonts=[]: wheezy.captcha brings none; name one, such as DejaVuSans.ttf")
+            return Library("wheezy.captcha", [], lambda: _wheezy(data))
+        case _:
+            assert_never(data)
 
 
 def label(data: Drawn, captcha: Captcha, index: int) -> str:
@@ -47,17 +77,17 @@ def _label(captcha: Captcha, stream: random.Random) -> str:
     return "".join(stream.choices(captcha.alphabet, k=captcha.length))
 
 
-def origin(data: CaptchaLibrary | WheezyLibrary) -> dict[str, Any]:
+def origin(data: Data) -> dict[str, Any]:
     """Everything beside the config that the pixels of a source depend on: packages and font files."""
     from PIL import features
 
-    package = {"captcha": "captcha", "wheezy": "wheezy.captcha"}[data.source]
+    package = library(data).package
     return {
         "package": f"{package} {version(package)}",
         "pillow": version("pillow"),
         "freetype": features.version("freetype2"),
         "raqm": features.version("raqm"),
-        "fonts": [_sha256(path) for path in font_files(data)],
+        "fonts": [hashlib.sha256(path.read_bytes()).hexdigest() for path in font_files(data)],
     }
 
 
@@ -82,9 +112,7 @@ def font_files(data: Drawn) -> list[Path]:
     return found
 
 
-def draw(
-    data: CaptchaLibrary | WheezyLibrary, captcha: Captcha, indices: Sequence[int], display: Display
-) -> npt.NDArray[np.uint8]:
+def draw(data: Data, captcha: Captcha, indices: Sequence[int], display: Display) -> npt.NDArray[np.uint8]:
     """(N, H, W, C) uint8 of the pictures with these indices, drawn on all workers.
 
     Raises:
@@ -121,13 +149,13 @@ def draw(
     return pictures
 
 
-def check_glyphs(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> None:
+def check_glyphs(data: Data, captcha: Captcha) -> None:
     """Nothing, if every font can draw every character.
 
     Raises:
         UserError: a font would draw an empty box; the line names it and the characters.
     """
-    for path in font_files(data) or _own_fonts(data):
+    for path in font_files(data) or library(data).own_fonts:
         try:
             font = ImageFont.truetype(str(path), 32)
         except OSError as error:
@@ -140,26 +168,6 @@ def check_glyphs(data: CaptchaLibrary | WheezyLibrary, captcha: Captcha) -> None
                 f"captcha.alphabet: {path.name} has no picture of {lacking!r}; "
                 "take these out, or name a font that has them in data.fonts"
             )
-
-
-def _own_fonts(data: CaptchaLibrary | WheezyLibrary) -> list[Path]:
-    match data:
-        case CaptchaLibrary():
-            from captcha.image import DEFAULT_FONTS
-
-            return [Path(path) for path in DEFAULT_FONTS]
-        case WheezyLibrary():
-            raise UserError(
-                "data.fonts=[]: wheezy.captcha brings no font; name at least one, such as DejaVuSans.ttf"
-            )
-        case _:
-            assert_never(data)
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class _Worker:
@@ -217,18 +225,8 @@ class _Worker:
 # -- in the drawing process ----------------------------------------------------------------------------------
 
 
-def generator(data: CaptchaLibrary | WheezyLibrary) -> Draw:
-    """A function (text, random stream) -> picture; it hands the generator's module a seeded stand-in."""
-    match data:
-        case CaptchaLibrary():
-            return _captcha(data)
-        case WheezyLibrary():
-            return _wheezy(data)
-        case _:
-            assert_never(data)
-
-
 def _captcha(data: CaptchaLibrary) -> Draw:
+    """A function (text, random stream) -> picture; the generator's module is handed a seeded stand-in."""
     import captcha.image
 
     fonts = [str(path) for path in font_files(data)]
@@ -289,7 +287,7 @@ def _serve() -> None:
     order = json.loads(sys.stdin.readline())
     data = data_from_json(json.dumps(order["data"]))
     captcha = Captcha(**order["captcha"])
-    draw_one = generator(data)
+    draw_one = library(data).make()
     for line in sys.stdin:
         drawn = []
         for index in json.loads(line):

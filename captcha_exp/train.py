@@ -195,15 +195,6 @@ def train(
 
         state.restore_best()
         tested = evaluate(state.model, data.split("test", device, config.device.resident_limit_mib), config)
-        low, high = tested.interval
-        metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
-        row = MetricsRow(state.epoch, record.now_ms(), metrics)
-        run.log(row)
-        tracker.log(row)
-        alphabet = Alphabet(config.captcha.alphabet)
-        run.write_json("test.json", tested.summary(alphabet))
-        report.curves(run.rows(), run.report / "curves.png")
-        report.confusion(tested, alphabet, run.report / "confusion.png")
         result = Result(
             folder=run.folder,
             config=config,
@@ -211,20 +202,34 @@ def train(
             best_epoch=state.best_epoch,
             weights_sha256=weights_sha256(state.model),
             seconds=time.perf_counter() - began,
-            process_peak_mib=max(row.metrics.get("memory/process_peak_mib", 0.0) for row in run.rows()),
+            process_peak_mib=max(row.metrics["memory/process_peak_mib"] for row in run.rows()),
         )
-        run.note(
-            result={
-                "epochs": state.epoch,
-                "best_epoch": state.best_epoch,
-                "val_accuracy": state.best_accuracy,
-                "test_accuracy": tested.accuracy,
-                "weights_sha256": result.weights_sha256,
-                "seconds": result.seconds,
-                "process_peak_mib": result.process_peak_mib,
-            }
-        )
+        _record_test(result, state, run, tracker)
     return result
+
+
+def _record_test(result: Result, state: TrainState, run: Run, tracker: Tracker) -> None:
+    """The test figures and the pictures of the report, in the run's folder and at the tracker."""
+    tested, alphabet = result.test, Alphabet(result.config.captcha.alphabet)
+    low, high = tested.interval
+    metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
+    row = MetricsRow(state.epoch, record.now_ms(), metrics)
+    run.log(row)
+    tracker.log(row)
+    run.write_json("test.json", tested.summary(alphabet))
+    report.curves(run.rows(), run.report / "curves.png")
+    report.confusion(tested, alphabet, run.report / "confusion.png")
+    run.note(
+        result={
+            "epochs": state.epoch,
+            "best_epoch": state.best_epoch,
+            "val_accuracy": state.best_accuracy,
+            "test_accuracy": tested.accuracy,
+            "weights_sha256": result.weights_sha256,
+            "seconds": result.seconds,
+            "process_peak_mib": result.process_peak_mib,
+        }
+    )
 
 
 def fresh_state(config: Config, device: torch.device) -> TrainState:
@@ -298,8 +303,9 @@ class _Sums:
     def _show(self) -> None:
         loss, share = float(self.loss) / self.seen, int(self.right) / self.seen
         speed = self.seen / (time.perf_counter() - self.began)
+        peak = devices.process_peak_mib(self.loss.device)
         note = f"{self.title}  loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s"
-        self.bar.advance(self.seen - self.shown, note)
+        self.bar.advance(self.seen - self.shown, f"{note}  peak {peak:,.0f} MiB")
         self.shown = self.seen
 
 

@@ -157,7 +157,7 @@ def test_the_label_is_the_text_that_the_worker_draws(data: Source, monkeypatch: 
     monkeypatch.setattr(captcha.image, "secrets", secrets)
     monkeypatch.setattr(wheezy.captcha.image, "random", random)
     by_worker = draw(data, range(6))
-    draw_one = sources.generator(data)
+    draw_one = sources.library(data).make()
     for index in range(6):
         stream = chance.stream(data.seed, "picture", index)
         stream.choices(CAPTCHA.alphabet, k=CAPTCHA.length)  # the text comes first out of the stream
@@ -255,7 +255,7 @@ def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         package = tmp_path / "captcha"
         package.mkdir()
         (package / "__init__.py").touch()
-        (package / "image.py").write_text(image)
+        (package / "image.py").write_text(f"DEFAULT_FONTS = []\n{image}")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     return put
@@ -345,7 +345,7 @@ def test_the_library_s_own_font_is_checked_too() -> None:
 
 
 def test_wheezy_without_a_font_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"data.fonts=\[\]: wheezy.captcha brings no font"):
+    with pytest.raises(UserError, match=r"data.fonts=\[\]: wheezy.captcha brings none"):
         sources.check_glyphs(replace(WHEEZY, fonts=()), CAPTCHA)
 
 

@@ -16,6 +16,7 @@ from captcha_exp.config.schema import Data as Data
 from captcha_exp.config.schema import Device as Device
 from captcha_exp.config.schema import Drawn as Drawn
 from captcha_exp.config.schema import Mlflow as Mlflow
+from captcha_exp.config.schema import Model as Model
 from captcha_exp.config.schema import NoTracking as NoTracking
 from captcha_exp.config.schema import ResNet18 as ResNet18
 from captcha_exp.config.schema import Train as Train

@@ -19,11 +19,11 @@ from yaml import YAMLError
 
 from captcha_exp.config import schema
 from captcha_exp.config.mistakes import explain
-from captcha_exp.config.schema import CaptchaLibrary, Config, Data, Mlflow, WheezyLibrary
+from captcha_exp.config.schema import Config, Data, Mlflow
 from captcha_exp.errors import ConfigError
 
 _CONFIG = TypeAdapter(Config)
-_DATA: TypeAdapter[CaptchaLibrary | WheezyLibrary] = TypeAdapter(Data)
+_DATA: TypeAdapter[Data] = TypeAdapter(Data)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def to_yaml(config: Config) -> str:
     return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(to_dict(config)))
 
 
-def data_from_json(text: str) -> CaptchaLibrary | WheezyLibrary:
+def data_from_json(text: str) -> Data:
     """The data group from JSON, as a drawing process receives it."""
     return _DATA.validate_json(text)
 

@@ -1,0 +1,157 @@
+"""What the README says about adding a network, a head or a source is all that it takes.
+
+Each test does it to a copy of the project, by those steps alone, and trains the result.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+class Copy:
+    """A copy of the project that a person extends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("captcha_exp", "conf"):
+            shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def insert(self, file: str, before: str, text: str) -> None:
+        """The text before the last place at which that line begins so."""
+        path = self.folder / file
+        head, found, tail = path.read_text().rpartition(before)
+        assert found, f"{before!r} is not in {file}"
+        path.write_text(head + text + found + tail)
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        assert path.read_text().count(old) == 1, f"{old!r} does not stand once in {file}"
+        path.write_text(path.read_text().replace(old, new))
+
+    def train(self, *overrides: str) -> str:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "captcha_exp",
+                "train",
+                *TINY,
+                "train.epochs=1",
+                "tracking=none",
+                *overrides,
+            ],
+            cwd=self.folder,
+            env=os.environ | {"CAPTCHA_EXP_ROOT": str(self.folder / "root"), "PYTHONPATH": str(self.folder)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        (saved,) = (self.folder / "root").glob("outputs/*/*/config.yaml")
+        return saved.read_text()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+def test_a_network(project: Copy) -> None:
+    project.insert(
+        "captcha_exp/models.py",
+        "class Recogniser(",
+        "class Columns(nn.Module):\n"
+        "    def __init__(self, rows: int) -> None:\n"
+        "        super().__init__()\n"
+        "        self.pool = nn.AdaptiveAvgPool2d((rows, None))\n\n"
+        "    def forward(self, images: Tensor) -> Tensor:\n"
+        "        return self.pool(images.movedim(-1, 1).float() / 255).flatten(1, 2)\n\n\n",
+    )
+    project.insert(
+        "captcha_exp/models.py",
+        "        case _:\n            assert_never(model)",
+        "        case Columns_():\n            network = Columns(model.rows)\n",
+    )
+    project.replace(
+        "captcha_exp/models.py",
+        "from captcha_exp.config import ",
+        "from captcha_exp.config.schema import Columns as Columns_\nfrom captcha_exp.config import ",
+    )
+    project.insert(
+        "captcha_exp/config/schema.py",
+        "Model: TypeAlias",
+        "@dataclass(config=_STRICT, frozen=True, kw_only=True)\n"
+        "class Columns(Network):\n"
+        '    name: Literal["columns"]\n'
+        "    rows: Annotated[int, Field(ge=1)]\n\n\n",
+    )
+    project.replace("captcha_exp/config/schema.py", "[Compact | ResNet18,", "[Compact | ResNet18 | Columns,")
+    (project.folder / "conf/model/columns.yaml").write_text("name: columns\nrows: 4\nhead: position\n")
+
+    overrides = [text for text in TINY if not text.startswith("model.")]
+    assert len(overrides) == len(TINY) - 1
+    assert "name: columns" in project.train("model=columns", "~model.channels", "model.rows=5")
+
+
+def test_a_head(project: Copy) -> None:
+    project.insert(
+        "captcha_exp/models.py",
+        "def conv(",
+        "class CalmHead(PositionHead):\n"
+        "    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:\n"
+        "        return super().loss(logits / 2, targets, smoothing)\n\n\n",
+    )
+    project.insert(
+        "captcha_exp/models.py",
+        "        case _:\n            assert_never(model.head)",
+        '        case "calm":\n'
+        "            head = CalmHead(features, places, captcha.length, len(captcha.alphabet))\n",
+    )
+    project.replace("captcha_exp/config/schema.py", '"grouped_softmax"]', '"grouped_softmax", "calm"]')
+
+    assert "head: calm" in project.train("model.head=calm")
+
+
+def test_a_source(project: Copy) -> None:
+    project.insert(
+        "captcha_exp/sources.py",
+        "def _captcha(",
+        "def _plain(data: Drawn) -> Draw:\n"
+        "    def draw_one(text: str, stream: random.Random) -> Image.Image:\n"
+        "        picture = Image.new('L', (data.width, data.height), 255)\n"
+        "        ImageDraw.Draw(picture).text((stream.randrange(9), 20), text, fill=0, font_size=28)\n"
+        "        return picture\n\n"
+        "    return draw_one\n\n\n",
+    )
+    project.insert(
+        "captcha_exp/sources.py",
+        "        case _:\n            assert_never(data)",
+        '        case Plain():\n            return Library("pillow", [], lambda: _plain(data))\n',
+    )
+    project.replace("captcha_exp/sources.py", "import Image, ImageFont", "import Image, ImageDraw, ImageFont")
+    project.replace(
+        "captcha_exp/sources.py",
+        "from captcha_exp.config import ",
+        "from captcha_exp.config.schema import Plain\nfrom captcha_exp.config import ",
+    )
+    project.insert(
+        "captcha_exp/config/schema.py",
+        "Data: TypeAlias",
+        "@dataclass(config=_STRICT, frozen=True, kw_only=True)\n"
+        "class Plain(Drawn):\n"
+        '    source: Literal["plain"]\n\n\n',
+    )
+    project.replace(
+        "captcha_exp/config/schema.py",
+        "[CaptchaLibrary | WheezyLibrary,",
+        "[CaptchaLibrary | WheezyLibrary | Plain,",
+    )
+    (project.folder / "conf/data/plain.yaml").write_text("defaults: [captcha]\n\nsource: plain\n")
+
+    assert "source: plain" in project.train("data=plain")
