@@ -49,7 +49,7 @@ def text_of(address: str, wanted: str) -> str:
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.goto(address)
         page.get_by_text(wanted).first.wait_for(timeout=60_000)
-        text = page.inner_text("body")
+        text: str = page.inner_text("body")
         browser.close()
     return text
 
