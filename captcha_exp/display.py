@@ -43,7 +43,7 @@ class Silent:
         pass
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr)  # noqa: T201 - this module is where printing is done
+        print(f"warning: {text}", file=sys.stderr)
 
     def bar(self, what: str, total: int) -> AbstractContextManager[Bar]:  # noqa: ARG002 - shows nothing
         return nullcontext(_NoBar())

@@ -19,7 +19,7 @@ from PIL import Image
 UNIT = 256  # weights are whole multiples of 1/UNIT
 
 # 255 * UNIT**2 + UNIT**2 / 2 is the largest sum that occurs.
-assert 255 * UNIT**2 + UNIT**2 // 2 < 2**24  # noqa: S101 - a fact about the constant, true at every import
+assert 255 * UNIT**2 + UNIT**2 // 2 < 2**24  # a fact about the constant, true at every import
 
 
 def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:

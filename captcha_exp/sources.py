@@ -200,14 +200,14 @@ class _Worker:
 
     def draw(self, indices: Sequence[int], size: int) -> bytes:
         self._tell(list(indices))
-        assert self.process.stdout is not None  # noqa: S101 - for the type checker: PIPE was asked for
+        assert self.process.stdout is not None
         answer = self.process.stdout.read(size)
         if len(answer) != size:
             raise self._failure()
         return answer
 
     def _tell(self, what: Any) -> None:
-        assert self.process.stdin is not None  # noqa: S101 - for the type checker: PIPE was asked for
+        assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(what).encode() + b"\n")
             self.process.stdin.flush()

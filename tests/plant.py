@@ -317,13 +317,13 @@ def passes(tests: Iterable[str], plant: Plant | None = None) -> bool:
 def main(names: Sequence[str]) -> int:
     chosen = [plant for plant in PLANTS if not names or plant.name in names]
     if not passes(sorted({test for plant in chosen for test in plant.tests})):
-        print("the healthy copy is not green: mend that first")  # noqa: T201 - this is a program
+        print("the healthy copy is not green: mend that first")
         return 1
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = list(threads.map(lambda plant: not passes(plant.tests, plant), chosen))
     for plant, seen in zip(chosen, results, strict=True):
-        print(f"{'caught' if seen else 'NOT SEEN':9} {plant.name}")  # noqa: T201 - this is a program
-    print(f"{sum(results)} of {len(chosen)} planted bugs are caught")  # noqa: T201 - this is a program
+        print(f"{'caught' if seen else 'NOT SEEN':9} {plant.name}")
+    print(f"{sum(results)} of {len(chosen)} planted bugs are caught")
     return 0 if all(results) and chosen else 1
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 PROGRAM = "captcha-exp"
 
+VERBS = {
+    "train": "train a recogniser, test it, record it",
+    "data": "draw the pictures of a config and show some",
+    "evaluate": "accuracy of a run: whole, per character, per position, confusions",
+    "runs": "list the runs in outputs/",
+    "ui": "MLflow's UI on 127.0.0.1, with the right store",
+}
+COMPOSING = ("train", "data", "ui")  # the verbs that take overrides
+
 
 def main() -> NoReturn:
     """The command: exit code 0, or 1 for a run that failed, 2 for a mistake in the call, 130 for Ctrl-C."""
@@ -32,14 +42,12 @@ def main() -> NoReturn:
         sys.exit(_dispatch(sys.argv[1:]))
     except UserError as error:
         for line in error.lines:
-            print(line, file=sys.stderr)  # noqa: T201 - this module speaks for the program
+            print(line, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # whoever read along has gone: `| head`
+    except BrokenPipeError:  # whoever read along has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
@@ -66,43 +74,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, act: Any, what: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=what, description=what, allow_abbrev=False)
+    def verb(
+        name: str, act: Callable[[argparse.Namespace], int], json: bool = True
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=VERBS[name], description=VERBS[name], allow_abbrev=False)
         added.set_defaults(act=act)
+        if name in COMPOSING:
+            what = "experiment=NAME, group=NAME or key=value; see conf/"
+            added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
+            added.add_argument(
+                "--config-dir", "-cd", metavar="DIR", help="a folder of YAML files beside conf/"
+            )
+        if json:
+            added.add_argument("--json", action="store_true", help="print JSON, for a script")
         return added
 
-    def overrides(added: argparse.ArgumentParser) -> None:
-        added.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="OVERRIDE",
-            help="experiment=NAME, group=NAME or key=value; see conf/",
-        )
-        added.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of YAML files beside conf/")
-
-    def as_json(added: argparse.ArgumentParser) -> None:
-        added.add_argument("--json", action="store_true", help="print JSON, for a script")
-
-    train = verb("train", _train, "train a recogniser, test it, record it")
-    overrides(train)
-    as_json(train)
-    train.add_argument(
-        "--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed config and stop"
-    )
-    data = verb("data", _data, "draw the pictures of a config and show some")
-    overrides(data)
-    as_json(data)
-    evaluate = verb(
-        "evaluate", _evaluate, "accuracy of a run: whole, per character, per position, confusions"
-    )
-    evaluate.add_argument(
-        "run", metavar="RUN", help="a run's folder, the beginning of an MLflow run id, or latest"
-    )
+    train = verb("train", _train)
+    what = "print the composed config and stop"
+    train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
+    verb("data", _data)
+    evaluate = verb("evaluate", _evaluate)
+    what = "a run's folder, the beginning of an MLflow run id, or latest"
+    evaluate.add_argument("run", metavar="RUN", help=what)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    as_json(evaluate)
-    as_json(verb("runs", _runs, "list the runs in outputs/"))
-    ui = verb("ui", _ui, "MLflow's UI on 127.0.0.1, with the right store")
-    overrides(ui)
+    verb("runs", _runs)
+    ui = verb("ui", _ui, json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
     return parser
 
@@ -204,7 +200,7 @@ def _machine() -> "Machine":
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 - the result of the command
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _program() -> str:
@@ -233,7 +229,7 @@ def _show_config(arguments: argparse.Namespace) -> int:
     if arguments.cfg == "job":
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(composed.config), end="")  # noqa: T201 - the result of the command
+        print(OmegaConf.to_yaml(composed.config), end="")
         return 0
     folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
     run_hydra([*folder, "--cfg", arguments.cfg, *arguments.overrides])
@@ -242,17 +238,13 @@ def _show_config(arguments: argparse.Namespace) -> int:
 
 def _complete(argv: list[str]) -> int:
     """What the shell may put at TAB: verbs by ourselves, groups and keys by Hydra."""
-    line = os.environ.get("COMP_LINE", "")
-    words = line.split(" ")
-    verbs = _verbs()
-    if any(word.startswith("query=") for word in argv) and len(words) <= 2:
-        print("\n".join(verb for verb in verbs if verb.startswith(words[-1])))  # noqa: T201 - the answer
-        return 0
-    if len(words) > 2 and words[1] in verbs:
-        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if any(word.startswith("query=") for word in argv):
+        if len(words) <= 2:
+            print("\n".join(verb for verb in VERBS if verb.startswith(words[-1])))
+            return 0
+        if words[1] not in COMPOSING:
+            return 0
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra knows no verbs
     run_hydra(argv)
     return 0
-
-
-def _verbs() -> list[str]:
-    return ["train", "data", "evaluate", "runs", "ui"]

@@ -80,12 +80,10 @@ def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Compose
             try:
                 override, mistake = _read_override(text, groups)
             except HydraException:
-                override, mistake = (
-                    None,
-                    f"{text!r}: is no override; write key=value, with quotes around odd values",
-                )
-            if mistake or override is None:
-                mistakes.append(str(mistake))
+                mistakes.append(f"{text!r}: is no override; write key=value, with quotes around odd values")
+                continue
+            if mistake:
+                mistakes.append(mistake)
             elif override.key_or_group in groups or override.is_delete():
                 accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
             else:

@@ -51,7 +51,7 @@ def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
             _wait_until_up(server, port)
             address = f"http://127.0.0.1:{port}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
             display.line(f"runs    {address}\ncurves  {address}&compareRunsMode=CHART\nCtrl-C ends it")
-            assert server.stderr is not None  # noqa: S101 - for the type checker: PIPE was asked for
+            assert server.stderr is not None
             for _ in server.stderr:  # read, so that the server never waits for a reader
                 pass
         except KeyboardInterrupt:

@@ -38,7 +38,7 @@ class MlflowTracker:
         Raises:
             RunFailed: the store cannot be opened; the line says which.
         """
-        assert isinstance(config.tracking, Mlflow)  # noqa: S101 - cli makes a tracker for no other
+        assert isinstance(config.tracking, Mlflow)  # cli makes a tracker for no other
         uri = config.tracking.uri
         try:
             self._client = open_store(uri)
