@@ -122,9 +122,8 @@ def draw(data: Data, captcha: Captcha, indices: Sequence[int], display: Display)
     pictures = np.empty((len(indices), *shape), np.uint8)
     blocks = [(start, indices[start : start + BLOCK]) for start in range(0, len(indices), BLOCK)]
     workers = min(int(data.workers), len(blocks))
-    pending = iter(
-        blocks
-    )  # shared by the threads: taking the next block is one step under the interpreter's lock
+    pending = iter(blocks)  # shared by the threads, each of which takes the next block
+    stop = threading.Event()  # the first failure, or Ctrl-C, is heard at once and not after the last picture
     with display.bar(f"drawing {len(indices):,} pictures", len(indices)) as bar:
 
         def serve() -> None:
@@ -136,9 +135,6 @@ def draw(data: Data, captcha: Captcha, indices: Sequence[int], display: Display)
                     if stop.is_set():
                         return
 
-        stop = (
-            threading.Event()
-        )  # the first failure, or Ctrl-C, is heard at once and not after the last picture
         with ThreadPoolExecutor(workers) as threads:
             try:
                 for future in as_completed([threads.submit(serve) for _ in range(workers)]):

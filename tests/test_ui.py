@@ -62,9 +62,7 @@ def test_the_first_address_lists_the_runs_with_their_dataset(served: tuple[str, 
 
 
 def test_the_second_address_shows_the_curves(served: tuple[str, str, int]) -> None:
-    text = text_of(
-        served[1], "-tiny (speed/images_per_second)"
-    )  # below it, charts are drawn when scrolled to
+    text = text_of(served[1], "-tiny (speed/images_per_second)")  # more are drawn when scrolled to
 
     assert "-tiny (memory/process_peak_mib)" in text
 
