@@ -20,6 +20,7 @@ from captcha_exp.config import Config, load, resolve
 from captcha_exp.dataset import Split
 from captcha_exp.display import Display
 from captcha_exp.models import Recogniser
+from captcha_exp.record import check_file
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,10 @@ def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation
     """What a finished run's best weights read on one of its splits, on this machine.
 
     Raises:
-        UserError: the run has no weights, or its pictures are no longer what they were.
+        UserError: the run has no weights, or they are no longer those that it ended with.
     """
     weights = folder / "model.safetensors"
+    check_file(folder, weights.name)
     config = load(folder / "config.yaml")
     # Another machine may lack the device that the run was trained on; reading needs any.
     config = resolve(

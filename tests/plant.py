@@ -243,6 +243,27 @@ PLANTS = (
         ("test_record.py",),
     ),
     Plant(
+        "weights that have changed since are believed",
+        "record/run.py",
+        "sha256_of(path) != expected",
+        "not expected",
+        ("test_record.py",),
+    ),
+    Plant(
+        "a run that cannot be read is passed over in silence",
+        "record/run.py",
+        "tell(str(error))",
+        "pass",
+        ("test_record.py",),
+    ),
+    Plant(
+        "a first bad step leaves the momentum unwritten",
+        "optim.py",
+        "torch.zeros_like(parameter)",
+        "torch.full_like(parameter, float('nan'))",
+        ("test_train.py", "test_optim.py"),
+    ),
+    Plant(
         "a failed run is called finished",
         "tracking/tracker.py",
         "client.set_terminated(self._run_id, status)",

@@ -330,3 +330,28 @@ def test_a_process_that_only_has_the_same_number_is_not_the_run(run: Run) -> Non
 
 def test_a_run_of_another_machine_is_not_called_dead(run: Run) -> None:
     assert record.is_alive({**run.state, "host": "another", "pid": -1})
+
+
+def test_a_file_that_has_changed_since_the_run_ended_is_refused(tiny: Config) -> None:
+    run = record.create(tiny, tiny)
+    run.write("model.safetensors", b"weights")
+    record.check_file(run.folder, "model.safetensors")  # the run goes on: nothing is promised yet
+    run.close("FINISHED")
+    record.check_file(run.folder, "model.safetensors")
+    (run.folder / "model.safetensors").write_bytes(b"weightz")
+
+    with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
+        record.check_file(run.folder, "model.safetensors")
+    (run.folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
+        record.check_file(run.folder, "model.safetensors")
+
+
+def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Config) -> None:
+    whole, broken = record.create(tiny, tiny), record.create(tiny, tiny)
+    (broken.folder / "run.json").write_text("{")
+    told: list[str] = []
+
+    assert [folder for folder, _ in record.runs(told.append)] == [whole.folder]
+    assert len(told) == 1
+    assert told[0].startswith(str(broken.folder / "run.json"))

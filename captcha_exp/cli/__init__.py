@@ -172,7 +172,7 @@ def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import summary
     from captcha_exp.places import root
 
-    known = record.runs()
+    known = record.runs(tell=lambda text: print(text, file=sys.stderr))
     if arguments.json:
         _print_json([{"folder": str(folder), **state} for folder, state in known])
     else:

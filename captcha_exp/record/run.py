@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -149,14 +149,14 @@ def create(config: Config, requested: Config) -> Run:
     raise UserError(f"{day}: a thousand runs of this name began in one second; wait a second and start again")
 
 
-def runs() -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, content of run.json) of every run in outputs/, the oldest first."""
+def runs(tell: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, content of run.json) of each run in outputs/, the oldest first; tells of those it cannot read."""
     found = []
     for path in (root() / "outputs").glob("*/*/run.json"):
         try:
             found.append((path.parent, _read(path)))
-        except UserError:
-            continue  # listed by nobody: find() names it when it is asked for
+        except UserError as error:
+            tell(str(error))
     return sorted(found, key=lambda item: datetime.fromisoformat(item[1]["started"]))
 
 
@@ -184,6 +184,18 @@ def find(name: str) -> Path:
             "(captcha-exp runs lists them)"
         )
     return begin[0]
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Nothing, if the file is the one that the run ended with, or the run has not ended.
+
+    Raises:
+        UserError: the file has changed since, or is gone.
+    """
+    expected = _read(folder / "run.json")["files"].get(name)
+    path = folder / name
+    if expected is not None and (not path.is_file() or sha256_of(path) != expected):
+        raise UserError(f"{path}: is not the file that the run ended with (its SHA-256 is another)")
 
 
 def is_alive(state: Mapping[str, Any]) -> bool:
