@@ -150,7 +150,7 @@ def create(config: Config, requested: Config) -> Run:
 
 
 def runs(tell: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, content of run.json) of each run in outputs/, the oldest first; tells of those it cannot read."""
+    """(folder, run.json) of each run in outputs/, the oldest first; tells of what it cannot read."""
     found = []
     for path in (root() / "outputs").glob("*/*/run.json"):
         try:
