@@ -440,4 +440,4 @@ def test_an_override_wins_over_an_experiment_wherever_it_stands() -> None:
 
 def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
     with pytest.raises(AttributeError):
-        load(composed()).seed = 1  # type: ignore[misc]
+        load(composed()).seed = 1  # type: ignore[misc]  # that it is frozen is the point

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_EPOCH, Heard
+from conftest import EVERY_EPOCH, TINY, Heard
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -663,6 +663,27 @@ def test_every_optimiser_trains_in_every_precision(
     assert all(math.isfinite(value) for value in (*epoch.metrics.values(), *test.metrics.values()))
     stored, _ = load_weights(result.folder / "model.safetensors", CPU)
     assert {p.dtype for p in stored.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=resnet18", "train=constant"),
+        ("model=resnet18", "model.head=position"),
+        ("captcha.channels=1", "model.head=grouped_softmax", "train.deterministic=false"),
+        ("data=wheezy", "train.optimizer=sgd", "train.patience=1"),
+    ],
+    ids=" ".join,
+)
+def test_the_choices_of_conf_train(
+    overrides: tuple[str, ...], root: Path, cache: Path, no_report: None
+) -> None:
+    tiny = [text for text in TINY if not text.startswith("model.") and not text.startswith("train.")]
+    asked = compose(*tiny, f"data.cache={cache}", "tracking=none", *overrides, "train.epochs=1")
+    result = train.train(load(asked), None, Heard())
+
+    assert state_of(result.folder)["status"] == "FINISHED"
+    assert math.isfinite(result.test.loss)
 
 
 # -- the record ----------------------------------------------------------------------------------------------

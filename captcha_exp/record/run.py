@@ -4,7 +4,8 @@ run.json            status, when, where, the SHA-256 of every finished file
 config.yaml         what ran: resolved and complete          requested.yaml  what was asked
 environment.json    versions, commit, machine                dataset.json    which pictures
 metrics.jsonl       one line for each epoch, with a checksum of its own
-model.safetensors   the best weights, with config and alphabet in the file
+model.safetensors   the best weights, with the config in the file
+test.json           what they read on the test split
 report/             pictures
 """
 
