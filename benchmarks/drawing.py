@@ -12,13 +12,14 @@ import json
 import time
 
 from captcha_exp import compose, load, sources
-from captcha_exp.config import Config
+from captcha_exp.config import CaptchaLibrary, Config, WheezyLibrary
 from captcha_exp.device import this_machine
 from captcha_exp.display import Silent
 
 
 def pictures_per_second(config: Config, workers: int, count: int) -> float:
     """The rate, the start of the workers included."""
+    assert isinstance(config.data, CaptchaLibrary | WheezyLibrary)  # conf/data/ has two generators
     data = dataclasses.replace(config.data, workers=workers)
     began = time.perf_counter()
     sources.draw(data, config.captcha, range(count), Silent())

@@ -45,6 +45,15 @@ class Alphabet:
             raise ValueError(f"{stranger!r} in {text!r} is not in the alphabet {self.characters!r}")
         return ids
 
+    def fold(self, text: str) -> str:
+        """The text with each letter that the alphabet has in the other case alone in that case."""
+        return "".join(
+            c
+            if c in self.characters
+            else next((o for o in (c.lower(), c.upper()) if o in self.characters), c)
+            for c in text
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text that the class ids spell."""
         return "".join(self.characters[k] for k in ids)

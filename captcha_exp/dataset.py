@@ -11,10 +11,9 @@ none.
 
 import hashlib
 import json
-import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +25,15 @@ from torch import Tensor
 
 from captcha_exp import chance, sources
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.config import Captcha, Config, Data, to_dict
+from captcha_exp.config import Config, Data, Folder, to_dict
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record import sha256_of, write_atomically
+from captcha_exp.sources import Verdict
 
-FORMAT = 1  # of the cache file; raised when the same question would give other bytes
+FORMAT = 2  # of the cache file; raised when the same question would give other bytes
+REFUSED_SHOWN = 50  # rows of the table of pictures that cannot be used
 
 SPLITS = ("train", "validation", "test")
 
@@ -101,27 +102,34 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Outline:
-    """Which pictures a run has and on which side each is, before any of them is there."""
+    """Which pictures a run has and on which side each is, before they are drawn or written to the cache."""
 
-    labels: list[str]
+    source: sources.Source
+    verdict: Verdict
     members: dict[str, Tensor]  # split -> (n,) int64, numbers of its pictures
     made_from: dict[str, Any]  # everything that the bytes of the pictures depend on
 
     @property
     def key(self) -> str:
         """The name of the cache file, and of the dataset."""
-        return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()[:32]
+        return _key(self.made_from)
 
 
-def outline(config: Config) -> Outline:
-    """The labels and the split of a resolved config; cheap, and nothing is created.
+def outline(config: Config, display: Display) -> Outline:
+    """The labels and the split of a resolved config; nothing is created.
 
     Raises:
-        UserError: a split would be empty, or a font cannot draw the alphabet; the line says what to change.
+        UserError: a split would be empty, a font cannot draw the alphabet, or pictures of a folder cannot be
+            used; the lines say which, and what to change.
     """
-    sources.check_glyphs(config.data, config.captcha)
-    labels = [sources.label(config.data, config.captcha, index) for index in range(config.data.count)]
-    return Outline(labels, split_by_label(labels, config), _made_from(config.data, config.captcha))
+    source = sources.source(config.data, config.captcha, display)
+    made_from = {"format": FORMAT, "captcha": to_dict(config.captcha), **source.made_from}
+    path = _cache_file(config, _key(made_from))
+    # A generator says what it will draw faster than a cache file is checked.
+    known = _known_verdict(path) if isinstance(config.data, Folder) else None
+    verdict = known or source.verdict(display)
+    _tell(verdict, config.data, display)
+    return Outline(source, verdict, split_by_label(verdict.labels, config), made_from)
 
 
 def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
@@ -130,14 +138,14 @@ def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
     Raises:
         RunFailed: drawing failed; the line gives the drawing process's last words.
     """
-    labels, alphabet = outline.labels, Alphabet(config.captcha.alphabet)
-    folder = root() / config.data.cache
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{outline.key}.safetensors"
+    verdict, alphabet = outline.verdict, Alphabet(config.captcha.alphabet)
+    labels = verdict.labels
+    path = _cache_file(config, outline.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         digest = _checked(path, display)
         if digest is None:
-            digest = _build(path, config.data, config.captcha, display)
+            digest = _build(path, outline, display)
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")
     targets = torch.tensor([alphabet.encode(label) for label in labels])
@@ -150,6 +158,14 @@ def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
         "distinct_labels": len(set(labels)),
         "lengths": {str(length): n for length, n in sorted(Counter(map(len, labels)).items())},
         "splits": {name: len(rows) for name, rows in outline.members.items()},
+        "files": [
+            {"file": name, "sha256": sha256, "label": label}
+            for (name, sha256), label in zip(verdict.files, labels, strict=False)
+        ],
+        "sizes": verdict.sizes,
+        "refused": [{"file": name, "reason": reason} for name, reason in verdict.refused],
+        "notes": verdict.notes,
+        "others": verdict.others,
     }
     return Dataset(images, targets, labels, outline.members, manifest)
 
@@ -172,31 +188,79 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, Tensor]:
             members["train"].append(number)
     for name, numbers in members.items():
         if not numbers:
+            which = f"data.path={data.path}" if isinstance(data, Folder) else f"data.count={data.count}"
             raise UserError(
-                f"data.count={data.count}: {len(set(labels))} different labels leave the {name} split empty; "
+                f"{which}: {len(set(labels))} different labels leave the {name} split empty; "
                 f"take more pictures, or change data.validation_fraction and data.test_fraction"
             )
     return {name: torch.tensor(numbers) for name, numbers in members.items()}
 
 
-def _made_from(data: Data, captcha: Captcha) -> dict[str, Any]:
-    """Everything that the bytes of the pictures depend on."""
-    asked = to_dict(data)
-    for indifferent in ("cache", "workers", "split_seed", "validation_fraction", "test_fraction"):
-        del asked[indifferent]
-    return {"format": FORMAT, "source": asked, "captcha": to_dict(captcha), "origin": sources.origin(data)}
+def _key(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(path: Path, data: Data, captcha: Captcha, display: Display) -> str:
-    """Draw, write, and return the SHA-256 of the file."""
-    began = time.perf_counter()
-    images = torch.from_numpy(sources.draw(data, captcha, range(data.count), display))
-    seconds = time.perf_counter() - began
-    write_atomically(path, to_safetensors({"images": images}))
+def _cache_file(config: Config, key: str) -> Path:
+    return root() / config.data.cache / f"{key}.safetensors"
+
+
+def _tell(verdict: Verdict, data: Data, display: Display) -> None:
+    """Say what became of every file that is not simply in use.
+
+    Raises:
+        UserError: pictures cannot be used, and data.on_bad=refuse.
+    """
+    if not isinstance(data, Folder):
+        return
+    for note, names in verdict.notes.items():
+        display.line(f"in use, {len(names):,} times: {note} ({_some(names)})")
+    if verdict.others:
+        display.line(f"not pictures ({len(verdict.others):,}): {_some(verdict.others)}")
+    if not verdict.refused:
+        return
+    bad, good = len(verdict.refused), len(verdict.labels)
+    which = f"data.path={data.path}: {bad:,} of {bad + good:,} pictures cannot be used"
+    width = min(40, max(len(sources.shown(name)) for name, _ in verdict.refused))
+    table = [
+        f"  {sources.shown(name):<{width}}  {reason}" for name, reason in verdict.refused[:REFUSED_SHOWN]
+    ]
+    if bad > REFUSED_SHOWN:
+        table.append(
+            f"  and {bad - REFUSED_SHOWN:,} more; captcha-exp data --json data.on_bad=skip ... names all"
+        )
+    if data.on_bad == "refuse" or not good:
+        what = f"train on the other {good:,} with data.on_bad=skip" if good else "there is no other"
+        raise UserError(f"{which}; mend them or take them out, or {what}", *table)
+    display.warn("\n".join([f"{which}; the other {good:,} are taken (data.on_bad=skip)", *table]))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(map(sources.shown, names[:3])) + more
+
+
+def _build(path: Path, outline: Outline, display: Display) -> str:
+    """Draw or read, write, and return the SHA-256 of the file."""
+    images = torch.from_numpy(outline.source.pictures(display))
+    # One key alone: safetensors orders several by chance, and the same pictures are to be the same file.
+    write_atomically(
+        path, to_safetensors({"images": images}, {"verdict": json.dumps(asdict(outline.verdict))})
+    )
     digest = sha256_of(path)
     write_atomically(path.with_suffix(".sha256"), digest.encode())
-    display.line(f"drew {data.count:,} pictures in {seconds:.1f} s ({data.count / seconds:,.0f} pictures/s)")
     return digest
+
+
+def _known_verdict(path: Path) -> Verdict | None:
+    """What a whole cache file says of its source; None where there is none to be believed."""
+    try:
+        if sha256_of(path) != path.with_suffix(".sha256").read_text(errors="replace"):
+            return None
+        with safetensors.safe_open(path, "pt") as file:
+            values = json.loads(file.metadata()["verdict"])
+    except FileNotFoundError:
+        return None
+    return Verdict(**{**values, **{k: [tuple(pair) for pair in values[k]] for k in ("files", "refused")}})
 
 
 def _checked(path: Path, display: Display) -> str | None:

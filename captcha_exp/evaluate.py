@@ -171,7 +171,7 @@ def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation
     )
     device = devices.set_up(config)
     model, _ = load_weights(weights, device)
-    outline = dataset.outline(config)
+    outline = dataset.outline(config, display)
     recorded = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     data = dataset.prepare(outline, config, display)
     if data.manifest["images_sha256"] != recorded["images_sha256"]:

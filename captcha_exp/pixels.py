@@ -1,4 +1,4 @@
-"""Decoded picture -> (H, W, C) uint8: colour, transparency, and the one resize.
+"""Bytes of a picture file -> (H, W, C) uint8: decoding, colour, transparency, and the one resize.
 
 Pillow only decodes. Its bilinear resize differs from that of exported graphs in up to one pixel of seven, so
 the resize here is ours and the same wherever it runs: two small matrix products with the triangle filter,
@@ -10,16 +10,83 @@ Source: the triangle filter with support scaled by the shrinking factor is the o
 BILINEAR.
 """
 
+import functools
+import io
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 UNIT = 256  # weights are whole multiples of 1/UNIT
 
 # 255 * UNIT**2 + UNIT**2 / 2 is the largest sum that occurs.
 assert 255 * UNIT**2 + UNIT**2 // 2 < 2**24  # a fact about the constant, true at every import
+
+
+FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "GIF": "GIF", "BMP": "BMP", "WEBP": "WebP"}  # Pillow's -> people's
+LARGEST = 4_000_000  # pixels of one picture; a text captcha has some ten thousand
+
+
+class Unusable(Exception):
+    """Why a file cannot be used as a picture, in words that follow its name."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as it came out of its file."""
+
+    image: Image.Image
+    format: str
+    notes: tuple[str, ...]  # what a person may want to know of how it was read
+
+
+def decode(content: bytes) -> Decoded:
+    """The picture in a file's bytes, whatever the file's name says.
+
+    Raises:
+        Unusable: the bytes are no whole picture, or one of a kind or size that is not read.
+    """
+    if not content:
+        raise Unusable("is empty (0 bytes)")
+    kinds = ", ".join(FORMATS.values())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=tuple(FORMATS))
+        if image.width * image.height > LARGEST:
+            raise Unusable(f"is {image.width}x{image.height} pixels; at most {LARGEST:,} in all are read")
+        frames = getattr(image, "n_frames", 1)
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Unusable(f"has over {Image.MAX_IMAGE_PIXELS:,} pixels; at most {LARGEST:,} are read") from None
+    except UnidentifiedImageError:
+        raise Unusable(f"is no picture of a known kind ({kinds}), or only the beginning of one") from None
+    except Unusable:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them into
+        raise Unusable(f"is damaged or cut short: {' '.join(str(error).split())}") from None
+    if image.format == "PNG" and b"IEND" not in content:  # Pillow is content without the end
+        raise Unusable("is cut short: a PNG without its end")
+    kind = FORMATS.get(str(image.format), str(image.format))  # Pillow calls a JPEG with two pictures MPO
+    notes = [f"has {frames} frames; the first is read"] if frames > 1 else []
+    if image.mode == "I;16":  # Pillow would make every value above 255 white
+        notes.append("has 16 bits for each pixel; the upper 8 are read")
+        return Decoded(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), kind, tuple(notes))
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise Unusable(f"has pixels of mode {image.mode}; save it as grey or RGB with 8 bits")
+    if has_transparency(image):
+        notes.append("is transparent in places; they become white")
+    return Decoded(image, kind, tuple(notes))
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether any pixel lets the page behind it through."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    return bool(np.asarray(image.convert("RGBA"))[..., 3].min() < 255)
 
 
 def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
@@ -32,6 +99,7 @@ def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
     return array.reshape(image.height, image.width, channels)
 
 
+@functools.cache
 def resize_weights(source: int, target: int) -> npt.NDArray[np.float32]:
     """(target, source) whole numbers: the share, in 1/256, of each source pixel in each target pixel."""
     scale = source / target
@@ -47,6 +115,7 @@ def resize_weights(source: int, target: int) -> npt.NDArray[np.float32]:
     for row in range(target):
         whole[row, order[row, : int(missing[row])]] += 1
     weights: npt.NDArray[np.float32] = whole.astype(np.float32)
+    weights.flags.writeable = False  # shared by all who ask
     return weights
 
 

@@ -179,7 +179,7 @@ def train(
     began = time.perf_counter()
     config = resolve(requested, devices.this_machine())
     device = devices.set_up(config)
-    outline = dataset.outline(config)
+    outline = dataset.outline(config, display)
     run = record.create(config, requested)
     display.line(f"run {run.folder} on {devices.describe(config)}")
     with _recorded(run, tracker, config, display):

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from captcha_exp import compose, load
-from captcha_exp.config import Config
+from captcha_exp.config import CaptchaLibrary, Config
 from captcha_exp.display import Silent
 
 TINY = (
@@ -53,6 +53,12 @@ class Heard(Silent):
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+
+def drawn(config: Config) -> CaptchaLibrary:
+    """The data of a config whose pictures the package `captcha` draws."""
+    assert isinstance(config.data, CaptchaLibrary)
+    return config.data
 
 
 @pytest.fixture

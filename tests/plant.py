@@ -56,8 +56,8 @@ PLANTS = (
     Plant(
         "a picture of another size comes from the cache",
         "dataset.py",
-        '"captcha": to_dict(captcha), "origin"',
-        '"captcha": captcha.alphabet, "origin"',
+        '"captcha": to_dict(config.captcha), **source',
+        '"captcha": config.captcha.alphabet, **source',
         ("test_dataset.py",),
     ),
     Plant(
@@ -69,9 +69,9 @@ PLANTS = (
     ),
     Plant(
         "a drawing depends on the process that draws it",
-        "sources.py",
+        "sources/generators.py",
         'chance.stream(data.seed, "picture", index)',
-        'chance.stream(data.seed + os.getpid(), "picture", index)',
+        'chance.stream(data.seed + __import__("os").getpid(), "picture", index)',
         ("test_sources.py",),
     ),
     Plant(

@@ -25,6 +25,11 @@ TWO_CARDS = Machine(devices=("cuda", "cuda:0", "cuda:1", "cpu"), cores=8, root=P
 CHOICES = sorted(f"{file.parent.name}={file.stem}" for file in conf().glob("*/*.yaml"))
 
 
+def complete(choice: str) -> tuple[str, ...]:
+    """A choice with what it leaves to be given."""
+    return (choice, "data.path=/pictures") if choice == "data=folder" else (choice,)
+
+
 @cache
 def composed(*overrides: str) -> DictConfig:
     return compose(*overrides)
@@ -87,7 +92,7 @@ KEYS = sorted(keys(plain("data=wheezy")))
         ("data.workers=0", "must be a whole number, at least 1, at most 1024 or auto"),
         ("data.fonts=[1]", "must be a list, each text"),
         ("data.validation_fraction=1", "must be a number, at least 0, below 1"),
-        ("data.source=folder", "must be one of captcha, wheezy"),
+        ("data.source=folders", "must be one of captcha, folder, wheezy"),
         ("device.name=cuda", "no card; available here: auto, cpu"),
         ("device.name=cuda:1", "no card; available here: auto, cpu"),
         ("device.name=mps", "no Mac; available here: auto, cpu"),
@@ -356,13 +361,13 @@ def test_a_mistake_tells_the_meaning_of_the_key_also_where_a_group_inherits_it(k
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_file_in_conf_is_a_choice_that_loads(choice: str) -> None:
-    config = load(composed(choice))
-    assert set(leaves(config)) == set(keys(plain(choice)))
+    config = load(composed(*complete(choice)))
+    assert set(leaves(config)) == set(keys(plain(*complete(choice))))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_saved_config_loads_as_the_same_config(choice: str, tmp_path: Path) -> None:
-    config = load(composed(choice))
+    config = load(composed(*complete(choice)))
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load(path) == config
@@ -372,7 +377,7 @@ def test_a_saved_config_loads_as_the_same_config(choice: str, tmp_path: Path) ->
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("machine", [NO_CARD, TWO_CARDS])
 def test_resolve_turns_every_auto_into_a_value_once(choice: str, machine: Machine) -> None:
-    resolved = resolve(load(composed(choice)), machine)
+    resolved = resolve(load(composed(*complete(choice))), machine)
     assert [key for key, value in leaves(resolved).items() if value == "auto"] == []
     assert resolve(resolved, machine) == resolved
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Heard
+from conftest import Heard, drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -55,7 +55,7 @@ def looking(config: Config, **captcha: Any) -> Config:
 
 
 def prepare(config: Config, display: Silent | None = None) -> Dataset:
-    return dataset.prepare(dataset.outline(config), config, display or Silent())
+    return dataset.prepare(dataset.outline(config, Silent()), config, display or Silent())
 
 
 def members(config: Config, labels: list[str]) -> dict[str, list[int]]:
@@ -115,7 +115,7 @@ def test_the_seed_of_the_weights_and_of_the_pictures_moves_no_label(config: Conf
 def test_an_empty_split_is_one_line(config: Config, fractions: tuple[float, float], empty: str) -> None:
     validation, test = fractions
     with pytest.raises(UserError) as error:
-        dataset.outline(changed(config, validation_fraction=validation, test_fraction=test))
+        dataset.outline(changed(config, validation_fraction=validation, test_fraction=test), Silent())
     (line,) = error.value.lines
     assert line.startswith("data.count=60: ")
     assert f"different labels leave the {empty} split empty; take more pictures" in line
@@ -130,10 +130,10 @@ def test_images_targets_and_labels_belong_together(config: Config) -> None:
     assert data.images.shape == (60, 16, 32, 3)
     assert data.images.dtype == torch.uint8
     assert data.targets.shape == (60, 2)
-    drawn = sources.draw(config.data, config.captcha, range(60), Silent())
-    assert (data.images.numpy() == drawn).all()
+    pictures = sources.draw(drawn(config), config.captcha, range(60), Silent())
+    assert (data.images.numpy() == pictures).all()
     for n, label in enumerate(data.labels):
-        assert label == sources.label(config.data, config.captcha, n)
+        assert label == sources.label(drawn(config), config.captcha, n)
         assert "".join("01234"[k] for k in data.targets[n]) == label
 
 
@@ -272,7 +272,7 @@ def test_a_drawing_that_was_cut_short_is_done_again(config: Config, drawings: li
 
 
 def key(config: Config) -> str:
-    return dataset.outline(config).key
+    return dataset.outline(config, Silent()).key
 
 
 @pytest.mark.parametrize(
@@ -314,14 +314,14 @@ def test_another_version_of_what_draws_is_another_file(
     config: Config, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     before = key(config)
-    origin = {**sources.origin(config.data), part: "another"}
+    origin = {**sources.origin(drawn(config)), part: "another"}
     monkeypatch.setattr(sources, "origin", lambda data: origin)
     assert key(config) != before
 
 
 def test_the_key_depends_on_no_order_of_keys(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(config)
-    origin = dict(reversed(sources.origin(config.data).items()))
+    origin = dict(reversed(sources.origin(drawn(config)).items()))
     monkeypatch.setattr(sources, "origin", lambda data: origin)
     assert key(config) == before
 
@@ -343,7 +343,7 @@ class Shown(Silent):
         print(text)
 
 config = load(json.loads(sys.argv[1]))
-data = dataset.prepare(dataset.outline(config), config, Shown())
+data = dataset.prepare(dataset.outline(config, Silent()), config, Shown())
 print(data.manifest["images_sha256"])
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import drawn
 
 from captcha_exp import device
 from captcha_exp.config import Config, Machine, resolve
@@ -71,10 +72,10 @@ def test_auto_takes_the_preferred_device_and_every_core(
     asked = replace(
         tiny,
         device=replace(tiny.device, name="auto", threads="auto"),
-        data=replace(tiny.data, workers="auto"),
+        data=replace(drawn(tiny), workers="auto"),
     )
     resolved = resolve(asked, Machine(devices=devices, cores=3, root=Path("/"), why_not={}))
-    assert (resolved.device.name, resolved.device.threads, resolved.data.workers) == (chosen, 3, 3)
+    assert (resolved.device.name, resolved.device.threads, drawn(resolved).workers) == (chosen, 3, 3)
 
 
 def test_what_was_asked_for_is_not_replaced(tiny: Config) -> None:

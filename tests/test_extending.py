@@ -120,7 +120,7 @@ def test_a_head(project: Copy) -> None:
 
 def test_a_source(project: Copy) -> None:
     project.insert(
-        "captcha_exp/sources.py",
+        "captcha_exp/sources/generators.py",
         "def _captcha(",
         "def _plain(data: Drawn) -> Draw:\n"
         "    def draw_one(text: str, stream: random.Random) -> Image.Image:\n"
@@ -130,27 +130,29 @@ def test_a_source(project: Copy) -> None:
         "    return draw_one\n\n\n",
     )
     project.insert(
-        "captcha_exp/sources.py",
+        "captcha_exp/sources/generators.py",
         "        case _:\n            assert_never(data)",
-        '        case Plain():\n            return Library("pillow", [], lambda: _plain(data))\n',
+        '        case Plain():\n            return Library("pillow", [], lambda: _plain(data), _any_text)\n',
     )
-    project.replace("captcha_exp/sources.py", "import Image, ImageFont", "import Image, ImageDraw, ImageFont")
     project.replace(
-        "captcha_exp/sources.py",
+        "captcha_exp/sources/generators.py", "import Image, ImageFont", "import Image, ImageDraw, ImageFont"
+    )
+    project.replace(
+        "captcha_exp/sources/generators.py",
         "from captcha_exp.config import ",
         "from captcha_exp.config.schema import Plain\nfrom captcha_exp.config import ",
     )
     project.insert(
         "captcha_exp/config/schema.py",
-        "Data: TypeAlias",
+        "Generator: TypeAlias",
         "@dataclass(config=_STRICT, frozen=True, kw_only=True)\n"
         "class Plain(Drawn):\n"
         '    source: Literal["plain"]\n\n\n',
     )
     project.replace(
         "captcha_exp/config/schema.py",
-        "[CaptchaLibrary | WheezyLibrary,",
-        "[CaptchaLibrary | WheezyLibrary | Plain,",
+        "= CaptchaLibrary | WheezyLibrary",
+        "= CaptchaLibrary | WheezyLibrary | Plain",
     )
     (project.folder / "conf/data/plain.yaml").write_text("defaults: [captcha]\n\nsource: plain\n")
 

@@ -53,7 +53,7 @@ def test_a_step_never_waits_for_the_card(
 ) -> None:
     config = replace(cuda, device=replace(cuda.device, precision=precision))
     device = set_up(config)
-    data = dataset.prepare(dataset.outline(config), config, Silent())
+    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
     split = data.split("train", device, config.device.resident_limit_mib)
     state = fresh_state(config, device)
     batches = list(split.batches(64, split.shuffled(0, 1)))

@@ -18,14 +18,16 @@ from captcha_exp.models import GroupedSoftmaxHead, PositionHead, Recogniser
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"
-ARTICLE = Captcha(width=56, height=24, channels=3, alphabet=ALNUM, length=4)
+ARTICLE = Captcha(width=56, height=24, channels=3, alphabet=ALNUM, length=4, case="fold")
 RESNET = ResNet18(name="resnet18", head="grouped_softmax")
 COMPACT = Compact(name="compact", channels=(32, 64, 96, 128), head="position")
 SMALL = Compact(name="compact", channels=(4, 6, 8), head="position")
 
 
 def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> Captcha:
-    return Captcha(width=width, height=height, channels=channels, alphabet="0123456789", length=5)
+    return Captcha(
+        width=width, height=height, channels=channels, alphabet="0123456789", length=5, case="fold"
+    )
 
 
 def pictures(asked: Captcha, count: int = 3) -> Tensor:

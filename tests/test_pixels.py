@@ -84,8 +84,8 @@ def test_torch_gives_the_same_bytes_in_another_order(
     """Widths first, colours first in memory, and through torch's own kernels."""
     source_height, source_width, height, width = shape
     pictures = noise(3, source_height, source_width, 3)
-    rows = torch.from_numpy(resize_weights(source_height, height)).to(dtype)
-    columns = torch.from_numpy(resize_weights(source_width, width)).to(dtype)
+    rows = torch.tensor(resize_weights(source_height, height)).to(dtype)
+    columns = torch.tensor(resize_weights(source_width, width)).to(dtype)
     wide = torch.from_numpy(pictures).movedim(-1, 1).to(dtype) @ columns.T
     tall = torch.einsum("nchw,th->nctw", wide, rows)
     expected = torch.floor((tall + 2**15) / 2**16).to(torch.uint8).movedim(1, -1)

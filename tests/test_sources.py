@@ -26,7 +26,7 @@ from captcha_exp.config import Captcha, CaptchaLibrary, WheezyLibrary
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.errors import RunFailed, UserError
 
-CAPTCHA = Captcha(width=32, height=16, channels=3, alphabet="01234", length=2)
+CAPTCHA = Captcha(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
 
 SPLIT = {"validation_fraction": 0.1, "test_fraction": 0.1, "split_seed": 0, "cache": "unused"}
 DRAWN = {"count": 250, "seed": 0, "width": 64, "height": 32, "workers": 1, **SPLIT}
@@ -48,7 +48,7 @@ def children() -> list[psutil.Process]:
 @pytest.fixture
 def sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that several workers have something to do."""
-    monkeypatch.setattr(sources, "BLOCK", 16)
+    monkeypatch.setattr(sources.drawing, "BLOCK", 16)
 
 
 @pytest.fixture

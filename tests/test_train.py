@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_EPOCH, TINY, Heard
+from conftest import EVERY_EPOCH, TINY, Heard, drawn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -319,7 +319,7 @@ def test_the_line_names_step_epoch_and_batch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = training(config, batch_size=32, epochs=3)
-    data = dataset.prepare(dataset.outline(config), config, Silent())
+    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
     side = data.split("train", CPU, 512)
     per_epoch = math.ceil(len(side) / 32)
     line = poisoned(config, monkeypatch, per_epoch + per_epoch, "head.read.bias", math.inf)
@@ -451,7 +451,7 @@ def test_the_weights_are_a_function_of_the_config(config: Config, no_report: Non
     expected = weights(config)
     torch.rand(7)
     assert weights(config) == expected
-    drawn_by_two = replace(config.data, workers=2, cache=str(tmp_path / "fresh"))
+    drawn_by_two = replace(drawn(config), workers=2, cache=str(tmp_path / "fresh"))
     assert weights(replace(config, data=drawn_by_two)) == expected
     assert weights(replace(config, device=replace(config.device, resident_limit_mib=0))) == expected
     assert weights(replace(config, seed=1)) != expected
@@ -571,7 +571,7 @@ def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
         events.append(f"evaluate {side}")
         return made
 
-    data = dataset.prepare(dataset.outline(config), config, Silent())
+    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
     monkeypatch.setattr(Dataset, "split", opened)
     monkeypatch.setattr(train, "evaluate", evaluated)
     train.train(training(config, epochs=3, evaluation_batch_size=7), None, Heard())
@@ -593,7 +593,7 @@ def test_every_epoch_trains_on_all_training_pictures_in_another_order(
 
     monkeypatch.setattr(train, "train_step", step)
     train.train(training(config, epochs=2), None, Heard())
-    data = dataset.prepare(dataset.outline(config), config, Silent())
+    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
     expected = data.members["train"].tolist()
     first, second = rows[: len(expected)], rows[len(expected) :]
     assert sorted(first) == sorted(second) == expected
@@ -782,7 +782,7 @@ def test_a_tracker_that_cannot_start_fails_the_run(config: Config) -> None:
 
 
 def test_nothing_is_made_when_the_data_cannot_be(config: Config, root: Path) -> None:
-    config = replace(config, data=replace(config.data, fonts=("Missing.ttf",)))
+    config = replace(config, data=replace(drawn(config), fonts=("Missing.ttf",)))
     with pytest.raises(UserError, match=r"Missing\.ttf"):
         train.train(config, None, Heard())
     assert not (root / "outputs").exists()

@@ -141,8 +141,8 @@ def _data(arguments: argparse.Namespace) -> int:
     from captcha_exp.display import Terminal
     from captcha_exp.places import root
 
-    config = resolve(config, _machine())
-    data = dataset.prepare(dataset.outline(config), config, Terminal())
+    config, display = resolve(config, _machine()), Terminal()
+    data = dataset.prepare(dataset.outline(config, display), config, display)
     sheet = root() / config.data.cache / f"{data.manifest['key']}.png"
     report.samples(data.images[:30].numpy(), data.labels[:30], sheet)
     if arguments.json:

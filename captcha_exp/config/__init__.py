@@ -15,6 +15,8 @@ from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import Data as Data
 from captcha_exp.config.schema import Device as Device
 from captcha_exp.config.schema import Drawn as Drawn
+from captcha_exp.config.schema import Folder as Folder
+from captcha_exp.config.schema import Generator as Generator
 from captcha_exp.config.schema import Mlflow as Mlflow
 from captcha_exp.config.schema import Model as Model
 from captcha_exp.config.schema import NoTracking as NoTracking

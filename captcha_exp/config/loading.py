@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from captcha_exp.config import schema
 from captcha_exp.config.mistakes import explain
-from captcha_exp.config.schema import Config, Data, Mlflow
+from captcha_exp.config.schema import Config, Data, Folder, Mlflow
 from captcha_exp.errors import ConfigError
 
 _CONFIG = TypeAdapter(Config)
@@ -72,6 +72,8 @@ def load(
 def resolve(config: Config, machine: Machine) -> Config:
     """The config with a value in the place of every `auto`; the only place that decides them.
 
+    A relative data.path becomes absolute, so that the record means the same folder to whoever reads it.
+
     Raises:
         ConfigError: the device is not on this machine; the line says what is.
     """
@@ -82,7 +84,9 @@ def resolve(config: Config, machine: Machine) -> Config:
         device = dataclasses.replace(device, name=machine.devices[0])
     if device.threads == "auto":
         device = dataclasses.replace(device, threads=machine.cores)
-    if data.workers == "auto":
+    if isinstance(data, Folder):
+        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
+    elif data.workers == "auto":
         data = dataclasses.replace(data, workers=machine.cores)
     if isinstance(tracking, Mlflow) and tracking.uri == "auto":
         tracking = dataclasses.replace(tracking, uri=f"sqlite:///{machine.root / 'mlruns' / 'mlflow.db'}")

@@ -36,6 +36,9 @@ class Captcha:
     """the characters, in class order, each once"""
     length: Annotated[int, Field(ge=1, le=32)]
     """characters in a label"""
+    case: Literal["fold", "keep"]
+    """fold: a letter of a label that the alphabet has in the other case alone is taken for that one; keep: no
+    letter is taken for another"""
 
     @field_validator("alphabet")
     @classmethod
@@ -104,7 +107,42 @@ class WheezyLibrary(Drawn):
     """pixels; each character takes one of them"""
 
 
-Data: TypeAlias = Annotated[CaptchaLibrary | WheezyLibrary, Field(discriminator="source")]
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Folder(Pictures):
+    """A folder of labelled pictures, and those in the folders inside it."""
+
+    source: Literal["folder"]
+    path: Annotated[str, Field(min_length=1)]
+    """the folder; a relative one is looked for in the working directory"""
+    labels: str | None
+    """names: in the file names; or a file in the folder, .csv, .tsv or .jsonl; null: labels.csv, labels.tsv or
+    labels.jsonl if one is there, else the names"""
+    pattern: str
+    """regular expression of a whole file name without its ending; its group (?P<label>...) is the label"""
+    on_bad: Literal["refuse", "skip"]
+    """what pictures that cannot be used do: refuse the run, or stay out of it"""
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groupindex
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        if "label" not in groups:
+            raise ValueError("must have a group named label, as in (?P<label>.+)")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, value: str | None) -> str | None:
+        if value not in (None, "names") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
+            raise ValueError("must be null, names, or a file in the folder that ends in .csv, .tsv or .jsonl")
+        return value
+
+
+Generator: TypeAlias = CaptchaLibrary | WheezyLibrary
+Data: TypeAlias = Annotated[Generator | Folder, Field(discriminator="source")]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

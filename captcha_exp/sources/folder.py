@@ -1,0 +1,259 @@
+"""A folder of labelled pictures, as people have them.
+
+Every file ends in one of three ways: it is used, it is refused with a reason, or it is named as something
+that is no picture. What is a picture is told by the content, never by the name; the label stands in the file
+name, or in a table beside the pictures.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captcha_exp import pixels
+from captcha_exp.alphabet import Alphabet
+from captcha_exp.config import Captcha, Folder
+from captcha_exp.display import Display
+from captcha_exp.errors import UserError
+from captcha_exp.sources import labels
+from captcha_exp.sources.labels import Candidate, shown
+
+ENDINGS = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ico",
+    ".avif",
+    ".heic",
+    ".jp2",
+}
+LARGEST = 64 * 2**20  # bytes of one file
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is in a folder, before any picture is decoded."""
+
+    folder: Path
+    candidates: tuple[Candidate, ...]
+    others: tuple[str, ...]  # names of files that are no pictures by their names
+
+    @property
+    def characters(self) -> str:
+        """Those that the labels are made of, in order."""
+        return "".join(sorted(set().union(*(c.label for c in self.candidates))))
+
+    @property
+    def sha256(self) -> str:
+        """Over names, labels and contents: another folder with the same has the same."""
+        lines = (f"{c.name}\t{c.label}\t{c.sha256 or c.reason}\n" for c in self.candidates)
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Read:
+    """What came out of the candidates."""
+
+    pictures: npt.NDArray[np.uint8]  # (N, H, W, C)
+    used: list[Candidate]  # N
+    refused: list[Candidate]
+    notes: dict[str, list[str]]  # what a person may want to know -> names of the files that are used with it
+    sizes: dict[str, int]  # "WxH" as it stood in the files -> pictures
+
+
+def origin() -> dict[str, Any]:
+    """The packages that the pixels of a folder depend on."""
+    from PIL import features
+
+    return {
+        "pillow": version("pillow"),
+        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+        "webp": features.version("webp"),
+    }
+
+
+def find(data: Folder, captcha: Captcha, display: Display) -> Found:
+    """The candidates of a folder, ordered by name, with their labels and the hashes of their contents.
+
+    Raises:
+        UserError: there is no such folder, nothing in it, or its table of labels cannot be read.
+    """
+    folder = Path(data.path)
+    if not folder.is_dir():
+        what = "is a file; give the folder that it is in" if folder.exists() else "there is no such folder"
+        raise UserError(f"data.path={data.path}: {what}")
+    names, others, links = _walk(folder)
+    table = labels.table_of(data, folder)
+    pattern = re.compile(data.pattern)
+    candidates = labels.by_table(folder, table, names) if table else labels.by_name(names, pattern)
+    candidates += [Candidate(name, "", "is a link to a folder, which is not followed") for name in links]
+    if not candidates:
+        raise UserError(f"data.path={data.path}: no picture in it ({', '.join(pixels.FORMATS.values())})")
+    alphabet = Alphabet(captcha.alphabet)
+    checked = []
+    with display.bar(f"looking through {len(candidates):,} files", len(candidates)) as bar:
+        for candidate in sorted(candidates, key=lambda c: c.name):
+            checked.append(_hashed(folder, _with_label(candidate, alphabet, captcha)))
+            bar.advance(1)
+    skipped = {table.name} if table else set()
+    return Found(folder, tuple(checked), tuple(name for name in others if name not in skipped))
+
+
+def read(found: Found, captcha: Captcha, display: Display) -> Read:
+    """The pictures of a folder, decoded and brought to the size of the config."""
+    began = time.perf_counter()
+    arrays, used, refused, sizes = [], [], [], defaultdict[str, int](int)
+    notes: dict[str, list[str]] = defaultdict(list)
+    with display.bar(f"reading {len(found.candidates):,} pictures", len(found.candidates)) as bar:
+        for candidate in found.candidates:
+            bar.advance(1)
+            if candidate.reason:
+                refused.append(candidate)
+                continue
+            try:
+                decoded, array = _picture(found.folder / candidate.name, captcha)
+            except pixels.Unusable as reason:
+                refused.append(replace(candidate, reason=str(reason)))
+                continue
+            arrays.append(array)
+            used.append(candidate)
+            sizes[f"{decoded.image.width}x{decoded.image.height}"] += 1
+            for note in (*decoded.notes, *_by_another_name(candidate.name, decoded.format)):
+                notes[note].append(candidate.name)
+    keep, contradicted = _without_contradictions(arrays, used)
+    refused = sorted(refused + contradicted, key=lambda c: c.name)
+    used = [used[n] for n in keep]
+    shape = (len(keep), captcha.height, captcha.width, captcha.channels)
+    pictures = np.stack([arrays[n] for n in keep]) if keep else np.empty(shape, np.uint8)
+    names = {c.name for c in used}
+    left = {note: [name for name in which if name in names] for note, which in notes.items()}
+    display.line(f"read {len(keep):,} pictures in {time.perf_counter() - began:.1f} s")
+    return Read(pictures, used, refused, {n: w for n, w in left.items() if w}, dict(sizes))
+
+
+# -- which files ---------------------------------------------------------------------------------------------
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of pictures, of other files, and of links to folders."""
+    names, others, links = [], [], []
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"data.path: {shown(str(error.filename))}: cannot be read: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        here = Path(place)
+        for name in list(folders):
+            if (here / name).is_symlink():
+                links.append(_inside(folder, here / name))
+                folders.remove(name)
+            elif name.startswith("."):
+                others.append(_inside(folder, here / name) + "/")
+                folders.remove(name)
+            elif Path(name).suffix.lower() in ENDINGS:
+                names.append(_inside(folder, here / name))  # so that it is refused by its name
+        for name in files:
+            is_picture = not name.startswith(".") and Path(name).suffix.lower() in ENDINGS
+            (names if is_picture else others).append(_inside(folder, here / name))
+    return names, sorted(others), links
+
+
+def _inside(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+# -- whether they can be used --------------------------------------------------------------------------------
+
+
+def _with_label(candidate: Candidate, alphabet: Alphabet, captcha: Captcha) -> Candidate:
+    """The candidate with its label as the alphabet writes it, or with the reason why that cannot be."""
+    if candidate.reason:
+        return candidate
+    label = alphabet.fold(candidate.label) if captcha.case == "fold" else candidate.label
+    strangers = sorted(set(label) - set(alphabet.characters))
+    reason = ""
+    if strangers:
+        reason = f"label {label!r} has {', '.join(map(repr, strangers))}, not in captcha.alphabet"
+    elif len(label) != captcha.length:
+        reason = f"label {label!r} has {len(label)} characters; captcha.length is {captcha.length}"
+    return replace(candidate, label=label, reason=reason)
+
+
+def _hashed(folder: Path, candidate: Candidate) -> Candidate:
+    """The candidate with the hash of its content, or with the reason why it cannot be read."""
+    if candidate.reason:
+        return candidate
+    try:
+        content = _content(folder / candidate.name)
+    except pixels.Unusable as reason:
+        return replace(candidate, reason=str(reason))
+    return replace(candidate, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; of none that would never end or never come.
+
+    Raises:
+        Unusable: it cannot be read.
+    """
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise pixels.Unusable("is a folder" if stat.S_ISDIR(state.st_mode) else "is no regular file")
+        if state.st_size > LARGEST:
+            size = f"{state.st_size / 2**20:,.0f} MiB"
+            raise pixels.Unusable(f"is {size}; at most {LARGEST / 2**20:.0f} MiB are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise pixels.Unusable(f"cannot be read: {error.strerror or error}") from None
+
+
+def _picture(path: Path, captcha: Captcha) -> tuple[pixels.Decoded, npt.NDArray[np.uint8]]:
+    """The picture of a file, as it was and as (H, W, C) uint8 of the config's size.
+
+    Raises:
+        Unusable: it cannot be read, or shows nothing.
+    """
+    decoded = pixels.decode(_content(path))
+    array = pixels.to_array(decoded.image, captcha.channels)
+    if array.min() == array.max():
+        raise pixels.Unusable("shows nothing: every pixel is the same")
+    return decoded, pixels.resize(array[None], captcha.height, captcha.width)[0]
+
+
+def _by_another_name(name: str, kind: str) -> list[str]:
+    ending = PurePosixPath(name).suffix.lower().removeprefix(".")
+    usual = {"JPEG": ("jpg", "jpeg")}.get(kind, (kind.lower(),))
+    return [] if ending in usual else [f"is a {kind}, whatever its name says"]
+
+
+def _without_contradictions(
+    arrays: list[npt.NDArray[np.uint8]], used: list[Candidate]
+) -> tuple[list[int], list[Candidate]]:
+    """Numbers of the pictures that stay, and those that the same picture contradicts by another label."""
+    same: dict[bytes, list[int]] = defaultdict(list)
+    for number, array in enumerate(arrays):
+        same[hashlib.sha256(array.tobytes()).digest()].append(number)
+    contradicted = []
+    for numbers in same.values():
+        if len({used[n].label for n in numbers}) > 1:
+            for n in numbers:
+                other = next(used[m] for m in numbers if used[m].label != used[n].label)
+                reason = f"is the same picture as {shown(other.name)}, which is labelled {other.label!r}"
+                contradicted.append(replace(used[n], reason=reason))
+    out = {candidate.name for candidate in contradicted}
+    return [n for n, candidate in enumerate(used) if candidate.name not in out], contradicted

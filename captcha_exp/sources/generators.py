@@ -1,0 +1,179 @@
+"""The generators: what draws a picture of a text, and the fonts that it draws with.
+
+A generator takes its chance from the stream that it is handed and from nothing else. Those of the packages
+keep their chance in a module: they draw in processes of their own (`drawing`), where a seeded stand-in is put
+in its place.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, assert_never
+
+from PIL import Image, ImageFont
+
+from captcha_exp import chance
+from captcha_exp.config import Captcha, CaptchaLibrary, Drawn, Generator, WheezyLibrary
+from captcha_exp.errors import UserError
+
+Draw = Callable[[str, random.Random], Image.Image]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A generator: the package whose version decides the pixels, its own fonts, and how it comes to draw."""
+
+    package: str
+    own_fonts: Sequence[Path]
+    make: Callable[[], Draw]
+    text: Callable[[Captcha, random.Random], str]
+
+
+def library(data: Generator) -> Library:
+    """The generator of a config.
+
+    Raises:
+        UserError: it brings no font and the config names none.
+    """
+    match data:
+        case CaptchaLibrary():
+            from captcha.image import DEFAULT_FONTS
+
+            return Library(
+                "captcha", [Path(path) for path in DEFAULT_FONTS], lambda: _captcha(data), _any_text
+            )
+        case WheezyLibrary():
+            if not data.fonts:
+                raise UserError("data.fonts=[]: wheezy.captcha brings none; name one, such as DejaVuSans.ttf")
+            return Library("wheezy.captcha", [], lambda: _wheezy(data), _any_text)
+        case _:
+            assert_never(data)
+
+
+def stream(data: Drawn, index: int) -> random.Random:
+    """The chance of picture number `index`: first its text is drawn from it, then the picture."""
+    return chance.stream(data.seed, "picture", index)
+
+
+def label(data: Generator, captcha: Captcha, index: int) -> str:
+    """The text in picture number `index`."""
+    return library(data).text(captcha, stream(data, index))
+
+
+def _any_text(captcha: Captcha, stream: random.Random) -> str:
+    """Every character of the alphabet is as likely as any other."""
+    return "".join(stream.choices(captcha.alphabet, k=captcha.length))
+
+
+def origin(data: Generator) -> dict[str, Any]:
+    """Everything beside the config that the pixels of a source depend on: packages and font files."""
+    from PIL import features
+
+    package = library(data).package
+    return {
+        "package": f"{package} {version(package)}",
+        "pillow": version("pillow"),
+        "freetype": features.version("freetype2"),
+        "raqm": features.version("raqm"),
+        "fonts": [hashlib.sha256(path.read_bytes()).hexdigest() for path in font_files(data)],
+    }
+
+
+def font_files(data: Drawn) -> list[Path]:
+    """The font files that data.fonts names.
+
+    Raises:
+        UserError: a font is not to be found; the line names those that matplotlib brings.
+    """
+    if not data.fonts:
+        return []
+    import matplotlib
+
+    free = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    found = []
+    for name in data.fonts:
+        path = next((path for path in (Path(name).expanduser(), free / name) if path.is_file()), None)
+        if path is None:
+            choices = ", ".join(sorted(path.name for path in free.glob("DejaVu*.ttf")))
+            raise UserError(f"data.fonts: {name!r} is no file and no font of matplotlib; it brings {choices}")
+        found.append(path)
+    return found
+
+
+def check_glyphs(data: Generator, captcha: Captcha) -> None:
+    """Nothing, if every font can draw every character.
+
+    Raises:
+        UserError: a font would draw an empty box; the line names it and the characters.
+    """
+    for path in font_files(data) or library(data).own_fonts:
+        try:
+            font = ImageFont.truetype(str(path), 32)
+        except OSError as error:
+            raise UserError(f"data.fonts: {path} is no font: {error}") from None
+        # A font draws what it lacks as the same box as a code point that no font has.
+        box = bytes(font.getmask("\U0010fffe"))
+        lacking = "".join(c for c in captcha.alphabet if bytes(font.getmask(c)) == box)
+        if lacking:
+            raise UserError(
+                f"captcha.alphabet: {path.name} has no picture of {lacking!r}; "
+                "take these out, or name a font that has them in data.fonts"
+            )
+
+
+def _captcha(data: CaptchaLibrary) -> Draw:
+    """A function (text, random stream) -> picture; the generator's module is handed a seeded stand-in."""
+    import captcha.image
+
+    fonts = [str(path) for path in font_files(data)]
+    generator = captcha.image.ImageCaptcha(data.width, data.height, fonts=fonts or None)
+
+    def draw_one(text: str, stream: random.Random) -> Image.Image:
+        captcha.image.secrets = _Secrets(stream)  # type: ignore[assignment, attr-defined]  # as a module is
+        return generator.generate_image(text)
+
+    return draw_one
+
+
+class _Secrets:
+    """What `captcha` asks of the module `secrets`, from a seeded stream."""
+
+    def __init__(self, stream: random.Random) -> None:
+        self.randbelow = stream.randrange
+        self.choice = stream.choice
+        self.randbits = stream.getrandbits
+
+
+def _wheezy(data: WheezyLibrary) -> Draw:
+    import wheezy.captcha.image as wheezy
+
+    def colour() -> tuple[int, int, int]:
+        stream: random.Random = wheezy.random
+        return stream.randrange(10, 170), stream.randrange(10, 170), stream.randrange(10, 170)
+
+    render = wheezy.captcha(
+        width=data.width,
+        height=data.height,
+        drawings=[
+            wheezy.background(),
+            wheezy.text(
+                fonts=[str(path) for path in font_files(data)],
+                font_sizes=data.font_sizes,
+                drawings=[wheezy.warp(), wheezy.rotate(), wheezy.offset()],
+                color=colour,
+            ),
+            wheezy.curve(color=colour, width=2),
+            wheezy.noise(color=colour),
+            wheezy.smooth(),
+        ],
+    )
+
+    def draw_one(text: str, stream: random.Random) -> Image.Image:
+        wheezy.random = stream
+        picture: Image.Image = render(text)
+        return picture
+
+    return draw_one
