@@ -4,6 +4,7 @@ The file is safetensors: numbers and text, nothing that runs when it is read. Co
 it, so that the file alone is enough to read pictures with.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from captcha_exp import models
 from captcha_exp.config import Config, load, to_dict
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.models import Recogniser
+from captcha_exp.optim import LossScale
 
 
 @dataclass
@@ -26,6 +28,7 @@ class TrainState:
 
     model: Recogniser
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None  # for fp16 alone
     step: int = 0
     epoch: int = 0
     best_accuracy: float = -1.0
@@ -55,6 +58,16 @@ def weights_to_bytes(model: Recogniser, config: Config) -> bytes:
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One key alone: safetensors orders several by chance, and the same model is to be the same file.
     return to_safetensors(tensors, {"config": json.dumps(to_dict(config))})
+
+
+def weights_sha256(model: Recogniser) -> str:
+    """SHA-256 over names, shapes and bytes of all weights and statistics, whatever their layout in memory."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        array = value.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:

@@ -8,20 +8,20 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
-from captcha_exp.config import Config, Machine
+from captcha_exp.config import Config, Machine, Precision
 from captcha_exp.places import root
 
 MIB = 2**20
 
 
-def this_machine() -> Machine:
-    """What `resolve` has to know of this machine."""
+def this_machine(fastest_precision: Callable[[Config], Precision] = lambda _: "fp32") -> Machine:
+    """What `resolve` has to know of this machine; who does not train has no use for a precision."""
     cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _cuda_works() else []
     devices = (
         (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
@@ -32,7 +32,7 @@ def this_machine() -> Machine:
         no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
     why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
     why_not["mps"] = "only Macs with Apple's own processors have mps"
-    return Machine(devices=tuple(devices), cores=_cores(), root=root(), why_not=why_not)
+    return Machine(tuple(devices), _cores(), root(), why_not, fastest_precision)
 
 
 def _cuda_works() -> bool:
@@ -69,11 +69,25 @@ def describe(config: Config) -> str:
 @contextlib.contextmanager
 def autocast(config: Config, device: torch.device) -> Iterator[None]:
     """The precision of the config, inside the network; the loss is taken in fp32 outside."""
-    if config.device.precision == "fp32":
-        yield
-    else:
-        with torch.autocast(device.type, torch.bfloat16):
+    match config.device.precision:
+        case "fp32" | "auto":  # resolve has left no auto
             yield
+        case "bf16" | "fp16" as half:
+            with torch.autocast(device.type, torch.bfloat16 if half == "bf16" else torch.float16):
+                yield
+
+
+def half_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """The 16-bit numbers that are worth a try on a device."""
+    match device.type:
+        case "cpu":
+            return ("bf16",)  # no CPU that torch knows is quick at fp16 training
+        case "cuda" if torch.cuda.is_bf16_supported(including_emulation=False):
+            return ("bf16", "fp16")
+        case "cuda":
+            return ("fp16",)
+        case _:
+            return ("bf16", "fp16")
 
 
 def process_peak_mib(device: torch.device) -> float:

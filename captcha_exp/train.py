@@ -1,30 +1,28 @@
-"""The training: one step, the one-page loop, and what stands around them.
+"""The training: the one-page loop, and what stands around it.
 
-The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the terminal. `train_step` reads
-no tensor on the host: it never waits for the device, and it can be traced without one.
+The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the terminal.
 """
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from captcha_exp import chance, dataset, models, optim, record, report, watch
+from captcha_exp import dataset, optim, probe, record, report, watch
 from captcha_exp import device as devices
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.checkpoint import TrainState, weights_to_bytes
-from captcha_exp.config import Config, resolve
-from captcha_exp.dataset import Batch, Split
+from captcha_exp.checkpoint import TrainState, weights_sha256, weights_to_bytes
+from captcha_exp.config import Config, Precision, resolve
+from captcha_exp.dataset import Split
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.record.environment import environment
+from captcha_exp.step import Step, fresh_state, train_step
 
 
 class Tracker(Protocol):
@@ -55,14 +53,6 @@ class NoTracker:
         pass
 
 
-class Step(NamedTuple):
-    """What one training step gives, all on the device."""
-
-    loss: Tensor  # () mean over the batch
-    right: Tensor  # () pictures read right in training mode
-    finite: Tensor  # () bool; a step that is not finite has changed nothing
-
-
 @dataclass(frozen=True)
 class Result:
     """What a training leaves behind."""
@@ -74,28 +64,6 @@ class Result:
     weights_sha256: str
     seconds: float
     process_peak_mib: float
-
-
-def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
-    """One step of the optimiser."""
-    model, optimizer = state.model, state.optimizer
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    with devices.autocast(config, batch.images.device):
-        logits = model(batch.images)
-    loss = model.head.loss(logits.float(), batch.targets, config.train.label_smoothing)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-    # Fused optimisers read this attribute as GradScaler sets it: 1 makes the step leave everything as it is.
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, old))
-        right = (model.head.decode(logits.detach().float())[0] == batch.targets).all(dim=1).sum()
-    return Step(loss.detach(), right, finite)
 
 
 def fit(
@@ -157,7 +125,7 @@ def train_epoch(
     for batch in training.batches(size, training.shuffled(config.seed, state.epoch)):
         optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, steps))
         step = train_step(state, batch, config)
-        guard.note(state.step, step.loss, step.finite)
+        guard.note(state.step, step.loss, step.broken)
         state.step += 1
         if sums.add(step, len(batch.rows)):
             guard.look(state.model, state.epoch)
@@ -177,14 +145,21 @@ def train(
     """
     tracker, display = tracker or NoTracker(), display or Silent()
     began = time.perf_counter()
-    config = resolve(requested, devices.this_machine())
+    tried: list[dict[str, object]] = []
+
+    def fastest_precision(config: Config) -> Precision:
+        precision, seen = probe.precision(config, display)
+        tried.extend(seen)
+        return precision
+
+    config = resolve(requested, devices.this_machine(fastest_precision))
     device = devices.set_up(config)
     outline = dataset.outline(config, display)
     run = record.create(config, requested)
     display.line(f"run {run.folder} on {devices.describe(config)}")
     with _recorded(run, tracker, config, display):
         data = dataset.prepare(outline, config, display)
-        ran_on = environment(config)
+        ran_on = environment(config) | {"precisions_tried": tried}
         run.write_json("dataset.json", data.manifest)
         run.write_json("environment.json", ran_on)
         tracker.describe(data.manifest, ran_on)
@@ -230,23 +205,6 @@ def _record_test(result: Result, state: TrainState, run: Run, tracker: Tracker) 
             "process_peak_mib": result.process_peak_mib,
         }
     )
-
-
-def fresh_state(config: Config, device: torch.device) -> TrainState:
-    """The state before the first step: weights that depend on the seed alone."""
-    torch.manual_seed(chance.derive(config.seed, "weights"))
-    model = models.place(models.build(config.model, config.captcha), device)
-    return TrainState(model, optim.optimizer(config.train, model.parameters()))
-
-
-def weights_sha256(model: models.Recogniser) -> str:
-    """SHA-256 over names, shapes and bytes of all weights and statistics, whatever their layout in memory."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        array = value.detach().cpu().contiguous().numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from captcha_exp.models import Recogniser
 class Guard:
     """Watches one training, and tells of each trouble once.
 
-    Remembers, on the device, the loss of the first step and the first step that was not finite.
+    Remembers, on the device, the loss of the first step and the first step that was broken: not finite, for
+    good.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class Guard:
         self._first_loss: Tensor | None = None
         self._at_chance_was_told = False
 
-    def note(self, step: int, loss: Tensor, finite: Tensor) -> None:
+    def note(self, step: int, loss: Tensor, broken: Tensor) -> None:
         """One step more, counted from 0; both tensors () on the device."""
         if step == 0:
             self._first_loss = loss
-        new = ~finite & (self._first_bad < 0)
+        new = broken & (self._first_bad < 0)
         self._loss_was_bad = torch.where(new, ~torch.isfinite(loss), self._loss_was_bad)
         self._first_bad = torch.where(new, step, self._first_bad)
 

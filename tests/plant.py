@@ -125,23 +125,23 @@ PLANTS = (
     ),
     Plant(
         "a step that is not finite changes the weights",
-        "train.py",
+        "step.py",
         "(~finite).float()",
         "torch.zeros_like(loss)",
         ("test_train.py",),
     ),
     Plant(
         "a step that is not finite changes the batch norms",
-        "train.py",
+        "step.py",
         "buffer.copy_(torch.where(finite, buffer, old))",
         "buffer.copy_(torch.where(finite, buffer, buffer))",
         ("test_train.py",),
     ),
     Plant(
         "the step waits for the device",
-        "train.py",
-        "return Step(loss.detach(), right, finite)",
-        "return Step(loss.detach() + 0 * loss.item(), right, finite)",
+        "step.py",
+        "return Step(loss, right, finite, broken)",
+        "return Step(loss + 0 * loss.item(), right, finite, broken)",
         ("test_train.py",),
     ),
     Plant(

@@ -21,7 +21,7 @@ Rule = Callable[[Sources], list[str]]
 LAYERS = (
     {"errors", "places", "chance", "alphabet", "config", "display"},
     {"record", "pixels", "sources", "dataset", "models", "optim", "device"},
-    {"checkpoint", "evaluate", "watch", "report", "train"},
+    {"checkpoint", "evaluate", "step", "probe", "watch", "report", "train"},
     {"tracking"},
     {"cli"},
     {"", "__main__"},  # the package itself, which looks its names up at first use

@@ -149,7 +149,7 @@ def test_weights_that_lack_one_are_one_line(tiny: Config, file: Path) -> None:
 
 def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
     model = trained(tiny)
-    state = TrainState(model, torch.optim.SGD(model.parameters()))
+    state = TrainState(model, torch.optim.SGD(model.parameters()), None)
 
     def move() -> None:
         with torch.no_grad():

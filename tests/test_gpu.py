@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from captcha_exp import dataset
 from captcha_exp.config import Config
 from captcha_exp.device import set_up
 from captcha_exp.display import Silent
-from captcha_exp.train import fresh_state, train, train_step
+from captcha_exp.step import fresh_state, train_step
+from captcha_exp.train import train
 
 pytestmark = pytest.mark.gpu
 
@@ -47,10 +47,8 @@ def test_the_same_bits_twice_and_whether_the_pictures_live_on_the_card_or_not(cu
     assert len({train(config).weights_sha256 for config in (cuda, cuda, sent)}) == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits_for_the_card(
-    cuda: Config, precision: Literal["fp32", "bf16"], no_waiting: None
-) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_card(cuda: Config, precision: Precision, no_waiting: None) -> None:
     config = replace(cuda, device=replace(cuda.device, precision=precision))
     device = set_up(config)
     data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from captcha_exp import compose, dataset, load, models, optim, report, sources, train, watch
-from captcha_exp.checkpoint import TrainState, load_weights
-from captcha_exp.config import Config, Mlflow, to_dict
+from captcha_exp.checkpoint import TrainState, load_weights, weights_sha256
+from captcha_exp.config import Config, Mlflow, Precision, to_dict
 from captcha_exp.dataset import Batch, Dataset, Split
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
-from captcha_exp.train import Step, fresh_state, train_step, weights_sha256
+from captcha_exp.step import Step, fresh_state, train_step
 
 CPU = torch.device("cpu")
 Optimizer = Literal["adam", "adamw", "sgd"]
@@ -107,10 +107,10 @@ def guarding(config: Config, batch: Batch) -> watch.Guard:
 # -- one step ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_reads_no_tensor_on_the_host(
-    config: Config, kind: Optimizer, precision: Literal["fp32", "bf16"], monkeypatch: pytest.MonkeyPatch
+    config: Config, kind: Optimizer, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
     state, batch = fresh_state(config, CPU), batch_of(config)
@@ -125,7 +125,7 @@ def test_a_step_reads_no_tensor_on_the_host(
         for name in (*names, "__array__", "__contains__"):
             patch.setattr(torch.Tensor, name, read)
         step = train_step(state, batch, config)
-        guard.note(0, step.loss, step.finite)
+        guard.note(0, step.loss, step.broken)
     guard.look(state.model, 1)
     assert step.loss.isfinite()
 
@@ -146,7 +146,7 @@ def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: 
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, fake.from_tensor(buffer))
     with fake:
-        state = TrainState(recogniser, optim.optimizer(config.train, recogniser.parameters()))
+        state = TrainState(recogniser, optim.optimizer(config.train, recogniser.parameters()), None)
         images = torch.zeros(8, config.captcha.height, config.captcha.width, 3, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(8, 4, dtype=torch.int64), torch.arange(8))
         for _ in range(3):
@@ -252,7 +252,7 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace(
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
 
-GOOD, BAD = torch.tensor(True), torch.tensor(False)
+GOOD, BAD = torch.tensor(False), torch.tensor(True)  # whether a step was broken
 
 
 def test_the_first_bad_step_is_the_one_that_is_told(config: Config) -> None:
@@ -296,7 +296,7 @@ def test_a_learning_rate_that_is_too_high_is_said_in_one_line(config: Config, no
 
 def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str, value: float) -> str:
     """The line of a training in which one weight is this number from step `at` (counted from 1) on."""
-    plain = train.train_step
+    plain = train_step
     steps = 0
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
@@ -583,7 +583,7 @@ def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
 def test_every_epoch_trains_on_all_training_pictures_in_another_order(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train.train_step
+    plain = train_step
     rows: list[int] = []
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
@@ -604,7 +604,7 @@ def test_every_epoch_trains_on_all_training_pictures_in_another_order(
 def test_the_rate_follows_the_schedule_over_all_steps(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train.train_step
+    plain = train_step
     rates: list[float] = []
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
@@ -635,7 +635,7 @@ def test_training_accuracy_and_loss_are_means_over_pictures(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A short last batch counts by its pictures."""
-    plain = train.train_step
+    plain = train_step
     seen: list[tuple[float, int, int]] = []
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:

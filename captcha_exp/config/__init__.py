@@ -20,6 +20,7 @@ from captcha_exp.config.schema import Generator as Generator
 from captcha_exp.config.schema import Mlflow as Mlflow
 from captcha_exp.config.schema import Model as Model
 from captcha_exp.config.schema import NoTracking as NoTracking
+from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18 as ResNet18
 from captcha_exp.config.schema import Train as Train
 from captcha_exp.config.schema import WheezyLibrary as WheezyLibrary

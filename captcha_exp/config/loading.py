@@ -8,7 +8,7 @@ nothing is converted on the way: an alphabet that YAML has read as a number is r
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from captcha_exp.config import schema
 from captcha_exp.config.mistakes import explain
-from captcha_exp.config.schema import Config, Data, Folder, Mlflow
+from captcha_exp.config.schema import Config, Data, Folder, Mlflow, Precision
 from captcha_exp.errors import ConfigError
 
 _CONFIG = TypeAdapter(Config)
@@ -38,6 +38,8 @@ class Machine:
     """the folder in which outputs/ and mlruns/ stand"""
     why_not: Mapping[str, str]
     """for device kinds that are not here: the likely reason"""
+    fastest_precision: Callable[[Config], Precision] = lambda _: "fp32"
+    """the answer to device.precision=auto, asked with all else resolved; who trains tries it out"""
 
 
 def load(
@@ -90,7 +92,10 @@ def resolve(config: Config, machine: Machine) -> Config:
         data = dataclasses.replace(data, workers=machine.cores)
     if isinstance(tracking, Mlflow) and tracking.uri == "auto":
         tracking = dataclasses.replace(tracking, uri=f"sqlite:///{machine.root / 'mlruns' / 'mlflow.db'}")
-    return dataclasses.replace(config, device=device, data=data, tracking=tracking)
+    config = dataclasses.replace(config, device=device, data=data, tracking=tracking)
+    if device.precision == "auto":
+        device = dataclasses.replace(device, precision=machine.fastest_precision(config))
+    return dataclasses.replace(config, device=device)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

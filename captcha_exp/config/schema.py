@@ -20,6 +20,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Auto: TypeAlias = Literal["auto"]
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -115,8 +116,8 @@ class Folder(Pictures):
     path: Annotated[str, Field(min_length=1)]
     """the folder; a relative one is looked for in the working directory"""
     labels: str | None
-    """names: in the file names; or a file in the folder, .csv, .tsv or .jsonl; null: labels.csv, labels.tsv or
-    labels.jsonl if one is there, else the names"""
+    """names: in the file names; or a file in the folder, .csv, .tsv or .jsonl; null: labels.csv, .tsv or
+    .jsonl if one is there, else the names"""
     pattern: str
     """regular expression of a whole file name without its ending; its group (?P<label>...) is the label"""
     on_bad: Literal["refuse", "skip"]
@@ -211,8 +212,9 @@ class Device:
 
     name: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
     """auto, cpu, mps, cuda, cuda:1 ...; auto takes a CUDA card, else mps, else the CPU"""
-    precision: Literal["fp32", "bf16"]
-    """numbers inside the network; weights and loss are always fp32"""
+    precision: Precision | Auto
+    """numbers inside the network; weights and loss are always fp32; auto takes the fastest whose numbers one
+    checked step shows to be right on the device"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto
     """threads of the CPU's arithmetic; auto takes every core that the process may use"""
     resident_limit_mib: Annotated[int, Field(ge=0)]
