@@ -284,6 +284,41 @@ PLANTS = (
         "with _recorded(run, tracker, requested, display):",
         ("test_tracking.py",),
     ),
+    Plant(
+        "doctor asks for a newer driver within one CUDA",
+        "doctor/judging_cards.py",
+        "newest[0] < _numbers(torch.cuda)[0]",
+        "newest < _numbers(torch.cuda)",
+        ("test_doctor.py",),
+    ),
+    Plant(
+        "doctor takes machine code for an earlier card as good",
+        "doctor/judging_cards.py",
+        'made_for == here if only == "a" else made_for <= here',
+        'made_for == here if only == "a" else made_for[0] == here[0]',
+        ("test_doctor.py",),
+    ),
+    Plant(
+        "doctor counts itself among those that hold a card",
+        "doctor/cards.py",
+        "process.pid != os.getpid()",
+        "process.pid != 0",
+        ("test_doctor.py",),
+    ),
+    Plant(
+        "doctor makes the store that it looks at",
+        "tracking/store.py",
+        "    if standing != path:\n",
+        '    open_store(f"sqlite:///{path}")\n    if standing != path:\n',
+        ("test_doctor.py",),
+    ),
+    Plant(
+        "one thing that fails ends the doctor",
+        "doctor/looking.py",
+        "except Exception as error:  # a thing",
+        "except ValueError as error:  # a thing",
+        ("test_doctor.py",),
+    ),
 )
 
 

@@ -23,6 +23,7 @@ LAYERS = (
     {"record", "pixels", "sources", "dataset", "models", "optim", "device"},
     {"checkpoint", "evaluate", "step", "probe", "watch", "report", "train"},
     {"tracking"},
+    {"doctor"},
     {"cli"},
     {"", "__main__"},  # the package itself, which looks its names up at first use
 )

@@ -30,12 +30,14 @@ VERBS = {
     "evaluate": "accuracy of a run: whole, per character, per position, confusions",
     "runs": "list the runs in outputs/",
     "ui": "MLflow's UI on 127.0.0.1, with the right store",
+    "doctor": "what is wrong with this machine's set-up, and what to do",
 }
-COMPOSING = ("train", "data", "ui")  # the verbs that take overrides
+COMPOSING = ("train", "data", "ui", "doctor")  # the verbs that take overrides
 
 
 def main() -> NoReturn:
-    """The command: exit code 0, or 1 for a run that failed, 2 for a mistake in the call, 130 for Ctrl-C."""
+    """The command: exit code 0, 1 for a run that failed or a problem that was found, 2 for a mistake in
+    the call, 130 for Ctrl-C."""
     # SIGTERM ends in order, as Ctrl-C does: a run's record says KILLED, a server that was started ends too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("runs", _runs)
     ui = verb("ui", _ui, json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
+    verb("doctor", _doctor)
     return parser
 
 
@@ -191,6 +194,22 @@ def _ui(arguments: argparse.Namespace) -> int:
         raise UserError("tracking=none: keeps no MLflow store to show; take tracking=mlflow")
     serve_ui(tracking, arguments.port, Terminal())
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    # Checked without the machine: a device that is not here is something to be found, not a refusal.
+    config = compose_checked(arguments.overrides, arguments.config_dir).checked(None)
+    from dataclasses import asdict
+
+    from captcha_exp.cli import summary
+    from captcha_exp.doctor import findings, gather
+
+    found = findings(gather(config))
+    if arguments.json:
+        _print_json([asdict(finding) for finding in found])
+    else:
+        summary.of_findings(found)
+    return 1 if any(finding.level == "problem" for finding in found) else 0
 
 
 def _machine() -> "Machine":

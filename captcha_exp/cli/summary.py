@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from captcha_exp.alphabet import Alphabet
 from captcha_exp.record import is_alive
 
 if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
+    from captcha_exp.doctor import Finding
     from captcha_exp.evaluate import Evaluation
     from captcha_exp.train import Result
 
@@ -96,6 +98,17 @@ def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None
             ((state["mlflow"] or {}).get("run_id") or "")[:8],
         )
     console.print(table)
+
+
+def of_findings(found: "Sequence[Finding]") -> None:
+    """A line for each finding: how bad, what, and behind an arrow what to do."""
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    console = _console()
+    for finding in found:
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
+        level = (f"{finding.level:<8}", colours[finding.level])
+        line = Text.assemble(level, finding.what.replace("\n", " "), (remedy.replace("\n", " "), "bold"))
+        console.print(line)
 
 
 def _share(evaluation: "Evaluation") -> str:

@@ -1,9 +1,16 @@
-"""The store that MLflow keeps runs in: opened, made when it is new, found by name."""
+"""The store that MLflow keeps runs in: opened, made when it is new, found by name; or only looked at."""
 
 import logging
+import os
+import sqlite3
+import threading
+from contextlib import closing
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 import filelock
+import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -47,3 +54,122 @@ def sqlite_file(uri: str) -> Path | None:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# -- looked at, not opened ------------------------------------------------------------------------------
+
+StoreState = Literal["new", "current", "older", "newer", "locked", "deleted", "broken", "silent"]
+SECONDS_TO_ANSWER = 8.0
+SECONDS_FOR_A_LOCK = 2.0
+
+
+def look_at_store(uri: str, experiment: str) -> tuple[StoreState, str]:
+    """How a store would take a run, and its own words where there are any; nothing is made or changed.
+
+    Opening it would make one that is not there, and may bring the tables of an old one up to date.
+
+        new       there is none yet, or an empty one: the first run makes it
+        current   made by this version of MLflow, or a server that answers
+        older     made by an older one; `newer`: by a newer one
+        locked    another process has it for longer than a moment
+        deleted   the experiment was deleted in it: it takes no run
+        broken    it is no store, or refuses us; `silent`: no answer within seconds
+    """
+    answer: list[tuple[StoreState, str]] = []
+
+    def look() -> None:
+        try:
+            if path := sqlite_file(uri):
+                answer.append(_look_at_file(path, experiment))
+            elif urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+                answer.append(_look_at_database(uri))
+            else:
+                answer.append(_look_at_server(uri))
+        except Exception as error:  # as MlflowTracker.start: they come as they come
+            answer.append(("broken", first_line(error)))
+
+    # A thread, for a name server or a database that never answers has no time limit of its own.
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_ANSWER)
+    return answer[0] if answer else ("silent", f"no answer within {SECONDS_TO_ANSWER:.0f} s")
+
+
+def _look_at_file(path: Path, experiment: str) -> tuple[StoreState, str]:
+    standing = next(place for place in (path, *path.parents) if place.exists())
+    if standing != path:
+        return ("new", "") if standing.is_dir() else ("broken", f"{standing} is a file, not a folder")
+    lock = path.with_suffix(".lock")
+    try:
+        if lock.exists():  # open_store would wait for it without end
+            with filelock.FileLock(lock, timeout=SECONDS_FOR_A_LOCK):
+                pass
+        with closing(_connection(path, "ro")) as database:
+            names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+            if not names - {"alembic_version"}:
+                return "new", ""
+            if "alembic_version" not in names:
+                return "broken", "a database, but not one of MLflow's"
+            (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
+            if (state := _age(revision)) != "current":
+                return state, f"schema {revision}"
+            query = "SELECT lifecycle_stage FROM experiments WHERE name = ?"
+            if (database.execute(query, (experiment,)).fetchone() or ("active",))[0] != "active":
+                return "deleted", ""
+        with closing(_connection(path, "rw")) as database:
+            database.execute("BEGIN IMMEDIATE")  # what a writer asks for first; nothing is written
+            database.rollback()
+    except filelock.Timeout:
+        return "locked", f"{lock} is held by another process"
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return "locked", str(error)
+        raise
+    return "current", ""
+
+
+def _connection(path: Path, mode: str) -> sqlite3.Connection:
+    name = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(name, uri=True, timeout=SECONDS_FOR_A_LOCK, isolation_level=None)
+
+
+def _look_at_database(uri: str) -> tuple[StoreState, str]:
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri)
+    with engine.connect() as connection:
+        if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+            return "new", ""
+        query = sqlalchemy.text("SELECT version_num FROM alembic_version")
+        revision = connection.execute(query).scalar()
+    state = _age(str(revision))
+    return state, "" if state == "current" else f"schema {revision}"
+
+
+def _age(revision: str) -> StoreState:
+    """Whether this version of MLflow would make tables like these, or knows them at least."""
+    from alembic.script import ScriptDirectory
+
+    steps = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    if revision in steps.get_heads():
+        return "current"
+    return "older" if revision in {step.revision for step in steps.walk_revisions()} else "newer"
+
+
+def _look_at_server(uri: str) -> tuple[StoreState, str]:
+    # Read at each request: one try, so that the answer comes while somebody waits for it.
+    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        away = "failed with exception" in str(error) or "timed out" in str(error)
+        return "silent" if away else "broken", first_line(error)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return "current", ""

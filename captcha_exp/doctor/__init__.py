@@ -1,0 +1,10 @@
+"""What is wrong with a machine's set-up, and what to do: `gather` looks, `findings` judges.
+
+Looking touches torch, NVML, psutil and MLflow and survives the failure of each; judging touches nothing,
+so that machines which nobody has here can be played in a test.
+"""
+
+from captcha_exp.doctor.facts import Facts as Facts
+from captcha_exp.doctor.facts import Finding as Finding
+from captcha_exp.doctor.judging import findings as findings
+from captcha_exp.doctor.looking import gather as gather
