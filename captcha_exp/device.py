@@ -26,7 +26,9 @@ def this_machine(fastest_precision: Callable[[Config], Precision] = lambda _: "f
     devices = (
         (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
     )
-    if torch.version.cuda is None:
+    if torch.version.hip is not None:
+        no_cuda = "this build of torch is for ROCm, which nobody has tried here"
+    elif torch.version.cuda is None:
         no_cuda = "this build of torch has no CUDA in it (pytorch.org, 'Get started', names one that has)"
     else:
         no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
@@ -42,7 +44,28 @@ def _cuda_works() -> bool:
 def _cores() -> int:
     """Physical cores that this process may use; hyper-threads share what a convolution keeps busy."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    quota = cpu_quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that control groups (version 2) give this process; None without a limit."""
+    limits = [limit.split() for limit in control_group("cpu.max")]
+    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=None)
+
+
+def control_group(name: str) -> list[str]:
+    """The content of this file in the process's control group and in each above it."""
+    groups = Path("/proc/self/cgroup")
+    if not groups.is_file():
+        return []
+    own = next((line[3:] for line in groups.read_text().splitlines() if line.startswith("0::")), None)
+    if own is None:  # version 1
+        return []
+    folder = Path("/sys/fs/cgroup") / own.lstrip("/")
+    above = [folder, *(parent for parent in folder.parents if parent.is_relative_to("/sys/fs/cgroup"))]
+    return [(place / name).read_text().strip() for place in above if (place / name).is_file()]
 
 
 def set_up(config: Config) -> torch.device:

@@ -20,11 +20,12 @@ import filelock
 import psutil
 import pytest
 import torch
+from conftest import drawn
 
-from captcha_exp import cli, record
+from captcha_exp import cli, device, record
 from captcha_exp.cli import summary
 from captcha_exp.config import Config, Mlflow
-from captcha_exp.doctor import Facts, Finding, findings, gather, looking
+from captcha_exp.doctor import Facts, Finding, findings, gather
 from captcha_exp.doctor.facts import Card, Driver, Folder, Git, Holder, Package, Store, Torch
 from captcha_exp.tracking.store import look_at_store, open_store
 
@@ -419,7 +420,7 @@ def test_turing_without_tensor_cores(name: str) -> None:
     finding = only(replace(HEALTHY, cards=(card,)))
     assert finding.level == "note"
     assert finding.what.startswith(f"cuda:0 ({name}) has no tensor cores: fp16 gives NaN")
-    assert finding.remedy == "device.precision=fp32"
+    assert finding.remedy == "device.precision=auto (tries it), or fp32"
     assert only(replace(HEALTHY, cards=(card,), precision="fp16")).level == "problem"
 
 
@@ -903,7 +904,7 @@ def test_runs_whose_process_is_gone(root: Path, tiny: Config) -> None:
 
 def test_fonts_and_their_characters(tiny: Config) -> None:
     assert gather(tiny).fonts == "DroidSansMono.ttf"
-    missing = replace(tiny, data=replace(tiny.data, fonts=("No.ttf",)))
+    missing = replace(tiny, data=replace(drawn(tiny), fonts=("No.ttf",)))
     assert gather(missing).fonts_error.startswith("data.fonts: 'No.ttf' is no file")
     lacking = replace(tiny, captcha=replace(tiny.captcha, alphabet="ab\u4e2d"))
     assert "DroidSansMono.ttf has no picture of" in gather(lacking).fonts_error
@@ -915,7 +916,7 @@ def test_limits_of_a_container(tiny: Config, monkeypatch: pytest.MonkeyPatch) ->
         "memory.max": ["max", "1000"],
         "memory.current": ["300"],
     }
-    monkeypatch.setattr(looking, "_control_group", lambda name: limits[name])
+    monkeypatch.setattr(device, "control_group", lambda name: limits[name])
     assert gather(tiny).cpu_quota == 1.5
     assert gather(tiny).memory == 700
     limits = {"cpu.max": ["max 100000"], "memory.max": [], "memory.current": []}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from captcha_exp import dataset
-from captcha_exp.config import Config
+from captcha_exp.config import Config, Precision
 from captcha_exp.device import set_up
 from captcha_exp.display import Silent
 from captcha_exp.step import fresh_state, train_step

@@ -163,7 +163,7 @@ def _card(facts: Facts, card: Card) -> Iterator[Finding]:
         capable = False
         level: Level = "problem" if chosen and facts.precision == "fp16" else "note"
         text = f"{name} has no tensor cores: fp16 gives NaN in some convolutions, 2 to 4 times slower"
-        yield Finding(level, text, "device.precision=fp32")
+        yield Finding(level, text, "device.precision=auto (tries it), or fp32")
     if chosen and facts.precision == "bf16" and not card.bf16:
         text = f"{name}: device.precision=bf16 is only emulated on this card, and slower than fp32"
         yield Finding("note", text, "device.precision=fp32")

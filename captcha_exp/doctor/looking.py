@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from captcha_exp.config import Config, Machine, Mlflow, resolve
+from captcha_exp.config import Folder as PictureFolder
 from captcha_exp.doctor import cards
 from captcha_exp.doctor.facts import Card, Facts, Folder, Git, Package, Store
 from captcha_exp.errors import UserError
@@ -140,30 +141,19 @@ def _cpu_flags() -> frozenset[str] | None:
 
 
 def _cpu_quota() -> float | None:
-    """Cores' worth of time that control groups (version 2) give this process; None without a limit."""
-    limits = [limit.split() for limit in _control_group("cpu.max")]
-    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=None)
+    from captcha_exp.device import cpu_quota  # brings torch
+
+    return cpu_quota()
 
 
 def _memory() -> int:
     """Bytes that can be had before the machine swaps or the container's limit ends the process."""
     available: int = psutil.virtual_memory().available
-    limits = [int(limit) for limit in _control_group("memory.max") if limit != "max"]
-    used = [int(amount) for amount in _control_group("memory.current")]
+    from captcha_exp.device import control_group
+
+    limits = [int(limit) for limit in control_group("memory.max") if limit != "max"]
+    used = [int(amount) for amount in control_group("memory.current")]
     return min([available, *(limit - max(used, default=0) for limit in limits)]) if limits else available
-
-
-def _control_group(name: str) -> list[str]:
-    """The content of this file in the process's control group and in each above it."""
-    groups = Path("/proc/self/cgroup")
-    if not groups.is_file():
-        return []
-    own = next((line[3:] for line in groups.read_text().splitlines() if line.startswith("0::")), None)
-    if own is None:  # version 1
-        return []
-    folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-    above = [folder, *(parent for parent in folder.parents if parent.is_relative_to("/sys/fs/cgroup"))]
-    return [(place / name).read_text().strip() for place in above if (place / name).is_file()]
 
 
 # -- what a run needs -----------------------------------------------------------------------------------
@@ -222,8 +212,8 @@ def _runs() -> dict[str, Any]:
 
 
 def _fonts(config: Config) -> dict[str, Any]:
-    if not hasattr(config.data, "fonts"):  # a source that draws nothing
-        return {}
+    if isinstance(config.data, PictureFolder):
+        return {}  # nothing is drawn
     from captcha_exp.sources import check_glyphs, font_files, library
 
     try:

@@ -23,7 +23,7 @@ def open_store(uri: str) -> MlflowClient:
     """A client of the store; a store in a new SQLite file is made first, by one process at a time."""
     if path := sqlite_file(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock")):
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=60):
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)  # the first question makes the tables
             return client

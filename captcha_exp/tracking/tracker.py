@@ -62,7 +62,7 @@ class MlflowTracker:
         except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
             raise RunFailed(
                 f"tracking.uri={uri}: MLflow cannot record there: {first_line(error)}; "
-                "mend the store, or train with tracking=none"
+                "mend the store (captcha-exp doctor says how), or train with tracking=none"
             ) from error
 
     def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
