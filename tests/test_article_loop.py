@@ -25,7 +25,7 @@ from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import Evaluation
-from captcha_exp.train import Step, fresh_state, train_step
+from captcha_exp.step import Step, fresh_state, train_step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -489,7 +489,7 @@ def test_our_training_ends_where_the_article_s_does(
     def step(state: TrainState, batch: dataset.Batch, config: Config) -> Step:
         with torch.no_grad():
             next(state.model.parameters()).fill_(state.epoch)
-        return Step(torch.tensor(1.6), torch.tensor(0), torch.tensor(True))
+        return Step(torch.tensor(1.6), torch.tensor(0), torch.tensor(True), torch.tensor(False))
 
     def scripted(model: nn.Module, split: Split, config: Config) -> Evaluation:
         events.append((f"evaluate {len(split)}", round(next(model.parameters()).flatten()[0].item())))
@@ -510,10 +510,7 @@ def test_our_training_ends_where_the_article_s_does(
     )
     result = train.train(config, None, Heard())
 
-    sides = {
-        name: len(rows)
-        for name, rows in dataset.split_by_label(dataset.outline(config).labels, config).items()
-    }
+    sides = {name: len(rows) for name, rows in dataset.outline(config, Heard()).members.items()}
     assert result.best_epoch == best
     assert events == [
         ("open train", 0),
