@@ -26,7 +26,7 @@ from torch import Tensor
 from captcha_exp import chance, sources
 from captcha_exp.alphabet import Alphabet
 from captcha_exp.config import Config, Data, Folder, to_dict
-from captcha_exp.display import Display
+from captcha_exp.display import Display, shown
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record import sha256_of, write_atomically
@@ -90,6 +90,16 @@ class Dataset:
     labels: list[str]
     members: dict[str, Tensor]  # split -> (n,) int64, numbers of its pictures
     manifest: dict[str, Any]  # the content of dataset.json
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """What the class ids stand for."""
+        return Alphabet(self.manifest["made_from"]["captcha"]["alphabet"])
+
+    def name(self, row: int) -> str:
+        """The file of a picture, or the number of a drawn one."""
+        files = self.manifest["files"]
+        return str(files[row]["file"]) if files else str(row)
 
     def split(self, name: str, device: torch.device, resident_limit_mib: int) -> Split:
         """One side; a side up to the limit lives on the device, a larger one is sent batch by batch."""
@@ -220,10 +230,8 @@ def _tell(verdict: Verdict, data: Data, display: Display) -> None:
         return
     bad, good = len(verdict.refused), len(verdict.labels)
     which = f"data.path={data.path}: {bad:,} of {bad + good:,} pictures cannot be used"
-    width = min(40, max(len(sources.shown(name)) for name, _ in verdict.refused))
-    table = [
-        f"  {sources.shown(name):<{width}}  {reason}" for name, reason in verdict.refused[:REFUSED_SHOWN]
-    ]
+    width = min(40, max(len(shown(name)) for name, _ in verdict.refused))
+    table = [f"  {shown(name):<{width}}  {reason}" for name, reason in verdict.refused[:REFUSED_SHOWN]]
     if bad > REFUSED_SHOWN:
         table.append(
             f"  and {bad - REFUSED_SHOWN:,} more; captcha-exp data --json data.on_bad=skip ... names all"
@@ -236,7 +244,7 @@ def _tell(verdict: Verdict, data: Data, display: Display) -> None:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(map(sources.shown, names[:3])) + more
+    return ", ".join(map(shown, names[:3])) + more
 
 
 def _build(path: Path, outline: Outline, display: Display) -> str:

@@ -9,12 +9,15 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from captcha_exp.config import Config, Machine, Precision
+from captcha_exp.config import Config, Machine, Precision, resolve
+from captcha_exp.display import Display
+from captcha_exp.errors import UserError
 from captcha_exp.places import root
 
 MIB = 2**20
@@ -80,6 +83,24 @@ def set_up(config: Config) -> torch.device:
     # Filling fresh memory would find reads of memory that nobody wrote; every tensor here is written first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
     return device
+
+
+def to_read(config: Config, name: str, display: Display) -> Config:
+    """The config of a finished run, resolved for reading with it on a device of this machine.
+
+    Raises:
+        UserError: there is no such device; the line says which there are.
+    """
+    machine = this_machine()
+    if name not in ("auto", *machine.devices):
+        reason = machine.why_not.get(name.split(":")[0], "there is no such device")
+        raise UserError(f"--device={name}: {reason}; available here: {', '.join(['auto', *machine.devices])}")
+    config = resolve(replace(config, device=replace(config.device, name=name, threads="auto")), machine)
+    precision = config.device.precision
+    if precision in ("fp32", *half_precisions(torch.device(config.device.name))):
+        return config
+    display.line(f"{precision} was the run's precision; {config.device.name} reads in fp32")
+    return replace(config, device=replace(config.device, precision="fp32"))
 
 
 def describe(config: Config) -> str:

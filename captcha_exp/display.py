@@ -90,3 +90,9 @@ class _RichBar:
 
     def advance(self, amount: int, note: str = "") -> None:
         self._progress.update(self._task, advance=amount, note=note)
+
+
+def shown(name: str) -> str:
+    """A file's name as a terminal can show it, whatever bytes are in it."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

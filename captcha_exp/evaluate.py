@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,22 @@ from captcha_exp import dataset
 from captcha_exp import device as devices
 from captcha_exp.alphabet import Alphabet
 from captcha_exp.checkpoint import load_weights
-from captcha_exp.config import Config, load, resolve
-from captcha_exp.dataset import Split
+from captcha_exp.config import Config, load
+from captcha_exp.dataset import Dataset, Split
 from captcha_exp.display import Display
 from captcha_exp.models import Recogniser
 from captcha_exp.record import check_file
+
+
+@dataclass(frozen=True)
+class Error:
+    """A picture that was read wrong."""
+
+    row: int  # its number in the dataset
+    picture: str  # its file, or its number where it was drawn
+    label: str
+    read: str
+    confidence: float  # of the whole text
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,22 @@ class Evaluation:
         named = [(alphabet.characters[t], alphabet.characters[p], n) for (t, p), n in pairs.items()]
         return sorted(named, key=lambda item: (-item[2], item[0], item[1]))
 
+    def errors(self, data: Dataset) -> list[Error]:
+        """Every picture that was read wrong, the one that the head was surest of first."""
+        alphabet = data.alphabet
+        wrong = np.flatnonzero((self.predicted != self.targets).any(axis=1))
+        sure = self.confidences.astype(np.float64).prod(axis=1)
+        return [
+            Error(
+                row=int(self.rows[n]),
+                picture=data.name(int(self.rows[n])),
+                label=alphabet.decode(self.targets[n]),
+                read=alphabet.decode(self.predicted[n]),
+                confidence=float(sure[n]),
+            )
+            for n in wrong[np.argsort(-sure[wrong], kind="stable")]
+        ]
+
     def chance_char_accuracy(self) -> float:
         """What always reading the most frequent character of each position would reach."""
         length = self.targets.shape[1]
@@ -92,8 +119,9 @@ class Evaluation:
             f"{prefix}/char_accuracy": self.char_accuracy,
         }
 
-    def summary(self, alphabet: Alphabet) -> dict[str, Any]:
+    def summary(self, data: Dataset) -> dict[str, Any]:
         """Everything, as JSON values."""
+        alphabet = data.alphabet
         low, high = self.interval
         return {
             "pictures": len(self.rows),
@@ -109,6 +137,7 @@ class Evaluation:
                 {"label": label, "read": read, "count": count}
                 for label, read, count in self.confusions(alphabet)[:20]
             ],
+            "errors": [asdict(error) for error in self.errors(data)],
         }
 
 
@@ -156,8 +185,10 @@ def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
     )
 
 
-def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation, Alphabet]:
-    """What a finished run's best weights read on one of its splits, on this machine.
+def evaluate_run(
+    folder: Path, split: str, display: Display, device_name: str = "auto"
+) -> tuple[Evaluation, Dataset]:
+    """What a finished run's best weights read on one of its splits, on this machine; and its pictures.
 
     Raises:
         UserError: the run has no weights, or they are no longer those that it ended with.
@@ -166,9 +197,7 @@ def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation
     check_file(folder, weights.name)
     config = load(folder / "config.yaml")
     # Another machine may lack the device that the run was trained on; reading needs any.
-    config = resolve(
-        replace(config, device=replace(config.device, name="auto", threads="auto")), devices.this_machine()
-    )
+    config = devices.to_read(config, device_name, display)
     device = devices.set_up(config)
     model, _ = load_weights(weights, device)
     outline = dataset.outline(config, display)
@@ -179,7 +208,7 @@ def evaluate_run(folder: Path, split: str, display: Display) -> tuple[Evaluation
             f"the pictures are not those of the run: {_difference(recorded['made_from'], outline.made_from)}"
         )
     chosen = data.split(split, device, config.device.resident_limit_mib)
-    return evaluate(model, chosen, config), Alphabet(config.captcha.alphabet)
+    return evaluate(model, chosen, config), data
 
 
 def _difference(then: Any, now: Any, key: str = "") -> str:

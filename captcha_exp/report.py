@@ -15,8 +15,11 @@ matplotlib.use("Agg")  # files alone: no window is ever opened
 from matplotlib.figure import Figure
 
 from captcha_exp.alphabet import Alphabet
+from captcha_exp.dataset import Dataset
 from captcha_exp.evaluate import Evaluation
 from captcha_exp.record import MetricsRow, write_atomically
+
+SHOWN = 30  # worst errors on the picture of them
 
 
 def curves(rows: Sequence[MetricsRow], path: Path) -> None:
@@ -57,16 +60,32 @@ def confusion(evaluation: Evaluation, alphabet: Alphabet, path: Path) -> None:
     _save(figure, path)
 
 
+def errors(evaluation: Evaluation, data: Dataset, path: Path) -> None:
+    """The worst errors: pictures read wrong, with what stands there and what was read, the surest first."""
+    worst = evaluation.errors(data)
+    shown = worst[:SHOWN]
+    titles = [f"{error.label} read {error.read} ({error.confidence:.0%})" for error in shown]
+    title = f"{len(worst):,} of {len(evaluation.rows):,} labels read wrong"
+    if len(worst) > len(shown):
+        title += f"; the {len(shown)} that it was surest of"
+    _sheet(data.images[[error.row for error in shown]].numpy(), titles, title, path)
+
+
 def samples(images: npt.NDArray[np.uint8], labels: Sequence[str], path: Path) -> None:
     """A sheet of pictures (N, H, W, C) uint8 with their labels."""
+    _sheet(images, labels, "", path)
+
+
+def _sheet(images: npt.NDArray[np.uint8], titles: Sequence[str], title: str, path: Path) -> None:
     columns = 6
-    rows = -(-len(labels) // columns)
-    figure = Figure(figsize=(columns * 1.8, rows * 1.1), layout="constrained")
-    for axes, image, label in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, images, labels, strict=False
+    rows = max(1, -(-len(titles) // columns))
+    figure = Figure(figsize=(columns * 1.9, rows * 1.1 + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for axes, image, words in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, images, titles, strict=False
     ):
         axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(label, fontsize=9, parse_math=False)
+        axes.set_title(words, fontsize=9, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
     _save(figure, path)

@@ -14,10 +14,9 @@ import torch
 
 from captcha_exp import dataset, optim, probe, record, report, watch
 from captcha_exp import device as devices
-from captcha_exp.alphabet import Alphabet
 from captcha_exp.checkpoint import TrainState, weights_sha256, weights_to_bytes
 from captcha_exp.config import Config, Precision, resolve
-from captcha_exp.dataset import Split
+from captcha_exp.dataset import Dataset, Split
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
@@ -179,21 +178,23 @@ def train(
             seconds=time.perf_counter() - began,
             process_peak_mib=max(row.metrics["memory/process_peak_mib"] for row in run.rows()),
         )
-        _record_test(result, state, run, tracker)
+        _record_test(result, data, state, run, tracker)
     return result
 
 
-def _record_test(result: Result, state: TrainState, run: Run, tracker: Tracker) -> None:
+def _record_test(result: Result, data: Dataset, state: TrainState, run: Run, tracker: Tracker) -> None:
     """The test figures and the pictures of the report, in the run's folder and at the tracker."""
-    tested, alphabet = result.test, Alphabet(result.config.captcha.alphabet)
+    tested, alphabet = result.test, data.alphabet
     low, high = tested.interval
     metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
     row = MetricsRow(state.epoch, record.now_ms(), metrics)
     run.log(row)
     tracker.log(row)
-    run.write_json("test.json", tested.summary(alphabet))
+    run.write_json("test.json", tested.summary(data))
     report.curves(run.rows(), run.report / "curves.png")
     report.confusion(tested, alphabet, run.report / "confusion.png")
+    report.errors(tested, data, run.report / "errors.png")
+    report.samples(data.images[:30].numpy(), data.labels[:30], run.report / "pictures.png")
     run.note(
         result={
             "epochs": state.epoch,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captcha_exp import models
 from captcha_exp.alphabet import Alphabet
 from captcha_exp.config import Config
-from captcha_exp.dataset import Split
+from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import Evaluation, evaluate, wilson
 from captcha_exp.models import PositionHead, Recogniser
 
@@ -23,6 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALPHABET = Alphabet("bac")  # not in the order of their codes
 
 Texts = list[list[int]]
+
+
+def drawn_with(alphabet: str) -> Dataset:
+    """A dataset of which nothing is known but the alphabet; its pictures have numbers for names."""
+    nothing = torch.empty(0)
+    made_from = {"captcha": {"alphabet": alphabet}}
+    return Dataset(nothing, nothing, [], {}, {"made_from": made_from, "files": []})
 
 
 def evaluation(targets: Texts, predicted: Texts) -> Evaluation:
@@ -130,7 +137,7 @@ def test_chance_is_the_best_that_one_fixed_text_reaches(reading: tuple[Texts, Te
 
 @given(readings())
 def test_the_summary_is_plain_json(reading: tuple[Texts, Texts]) -> None:
-    summary = evaluation(*reading).summary(ALPHABET)
+    summary = evaluation(*reading).summary(drawn_with("bac"))
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["pictures"] == len(reading[0])
     assert summary["accuracy_low"] <= summary["accuracy"] <= summary["accuracy_high"]
@@ -158,8 +165,23 @@ def test_the_summary_names_the_twenty_most_frequent_confusions() -> None:
     pairs = [(t, p) for t in range(8) for p in range(8) if t != p]
     made = evaluation([[t] for t, _ in pairs], [[p] for _, p in pairs])
     assert len(made.confusions(alphabet)) == 56
-    assert len(made.summary(alphabet)["confusions"]) == 20
-    assert made.summary(alphabet)["confusions"][0] == {"label": "a", "read": "b", "count": 1}
+    summary = made.summary(drawn_with("abcdefgh"))
+    assert len(summary["confusions"]) == 20
+    assert summary["confusions"][0] == {"label": "a", "read": "b", "count": 1}
+
+
+def test_errors_name_the_picture_and_stand_in_the_order_of_how_sure_the_head_was() -> None:
+    made = replace(
+        evaluation([[0, 1], [2, 2], [1, 1]], [[0, 2], [2, 2], [2, 0]]),
+        confidences=np.array([[0.5, 0.5], [0.1, 0.1], [0.9, 0.8]], np.float32),
+        rows=np.array([7, 8, 9]),
+    )
+    files = [{"file": f"{n}.png"} for n in range(10)]
+    named = replace(drawn_with("bac"), manifest={**drawn_with("bac").manifest, "files": files})
+
+    found = [(e.row, e.picture, e.label, e.read, round(e.confidence, 3)) for e in made.errors(named)]
+    assert found == [(9, "9.png", "aa", "cb", 0.72), (7, "7.png", "ba", "bc", 0.25)]
+    assert [error.picture for error in made.errors(drawn_with("bac"))] == ["9", "7"]
 
 
 # -- the pass over a split -----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ VERBS = {
     "train": "train a recogniser, test it, record it",
     "data": "draw the pictures of a config and show some",
     "evaluate": "accuracy of a run: whole, per character, per position, confusions",
+    "predict": "the text in pictures; asks for them where none is given",
     "runs": "list the runs in outputs/",
     "ui": "MLflow's UI on 127.0.0.1, with the right store",
     "doctor": "what is wrong with this machine's set-up, and what to do",
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     evaluate.add_argument("run", metavar="RUN", help=what)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    predict = verb("predict", _predict)
+    predict.add_argument("run", metavar="RUN", help=f"{what}, or a .safetensors file of weights")
+    what = "a picture, or a folder of them; with none, asks for one after the other"
+    predict.add_argument("pictures", nargs="*", metavar="PICTURE", help=what)
+    for reading in (evaluate, predict):
+        what = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
+        reading.add_argument("--device", default="auto", metavar="NAME", help=what)
     verb("runs", _runs)
     ui = verb("ui", _ui, json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
@@ -162,12 +170,30 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from captcha_exp.record import find
 
     folder = find(arguments.run)
-    evaluation, alphabet = evaluate_run(folder, arguments.split, Terminal())
+    evaluation, data = evaluate_run(folder, arguments.split, Terminal(), arguments.device)
     if arguments.json:
-        _print_json({"folder": str(folder), "split": arguments.split, **evaluation.summary(alphabet)})
+        _print_json({"folder": str(folder), "split": arguments.split, **evaluation.summary(data)})
     else:
-        summary.of_evaluation(evaluation, alphabet, folder, arguments.split)
+        summary.of_evaluation(evaluation, data, folder, arguments.split)
     return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import asking, summary
+    from captcha_exp.display import Terminal
+    from captcha_exp.predict import Reader, files_of, weights_of
+
+    display = Terminal()
+    reader = Reader(weights_of(arguments.run), arguments.device, display)
+    if not arguments.pictures:
+        asking.ask(reader, arguments.json)
+        return 0
+    readings = list(reader.read_all(files_of(arguments.pictures), display))
+    if arguments.json:
+        _print_json([reading.to_json() for reading in readings])
+    else:
+        summary.of_readings(readings)
+    return 1 if any(reading.error for reading in readings) else 0
 
 
 def _runs(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """What a command tells at its end, on standard output."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from captcha_exp.alphabet import Alphabet
+from captcha_exp.display import shown
 from captcha_exp.record import is_alive
 
 if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
+    from captcha_exp.dataset import Dataset
     from captcha_exp.doctor import Finding
     from captcha_exp.evaluate import Evaluation
+    from captcha_exp.predict import Reading
     from captcha_exp.train import Result
 
 
@@ -58,9 +61,9 @@ def of_data(manifest: Mapping[str, Any], sheet: Path) -> None:
     console.print(f"sheet {sheet}", markup=False)
 
 
-def of_evaluation(evaluation: "Evaluation", alphabet: Alphabet, folder: Path, split: str) -> None:
-    """Whole labels, positions, characters, confusions."""
-    console = _console()
+def of_evaluation(evaluation: "Evaluation", data: "Dataset", folder: Path, split: str) -> None:
+    """Whole labels, positions, characters, confusions, the worst errors."""
+    console, alphabet = _console(), data.alphabet
     console.print(f"{folder}, {split} split", markup=False)
     console.print(f"[bold]accuracy {_share(evaluation)}[/bold]; of characters {evaluation.char_accuracy:.2%}")
     positions = Table("position", "right", title="per position", title_justify="left")
@@ -73,8 +76,22 @@ def of_evaluation(evaluation: "Evaluation", alphabet: Alphabet, folder: Path, sp
     confusions = Table("label", "read", "times", title="most frequent confusions", title_justify="left")
     for label, read, count in evaluation.confusions(alphabet)[:12]:
         confusions.add_row(label, read, str(count))
-    for table in (positions, characters, confusions):
+    errors = Table("picture", "label", "read", "sure", title="worst errors", title_justify="left")
+    for error in evaluation.errors(data)[:12]:
+        errors.add_row(Text(shown(error.picture)), error.label, error.read, f"{error.confidence:.1%}")
+    for table in (positions, characters, confusions, errors):
         console.print(table)
+
+
+def of_readings(readings: Sequence["Reading"]) -> None:
+    """A line for each picture, its name first; those that cannot be used on standard error."""
+    width = min(60, max((len(shown(str(r.picture))) for r in readings if not r.error), default=0))
+    for reading in readings:
+        name = shown(str(reading.picture))
+        if reading.error:
+            print(f"{name}: {reading.error}", file=sys.stderr)
+        else:
+            print(f"{name:<{width}}  {reading.text}  {reading.confidence:.1%}")
 
 
 def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None:

@@ -20,7 +20,6 @@ from captcha_exp.sources.generators import label as label
 from captcha_exp.sources.generators import library as library
 from captcha_exp.sources.generators import origin as origin
 from captcha_exp.sources.generators import stream
-from captcha_exp.sources.labels import shown as shown
 
 INDIFFERENT = (  # what a picture does not depend on
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction"),

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from captcha_exp import pixels
 from captcha_exp.alphabet import Alphabet
 from captcha_exp.config import Captcha, Folder
-from captcha_exp.display import Display
+from captcha_exp.display import Display, shown
 from captcha_exp.errors import UserError
 from captcha_exp.sources import labels
-from captcha_exp.sources.labels import Candidate, shown
+from captcha_exp.sources.labels import Candidate
 
 ENDINGS = {
     ".png",
@@ -125,7 +125,7 @@ def read(found: Found, captcha: Captcha, display: Display) -> Read:
                 refused.append(candidate)
                 continue
             try:
-                decoded, array = _picture(found.folder / candidate.name, captcha)
+                decoded, array = picture(found.folder / candidate.name, captcha)
             except pixels.Unusable as reason:
                 refused.append(replace(candidate, reason=str(reason)))
                 continue
@@ -143,6 +143,24 @@ def read(found: Found, captcha: Captcha, display: Display) -> Read:
     left = {note: [name for name in which if name in names] for note, which in notes.items()}
     display.line(f"read {len(keep):,} pictures in {time.perf_counter() - began:.1f} s")
     return Read(pictures, used, refused, {n: w for n, w in left.items() if w}, dict(sizes))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of a folder, and of those inside it, that are pictures by their names; ordered by name."""
+    return [folder / name for name in sorted(_walk(folder)[0])]
+
+
+def picture(path: Path, captcha: Captcha) -> tuple[pixels.Decoded, npt.NDArray[np.uint8]]:
+    """The picture of a file, as it was and as (H, W, C) uint8 of the config's size.
+
+    Raises:
+        Unusable: it cannot be read, or shows nothing.
+    """
+    decoded = pixels.decode(_content(path))
+    array = pixels.to_array(decoded.image, captcha.channels)
+    if array.min() == array.max():
+        raise pixels.Unusable("shows nothing: every pixel is the same")
+    return decoded, pixels.resize(array[None], captcha.height, captcha.width)[0]
 
 
 # -- which files ---------------------------------------------------------------------------------------------
@@ -218,21 +236,9 @@ def _content(path: Path) -> bytes:
             size = f"{state.st_size / 2**20:,.0f} MiB"
             raise pixels.Unusable(f"is {size}; at most {LARGEST / 2**20:.0f} MiB are read")
         return path.read_bytes()
-    except OSError as error:
-        raise pixels.Unusable(f"cannot be read: {error.strerror or error}") from None
-
-
-def _picture(path: Path, captcha: Captcha) -> tuple[pixels.Decoded, npt.NDArray[np.uint8]]:
-    """The picture of a file, as it was and as (H, W, C) uint8 of the config's size.
-
-    Raises:
-        Unusable: it cannot be read, or shows nothing.
-    """
-    decoded = pixels.decode(_content(path))
-    array = pixels.to_array(decoded.image, captcha.channels)
-    if array.min() == array.max():
-        raise pixels.Unusable("shows nothing: every pixel is the same")
-    return decoded, pixels.resize(array[None], captcha.height, captcha.width)[0]
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise pixels.Unusable(f"cannot be read: {reason}") from None
 
 
 def _by_another_name(name: str, kind: str) -> list[str]:

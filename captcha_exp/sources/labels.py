@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captcha_exp.config import Folder
+from captcha_exp.display import shown
 from captcha_exp.errors import UserError
 
 TABLES = ("labels.csv", "labels.tsv", "labels.jsonl")
@@ -29,12 +30,6 @@ class Candidate:
     label: str
     reason: str = ""  # why it cannot be used
     sha256: str = ""  # of its content, where it could be read
-
-
-def shown(name: str) -> str:
-    """A file's name as a terminal can show it, whatever bytes are in it."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def by_name(names: list[str], pattern: re.Pattern[str]) -> list[Candidate]:
