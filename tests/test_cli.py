@@ -66,7 +66,7 @@ def test_mistakes_end_the_real_command_with_a_line_each_and_leave_nothing_behind
         (["train", "hydra.run.dir=x"], r"hydra\.run\.dir=x: .+"),
         (["train", "train.batch_size=25,50"], r"train\.batch_size=25,50: is a sweep; .+"),
         (["train", "train.batch_size=[1"], r"'train\.batch_size=\[1': is no override; .+"),
-        (["train", "experiment=typo"], r"experiment=typo: .+ one of alnum, quickstart"),
+        (["train", "experiment=typo"], r"experiment=typo: .+ one of alnum, article, quickstart"),
         (["train", "train=null"], r"train=null: .+"),
         (["train", "--json", "seed=-1"], r"seed=-1: must be .+"),
         (["train", "--cfg", "job", "experiment=typo"], r"experiment=typo: .+"),
@@ -158,7 +158,10 @@ def test_runs_of_an_empty_root_is_an_empty_list(call: Call, root: Path) -> None:
     [
         ("captcha-exp ", VERBS),
         ("captcha-exp tr", ["train"]),
-        ("captcha-exp train experiment=", ["experiment=alnum", "experiment=quickstart"]),
+        (
+            "captcha-exp train experiment=",
+            ["experiment=alnum", "experiment=article", "experiment=quickstart"],
+        ),
         ("captcha-exp train seed=1 captcha.wid", ["captcha.width="]),
         ("captcha-exp data data=w", ["data=wheezy"]),
     ],

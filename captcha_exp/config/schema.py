@@ -109,6 +109,13 @@ class WheezyLibrary(Drawn):
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Article(Drawn):
+    """Pictures after the recipe of those that the article reads."""
+
+    source: Literal["article"]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class Folder(Pictures):
     """A folder of labelled pictures, and those in the folders inside it."""
 
@@ -142,7 +149,7 @@ class Folder(Pictures):
         return value
 
 
-Generator: TypeAlias = CaptchaLibrary | WheezyLibrary
+Generator: TypeAlias = CaptchaLibrary | WheezyLibrary | Article
 Data: TypeAlias = Annotated[Generator | Folder, Field(discriminator="source")]
 
 

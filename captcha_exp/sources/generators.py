@@ -16,17 +16,19 @@ from typing import Any, assert_never
 from PIL import Image, ImageFont
 
 from captcha_exp import chance
-from captcha_exp.config import Captcha, CaptchaLibrary, Drawn, Generator, WheezyLibrary
+from captcha_exp.config import Article, Captcha, CaptchaLibrary, Drawn, Generator, WheezyLibrary
 from captcha_exp.errors import UserError
+from captcha_exp.sources import article
 
 Draw = Callable[[str, random.Random], Image.Image]
 
 
 @dataclass(frozen=True)
 class Library:
-    """A generator: the package whose version decides the pixels, its own fonts, and how it comes to draw."""
+    """A generator: what decides the pixels, with its version; its own fonts; how it comes to draw, and to a
+    text."""
 
-    package: str
+    maker: str
     own_fonts: Sequence[Path]
     make: Callable[[], Draw]
     text: Callable[[Captcha, random.Random], str]
@@ -43,14 +45,36 @@ def library(data: Generator) -> Library:
             from captcha.image import DEFAULT_FONTS
 
             return Library(
-                "captcha", [Path(path) for path in DEFAULT_FONTS], lambda: _captcha(data), _any_text
+                _package("captcha"), [Path(path) for path in DEFAULT_FONTS], lambda: _captcha(data), _any_text
             )
         case WheezyLibrary():
-            if not data.fonts:
-                raise UserError("data.fonts=[]: wheezy.captcha brings none; name one, such as DejaVuSans.ttf")
-            return Library("wheezy.captcha", [], lambda: _wheezy(data), _any_text)
+            _need_fonts(data, "wheezy.captcha")
+            return Library(_package("wheezy.captcha"), [], lambda: _wheezy(data), _any_text)
+        case Article():
+            _need_fonts(data, "article")
+
+            def paint() -> Draw:
+                return article.painter(data.width, data.height, font_files(data))
+
+            return Library(f"article {article.VERSION}", [], paint, _article_text)
         case _:
             assert_never(data)
+
+
+def _package(name: str) -> str:
+    return f"{name} {version(name)}"
+
+
+def _need_fonts(data: Drawn, generator: str) -> None:
+    if not data.fonts:
+        raise UserError(f"data.fonts=[]: {generator} brings none; name one, such as DejaVuSans.ttf")
+
+
+def _article_text(captcha: Captcha, stream: random.Random) -> str:
+    try:
+        return article.label(captcha.alphabet, captcha.length, stream)
+    except ValueError as error:
+        raise UserError(f"captcha.alphabet={captcha.alphabet}: data=article: {error}") from None
 
 
 def stream(data: Drawn, index: int) -> random.Random:
@@ -72,9 +96,8 @@ def origin(data: Generator) -> dict[str, Any]:
     """Everything beside the config that the pixels of a source depend on: packages and font files."""
     from PIL import features
 
-    package = library(data).package
     return {
-        "package": f"{package} {version(package)}",
+        "package": library(data).maker,
         "pillow": version("pillow"),
         "freetype": features.version("freetype2"),
         "raqm": features.version("raqm"),
