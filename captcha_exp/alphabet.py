@@ -50,7 +50,7 @@ class Alphabet:
         return "".join(
             c
             if c in self.characters
-            else next((o for o in (c.lower(), c.upper()) if o in self.characters), c)
+            else next((o for o in (c.lower(), c.upper()) if o in set(self.characters)), c)
             for c in text
         )
 

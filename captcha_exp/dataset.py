@@ -138,7 +138,7 @@ def outline(config: Config, display: Display) -> Outline:
     # A generator says what it will draw faster than a cache file is checked.
     known = _known_verdict(path) if isinstance(config.data, Folder) else None
     verdict = known or source.verdict(display)
-    _tell(verdict, config.data, display)
+    _tell(verdict, source.others, config.data, display)
     return Outline(source, verdict, split_by_label(verdict.labels, config), made_from)
 
 
@@ -175,7 +175,7 @@ def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
         "sizes": verdict.sizes,
         "refused": [{"file": name, "reason": reason} for name, reason in verdict.refused],
         "notes": verdict.notes,
-        "others": verdict.others,
+        "others": outline.source.others,
     }
     return Dataset(images, targets, labels, outline.members, manifest)
 
@@ -214,7 +214,7 @@ def _cache_file(config: Config, key: str) -> Path:
     return root() / config.data.cache / f"{key}.safetensors"
 
 
-def _tell(verdict: Verdict, data: Data, display: Display) -> None:
+def _tell(verdict: Verdict, others: list[str], data: Data, display: Display) -> None:
     """Say what became of every file that is not simply in use.
 
     Raises:
@@ -224,8 +224,8 @@ def _tell(verdict: Verdict, data: Data, display: Display) -> None:
         return
     for note, names in verdict.notes.items():
         display.line(f"in use, {len(names):,} times: {note} ({_some(names)})")
-    if verdict.others:
-        display.line(f"not pictures ({len(verdict.others):,}): {_some(verdict.others)}")
+    if others:
+        display.line(f"not pictures ({len(others):,}): {_some(others)}")
     if not verdict.refused:
         return
     bad, good = len(verdict.refused), len(verdict.labels)
@@ -280,7 +280,7 @@ def _checked(path: Path, display: Display) -> str | None:
     except FileNotFoundError:
         return None  # the process that wrote the pictures ended before it could vouch for them
     if sha256_of(path) != expected:
-        display.warn(f"{path}: is damaged (its SHA-256 is another); the pictures are drawn again")
+        display.warn(f"{path}: is damaged (its SHA-256 is another); the pictures are prepared again")
         return None
     display.line(f"pictures from {path}")
     return expected

@@ -94,5 +94,8 @@ class _RichBar:
 
 def shown(name: str) -> str:
     """A file's name as a terminal can show it, whatever bytes are in it."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, as JSON can write it
+        text = name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

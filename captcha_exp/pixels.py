@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 UNIT = 256  # weights are whole multiples of 1/UNIT
 
@@ -28,6 +28,17 @@ assert 255 * UNIT**2 + UNIT**2 // 2 < 2**24  # a fact about the constant, true a
 
 FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "GIF": "GIF", "BMP": "BMP", "WEBP": "WebP"}  # Pillow's -> people's
 LARGEST = 4_000_000  # pixels of one picture; a text captcha has some ten thousand
+
+
+TURNS = {  # EXIF orientation -> how the picture comes to stand upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unusable(Exception):
@@ -54,12 +65,16 @@ def decode(content: bytes) -> Decoded:
     kinds = ", ".join(FORMATS.values())
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF data that are damaged, while the picture is whole
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=tuple(FORMATS))
-        if image.width * image.height > LARGEST:
-            raise Unusable(f"is {image.width}x{image.height} pixels; at most {LARGEST:,} in all are read")
-        frames = getattr(image, "n_frames", 1)
-        image.load()
+            file = Image.open(io.BytesIO(content), formats=tuple(FORMATS))
+            if file.width * file.height > LARGEST:
+                size = f"{file.width}x{file.height}"
+                raise Unusable(f"is {size} pixels; at most {LARGEST:,} in all are read")
+            frames = getattr(file, "n_frames", 1)
+            frame = file.tile[0].extents if file.format == "GIF" else None
+            file.load()
+            turn = _turn(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Unusable(f"has over {Image.MAX_IMAGE_PIXELS:,} pixels; at most {LARGEST:,} are read") from None
     except UnidentifiedImageError:
@@ -67,19 +82,50 @@ def decode(content: bytes) -> Decoded:
     except Unusable:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them into
-        raise Unusable(f"is damaged or cut short: {' '.join(str(error).split())}") from None
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise Unusable(f"is damaged or cut short: {what}") from None
+    image: Image.Image = file
     if image.format == "PNG" and b"IEND" not in content:  # Pillow is content without the end
         raise Unusable("is cut short: a PNG without its end")
-    kind = FORMATS.get(str(image.format), str(image.format))  # Pillow calls a JPEG with two pictures MPO
+    kind = FORMATS.get(str(image.format), "JPEG")  # Pillow calls a JPEG with two pictures MPO
     notes = [f"has {frames} frames; the first is read"] if frames > 1 else []
     if image.mode == "I;16":  # Pillow would make every value above 255 white
         notes.append("has 16 bits for each pixel; the upper 8 are read")
-        return Decoded(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), kind, tuple(notes))
+        image = _upper_8_bits(image)
+    if frame and frame != (0, 0, *image.size) and "transparency" not in image.info:
+        image = _clear_around(image, frame)  # Pillow would fill the rest with the first colour
+    if turn is not None:  # who wrote the label has seen it so
+        notes.append("is turned as its EXIF data say")
+        image = image.transpose(turn)
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise Unusable(f"has pixels of mode {image.mode}; save it as grey or RGB with 8 bits")
     if has_transparency(image):
         notes.append("is transparent in places; they become white")
     return Decoded(image, kind, tuple(notes))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What its EXIF data have every viewer do to the picture."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as above; but nothing is lost with the EXIF data
+        return None
+
+
+def _upper_8_bits(image: Image.Image) -> Image.Image:
+    """(H, W) of 16 bits as LA of 8; what has the transparent value lets the page through."""
+    values = np.asarray(image)
+    opaque = np.where(values == image.info.get("transparency", -1), 0, 255)
+    eight = Image.fromarray(np.stack([values >> 8, opaque], axis=2).astype(np.uint8))
+    eight.info.update({key: value for key, value in image.info.items() if key != "transparency"})
+    return eight
+
+
+def _clear_around(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """A picture on a larger canvas; around it the page is seen."""
+    canvas = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    canvas.paste(image.crop(frame).convert("RGBA"), frame)
+    return canvas
 
 
 def has_transparency(image: Image.Image) -> bool:

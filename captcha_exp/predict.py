@@ -20,7 +20,7 @@ from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.pixels import Unusable
 from captcha_exp.record import check_file, find
-from captcha_exp.sources.folder import picture, pictures_in
+from captcha_exp.sources.folder import content, picture, pictures_in
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Reader:
         arrays, usable, readings = [], [], dict[Path, Reading]()
         for path in pictures:
             try:
-                arrays.append(picture(path, self.config.captcha)[1])
+                arrays.append(picture(content(path), self.config.captcha)[1])
                 usable.append(path)
             except Unusable as reason:
                 readings[path] = Reading(path, error=str(reason))

@@ -245,7 +245,8 @@ def _machine() -> "Machine":
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may be no UTF-8
 
 
 def _program() -> str:

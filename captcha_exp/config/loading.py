@@ -77,7 +77,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     A relative data.path becomes absolute, so that the record means the same folder to whoever reads it.
 
     Raises:
-        ConfigError: the device is not on this machine; the line says what is.
+        ConfigError: the device is not on this machine, or data.path leads nowhere; the line says what.
     """
     if mistake := _device_mistake({"device": {"name": config.device.name}}, machine, {}):
         raise ConfigError(mistake)
@@ -87,7 +87,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     if device.threads == "auto":
         device = dataclasses.replace(device, threads=machine.cores)
     if isinstance(data, Folder):
-        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
+        data = dataclasses.replace(data, path=_absolute(data.path))
     elif data.workers == "auto":
         data = dataclasses.replace(data, workers=machine.cores)
     if isinstance(tracking, Mlflow) and tracking.uri == "auto":
@@ -96,6 +96,18 @@ def resolve(config: Config, machine: Machine) -> Config:
     if device.precision == "auto":
         device = dataclasses.replace(device, precision=machine.fastest_precision(config))
     return dataclasses.replace(config, device=device)
+
+
+def _absolute(path: str) -> str:
+    """The whole path of the folder that data.path names.
+
+    Raises:
+        ConfigError: it names a person that this machine does not know, or a link in a circle.
+    """
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"data.path={path}: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

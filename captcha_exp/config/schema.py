@@ -135,7 +135,7 @@ class Folder(Pictures):
     def _pattern(cls, value: str) -> str:
         try:
             groups = re.compile(value).groupindex
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"is no regular expression: {error}") from None
         if "label" not in groups:
             raise ValueError("must have a group named label, as in (?P<label>.+)")

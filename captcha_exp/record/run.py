@@ -101,7 +101,9 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> Path:
         """A finished file of JSON."""
-        return self.write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        # A byte of a file name that is no UTF-8 is half a character to Python; JSON can write that too.
+        return self.write(name, text.encode("utf-8", "backslashreplace"))
 
     def log(self, row: MetricsRow) -> None:
         """One line more in metrics.jsonl, on the disk when this returns."""

@@ -35,7 +35,6 @@ class Verdict:
     files: list[tuple[str, str]] = field(default_factory=list)  # N (name, SHA-256); none for drawn pictures
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
     notes: dict[str, list[str]] = field(default_factory=dict)  # what to know of pictures in use -> names
-    others: list[str] = field(default_factory=list)  # names of files that are no pictures
     sizes: dict[str, int] = field(default_factory=dict)  # "WxH" in the files -> pictures
     characters: str = ""  # what the labels of a folder are made of, those of refused pictures too
 
@@ -45,6 +44,8 @@ class Source(Protocol):
 
     made_from: dict[str, Any]
     """everything that the bytes of the pictures depend on, beside the size and alphabet of the config"""
+    others: list[str]
+    """names of files that are no pictures; not in the verdict, which is that of the pictures alone"""
 
     def verdict(self, display: Display) -> Verdict:
         """Which pictures there are."""
@@ -62,6 +63,7 @@ class _Drawn:
         check_glyphs(data, captcha)
         self._data, self._captcha = data, captcha
         self.made_from = {"source": _asked(data), "origin": origin(data)}
+        self.others: list[str] = []
 
     def verdict(self, display: Display) -> Verdict:  # noqa: ARG002 - too quick for a bar
         text = library(self._data).text
@@ -77,6 +79,7 @@ class _Folder:
     def __init__(self, data: Folder, captcha: Captcha, display: Display) -> None:
         self._captcha = captcha
         self._found = folder.find(data, captcha, display)
+        self.others = list(self._found.others)
         self._read: folder.Read | None = None
         asked = {**_asked(data), "files_sha256": self._found.sha256}
         self.made_from = {"source": asked, "origin": folder.origin()}
@@ -88,7 +91,6 @@ class _Folder:
             files=[(candidate.name, candidate.sha256) for candidate in read.used],
             refused=[(candidate.name, candidate.reason) for candidate in read.refused],
             notes=read.notes,
-            others=list(self._found.others),
             sizes=read.sizes,
             characters=self._found.characters,
         )

@@ -6,11 +6,13 @@ name, or in a table beside the pictures.
 """
 
 import hashlib
+import json
 import os
 import re
 import stat
 import time
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -24,13 +26,17 @@ from captcha_exp.alphabet import Alphabet
 from captcha_exp.config import Captcha, Folder
 from captcha_exp.display import Display, shown
 from captcha_exp.errors import UserError
+from captcha_exp.places import root
 from captcha_exp.sources import labels
 from captcha_exp.sources.labels import Candidate
 
 ENDINGS = {
     ".png",
+    ".apng",
     ".jpg",
     ".jpeg",
+    ".jpe",
+    ".jfif",
     ".gif",
     ".bmp",
     ".webp",
@@ -60,8 +66,8 @@ class Found:
     @property
     def sha256(self) -> str:
         """Over names, labels and contents: another folder with the same has the same."""
-        lines = (f"{c.name}\t{c.label}\t{c.sha256 or c.reason}\n" for c in self.candidates)
-        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+        lines = [[c.name, c.label, c.sha256 or c.reason] for c in self.candidates]
+        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,13 @@ def find(data: Folder, captcha: Captcha, display: Display) -> Found:
     Raises:
         UserError: there is no such folder, nothing in it, or its table of labels cannot be read.
     """
-    folder = Path(data.path)
-    if not folder.is_dir():
-        what = "is a file; give the folder that it is in" if folder.exists() else "there is no such folder"
-        raise UserError(f"data.path={data.path}: {what}")
-    names, others, links = _walk(folder)
+    folder = _folder(data.path)
+    names, others, lost = _walk(folder)
     table = labels.table_of(data, folder)
     pattern = re.compile(data.pattern)
     candidates = labels.by_table(folder, table, names) if table else labels.by_name(names, pattern)
-    candidates += [Candidate(name, "", "is a link to a folder, which is not followed") for name in links]
+    named = {candidate.name for candidate in candidates}
+    candidates += [candidate for candidate in lost if candidate.name not in named]
     if not candidates:
         raise UserError(f"data.path={data.path}: no picture in it ({', '.join(pixels.FORMATS.values())})")
     alphabet = Alphabet(captcha.alphabet)
@@ -109,14 +113,15 @@ def find(data: Folder, captcha: Captcha, display: Display) -> Found:
         for candidate in sorted(candidates, key=lambda c: c.name):
             checked.append(_hashed(folder, _with_label(candidate, alphabet, captcha)))
             bar.advance(1)
-    skipped = {table.name} if table else set()
-    return Found(folder, tuple(checked), tuple(name for name in others if name not in skipped))
+    if table and table.is_relative_to(folder):
+        named.add(_inside(folder, table))
+    return Found(folder, tuple(checked), tuple(name for name in others if name not in named))
 
 
 def read(found: Found, captcha: Captcha, display: Display) -> Read:
     """The pictures of a folder, decoded and brought to the size of the config."""
     began = time.perf_counter()
-    arrays, used, refused, sizes = [], [], [], defaultdict[str, int](int)
+    arrays, used, refused, sizes = [], [], [], []
     notes: dict[str, list[str]] = defaultdict(list)
     with display.bar(f"reading {len(found.candidates):,} pictures", len(found.candidates)) as bar:
         for candidate in found.candidates:
@@ -125,13 +130,13 @@ def read(found: Found, captcha: Captcha, display: Display) -> Read:
                 refused.append(candidate)
                 continue
             try:
-                decoded, array = picture(found.folder / candidate.name, captcha)
+                decoded, array = picture(_as_hashed(found.folder, candidate), captcha)
             except pixels.Unusable as reason:
                 refused.append(replace(candidate, reason=str(reason)))
                 continue
             arrays.append(array)
             used.append(candidate)
-            sizes[f"{decoded.image.width}x{decoded.image.height}"] += 1
+            sizes.append(f"{decoded.image.width}x{decoded.image.height}")
             for note in (*decoded.notes, *_by_another_name(candidate.name, decoded.format)):
                 notes[note].append(candidate.name)
     keep, contradicted = _without_contradictions(arrays, used)
@@ -142,7 +147,8 @@ def read(found: Found, captcha: Captcha, display: Display) -> Read:
     names = {c.name for c in used}
     left = {note: [name for name in which if name in names] for note, which in notes.items()}
     display.line(f"read {len(keep):,} pictures in {time.perf_counter() - began:.1f} s")
-    return Read(pictures, used, refused, {n: w for n, w in left.items() if w}, dict(sizes))
+    counts = dict(Counter(sizes[n] for n in keep))
+    return Read(pictures, used, refused, {n: w for n, w in left.items() if w}, counts)
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -150,79 +156,20 @@ def pictures_in(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(_walk(folder)[0])]
 
 
-def picture(path: Path, captcha: Captcha) -> tuple[pixels.Decoded, npt.NDArray[np.uint8]]:
+def picture(content: bytes, captcha: Captcha) -> tuple[pixels.Decoded, npt.NDArray[np.uint8]]:
     """The picture of a file, as it was and as (H, W, C) uint8 of the config's size.
 
     Raises:
-        Unusable: it cannot be read, or shows nothing.
+        Unusable: it is no whole picture, or shows nothing.
     """
-    decoded = pixels.decode(_content(path))
+    decoded = pixels.decode(content)
     array = pixels.to_array(decoded.image, captcha.channels)
     if array.min() == array.max():
         raise pixels.Unusable("shows nothing: every pixel is the same")
     return decoded, pixels.resize(array[None], captcha.height, captcha.width)[0]
 
 
-# -- which files ---------------------------------------------------------------------------------------------
-
-
-def _walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """Names of pictures, of other files, and of links to folders."""
-    names, others, links = [], [], []
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"data.path: {shown(str(error.filename))}: cannot be read: {error.strerror}")
-
-    for place, folders, files in os.walk(folder, onerror=fail):
-        here = Path(place)
-        for name in list(folders):
-            if (here / name).is_symlink():
-                links.append(_inside(folder, here / name))
-                folders.remove(name)
-            elif name.startswith("."):
-                others.append(_inside(folder, here / name) + "/")
-                folders.remove(name)
-            elif Path(name).suffix.lower() in ENDINGS:
-                names.append(_inside(folder, here / name))  # so that it is refused by its name
-        for name in files:
-            is_picture = not name.startswith(".") and Path(name).suffix.lower() in ENDINGS
-            (names if is_picture else others).append(_inside(folder, here / name))
-    return names, sorted(others), links
-
-
-def _inside(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
-
-
-# -- whether they can be used --------------------------------------------------------------------------------
-
-
-def _with_label(candidate: Candidate, alphabet: Alphabet, captcha: Captcha) -> Candidate:
-    """The candidate with its label as the alphabet writes it, or with the reason why that cannot be."""
-    if candidate.reason:
-        return candidate
-    label = alphabet.fold(candidate.label) if captcha.case == "fold" else candidate.label
-    strangers = sorted(set(label) - set(alphabet.characters))
-    reason = ""
-    if strangers:
-        reason = f"label {label!r} has {', '.join(map(repr, strangers))}, not in captcha.alphabet"
-    elif len(label) != captcha.length:
-        reason = f"label {label!r} has {len(label)} characters; captcha.length is {captcha.length}"
-    return replace(candidate, label=label, reason=reason)
-
-
-def _hashed(folder: Path, candidate: Candidate) -> Candidate:
-    """The candidate with the hash of its content, or with the reason why it cannot be read."""
-    if candidate.reason:
-        return candidate
-    try:
-        content = _content(folder / candidate.name)
-    except pixels.Unusable as reason:
-        return replace(candidate, reason=str(reason))
-    return replace(candidate, sha256=hashlib.sha256(content).hexdigest())
-
-
-def _content(path: Path) -> bytes:
+def content(path: Path) -> bytes:
     """The bytes of a file; of none that would never end or never come.
 
     Raises:
@@ -241,9 +188,110 @@ def _content(path: Path) -> bytes:
         raise pixels.Unusable(f"cannot be read: {reason}") from None
 
 
+# -- which files ---------------------------------------------------------------------------------------------
+
+
+def _folder(path: str) -> Path:
+    """The folder of data.path.
+
+    Raises:
+        UserError: it is none, or cannot be looked at.
+    """
+    try:
+        state = Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"data.path={path}: there is no such folder") from None
+    except OSError as error:
+        raise UserError(f"data.path={path}: cannot be looked at: {error.strerror}") from None
+    if not stat.S_ISDIR(state.st_mode):
+        raise UserError(f"data.path={path}: is a file; give the folder that it is in")
+    return Path(path)
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str], list[Candidate]]:
+    """Names of pictures, names of other files, and folders that are not looked into, with the reason."""
+    names, others, lost = [], [], []
+    own = {root() / "outputs", root() / "mlruns"}  # with data.path=. the reports of runs lie inside
+
+    def fail(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise UserError(f"data.path={folder}: cannot be read: {error.strerror}")
+        reason = f"is a folder that cannot be read: {error.strerror}"
+        lost.append(Candidate(_inside(folder, Path(error.filename)), "", reason))
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        here = Path(place)
+        for name in list(folders):
+            if (here / name).is_symlink():
+                reason = "is a link to a folder, which is not followed"
+                lost.append(Candidate(_inside(folder, here / name), "", reason))
+                folders.remove(name)
+            elif name.startswith(".") or here / name in own:
+                others.append(_inside(folder, here / name) + "/")
+                folders.remove(name)
+            elif Path(name).suffix.lower() in ENDINGS:
+                names.append(_inside(folder, here / name))  # so that it is refused by its name
+        for name in files:
+            is_picture = not name.startswith(".") and Path(name).suffix.lower() in ENDINGS
+            (names if is_picture else others).append(_inside(folder, here / name))
+    return names, sorted(others), lost
+
+
+def _inside(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+# -- whether they can be used --------------------------------------------------------------------------------
+
+
+def _with_label(candidate: Candidate, alphabet: Alphabet, captcha: Captcha) -> Candidate:
+    """The candidate with its label as the alphabet writes it, or with the reason why that cannot be."""
+    if candidate.reason:
+        return candidate
+    label = candidate.label
+    if set(label) - set(alphabet.characters):  # macOS takes the characters of file names apart
+        label = unicodedata.normalize("NFC", label)
+    if captcha.case == "fold":
+        label = alphabet.fold(label)
+    strangers = sorted(set(label) - set(alphabet.characters))
+    reason = ""
+    if strangers:
+        reason = f"label {label!r} has {', '.join(map(repr, strangers))}, not in captcha.alphabet"
+    elif len(label) != captcha.length:
+        reason = f"label {label!r} has {len(label)} characters; captcha.length is {captcha.length}"
+    return replace(candidate, label=label, reason=reason)
+
+
+def _hashed(folder: Path, candidate: Candidate) -> Candidate:
+    """The candidate with the hash of its content, or with the reason why it cannot be read."""
+    if candidate.reason:
+        return candidate
+    try:
+        found = content(folder / candidate.name)
+    except pixels.Unusable as reason:
+        return replace(candidate, reason=str(reason))
+    return replace(candidate, sha256=hashlib.sha256(found).hexdigest())
+
+
+def _as_hashed(folder: Path, candidate: Candidate) -> bytes:
+    """The bytes of a candidate, which are still those that its hash was taken of.
+
+    Raises:
+        UserError: they have changed since; the cache is named after them.
+    """
+    try:
+        found = content(folder / candidate.name)
+    except pixels.Unusable:
+        found = b""
+    if hashlib.sha256(found).hexdigest() != candidate.sha256:
+        name = shown(candidate.name)
+        raise UserError(f"data.path={folder}: {name} has changed while it was read; start again")
+    return found
+
+
 def _by_another_name(name: str, kind: str) -> list[str]:
     ending = PurePosixPath(name).suffix.lower().removeprefix(".")
-    usual = {"JPEG": ("jpg", "jpeg")}.get(kind, (kind.lower(),))
+    usual = {"JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png", "apng")}.get(kind, (kind.lower(),))
     return [] if ending in usual else [f"is a {kind}, whatever its name says"]
 
 

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,9 +49,9 @@ def table_of(data: Folder, folder: Path) -> Path | None:
     if data.labels == "names":
         return None
     if data.labels is None:
-        there = [folder / name for name in TABLES if (folder / name).is_file()]
+        there = [path for path in folder.iterdir() if path.name.lower() in TABLES and path.is_file()]
         if len(there) > 1:
-            names = " and ".join(path.name for path in there)
+            names = " and ".join(sorted(path.name for path in there))
             raise UserError(f"data.labels=null: {names} are in {folder}; say which one, as data.labels=NAME")
         return there[0] if there else None
     if not (folder / data.labels).is_file():
@@ -61,10 +62,14 @@ def table_of(data: Folder, folder: Path) -> Path | None:
 def by_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
     """Candidates whose label stands in a table; rows without a picture, and pictures without a row, too."""
     labels: dict[str, set[str]] = defaultdict(set)
+    written = {unicodedata.normalize("NFC", name): name for name in names}  # macOS takes names apart
     refused = []
     for row, name, label in _rows(table):
         where = f"{table.name}, row {row}"
         name = PurePosixPath(name).as_posix()
+        if not os.path.lexists(folder / name):
+            slashed = unicodedata.normalize("NFC", name.replace("\\", "/"))  # as Windows writes a path
+            name = written.get(slashed, name)
         if not name or name == ".":
             refused.append(Candidate(where, label, "names no file"))
         elif name.startswith("/") or ".." in PurePosixPath(name).parts:
@@ -97,7 +102,10 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
             if table.suffix.lower() == ".jsonl":
                 lines = ((n, _object(table, n, line)) for n, line in enumerate(file, 1) if line.strip())
             else:
-                reader = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+                header = file.readline()
+                file.seek(0)
+                separators = "\t,;" if table.suffix.lower() == ".tsv" else ",;\t"  # German Excel: ;
+                reader = csv.DictReader(file, delimiter=max(separators, key=header.count), strict=True)
                 lines = ((reader.line_num, row) for row in reader)
             for number, row in lines:
                 yield (
@@ -112,7 +120,7 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
 def _object(table: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{table}, row {number}: is no JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{table}, row {number}: is no JSON object with the keys file and label")
@@ -120,13 +128,17 @@ def _object(table: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _cell(table: Path, number: int, row: dict[Any, Any], columns: tuple[str, ...]) -> str:
-    """The text under one of these columns."""
-    for key, value in row.items():
-        if isinstance(key, str) and key.strip().lower() in columns:
+    """The text under the first of these columns that there is."""
+    there = {key.strip().lower(): key for key in row if isinstance(key, str)}
+    for column in columns:
+        if column in there:
+            value = row[there[column]]
             if value is not None and not isinstance(value, str):
                 raise UserError(
-                    f"{table}, row {number}: {key} is {value!r}, which is no text; write it in quotes, "
-                    "so that 00123 stays what it is"
+                    f"{table}, row {number}: {column} is {value!r}, which is no text; write it in "
+                    "quotes, so that 00123 stays what it is"
                 )
             return (value or "").strip()
-    raise UserError(f"{table}, row {number}: has no column {columns[0]} (or {', '.join(columns[1:])})")
+    has = ", ".join(shown(key) for key in there.values())[:200] or "none"
+    wanted = f"{columns[0]} (or {', '.join(columns[1:])})"
+    raise UserError(f"{table}, row {number}: has no column {wanted}; its columns are {has}")
