@@ -36,6 +36,38 @@ def test_a_character_outside_the_alphabet_is_refused_by_name() -> None:
         DIGITS.encode("12x4")
 
 
+@pytest.mark.parametrize(
+    ("characters", "text", "folded"),
+    [
+        ("abc0", "aBC0", "abc0"),
+        ("ABC0", "aBC0", "ABC0"),
+        ("aAbc", "aABC", "aAbc"),  # both cases are classes of their own; B and C are not
+        ("äöü", "ÄÖü", "äöü"),
+        ("abc", "xX1-", "xX1-"),  # what the alphabet has in no case stays what it is
+        (
+            "FISX",
+            "\N{LATIN SMALL LIGATURE FI}x",
+            "\N{LATIN SMALL LIGATURE FI}X",
+        ),  # its upper case is two letters
+        ("ab", "", ""),
+    ],
+)
+def test_fold_takes_a_letter_for_the_only_case_that_there_is(characters: str, text: str, folded: str) -> None:
+    assert Alphabet(characters).fold(text) == folded
+
+
+@settings(deadline=None)
+@given(ALPHABETS, st.text())
+def test_fold_changes_nothing_but_the_case_of_strangers(characters: str, text: str) -> None:
+    alphabet = Alphabet(characters)
+    folded = alphabet.fold(text)
+    assert len(folded) == len(text)
+    assert alphabet.fold(folded) == folded
+    for before, after in zip(text, folded, strict=True):
+        assert before == after or (before not in characters and after in characters)
+        assert before == after or after in (before.lower(), before.upper())
+
+
 @pytest.mark.parametrize("class_id", [10, 99])
 def test_a_class_id_beyond_the_alphabet_is_refused(class_id: int) -> None:
     with pytest.raises(IndexError):
