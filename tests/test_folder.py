@@ -24,11 +24,11 @@ from captcha_exp import cli, compose, dataset, load, sources
 from captcha_exp.config import Config, resolve
 from captcha_exp.dataset import Dataset, Outline
 from captcha_exp.device import this_machine
-from captcha_exp.display import Silent
+from captcha_exp.display import Silent, shown
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.evaluate import evaluate_run
 from captcha_exp.pixels import resize
-from captcha_exp.sources import Verdict, shown
+from captcha_exp.sources import Verdict
 from captcha_exp.sources.folder import ENDINGS
 from captcha_exp.train import train
 
@@ -665,13 +665,13 @@ def test_copies_with_one_label_are_kept_on_one_side(folder: Path) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each picture that is decoded."""
     names: list[str] = []
-    real = sources.folder._picture
+    real = sources.folder._as_hashed
 
-    def spy(folder: Path, candidate: Any, captcha: Any) -> Any:
+    def spy(folder: Path, candidate: Any) -> Any:
         names.append(candidate.name)
-        return real(folder, candidate, captcha)
+        return real(folder, candidate)
 
-    monkeypatch.setattr(sources.folder, "_picture", spy)
+    monkeypatch.setattr(sources.folder, "_as_hashed", spy)
     return names
 
 
