@@ -14,6 +14,7 @@ import torch
 
 from captcha_exp import dataset, optim, probe, record, report, watch
 from captcha_exp import device as devices
+from captcha_exp.augment import Changes
 from captcha_exp.checkpoint import TrainState, weights_sha256, weights_to_bytes
 from captcha_exp.config import Config, Precision, resolve
 from captcha_exp.dataset import Dataset, Split
@@ -87,7 +88,8 @@ def fit(
         for state.epoch in range(1, config.train.epochs + 1):
             began = time.perf_counter()
             memory.start()
-            metrics = train_epoch(state, training, config, guard, bar)
+            change = Changes(config, state.epoch, len(labels), training.device)
+            metrics = train_epoch(state, training, change, config, guard, bar)
             metrics |= memory.peaks("train")
 
             memory.start()
@@ -110,9 +112,9 @@ def fit(
 
 
 def train_epoch(
-    state: TrainState, training: Split, config: Config, guard: watch.Guard, bar: Bar
+    state: TrainState, training: Split, change: Changes, config: Config, guard: watch.Guard, bar: Bar
 ) -> dict[str, float]:
-    """Every picture once; loss and accuracy as they were on the way, and pictures per second.
+    """Every picture once, changed; loss and accuracy as they were on the way, and pictures per second.
 
     Raises:
         RunFailed: a loss or a gradient was not a finite number; the line says where and why.
@@ -123,7 +125,7 @@ def train_epoch(
     sums = _Sums(training.device, bar, f"epoch {state.epoch}/{config.train.epochs}")
     for batch in training.batches(size, training.shuffled(config.seed, state.epoch)):
         optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, steps))
-        step = train_step(state, batch, config)
+        step = train_step(state, change(batch), config)
         guard.note(state.step, step.loss, step.broken)
         state.step += 1
         if sums.add(step, len(batch.rows)):

@@ -21,7 +21,7 @@ Rule = Callable[[Sources], list[str]]
 LAYERS = (
     {"errors", "places", "chance", "alphabet", "config", "display"},
     {"record", "pixels", "sources", "dataset", "models", "optim", "device"},
-    {"checkpoint", "evaluate", "step", "probe", "watch", "predict", "report", "train"},
+    {"augment", "checkpoint", "evaluate", "step", "probe", "watch", "predict", "report", "train"},
     {"tracking"},
     {"doctor"},
     {"cli"},

@@ -119,7 +119,7 @@ KEYS = sorted(keys(plain("data=wheezy")))
         ("width=100", "did you mean "),
         ("experiment=typo", "one of alnum, article, quickstart"),
         ("experiment=quickstrat", "did you mean quickstart?"),
-        ("train=null", "one of constant, onecycle"),
+        ("train=null", "one of constant, few, onecycle"),
         ("model=", "one of compact, resnet18"),
         ("hydra.run.dir=x", "Hydra only composes here"),
         ("train.batch_size=25,50", "is a sweep"),

@@ -184,6 +184,28 @@ Model: TypeAlias = Annotated[Compact | ResNet18, Field(discriminator="name")]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Augment:
+    """How far a training picture may go from itself; even between minus and plus, and 0 is off."""
+
+    shift: Fraction
+    """share of the height by which a picture moves, right or left and down or up"""
+    scale: Fraction
+    """share by which it gets wider or narrower, and on its own taller or lower"""
+    rotate: Annotated[float, Field(ge=0, le=180)]
+    """degrees, either way"""
+    slant: Annotated[float, Field(ge=0, le=60)]
+    """degrees by which what stands upright leans"""
+    warp: Fraction
+    """share of the height by which each of 3 by 5 points is pulled, with all that lies between them"""
+    colour: Fraction
+    """share by which contrast changes, and of 255 by which brightness does, in each channel on its own"""
+    invert: Annotated[float, Field(ge=0, le=1)]
+    """share of the pictures that become their own negative"""
+    ramp: Fraction
+    """share of the epochs in which all of this grows from nothing to what is written here"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class Train:
     """How long, in which steps, and with what."""
 
@@ -282,6 +304,7 @@ class Config:
     captcha: Captcha
     data: Data
     model: Model
+    augment: Augment
     train: Train
     device: Device
     tracking: Tracking
