@@ -6,6 +6,7 @@ it, so that the file alone is enough to read pictures with.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,20 +33,27 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     best_accuracy: float = -1.0
+    best_loss: float = math.inf  # the least of those with the best accuracy
     best_epoch: int = 0
+    gain_epoch: int = 0  # the first one with the best accuracy
     best_weights: Mapping[str, Tensor] | None = None
 
-    def keep_if_better(self, accuracy: float) -> bool:
-        """Whether this epoch's accuracy is better than any before; then its weights are kept."""
-        if accuracy <= self.best_accuracy:
+    def keep_if_better(self, accuracy: float, loss: float) -> bool:
+        """Whether this epoch is better on the validation split than any before; then its weights are kept.
+
+        Of equal accuracies, which are frequent where few pictures validate, the lesser loss is better.
+        """
+        if accuracy > self.best_accuracy:
+            self.gain_epoch = self.epoch
+        elif accuracy < self.best_accuracy or not loss < self.best_loss:
             return False
-        self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        self.best_accuracy, self.best_loss, self.best_epoch = accuracy, loss, self.epoch
         self.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         return True
 
     def epochs_without_gain(self) -> int:
-        """Epochs since the best one."""
-        return self.epoch - self.best_epoch
+        """Epochs since the last one that was more accurate than all before it."""
+        return self.epoch - self.gain_epoch
 
     def restore_best(self) -> None:
         """The weights of the best epoch, in the model."""

@@ -101,13 +101,15 @@ def fit(
             run.log(row)
             tracker.log(row)
 
-            better = state.keep_if_better(result.accuracy)
+            better = state.keep_if_better(result.accuracy, result.loss)
             if better:
                 run.write("model.safetensors", weights_to_bytes(state.model, config))
             display.line(_epoch_line(state, metrics, config, better))
             guard.look_at(result, state.step)
             if config.train.patience and state.epochs_without_gain() > config.train.patience:
-                display.line(f"no better epoch since {state.best_epoch}: stopping early (train.patience)")
+                display.line(
+                    f"no better accuracy since epoch {state.gain_epoch}: stopping early (train.patience)"
+                )
                 break
 
 

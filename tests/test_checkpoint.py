@@ -1,6 +1,7 @@
 """Weights that come back to the bit, and files that are not what they should be, one line each."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,13 +157,24 @@ def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
             for value in model.state_dict().values():
                 value += 1
 
+    epochs = [
+        (0.0, 2.0),
+        (0.5, 1.0),
+        (0.5, 1.0),
+        (0.4, 0.1),
+        (0.7, 3.0),
+        (0.7, 2.5),
+        (0.7, 2.7),
+        (0.7, math.nan),
+    ]
     better = []
-    for state.epoch, accuracy in enumerate([0.0, 0.5, 0.5, 0.4, 0.7, 0.7], start=1):
+    for state.epoch, (accuracy, loss) in enumerate(epochs, start=1):
         move()
-        better.append(state.keep_if_better(accuracy))
-        if state.epoch == 5:
+        better.append(state.keep_if_better(accuracy, loss))
+        if better[-1]:
             best = {name: value.clone() for name, value in model.state_dict().items()}
-    assert better == [True, True, False, False, True, False]
-    assert (state.best_epoch, state.best_accuracy, state.epochs_without_gain()) == (5, 0.7, 1)
+    assert better == [True, True, False, False, True, True, False, False]
+    assert (state.best_epoch, state.best_accuracy, state.best_loss) == (6, 0.7, 2.5)
+    assert state.epochs_without_gain() == 3, "the accuracy has not gained since epoch 5"
     state.restore_best()
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
