@@ -1,9 +1,10 @@
-"""Accuracy, time and memory of a named experiment over several seeds, each from nothing.
+"""Accuracy, time and memory of a named experiment, or of a folder of pictures, over several seeds.
 
-Every seed is another set of pictures, another split and other weights, trained through the real command in a
-fresh process and an empty folder. Prints one JSON line.
+Every seed is another set of drawn pictures, another split and other weights, trained from nothing through the
+real command in a fresh process and an empty folder. Prints one JSON line.
 
     python benchmarks/quickstart.py [--experiment quickstart] [--seeds 3] [OVERRIDE ...]
+    python benchmarks/quickstart.py --folder DIR captcha.alphabet=0123456789 captcha.length=4
 """
 
 import argparse
@@ -14,25 +15,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 
-def train(experiment: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+def train(what: list[str], seed: int) -> dict[str, Any]:
     """The result of one training, with its wall seconds, pictures, imports and all."""
-    seeds = [f"seed={seed}", f"data.seed={seed}", f"data.split_seed={seed}"]
-    command = [sys.executable, "-m", "captcha_exp", "train", "--json", f"experiment={experiment}"]
+    seeds = [f"seed={seed}", f"data.split_seed={seed}"]
+    seeds += [] if "data=folder" in what else [f"data.seed={seed}"]
+    command = [sys.executable, "-m", "captcha_exp", "train", "--json", *what, *seeds]
     with tempfile.TemporaryDirectory() as root:
         began = time.perf_counter()
         done = subprocess.run(
-            [*command, *seeds, *overrides],
+            command,
             env=os.environ | {"CAPTCHA_EXP_ROOT": root},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
         seconds = time.perf_counter() - began
-    result: dict[str, Any] = json.loads(done.stdout)
-    return {**result, "wall_seconds": seconds}
+        result: dict[str, Any] = json.loads(done.stdout)
+        test = json.loads((Path(result["folder"]) / "test.json").read_text())
+    return {**result, "right": test["right"], "pictures": test["pictures"], "wall_seconds": seconds}
 
 
 def main() -> None:
@@ -40,20 +44,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--experiment", default="quickstart")
+    parser.add_argument("--folder", metavar="DIR", help="pictures of one's own instead of an experiment")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
     arguments = parser.parse_args()
-    results = [train(arguments.experiment, seed, arguments.overrides) for seed in range(arguments.seeds)]
+    source = ["data=folder", f"data.path={arguments.folder}"]
+    what = source if arguments.folder else [f"experiment={arguments.experiment}"]
+    results = [train([*what, *arguments.overrides], seed) for seed in range(arguments.seeds)]
     accuracies = [result["test_accuracy"] for result in results]
     print(
         json.dumps(
             {
                 "benchmark": "quickstart",
-                "experiment": arguments.experiment,
+                "what": Path(arguments.folder).name if arguments.folder else arguments.experiment,
                 "overrides": arguments.overrides,
                 "seeds": arguments.seeds,
                 "test_accuracy": [round(accuracy, 4) for accuracy in accuracies],
                 "mean_test_accuracy": round(statistics.mean(accuracies), 4),
+                "right": sum(result["right"] for result in results),
+                "pictures": sum(result["pictures"] for result in results),
                 "wall_seconds": [round(result["wall_seconds"], 1) for result in results],
                 "process_peak_mib": round(max(result["process_peak_mib"] for result in results)),
             }
