@@ -1,14 +1,17 @@
 """What the tests share: a root of their own, and a tiny config that trains in a second."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from omegaconf import DictConfig
 
-from captcha_exp import compose, load
+from captcha_exp import compose, load, watch
 from captcha_exp.config import CaptchaLibrary, Config
+from captcha_exp.dataset import Batch, Split
 from captcha_exp.display import Silent
 
 TINY = (
@@ -40,6 +43,10 @@ EVERY_EPOCH = {
     "speed/epoch_seconds",
 }
 
+CPU = torch.device("cpu")
+Optimizer = Literal["adam", "adamw", "sgd"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
+
 
 class Heard(Silent):
     """A display that remembers what it was told."""
@@ -59,6 +66,29 @@ def drawn(config: Config) -> CaptchaLibrary:
     """The data of a config whose pictures the package `captcha` draws."""
     assert isinstance(config.data, CaptchaLibrary)
     return config.data
+
+
+def training(config: Config, **values: Any) -> Config:
+    """The config with these values in its group `train`."""
+    return replace(config, train=replace(config.train, **values))
+
+
+def batch_of(config: Config, count: int = 8) -> Batch:
+    """Noise with labels of noise, of the alphabet and the length of the tiny config."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, config.captcha.height, config.captcha.width, config.captcha.channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 5, (count, 2), generator=generator)
+    return Batch(images, targets, torch.arange(count))
+
+
+def guarding(config: Config, batch: Batch) -> watch.Guard:
+    """A guard of a training on this one batch, that is to have nothing to tell."""
+
+    def tell(trouble: str) -> None:
+        raise AssertionError(trouble)
+
+    return watch.Guard(Split(*batch, CPU), ["01"] * len(batch.rows), config, tell)
 
 
 @pytest.fixture

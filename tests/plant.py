@@ -184,21 +184,21 @@ PLANTS = (
         "step.py",
         "(~finite).float()",
         "torch.zeros_like(loss)",
-        ("test_train.py",),
+        ("test_step.py",),
     ),
     Plant(
         "a step that is not finite changes the batch norms",
         "step.py",
         "buffer.copy_(torch.where(finite, buffer, old))",
         "buffer.copy_(torch.where(finite, buffer, buffer))",
-        ("test_train.py",),
+        ("test_step.py",),
     ),
     Plant(
         "the step waits for the device",
         "step.py",
         "return Step(loss, right, finite, broken)",
         "return Step(loss + 0 * loss.item(), right, finite, broken)",
-        ("test_train.py",),
+        ("test_step.py",),
     ),
     Plant(
         "evaluation normalises with the batch's own statistics",
@@ -317,7 +317,7 @@ PLANTS = (
         "optim.py",
         "torch.zeros_like(parameter)",
         "torch.full_like(parameter, float('nan'))",
-        ("test_train.py", "test_optim.py"),
+        ("test_step.py", "test_optim.py"),
     ),
     Plant(
         "a failed run is called finished",

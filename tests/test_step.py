@@ -1,20 +1,191 @@
-"""A step in fp16: the loss is scaled, overflows are skipped and mend themselves, what cannot mend is told."""
+"""One training step: the textbook's, and no look at the device; one that is not finite changes nothing.
 
+In fp16 the loss is scaled, overflows are skipped and mend themselves, what cannot mend is told.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CPU, OPTIMIZERS, Optimizer, batch_of, guarding, training
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from captcha_exp import compose, load, models, optim
 from captcha_exp.checkpoint import TrainState
-from captcha_exp.config import Config
-from captcha_exp.dataset import Batch
+from captcha_exp.config import Config, Precision
+from captcha_exp.dataset import Batch, Split
+from captcha_exp.evaluate import evaluate
 from captcha_exp.optim import LossScale
 from captcha_exp.step import forward_and_backward, fresh_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
+# -- one step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_reads_no_tensor_on_the_host(
+    tiny: Config, kind: Optimizer, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(training(tiny, optimizer=kind), device=replace(tiny.device, precision=precision))
+    state, batch = fresh_state(config, CPU), batch_of(config)
+    guard = guarding(config, batch)
+    train_step(state, batch, config)  # an optimiser may look while it makes its own state
+
+    def read(self: Tensor, *args: object, **kwargs: object) -> None:
+        raise AssertionError("a tensor was read on the host")
+
+    with monkeypatch.context() as patch:
+        names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__len__")
+        for name in (*names, "__array__", "__contains__"):
+            patch.setattr(torch.Tensor, name, read)
+        step = train_step(state, batch, config)
+        guard.note(0, step.loss, step.broken)
+    guard.look(state.model, 1)
+    assert step.loss.isfinite()
+
+
+@pytest.mark.parametrize("model", ["compact", "resnet18"])
+@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: str, kind: str) -> None:
+    """On fake tensors, which have shapes and no values: whatever looked at one would fail."""
+    config = load(
+        compose(f"model={model}", f"model.head={head}", f"train.optimizer={kind}", "device.name=cpu")
+    )
+    recogniser = models.build(config.model, config.captcha)
+    fake = FakeTensorMode()
+    for module in recogniser.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(fake.from_tensor(weight.detach())))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, fake.from_tensor(buffer))
+    with fake:
+        state = TrainState(recogniser, optim.optimizer(config.train, recogniser.parameters()), None)
+        images = torch.zeros(8, config.captcha.height, config.captcha.width, 3, dtype=torch.uint8)
+        batch = Batch(images, torch.zeros(8, 4, dtype=torch.int64), torch.arange(8))
+        for _ in range(3):
+            step = train_step(state, batch, config)
+
+    assert isinstance(step.loss, FakeTensor)
+    assert step.finite.shape == ()
+
+
+def test_a_step_is_the_textbooks(tiny: Config) -> None:
+    """Against torch's plain loop with the plain optimiser, the loss without any of our code."""
+    config = training(tiny, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
+    state = fresh_state(config, CPU)
+    plain = copy.deepcopy(state.model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=False)
+    for seed in range(3):
+        batch = batch_of(config, 8 + seed)
+        ours = train_step(state, batch, config)
+        optimizer.zero_grad()
+        logits = plain(batch.images)
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 5), batch.targets.reshape(-1))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        optimizer.step()
+        torch.testing.assert_close(ours.loss, loss.detach(), atol=1e-5, rtol=1e-4)
+        assert int(ours.right) == int((logits.argmax(dim=2) == batch.targets).all(dim=1).sum())
+        assert bool(ours.finite)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
+    smooth, plain = (training(tiny, label_smoothing=value) for value in (0.5, 0.0))
+    batch = batch_of(tiny)
+    losses = [float(train_step(fresh_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
+    assert losses[0] != losses[1]
+    split = Split(batch.images, batch.targets, batch.rows, CPU)
+    model = fresh_state(tiny, CPU).model
+    assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
+
+
+# -- a step that is not finite -------------------------------------------------------------------------------
+
+
+def everything(state: TrainState) -> dict[str, Tensor]:
+    """Weights, batch-norm statistics and the optimiser's state, copied."""
+    found = dict(state.model.state_dict())
+    for number, values in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{name}": x for name, x in values.items() if x is not None}
+    return {name: value.clone() for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def not_finite(what: str, state: TrainState) -> Iterator[None]:
+    """Makes the loss, or one gradient alone, NaN or infinite."""
+    cause, _, value = what.partition(" ")
+    if cause == "gradient":
+        parameter = list(state.model.parameters())[-1]
+        handle = parameter.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
+            lambda gradient: gradient.index_fill(0, torch.tensor([0]), float(value))
+        )
+        yield
+        handle.remove()
+    else:
+        plain = type(state.model.head).loss
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(state.model.head), "loss", lambda *args: plain(*args) * float(value))
+            yield
+
+
+CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf"]
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing(tiny: Config, kind: Optimizer, cause: str) -> None:
+    config = training(tiny, optimizer=kind)
+    state, batch = fresh_state(config, CPU), batch_of(config)
+    for _ in range(2):
+        train_step(state, batch, config)
+    before = everything(state)
+    with not_finite(cause, state):
+        step = train_step(state, batch, config)
+    assert not step.finite
+    after = everything(state)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert train_step(state, batch, config).finite
+    assert not torch.equal(everything(state)["head.read.weight"], before["head.read.weight"])
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What nobody has written is NaN, so that a read of it is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # added at run time
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_first_step_that_is_not_finite_leaves_no_trace(
+    tiny: Config, kind: Optimizer, fresh_memory_is_nan: None
+) -> None:
+    """The good steps after it do what they would have done without it."""
+    config = training(tiny, optimizer=kind)
+    batch = batch_of(config)
+    hurt, whole = fresh_state(config, CPU), fresh_state(config, CPU)
+    with not_finite("loss nan", hurt):
+        train_step(hurt, batch, config)
+    for state in (hurt, whole):
+        train_step(state, batch, config)
+        train_step(state, batch, config)
+    ours, expected = everything(hurt), everything(whole)
+    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+
+
+# -- 16 bits -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -24,9 +195,7 @@ def half(tiny: Config) -> Config:
 
 @pytest.fixture
 def batch(tiny: Config) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (16, 16, 32, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images, torch.randint(0, 5, (16, 2), generator=generator), torch.arange(16))
+    return batch_of(tiny, 16)
 
 
 def scale_of(state: TrainState) -> LossScale:

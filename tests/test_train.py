@@ -1,14 +1,12 @@
-"""The training: what a step does and does not do, how the loop ends, what the record says of it."""
+"""The training: what it says of bad numbers, how the loop ends, what the record says of it."""
 
-import contextlib
-import copy
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,23 +14,28 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_EPOCH, TINY, Heard, drawn
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from conftest import (
+    CPU,
+    EVERY_EPOCH,
+    OPTIMIZERS,
+    TINY,
+    Heard,
+    Optimizer,
+    batch_of,
+    drawn,
+    guarding,
+    training,
+)
 
-from captcha_exp import compose, dataset, load, models, optim, report, sources, train, watch
+from captcha_exp import compose, dataset, load, models, report, sources, train, watch
 from captcha_exp.checkpoint import TrainState, load_weights, weights_sha256
-from captcha_exp.config import Config, Mlflow, Precision, to_dict
+from captcha_exp.config import Config, Mlflow, to_dict
 from captcha_exp.dataset import Batch, Dataset, Split
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.step import Step, fresh_state, train_step
-
-CPU = torch.device("cpu")
-Optimizer = Literal["adam", "adamw", "sgd"]
-OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
 
 
 class Notes:
@@ -60,10 +63,6 @@ class Notes:
         self.status = status
 
 
-def training(config: Config, **values: Any) -> Config:
-    return replace(config, train=replace(config.train, **values))
-
-
 def state_of(folder: Path | None) -> dict[str, Any]:
     assert folder is not None
     state: dict[str, Any] = json.loads((folder / "run.json").read_text())
@@ -83,173 +82,11 @@ def config(tiny: Config) -> Config:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pictures of the report take longer than this training."""
-    monkeypatch.setattr(report, "curves", lambda rows, path: None)
-    monkeypatch.setattr(report, "confusion", lambda evaluation, alphabet, path: None)
+    for name in ("curves", "confusion", "errors", "samples"):
+        monkeypatch.setattr(report, name, lambda *args: None)
 
 
-def batch_of(config: Config, count: int = 8) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, config.captcha.height, config.captcha.width, config.captcha.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    targets = torch.randint(0, 5, (count, 2), generator=generator)
-    return Batch(images, targets, torch.arange(count))
-
-
-def guarding(config: Config, batch: Batch) -> watch.Guard:
-    """A guard of a training on this one batch, that is to have nothing to tell."""
-
-    def tell(trouble: str) -> None:
-        raise AssertionError(trouble)
-
-    return watch.Guard(Split(*batch, CPU), ["01"] * len(batch.rows), config, tell)
-
-
-# -- one step ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_reads_no_tensor_on_the_host(
-    config: Config, kind: Optimizer, precision: Precision, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
-    state, batch = fresh_state(config, CPU), batch_of(config)
-    guard = guarding(config, batch)
-    train_step(state, batch, config)  # an optimiser may look while it makes its own state
-
-    def read(self: Tensor, *args: object, **kwargs: object) -> None:
-        raise AssertionError("a tensor was read on the host")
-
-    with monkeypatch.context() as patch:
-        names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__len__")
-        for name in (*names, "__array__", "__contains__"):
-            patch.setattr(torch.Tensor, name, read)
-        step = train_step(state, batch, config)
-        guard.note(0, step.loss, step.broken)
-    guard.look(state.model, 1)
-    assert step.loss.isfinite()
-
-
-@pytest.mark.parametrize("model", ["compact", "resnet18"])
-@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: str, kind: str) -> None:
-    """On fake tensors, which have shapes and no values: whatever looked at one would fail."""
-    config = load(
-        compose(f"model={model}", f"model.head={head}", f"train.optimizer={kind}", "device.name=cpu")
-    )
-    recogniser = models.build(config.model, config.captcha)
-    fake = FakeTensorMode()
-    for module in recogniser.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(fake.from_tensor(weight.detach())))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, fake.from_tensor(buffer))
-    with fake:
-        state = TrainState(recogniser, optim.optimizer(config.train, recogniser.parameters()), None)
-        images = torch.zeros(8, config.captcha.height, config.captcha.width, 3, dtype=torch.uint8)
-        batch = Batch(images, torch.zeros(8, 4, dtype=torch.int64), torch.arange(8))
-        for _ in range(3):
-            step = train_step(state, batch, config)
-
-    assert isinstance(step.loss, FakeTensor)
-    assert step.finite.shape == ()
-
-
-def test_a_step_is_the_textbooks(config: Config) -> None:
-    """Against torch's plain loop with the plain optimiser, the loss without any of our code."""
-    config = training(config, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
-    state = fresh_state(config, CPU)
-    plain = copy.deepcopy(state.model)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=False)
-    for seed in range(3):
-        batch = batch_of(config, 8 + seed)
-        ours = train_step(state, batch, config)
-        optimizer.zero_grad()
-        logits = plain(batch.images)
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 5), batch.targets.reshape(-1))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        optimizer.step()
-        torch.testing.assert_close(ours.loss, loss.detach(), atol=1e-5, rtol=1e-4)
-        assert int(ours.right) == int((logits.argmax(dim=2) == batch.targets).all(dim=1).sum())
-        assert bool(ours.finite)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
-
-
-def everything(state: TrainState) -> dict[str, Tensor]:
-    """Weights, batch-norm statistics and the optimiser's state, copied."""
-    found = dict(state.model.state_dict())
-    for number, values in state.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{number}.{name}": x for name, x in values.items() if x is not None}
-    return {name: value.clone() for name, value in found.items()}
-
-
-@contextlib.contextmanager
-def not_finite(what: str, state: TrainState) -> Iterator[None]:
-    """Makes the loss, or one gradient alone, NaN or infinite."""
-    cause, _, value = what.partition(" ")
-    if cause == "gradient":
-        parameter = list(state.model.parameters())[-1]
-        handle = parameter.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
-            lambda gradient: gradient.index_fill(0, torch.tensor([0]), float(value))
-        )
-        yield
-        handle.remove()
-    else:
-        plain = type(state.model.head).loss
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(state.model.head), "loss", lambda *args: plain(*args) * float(value))
-            yield
-
-
-CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf"]
-
-
-@pytest.mark.parametrize("cause", CAUSES)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing(config: Config, kind: Optimizer, cause: str) -> None:
-    config = training(config, optimizer=kind)
-    state, batch = fresh_state(config, CPU), batch_of(config)
-    for _ in range(2):
-        train_step(state, batch, config)
-    before = everything(state)
-    with not_finite(cause, state):
-        step = train_step(state, batch, config)
-    assert not step.finite
-    after = everything(state)
-    assert before.keys() == after.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert train_step(state, batch, config).finite
-    assert not torch.equal(everything(state)["head.read.weight"], before["head.read.weight"])
-
-
-@pytest.fixture
-def fresh_memory_is_nan() -> Iterator[None]:
-    """What nobody has written is NaN, so that a read of it is seen."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # added at run time
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(deterministic)
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_first_step_that_is_not_finite_leaves_no_trace(
-    config: Config, kind: Optimizer, fresh_memory_is_nan: None
-) -> None:
-    """The good steps after it do what they would have done without it."""
-    config = training(config, optimizer=kind)
-    batch = batch_of(config)
-    hurt, whole = fresh_state(config, CPU), fresh_state(config, CPU)
-    with not_finite("loss nan", hurt):
-        train_step(hurt, batch, config)
-    for state in (hurt, whole):
-        train_step(state, batch, config)
-        train_step(state, batch, config)
-    ours, expected = everything(hurt), everything(whole)
-    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+# -- numbers that are no numbers -----------------------------------------------------------------------------
 
 
 GOOD, BAD = torch.tensor(False), torch.tensor(True)  # whether a step was broken
@@ -274,9 +111,6 @@ def test_a_bad_gradient_is_told_from_a_bad_loss(config: Config) -> None:
     guard.note(0, torch.tensor(1.0), BAD)
     with pytest.raises(RunFailed, match=r"^step 1 \(epoch 1\): a gradient is not a finite number"):
         guard.look(fresh_state(config, CPU).model, 1)
-
-
-# -- numbers that are no numbers -----------------------------------------------------------------------------
 
 
 def test_a_learning_rate_that_is_too_high_is_said_in_one_line(config: Config, no_report: None) -> None:
@@ -441,7 +275,7 @@ TRAIN = """
 import json, sys
 from captcha_exp import load, report
 from captcha_exp.train import train
-report.curves = report.confusion = lambda *args: None
+report.curves = report.confusion = report.errors = report.samples = lambda *args: None
 print(train(load(json.loads(sys.argv[1]))).weights_sha256)
 """
 
@@ -619,16 +453,6 @@ def test_the_rate_follows_the_schedule_over_all_steps(
     assert steps > 3
     middles = [(n + 0.5) / steps for n in range(steps)]
     assert rates == pytest.approx([0.01 * min(2 * m, 2 - 2 * m) for m in middles])
-
-
-def test_label_smoothing_is_in_the_training_loss_alone(config: Config) -> None:
-    smooth, plain = (training(config, label_smoothing=value) for value in (0.5, 0.0))
-    batch = batch_of(config)
-    losses = [float(train_step(fresh_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
-    assert losses[0] != losses[1]
-    split = Split(batch.images, batch.targets, batch.rows, CPU)
-    model = fresh_state(config, CPU).model
-    assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
 
 
 def test_training_accuracy_and_loss_are_means_over_pictures(
