@@ -1,10 +1,12 @@
 """The pictures of a run are whole PNG files, whatever characters stand in them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -12,8 +14,11 @@ from PIL import Image
 
 from captcha_exp import report
 from captcha_exp.alphabet import Alphabet
+from captcha_exp.config import Config
+from captcha_exp.dataset import Dataset
 from captcha_exp.evaluate import Evaluation
 from captcha_exp.record import MetricsRow
+from captcha_exp.train import train
 
 ODD = [
     "$_^",
@@ -51,6 +56,22 @@ def evaluation(classes: int) -> Evaluation:
     predicted[-1] = 0
     shape = np.ones((classes, 1), np.float32)
     return Evaluation(0.1, predicted, targets, shape, np.arange(classes))
+
+
+def readings(
+    alphabet: str, seen: Sequence[tuple[str, str, float]], channels: int = 3
+) -> tuple[Evaluation, Dataset]:
+    """Of (label, what was read, how surely); the pictures, of noise, lie the other way round."""
+    count, letters = len(seen), Alphabet(alphabet)
+    noise = np.random.default_rng(0).integers(0, 256, (count, 16, 32, channels), dtype=np.uint8)
+    targets = np.array([letters.encode(label) for label, _, _ in seen])
+    predicted = np.array([letters.encode(read) for _, read, _ in seen])
+    sure = np.ones(targets.shape, np.float32)
+    sure[:, 0] = [confidence for _, _, confidence in seen]
+    backwards = np.arange(count)[::-1].copy()
+    manifest = {"made_from": {"captcha": {"alphabet": alphabet}}, "files": []}
+    data = Dataset(torch.from_numpy(noise), torch.from_numpy(targets[::-1].copy()), [], {}, manifest)
+    return Evaluation(0.1, predicted, targets, sure, backwards), data
 
 
 @pytest.fixture
@@ -122,6 +143,66 @@ def test_a_model_without_errors_has_an_empty_confusion(tmp_path: Path) -> None:
     made.predicted[:] = made.targets
     report.confusion(made, Alphabet("0123"), tmp_path / "confusion.png")
     look(tmp_path / "confusion.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_errors_are_shown_with_label_and_reading_the_surest_first(
+    tmp_path: Path, channels: int, drawn: list[Figure]
+) -> None:
+    seen = [("01", "01", 1.0), ("01", "02", 0.4), ("22", "20", 0.9), ("11", "00", 0.6)]
+    made, data = readings("012", seen, channels)
+    report.errors(made, data, tmp_path / "errors.png")
+    look(tmp_path / "errors.png")
+    assert drawn[0].get_suptitle() == "3 of 4 labels read wrong"
+    shown = [axes for axes in parts(drawn[0]) if axes.images]
+    titles = [axes.get_title() for axes in shown]
+    assert titles == ["22 read 20 (90%)", "11 read 00 (60%)", "01 read 02 (40%)"]
+    for axes, row in zip(shown, [1, 0, 2], strict=True):
+        picture = data.images[row].numpy()
+        assert (np.asarray(axes.images[0].get_array()).reshape(picture.shape) == picture).all()
+
+
+def test_a_model_without_errors_has_an_empty_sheet_that_says_so(tmp_path: Path, drawn: list[Figure]) -> None:
+    made, data = readings("01", [("0", "0", 0.9), ("1", "1", 0.8)])
+    report.errors(made, data, tmp_path / "errors.png")
+    look(tmp_path / "errors.png")
+    assert drawn[0].get_suptitle() == "0 of 2 labels read wrong"
+    assert not any(axes.images for axes in parts(drawn[0]))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_of_many_errors_the_surest_are_shown_and_the_title_says_so(
+    tmp_path: Path, more: int, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SHOWN", 7)
+    made, data = readings("01", [("0", "1", 0.1 + n / 10) for n in range(7 + more)])
+    report.errors(made, data, tmp_path / "errors.png")
+    title = drawn[0].get_suptitle()
+    assert (
+        title == ["7 of 7 labels read wrong", "8 of 8 labels read wrong; the 7 that it was surest of"][more]
+    )
+    shown = [axes.get_title() for axes in parts(drawn[0]) if axes.images]
+    assert shown == [f"0 read 1 ({10 * (n + more)}%)" for n in range(7, 0, -1)]
+
+
+@pytest.mark.parametrize("characters", ODD)
+def test_errors_of_any_alphabet_are_text_and_no_formulas(
+    tmp_path: Path, characters: str, drawn: list[Figure]
+) -> None:
+    first, last = characters[:2], characters[-2:]
+    report.errors(*readings(characters, [(first, last, 0.5)]), tmp_path / "errors.png")
+    look(tmp_path / "errors.png")
+    title = parts(drawn[0])[0].title
+    assert title.get_text() == f"{first} read {last} (50%)"
+    assert not title.get_parse_math()
+
+
+def test_a_run_leaves_its_four_pictures(tiny: Config) -> None:
+    folder = train(tiny).folder / "report"
+    pictures = sorted(folder.iterdir())
+    assert [path.name for path in pictures] == ["confusion.png", "curves.png", "errors.png", "pictures.png"]
+    for path in pictures:
+        look(path)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

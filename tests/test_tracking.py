@@ -122,8 +122,8 @@ def test_artifacts_open(finished: tuple[MlflowClient, MlflowRun, Path], tmp_path
     client, run, _ = finished
     there = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
 
-    for picture in ("report/curves.png", "report/confusion.png"):
-        with Image.open(there / picture) as image:
+    for picture in ("curves", "confusion", "errors", "pictures"):
+        with Image.open(there / "report" / f"{picture}.png") as image:
             image.verify()
     for text in ("config.yaml", "requested.yaml"):
         load(there / text)

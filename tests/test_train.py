@@ -548,6 +548,8 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
         "test.json",
         "report/curves.png",
         "report/confusion.png",
+        "report/errors.png",
+        "report/pictures.png",
     } <= present.keys()
 
 
