@@ -22,9 +22,10 @@ import pytest
 from PIL import features
 
 from captcha_exp import chance, pixels, sources
-from captcha_exp.config import Captcha, CaptchaLibrary, WheezyLibrary
+from captcha_exp.config import Article, Captcha, CaptchaLibrary, Generator, WheezyLibrary
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.errors import RunFailed, UserError
+from captcha_exp.sources import article
 
 CAPTCHA = Captcha(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
 
@@ -32,12 +33,12 @@ SPLIT = {"validation_fraction": 0.1, "test_fraction": 0.1, "split_seed": 0, "cac
 DRAWN = {"count": 250, "seed": 0, "width": 64, "height": 32, "workers": 1, **SPLIT}
 LIBRARY = CaptchaLibrary(source="captcha", fonts=(), **DRAWN)  # type: ignore[arg-type]  # a dict has one type
 WHEEZY = WheezyLibrary(source="wheezy", fonts=("DejaVuSans.ttf",), font_sizes=(20, 24), **DRAWN)  # type: ignore[arg-type]
+ARTICLE = Article(source="article", fonts=("DejaVuSans.ttf",), **DRAWN)  # type: ignore[arg-type]
 
-Source = CaptchaLibrary | WheezyLibrary
-each_source = pytest.mark.parametrize("data", [LIBRARY, WHEEZY], ids=["captcha", "wheezy"])
+each_source = pytest.mark.parametrize("data", [LIBRARY, WHEEZY, ARTICLE], ids=lambda data: str(data.source))
 
 
-def draw(data: Source, indices: Sequence[int], display: Display | None = None) -> npt.NDArray[np.uint8]:
+def draw(data: Generator, indices: Sequence[int], display: Display | None = None) -> npt.NDArray[np.uint8]:
     return sources.draw(data, CAPTCHA, indices, display or Silent())
 
 
@@ -86,13 +87,13 @@ class Broken(Silent):
 
 
 @each_source
-def test_any_number_of_workers_draws_the_same_bytes(data: Source, sixteen_at_a_time: None) -> None:
+def test_any_number_of_workers_draws_the_same_bytes(data: Generator, sixteen_at_a_time: None) -> None:
     one, two, three = (draw(replace(data, workers=workers), range(50)).tobytes() for workers in (1, 2, 3))
     assert one == two == three
 
 
 @each_source
-def test_a_picture_depends_on_its_number_alone(data: Source, sixteen_at_a_time: None) -> None:
+def test_a_picture_depends_on_its_number_alone(data: Generator, sixteen_at_a_time: None) -> None:
     """Not on how many there are, nor on which stand before it, nor on the size of the blocks."""
     together = draw(data, range(40))
     backwards = draw(replace(data, count=999), range(39, -1, -1))
@@ -101,7 +102,7 @@ def test_a_picture_depends_on_its_number_alone(data: Source, sixteen_at_a_time: 
 
 
 @each_source
-def test_another_seed_draws_other_pictures_and_labels(data: Source) -> None:
+def test_another_seed_draws_other_pictures_and_labels(data: Generator) -> None:
     other = replace(data, seed=1)
     assert (draw(data, range(8)) != draw(other, range(8))).any(axis=(1, 2, 3)).all()
     assert [sources.label(data, CAPTCHA, i) for i in range(20)] != [
@@ -110,7 +111,7 @@ def test_another_seed_draws_other_pictures_and_labels(data: Source) -> None:
 
 
 @each_source
-def test_pictures_differ_from_each_other(data: Source) -> None:
+def test_pictures_differ_from_each_other(data: Generator) -> None:
     assert len({picture.tobytes() for picture in draw(data, range(30))}) == 30
 
 
@@ -124,11 +125,12 @@ VERSIONS = {
 PINNED = {
     "captcha": "3fb73ba6925292b0ea6a2288d73d9cc2a66c013750a6924183c0a7adde87fafb",
     "wheezy": "254dc0dd7d07553c7238367174945950974aa6e170ee181f542affe2f4668b1b",
+    "article": "91259ee9a60e4cdc98cb1f72762e39252f8a40e7434e784aa5b0dcacf591d7c3",
 }
 
 
 @each_source
-def test_the_bytes_of_known_versions_are_known(data: Source) -> None:
+def test_the_bytes_of_known_versions_are_known(data: Generator) -> None:
     """Another version of a package may draw otherwise; then there is only that it repeats."""
     pictures = draw(data, range(5)).tobytes()
     here = {name: version(name) for name in ("pillow", "captcha", "wheezy.captcha")}
@@ -140,7 +142,7 @@ def test_the_bytes_of_known_versions_are_known(data: Source) -> None:
 
 
 @each_source
-def test_grey_pictures_have_one_channel(data: Source) -> None:
+def test_grey_pictures_have_one_channel(data: Generator) -> None:
     grey = replace(CAPTCHA, channels=1)
     assert sources.draw(data, grey, range(3), Silent()).shape == (3, 16, 32, 1)
 
@@ -149,7 +151,9 @@ def test_grey_pictures_have_one_channel(data: Source) -> None:
 
 
 @each_source
-def test_the_label_is_the_text_that_the_worker_draws(data: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_is_the_text_that_the_worker_draws(
+    data: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drawn here, from the label as it is told, the picture is the worker's to the byte."""
     import captcha.image
     import wheezy.captcha.image
@@ -157,29 +161,48 @@ def test_the_label_is_the_text_that_the_worker_draws(data: Source, monkeypatch: 
     monkeypatch.setattr(captcha.image, "secrets", secrets)
     monkeypatch.setattr(wheezy.captcha.image, "random", random)
     by_worker = draw(data, range(6))
-    draw_one = sources.library(data).make()
+    library = sources.library(data)
+    draw_one = library.make()
     for index in range(6):
         stream = chance.stream(data.seed, "picture", index)
-        stream.choices(CAPTCHA.alphabet, k=CAPTCHA.length)  # the text comes first out of the stream
+        library.text(CAPTCHA, stream)  # the text comes first out of the stream
         image = draw_one(sources.label(data, CAPTCHA, index), stream)
         ours = pixels.resize(pixels.to_array(image, 3)[None], 16, 32)[0]
         assert (ours == by_worker[index]).all()
 
 
 @each_source
-def test_labels_take_every_character_about_as_often(data: Source) -> None:
+def test_labels_take_every_character_about_as_often(data: Generator) -> None:
     text = "".join(sources.label(data, CAPTCHA, index) for index in range(1000))
     assert len(text) == 2000
-    counts = {c: text.count(c) for c in "01234"}
+    characters = "234" if data.source == "article" else "01234"  # its recipe has no 0 and no 1
+    counts, share = {c: text.count(c) for c in characters}, 1 / len(characters)
     assert sum(counts.values()) == 2000
-    assert all(abs(n - 400) < 5 * (2000 * 0.2 * 0.8) ** 0.5 for n in counts.values())
+    assert all(abs(n - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5 for n in counts.values())
+
+
+def test_the_article_s_labels_are_written_as_the_alphabet_writes_them() -> None:
+    """An alphabet in capitals has the same texts in capitals, under the same pictures."""
+    small, large = (replace(CAPTCHA, alphabet=alphabet) for alphabet in ("34abcdef", "34ABCDEF"))
+    texts = [sources.label(ARTICLE, small, index) for index in range(100)]
+    assert set("".join(texts)) == set("34abcdef")
+    assert [sources.label(ARTICLE, large, index) for index in range(100)] == [t.upper() for t in texts]
+    pictures = [sources.draw(ARTICLE, captcha, range(5), Silent()) for captcha in (small, large)]
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_half_of_the_article_s_characters_are_digits_among_however_many_letters() -> None:
+    """In 4,000 characters, half of them within four standard deviations."""
+    letters = replace(CAPTCHA, alphabet="7abcdefgh", length=4)
+    text = "".join(sources.label(ARTICLE, letters, index) for index in range(1000))
+    assert abs(text.count("7") - 2000) < 4 * (4000 * 0.5 * 0.5) ** 0.5
 
 
 # -- the parent ----------------------------------------------------------------------------------------------
 
 
 @each_source
-def test_the_parents_chance_is_untouched(data: Source) -> None:
+def test_the_parents_chance_is_untouched(data: Generator) -> None:
     import captcha.image
     import wheezy.captcha.image
 
@@ -344,9 +367,19 @@ def test_the_library_s_own_font_is_checked_too() -> None:
     sources.check_glyphs(LIBRARY, replace(CAPTCHA, alphabet="aé+="))
 
 
-def test_wheezy_without_a_font_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"data.fonts=\[\]: wheezy.captcha brings none"):
-        sources.check_glyphs(replace(WHEEZY, fonts=()), CAPTCHA)
+@pytest.mark.parametrize(("data", "name"), [(WHEEZY, "wheezy.captcha"), (ARTICLE, "article")])
+def test_a_generator_that_brings_no_font_asks_for_one_in_one_line(data: Generator, name: str) -> None:
+    with pytest.raises(UserError) as error:
+        sources.source(replace(data, fonts=()), CAPTCHA, Silent())
+    assert error.value.lines == (f"data.fonts=[]: {name} brings none; name one, such as DejaVuSans.ttf",)
+
+
+def test_an_alphabet_of_which_the_article_draws_nothing_is_one_line() -> None:
+    with pytest.raises(UserError) as error:
+        sources.source(ARTICLE, replace(CAPTCHA, alphabet="01lo"), Silent()).verdict(Silent())
+    (line,) = error.value.lines
+    assert line.startswith("captcha.alphabet=01lo: data=article: ")
+    assert f"none of {article.CLASSES} is in the alphabet" in line
 
 
 def test_a_font_is_known_by_its_bytes_not_by_its_name(tmp_path: Path) -> None:
@@ -356,4 +389,5 @@ def test_a_font_is_known_by_its_bytes_not_by_its_name(tmp_path: Path) -> None:
     digest = hashlib.sha256(font.read_bytes()).hexdigest()
     assert sources.origin(replace(WHEEZY, fonts=(str(copy),)))["fonts"] == [digest]
     assert sources.origin(WHEEZY)["package"] == f"wheezy.captcha {version('wheezy.captcha')}"
+    assert sources.origin(ARTICLE)["package"] == f"article {article.VERSION}"
     assert sources.origin(LIBRARY)["fonts"] == []
