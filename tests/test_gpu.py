@@ -1,20 +1,36 @@
 """What only a CUDA card can show. Run by `pytest -m gpu`."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import batch_of, drawn, training
+from PIL import Image
 
-from captcha_exp import dataset
-from captcha_exp.config import Config, Precision
-from captcha_exp.device import set_up
+from captcha_exp import dataset, probe
+from captcha_exp.augment import NUMBERS, Changes, augment, table
+from captcha_exp.config import Augment, Config, Precision
+from captcha_exp.dataset import Split
+from captcha_exp.device import half_precisions, set_up
 from captcha_exp.display import Silent
+from captcha_exp.doctor import findings, gather
+from captcha_exp.evaluate import evaluate_run
+from captcha_exp.predict import Reader
 from captcha_exp.step import fresh_state, train_step
 from captcha_exp.train import train
 
 pytestmark = pytest.mark.gpu
+
+FORMS = {"shift": 0.1, "scale": 0.2, "rotate": 10.0, "slant": 10.0, "warp": 0.05}
+CHANGED = Augment(**FORMS, colour=0.3, invert=0.5, ramp=0.0)
+
+each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
 
 @pytest.fixture
@@ -29,6 +45,20 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def on_the_card(config: Config, **values: Any) -> Config:
+    """The config with these values in its group `device`."""
+    return replace(config, device=replace(config.device, **values))
+
+
+def training_split(config: Config) -> Split:
+    """The pictures that a config trains on, where it has them."""
+    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
+    return data.split("train", torch.device(config.device.name), config.device.resident_limit_mib)
+
+
+# -- a training ----------------------------------------------------------------------------------------------
+
+
 def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
     result = train(cuda)
     rows = [
@@ -41,24 +71,183 @@ def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
             assert 0 < allocated <= row[f"memory/{phase}_peak_reserved_mib"] < row["memory/process_peak_mib"]
 
 
-def test_the_same_bits_twice_and_whether_the_pictures_live_on_the_card_or_not(cuda: Config) -> None:
-    sent = replace(cuda, device=replace(cuda.device, resident_limit_mib=0))
+@each_precision
+def test_the_same_bits_twice_and_whether_the_pictures_live_on_the_card_or_not(
+    cuda: Config, precision: Precision
+) -> None:
+    config = on_the_card(cuda, precision=precision)
+    sent = on_the_card(config, resident_limit_mib=0)
 
-    assert len({train(config).weights_sha256 for config in (cuda, cuda, sent)}) == 1
+    assert len({train(each).weights_sha256 for each in (config, config, sent)}) == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_card(cuda: Config, precision: Precision, no_waiting: None) -> None:
-    config = replace(cuda, device=replace(cuda.device, precision=precision))
+def test_changed_pictures_too_give_the_same_bits_wherever_they_live(cuda: Config) -> None:
+    config = replace(cuda, augment=CHANGED)
+    sent = on_the_card(config, resident_limit_mib=0)
+    digests = [train(each).weights_sha256 for each in (config, config, sent)]
+
+    assert len(set(digests)) == 1
+    assert digests[0] != train(cuda).weights_sha256
+
+
+@pytest.mark.parametrize("resident_limit_mib", [512, 0], ids=["resident", "sent"])
+@each_precision
+def test_a_step_never_waits_for_the_card(
+    cuda: Config, precision: Precision, resident_limit_mib: int, no_waiting: None
+) -> None:
+    """Nor does the change of its pictures, nor their way to the card."""
+    config = on_the_card(cuda, precision=precision, resident_limit_mib=resident_limit_mib)
+    config = replace(config, augment=CHANGED)
     device = set_up(config)
-    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
-    split = data.split("train", device, config.device.resident_limit_mib)
+    split = training_split(config)
+    order = split.shuffled(0, 1)
+    change = Changes(config, 1, drawn(config).count, device)
     state = fresh_state(config, device)
-    batches = list(split.batches(64, split.shuffled(0, 1)))
-    train_step(state, batches[0], config)  # the first step loads kernels, which may wait
+    for batch in split.batches(64, order):  # the first steps load kernels and make room, which may wait
+        train_step(state, change(batch), config)
 
     torch.cuda.set_sync_debug_mode("error")
-    for batch in batches:
-        step = train_step(state, batch, config)
+    for batch in split.batches(64, order):
+        step = train_step(state, change(batch), config)
     torch.cuda.set_sync_debug_mode("default")
-    assert bool(step.finite)
+    assert not bool(step.broken)
+
+
+# -- 16 bits -------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(cuda: Config) -> None:
+    result = train(on_the_card(cuda, precision="auto"))
+    tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]
+
+    plain = tried[0]
+    assert [row["precision"] for row in tried] == ["fp32", *half_precisions(torch.device("cuda"))]
+    assert (plain["finite"], plain["cosine"]) == (True, 1.0)
+    enough = plain["step_seconds"] / probe.LEAST_GAIN
+    right = [row for row in tried[1:] if row["finite"] and row["cosine"] >= probe.LEAST_COSINE]
+    good = [row for row in right if row["step_seconds"] <= enough]
+    best = min(good, key=lambda row: float(row["step_seconds"]), default=plain)
+    assert result.config.device.precision == best["precision"]
+    assert f"precision: {best['precision']}" in (result.folder / "config.yaml").read_text()
+
+
+def test_16_bits_point_where_32_do_on_every_card_since_ampere(cuda: Config) -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("older cards may have no right 16 bits; auto finds out")
+    _, tried = probe.precision(on_the_card(cuda, precision="auto"), Silent())
+
+    assert [row["precision"] for row in tried] == ["fp32", "bf16", "fp16"]
+    for row in tried:
+        assert row["finite"], row
+        assert isinstance(row["cosine"], float)
+        assert row["cosine"] >= probe.LEAST_COSINE, row
+
+
+def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None:
+    """A power of two, as high as it began or some halvings below, and far from the floor."""
+    config = on_the_card(training(cuda, label_smoothing=0.0, learning_rate=0.01), precision="fp16")
+    device = set_up(config)
+    batch = batch_of(config, 32)
+    batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
+    state = fresh_state(config, device)
+    steps = [train_step(state, batch, config) for _ in range(60)]
+
+    losses = [float(step.loss) for step in steps]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < 0.5 * losses[0]
+    assert not any(bool(step.broken) for step in steps)
+    assert state.loss_scale is not None
+    factor = float(state.loss_scale.factor)
+    halvings = sum(not bool(step.finite) for step in steps)
+    assert factor == state.loss_scale.FIRST / 2**halvings
+    assert halvings <= 8
+    assert all(bool(weight.isfinite().all()) for weight in state.model.state_dict().values())
+
+
+@each_precision
+def test_a_training_in_any_precision_has_finite_figures(cuda: Config, precision: Precision) -> None:
+    result = train(on_the_card(cuda, precision=precision))
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+
+    assert len(rows) == 3
+    assert all(math.isfinite(value) for row in rows for value in row["metrics"].values())
+
+
+# -- changed pictures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_card_changes_pictures_as_the_cpu_does_to_one_of_255(cuda: Config, channels: int) -> None:
+    """Movements and colours; a share of one in a hundred may be rounded the other way."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (200, 24, 56, channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    draws = table(0, 1, 200)
+    assert draws.shape == (200, NUMBERS)
+
+    here = augment(images, draws, CHANGED)
+    there = augment(images.to(cuda.device.name), draws.to(cuda.device.name), CHANGED)
+
+    apart = (here.int() - there.cpu().int()).abs()
+    assert int(apart.max()) <= 1
+    assert float((apart > 0).float().mean()) < 0.01
+    assert not torch.equal(here, images)
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+@each_precision
+def test_predict_answers_as_evaluate(cuda: Config, precision: Precision, tmp_path: Path) -> None:
+    """The pictures of the test split as files, in their own size."""
+    folder = train(on_the_card(cuda, precision=precision)).folder
+    evaluation, data = evaluate_run(folder, "test", Silent(), "cuda")
+    files = [tmp_path / f"{row}.png" for row in evaluation.rows]
+    for row, file in zip(evaluation.rows, files, strict=True):
+        Image.fromarray(data.images[int(row)].numpy()).save(file)
+
+    reader = Reader(folder / "model.safetensors", "cuda", Silent())
+    readings = list(reader.read_all(files, Silent()))
+
+    assert reader.device.type == "cuda"
+    assert [reading.picture for reading in readings] == files
+    assert [reading.text for reading in readings] == [
+        data.alphabet.decode(ids) for ids in evaluation.predicted
+    ]
+    for reading, confidences in zip(readings, evaluation.confidences, strict=True):
+        assert reading.confidences == pytest.approx(confidences, abs=1e-3)
+
+
+def test_what_was_trained_on_the_card_reads_the_same_on_the_cpu(cuda: Config) -> None:
+    """In fp32, but for the few pictures on which the network is torn."""
+    folder = train(cuda).folder
+    there, _ = evaluate_run(folder, "test", Silent(), "cuda")
+    here, _ = evaluate_run(folder, "test", Silent(), "cpu")
+
+    assert (there.rows == here.rows).all()
+    assert float((there.predicted == here.predicted).mean()) > 0.95
+    assert abs(there.loss - here.loss) < 0.01
+
+
+# -- doctor --------------------------------------------------------------------------------------------------
+
+
+def test_doctor_names_the_card_its_memory_and_the_driver(cuda: Config) -> None:
+    import pynvml
+
+    pynvml.nvmlInit()
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    properties = torch.cuda.get_device_properties(0)
+    said = [finding.what for finding in findings(gather(cuda))]
+
+    assert any(f"NVIDIA driver {driver}" in text for text in said)
+    assert any(f"is built for CUDA {torch.version.cuda}" in text for text in said)
+    (memory,) = (text for text in said if f"cuda:0 ({properties.name})" in text and "MiB free" in text)
+    assert f"capability {properties.major}.{properties.minor}" in memory
+    figures = re.findall(r"([\d,]+) of ([\d,]+) MiB free", memory)[0]
+    free, total = (float(figure.replace(",", "")) for figure in figures)
+    assert 0 < free <= total
+    # The driver keeps a little of the card for itself, which torch does not count.
+    assert total == pytest.approx(properties.total_memory / 2**20, rel=0.05)
+    assert any("16 bits at full speed" in text for text in said) or properties.major < 7
