@@ -4,6 +4,7 @@ What a picture goes through is what it went through in training: decoded, brough
 by the one resize, read in the precision of the run.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def files_of(names: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
-        if not path.is_dir():
+        path = path_named(name)
+        if not os.path.isdir(path):  # noqa: PTH112 - pathlib's own raises where a name is too long
             files.append(path)
             continue
         inside = pictures_in(path)
@@ -121,3 +122,11 @@ def files_of(names: Sequence[str]) -> list[Path]:
             raise UserError(f"{name}: there is no picture in this folder")
         files += inside
     return files
+
+
+def path_named(name: str) -> Path:
+    """The path of this name, with `~` for a person's home; as it stands where there is no such person."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

@@ -244,6 +244,15 @@ def test_a_home_directory_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert files_of(["~/x.png"]) == [tmp_path / "x.png"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody_of_this_name/x.png", "file://["])
+def test_a_name_that_no_file_can_have_is_a_picture_that_cannot_be_read(reader: Reader, name: str) -> None:
+    """To the loop as to the command; neither may end at it."""
+    path = asking.path_of(name)
+    assert path is not None
+    for reading in reader.read([path, *files_of([name])]):
+        assert reading.error.startswith("cannot be read: ")
+
+
 def test_an_empty_folder_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no picture in this folder"):
         files_of([str(tmp_path)])

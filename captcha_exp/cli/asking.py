@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from captcha_exp.predict import Reader
+from captcha_exp.predict import Reader, path_named
 
 
 def ask(reader: Reader, as_json: bool) -> None:
@@ -44,7 +45,11 @@ def path_of(line: str) -> Path | None:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    elif not Path(text).exists() and Path(text.replace("\\ ", " ")).exists():
-        text = text.replace("\\ ", " ")  # a shell's way to write a space
-    return Path(text).expanduser() if text else None
+        with contextlib.suppress(ValueError):  # an address with half a bracket is a missing file
+            text = unquote(urlsplit(text).path)
+    else:
+        spaced = text.replace("\\ ", " ")  # a shell's way to write a space
+        # pathlib's own `exists` raises where a name is too long.
+        if not os.path.exists(text) and os.path.exists(spaced):  # noqa: PTH110
+            text = spaced
+    return path_named(text) if text else None
