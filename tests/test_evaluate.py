@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from captcha_exp import models
 from captcha_exp.alphabet import Alphabet
+from captcha_exp.cli import summary
 from captcha_exp.config import Config
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import Evaluation, evaluate, wilson
@@ -168,6 +170,16 @@ def test_the_summary_names_the_twenty_most_frequent_confusions() -> None:
     summary = made.summary(drawn_with("abcdefgh"))
     assert len(summary["confusions"]) == 20
     assert summary["confusions"][0] == {"label": "a", "read": "b", "count": 1}
+
+
+@pytest.mark.parametrize("label", ["[b]", "[/b]"])
+def test_a_label_in_brackets_is_shown_as_it_is(label: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not as a colour: `[b]` would be lost, and `[/b]` would end the command."""
+    alphabet = Alphabet("[/]b")
+    wrong = evaluation([alphabet.encode(label)], [alphabet.encode(label[::-1])])
+    summary.of_evaluation(wrong, drawn_with("[/]b"), Path("run"), "test")
+    row = capsys.readouterr().out.splitlines()[-2]
+    assert row.split("│")[2:4] == [f" {label:<5} ", f" {label[::-1]:<4} "]
 
 
 def test_errors_name_the_picture_and_stand_in_the_order_of_how_sure_the_head_was() -> None:

@@ -78,7 +78,8 @@ def of_evaluation(evaluation: "Evaluation", data: "Dataset", folder: Path, split
         confusions.add_row(label, read, str(count))
     errors = Table("picture", "label", "read", "sure", title="worst errors", title_justify="left")
     for error in evaluation.errors(data)[:12]:
-        errors.add_row(Text(shown(error.picture)), error.label, error.read, f"{error.confidence:.1%}")
+        texts = (Text(text) for text in (shown(error.picture), error.label, error.read))
+        errors.add_row(*texts, f"{error.confidence:.1%}")
     for table in (positions, characters, confusions, errors):
         console.print(table)
 
