@@ -68,7 +68,7 @@ class Split:
             else:
                 chosen = order[start : start + size]
                 images, targets, rows = self.images[chosen], self.targets[chosen], self.rows[chosen]
-            yield Batch(self._on_device(images), self._on_device(targets), rows)
+            yield Batch(*map(self._on_device, (images, targets, rows)))
 
     def _on_device(self, part: Tensor) -> Tensor:
         if self.device.type == "cuda" and part.device != self.device:

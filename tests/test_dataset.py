@@ -216,6 +216,14 @@ def test_a_split_too_large_for_the_device_gives_the_same_batches(config: Config,
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_all_of_a_batch_is_on_the_device(config: Config, drawings: list[int]) -> None:
+    """The numbers too: looking up with numbers that are elsewhere, a step would wait for their way."""
+    for limit in (512, 0):
+        split = prepare(config).split("train", torch.device("meta"), limit)
+        batch = next(split.batches(7))
+        assert [part.device.type for part in batch] == ["meta"] * 3
+
+
 # -- the cache -----------------------------------------------------------------------------------------------
 
 
