@@ -483,6 +483,48 @@ PLANTS = (
         "except ValueError as error:  # a thing",
         ("test_doctor.py",),
     ),
+    Plant(
+        "sizes are not rounded to 512 bytes",
+        "memory/allocator.py",
+        "size = -(-requested_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES",
+        "size = max(requested_bytes, MIN_BLOCK_BYTES)",
+        ("test_allocator.py",),
+    ),
+    Plant(
+        "10 MiB are cut from a shared segment",
+        "memory/allocator.py",
+        "if size < MIN_LARGE_BYTES:",
+        "if size <= MIN_LARGE_BYTES:",
+        ("test_allocator.py",),
+    ),
+    Plant(
+        "a rest of 1 MiB is cut off a large block",
+        "memory/allocator.py",
+        "else SMALL_BYTES + 1",
+        "else SMALL_BYTES",
+        ("test_allocator.py",),
+    ),
+    Plant(
+        "memory ends while the cache is full",
+        "memory/allocator.py",
+        "            self.empty_cache()\n",
+        "",
+        ("test_allocator.py",),
+    ),
+    Plant(
+        "the end of an expandable range is used up first",
+        "memory/allocator.py",
+        "place = pool.best_fit(place)",
+        "pass",
+        ("test_allocator.py",),
+    ),
+    Plant(
+        "a freed block does not join the one below it",
+        "memory/blocks.py",
+        "if before is not None and before.mapped and not before.live:",
+        "if before is not None and before.mapped and before is block:",
+        ("test_allocator.py",),
+    ),
 )
 
 

@@ -1,0 +1,713 @@
+"""Torch's rules worked out by hand, numbers measured on GPUs, and a slow model that knows no blocks.
+
+The slow model keeps nothing but intervals in use: whatever lies between them is free.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
+from captcha_exp.memory.blocks import Block
+
+KIB = 2**10
+LARGE = 20 * MIB << 40  # where the addresses of the large pool begin
+
+BOTH = pytest.mark.parametrize("expandable", [False, True])
+
+
+def mib(allocator: CachingAllocator) -> tuple[float, float]:
+    """(allocated, reserved)"""
+    return allocator.usage.allocated_bytes / MIB, allocator.usage.reserved_bytes / MIB
+
+
+def shape(allocator: CachingAllocator) -> list[list[tuple[float, bool]]]:
+    """Of each segment the blocks: (MiB, live)."""
+    return [[(b.size_bytes / MIB, b.live) for b in segment] for segment in allocator.segments()]
+
+
+# -- sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requested", "allocated", "reserved"),
+    [
+        (1, 512, 2 * MIB),  # kMinBlockSize in a segment of kSmallBuffer
+        (512, 512, 2 * MIB),
+        (513, 1024, 2 * MIB),
+        (311 * 411 * 4, 511_488, 2 * MIB),  # 511284 = 998.6 * 512; torch's test_memory_snapshot
+        (1 * MIB, 1 * MIB, 2 * MIB),  # kSmallSize is still small
+        (1 * MIB - 511, 1 * MIB, 2 * MIB),
+        (1 * MIB + 1, 1 * MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 10 * MIB - 512, 20 * MIB),
+        (10 * MIB - 511, 10 * MIB, 10 * MIB),  # the rounded size is not below kMinLargeAlloc
+        (10 * MIB, 10 * MIB, 10 * MIB),
+        (10 * MIB + 1, 10 * MIB + 512, 12 * MIB),  # kRoundLarge: 12 - 10 - 0.0005 > 1, so it is cut
+        (11 * MIB - 1, 12 * MIB, 12 * MIB),  # 12 - 11 is not above 1: all 12 are allocated
+        (11 * MIB + 512, 12 * MIB, 12 * MIB),
+        (20 * MIB, 20 * MIB, 20 * MIB),
+        (21 * 4 * MIB, 84 * MIB, 84 * MIB),  # torch's test_allocator_settings: all as asked for
+    ],
+)
+def test_one_tensor(requested: int, allocated: int, reserved: int) -> None:
+    allocator = CachingAllocator()
+
+    block = allocator.allocate(requested)
+
+    assert allocator.usage == allocator.peak == Usage(requested, allocated, reserved)
+    assert (block.requested_bytes, block.size_bytes) == (requested, allocated)
+    assert allocator.num_device_alloc == 1
+
+
+@pytest.mark.parametrize(
+    ("requested", "allocated", "reserved"),
+    [
+        (1, 512, 2 * MIB),
+        (1 * MIB, 1 * MIB, 2 * MIB),
+        (1 * MIB + 1, 1 * MIB + 512, 20 * MIB),
+        (10 * MIB, 10 * MIB, 20 * MIB),  # large memory comes in pages of 20 MiB, whatever the size
+        (20 * MIB, 20 * MIB, 20 * MIB),
+        (20 * MIB + 1, 20 * MIB + 512, 40 * MIB),
+        (59 * MIB + 1, 59 * MIB + 512, 60 * MIB),  # the rest is cut off, be it below 1 MiB
+        (60 * MIB - 1, 60 * MIB, 60 * MIB),
+    ],
+)
+def test_one_tensor_in_expandable_segments(requested: int, allocated: int, reserved: int) -> None:
+    allocator = CachingAllocator(expandable=True)
+
+    allocator.allocate(requested)
+
+    assert allocator.usage == Usage(requested, allocated, reserved)
+    assert allocator.num_device_alloc == 1
+
+
+@BOTH
+def test_no_bytes_are_no_business_of_the_allocator(expandable: bool) -> None:
+    allocator = CachingAllocator(limit_bytes=0, expandable=expandable)
+    allocator.free(allocator.allocate(0))
+
+    assert allocator.peak == Usage(0, 0, 0)
+    with pytest.raises(ValueError, match="-1 bytes"):
+        allocator.allocate(-1)
+
+
+# -- pools and segments ---------------------------------------------------------------------------------
+
+
+def test_two_tensors_of_1_mib_share_a_segment_and_a_third_does_not() -> None:
+    """Torch's test_mempool_with_allocator: 1, 1 and 2 segments."""
+    allocator = CachingAllocator()
+    seen = []
+    for _ in range(3):
+        allocator.allocate(4 * (1024 * 1024 // 4))
+        seen.append(len(allocator.segments()))
+
+    assert seen == [1, 1, 2]
+    assert shape(allocator) == [[(1, True), (1, True)], [(1, True), (1, False)]]
+    assert mib(allocator) == (3, 4)
+
+
+def test_20_mib_have_a_segment_each() -> None:
+    """Torch's test_nested_mempool: five allocations of 20 MiB, five segments."""
+    allocator = CachingAllocator()
+    for _ in range(5):
+        allocator.allocate(4 * 20 * (1024 * 1024 // 4))
+
+    assert len(allocator.segments()) == allocator.num_device_alloc == 5
+
+
+def test_sizes_below_10_mib_share_20_mib() -> None:
+    allocator = CachingAllocator()
+    for _ in range(3):
+        allocator.allocate(6 * MIB)
+    assert shape(allocator) == [[(6, True), (6, True), (6, True), (2, False)]]
+
+    allocator.allocate(2 * MIB)  # the rest, to the byte
+    assert mib(allocator) == (20, 20)
+
+    allocator.allocate(6 * MIB)
+    assert mib(allocator) == (26, 40)
+
+
+def test_a_rest_of_1_mib_stays_with_its_block() -> None:
+    allocator = CachingAllocator()
+    block = allocator.allocate(9 * MIB)
+    allocator.allocate(9 * MIB)
+    last = allocator.allocate(1 * MIB + 512)  # of 20 - 18; the rest of 1 MiB - 512 is too small
+
+    assert last.size_bytes == 2 * MIB
+    assert allocator.usage == Usage(19 * MIB + 512, 20 * MIB, 20 * MIB)
+    allocator.free(block)
+    again = allocator.allocate(8 * MIB)  # 9 - 8 = 1
+    assert again.size_bytes == 9 * MIB
+    assert allocator.peak.allocated_bytes == 20 * MIB
+
+
+def test_a_small_rest_of_512_bytes_is_a_block() -> None:
+    allocator = CachingAllocator()
+    allocator.allocate(1 * MIB)
+    allocator.allocate(1 * MIB - 512)  # 2 MiB - 1 MiB - (1 MiB - 512) = 512
+
+    assert allocator.allocate(1).address == 2 * MIB - 512
+    assert len(allocator.segments()) == 1
+
+
+@BOTH
+def test_pools_do_not_help_each_other(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    allocator.free(allocator.allocate(20 * MIB))
+    allocator.allocate(1 * MIB)
+    assert mib(allocator) == (1, 22)
+
+    allocator.allocate(20 * MIB)
+    assert mib(allocator) == (21, 22)
+
+
+# -- which block, and joining ---------------------------------------------------------------------------
+
+
+def test_the_smallest_block_that_fits_is_taken_and_of_equal_ones_the_lowest() -> None:
+    allocator = CachingAllocator()
+    blocks = [allocator.allocate(size * KIB) for size in (64, 1, 32, 1, 32, 1, 48, 1)]
+    kept = {block.size_bytes: block.address for block in blocks[::2]}
+    lower = blocks[2].address
+    for block in blocks[::2]:
+        allocator.free(block)
+
+    assert allocator.allocate(20 * KIB).address == lower
+    assert allocator.allocate(32 * KIB).address == kept[32 * KIB]  # the upper one
+    assert allocator.allocate(33 * KIB).address == kept[48 * KIB]
+    assert allocator.allocate(12 * KIB).address == lower + 20 * KIB
+    assert allocator.allocate(64 * KIB).address == kept[64 * KIB]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@BOTH
+def test_free_neighbours_become_one(order: tuple[int, ...], expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    blocks = [allocator.allocate(6 * MIB) for _ in range(3)]
+    for number in order:
+        allocator.free(blocks[number])
+
+    assert shape(allocator) == [[(20, False)]]
+    assert allocator.usage == Usage(0, 0, 20 * MIB)
+
+
+@BOTH
+def test_only_free_neighbours_become_one(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    first, _, third = (allocator.allocate(6 * MIB) for _ in range(3))
+    allocator.free(first)
+    allocator.free(third)
+
+    assert shape(allocator) == [[(6, False), (6, True), (8, False)]]
+
+
+def test_segments_do_not_join() -> None:
+    allocator = CachingAllocator()
+    blocks = [allocator.allocate(20 * MIB) for _ in range(2)]
+    for block in blocks:
+        allocator.free(block)
+    allocator.allocate(30 * MIB)
+
+    assert mib(allocator) == (30, 20 + 20 + 30)
+    assert CachingAllocator(expandable=True).segments() == []
+
+
+@BOTH
+def test_fragments_are_reserved_and_of_no_use(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    blocks = [allocator.allocate(9 * MIB) for _ in range(6)]
+    for block in blocks[::2]:
+        allocator.free(block)
+    allocator.allocate(12 * MIB)
+
+    if expandable:
+        # 6 * 9 = 54 in 60; free are 9 in each of three places and 6 at the end, which grow by a page
+        assert mib(allocator) == (3 * 9 + 12, 80)
+    else:
+        # 9 + 9 + 2 in each of three segments, 9 and 2 of them free; 12 fits nowhere
+        assert mib(allocator) == (3 * 9 + 12, 3 * 20 + 12)
+
+
+# -- the limit ------------------------------------------------------------------------------------------
+
+
+def test_wholly_free_segments_go_back_before_memory_ends() -> None:
+    allocator = CachingAllocator(limit_bytes=62 * MIB)
+    kept = allocator.allocate(6 * MIB)
+    for block in [allocator.allocate(20 * MIB) for _ in range(2)]:
+        allocator.free(block)
+    allocator.free(allocator.allocate(1 * MIB))
+    assert mib(allocator) == (6, 20 + 40 + 2)
+
+    big = allocator.allocate(42 * MIB)  # 62 - 20, which `kept` holds
+
+    assert mib(allocator) == (48, 62)
+    assert (allocator.num_alloc_retries, allocator.num_ooms) == (1, 0)
+    assert (allocator.num_device_alloc, allocator.num_device_free) == (5, 3)
+    allocator.free(big)
+    allocator.free(kept)
+    with pytest.raises(OutOfMemory) as caught:
+        allocator.allocate(62 * MIB + 1)  # 64
+    assert caught.value.requested_bytes == 62 * MIB + 1
+    assert caught.value.tried_bytes == 64 * MIB
+    assert caught.value.usage == allocator.usage == Usage(0, 0, 0)
+    assert caught.value.limit_bytes == 62 * MIB
+    assert (allocator.num_alloc_retries, allocator.num_ooms) == (2, 1)
+    allocator.allocate(62 * MIB)
+
+
+def test_a_segment_in_use_does_not_go_back() -> None:
+    allocator = CachingAllocator(limit_bytes=40 * MIB)
+    allocator.allocate(2 * MIB)
+    rest = allocator.allocate(18 * MIB)  # a cut of the same segment
+    allocator.free(rest)
+
+    with pytest.raises(
+        OutOfMemory, match=r"20971521 bytes need 23068672 .* 20971520 \(2097152 of them .* 41943040$"
+    ):
+        allocator.allocate(20 * MIB + 1)  # 22 beside 20
+    assert mib(allocator) == (2, 20)
+
+
+@BOTH
+def test_max_split_expandable(expandable: bool) -> None:
+    """The numbers of torch's test_max_split_expandable: 3 * 40 of 120, no fourth, and 120 after them."""
+    allocator = CachingAllocator(120 * MIB, expandable)
+    blocks = [allocator.allocate(40 * MIB) for _ in range(3)]
+    with pytest.raises(OutOfMemory):
+        allocator.allocate(40 * MIB)
+    for block in blocks:
+        allocator.free(block)
+    allocator.allocate(120 * MIB)
+
+    assert mib(allocator) == (120, 120)
+    assert allocator.num_alloc_retries == (1 if expandable else 2)  # an expandable range is in one piece
+
+
+@BOTH
+def test_emptying_the_cache_takes_nothing_from_the_living(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    small, large = allocator.allocate(1), allocator.allocate(30 * MIB)
+    allocator.free(allocator.allocate(45 * MIB))
+    allocator.empty_cache()
+    # expandable: 75 of 80 were mapped; the page from 20 to 40 is half in use
+    assert mib(allocator) == (30 + 512 / MIB, 2 + (40 if expandable else 30))
+
+    allocator.free(large)
+    allocator.free(small)
+    allocator.empty_cache()
+    assert allocator.usage == Usage(0, 0, 0)
+    assert allocator.segments() == []
+    assert allocator.num_device_free == 1 + 2
+
+
+# -- expandable segments --------------------------------------------------------------------------------
+
+
+@BOTH
+def test_growth_as_measured(expandable: bool) -> None:
+    """pytorch issue 123548 and pull request 193400, ROCm issue 6603, torch 2.12: 64 MiB stay; in each
+    cycle come 91, 45.5 and 2 MiB, and the 2 stay. Allocated were 66, 106, ..., 266 MiB in cycles 0, 20,
+    ..., 100. Reserved were less than 500 MiB to the end with either kind of segments; and 220 in cycle 0
+    with expandable ones (and max_split_size_mb:128, before any free block was as large).
+    """
+    allocator = CachingAllocator(16 * 2**30, expandable)
+    allocator.allocate(64 * MIB)
+    seen = []
+    for cycle in range(101):
+        two = [allocator.allocate(91 * MIB), allocator.allocate(45 * MIB + 512 * KIB)]
+        allocator.allocate(2 * MIB)
+        for block in two:
+            allocator.free(block)
+        if cycle % 20 == 0:
+            seen.append(mib(allocator))
+
+    assert [allocated for allocated, _ in seen] == [66, 106, 146, 186, 226, 266]
+    assert all(reserved < 500 for _, reserved in seen)
+    if expandable:
+        assert seen[0][1] == 220  # 64 + 91 + 45.5 + 2 = 202.5 in pages of 20
+    else:
+        # 64, 92, 46, 20; 91 and 45.5 leave rests of 1 and 0.5 MiB, which are not cut off
+        assert seen[0][1] == 64 + 92 + 46 + 20
+    assert allocator.num_alloc_retries == 0
+
+
+@BOTH
+def test_the_end_of_a_range_is_kept_for_what_needs_it(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    first = allocator.allocate(9 * MIB)
+    allocator.allocate(6 * MIB)
+    allocator.free(first)
+    # free: 9 MiB at 0, 5 MiB at 15, which in a range can grow without end
+    assert allocator.allocate(4 * MIB).address - LARGE == (0 if expandable else 15 * MIB)
+
+
+def in_pages(*sizes: int) -> tuple[CachingAllocator, list[Block]]:
+    """Blocks of so many MiB, one after the other in an expandable range."""
+    allocator = CachingAllocator(expandable=True)
+    return allocator, [allocator.allocate(size * MIB) for size in sizes]
+
+
+def test_a_hole_is_filled_before_the_range_grows() -> None:
+    allocator, blocks = in_pages(20, 20, 20)
+    allocator.free(blocks[0])
+    allocator.empty_cache()
+    assert mib(allocator) == (40, 40)
+    assert len(allocator.segments()) == 1
+
+    assert allocator.allocate(30 * MIB).address - LARGE == 60 * MIB  # 30 are more than the hole
+    assert mib(allocator) == (70, 80)
+    assert len(allocator.segments()) == 1
+    assert allocator.allocate(15 * MIB).address == LARGE  # 10 are free at the end, too few
+    assert mib(allocator) == (85, 100)
+
+
+def test_a_hole_and_the_free_block_above_it_serve_together() -> None:
+    allocator, blocks = in_pages(30, 10)
+    allocator.free(blocks[0])
+    allocator.empty_cache()  # 0 to 20 is a whole page, 20 to 30 is not
+    assert shape(allocator) == [[(10, False), (10, True)]]
+
+    assert allocator.allocate(25 * MIB).address == LARGE
+    assert shape(allocator) == [[(25, True), (5, False), (10, True)]]
+
+
+def test_pages_mapped_in_vain_are_given_back() -> None:
+    allocator, blocks = in_pages(20, 20, 20, 20)
+    allocator.free(blocks[0])
+    allocator.free(blocks[2])
+    allocator.empty_cache()
+    allocator.free(blocks[1])
+    assert shape(allocator) == [[(20, False)], [(20, True)]]  # between two holes
+
+    allocator.limit_bytes = 60 * MIB
+    with pytest.raises(OutOfMemory) as caught:
+        allocator.allocate(55 * MIB)  # 20 more are there, not 40; after the flush 40, not 60
+    assert caught.value.usage.reserved_bytes == 20 * MIB
+    assert caught.value.tried_bytes == 56 * MIB  # kRoundLarge, as torch reports it
+    assert allocator.peak.reserved_bytes == 80 * MIB
+    assert allocator.num_device_alloc == 4 + 1
+
+    allocator.limit_bytes = 80 * MIB
+    assert allocator.allocate(55 * MIB).address == LARGE
+    assert shape(allocator) == [[(55, True), (5, False), (20, True)]]
+
+
+# -- peaks and lists of events --------------------------------------------------------------------------
+
+
+def test_peaks_are_of_the_time_since_the_reset() -> None:
+    allocator = CachingAllocator()
+    first = allocator.allocate(12 * MIB - 100)
+    allocator.free(first)
+    allocator.allocate(1000)
+    assert allocator.peak == Usage(12 * MIB - 100, 12 * MIB, 14 * MIB)
+
+    allocator.empty_cache()
+    allocator.reset_peaks()
+    assert allocator.peak == allocator.usage == Usage(1000, 1024, 2 * MIB)
+
+
+def test_a_list_of_events_goes_on_where_another_ended() -> None:
+    allocator, live = CachingAllocator(), dict[int, Block]()
+    assert replay([Event(1, 100), Event(2, 3 * MIB), Event(1, None)], allocator, live) == (
+        3 * MIB + 100,
+        3 * MIB + 512,
+        22 * MIB,
+    )
+    assert live.keys() == {2}
+    replay([Event(2, None), Event(3, 0), Event(3, None)], allocator, live)
+    assert live == {}
+    assert allocator.usage == Usage(0, 0, 22 * MIB)
+
+
+def test_events_that_cannot_be_are_refused() -> None:
+    allocator = CachingAllocator()
+    with pytest.raises(ValueError, match="tensor 1 is allocated twice"):
+        replay([Event(1, 5), Event(1, 5)], allocator, {})
+    with pytest.raises(KeyError):
+        replay([Event(2, None)], allocator, {})
+    block = allocator.allocate(5)
+    allocator.free(block)
+    with pytest.raises(ValueError, match="is not allocated"):
+        allocator.free(block)
+
+
+def test_memory_ends_at_an_event_and_the_tensors_before_it_are_there() -> None:
+    allocator, live = CachingAllocator(limit_bytes=20 * MIB), dict[int, Block]()
+    with pytest.raises(OutOfMemory):
+        replay([Event(n, 7 * MIB) for n in range(5)], allocator, live)
+    assert live.keys() == {0, 1}
+
+
+# -- any sequence ---------------------------------------------------------------------------------------
+
+Act = tuple[str, int]
+
+SIZES = st.one_of(
+    st.integers(1, 4 * KIB),
+    st.integers(1, 3 * MIB),
+    st.integers(1 * MIB, 64 * MIB),
+    st.sampled_from([MIB * base + off for base in (1, 2, 10, 11, 20) for off in (-512, 0, 1, 512)]),
+)
+ACTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("allocate"), SIZES),
+        st.tuples(st.just("allocate"), SIZES),
+        st.tuples(st.just("free"), st.integers(0, 10**6)),
+        st.tuples(st.just("free"), st.integers(0, 10**6)),
+        st.tuples(st.just("empty"), st.just(0)),
+    ),
+    min_size=10,
+    max_size=80,
+)
+LIMITS = st.one_of(st.none(), st.integers(0, 200 * MIB))
+
+
+@dataclass
+class Slow:
+    """The same rules with nothing but intervals in use, [start, end), and a list of what is reserved."""
+
+    limit: int | None
+    expandable: bool
+    used: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # handle: start, end, requested
+    reserved: list[tuple[int, int]] = field(default_factory=list)  # segments, or single pages
+    fresh: list[int] = field(default_factory=lambda: [0, LARGE])  # the next address, small and large
+    most: list[int] = field(default_factory=lambda: [0, 0, 0])
+    flushes: int = 0
+
+    def usage(self) -> tuple[int, int, int]:
+        return (
+            sum(requested for _, _, requested in self.used.values()),
+            sum(end - start for start, end, _ in self.used.values()),
+            sum(end - start for start, end in self.reserved),
+        )
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """Segments; or pages that touch, as one."""
+        pages = sorted(self.reserved)
+        while pages:
+            start, end = pages.pop(0)
+            while self.expandable and pages and pages[0][0] == end:
+                end = pages.pop(0)[1]
+            yield start, end
+
+    def gaps(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """What is not in use from start to end."""
+        for low, high, _ in sorted(self.used.values()):
+            if start <= low < end:
+                if start < low:
+                    yield start, low
+                start = high
+        if start < end:
+            yield start, end
+
+    def give(self, start: int, end: int) -> bool:
+        if self.limit is not None and self.usage()[2] + end - start > self.limit:
+            return False
+        step = (2 * MIB if start < LARGE else 20 * MIB) if self.expandable else end - start
+        self.reserved += [(low, low + step) for low in range(start, end, step)]
+        self.note()
+        return True
+
+    def note(self) -> None:
+        self.most = [max(pair) for pair in zip(self.most, self.usage(), strict=True)]
+
+    def allocate(self, handle: int, requested: int) -> bool:
+        size = (requested + 511) // 512 * 512
+        small = size <= MIB
+        free = [
+            (end - start, start)
+            for stretch in self.stretches()
+            for start, end in self.gaps(*stretch)
+            if (start < LARGE) == small and end - start >= size
+        ]
+        if free:
+            room, start = self.choose(sorted(free))
+        else:
+            grow = self.expand if self.expandable else self.segment
+            found = grow(small, size)
+            if found is None:
+                self.flushes += 1
+                self.empty()
+                found = grow(small, size)
+            if found is None:
+                return False
+            room, start = found
+        rest = room - size
+        cut = rest > 0 if small or self.expandable else rest > MIB
+        self.used[handle] = (start, start + (size if cut else room), requested)
+        self.note()
+        return True
+
+    def choose(self, free: list[tuple[int, int]]) -> tuple[int, int]:
+        if not self.expandable:
+            return free[0]
+
+        def reach(room: int, start: int) -> int:
+            above = [low for low, _ in self.reserved if low >= start + room]
+            above += [low for low, _, _ in self.used.values() if low >= start + room]
+            mates = [low for low in above if (low < LARGE) == (start < LARGE)]
+            return min(mates, default=10**30) - start
+
+        while len(free) > 1 and reach(*free[1]) < reach(*free[0]):
+            free = free[1:]
+        return free[0]
+
+    def segment(self, small: bool, size: int) -> tuple[int, int] | None:
+        if small:
+            room = 2 * MIB
+        elif size < 10 * MIB:
+            room = 20 * MIB
+        else:
+            room = (size + 2 * MIB - 1) // (2 * MIB) * (2 * MIB)
+        start = self.fresh[not small]
+        if not self.give(start, start + room):
+            return None
+        self.fresh[not small] += room
+        return room, start
+
+    def expand(self, small: bool, size: int) -> tuple[int, int] | None:
+        base = 0 if small else LARGE
+        page = 2 * MIB if small else 20 * MIB
+        start = next(low for low, high in self.gaps(base, base + 2**60) if high - low >= size)
+        first = (start - base) // page * page + base
+        while True:
+            wanted = [
+                low for low in range(first, start + size, page) if (low, low + page) not in self.reserved
+            ]
+            if not wanted:
+                break
+            end = wanted[0]  # the hole up to the next page that is there
+            while end in wanted:
+                end += page
+            if not self.give(wanted[0], end):
+                return None
+        return next(
+            (high - low, low)
+            for stretch in self.stretches()
+            for low, high in self.gaps(*stretch)
+            if low == start
+        )
+
+    def empty(self) -> None:
+        self.reserved = [
+            (start, end)
+            for start, end in self.reserved
+            if any(low < end and high > start for low, high, _ in self.used.values())
+        ]
+
+
+def check_against_slow(acts: list[Act], limit: int | None, expandable: bool) -> None:
+    allocator, slow = CachingAllocator(limit, expandable), Slow(limit, expandable)
+    blocks: dict[int, Block] = {}
+    for handle, (act, number) in enumerate(acts):
+        if act == "allocate":
+            there = slow.allocate(handle, number)
+            try:
+                blocks[handle] = allocator.allocate(number)
+            except OutOfMemory:
+                assert not there
+            else:
+                assert there
+        elif act == "free" and blocks:
+            chosen = sorted(blocks)[number % len(blocks)]
+            allocator.free(blocks.pop(chosen))
+            del slow.used[chosen]
+        elif act == "empty":
+            allocator.empty_cache()
+            slow.empty()
+        found = {h: (b.address, b.address + b.size_bytes, b.requested_bytes) for h, b in blocks.items()}
+        assert found == slow.used
+        assert allocator.usage == slow.usage()
+        assert [(s[0].address, sum(b.size_bytes for b in s)) for s in allocator.segments()] == [
+            (start, end - start) for start, end in slow.stretches()
+        ]
+    assert list(allocator.peak) == slow.most
+    assert allocator.num_alloc_retries == slow.flushes
+
+
+@settings(deadline=None)
+@given(acts=ACTS, limit=LIMITS, expandable=st.booleans())
+def test_the_slow_model_agrees(acts: list[Act], limit: int | None, expandable: bool) -> None:
+    check_against_slow(acts, limit, expandable)
+
+
+@pytest.mark.parametrize("limit", [None, 150 * MIB])
+@BOTH
+def test_the_slow_model_agrees_on_a_long_list(limit: int | None, expandable: bool) -> None:
+    generator = random.Random(7)
+    acts: list[Act] = []
+    for number in range(800):
+        draw = generator.random()
+        if draw < (0.7 if number // 100 % 2 == 0 else 0.3):  # up to 40 more, then down again
+            acts.append(("allocate", int(2 ** generator.uniform(0, 24))))
+        else:
+            acts.append(("free" if draw < 0.99 else "empty", generator.randrange(10**6)))
+    check_against_slow(acts, limit, expandable)
+
+
+def check_is_sound(allocator: CachingAllocator, blocks: list[Block]) -> None:
+    usage, segments = allocator.usage, allocator.segments()
+    assert usage.requested_bytes == sum(block.requested_bytes for block in blocks)
+    assert usage.allocated_bytes == sum(block.size_bytes for block in blocks)
+    assert usage.reserved_bytes == sum(block.size_bytes for segment in segments for block in segment)
+    assert usage.requested_bytes <= usage.allocated_bytes <= usage.reserved_bytes
+    assert all(most >= now for most, now in zip(allocator.peak, usage, strict=True))
+    if allocator.limit_bytes is not None:
+        assert allocator.peak.reserved_bytes <= allocator.limit_bytes
+    place = -1
+    for segment in segments:
+        assert segment[0].address > place  # segments do not touch but in two pools
+        for low, high in pairwise(segment):
+            assert high.address == low.address + low.size_bytes  # no overlap, no gap
+            assert low.live or high.live
+        place = segment[-1].address
+        assert all(block.size_bytes % 512 == 0 < block.size_bytes for block in segment)
+    live = [block for segment in segments for block in segment if block.live]
+    assert sorted(live, key=id) == sorted(blocks, key=id)  # each in one segment
+
+
+def play(
+    acts: list[Act], limit: int | None, expandable: bool
+) -> tuple[CachingAllocator, list[tuple[int, ...]]]:
+    """The allocator after them with nothing freed at the end, and what was seen on the way."""
+    allocator, blocks = CachingAllocator(limit, expandable), list[Block]()
+    seen: list[tuple[int, ...]] = []
+    for act, number in acts:
+        before = allocator.peak
+        if act == "allocate":
+            try:
+                blocks.append(allocator.allocate(number))
+            except OutOfMemory:
+                assert limit is not None
+        elif act == "free" and blocks:
+            allocator.free(blocks.pop(number % len(blocks)))
+        elif act == "empty":
+            allocator.empty_cache()
+        check_is_sound(allocator, blocks)
+        assert all(new >= old for new, old in zip(allocator.peak, before, strict=True))
+        seen.append((*allocator.usage, *allocator.peak, *(block.address for block in blocks)))
+    for block in blocks:
+        allocator.free(block)
+    check_is_sound(allocator, [])
+    return allocator, seen
+
+
+@settings(deadline=None)
+@given(acts=ACTS, limit=LIMITS, expandable=st.booleans())
+def test_the_books_are_right(acts: list[Act], limit: int | None, expandable: bool) -> None:
+    allocator, seen = play(acts, limit, expandable)
+
+    assert allocator.usage[:2] == (0, 0)
+    assert all(len(segment) == 1 for segment in allocator.segments())  # wholly free
+    allocator.empty_cache()
+    assert allocator.usage == Usage(0, 0, 0)
+    assert play(acts, limit, expandable)[1] == seen
