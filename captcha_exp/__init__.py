@@ -12,9 +12,9 @@ The names are looked up at first use, so that importing the package costs nothin
 import os
 from typing import TYPE_CHECKING
 
-# Threads of libgomp, which carries torch's CPU arithmetic on Linux, spin for 300,000 turns before they sleep.
-# Beside any other busy process they then wait for each other, and a training takes five to forty times as long.
-# It is read once, when torch is imported; the numbers that come out do not depend on it.
+# Threads of libgomp, which carries torch's CPU arithmetic on Linux, spin for 300,000 turns before they sleep:
+# beside any other busy process they wait for each other, and a training takes many times as long (LOG.md).
+# This is read once, when torch is imported; the numbers that come out do not depend on it.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
