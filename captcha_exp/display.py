@@ -4,6 +4,7 @@ Results go to standard output, so that a pipe gets results alone.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -55,7 +56,7 @@ class _NoBar:
 
 
 class Terminal:
-    """Bars where a terminal can show them, else lines alone."""
+    """Bars where a terminal can show them; in a file or a pipe a line now and then, with the time left."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -68,6 +69,9 @@ class Terminal:
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
+        if not self.console.is_terminal:
+            yield _LineBar(self, what, total)
+            return
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -77,10 +81,31 @@ class Terminal:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
+        with Progress(*columns, console=self.console, transient=True) as progress:
             yield _RichBar(progress, what, total)
+
+
+class _LineBar:
+    """Tells how far it is, soon after the beginning and then every minute."""
+
+    FIRST, NEXT = 15.0, 60.0  # seconds
+
+    def __init__(self, terminal: Terminal, what: str, total: int) -> None:
+        self._terminal, self._what, self._total = terminal, what, total
+        self._done = 0
+        self._began = time.monotonic()
+        self._due = self._began + self.FIRST
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now < self._due or not 0 < self._done < self._total:
+            return
+        self._due = now + self.NEXT
+        left = (now - self._began) * (self._total - self._done) / self._done
+        spoken = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        text = f"{self._what}: {self._done / self._total:.0%}, about {spoken} left"
+        self._terminal.line(f"{text}  {note}".rstrip())
 
 
 class _RichBar:
