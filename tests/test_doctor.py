@@ -847,7 +847,8 @@ def test_what_fails_is_named_and_hides_no_other(tiny: Config, monkeypatch: pytes
 def test_versions_come_from_the_installed_project(tiny: Config) -> None:
     facts = gather(tiny)
     here = {package.name: package for package in facts.packages}
-    assert here["torch"].installed == torch.__version__
+    # A CUDA build says +cu130 of itself; the package that it came in does not.
+    assert torch.__version__.startswith(here["torch"].installed or "nothing")
     assert here["torch"].allowed == "<2.14,>=2.10"
     assert all(package.fits for package in here.values())
     assert "pytest" not in here  # an extra
