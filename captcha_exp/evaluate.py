@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from captcha_exp import dataset
 from captcha_exp import device as devices
@@ -157,32 +158,52 @@ def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float,
     return low, high
 
 
+class Read(NamedTuple):
+    """What a model read, on the device, with one tensor for each batch."""
+
+    loss: Tensor  # () sum over the pictures
+    predicted: list[Tensor]  # (B, T) class ids
+    targets: list[Tensor]  # (B, T) class ids
+    confidences: list[Tensor]  # (B, T)
+    rows: list[Tensor]  # (B,)
+
+
 @torch.inference_mode()
 def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
     """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards."""
+    found = read(model, split, config)
+    return Evaluation(
+        loss=float(found.loss) / len(split),
+        predicted=torch.cat(found.predicted).cpu().numpy(),
+        targets=torch.cat(found.targets).cpu().numpy(),
+        confidences=torch.cat(found.confidences).cpu().numpy(),
+        rows=torch.cat(found.rows).cpu().numpy(),
+    )
+
+
+@torch.inference_mode()
+def read(model: Recogniser, split: Split, config: Config) -> Read:
+    """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards.
+
+    Reads no tensor on the host, so that it can be traced.
+    """
     was_training = model.training
     model.eval()
     loss = torch.zeros(
         (), dtype=torch.float64 if split.device.type != "mps" else torch.float32, device=split.device
     )
-    predicted, confidences, targets, rows = [], [], [], []
+    found = Read(loss, [], [], [], [])
     for batch in split.batches(config.train.evaluation_batch_size):
         with devices.autocast(config, split.device):
             logits = model(batch.images)
         loss += model.head.loss(logits.float(), batch.targets) * len(batch.rows)
         ids, confidence = model.head.decode(logits.float())
-        predicted.append(ids)
-        confidences.append(confidence)
-        targets.append(batch.targets)
-        rows.append(batch.rows)
+        found.predicted.append(ids)
+        found.confidences.append(confidence)
+        found.targets.append(batch.targets)
+        found.rows.append(batch.rows)
     model.train(was_training)
-    return Evaluation(
-        loss=float(loss) / len(split),
-        predicted=torch.cat(predicted).cpu().numpy(),
-        targets=torch.cat(targets).cpu().numpy(),
-        confidences=torch.cat(confidences).cpu().numpy(),
-        rows=torch.cat(rows).cpu().numpy(),
-    )
+    return found
 
 
 def evaluate_run(

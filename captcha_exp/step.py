@@ -62,6 +62,10 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
 def fresh_state(config: Config, device: torch.device) -> TrainState:
     """The state before the first step: weights that depend on the seed alone."""
     torch.manual_seed(chance.derive(config.seed, "weights"))
-    model = models.place(models.build(config.model, config.captcha), device)
+    return state_of(models.place(models.build(config.model, config.captcha), device), config, device)
+
+
+def state_of(model: models.Recogniser, config: Config, device: torch.device) -> TrainState:
+    """The state before the first step of a model that is on the device."""
     scale = optim.LossScale(device) if config.device.precision == "fp16" else None
     return TrainState(model, optim.optimizer(config.train, model.parameters()), scale)
