@@ -16,7 +16,6 @@ Not seen, since no tensor of a dispatched operator holds it:
 - where CUDA's operators keep other tensors than the CPU's: cuDNN's reserve of a batch norm; lists of autocast,
   which differ in operators on small tensors alone here (CUDA's softmax is in fp32, the CPU's in 16 bits)
 - scalars of the progress bar, and what watch.Guard reads; a message of a broken step
-- that `place` lays out each weight once more while nothing else is there
 
 Source: torch, torch/_subclasses/fake_tensor.py; torch/utils/_python_dispatch.py.
 """
@@ -28,7 +27,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,7 +86,7 @@ def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace
 def _on_fake_tensors(config: Config, pictures: Mapping[str, int], recorder: "_Recorder") -> dict[str, int]:
     """`_training`; with its end everything that it made is gone, and seen to go."""
     with torch.device(HOST):
-        model = models.place(models.build(config.model, config.captcha), HOST)
+        model = models.build(config.model, config.captcha)
     # torch.tensor gives a plain tensor even here; it becomes a fake one as it is used.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(HOST), recorder:
         return _training(model, config, pictures, recorder.begin)
@@ -107,7 +106,7 @@ def _training(
 
     training, validation = split("train"), split("validation")
     begin("state")
-    state = state_of(model.to(DEVICE), config, DEVICE)
+    state = state_of(_placed(model), config, DEVICE)
     for epoch in sorted({1, min(2, config.train.epochs), config.train.epochs}):  # a ramp ends in the last
         begin(f"epoch {epoch}: start")
         change = Changes(config, epoch, len(data.images), DEVICE)
@@ -139,6 +138,17 @@ def _dataset(config: Config, pictures: Mapping[str, int]) -> Dataset:
     targets = torch.empty(count, captcha.length, dtype=torch.int64)
     members = {name: torch.empty(pictures[name], dtype=torch.int64) for name in SPLITS if name in pictures}
     return Dataset(images, targets, [], members, {})
+
+
+def _placed(model: Recogniser) -> Recogniser:
+    """As from `models.place`, of which torch does the second line on no fake parameter."""
+    model.to(DEVICE)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 4:
+                laid_out = weight.detach().to(memory_format=torch.channels_last)
+                module.register_parameter(name, nn.Parameter(laid_out))
+    return model
 
 
 def _epoch(
