@@ -118,7 +118,8 @@ def test_the_table_of_changes_is_there_where_pictures_are_changed(tiny: Config) 
 
     assert peaks(changed)["epoch 1: step 3"] == peaks(plain)["epoch 1: step 3"]
     assert peaks(changed)["epoch 2: evaluation"] - peaks(plain)["epoch 2: evaluation"] == table
-    assert peaks(changed)["epoch 9: start"] - peaks(plain)["epoch 9: start"] == 2 * table
+    order = 200 * 8  # comes later, when the old table has gone
+    assert peaks(changed)["epoch 9: start"] - peaks(plain)["epoch 9: start"] == 2 * table - order
 
 
 def test_only_fp16_has_a_loss_scale(tiny: Config) -> None:
@@ -160,7 +161,7 @@ class Moment(NamedTuple):
     nanoseconds: int
     address: int
     size_bytes: int
-    convolution: int | None  # the one inside which it happened
+    product: int | None  # the convolution or matrix product inside which it happened
     phase: str
 
 
@@ -185,14 +186,14 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
             state.keep_if_better(1.0, 0.0)
     moments: list[Moment] = []
 
-    def walk(node: Any, convolution: int | None, phase: str) -> None:
+    def walk(node: Any, product: int | None, phase: str) -> None:
         kind, fields = node.typed
         if kind == _EventType.Allocation:
-            moments.append(Moment(node.start_time_ns, fields.ptr, fields.alloc_size, convolution, phase))
-        if convolution is None and node.name.startswith(("aten::conv", "aten::mkldnn_conv")):
-            convolution = node.id
+            moments.append(Moment(node.start_time_ns, fields.ptr, fields.alloc_size, product, phase))
+        if product is None and node.name.startswith(ONEDNN):
+            product = node.id
         for child in node.children:
-            walk(child, convolution, node.name if node.name in PHASES else phase)
+            walk(child, product, node.name if node.name in PHASES else phase)
 
     assert seen.profiler is not None
     for root in seen.profiler.kineto_results.experimental_event_tree():
@@ -200,11 +201,13 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
     return sorted(moments)
 
 
+# Not aten::conv2d: inside it autocast makes the weights of 16 bits, which a card holds too.
+ONEDNN = ("aten::convolution", "aten::mkldnn_convolution", "aten::addmm")
 PHASES = ("state", "step", "evaluation", "best weights")
 
 
 def real_peaks(moments: list[Moment], with_reorders: bool) -> dict[str, int]:
-    """Bytes at most, by phase; without what oneDNN takes and gives back inside one convolution."""
+    """Bytes at most, by phase; without what oneDNN takes and gives back inside one operator."""
     came: dict[int, int] = {}
     left_out: set[int] = set()
     pairs: dict[int, int] = {}
@@ -214,7 +217,7 @@ def real_peaks(moments: list[Moment], with_reorders: bool) -> dict[str, int]:
         elif moment.address in came:  # else it is older than the profile
             first = came.pop(moment.address)
             pairs[number] = first
-            if moment.convolution is not None and moment.convolution == moments[first].convolution:
+            if moment.product is not None and moment.product == moments[first].product:
                 left_out |= {first, number}
     now, most = 0, dict.fromkeys(PHASES, 0)
     for number, moment in enumerate(moments):
