@@ -525,6 +525,41 @@ PLANTS = (
         "if before is not None and before.mapped and before is block:",
         ("test_allocator.py",),
     ),
+    Plant(
+        "the trace takes what stays on the host for the device's",
+        "memory/trace.py",
+        "torch.device(HOST), recorder",
+        "torch.device(DEVICE), recorder",
+        ("test_trace.py",),
+    ),
+    Plant(
+        "the trace keeps the best weights once and never again",
+        "memory/trace.py",
+        "state.keep_if_better(float(epoch), 0.0)",
+        "state.keep_if_better(1.0, 0.0)",
+        ("test_trace.py",),
+    ),
+    Plant(
+        "the trace forgets what an evaluation is sent and keeps",
+        "memory/trace.py",
+        "else 8 * length + 8)",
+        "else 0)",
+        ("test_trace.py",),
+    ),
+    Plant(
+        "the traced evaluation builds graphs, unlike the real one",
+        "evaluate.py",
+        "@torch.inference_mode()\ndef read(",
+        "def read(",
+        ("test_trace.py",),
+    ),
+    Plant(
+        "the trace sees only the first tensor of an operator with several",
+        "memory/trace.py",
+        "in tree_leaves(result):",
+        "in tree_leaves(result)[:1]:",
+        ("test_trace.py",),
+    ),
 )
 
 

@@ -1,5 +1,5 @@
-"""What a training allocates, against arithmetic, and against torch's profiler on the same training run for
-real on the CPU; and what a trace leaves alone."""
+"""What a training allocates: against arithmetic, and against torch's profiler on the same training run
+for real on the CPU; and what a trace leaves alone."""
 
 import gc
 import itertools
@@ -46,11 +46,11 @@ def peaks(traced: Trace) -> dict[str, int]:
     return {phase.name: phase.peak_bytes for phase in traced.phases}
 
 
-# -- arithmetic ----------------------------------------------------------------------------------------------
+# -- arithmetic -----------------------------------------------------------------------------------------
 
 
 def resnet18_sizes() -> tuple[list[int], int]:
-    """Numbers in each parameter of the article's network, from He et al.; and the channels of all norms."""
+    """Numbers in each parameter of the article's network, from He et al.; and all channels of norms."""
     convolutions = [(3, 64, 3)]
     inputs = 64
     for width in (64, 128, 256, 512):
@@ -70,7 +70,8 @@ def test_the_articles_training_is_what_arithmetic_and_earlier_measurements_say()
     parameters, channels = resnet18_sizes()
     assert traced.parameters_bytes == 4 * sum(parameters)
     assert traced.buffers_bytes == 2 * 4 * channels + 8 * 20  # mean and variance; steps seen by 20 norms
-    assert traced.optimizer_bytes == 2 * traced.parameters_bytes + 4 * len(parameters)  # and steps, in Adam
+    steps = 4 * len(parameters)  # Adam counts them for each
+    assert traced.optimizer_bytes == 2 * traced.parameters_bytes + steps
     assert traced.resident_bytes == 0
     assert traced.peak_bytes("epoch 1: step") / MIB == pytest.approx(736.8, rel=0.01)
 
@@ -152,7 +153,7 @@ def test_an_epoch_has_no_more_batches_than_pictures(tiny: Config) -> None:
     assert steps == ["epoch 1: step 1", "epoch 1: step 2"]
 
 
-# -- the same training for real ------------------------------------------------------------------------------
+# -- the same training for real -------------------------------------------------------------------------
 
 
 class Moment(NamedTuple):
@@ -168,7 +169,10 @@ class Moment(NamedTuple):
 def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
     """The first epoch of a training on noise, as the profiler sees it."""
     captcha, count = config.captcha, sum(pictures.values())
-    members = dict(zip(pictures, torch.arange(count).split(list(pictures.values())), strict=True))
+    ends = itertools.accumulate(pictures.values())
+    members = {
+        name: torch.arange(end - pictures[name], end) for name, end in zip(pictures, ends, strict=True)
+    }
     shape = (count, captcha.height, captcha.width, captcha.channels)
     targets = torch.randint(0, len(captcha.alphabet), (count, captcha.length))
     data = Dataset(torch.randint(0, 256, shape, dtype=torch.uint8), targets, ["?"] * count, members, {})
@@ -243,7 +247,8 @@ def compare(config: Config, size: int, record: Any) -> None:
         assert raw[phase] < 1.12 * foretold, phase
 
 
-NETWORKS = list(itertools.product(("compact", "resnet18"), ("position", "grouped_softmax"), ("fp32", "bf16")))
+HEADS = ("position", "grouped_softmax")
+NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16")))
 QUICK = [(*case, 16) for case in NETWORKS] + [(*case, 4) for case in NETWORKS if case[0] == "compact"]
 WHOLE = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
 
@@ -273,7 +278,7 @@ def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property
     compare(configured("augment=mild", "augment.ramp=0"), 32, record_property)
 
 
-# -- as a function of the batch ------------------------------------------------------------------------------
+# -- as a function of the batch -------------------------------------------------------------------------
 
 
 def check_convex(config: Config, sizes: list[int]) -> None:
@@ -317,7 +322,7 @@ def test_what_a_step_keeps_is_seen_to_the_byte(tiny: Config, monkeypatch: pytest
         assert peaks(hoarded)[phase.name] == phase.peak_bytes + more
 
 
-# -- what a trace leaves alone -------------------------------------------------------------------------------
+# -- what a trace leaves alone --------------------------------------------------------------------------
 
 
 def test_nothing_is_computed() -> None:

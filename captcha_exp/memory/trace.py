@@ -1,23 +1,23 @@
 """What a training allocates on its device, in order, without the device: the project's own code on fake
 tensors, which have shapes and no numbers.
 
-What runs is what a training runs: Dataset.split, Changes, train_step, evaluate.read, keep_if_better. Host and
-device are told apart as `meta` and `cpu`: what is made without a device stays on the host, as it would, and
-what is sent to the device is seen. Each new storage there is an event; another comes when the last reference
-to it is gone. That is reference counting, in torch and in Python, and no collector of garbage has a part in
-it. A fake `cuda` tensor would end the process where torch has no CUDA in it.
+What runs is what a training runs: Dataset.split, Changes, train_step, evaluate.read, keep_if_better.
+Host and device are `meta` and `cpu` (fake `cuda` tensors end a process whose torch has no CUDA): what is
+made without a device stays on the host, what is sent is seen. A new storage on the device is an event;
+another comes when the last reference to it goes, by reference counting, without the collector of
+garbage. A precision of 16 bits is the CPU's autocast.
 
-An epoch is shortened to its first steps and an evaluation to its first batches and the last, since the others
-do the same; what the batches between leave on the device is one event.
+Epochs are cut to their first steps, evaluations to their last batches: the others do the same, and what
+they leave on the device is one event.
 
 Not seen, since no tensor of a dispatched operator holds it:
-- what an operator takes and gives back inside itself: workspaces of cuDNN and cuBLAS, sums of a reduction
+- what an operator takes and gives back inside itself: workspaces of cuDNN, cuBLAS and reductions
 - the CUDA context and its kernels, pinned memory of the host, other processes
-- where CUDA's operators keep other tensors than the CPU's: cuDNN's reserve of a batch norm; lists of autocast,
-  which differ in operators on small tensors alone here (CUDA's softmax is in fp32, the CPU's in 16 bits)
-- scalars of the progress bar, and what watch.Guard reads; a message of a broken step
+- tensors that only CUDA's operators keep: what cuDNN reserves for a batch norm; a softmax under
+  autocast, which is fp32 there and has 16 bits here, on small tensors alone
+- scalars of the progress bar and of watch.Guard
 
-Source: torch, torch/_subclasses/fake_tensor.py; torch/utils/_python_dispatch.py.
+Source: torch, torch/_subclasses/fake_tensor.py and torch/utils/_python_dispatch.py.
 """
 
 import weakref
@@ -30,20 +30,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from captcha_exp import models
 from captcha_exp.augment import Changes
 from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config
-from captcha_exp.dataset import SPLITS, Dataset, Split
+from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import read
 from captcha_exp.memory.allocator import Event
 from captcha_exp.models import Recogniser
 from captcha_exp.step import state_of, train_step
 
 HOST, DEVICE = torch.device("meta"), torch.device("cpu")
-FIRST_STEPS, STEPS = 3, 1  # of the first epoch, in which the optimiser's state is made, and of a later one
-READ_BATCHES = 2  # of an evaluation, and a smaller last one
+FIRST_STEPS, STEPS = 3, 1  # of the first epoch, which makes the optimiser's state, and of a later one
+READ_BATCHES = 2  # whole ones of an evaluation
 
 
 class Phase(NamedTuple):
@@ -74,16 +75,15 @@ class Trace:
 def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace:
     """The trace of a resolved config with this batch size, for so many pictures of each split.
 
-    The device is whatever a CUDA device would be asked for; `device.name` plays no part. Without "test" among
-    the pictures the test after the training is left out.
+    `device.name` plays no part. Without "test" among the pictures there is no test after the training.
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
     recorder = _Recorder()
-    sizes = _on_fake_tensors(config, pictures, recorder)
+    sizes = _run(config, pictures, recorder)
     return Trace(recorder.events, _phases(recorder.events, recorder.marks), **sizes)
 
 
-def _on_fake_tensors(config: Config, pictures: Mapping[str, int], recorder: "_Recorder") -> dict[str, int]:
+def _run(config: Config, pictures: Mapping[str, int], recorder: "_Recorder") -> dict[str, int]:
     """`_training`; with its end everything that it made is gone, and seen to go."""
     with torch.device(HOST):
         model = models.build(config.model, config.captcha)
@@ -107,7 +107,8 @@ def _training(
     training, validation = split("train"), split("validation")
     begin("state")
     state = state_of(_placed(model), config, DEVICE)
-    for epoch in sorted({1, min(2, config.train.epochs), config.train.epochs}):  # a ramp ends in the last
+    last = config.train.epochs  # in which a ramp has ended
+    for epoch in sorted({1, min(2, last), last}):
         begin(f"epoch {epoch}: start")
         change = Changes(config, epoch, len(data.images), DEVICE)
         _epoch(state, training, training.shuffled(config.seed, epoch), change, config, epoch, begin)
@@ -123,10 +124,11 @@ def _training(
         begin("test evaluation")
         _evaluation(state.model, test, config)
     begin("end")
+    kept = [value for values in state.optimizer.state.values() for value in values.values()]
     return {
         "parameters_bytes": _bytes(state.model.parameters()),
         "buffers_bytes": _bytes(state.model.buffers()),
-        "optimizer_bytes": _bytes(x for values in state.optimizer.state.values() for x in values.values()),
+        "optimizer_bytes": _bytes(kept),
         "resident_bytes": _bytes(x for side in splits for x in (side.images, side.targets, side.rows)),
     }
 
@@ -136,7 +138,7 @@ def _dataset(config: Config, pictures: Mapping[str, int]) -> Dataset:
     captcha, count = config.captcha, sum(pictures.values())
     images = torch.empty(count, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
     targets = torch.empty(count, captcha.length, dtype=torch.int64)
-    members = {name: torch.empty(pictures[name], dtype=torch.int64) for name in SPLITS if name in pictures}
+    members = {name: torch.empty(size, dtype=torch.int64) for name, size in pictures.items()}
     return Dataset(images, targets, [], members, {})
 
 
@@ -168,20 +170,19 @@ def _epoch(
     for number in range(1, steps + 1):
         begin(f"epoch {epoch}: step {number}")
         batch = next(batches)
-        step = train_step(state, change(batch), config)  # noqa: F841 - it lives until the next one is there
+        step = train_step(state, change(batch), config)  # noqa: F841 - lives until the next one
 
 
 def _evaluation(model: Recogniser, split: Split, config: Config) -> None:
-    """The first batches of `evaluate` and the last."""
+    """The last batches of `evaluate`."""
     size, count = config.train.evaluation_batch_size, len(split)
     left_out = max(0, count // size - READ_BATCHES) * size
-    # Of each picture stay class ids and how sure they are; of one that was sent, what was sent but the pixels.
+    # Of a picture stay class ids and how sure they are; of one that was sent, targets and row too.
     length = config.captcha.length
     stays = (8 + 4) * length + (0 if split.rows.device == DEVICE else 8 * length + 8)
     between = torch.empty(left_out * stays, dtype=torch.uint8, device=DEVICE)
-    found = read(
-        model, Split(split.images[left_out:], split.targets[left_out:], split.rows[left_out:], DEVICE), config
-    )
+    images, targets, rows = (x[left_out:] for x in (split.images, split.targets, split.rows))
+    found = read(model, Split(images, targets, rows, DEVICE), config)
     with torch.inference_mode():
         for parts in (found.predicted, found.targets, found.confidences, found.rows):
             torch.cat(parts)
@@ -193,11 +194,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Sees storages of the device come and go."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.marks: list[tuple[str, int]] = []  # where phases begin
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -211,18 +212,12 @@ class _Recorder(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self._see(value)
-            elif isinstance(value, list | tuple):
-                for each in value:
-                    self._see(each)
+        for value in tree_leaves(result):
+            if getattr(value, "fake_device", HOST) == DEVICE:  # quicker than `device`, an operator
+                self._see(value.untyped_storage())
         return result
 
-    def _see(self, tensor: Tensor) -> None:
-        if getattr(tensor, "fake_device", HOST) != DEVICE:  # quicker than `device`, which is an operator
-            return
-        storage = tensor.untyped_storage()
+    def _see(self, storage: torch.UntypedStorage) -> None:
         place = storage._cdata
         if place in self._live:
             return
