@@ -243,13 +243,18 @@ def compare(config: Config, size: int, record: Any) -> None:
         record(f"{phase} raw", f"{raw[phase] / foretold - 1:+.4f}")
         record(phase, f"{without[phase] / foretold - 1:+.4f}")
         assert without[phase] == pytest.approx(foretold, rel=0.02), phase
-        # oneDNN's reorders are of one layer: little in a large network, more in a small one.
-        assert raw[phase] < 1.12 * foretold, phase
+        # What oneDNN reorders is of one layer: much beside a small batch of a small network.
+        if size >= 32 and phase != "state":  # whose extra is what torch draws the weights in
+            assert raw[phase] <= 1.05 * foretold, phase
 
 
 HEADS = ("position", "grouped_softmax")
 NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16")))
-QUICK = [(*case, 16) for case in NETWORKS] + [(*case, 4) for case in NETWORKS if case[0] == "compact"]
+QUICK = [
+    *[(*case, size) for case in NETWORKS[:4] for size in (4, 32)],  # compact
+    ("resnet18", "position", "fp32", 8),
+    ("resnet18", "grouped_softmax", "bf16", 8),
+]
 WHOLE = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
 
 
@@ -282,6 +287,7 @@ def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property
 
 
 def check_convex(config: Config, sizes: list[int]) -> None:
+    config = training(config, epochs=1)
     pictures = {"train": 3 * sizes[-1], "validation": 2}
     steps = [trace(config, size, pictures).peak_bytes("step") for size in sizes]
     slopes = [
