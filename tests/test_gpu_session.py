@@ -54,17 +54,23 @@ def test_a_name_that_is_no_part_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["--one", "nothing"], "KeyError"), (["--one", "doctor"], "took more than 0 s")]
+    ("name", "limit", "words"), [("nothing", 60, "KeyError"), ("doctor", 0, "took more than 0 s")]
 )
 def test_a_part_that_fails_or_takes_too_long_is_an_error_and_not_the_end(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+    name: str, limit: int, words: str
 ) -> None:
-    limit = 0 if "took" in words else 60
-
-    part = gpu_session.run_part(arguments[1], dry_run=True, limit=limit)
+    part = gpu_session.run_part(name, dry_run=True, limit=limit)
 
     assert words in part["error"]
     assert "figures" not in part
+
+
+def test_a_test_of_the_card_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "1 failed", "")
+    monkeypatch.setattr("gpu_session.subprocess.run", lambda *_, **__: failed)
+
+    with pytest.raises(SystemExit, match="1 failed"):
+        gpu_session.tests(collect_only=False)
 
 
 def test_the_parts_of_a_card_hold_every_precision_beside_the_article() -> None:
