@@ -32,7 +32,7 @@ from captcha_exp.places import root
 from captcha_exp.record import sha256_of, write_atomically
 from captcha_exp.sources import Verdict
 
-FORMAT = 2  # of the cache file; raised when the same question would give other bytes
+FORMAT = 3  # of the cache file; raised when it would hold something else for the same question
 REFUSED_SHOWN = 50  # rows of the table of pictures that cannot be used
 
 SPLITS = ("train", "validation", "test")

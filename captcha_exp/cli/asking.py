@@ -49,7 +49,6 @@ def path_of(line: str) -> Path | None:
             text = unquote(urlsplit(text).path)
     else:
         spaced = text.replace("\\ ", " ")  # a shell's way to write a space
-        # pathlib's own `exists` raises where a name is too long.
-        if not os.path.exists(text) and os.path.exists(spaced):  # noqa: PTH110
+        if not os.path.exists(text) and os.path.exists(spaced):  # noqa: PTH110 - pathlib's raises on long names
             text = spaced
     return path_named(text) if text else None

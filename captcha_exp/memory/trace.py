@@ -198,7 +198,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
     """Sees storages of the device come and go."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.events: list[Event] = []
         self.marks: list[tuple[str, int]] = []  # where phases begin
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}

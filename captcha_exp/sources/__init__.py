@@ -36,7 +36,6 @@ class Verdict:
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
     notes: dict[str, list[str]] = field(default_factory=dict)  # what to know of pictures in use -> names
     sizes: dict[str, int] = field(default_factory=dict)  # "WxH" in the files -> pictures
-    characters: str = ""  # what the labels of a folder are made of, those of refused pictures too
 
 
 class Source(Protocol):
@@ -92,7 +91,6 @@ class _Folder:
             refused=[(candidate.name, candidate.reason) for candidate in read.refused],
             notes=read.notes,
             sizes=read.sizes,
-            characters=self._found.characters,
         )
 
     def pictures(self, display: Display) -> npt.NDArray[np.uint8]:

@@ -59,11 +59,6 @@ class Found:
     others: tuple[str, ...]  # names of files that are no pictures by their names
 
     @property
-    def characters(self) -> str:
-        """Those that the labels are made of, in order."""
-        return "".join(sorted(set().union(*(c.label for c in self.candidates))))
-
-    @property
     def sha256(self) -> str:
         """Over names, labels and contents: another folder with the same has the same."""
         lines = [[c.name, c.label, c.sha256 or c.reason] for c in self.candidates]
