@@ -48,7 +48,10 @@ class TrainState:
         elif accuracy < self.best_accuracy or not loss < self.best_loss:
             return False
         self.best_accuracy, self.best_loss, self.best_epoch = accuracy, loss, self.epoch
-        self.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        # On the host, where memory is plenty; on the device they would stand beside all later steps.
+        self.best_weights = {
+            name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()
+        }
         return True
 
     def epochs_without_gain(self) -> int:

@@ -45,6 +45,11 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T) int64, class ids
     rows: Tensor  # (B,) int64, numbers of the pictures in the dataset
 
+    def parts(self, size: int) -> "Iterator[Batch]":
+        """The batch in parts of this size; the last one takes what is left."""
+        for start in range(0, self.rows.shape[0], size):
+            yield Batch(*(part[start : start + size] for part in self))
+
 
 @dataclass(frozen=True)
 class Split:

@@ -9,13 +9,18 @@ written down: the loss, what the loss is at chance, and how logits are read. To 
 here, a class in config/schema.py, a line in `build`, and for a network a file in conf/model/.
 """
 
+import contextlib
+import functools
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Protocol, assert_never
+from typing import Protocol, assert_never, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captcha_exp.config import Captcha, Compact, Model, ResNet18
 
@@ -99,11 +104,68 @@ class GroupedSoftmaxHead(nn.Module):
         return -share * math.log(share) - (1 - share) * math.log(1 - share)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """torch's, which can normalise the same batch again without counting it twice."""
+
+    again = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.again and self.training):
+            return super().forward(x)
+        # With a momentum of 0 the statistics stay what they are.
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class Blocks(nn.Sequential):
+    """Blocks of layers, one after another; a ReLU belongs to what stands before it.
+
+    With `recompute` on, training keeps what enters each block and throws away what is computed inside it,
+    until the backward pass computes it again.
+
+    Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]  # torch has no types for it
+        for block in self._blocks():
+            contexts = functools.partial(_first_and_again, block)
+            # No layer here draws, so there is no state of chance to be kept.
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return x
+
+    def _blocks(self) -> list[nn.Sequential]:
+        layers = list(self)
+        begins = [number for number, layer in enumerate(layers) if not isinstance(layer, nn.ReLU)]
+        return [nn.Sequential(*layers[begin:end]) for begin, end in pairwise([*begins, len(layers)])]
+
+
+def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds the forward pass of a block, and what surrounds it when it is done again."""
+    return contextlib.nullcontext(), _again(block)
+
+
+@contextlib.contextmanager
+def _again(block: nn.Module) -> Iterator[None]:
+    """A block's forward pass is one that has been counted already."""
+    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        norm.again = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.again = False
+
+
 def conv(inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] = 1) -> nn.Sequential:
     """Convolution and batch norm; the norm has the bias."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False),
-        nn.BatchNorm2d(outputs),
+        BatchNorm(outputs),
     )
 
 
@@ -123,7 +185,7 @@ class CompactNet(nn.Module):
             last = number == len(widths) - 2
             stages += [conv(inputs, outputs, 3, stride=2 if number == 0 else (2, 1)), nn.ReLU()]
             stages += [] if last else [CompactResidual(outputs)]
-        self.stages = nn.Sequential(*stages)
+        self.stages = Blocks(*stages)
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.movedim(-1, 1).float() / 255
@@ -160,7 +222,7 @@ class ResNet18Net(nn.Module):
         for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
             blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
             inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.blocks(images.movedim(-1, 1).float() / 255)
@@ -192,6 +254,12 @@ class Recogniser(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.network(images))
         return logits
+
+    def recompute(self, on: bool) -> None:
+        """Whether a training computes the blocks' activations twice, so as not to keep them."""
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.recompute = on
 
 
 def build(model: Model, captcha: Captcha) -> Recogniser:

@@ -1,13 +1,14 @@
 """Optimisers, the learning rate, the loss scale of fp16. The rate is a function of the step alone: nothing to
 save, nothing to restore.
 
-The optimisers are torch's fused ones. They are the fastest (5.5 times the loop over parameters on a CPU),
-and they take `found_inf`, a flag on the device that turns a step into no step at all, so that nobody has to
-wait and look.
+The optimisers are torch's, by default the fused ones. They are the fastest (5.5 times the loop over
+parameters on a CPU), and they take `found_inf`, a flag on the device that turns a step into no step at all,
+so that nobody has to wait and look. The other kernels know no such flag; with them a step is done, and undone
+on the device where it must not count.
 """
 
-from collections.abc import Iterable
-from typing import assert_never
+from collections.abc import Iterable, Sequence
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,60 @@ def optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.O
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    rate, kernel = train.learning_rate, train.optimizer_kernel
+    fused, foreach = kernel == "fused", kernel == "foreach"
+    # Without it Adam counts its steps on the host, and a step could not be undone without a wait.
+    capturable = not fused and parameters[0].device.type == "cuda"
+    made: torch.optim.Optimizer
     match train.optimizer:
         case "adam":
-            return torch.optim.Adam(groups, lr=train.learning_rate, fused=True)
+            made = torch.optim.Adam(groups, rate, fused=fused, foreach=foreach, capturable=capturable)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, 0.99), fused=True)
+            betas = (0.9, 0.99)
+            made = torch.optim.AdamW(groups, rate, betas, fused=fused, foreach=foreach, capturable=capturable)
         case "sgd":
-            sgd = torch.optim.SGD(groups, lr=train.learning_rate, momentum=0.9, nesterov=True, fused=True)
-            for parameter in parameters:
-                # torch makes this in the first step, and leaves it unwritten when that step is not finite.
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            return sgd
+            made = torch.optim.SGD(groups, rate, momentum=0.9, nesterov=True, fused=fused, foreach=foreach)
         case _:
             assert_never(train.optimizer)
+    # torch would speak of CUDA graphs, for which the steps are on the device as well.
+    made._warned_capturable_if_run_uncaptured = True
+    for parameter in parameters:
+        made.state[parameter].update(_first_state(train.optimizer, parameter))
+    return made
+
+
+def _first_state(name: Literal["adam", "adamw", "sgd"], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What torch makes in the first step, which may be one that must not count."""
+    if name == "sgd":
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    step = torch.tensor(0.0, device=parameter.device)
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def step(optimizer: torch.optim.Optimizer, finite: Tensor, scale: Tensor | None) -> None:
+    """One step with the gradients divided by `scale` (), where `finite` () bool is true; else none."""
+    if optimizer.defaults["fused"]:
+        # Read as GradScaler sets them: where found_inf is 1 the step leaves everything as it is.
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if scale is not None:
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            gradient.div_(scale)
+    with torch.no_grad():
+        kept = [*parameters, *(value for values in optimizer.state.values() for value in values.values())]
+        before = [value.clone() for value in kept]
+        optimizer.step()
+        undo_unless(finite, kept, before)
+
+
+@torch.no_grad()
+def undo_unless(finite: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """The tensors are as they were before, unless `finite` () bool."""
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, old))
 
 
 class LossScale:

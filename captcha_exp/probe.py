@@ -67,7 +67,7 @@ def precision(config: Config, display: Display) -> tuple[Precision, list[dict[st
 def _noise(config: Config, device: torch.device) -> Batch:
     """Pictures of noise with labels of noise: what the numbers do does not depend on what they show."""
     captcha = config.captcha
-    size = min(config.train.batch_size, MOST_PICTURES[device.type])
+    size = min(int(config.train.batch_size), MOST_PICTURES[device.type])
     generator = torch.Generator().manual_seed(chance.derive(config.seed, "probe"))
     shape = (size, captcha.height, captcha.width, captcha.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

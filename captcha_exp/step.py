@@ -26,13 +26,30 @@ class Step(NamedTuple):
 
 
 def forward_and_backward(state: TrainState, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """() loss and (B, T, K) logits; the gradients, times the loss scale, are in the parameters."""
+    """() mean loss and () pictures read right; the gradients, times the loss scale, are in the parameters.
+
+    A micro-batch at a time, each with its share of the mean: the gradients are those of the whole batch, but
+    for batch norms, which see one micro-batch alone.
+    """
+    whole = batch.rows.shape[0]
+    found = [
+        _pass(state, part, part.rows.shape[0] / whole, config)
+        for part in batch.parts(config.train.micro_batch_size or whole)
+    ]
+    losses, rights = zip(*found, strict=True)
+    return sum(losses[1:], losses[0]), sum(rights[1:], rights[0])
+
+
+def _pass(state: TrainState, batch: Batch, share: float, config: Config) -> tuple[Tensor, Tensor]:
+    """() its share of the loss and () pictures read right; its share of the gradients is added."""
     with devices.autocast(config, batch.images.device):
         logits = state.model(batch.images)
-    loss = state.model.head.loss(logits.float(), batch.targets, config.train.label_smoothing)
+    loss = state.model.head.loss(logits.float(), batch.targets, config.train.label_smoothing) * share
     scaled = loss if state.loss_scale is None else loss * state.loss_scale.factor
     scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-    return loss.detach(), logits.detach()
+    with torch.no_grad():
+        right = (state.model.head.decode(logits.float())[0] == batch.targets).all(dim=1).sum()
+    return loss.detach(), right
 
 
 def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
@@ -40,22 +57,16 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
     model, optimizer, scale = state.model, state.optimizer, state.loss_scale
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
-    loss, logits = forward_and_backward(state, batch, config)
+    loss, right = forward_and_backward(state, batch, config)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-    # Fused optimisers read these attributes as GradScaler sets them: where found_inf is 1 the step leaves
-    # everything as it is, and gradients are divided by grad_scale.
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    optimizer.grad_scale = None if scale is None else scale.factor  # type: ignore[attr-defined]
-    optimizer.step()
+    optim.step(optimizer, finite, None if scale is None else scale.factor)
     optimizer.zero_grad(set_to_none=True)
     broken = ~finite if scale is None else ~torch.isfinite(loss) | (~finite & scale.is_smallest())
     with torch.no_grad():
         if scale is not None:
             scale.update(finite)
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, old))
-        right = (model.head.decode(logits.float())[0] == batch.targets).all(dim=1).sum()
+        optim.undo_unless(finite, buffers, before)
     return Step(loss, right, finite, broken)
 
 
@@ -67,5 +78,6 @@ def fresh_state(config: Config, device: torch.device) -> TrainState:
 
 def state_of(model: models.Recogniser, config: Config, device: torch.device) -> TrainState:
     """The state before the first step of a model that is on the device."""
+    model.recompute(config.train.activation_checkpointing)
     scale = optim.LossScale(device) if config.device.precision == "fp16" else None
     return TrainState(model, optim.optimizer(config.train, model.parameters()), scale)

@@ -121,7 +121,7 @@ def train_epoch(
     Raises:
         RunFailed: a loss or a gradient was not a finite number; the line says where and why.
     """
-    size = config.train.batch_size
+    size = int(config.train.batch_size)
     steps = -(-len(training) // size) * config.train.epochs
     state.model.train()
     sums = _Sums(training.device, bar, f"epoch {state.epoch}/{config.train.epochs}")

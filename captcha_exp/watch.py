@@ -56,7 +56,7 @@ class Guard:
         bad = int(self._first_bad)
         if bad < 0:
             return
-        size = self._config.train.batch_size
+        size = int(self._config.train.batch_size)
         number = bad % -(-len(self._training) // size)  # of the batch in its epoch
         order = self._training.shuffled(self._config.seed, epoch)[number * size : (number + 1) * size]
         batch = next(self._training.batches(size, order))

@@ -168,8 +168,8 @@ PLANTS = (
     Plant(
         "the best weights go on changing",
         "checkpoint.py",
-        "value.detach().clone()",
-        "value.detach()",
+        'value.detach().to("cpu", copy=True)',
+        'value.detach().to("cpu")',
         ("test_train.py", "test_checkpoint.py"),
     ),
     Plant(
@@ -181,16 +181,16 @@ PLANTS = (
     ),
     Plant(
         "a step that is not finite changes the weights",
-        "step.py",
+        "optim.py",
         "(~finite).float()",
-        "torch.zeros_like(loss)",
+        "torch.zeros_like(finite, dtype=torch.float32)",
         ("test_step.py",),
     ),
     Plant(
         "a step that is not finite changes the batch norms",
         "step.py",
-        "buffer.copy_(torch.where(finite, buffer, old))",
-        "buffer.copy_(torch.where(finite, buffer, buffer))",
+        "optim.undo_unless(finite, buffers, before)",
+        "optim.undo_unless(finite, buffers, buffers)",
         ("test_step.py",),
     ),
     Plant(
@@ -266,8 +266,8 @@ PLANTS = (
     Plant(
         "the loss scale is not divided out of the gradients",
         "step.py",
-        "None if scale is None else scale.factor  # type",
-        "None  # type",
+        "None if scale is None else scale.factor)",
+        "None)",
         ("test_step.py",),
     ),
     Plant(
@@ -423,9 +423,30 @@ PLANTS = (
     Plant(
         "a first bad step leaves the momentum unwritten",
         "optim.py",
-        "torch.zeros_like(parameter)",
-        "torch.full_like(parameter, float('nan'))",
+        '"momentum_buffer": torch.zeros_like(parameter)',
+        "\"momentum_buffer\": torch.full_like(parameter, float('nan'))",
         ("test_step.py", "test_optim.py"),
+    ),
+    Plant(
+        "a batch norm counts a batch again when it is recomputed",
+        "models.py",
+        "norm.again = True",
+        "norm.again = False",
+        ("test_step.py",),
+    ),
+    Plant(
+        "a micro-batch has the weight of a whole batch",
+        "step.py",
+        "part.rows.shape[0] / whole, config",
+        "1.0, config",
+        ("test_step.py",),
+    ),
+    Plant(
+        "a bad step of another kernel counts",
+        "optim.py",
+        "undo_unless(finite, kept, before)",
+        "undo_unless(finite, kept, kept)",
+        ("test_step.py",),
     ),
     Plant(
         "a failed run is called finished",

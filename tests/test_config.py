@@ -115,7 +115,7 @@ KEYS = sorted(keys(plain("data=wheezy")))
         ("train.learning_rate=0", "must be a number, above 0"),
         ("train.learning_rate=nan", "must be a number, above 0"),
         ("train.optimizer=adan", "must be one of adam, adamw, sgd"),
-        ("train.foo=1", "there is no such key; known are train.batch_size, "),
+        ("train.foo=1", "there is no such key; known are train.activation_checkpointing, "),
         ("width=100", "did you mean "),
         ("experiment=typo", "one of alnum, article, quickstart"),
         ("experiment=quickstrat", "did you mean quickstart?"),
@@ -346,7 +346,10 @@ def test_no_key_has_a_default_outside_conf(key: str) -> None:
     assert line.startswith((f"{key}=", f"{key}:"))
 
 
-@pytest.mark.parametrize("group", ["", "captcha.", "data.", "model.", "train.", "device.", "tracking."])
+GROUPS = ["", "captcha.", "data.", "model.", "train.", "device.", "card.", "card.context_mib.", "tracking."]
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_no_group_takes_an_unknown_key(group: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{group}unheard_of=1: there is no such key"):
         load(put(plain(), f"{group}unheard_of", 1))

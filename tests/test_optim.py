@@ -17,10 +17,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONECYCLE = Train(
     batch_size=8,
+    micro_batch_size=None,
+    activation_checkpointing=False,
     evaluation_batch_size=8,
     epochs=1,
     patience=None,
     optimizer="adamw",
+    optimizer_kernel="fused",
     learning_rate=0.01,
     weight_decay=0.1,
     schedule="onecycle",

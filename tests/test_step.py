@@ -7,6 +7,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("levers", [{}, {"micro_batch_size": 3, "activation_checkpointing": True}])
 def test_a_step_reads_no_tensor_on_the_host(
-    tiny: Config, kind: Optimizer, precision: Precision, monkeypatch: pytest.MonkeyPatch
+    tiny: Config,
+    kind: Optimizer,
+    precision: Precision,
+    levers: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = replace(training(tiny, optimizer=kind), device=replace(tiny.device, precision=precision))
+    config = training(tiny, optimizer=kind, **levers)
+    config = replace(config, device=replace(tiny.device, precision=precision))
     state, batch = fresh_state(config, CPU), batch_of(config)
     guard = guarding(config, batch)
     train_step(state, batch, config)  # an optimiser may look while it makes its own state
@@ -97,6 +104,20 @@ def test_a_step_is_the_textbooks(tiny: Config) -> None:
         torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", ["foreach", "loop"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_kernels_of_an_optimiser_agree(tiny: Config, kind: Optimizer, kernel: str) -> None:
+    states = []
+    for config in (training(tiny, optimizer=kind, optimizer_kernel=kernel), training(tiny, optimizer=kind)):
+        state = fresh_state(config, CPU)
+        for seed in range(3):
+            train_step(state, batch_of(config, 8 + seed), config)
+        states.append(everything(state))
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, atol=1e-5, rtol=1e-3)
+
+
 def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
     smooth, plain = (training(tiny, label_smoothing=value) for value in (0.5, 0.0))
     batch = batch_of(tiny)
@@ -105,6 +126,70 @@ def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
     split = Split(batch.images, batch.targets, batch.rows, CPU)
     model = fresh_state(tiny, CPU).model
     assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
+
+
+# -- levers that spare memory --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["compact position", "compact grouped_softmax", "resnet18 position", "article"])
+def network(request: pytest.FixtureRequest) -> Config:
+    """A network with a head, to read 2 of 5 characters in a small picture."""
+    model, _, head = request.param.partition(" ")
+    chosen = ["experiment=article"] if model == "article" else [f"model={model}", f"model.head={head}"]
+    size = ("captcha.width=24", "captcha.height=16", "captcha.alphabet='01234'", "captcha.length=2")
+    return load(compose(*chosen, *size, "device.name=cpu", "device.precision=fp32"))
+
+
+def gradients(config: Config, batch: Batch, frozen: bool) -> tuple[Tensor, list[Tensor], TrainState]:
+    """Loss, gradients, and the state behind them; with its batch norms in evaluation mode where frozen."""
+    state = fresh_state(config, CPU)
+    for norm in (each for each in state.model.modules() if isinstance(each, torch.nn.BatchNorm2d)):
+        norm.train(not frozen)
+    loss, _ = forward_and_backward(state, batch, config)
+    found = [parameter.grad for parameter in state.model.parameters()]
+    return loss, [each for each in found if each is not None], state
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpointing_changes_no_gradient_and_no_statistic(network: Config, frozen: bool) -> None:
+    batch = batch_of(network, 12)
+    loss, plain, state = gradients(network, batch, frozen)
+    checkpointed = training(network, activation_checkpointing=True)
+    again, ours, other = gradients(checkpointed, batch, frozen)
+    assert float(again) == float(loss)
+    assert len(ours) == len(plain) == len(list(state.model.parameters()))
+    for one, two in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    for one, two in zip(other.model.buffers(), state.model.buffers(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 12])
+def test_micro_batches_add_up_to_the_gradients_of_the_batch(network: Config, size: int) -> None:
+    """Where batch norms look at no neighbours."""
+    batch = batch_of(network, 12)
+    loss, plain, _ = gradients(network, batch, frozen=True)
+    parts, ours, _ = gradients(training(network, micro_batch_size=size), batch, frozen=True)
+    assert float(parts) == pytest.approx(float(loss), rel=1e-5)
+    for one, two in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_norm_sees_one_micro_batch_alone(tiny: Config) -> None:
+    batch = batch_of(tiny, 12)
+    _, whole, _ = gradients(tiny, batch, frozen=False)
+    _, parts, state = gradients(training(tiny, micro_batch_size=4), batch, frozen=False)
+    assert any(not torch.allclose(one, two, atol=1e-3) for one, two in zip(parts, whole, strict=True))
+    counted = [int(value) for name, value in state.model.named_buffers() if "num_batches" in name]
+    assert set(counted) == {3}
+
+
+def test_a_step_of_micro_batches_counts_all_pictures(tiny: Config) -> None:
+    config = training(tiny, micro_batch_size=5)
+    state, batch = fresh_state(config, CPU), batch_of(config, 12)
+    for _ in range(40):
+        step = train_step(state, batch, config)
+    assert int(step.right) > 5  # more than any part has
 
 
 # -- a step that is not finite -------------------------------------------------------------------------------
@@ -136,13 +221,22 @@ def not_finite(what: str, state: TrainState) -> Iterator[None]:
             yield
 
 
+LEVERS: list[dict[str, Any]] = [
+    {},
+    {"optimizer_kernel": "foreach"},
+    {"optimizer_kernel": "loop"},
+    {"activation_checkpointing": True, "micro_batch_size": 3},
+]
 CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf"]
 
 
 @pytest.mark.parametrize("cause", CAUSES)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing(tiny: Config, kind: Optimizer, cause: str) -> None:
-    config = training(tiny, optimizer=kind)
+@pytest.mark.parametrize("levers", LEVERS)
+def test_a_step_that_is_not_finite_changes_nothing(
+    tiny: Config, kind: Optimizer, cause: str, levers: dict[str, Any]
+) -> None:
+    config = training(tiny, optimizer=kind, **levers)
     state, batch = fresh_state(config, CPU), batch_of(config)
     for _ in range(2):
         train_step(state, batch, config)
@@ -169,11 +263,12 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("levers", LEVERS)
 def test_a_first_step_that_is_not_finite_leaves_no_trace(
-    tiny: Config, kind: Optimizer, fresh_memory_is_nan: None
+    tiny: Config, kind: Optimizer, levers: dict[str, Any], fresh_memory_is_nan: None
 ) -> None:
     """The good steps after it do what they would have done without it."""
-    config = training(tiny, optimizer=kind)
+    config = training(tiny, optimizer=kind, **levers)
     batch = batch_of(config)
     hurt, whole = fresh_state(config, CPU), fresh_state(config, CPU)
     with not_finite("loss nan", hurt):

@@ -94,11 +94,12 @@ def _nearest(path: list[str], known: list[str]) -> str:
 
 def _allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
     """What a schema allows, in words."""
-    meaning = f" ({rule['description']})" if "description" in rule and "type" in rule else ""
+    text = " ".join(rule.get("description", "").split())  # in the code it may take two lines
+    meaning = f" ({text})" if text and "type" in rule else ""
     for union in ("anyOf", "oneOf"):
         if union in rule:
             words = " or ".join(_allowed(_deref(choice, schema), schema) for choice in rule[union])
-            return f"{words} ({rule['description']})" if "description" in rule else words
+            return f"{words} ({text})" if text else words
     if "const" in rule:
         return str(rule["const"]) + meaning
     if "enum" in rule:

@@ -20,6 +20,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Auto: TypeAlias = Literal["auto"]
+Size: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
@@ -209,9 +210,16 @@ class Augment:
 class Train:
     """How long, in which steps, and with what."""
 
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
-    """pictures in one training step"""
-    evaluation_batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
+    batch_size: Size | Auto
+    """pictures in one training step; auto measures on the device that trains: the smallest that fits and
+    comes near the most pictures per second"""
+    micro_batch_size: Size | None
+    """pictures that pass through the network at a time, where a whole batch takes too much memory: the
+    gradients of a batch are added up, its batch norms see one such part alone; null: all of the batch"""
+    activation_checkpointing: bool
+    """keep what enters each block of the network and compute what lies inside again in the backward pass:
+    less memory, a third more work, the same numbers"""
+    evaluation_batch_size: Size
     """pictures in one step of an evaluation"""
     epochs: Annotated[int, Field(ge=1, le=1_000_000)]
     """passes over the training split, at most"""
@@ -219,6 +227,9 @@ class Train:
     """epochs without a better validation accuracy that are borne, one more stops; null never stops early"""
     optimizer: Literal["adam", "adamw", "sgd"]
     """sgd has Nesterov momentum 0.9"""
+    optimizer_kernel: Literal["fused", "foreach", "loop"]
+    """torch's ways to do the step: fused is the fastest and takes no memory of its own; foreach and loop copy
+    weights and state in each step"""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """at the peak of the schedule"""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -234,6 +245,15 @@ class Train:
     chance_after_steps: Annotated[int, Field(ge=1)]
     """steps after which characters that are still read at chance are reported as trouble"""
 
+    @model_validator(mode="after")
+    def _parts(self) -> "Train":
+        micro, whole = self.micro_batch_size, self.batch_size
+        if micro is not None and whole != "auto" and micro > whole:
+            raise ValueError(
+                f"micro_batch_size={micro} is more than batch_size={whole}: no part is more than all"
+            )
+        return self
+
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class Device:
@@ -248,6 +268,49 @@ class Device:
     """threads of the CPU's arithmetic; auto takes every core that the process may use"""
     resident_limit_mib: Annotated[int, Field(ge=0)]
     """MiB; a split up to this size lives on the device, a larger one is sent batch by batch"""
+    vram_budget_mib: Annotated[int, Field(ge=1)] | None
+    """MiB of a graphics card that the whole process may take: a CUDA card refuses more, and a plan is held
+    against it; null is all that the card has"""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Interval:
+    """A figure that is known within bounds, and who says so."""
+
+    least: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """the smallest that it can be"""
+    most: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """the largest that it can be"""
+    source: Annotated[str, Field(min_length=1)]
+    """where the figure comes from"""
+
+    @model_validator(mode="after")
+    def _order(self) -> "Interval":
+        if self.least > self.most:
+            raise ValueError(f"least={self.least:g} is more than most={self.most:g}")
+        return self
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Card:
+    """What is known of a graphics card, for plans without it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """as its driver calls it"""
+    total_mib: Interval | None
+    """MiB that programs can have of it; null: unknown, unless a run is on one"""
+    others_mib: Interval
+    """MiB that other programs hold of it, a desktop say"""
+    context_mib: Interval
+    """MiB that the driver takes for a process that computes: its context, kernels, libraries"""
+    cublas_workspace_mib: Interval
+    """MiB that matrix products keep from their first one on"""
+    cudnn_workspace_mib: Interval
+    """MiB that a convolution takes while it runs, at most"""
+    fp16_speed: Interval
+    """training in fp16, times as fast as in fp32"""
+    bf16_speed: Interval
+    """training in bf16, times as fast as in fp32"""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -307,4 +370,5 @@ class Config:
     augment: Augment
     train: Train
     device: Device
+    card: Card
     tracking: Tracking

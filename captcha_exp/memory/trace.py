@@ -163,7 +163,7 @@ def _epoch(
     begin: Callable[[str], None],
 ) -> None:
     """The first steps of `train_epoch`. As there, a batch goes when the next one has come."""
-    size = config.train.batch_size
+    size = int(config.train.batch_size)
     batches = training.batches(size, order)
     state.model.train()
     steps = min(FIRST_STEPS if epoch == 1 else STEPS, -(-len(training) // size))
