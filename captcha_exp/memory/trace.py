@@ -45,6 +45,7 @@ from captcha_exp.step import state_of, train_step
 HOST, DEVICE = torch.device("meta"), torch.device("cpu")
 FIRST_STEPS, STEPS = 3, 1  # of the first epoch, which makes the optimiser's state, and of a later one
 READ_BATCHES = 2  # whole ones of an evaluation
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 class Phase(NamedTuple):
@@ -62,10 +63,11 @@ class Trace:
 
     events: list[Event]
     phases: list[Phase]  # one after another, all events
+    convolutions: list[int]  # the events before and the results of each convolution end here
     parameters_bytes: int
     buffers_bytes: int
     optimizer_bytes: int  # its state, from the first step on
-    resident_bytes: int  # of splits that live on the device
+    resident_bytes: int  # of splits that live on the device while it trains
 
     def peak_bytes(self, phase: str = "") -> int:
         """The most that was requested at one time in phases whose name has this in it."""
@@ -80,7 +82,8 @@ def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace
     config = replace(config, train=replace(config.train, batch_size=batch_size))
     recorder = _Recorder()
     sizes = _run(config, pictures, recorder)
-    return Trace(recorder.events, _phases(recorder.events, recorder.marks), **sizes)
+    phases = _phases(recorder.events, recorder.marks)
+    return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
 def _run(config: Config, pictures: Mapping[str, int], recorder: "_Recorder") -> dict[str, int]:
@@ -119,6 +122,7 @@ def _training(
         begin(f"epoch {epoch}: best weights")
         state.keep_if_better(float(epoch), 0.0)
     del change
+    resident_bytes = _bytes(x for side in splits for x in (side.images, side.targets, side.rows))
     if "test" in pictures:
         test = split("test")
         begin("test evaluation")
@@ -129,7 +133,7 @@ def _training(
         "parameters_bytes": _bytes(state.model.parameters()),
         "buffers_bytes": _bytes(state.model.buffers()),
         "optimizer_bytes": _bytes(kept),
-        "resident_bytes": _bytes(x for side in splits for x in (side.images, side.targets, side.rows)),
+        "resident_bytes": resident_bytes,
     }
 
 
@@ -201,6 +205,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.events: list[Event] = []
         self.marks: list[tuple[str, int]] = []  # where phases begin
+        self.convolutions: list[int] = []
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._count = 0
 
@@ -215,6 +220,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
         for value in tree_leaves(result):
             if getattr(value, "fake_device", HOST) == DEVICE:  # quicker than `device`, an operator
                 self._see(value.untyped_storage())
+        if func in _CONVOLUTIONS:
+            self.convolutions.append(len(self.events))
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:

@@ -1,0 +1,249 @@
+"""Whether a training fits a graphics card, for a config and a batch size.
+
+    process = context + what torch's allocator reserves for (tensors + workspaces)
+
+Tensors come from a trace of the training itself (`trace`), what is reserved for them from a model of the
+allocator (`allocator`). Context and workspaces no tensor shows: they are intervals of the card's file, and so
+the answer is one. A batch *fits* if it does with all that is against it at its most, it *does not fit* if it
+does not with all at its least, and between the two it is *unsure*, which counts as no.
+"""
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from captcha_exp.config import Config
+from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
+from captcha_exp.memory.blocks import Block
+from captcha_exp.memory.trace import Phase, Trace, trace
+
+Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
+
+ERROR = (
+    0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
+)
+_CUBLAS, _CUDNN = -1, -2  # workspaces among the events, where tensors count from 1
+
+
+class Between(NamedTuple):
+    """MiB, within bounds."""
+
+    least: float
+    most: float
+
+
+class Peak(NamedTuple):
+    """The peak of one kind of work: what torch.cuda.max_memory_allocated and _reserved would say."""
+
+    requested_mib: float  # by tensors alone
+    allocated_mib: Between
+    reserved_mib: Between
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch size needs, and whether there is room for it."""
+
+    batch_size: int
+    tensors_mib: float  # of a training step, without the pictures that live on the device
+    state_mib: float  # of them weights, statistics, the optimiser's state
+    activations_mib: float  # of them all others at the peak: activations, gradients, the batch
+    pictures_mib: float  # what lives on the device from the first step to the last
+    workspace_mib: Between
+    training: Peak
+    evaluation: Peak
+    reserved_mib: Between  # over the whole run
+    process_mib: Between
+    budget_mib: Between | None  # what there is for the process; None: unknown
+    fits: Fits | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an interval is a list of two."""
+        values = asdict(self)
+        for kind in ("training", "evaluation"):
+            values[kind] = getattr(self, kind)._asdict()
+        return values
+
+
+class Planner:
+    """Plans of one resolved config, for so many pictures of each split."""
+
+    def __init__(self, config: Config, pictures: Mapping[str, int], total_mib: float | None = None) -> None:
+        """`total_mib` is what the device at hand has, if it is one that the card's file leaves open."""
+        self.config = config
+        self.pictures = dict(pictures)
+        self.budget_mib = budget(config, total_mib)
+        self._known: dict[int, Plan] = {}
+
+    def at(self, batch_size: int) -> Plan:
+        """The plan of a batch size."""
+        if batch_size not in self._known:
+            self._known[batch_size] = _plan(
+                with_batch(self.config, batch_size), self.pictures, self.budget_mib
+            )
+        return self._known[batch_size]
+
+    def largest(self) -> Plan | None:
+        """The plan of a batch that fits where one more picture would not; None if no batch does.
+
+        At most the whole training split.
+        """
+        if self.budget_mib is None:
+            return None
+        everything = self.pictures["train"]
+        low, high = 0, everything + 1  # the one fits, the other does not
+        batch = self._guess()
+        stride = batch // 32 + 1
+        while high - low > 1:
+            batch = min(max(batch, low + 1), high - 1)
+            low, high = (batch, high) if self.at(batch).fits == "fits" else (low, batch)
+            if low == 0 or high > everything:  # one end is still open
+                batch = low + stride if high > everything else high - stride
+                stride *= 2
+            else:
+                batch = (low + high) // 2
+        return self.at(low) if low else None
+
+    def _guess(self) -> int:
+        """A batch size near the largest: what is needed grows almost in a straight line."""
+        assert self.budget_mib is not None
+        few = min(32, self.pictures["train"])
+        one, two = self.at(few), self.at(2 * few)
+        each = (two.activations_mib - one.activations_mib) / few
+        most = self.config.card.context_mib.most + one.workspace_mib.most
+        room = (self.budget_mib.least - most) * 0.95 - one.state_mib - one.pictures_mib
+        return int((room - one.activations_mib) / each) + few if each > 0 else few
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """The config with this batch size; a micro-batch is at most all of it."""
+    micro = config.train.micro_batch_size
+    micro = None if micro is None or micro >= batch_size else micro
+    return replace(config, train=replace(config.train, batch_size=batch_size, micro_batch_size=micro))
+
+
+def budget(config: Config, total_mib: float | None = None) -> Between | None:
+    """What the process may take: the budget of the config, else what others leave of the card."""
+    asked, card = config.device.vram_budget_mib, config.card
+    if asked is not None:
+        return Between(asked, asked)
+    if card.total_mib is not None:
+        least, most = card.total_mib.least, card.total_mib.most
+    elif total_mib is not None:
+        least = most = total_mib
+    else:
+        return None
+    return Between(max(0.0, least - card.others_mib.most), max(0.0, most - card.others_mib.least))
+
+
+class _Workspaces(NamedTuple):
+    """What libraries have torch's allocator give them."""
+
+    cublas_bytes: int  # from the first step on
+    cudnn_bytes: int  # while a convolution runs
+
+
+def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | None) -> Plan:
+    traced = trace(config, int(config.train.batch_size), pictures)
+    card = config.card
+    cublas, cudnn, context = card.cublas_workspace_mib, card.cudnn_workspace_mib, card.context_mib
+    least = _Workspaces(int(cublas.least * MIB), int(cudnn.least * MIB))
+    most = _Workspaces(int(cublas.most * MIB), int(cudnn.most * MIB))
+    low, high, fits = _play(traced, least), _play(traced, most), None
+    if budget_mib is not None:
+        # At a limit the allocator gives its cache back before it gives up: a run may need less than it takes
+        # where there is plenty.
+        tight = _play(traced, most, (budget_mib.least - context.most) / (1 + ERROR))
+        wide = _play(traced, least, (budget_mib.most - context.least) / (1 - ERROR))
+        fits = _verdict(tight is not None, wide is not None)
+        low, high = wide or low, tight or high
+    assert low is not None  # without a limit no memory ends
+    assert high is not None
+    tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
+    state_bytes = traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes
+    reserved = _between(low, high, "reserved_bytes")
+    return Plan(
+        batch_size=int(config.train.batch_size),
+        tensors_mib=tensors_bytes / MIB,
+        state_mib=state_bytes / MIB,
+        activations_mib=(tensors_bytes - state_bytes) / MIB,
+        pictures_mib=traced.resident_bytes / MIB,
+        workspace_mib=Between(sum(least) / MIB, sum(most) / MIB),
+        training=_peak(low, high, _is_training),
+        evaluation=_peak(low, high, _is_evaluation),
+        reserved_mib=reserved,
+        process_mib=Between(
+            context.least + reserved.least * (1 - ERROR), context.most + reserved.most * (1 + ERROR)
+        ),
+        budget_mib=budget_mib,
+        fits=fits,
+    )
+
+
+def _verdict(fits_at_most: bool, fits_at_least: bool) -> Fits:
+    if fits_at_most:
+        return "fits"
+    return "unsure" if fits_at_least else "does not fit"
+
+
+_Peaks: TypeAlias = Mapping[str, Usage]  # phase -> the most of it
+
+
+def _play(traced: Trace, workspaces: _Workspaces, limit_mib: float | None = None) -> _Peaks | None:
+    """The peaks of each phase; None where the memory does not do."""
+    if limit_mib is not None and limit_mib <= 0:
+        return None
+    limit_bytes = None if limit_mib is None else int(limit_mib * MIB)
+    allocator = CachingAllocator(limit_bytes, expandable_segments())
+    live: dict[int, Block] = {}
+    peaks = {}
+    try:
+        for phase in traced.phases:
+            allocator.reset_peaks()
+            peaks[phase.name] = replay(_events(traced, phase, workspaces), allocator, live)
+    except OutOfMemory:
+        return None
+    return peaks
+
+
+def _events(traced: Trace, phase: Phase, workspaces: _Workspaces) -> Iterator[Event]:
+    """The events of a phase, with those of the workspaces."""
+    if phase.name == "epoch 1: step 1":
+        yield Event(_CUBLAS, workspaces.cublas_bytes)
+    begin = phase.begin
+    for place in traced.convolutions[bisect_right(traced.convolutions, phase.begin) :]:
+        if place > phase.end:
+            break
+        yield from traced.events[begin:place]
+        yield Event(_CUDNN, workspaces.cudnn_bytes)
+        yield Event(_CUDNN, None)
+        begin = place
+    yield from traced.events[begin : phase.end]
+
+
+def expandable_segments() -> bool:
+    """Whether the environment asks torch's allocator for them."""
+    asked = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in text.replace(" ", "").lower() for text in asked)
+
+
+def _is_training(phase: str) -> bool:
+    return phase.startswith("epoch") and not phase.endswith("evaluation")
+
+
+def _is_evaluation(phase: str) -> bool:
+    return phase.startswith("epoch") and phase.endswith("evaluation")
+
+
+def _peak(low: _Peaks, high: _Peaks, chosen: Callable[[str], bool]) -> Peak:
+    low, high = ({name: usage for name, usage in of.items() if chosen(name)} for of in (low, high))
+    workspace_free = max(usage.requested_bytes for usage in low.values())
+    return Peak(
+        workspace_free / MIB, _between(low, high, "allocated_bytes"), _between(low, high, "reserved_bytes")
+    )
+
+
+def _between(low: _Peaks, high: _Peaks, what: str) -> Between:
+    return Between(*(max(getattr(usage, what) for usage in of.values()) / MIB for of in (low, high)))
