@@ -125,6 +125,11 @@ class Outline:
     made_from: dict[str, Any]  # everything that the bytes of the pictures depend on
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Split -> its pictures."""
+        return {name: len(rows) for name, rows in self.members.items()}
+
+    @property
     def key(self) -> str:
         """The name of the cache file, and of the dataset."""
         return _key(self.made_from)
@@ -172,7 +177,7 @@ def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
         "pictures": len(labels),
         "distinct_labels": len(set(labels)),
         "lengths": {str(length): n for length, n in sorted(Counter(map(len, labels)).items())},
-        "splits": {name: len(rows) for name, rows in outline.members.items()},
+        "splits": outline.counts,
         "files": [
             {"file": name, "sha256": sha256, "label": label}
             for (name, sha256), label in zip(verdict.files, labels, strict=False)

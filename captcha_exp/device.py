@@ -23,7 +23,10 @@ from captcha_exp.places import root
 MIB = 2**20
 
 
-def this_machine(fastest_precision: Callable[[Config], Precision] = lambda _: "fp32") -> Machine:
+def this_machine(
+    fastest_precision: Callable[[Config], Precision] = lambda _: "fp32",
+    best_batch_size: Callable[[Config], int] | None = None,
+) -> Machine:
     """What `resolve` has to know of this machine; who does not train has no use for a precision."""
     cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _cuda_works() else []
     devices = (
@@ -37,7 +40,7 @@ def this_machine(fastest_precision: Callable[[Config], Precision] = lambda _: "f
         no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
     why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
     why_not["mps"] = "only Macs with Apple's own processors have mps"
-    return Machine(tuple(devices), _cores(), root(), why_not, fastest_precision)
+    return Machine(tuple(devices), _cores(), root(), why_not, fastest_precision, best_batch_size)
 
 
 def _cuda_works() -> bool:
@@ -69,6 +72,14 @@ def control_group(name: str) -> list[str]:
     folder = Path("/sys/fs/cgroup") / own.lstrip("/")
     above = [folder, *(parent for parent in folder.parents if parent.is_relative_to("/sys/fs/cgroup"))]
     return [(place / name).read_text().strip() for place in above if (place / name).is_file()]
+
+
+def free_memory_bytes() -> int:
+    """Bytes that can be had before the machine swaps or the container's limit ends the process."""
+    available: int = psutil.virtual_memory().available
+    limits = [int(limit) for limit in control_group("memory.max") if limit != "max"]
+    used = [int(amount) for amount in control_group("memory.current")]
+    return min([available, *(limit - max(used, default=0) for limit in limits)]) if limits else available
 
 
 def set_up(config: Config) -> torch.device:
@@ -132,6 +143,14 @@ def half_precisions(device: torch.device) -> tuple[Precision, ...]:
             return ("fp16",)
         case _:
             return ("bf16", "fp16")
+
+
+def card_total_mib(config: Config) -> float | None:
+    """What the CUDA card that a resolved config names has in all; None where it is not here."""
+    name = config.device.name
+    if not name.startswith("cuda") or not _cuda_works():
+        return None
+    return float(torch.cuda.get_device_properties(torch.device(name)).total_memory / MIB)
 
 
 def process_peak_mib(device: torch.device) -> float:

@@ -16,10 +16,11 @@ from captcha_exp import dataset, optim, probe, record, report, watch
 from captcha_exp import device as devices
 from captcha_exp.augment import Changes
 from captcha_exp.checkpoint import TrainState, weights_sha256, weights_to_bytes
-from captcha_exp.config import Config, Precision, resolve
+from captcha_exp.config import Config, resolve
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.display import Bar, Display, Silent
 from captcha_exp.evaluate import Evaluation, evaluate
+from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.record.environment import environment
 from captcha_exp.step import Step, fresh_state, train_step
@@ -148,21 +149,19 @@ def train(
     """
     tracker, display = tracker or NoTracker(), display or Silent()
     began = time.perf_counter()
-    tried: list[dict[str, object]] = []
-
-    def fastest_precision(config: Config) -> Precision:
-        precision, seen = probe.precision(config, display)
-        tried.extend(seen)
-        return precision
-
-    config = resolve(requested, devices.this_machine(fastest_precision))
+    trials = probe.Trials(display)
+    config = resolve(requested, devices.this_machine(trials.precision, trials.batch_size))
     device = devices.set_up(config)
-    outline = dataset.outline(config, display)
+    outline = trials.outline or dataset.outline(config, display)
+    planned = Planner(config, outline.counts, devices.card_total_mib(config)).at(int(config.train.batch_size))
     run = record.create(config, requested)
     display.line(f"run {run.folder} on {devices.describe(config)}")
     with _recorded(run, tracker, config, display):
         data = dataset.prepare(outline, config, display)
-        ran_on = environment(config) | {"precisions_tried": tried}
+        ran_on = environment(config)
+        ran_on |= {"precisions_tried": trials.precisions, "batch_sizes_tried": trials.batch_sizes}
+        display.line(f"memory: {planned.words(config.card.name)}")
+        run.write_json("memory.json", planned.to_json())
         run.write_json("dataset.json", data.manifest)
         run.write_json("environment.json", ran_on)
         tracker.describe(data.manifest, ran_on)
@@ -182,15 +181,18 @@ def train(
             seconds=time.perf_counter() - began,
             process_peak_mib=max(row.metrics["memory/process_peak_mib"] for row in run.rows()),
         )
-        _record_test(result, data, state, run, tracker)
+        _record_test(result, data, planned, state, run, tracker)
     return result
 
 
-def _record_test(result: Result, data: Dataset, state: TrainState, run: Run, tracker: Tracker) -> None:
-    """The test figures and the pictures of the report, in the run's folder and at the tracker."""
+def _record_test(
+    result: Result, data: Dataset, planned: Plan, state: TrainState, run: Run, tracker: Tracker
+) -> None:
+    """What is known at the end, and the pictures of the report, in the run's folder and at the tracker."""
     tested, alphabet = result.test, data.alphabet
     low, high = tested.interval
     metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
+    metrics |= planned.beside([row.metrics for row in run.rows()])
     row = MetricsRow(state.epoch, record.now_ms(), metrics)
     run.log(row)
     tracker.log(row)

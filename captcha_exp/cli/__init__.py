@@ -27,13 +27,14 @@ PROGRAM = "captcha-exp"
 VERBS = {
     "train": "train a recogniser, test it, record it",
     "data": "draw the pictures of a config and show some",
+    "plan": "memory of a graphics card that batch sizes need, told without one",
     "evaluate": "accuracy of a run: whole, per character, per position, confusions",
     "predict": "the text in pictures; asks for them where none is given",
     "runs": "list the runs in outputs/",
     "ui": "MLflow's UI on 127.0.0.1, with the right store",
     "doctor": "what is wrong with this machine's set-up, and what to do",
 }
-COMPOSING = ("train", "data", "ui", "doctor")  # the verbs that take overrides
+COMPOSING = ("train", "data", "plan", "ui", "doctor")  # the verbs that take overrides
 
 
 def main() -> NoReturn:
@@ -96,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     what = "print the composed config and stop"
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
     verb("data", _data)
+    plan = verb("plan", _plan)
+    plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
+    what = "a file in conf/card/ by its name, or the path of another; card=NAME does the same"
+    plan.add_argument("--card", metavar="NAME", help=what)
+    what = "name what makes train.batch_size fit, the cheapest in time first"
+    plan.add_argument("--advise", action="store_true", help=what)
     evaluate = verb("evaluate", _evaluate)
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     evaluate.add_argument("run", metavar="RUN", help=what)
@@ -160,6 +167,19 @@ def _data(arguments: argparse.Namespace) -> int:
         _print_json({**data.manifest, "sheet": str(sheet)})
     else:
         summary.of_data(data.manifest, sheet)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    card = [f"card={arguments.card}"] if arguments.card else []
+    # Checked without the machine: what is planned for need not be here.
+    config = compose_checked([*arguments.overrides, *card], arguments.config_dir).checked(None)
+    from captcha_exp.cli import planning
+    from captcha_exp.display import Terminal
+
+    values = planning.run(config, arguments, Terminal())
+    if values is not None:
+        _print_json(values)
     return 0
 
 
@@ -241,7 +261,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _machine() -> "Machine":
     from captcha_exp.device import this_machine
 
-    return this_machine()
+    return this_machine(best_batch_size=lambda _: 1)  # a training asks anew; nobody else looks at it
 
 
 def _print_json(value: Any) -> None:

@@ -71,33 +71,43 @@ def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Compose
     from hydra.errors import HydraException
     from yaml import YAMLError
 
-    from captcha_exp.config import sealed
+    from captcha_exp.config import sealed, with_card
 
     with _hydra(config_dir):
         groups = _groups(GlobalHydra.instance().config_loader())
         mistakes, accepted, written = [], [], {}
+        card_file: Path | None = None
+        of_card: dict[str, Any] = {}
         for text in overrides:
             try:
                 override, mistake = _read_override(text, groups)
             except HydraException:
                 mistakes.append(f"{text!r}: is no override; write key=value, with quotes around odd values")
                 continue
-            if mistake:
+            if override.key_or_group == "card" and str(override.value()).endswith((".yaml", ".yml")):
+                card_file = Path(str(override.value()))
+            elif mistake:
                 mistakes.append(mistake)
             elif override.key_or_group in groups or override.is_delete():
                 accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
             else:
                 accepted.append("++" + text.lstrip("+"))
                 written[override.key_or_group] = text.partition("=")[2]
+                if override.key_or_group.startswith("card."):
+                    of_card[override.key_or_group] = override.value()
         try:
             config = hydra_compose("config", overrides=accepted, return_hydra_config=True)
         except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(*mistakes, _one_line(error)) from None
         if str(config.hydra.mode).endswith("MULTIRUN"):
             mistakes.append("hydra.mode=MULTIRUN: one call trains one config; make a call for each")
+        if card_file is not None:
+            config = with_card(config, card_file, of_card)
         choices = {
             str(g): str(c) for g, c in config.hydra.runtime.choices.items() if g in groups and c is not None
         }
+        if card_file is not None:
+            choices["card"] = str(card_file)
     return Composed(sealed(config, without="hydra"), choices, written, mistakes)
 
 

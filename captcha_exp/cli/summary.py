@@ -21,51 +21,50 @@ if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
     from captcha_exp.train import Result
 
 
-def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 160  # a file or a pipe has no edge to wrap at
-    return console
+def console() -> Console:
+    """Standard output; wide where nobody looks at its edge."""
+    out = Console(highlight=False, soft_wrap=True)
+    if not out.is_terminal:
+        out.width = 160  # a file or a pipe has no edge to wrap at
+    return out
 
 
 def of_training(result: "Result", program: str) -> None:
     """The test figure, what it cost, where the record is, and what to type next."""
     test = result.test
     mlflow = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))["mlflow"]
-    console = _console()
-    console.print()
-    console.print(f"[bold]test accuracy {_share(test)}[/bold], best epoch {result.best_epoch}")
-    console.print(
-        f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)"
-    )
-    console.print(f"weights {result.weights_sha256}", markup=False)
+    out = console()
+    out.print()
+    out.print(f"[bold]test accuracy {_share(test)}[/bold], best epoch {result.best_epoch}")
+    out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
+    out.print(f"weights {result.weights_sha256}", markup=False)
     if mlflow:
-        console.print(f"run {mlflow['run_id']}", markup=False)
-    console.print(f"folder {result.folder}", markup=False)
+        out.print(f"run {mlflow['run_id']}", markup=False)
+    out.print(f"folder {result.folder}", markup=False)
     following = "experiment=alnum" if result.config.name != "alnum" else "experiment=quickstart"
-    console.print("\nnext:")
+    out.print("\nnext:")
     for command, what in (
         (f"{program} evaluate latest", "per character, per position, confusions"),
         (f"{program} ui", "the curves of all runs, in MLflow"),
         (f"{program} train {following}", "another alphabet; conf/experiment/ has them all"),
     ):
-        console.print(f"  {command:<50} {what}", markup=False)
+        out.print(f"  {command:<50} {what}", markup=False)
 
 
 def of_data(manifest: Mapping[str, Any], sheet: Path) -> None:
     """How many pictures there are, how they are split, and where some can be seen."""
     splits = ", ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
-    console = _console()
-    console.print(f"{manifest['pictures']:,} pictures with {manifest['distinct_labels']:,} different labels")
-    console.print(f"split by label: {splits}")
-    console.print(f"sheet {sheet}", markup=False)
+    out = console()
+    out.print(f"{manifest['pictures']:,} pictures with {manifest['distinct_labels']:,} different labels")
+    out.print(f"split by label: {splits}")
+    out.print(f"sheet {sheet}", markup=False)
 
 
 def of_evaluation(evaluation: "Evaluation", data: "Dataset", folder: Path, split: str) -> None:
     """Whole labels, positions, characters, confusions, the worst errors."""
-    console, alphabet = _console(), data.alphabet
-    console.print(f"{folder}, {split} split", markup=False)
-    console.print(f"[bold]accuracy {_share(evaluation)}[/bold]; of characters {evaluation.char_accuracy:.2%}")
+    out, alphabet = console(), data.alphabet
+    out.print(f"{folder}, {split} split", markup=False)
+    out.print(f"[bold]accuracy {_share(evaluation)}[/bold]; of characters {evaluation.char_accuracy:.2%}")
     positions = Table("position", "right", title="per position", title_justify="left")
     for number, share in enumerate(evaluation.by_position(), 1):
         positions.add_row(str(number), f"{share:.2%}")
@@ -81,7 +80,7 @@ def of_evaluation(evaluation: "Evaluation", data: "Dataset", folder: Path, split
         texts = (Text(text) for text in (shown(error.picture), error.label, error.read))
         errors.add_row(*texts, f"{error.confidence:.1%}")
     for table in (positions, characters, confusions, errors):
-        console.print(table)
+        out.print(table)
 
 
 def of_readings(readings: Sequence["Reading"]) -> None:
@@ -97,9 +96,9 @@ def of_readings(readings: Sequence["Reading"]) -> None:
 
 def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None:
     """A line for each run, the newest last."""
-    console = _console()
+    out = console()
     if not known:
-        console.print(f"no run in {root / 'outputs'} yet", markup=False)
+        out.print(f"no run in {root / 'outputs'} yet", markup=False)
         return
     table = Table("run", "status", "epochs", "validation", "test", "seconds", "peak MiB", "MLflow id")
     for folder, state in known:
@@ -115,18 +114,18 @@ def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None
             f"{result['process_peak_mib']:,.0f}" if result else "",
             ((state["mlflow"] or {}).get("run_id") or "")[:8],
         )
-    console.print(table)
+    out.print(table)
 
 
 def of_findings(found: "Sequence[Finding]") -> None:
     """A line for each finding: how bad, what, and behind an arrow what to do."""
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
-    console = _console()
+    out = console()
     for finding in found:
         remedy = f" -> {finding.remedy}" if finding.remedy else ""
         level = (f"{finding.level:<8}", colours[finding.level])
         line = Text.assemble(level, finding.what.replace("\n", " "), (remedy.replace("\n", " "), "bold"))
-        console.print(line)
+        out.print(line)
 
 
 def _share(evaluation: "Evaluation") -> str:

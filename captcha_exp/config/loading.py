@@ -39,7 +39,9 @@ class Machine:
     why_not: Mapping[str, str]
     """for device kinds that are not here: the likely reason"""
     fastest_precision: Callable[[Config], Precision] = lambda _: "fp32"
-    """the answer to device.precision=auto, asked with all else resolved; who trains tries it out"""
+    """the answer to device.precision=auto, asked with all but the batch size resolved; who trains tries it"""
+    best_batch_size: Callable[[Config], int] | None = None
+    """the answer to train.batch_size=auto, asked with all else resolved; only who trains can find it out"""
 
 
 def load(
@@ -94,8 +96,16 @@ def resolve(config: Config, machine: Machine) -> Config:
         tracking = dataclasses.replace(tracking, uri=f"sqlite:///{machine.root / 'mlruns' / 'mlflow.db'}")
     config = dataclasses.replace(config, device=device, data=data, tracking=tracking)
     if device.precision == "auto":
-        device = dataclasses.replace(device, precision=machine.fastest_precision(config))
-    return dataclasses.replace(config, device=device)
+        precision = machine.fastest_precision(config)
+        config = dataclasses.replace(config, device=dataclasses.replace(device, precision=precision))
+    if config.train.batch_size == "auto":
+        if machine.best_batch_size is None:
+            raise ConfigError(
+                "train.batch_size=auto: is measured on the device that trains, when it trains; write a number"
+            )
+        size = machine.best_batch_size(config)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+    return config
 
 
 def _absolute(path: str) -> str:
@@ -180,6 +190,20 @@ def _without_missing(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_missing(value) for key, value in node.items() if value != "???"}
     return node
+
+
+def with_card(config: omegaconf.DictConfig, path: Path, changes: Mapping[str, Any]) -> omegaconf.DictConfig:
+    """A composed config with the card of a file, and then with these values, by their keys.
+
+    Raises:
+        ConfigError: the file cannot be read; the line says why.
+    """
+    card = _plain(path)
+    with omegaconf.open_dict(config):
+        config.card = card
+        for key, value in changes.items():
+            omegaconf.OmegaConf.update(config, key, value, force_add=True)
+    return config
 
 
 def sealed(config: omegaconf.DictConfig, without: str) -> omegaconf.DictConfig:

@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -147,13 +146,9 @@ def _cpu_quota() -> float | None:
 
 
 def _memory() -> int:
-    """Bytes that can be had before the machine swaps or the container's limit ends the process."""
-    available: int = psutil.virtual_memory().available
-    from captcha_exp.device import control_group
+    from captcha_exp.device import free_memory_bytes  # brings torch
 
-    limits = [int(limit) for limit in control_group("memory.max") if limit != "max"]
-    used = [int(amount) for amount in control_group("memory.current")]
-    return min([available, *(limit - max(used, default=0) for limit in limits)]) if limits else available
+    return free_memory_bytes()
 
 
 # -- what a run needs -----------------------------------------------------------------------------------

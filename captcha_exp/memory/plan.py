@@ -10,20 +10,21 @@ does not with all at its least, and between the two it is *unsure*, which counts
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from captcha_exp.config import Config
 from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
 from captcha_exp.memory.blocks import Block
-from captcha_exp.memory.trace import Phase, Trace, trace
+from captcha_exp.memory.trace import Convolution, Phase, Trace, trace
 
 Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
 
 ERROR = (
     0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
 )
+WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
 _CUBLAS, _CUDNN = -1, -2  # workspaces among the events, where tensors count from 1
 
 
@@ -32,6 +33,10 @@ class Between(NamedTuple):
 
     least: float
     most: float
+
+    def error(self, measured: float) -> float:
+        """How far this lies beside what was measured, as a share of it; 0 where it holds it."""
+        return (min(max(measured, self.least), self.most) - measured) / measured
 
 
 class Peak(NamedTuple):
@@ -51,13 +56,42 @@ class Plan:
     state_mib: float  # of them weights, statistics, the optimiser's state
     activations_mib: float  # of them all others at the peak: activations, gradients, the batch
     pictures_mib: float  # what lives on the device from the first step to the last
-    workspace_mib: Between
+    workspace_mib: Between  # at most at one time
     training: Peak
     evaluation: Peak
     reserved_mib: Between  # over the whole run
     process_mib: Between
     budget_mib: Between | None  # what there is for the process; None: unknown
     fits: Fits | None
+
+    def words(self, card: str) -> str:
+        """The plan in one line."""
+        needed = f"{self.process_mib.least:,.0f} to {self.process_mib.most:,.0f} MiB on {card}"
+        text = f"a batch of {self.batch_size:,} has {self.tensors_mib:,.0f} MiB of tensors and takes {needed}"
+        if self.budget_mib is None:
+            return text
+        least, most = self.budget_mib
+        room = f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
+        return f"{text}, which has {room}: {self.fits}"
+
+    def beside(self, measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Metrics: what was foretold, and how far what was measured in each epoch lies outside of it.
+
+        An error is a share of what was measured: 0 within the bounds, above 0 where too much was foretold.
+        """
+        found = {
+            "memory/predicted_peak_least_mib": self.process_mib.least,
+            "memory/predicted_peak_mib": self.process_mib.most,
+        }
+        on_card = False
+        for kind, peak in (("train", self.training), ("eval", self.evaluation)):
+            for what, bounds in (("allocated", peak.allocated_mib), ("reserved", peak.reserved_mib)):
+                key = f"memory/{kind}_peak_{what}_mib"
+                if seen := max((row[key] for row in measured if key in row), default=0.0):
+                    found[f"memory/{kind}_peak_{what}_error"] = bounds.error(seen)
+                    on_card = True
+        seen = max((row.get("memory/process_peak_mib", 0.0) for row in measured), default=0.0)
+        return found | ({"memory/process_peak_error": self.process_mib.error(seen)} if on_card else {})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an interval is a list of two."""
@@ -142,7 +176,15 @@ class _Workspaces(NamedTuple):
     """What libraries have torch's allocator give them."""
 
     cublas_bytes: int  # from the first step on
-    cudnn_bytes: int  # while a convolution runs
+    cudnn_bytes: int  # while a convolution runs, at most
+
+    def of(self, convolution: Convolution) -> int:
+        """Bytes for this convolution."""
+        return min(self.cudnn_bytes, WORKSPACE_TIMES * convolution.fp32_bytes)
+
+    def most_mib(self, traced: Trace) -> float:
+        """What is taken at one time, at most."""
+        return (self.cublas_bytes + max(map(self.of, traced.convolutions))) / MIB
 
 
 def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | None) -> Plan:
@@ -170,7 +212,7 @@ def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | Non
         state_mib=state_bytes / MIB,
         activations_mib=(tensors_bytes - state_bytes) / MIB,
         pictures_mib=traced.resident_bytes / MIB,
-        workspace_mib=Between(sum(least) / MIB, sum(most) / MIB),
+        workspace_mib=Between(least.most_mib(traced), most.most_mib(traced)),
         training=_peak(low, high, _is_training),
         evaluation=_peak(low, high, _is_evaluation),
         reserved_mib=reserved,
@@ -213,13 +255,14 @@ def _events(traced: Trace, phase: Phase, workspaces: _Workspaces) -> Iterator[Ev
     if phase.name == "epoch 1: step 1":
         yield Event(_CUBLAS, workspaces.cublas_bytes)
     begin = phase.begin
-    for place in traced.convolutions[bisect_right(traced.convolutions, phase.begin) :]:
-        if place > phase.end:
+    first = bisect_right(traced.convolutions, phase.begin, key=lambda each: each.place)
+    for convolution in traced.convolutions[first:]:
+        if convolution.place > phase.end:
             break
-        yield from traced.events[begin:place]
-        yield Event(_CUDNN, workspaces.cudnn_bytes)
+        yield from traced.events[begin : convolution.place]
+        yield Event(_CUDNN, workspaces.of(convolution))
         yield Event(_CUDNN, None)
-        begin = place
+        begin = convolution.place
     yield from traced.events[begin : phase.end]
 
 

@@ -57,13 +57,20 @@ class Phase(NamedTuple):
     peak_bytes: int  # the most that was requested at one time
 
 
+class Convolution(NamedTuple):
+    """A convolution, forward or backward, which may want a workspace while it runs."""
+
+    place: int  # its results have come with the events before this one
+    fp32_bytes: int  # of the pictures that go in, those that come out, and the weights
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a training asks of the device's allocator."""
 
     events: list[Event]
     phases: list[Phase]  # one after another, all events
-    convolutions: list[int]  # the events before and the results of each convolution end here
+    convolutions: list[Convolution]
     parameters_bytes: int
     buffers_bytes: int
     optimizer_bytes: int  # its state, from the first step on
@@ -205,7 +212,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.events: list[Event] = []
         self.marks: list[tuple[str, int]] = []  # where phases begin
-        self.convolutions: list[int] = []
+        self.convolutions: list[Convolution] = []
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._count = 0
 
@@ -221,7 +228,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
             if getattr(value, "fake_device", HOST) == DEVICE:  # quicker than `device`, an operator
                 self._see(value.untyped_storage())
         if func in _CONVOLUTIONS:
-            self.convolutions.append(len(self.events))
+            sides = args[:3] if func is _CONVOLUTIONS[1] else (*args[:2], result)
+            self.convolutions.append(Convolution(len(self.events), 4 * sum(x.numel() for x in sides)))
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:

@@ -1,0 +1,160 @@
+"""`captcha-exp plan`: what batch sizes need on a card, and what makes one fit; and how that is told."""
+
+import argparse
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from captcha_exp import dataset
+from captcha_exp.cli.summary import console
+from captcha_exp.config import Config, resolve, to_dict
+from captcha_exp.device import card_total_mib, this_machine
+from captcha_exp.display import Display
+from captcha_exp.errors import UserError
+from captcha_exp.memory.advice import Advice, advise
+from captcha_exp.memory.plan import Between, Plan, Planner
+
+FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
+COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
+
+
+def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict[str, Any] | None:
+    """Plans as JSON values where they are asked for, else printed."""
+    wanted, config = config.train.batch_size, _planned_on(config)
+    sizes = _sizes(arguments.batch_sizes, wanted)
+    pictures = dataset.outline(config, display).counts
+    total_mib = card_total_mib(config)
+    planner = Planner(config, pictures, total_mib)
+    about = {
+        "card": to_dict(config.card),
+        "precision": config.device.precision,
+        "pictures": pictures,
+        "budget_mib": planner.budget_mib,
+    }
+    if arguments.advise:
+        if planner.budget_mib is None:
+            raise UserError(
+                "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or "
+                "--card with a card whose size is known"
+            )
+        if wanted == "auto":
+            raise UserError("plan --advise: wants the batch as a number; add train.batch_size=NUMBER")
+        found = advise(config, pictures, total_mib, display)
+        if arguments.json:
+            return about | {"batch_size": wanted, "advice": [each.to_json() for each in found]}
+        _tell_advice(found, int(wanted), config, planner.budget_mib)
+        return None
+    plans, seconds = [], []
+    with display.bar("planning", len(sizes)) as bar:
+        for size in sizes:
+            began = time.perf_counter()
+            plans.append(planner.at(size))
+            seconds.append(time.perf_counter() - began)
+            bar.advance(1)
+    largest = planner.largest()
+    if arguments.json:
+        timed = [plan.to_json() | {"seconds": each} for plan, each in zip(plans, seconds, strict=True)]
+        return about | {"plans": timed, "largest_batch": largest.batch_size if largest else None}
+    _tell_plans(plans, largest, config, pictures)
+    return None
+
+
+def _planned_on(config: Config) -> Config:
+    """The resolved config, whether or not its device is here: nothing runs on it."""
+    machine = this_machine(best_batch_size=lambda _: 1)
+    return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
+
+
+def _sizes(text: str | None, batch_size: int | str) -> list[int]:
+    if text is None:
+        own = batch_size if isinstance(batch_size, int) else 64
+        return sorted({max(1, int(own * factor)) for factor in FACTORS})
+    if not re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", text) or max(map(int, text.split(","))) > 1_000_000:
+        raise UserError(
+            f"--batch-sizes={text}: must be whole numbers from 1 to 1000000 with commas between them, as in "
+            "25,50,100"
+        )
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def _tell_plans(
+    plans: Sequence[Plan], largest: Plan | None, config: Config, pictures: Mapping[str, int]
+) -> None:
+    """A row for each batch size, and the largest that fits."""
+    out = console()
+    out.print(_headline(config, plans[0].budget_mib), markup=False)
+    columns = ("batch", "state", "activations", "pictures", "workspace", "reserved", "process", "verdict")
+    table = Table(*columns, title="MiB", title_justify="left")
+    for column in table.columns[:-1]:
+        column.justify = "right"
+    for plan in plans:
+        table.add_row(
+            f"{plan.batch_size:,}",
+            f"{plan.state_mib:,.0f}",
+            f"{plan.activations_mib:,.0f}",
+            f"{plan.pictures_mib:,.0f}",
+            _range(plan.workspace_mib),
+            _range(plan.reserved_mib),
+            _range(plan.process_mib),
+            Text(plan.fits or "", COLOURS[plan.fits]),
+        )
+    out.print(table)
+    if plans[0].budget_mib is None:
+        out.print(
+            "no verdict: how much memory there is nobody said; add device.vram_budget_mib=MIB or --card",
+            markup=False,
+        )
+    elif largest is None:
+        out.print("no batch size fits; captcha-exp plan --advise names what does", markup=False)
+    elif largest.batch_size == pictures["train"]:
+        out.print(f"the whole training split, {largest.batch_size:,} pictures, fits in one batch")
+    else:
+        out.print(f"largest batch that fits: {largest.batch_size:,}", style="bold")
+    if any(plan.fits == "unsure" for plan in plans):
+        out.print(
+            "unsure counts as no: context and workspaces are known within bounds; on the card itself "
+            "captcha-exp calibrate measures them",
+            markup=False,
+        )
+
+
+def _tell_advice(found: Sequence[Advice], batch_size: int, config: Config, budget: Between) -> None:
+    """A row for each combination, the cheapest in time first."""
+    out = console()
+    out.print(_headline(config, budget), markup=False)
+    if not found:
+        out.print(f"nothing known here makes a batch of {batch_size:,} fit; take a smaller one")
+        return
+    if not found[0].overrides:
+        out.print(f"a batch of {batch_size:,} fits as it stands")
+        return
+    title = f"with one of these a batch of {batch_size:,} fits; MiB"
+    table = Table(
+        "time", "tensors", "process", "add to the command", "note", title=title, title_justify="left"
+    )
+    for each in found:
+        table.add_row(
+            f"{each.relative_time:.2f}",
+            f"{each.plan.tensors_mib:,.0f}",
+            _range(each.plan.process_mib),
+            Text("\n".join(each.overrides)),
+            Text("\n".join(each.notes)),
+        )
+    out.print(table)
+    out.print("time is that of a step, estimated; 1 is the config as it stands, if it did fit")
+
+
+def _headline(config: Config, budget: Between | None) -> str:
+    room = f", {_range(budget)} MiB for the process" if budget else ""
+    return f"{config.name} in {config.device.precision} on {config.card.name}{room}"
+
+
+def _range(between: Between) -> str:
+    """5 to 7, or just 5."""
+    least, most = f"{between.least:,.0f}", f"{between.most:,.0f}"
+    return least if least == most else f"{least} to {most}"
