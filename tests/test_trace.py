@@ -3,6 +3,9 @@ for real on the CPU; and what a trace leaves alone."""
 
 import gc
 import itertools
+import subprocess
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +16,10 @@ import torch
 from conftest import CPU, training
 from torch import Tensor
 from torch._C._profiler import _EventType
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from captcha_exp import compose, load, watch
 from captcha_exp.augment import NUMBERS, Changes
@@ -24,7 +29,8 @@ from captcha_exp.dataset import Batch, Dataset
 from captcha_exp.display import Silent
 from captcha_exp.evaluate import evaluate
 from captcha_exp.memory import trace as module
-from captcha_exp.memory.allocator import CachingAllocator, replay
+from captcha_exp.memory.allocator import CachingAllocator, Event, replay
+from captcha_exp.memory.recorder import DEVICE, HOST, DeviceTensor, Recorder
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.step import Step, fresh_state, train_step
 from captcha_exp.train import train_epoch
@@ -284,6 +290,74 @@ def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property
     compare(configured("augment=mild", "augment.ramp=0"), 32, record_property)
 
 
+# -- torch's own fake tensors ---------------------------------------------------------------------------
+
+
+class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """What a Recorder says, with torch's FakeTensorMode below it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.events: list[Event] = []
+        self.marks: list[tuple[str, int]] = []
+        self.begin = Recorder.begin.__get__(self)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._count = 0
+
+    def __enter__(self) -> Any:
+        self._fake.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._fake.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if getattr(value, "fake_device", HOST) == DEVICE:
+                self._see(value.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        place = storage._cdata
+        if place in self._live:
+            return
+        number = self._count = self._count + 1
+        events, live = self.events, self._live
+
+        def gone(_: object) -> None:
+            del live[place]
+            events.append(Event(number, None))
+
+        live[place] = weakref.ref(storage, gone)
+        events.append(Event(number, storage.nbytes()))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("augment=mild",),
+        ("device.precision=fp16", "augment=mild", "augment.ramp=0"),
+        ("captcha=alnum", "model.head=grouped_softmax", "train.optimizer=sgd", "train.label_smoothing=0.1"),
+        ("model=resnet18", "train.epochs=2", "train.optimizer=adamw", "device.resident_limit_mib=0"),
+        ("experiment=article", "device.precision=bf16"),
+    ],
+    ids=" ".join,
+)
+def test_torchs_own_fake_tensors_say_the_same(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every event in its place."""
+    config, pictures = configured(*overrides), PICTURES | {"test": 90}
+    found = trace(config, 48, pictures)
+
+    monkeypatch.setattr(module, "Recorder", FakeRecorder)
+
+    assert found == trace(config, 48, pictures)
+
+
 # -- as a function of the batch -------------------------------------------------------------------------
 
 
@@ -357,12 +431,30 @@ def test_a_trace_is_the_same_again_and_leaves_nothing(tiny: Config, collecting: 
         gc.disable()
     try:
         second = trace(tiny, 16, PICTURES)
-        left: list[Tensor] = [each for each in gc.get_objects() if type(each) is FakeTensor]
+        left: list[Tensor] = [each for each in gc.get_objects() if type(each) is DeviceTensor]
     finally:
         gc.enable()
     assert second == first
     assert left == []
     assert torch.equal(torch.get_rng_state(), chance)
+
+
+FIRST = """
+import gc, torch
+from captcha_exp import compose, load
+from captcha_exp.memory.recorder import DeviceTensor
+from captcha_exp.memory.trace import trace
+config = load(compose("device.name=cpu", "device.precision=fp32"))
+gc.disable()
+first = trace(config, 16, {"train": 200, "validation": 80})
+assert not [each for each in gc.get_objects() if type(each) is DeviceTensor]
+assert first == trace(config, 16, {"train": 200, "validation": 80})
+"""
+
+
+def test_the_first_trace_of_a_process_is_like_all_others() -> None:
+    """Though torch imports much of itself on the way."""
+    subprocess.run([sys.executable, "-c", FIRST], check=True)
 
 
 def test_deterministic_algorithms_are_traced_too(tiny: Config) -> None:

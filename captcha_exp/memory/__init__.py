@@ -1,2 +1,2 @@
-"""How much memory of a GPU a training takes, foretold without one: what it allocates, traced on fake
-tensors (`trace`), is played to a model of the CUDA caching allocator (`allocator`)."""
+"""How much memory of a GPU a training takes, foretold without one: what it allocates, traced on tensors
+without numbers (`trace`), is played to a model of the CUDA caching allocator (`allocator`)."""

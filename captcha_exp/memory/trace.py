@@ -1,10 +1,10 @@
-"""What a training allocates on its device, in order, without the device: the project's own code on fake
-tensors, which have shapes and no numbers.
+"""What a training allocates on its device, in order, without the device: the project's own code on tensors
+which have shapes and no numbers (`recorder`).
 
 What runs is what a training runs: Dataset.split, Changes, train_step, evaluate.read, keep_if_better.
-Host and device are `meta` and `cpu` (fake `cuda` tensors end a process whose torch has no CUDA): what is
-made without a device stays on the host, what is sent is seen. A new storage on the device is an event;
-another comes when the last reference to it goes, by reference counting, without the collector of
+Host and device are `meta` and `cpu` (tensors said to be on `cuda` end a process whose torch has no CUDA):
+what is made without a device stays on the host, what is sent is seen. New memory on the device is an
+event; another comes when the last reference to it goes, by reference counting, without the collector of
 garbage. A precision of 16 bits is the CPU's autocast.
 
 Epochs are cut to their first steps, evaluations to their last batches: the others do the same, and what
@@ -16,21 +16,17 @@ Not seen, since no tensor of a dispatched operator holds it:
 - tensors that only CUDA's operators keep: what cuDNN reserves for a batch norm; a softmax under
   autocast, which is fp32 there and has 16 bits here, on small tensors alone
 - scalars of the progress bar and of watch.Guard
-
-Source: torch, torch/_subclasses/fake_tensor.py and torch/utils/_python_dispatch.py.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from captcha_exp import models
 from captcha_exp.augment import Changes
@@ -39,13 +35,12 @@ from captcha_exp.config import Config
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import read
 from captcha_exp.memory.allocator import Event
+from captcha_exp.memory.recorder import DEVICE, HOST, Convolution, Recorder
 from captcha_exp.models import Recogniser
 from captcha_exp.step import state_of, train_step
 
-HOST, DEVICE = torch.device("meta"), torch.device("cpu")
 FIRST_STEPS, STEPS = 3, 1  # of the first epoch, which makes the optimiser's state, and of a later one
 READ_BATCHES = 2  # whole ones of an evaluation
-_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 class Phase(NamedTuple):
@@ -55,13 +50,6 @@ class Phase(NamedTuple):
     begin: int
     end: int
     peak_bytes: int  # the most that was requested at one time
-
-
-class Convolution(NamedTuple):
-    """A convolution, forward or backward, which may want a workspace while it runs."""
-
-    place: int  # its results have come with the events before this one
-    fp32_bytes: int  # of the pictures that go in, those that come out, and the weights
 
 
 @dataclass(frozen=True)
@@ -87,18 +75,36 @@ def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace
     `device.name` plays no part. Without "test" among the pictures there is no test after the training.
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
-    recorder = _Recorder()
-    sizes = _run(config, pictures, recorder)
+    recorder = Recorder()
+    with _without_collector():
+        sizes = _run(config, pictures, recorder)
     phases = _phases(recorder.events, recorder.marks)
     return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
-def _run(config: Config, pictures: Mapping[str, int], recorder: "_Recorder") -> dict[str, int]:
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Where nothing waits for the collector, it would walk over all that torch has imported for nothing.
+
+    torch's operators and optimisers import torch._dynamo when they need it first. Frames that wait for
+    that import stay until the collector comes, with a model that one of them may have in its hands.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import torch._dynamo  # noqa: F401 - nothing of it is used here
+
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _run(config: Config, pictures: Mapping[str, int], recorder: Recorder) -> dict[str, int]:
     """`_training`; with its end everything that it made is gone, and seen to go."""
     with torch.device(HOST):
         model = models.build(config.model, config.captcha)
-    # torch.tensor gives a plain tensor even here; it becomes a fake one as it is used.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(HOST), recorder:
+    with torch.device(HOST), recorder:
         return _training(model, config, pictures, recorder.begin)
 
 
@@ -154,7 +160,7 @@ def _dataset(config: Config, pictures: Mapping[str, int]) -> Dataset:
 
 
 def _placed(model: Recogniser) -> Recogniser:
-    """As from `models.place`, of which torch does the second line on no fake parameter."""
+    """As from `models.place`, of which torch does the second line on no parameter without numbers."""
     model.to(DEVICE)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -203,48 +209,6 @@ def _evaluation(model: Recogniser, split: Split, config: Config) -> None:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of those on the device."""
     return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Sees storages of the device come and go."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
-        self.events: list[Event] = []
-        self.marks: list[tuple[str, int]] = []  # where phases begin
-        self.convolutions: list[Convolution] = []
-        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._count = 0
-
-    def begin(self, phase: str) -> None:
-        """A phase begins, and the one before it ends."""
-        self.marks.append((phase, len(self.events)))
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if getattr(value, "fake_device", HOST) == DEVICE:  # quicker than `device`, an operator
-                self._see(value.untyped_storage())
-        if func in _CONVOLUTIONS:
-            sides = args[:3] if func is _CONVOLUTIONS[1] else (*args[:2], result)
-            self.convolutions.append(Convolution(len(self.events), 4 * sum(x.numel() for x in sides)))
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        place = storage._cdata
-        if place in self._live:
-            return
-        number = self._count = self._count + 1
-        events, live = self.events, self._live
-
-        def gone(_: object) -> None:
-            del live[place]
-            events.append(Event(number, None))
-
-        live[place] = weakref.ref(storage, gone)
-        events.append(Event(number, storage.nbytes()))
 
 
 def _phases(events: Sequence[Event], marks: Sequence[tuple[str, int]]) -> list[Phase]:

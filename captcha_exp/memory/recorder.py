@@ -1,0 +1,228 @@
+"""Tensors of a device that is not there, and a mode that sees their memory come and go.
+
+A tensor of the device has a shape and no numbers. What an operator gives is asked of torch's kernel for
+`meta`, once for each kind of arguments: a training asks the same thousands of times, and the next trace
+knows the answers too. Tensors of the host are torch's own of `meta`, and nobody looks at them.
+
+torch's FakeTensorMode does this for a compiler, and takes five times as long. tests/test_trace.py has it say
+the same.
+
+Source: torch/_subclasses/fake_tensor.py and torch/utils/_python_dispatch.py; for the layout of convolutions
+aten/src/ATen/native/ConvUtils.h, mkldnn_conv_use_channels_last and cudnn_conv_suggest_memory_format.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from captcha_exp.memory.allocator import Event
+
+HOST, DEVICE = torch.device("meta"), torch.device("cpu")
+KNOWN = 50_000  # answers that are kept, of 800 bytes each; each batch size has a hundred of its own
+
+_aten = torch.ops.aten
+_CONVOLUTIONS = {_aten.convolution.default, _aten.convolution_backward.default, _aten.conv2d.default}
+
+
+class Form(NamedTuple):
+    """A tensor but for its numbers."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Memory:
+    """Where tensors that look at the same numbers lie. It goes with the last of them."""
+
+    __slots__ = ("_events", "_number")
+
+    def __init__(self, events: list[Event], number: int, requested_bytes: int) -> None:
+        self._events, self._number = events, number
+        events.append(Event(number, requested_bytes))
+
+    def __del__(self) -> None:
+        self._events.append(Event(self._number, None))
+
+
+class DeviceTensor(Tensor):
+    """A tensor of the device."""
+
+    form: Form
+    memory: Memory
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as in Parameter
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's is one that is switched off
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError(f"{func}: a tensor without numbers outlived its Recorder")
+
+
+class Convolution(NamedTuple):
+    """A convolution, forward or backward, which may want a workspace while it runs."""
+
+    place: int  # its results have come with the events before this one
+    fp32_bytes: int  # of the pictures that go in, those that come out, and the weights
+
+
+class Answer(NamedTuple):
+    """A tensor that an operator gives."""
+
+    argument: int | None  # of the device's tensors among the arguments, whose memory it has; None: its own
+    form: Form | None  # None: it is that argument
+    storage_bytes: int  # of its own memory
+
+
+Answers = Answer | list["Answers"] | tuple["Answers", ...] | None
+_known: dict[tuple[Any, ...], Answers] = {}
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Sees memory of the device come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.events: list[Event] = []
+        self.marks: list[tuple[str, int]] = []  # where phases begin
+        self.convolutions: list[Convolution] = []
+        self._count = 0
+
+    def begin(self, phase: str) -> None:
+        """A phase begins, and the one before it ends."""
+        self.marks.append((phase, len(self.events)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given: list[DeviceTensor] = []
+        devices: list[torch.device] = []
+        question = [func, torch.is_inference_mode_enabled(), torch.get_default_dtype(), *kwargs]
+        _describe(args, question, given, devices)
+        _describe(kwargs.values(), question, given, devices)
+        if func is _aten.lift_fresh.default:  # of torch.tensor, which has just made it somewhere
+            devices.append(args[0].device)
+        if not given and DEVICE not in devices:
+            return func(*args, **kwargs)
+        if (key := tuple(question)) not in _known:
+            stand_ins = [_empty(each.form) for each in given]
+            result = _asked(func, args, kwargs, stand_ins)
+            if HOST in devices:
+                return result
+            if len(_known) >= KNOWN:
+                _known.clear()
+            _known[key] = _answers(result, stand_ins)
+        result = self._made(_known[key], given)
+        if func in _CONVOLUTIONS:
+            sides = args[:3] if func is _aten.convolution_backward.default else (*args[:2], result)
+            self.convolutions.append(Convolution(len(self.events), 4 * sum(x.numel() for x in sides)))
+        return result
+
+    def _made(self, answer: Answers, given: list[DeviceTensor]) -> Any:
+        """The tensors of an answer."""
+        if answer is None:
+            return None
+        if not isinstance(answer, Answer):
+            return type(answer)(self._made(each, given) for each in answer)
+        argument, form, storage_bytes = answer
+        if form is None:
+            assert argument is not None
+            return given[argument]
+        if argument is None:
+            self._count += 1
+            memory = Memory(self.events, self._count, storage_bytes)
+        else:
+            memory = given[argument].memory
+        # While a model reads, a view of its weights is still no tensor of inference_mode.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            made = Tensor._make_wrapper_subclass(
+                DeviceTensor, form.shape, form.strides, dtype=form.dtype, device=DEVICE
+            )
+        made.form, made.memory = form, memory
+        return made
+
+
+def _describe(
+    values: Iterable[Any], into: list[Any], given: list[DeviceTensor], devices: list[torch.device]
+) -> None:
+    """All that an answer depends on; the tensors of the device, and the devices that are named."""
+    for value in values:
+        kind = type(value)
+        if kind is DeviceTensor:
+            given.append(value)
+            into.append(value.form)
+        elif kind is list or kind is tuple:
+            into.append(len(value))
+            _describe(value, into, given, devices)
+        elif isinstance(value, Tensor):
+            into += (_form(value), value.device)
+        else:
+            if kind is torch.device:
+                devices.append(value)
+            into += (kind, value)  # 1 is not True, though they are equal
+
+
+def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
+    """What the kernel for `meta` gives."""
+    if torch.Tag.inplace_view in func.tags:
+        raise NotImplementedError(f"{func} changes the form of a tensor")
+    if not func._schema.returns:
+        return None  # it writes to what is there; that of fused SGD has no kernel for `meta`
+    left = iter(stand_ins)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, DeviceTensor):
+            return next(left)
+        if isinstance(value, torch.device):
+            return HOST
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(replaced, value))
+        if isinstance(value, Tensor) and value.device == HOST:
+            return torch.empty_like(value)  # for who is sent nowhere, as it is there, may come back itself
+        return value
+
+    arguments = replaced(tuple(args))
+    result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
+    if func in _CONVOLUTIONS:
+        result = _colours_last(result)
+    if func is _aten.native_batch_norm.default:
+        # As FakeTensorMode has it, where mean and deviation have the 16 bits of the pictures.
+        result = (result[0], *(each.to(result[0].dtype) for each in result[1:]))
+    return result
+
+
+def _colours_last(result: Any) -> Any:
+    """A convolution answers as its weight lies, and on a device all weights of a Recogniser lie so."""
+    if isinstance(result, tuple):
+        return tuple(map(_colours_last, result))
+    if isinstance(result, Tensor) and result.ndim == 4:
+        return result.to(memory_format=torch.channels_last)
+    return result
+
+
+def _answers(result: Any, stand_ins: list[Tensor]) -> Answers:
+    """The same without tensors, to be kept."""
+    if result is None:
+        return None
+    if isinstance(result, (list, tuple)):
+        return type(result)(_answers(each, stand_ins) for each in result)
+    assert isinstance(result, Tensor)  # numbers are not read
+    storage = result.untyped_storage()
+    for number, each in enumerate(stand_ins):
+        if each is result:
+            return Answer(number, None, 0)
+        if each.untyped_storage()._cdata == storage._cdata:
+            return Answer(number, _form(result), 0)
+    return Answer(None, _form(result), storage.nbytes())
+
+
+def _form(tensor: Tensor) -> Form:
+    return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _empty(form: Form) -> Tensor:
+    return torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=HOST)
