@@ -112,6 +112,19 @@ def test_an_operator_gives_several(recorder: Recorder) -> None:
     assert (first.shape, second.shape) == ((2, 5), (2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_norm_keeps_what_it_keeps_on_a_cpu(dtype: torch.dtype) -> None:
+    def run() -> list[torch.dtype]:
+        pictures = torch.ones(4, 8, 5, 5, dtype=dtype, device=DEVICE)
+        weight, bias, mean, variance = (torch.ones(8, device=DEVICE) for _ in range(4))
+        found = torch.native_batch_norm(pictures, weight, bias, mean, variance, True, 0.1, 1e-5)
+        return [each.dtype for each in found]
+
+    with Recorder():
+        found = run()
+    assert found == run()
+
+
 def test_numbers_are_not_read(recorder: Recorder) -> None:
     there = torch.zeros((), device=DEVICE)
     with pytest.raises((RuntimeError, NotImplementedError)):

@@ -5,7 +5,8 @@ A tensor of the device has a shape and no numbers. What an operator gives is ask
 knows the answers too. Tensors of the host are torch's own of `meta`, and nobody looks at them.
 
 torch's FakeTensorMode does this for a compiler, and takes five times as long. tests/test_trace.py has it say
-the same.
+the same, but that the mean and the deviation of a batch norm have 32 bits where the pictures have 16: so it
+is on the CPU and on CUDA.
 
 Source: torch/_subclasses/fake_tensor.py and torch/utils/_python_dispatch.py; for the layout of convolutions
 aten/src/ATen/native/ConvUtils.h, mkldnn_conv_use_channels_last and cudnn_conv_suggest_memory_format.
@@ -189,9 +190,6 @@ def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
     result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
     if func in _CONVOLUTIONS:
         result = _colours_last(result)
-    if func is _aten.native_batch_norm.default:
-        # As FakeTensorMode has it, where mean and deviation have the 16 bits of the pictures.
-        result = (result[0], *(each.to(result[0].dtype) for each in result[1:]))
     return result
 
 
