@@ -575,10 +575,24 @@ PLANTS = (
         ("test_trace.py",),
     ),
     Plant(
-        "the trace sees only the first tensor of an operator with several",
-        "memory/trace.py",
-        "in tree_leaves(result):",
-        "in tree_leaves(result)[:1]:",
+        "the trace gives a view memory of its own",
+        "memory/recorder.py",
+        "return Answer(number, _form(result), 0)",
+        "break",
+        ("test_recorder.py",),
+    ),
+    Plant(
+        "the trace takes 1 for True",
+        "memory/recorder.py",
+        "into += (kind, value)",
+        "into.append(value)",
+        ("test_recorder.py",),
+    ),
+    Plant(
+        "the traced convolution answers with its colours first",
+        "memory/recorder.py",
+        "result = _colours_last(result)",
+        "pass",
         ("test_trace.py",),
     ),
 )
