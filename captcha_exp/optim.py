@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from captcha_exp.config import Train
 
 
-def optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer(
+    train: Train, parameters: Iterable[nn.Parameter], on_card: bool = False
+) -> torch.optim.Optimizer:
     """The optimiser of a config. Weights of two and more axes decay; biases and batch norms do not."""
     parameters = list(parameters)
     groups = [
@@ -25,8 +27,8 @@ def optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.O
     ]
     rate, kernel = train.learning_rate, train.optimizer_kernel
     fused, foreach = kernel == "fused", kernel == "foreach"
-    # Without it Adam counts its steps on the host, and a step could not be undone without a wait.
-    capturable = not fused and parameters[0].device.type == "cuda"
+    # Without it Adam counts its steps on the host, and one could not be undone there without a wait.
+    capturable = on_card and not fused
     made: torch.optim.Optimizer
     match train.optimizer:
         case "adam":

@@ -76,8 +76,11 @@ def fresh_state(config: Config, device: torch.device) -> TrainState:
     return state_of(models.place(models.build(config.model, config.captcha), device), config, device)
 
 
-def state_of(model: models.Recogniser, config: Config, device: torch.device) -> TrainState:
-    """The state before the first step of a model that is on the device."""
+def state_of(
+    model: models.Recogniser, config: Config, device: torch.device, on_card: bool | None = None
+) -> TrainState:
+    """The state before the first step of a model that is on the device; a trace says that it is a card."""
+    on_card = device.type == "cuda" if on_card is None else on_card
     model.recompute(config.train.activation_checkpointing)
     scale = optim.LossScale(device) if config.device.precision == "fp16" else None
-    return TrainState(model, optim.optimizer(config.train, model.parameters()), scale)
+    return TrainState(model, optim.optimizer(config.train, model.parameters(), on_card), scale)

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from captcha_exp.config import Config
 from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
 from captcha_exp.memory.blocks import Block
-from captcha_exp.memory.trace import Convolution, Phase, Trace, trace
+from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.trace import Phase, Trace, trace
 
 Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
 
