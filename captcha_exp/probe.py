@@ -157,7 +157,7 @@ def _room(plan: Plan, device: torch.device) -> tuple[float, bool]:
     """MiB that a batch size is said to need, and whether there is room for it."""
     if device.type == "cuda":
         return plan.process_mib.most, plan.fits == "fits"
-    needed_mib = max(plan.training.requested_mib, plan.evaluation.requested_mib)
+    needed_mib = max(plan.training.allocated_mib.least, plan.evaluation.allocated_mib.least)
     here = needed_mib * devices.MIB < ROOM * devices.free_memory_bytes()
     return needed_mib, here and plan.fits in ("fits", None)  # a budget holds for the prediction
 

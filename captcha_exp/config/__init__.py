@@ -13,6 +13,7 @@ from captcha_exp.config.schema import Article as Article
 from captcha_exp.config.schema import Augment as Augment
 from captcha_exp.config.schema import Captcha as Captcha
 from captcha_exp.config.schema import CaptchaLibrary as CaptchaLibrary
+from captcha_exp.config.schema import Card as Card
 from captcha_exp.config.schema import Compact as Compact
 from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import Data as Data

@@ -115,7 +115,7 @@ def _with_evaluation(
     plan = Planner(config, pictures, total_mib).at(int(config.train.batch_size))
     while plan.fits != "fits" and plan.evaluation.reserved_mib.most >= plan.reserved_mib.most:
         size = config.train.evaluation_batch_size // 2
-        if size == 0 or plan.evaluation.requested_mib <= plan.training.requested_mib:
+        if size == 0 or plan.evaluation.allocated_mib.most <= plan.training.allocated_mib.most:
             break
         config = replace(config, train=replace(config.train, evaluation_batch_size=size))
         plan = Planner(config, pictures, total_mib).at(int(config.train.batch_size))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from captcha_exp.config import Config
+from captcha_exp.config import Card, Config
 from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
 from captcha_exp.memory.blocks import Block
 from captcha_exp.memory.recorder import Convolution
@@ -26,6 +26,7 @@ ERROR = (
     0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
 )
 WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
+WORKSPACE_SHARES = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played
 _CUBLAS, _CUDNN = -1, -2  # workspaces among the events, where tensors count from 1
 
 
@@ -43,7 +44,6 @@ class Between(NamedTuple):
 class Peak(NamedTuple):
     """The peak of one kind of work: what torch.cuda.max_memory_allocated and _reserved would say."""
 
-    requested_mib: float  # by tensors alone
     allocated_mib: Between
     reserved_mib: Between
 
@@ -190,32 +190,30 @@ class _Workspaces(NamedTuple):
 
 def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | None) -> Plan:
     traced = trace(config, int(config.train.batch_size), pictures)
-    card = config.card
-    cublas, cudnn, context = card.cublas_workspace_mib, card.cudnn_workspace_mib, card.context_mib
-    least = _Workspaces(int(cublas.least * MIB), int(cudnn.least * MIB))
-    most = _Workspaces(int(cublas.most * MIB), int(cudnn.most * MIB))
-    low, high, fits = _play(traced, least), _play(traced, most), None
+    context, workspaces = config.card.context_mib, _workspaces(config.card)
+    fits, played = None, [_play(traced, each) for each in workspaces]
     if budget_mib is not None:
         # At a limit the allocator gives its cache back before it gives up: a run may need less than it takes
         # where there is plenty.
-        tight = _play(traced, most, (budget_mib.least - context.most) / (1 + ERROR))
-        wide = _play(traced, least, (budget_mib.most - context.least) / (1 - ERROR))
-        fits = _verdict(tight is not None, wide is not None)
-        low, high = wide or low, tight or high
-    assert low is not None  # without a limit no memory ends
-    assert high is not None
+        tight_mib = (budget_mib.least - context.most) / (1 + ERROR)
+        wide_mib = (budget_mib.most - context.least) / (1 - ERROR)
+        tight = [_play(traced, each, tight_mib) for each in workspaces]
+        wide = [_play(traced, each, wide_mib) for each in workspaces]
+        fits = _verdict(all(tight), any(wide))
+        played = [one or other or free for one, other, free in zip(tight, wide, played, strict=True)]
+    peaks = [each for each in played if each]
     tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
     state_bytes = traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes
-    reserved = _between(low, high, "reserved_bytes")
+    reserved = _between(peaks, "reserved_bytes")
     return Plan(
         batch_size=int(config.train.batch_size),
         tensors_mib=tensors_bytes / MIB,
         state_mib=state_bytes / MIB,
         activations_mib=(tensors_bytes - state_bytes) / MIB,
         pictures_mib=traced.resident_bytes / MIB,
-        workspace_mib=Between(least.most_mib(traced), most.most_mib(traced)),
-        training=_peak(low, high, _is_training),
-        evaluation=_peak(low, high, _is_evaluation),
+        workspace_mib=Between(workspaces[0].most_mib(traced), workspaces[-1].most_mib(traced)),
+        training=_peak(peaks, _is_training),
+        evaluation=_peak(peaks, _is_evaluation),
         reserved_mib=reserved,
         process_mib=Between(
             context.least + reserved.least * (1 - ERROR), context.most + reserved.most * (1 + ERROR)
@@ -223,6 +221,15 @@ def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | Non
         budget_mib=budget_mib,
         fits=fits,
     )
+
+
+def _workspaces(card: Card) -> list[_Workspaces]:
+    """From the least to the most; more workspace may leave more use of what is reserved, or less."""
+    cublas, cudnn = card.cublas_workspace_mib, card.cudnn_workspace_mib
+    return [
+        _Workspaces(*(int((each.least + share * (each.most - each.least)) * MIB) for each in (cublas, cudnn)))
+        for share in WORKSPACE_SHARES
+    ]
 
 
 def _verdict(fits_at_most: bool, fits_at_least: bool) -> Fits:
@@ -281,13 +288,12 @@ def _is_evaluation(phase: str) -> bool:
     return phase.startswith("epoch") and phase.endswith("evaluation")
 
 
-def _peak(low: _Peaks, high: _Peaks, chosen: Callable[[str], bool]) -> Peak:
-    low, high = ({name: usage for name, usage in of.items() if chosen(name)} for of in (low, high))
-    workspace_free = max(usage.requested_bytes for usage in low.values())
-    return Peak(
-        workspace_free / MIB, _between(low, high, "allocated_bytes"), _between(low, high, "reserved_bytes")
-    )
+def _peak(played: Sequence[_Peaks], chosen: Callable[[str], bool]) -> Peak:
+    """The peak of the chosen phases."""
+    played = [{name: usage for name, usage in peaks.items() if chosen(name)} for peaks in played]
+    return Peak(_between(played, "allocated_bytes"), _between(played, "reserved_bytes"))
 
 
-def _between(low: _Peaks, high: _Peaks, what: str) -> Between:
-    return Between(*(max(getattr(usage, what) for usage in of.values()) / MIB for of in (low, high)))
+def _between(played: Sequence[_Peaks], what: str) -> Between:
+    found = [max(getattr(usage, what) for usage in peaks.values()) / MIB for peaks in played]
+    return Between(min(found), max(found))
