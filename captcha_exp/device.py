@@ -11,16 +11,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from captcha_exp.config import Config, Machine, Precision, resolve
 from captcha_exp.display import Display
-from captcha_exp.errors import UserError
+from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.places import root
 
 MIB = 2**20
+
+T = TypeVar("T")
 
 
 def this_machine(
@@ -94,6 +97,34 @@ def set_up(config: Config) -> torch.device:
     # Filling fresh memory would find reads of memory that nobody wrote; every tensor here is written first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
     return device
+
+
+def hold_to_budget(config: Config, device: torch.device) -> None:
+    """The process held to device.vram_budget_mib on a CUDA card; elsewhere, or without one, as it was.
+
+    torch's allocator is given the budget less card.context_mib.most, since it does not count the context.
+    The most, and not what the context takes here: by that bound memory.plan calls a batch fitting, and
+    so what is called fitting runs.
+
+    Raises:
+        ConfigError: the context alone may take the whole budget.
+    """
+    budget = config.device.vram_budget_mib
+    if device.type != "cuda" or budget is None:
+        return
+    context = config.card.context_mib.most
+    if budget <= context:
+        raise ConfigError(
+            f"device.vram_budget_mib={budget}: card={config.card.name} takes up to {context:g} MiB for "
+            "its context alone; write more than that, null for all of the card, or take a card file with a "
+            "closer figure (captcha-exp calibrate measures one)"
+        )
+    _, total = torch.cuda.mem_get_info(device)
+    # Half a byte more: the allocator cuts fraction * total down to whole bytes, now and then one too few.
+    fraction = min(1.0, ((budget - context) * MIB + 0.5) / total)
+    # It takes no bare "cuda".
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 
 def to_read(config: Config, name: str, display: Display) -> Config:
@@ -185,14 +216,47 @@ def _cuda_process_bytes(device: torch.device) -> int:
     """
     reserved = torch.cuda.memory_reserved(device)
     peak_reserved = torch.cuda.max_memory_reserved(device)
-    if (used := _nvml_bytes(device)) is not None:
+    if (used := nvml_bytes(device)) is not None:
         return used - reserved + peak_reserved
     free, total = torch.cuda.mem_get_info(device)
     return peak_reserved + max(0, total - free - reserved)
 
 
-def _nvml_bytes(device: torch.device) -> int | None:
+def nvml_bytes(device: torch.device) -> int | None:
     """Bytes of the card that the driver counts for this process, or None."""
+
+    def own(nvml: Any) -> int | None:
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == os.getpid() and process.usedGpuMemory:
+                return int(process.usedGpuMemory)
+        return None
+
+    return _ask_nvml(own)
+
+
+def nvml_free_bytes() -> dict[str, int]:
+    """Free bytes of each card by its UUID, as torch writes it; to ask takes nothing of a card."""
+
+    def free(nvml: Any) -> dict[str, int]:
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        return {
+            _text(nvml.nvmlDeviceGetUUID(handle)).removeprefix("GPU-"): int(
+                nvml.nvmlDeviceGetMemoryInfo(handle).free
+            )
+            for handle in handles
+        }
+
+    return _ask_nvml(free) or {}
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver, or None."""
+    return _ask_nvml(lambda nvml: _text(nvml.nvmlSystemGetDriverVersion()))
+
+
+def _ask_nvml(question: Callable[[Any], T]) -> T | None:
+    """NVML's answer; None where it is not there or fails."""
     try:
         import pynvml
     except ImportError:
@@ -200,15 +264,16 @@ def _nvml_bytes(device: torch.device) -> int | None:
     try:
         pynvml.nvmlInit()
         try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == os.getpid() and process.usedGpuMemory:
-                    return int(process.usedGpuMemory)
+            return question(pynvml)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    return None
+
+
+def _text(value: str | bytes) -> str:
+    """NVML's texts; its older versions answer in bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 class MemoryMeter:

@@ -595,6 +595,20 @@ PLANTS = (
         "pass",
         ("test_trace.py",),
     ),
+    Plant(
+        "a budget forgets that the context takes its part",
+        "device.py",
+        "((budget - context) * MIB + 0.5) / total",
+        "(budget * MIB + 0.5) / total",
+        ("test_device.py",),
+    ),
+    Plant(
+        "a budget is cut down by a byte, and what just fits does not run",
+        "device.py",
+        "* MIB + 0.5) / total",
+        "* MIB) / total",
+        ("test_device.py",),
+    ),
 )
 
 

@@ -113,6 +113,98 @@ def test_autocast_is_the_precision_of_the_config(tiny: Config, precision: Any, d
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+# -- a budget ------------------------------------------------------------------------------------------------
+
+
+def on_a_budget(config: Config, budget: int | None, context: float = 800) -> Config:
+    """The config with this budget, and a card with this upper bound of its context."""
+    interval = replace(config.card.context_mib, least=0.0, most=context)
+    return replace(
+        config,
+        device=replace(config.device, vram_budget_mib=budget),
+        card=replace(config.card, name="any CUDA card", context_mib=interval),
+    )
+
+
+class Held:
+    """torch's allocator, as far as a fraction of the memory goes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
+        self.total = total
+        self.fractions: dict[int, float] = {}
+        for name in ("mem_get_info", "set_per_process_memory_fraction"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+
+    def mem_get_info(self, card: torch.device) -> tuple[int, int]:
+        return self.total // 3, self.total
+
+    def set_per_process_memory_fraction(self, fraction: float, card: object) -> None:
+        number = torch.cuda._utils._get_device_index(
+            card
+        )  # torch's own refusal of what is no number of a card
+        assert isinstance(fraction, float)
+        assert 0 <= fraction <= 1
+        self.fractions[number] = fraction
+
+    def allowed(self, number: int) -> int:
+        """Bytes, as the allocator counts them: cut down to a whole one."""
+        return int(self.fractions[number] * self.total)
+
+
+@pytest.mark.parametrize("total_mib", [3711, 3902.5, 8187.44, 23.64 * 1024, 80 * 1024, 143156.3])
+@pytest.mark.parametrize("budget", [801, 1000, 1303, 2048, 3711])
+def test_a_budget_leaves_the_allocator_what_the_context_does_not_take(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, total_mib: float, budget: int
+) -> None:
+    """To the byte: a plan that needs the last one of them fits."""
+    held = Held(monkeypatch, int(total_mib * MIB))
+    device.hold_to_budget(on_a_budget(tiny, budget), CARD)
+    assert held.fractions.keys() == {0}
+    assert held.allowed(0) == (budget - 800) * MIB
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 2), ("cuda:1", 1)])
+def test_a_budget_holds_on_the_card_that_is_meant(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    held = Held(monkeypatch, 4000 * MIB)
+    device.hold_to_budget(on_a_budget(tiny, 1800), torch.device(name))
+    assert held.fractions == {number: pytest.approx(0.25)}
+
+
+def test_a_budget_beyond_the_card_is_all_of_it(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch, 4000 * MIB)
+    device.hold_to_budget(on_a_budget(tiny, 5000), CARD)
+    assert held.fractions == {0: 1.0}
+
+
+@pytest.mark.parametrize("budget", [1, 200, 800])
+def test_a_budget_that_the_context_alone_may_take_is_refused(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    held = Held(monkeypatch, 4000 * MIB)
+    with pytest.raises(ConfigError) as error:
+        device.hold_to_budget(on_a_budget(tiny, budget), CARD)
+    (line,) = error.value.lines
+    expected = (
+        f"device.vram_budget_mib={budget}: card=any CUDA card takes up to 800 MiB for its context alone; "
+    )
+    assert line.startswith(expected)
+    assert held.fractions == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"), [("cuda", None), ("cuda:0", None), ("cpu", 2000), ("cpu", 1), ("mps", 1)]
+)
+def test_without_a_budget_or_without_a_card_nothing_is_held(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, budget: int | None
+) -> None:
+    held = Held(monkeypatch, 4000 * MIB)
+    device.hold_to_budget(on_a_budget(tiny, budget), torch.device(name))
+    assert held.fractions == {}
+
+
 # -- memory of the process -----------------------------------------------------------------------------------
 
 GROW = """
@@ -252,6 +344,52 @@ def test_a_card_that_claims_less_than_is_reserved_adds_nothing(
     monkeypatch.setitem(sys.modules, "pynvml", Nvml([]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3900 * MIB, 4000 * MIB))
     assert device.process_peak_mib(CARD) == 500
+
+
+class Cards(Nvml):
+    """pynvml, with two cards; the second one writes its name in bytes, as old versions do."""
+
+    def __init__(self, fails: str | None = None) -> None:
+        super().__init__([], fails)
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        self._maybe("nvmlDeviceGetCount")
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802
+        return number
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:  # noqa: N802
+        return "GPU-1234" if handle == 0 else b"GPU-5678"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(free=(3000 + handle) * MIB)
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:  # noqa: N802
+        self._maybe("nvmlSystemGetDriverVersion")
+        return b"550.54.14"
+
+
+def test_nvml_tells_what_is_free_and_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = Cards()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert device.nvml_free_bytes() == {"1234": 3000 * MIB, "5678": 3001 * MIB}
+    assert device.driver_version() == "550.54.14"
+    assert nvml.open == 0
+
+
+@pytest.mark.parametrize(
+    "nvml", [None, Cards("nvmlInit"), Cards("nvmlDeviceGetCount")], ids=["none", "init", "count"]
+)
+def test_without_nvml_nobody_knows_what_is_free(monkeypatch: pytest.MonkeyPatch, nvml: Cards | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert device.nvml_free_bytes() == {}
+
+
+@pytest.mark.parametrize("nvml", [None, Cards("nvmlSystemGetDriverVersion")], ids=["none", "version"])
+def test_without_nvml_nobody_knows_the_driver(monkeypatch: pytest.MonkeyPatch, nvml: Cards | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert device.driver_version() is None
 
 
 @pytest.mark.parametrize("phase", ["train", "eval"])

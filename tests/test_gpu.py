@@ -17,7 +17,7 @@ from captcha_exp import dataset, probe
 from captcha_exp.augment import NUMBERS, Changes, augment, table
 from captcha_exp.config import Augment, Config, Precision
 from captcha_exp.dataset import Split
-from captcha_exp.device import half_precisions, set_up
+from captcha_exp.device import half_precisions, hold_to_budget, set_up
 from captcha_exp.display import Silent
 from captcha_exp.doctor import findings, gather
 from captcha_exp.evaluate import evaluate_run
@@ -192,6 +192,34 @@ def test_the_card_changes_pictures_as_the_cpu_does_to_one_of_255(cuda: Config, c
     assert int(apart.max()) <= 1
     assert float((apart > 0).float().mean()) < 0.01
     assert not torch.equal(here, images)
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unlimited() -> Iterator[None]:
+    """After the test the process may take all of the card again: the limit stays until another is set."""
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def test_what_a_budget_leaves_can_be_taken_to_the_last_block_and_no_more(
+    cuda: Config, unlimited: None
+) -> None:
+    context = replace(cuda.card.context_mib, least=0.0, most=800.0)
+    config = on_the_card(replace(cuda, card=replace(cuda.card, context_mib=context)), vram_budget_mib=1000)
+    device = set_up(config)
+    left = 200 * 2**20 - torch.cuda.memory_reserved(device)  # what other tests have left is taken, too
+    assert left > 64 * 2**20
+    hold_to_budget(config, device)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(left + 2**21, dtype=torch.uint8, device=device)
+    assert torch.empty(left, dtype=torch.uint8, device=device).nbytes == left
+    assert torch.cuda.memory_reserved(device) <= 200 * 2**20
 
 
 # -- reading -------------------------------------------------------------------------------------------------
