@@ -120,7 +120,7 @@ def hold_to_budget(config: Config, device: torch.device) -> None:
             "closer figure (captcha-exp calibrate measures one)"
         )
     _, total = torch.cuda.mem_get_info(device)
-    # Half a byte more: the allocator cuts fraction * total down to whole bytes, now and then one too few.
+    # Half a byte more: the allocator cuts fraction * total down to whole bytes, at times one too few.
     fraction = min(1.0, ((budget - context) * MIB + 0.5) / total)
     # It takes no bare "cuda".
     number = torch.cuda.current_device() if device.index is None else device.index

@@ -12,6 +12,12 @@ def conf() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "conf"
 
 
+def checkout() -> Path | None:
+    """The checkout that the package runs from, or None for an installed one."""
+    home = _PACKAGE.parent
+    return home if (home / "pyproject.toml").is_file() and conf().parent == home else None
+
+
 def root() -> Path:
     """The folder in which outputs/ and mlruns/ stand.
 
@@ -20,5 +26,4 @@ def root() -> Path:
     """
     if named := os.environ.get("CAPTCHA_EXP_ROOT"):
         return Path(named).expanduser().resolve()
-    checkout = _PACKAGE.parent
-    return checkout if (checkout / "pyproject.toml").is_file() and conf().parent == checkout else Path.cwd()
+    return checkout() or Path.cwd()

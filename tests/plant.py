@@ -609,6 +609,27 @@ PLANTS = (
         "* MIB) / total",
         ("test_device.py",),
     ),
+    Plant(
+        "the context of a measured card has what torch's allocator holds in it",
+        "memory/judging.py",
+        "stage.process_mib - stage.reserved_mib",
+        "stage.process_mib",
+        ("test_calibrate.py",),
+    ),
+    Plant(
+        "a convolution's room hides in the gradient of its pictures",
+        "memory/measuring.py",
+        "for wanted in [*layer.parameters(), *([seen] if conv.inner else [])]:",
+        "for wanted in [[*layer.parameters(), seen]]:",
+        ("test_calibrate.py",),
+    ),
+    Plant(
+        "calibrate writes over somebody's card file",
+        "memory/calibrate.py",
+        "if path.exists() and not force:",
+        "if path.exists() and force is None:",
+        ("test_calibrate.py",),
+    ),
 )
 
 

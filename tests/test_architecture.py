@@ -35,7 +35,8 @@ HOMES = {
     "wheezy": {"sources"},
 }
 WITHOUT_TORCH = {"errors", "places", "chance", "alphabet", "config", "display", "pixels"}
-WITHOUT_TORCH |= {"memory.allocator", "memory.blocks"}  # modules of a part that has torch elsewhere
+# Modules of a part that has torch elsewhere.
+WITHOUT_TORCH |= {"memory.allocator", "memory.blocks", "memory.judging"}
 SHAPELESS = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "allow_pickle", "_target_"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "instantiate", "load_model"}

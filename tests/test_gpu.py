@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,9 @@ import torch
 from conftest import batch_of, drawn, training
 from PIL import Image
 
-from captcha_exp import dataset, probe
+from captcha_exp import compose, dataset, load, probe
 from captcha_exp.augment import NUMBERS, Changes, augment, table
-from captcha_exp.config import Augment, Config, Precision
+from captcha_exp.config import Augment, Config, Precision, to_dict
 from captcha_exp.dataset import Split
 from captcha_exp.device import half_precisions, hold_to_budget, set_up
 from captcha_exp.display import Silent
@@ -220,6 +222,30 @@ def test_what_a_budget_leaves_can_be_taken_to_the_last_block_and_no_more(
         torch.empty(left + 2**21, dtype=torch.uint8, device=device)
     assert torch.empty(left, dtype=torch.uint8, device=device).nbytes == left
     assert torch.cuda.memory_reserved(device) <= 200 * 2**20
+
+
+def test_calibrate_writes_a_card_that_a_training_can_choose(root: Path) -> None:
+    """In a process of its own: this one has touched the card already."""
+    words = [sys.executable, "-m", "captcha_exp", "calibrate", "--json", "--name", "mine"]
+    done = subprocess.run(
+        [*words, "--config-dir", str(root), "train.batch_size=32"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+    told = json.loads(done.stdout)
+    card = load(compose("card=mine", config_dir=str(root))).card
+    assert to_dict(card) == told["card"]
+    assert Path(told["path"]) == root / "card/mine.yaml"
+    properties = torch.cuda.get_device_properties(0)
+    assert card.name == properties.name
+    assert card.total_mib is not None
+    assert card.total_mib.least <= properties.total_memory / 2**20 <= card.total_mib.most
+    assert 20 < card.context_mib.least < card.context_mib.most < 3000
+    assert 8 <= card.cublas_workspace_mib.most <= 128  # 8.1 or 32 for each of two threads, as torch has it
+    assert card.cudnn_workspace_mib.most < card.total_mib.most
+    for speed in (card.fp16_speed, card.bf16_speed):
+        assert 0 < speed.least <= speed.most < 20
+        assert speed.source.startswith("measured") or properties.major < 8
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -32,9 +32,10 @@ VERBS = {
     "predict": "the text in pictures; asks for them where none is given",
     "runs": "list the runs in outputs/",
     "ui": "MLflow's UI on 127.0.0.1, with the right store",
+    "calibrate": "measure the CUDA card of this machine, into a file for card=NAME",
     "doctor": "what is wrong with this machine's set-up, and what to do",
 }
-COMPOSING = ("train", "data", "plan", "ui", "doctor")  # the verbs that take overrides
+COMPOSING = ("train", "data", "plan", "ui", "calibrate", "doctor")  # the verbs that take overrides
 
 
 def main() -> NoReturn:
@@ -69,10 +70,19 @@ def _dispatch(argv: list[str]) -> int:
     return code
 
 
+class _Help(argparse.HelpFormatter):
+    """argparse's help, with every verb beside its text: argparse forgets that verbs are indented."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 2 * self._indent_increment + max(map(len, VERBS))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train text-captcha recognisers in PyTorch: configured with Hydra, recorded in MLflow.",
+        formatter_class=_Help,
         epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
         allow_abbrev=False,
     )
@@ -117,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("runs", _runs)
     ui = verb("ui", _ui, json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
+    calibrate = verb("calibrate", _calibrate)
+    calibrate.add_argument("--name", metavar="NAME", help="default: after the card, as in nvidia-h200")
+    calibrate.add_argument("--force", action="store_true", help="write over a file that is there")
     verb("doctor", _doctor)
     return parser
 
@@ -239,6 +252,36 @@ def _ui(arguments: argparse.Namespace) -> int:
     if not isinstance(tracking, Mlflow):
         raise UserError("tracking=none: keeps no MLflow store to show; take tracking=mlflow")
     serve_ui(tracking, arguments.port, Terminal())
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    # The article's network and this project's own, on the same pictures; an override goes before.
+    asked = {text.partition("=")[0] for text in arguments.overrides}
+    words = (("experiment=article",), ("experiment=article", "model=compact"))
+    left = (tuple(w for w in several if w.partition("=")[0] not in asked) for several in words)
+    configs = [
+        compose_checked([*several, *arguments.overrides], arguments.config_dir).checked(None)
+        for several in dict.fromkeys(left)
+    ]
+    from captcha_exp.cli import summary
+    from captcha_exp.config import to_dict
+    from captcha_exp.display import Terminal
+    from captcha_exp.memory.calibrate import calibrate
+
+    card, path = calibrate(
+        configs,
+        _machine(),
+        Terminal(),
+        name=arguments.name,
+        config_dir=arguments.config_dir,
+        force=arguments.force,
+        command=[PROGRAM, *sys.argv[1:]],
+    )
+    if arguments.json:
+        _print_json({"path": str(path), "card": to_dict(card)})
+    else:
+        summary.of_card(card, path, arguments.config_dir)
     return 0
 
 

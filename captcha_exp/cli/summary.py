@@ -1,8 +1,10 @@
 """What a command tells at its end, on standard output."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from captcha_exp.display import shown
 from captcha_exp.record import is_alive
 
 if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
+    from captcha_exp.config import Card
     from captcha_exp.dataset import Dataset
     from captcha_exp.doctor import Finding
     from captcha_exp.evaluate import Evaluation
@@ -115,6 +118,20 @@ def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None
             ((state["mlflow"] or {}).get("run_id") or "")[:8],
         )
     out.print(table)
+
+
+def of_card(card: "Card", path: Path, config_dir: str | None) -> None:
+    """What is known of a card, where it is written, and what to type with it."""
+    console = _console()
+    table = Table("figure", "least", "most", "source", title=Text(card.name), title_justify="left")
+    for field in fields(card):
+        figure = getattr(card, field.name)
+        if not isinstance(figure, str | None):
+            table.add_row(field.name, f"{figure.least:,g}", f"{figure.most:,g}", Text(figure.source))
+    console.print(table)
+    console.print(f"file {path}", markup=False)
+    folder = f"--config-dir {shlex.quote(config_dir)} " if config_dir else ""
+    console.print(f"use it with {folder}card={path.stem}", markup=False)
 
 
 def of_findings(found: "Sequence[Finding]") -> None:

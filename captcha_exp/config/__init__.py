@@ -1,9 +1,11 @@
 """What can be set (`schema`), and how it is read and checked (`loading`, `mistakes`)."""
 
 from captcha_exp.config.loading import Machine as Machine
+from captcha_exp.config.loading import card_to_yaml as card_to_yaml
 from captcha_exp.config.loading import data_from_json as data_from_json
 from captcha_exp.config.loading import leaves as leaves
 from captcha_exp.config.loading import load as load
+from captcha_exp.config.loading import load_card as load_card
 from captcha_exp.config.loading import resolve as resolve
 from captcha_exp.config.loading import sealed as sealed
 from captcha_exp.config.loading import to_dict as to_dict
@@ -21,6 +23,7 @@ from captcha_exp.config.schema import Device as Device
 from captcha_exp.config.schema import Drawn as Drawn
 from captcha_exp.config.schema import Folder as Folder
 from captcha_exp.config.schema import Generator as Generator
+from captcha_exp.config.schema import Interval as Interval
 from captcha_exp.config.schema import Mlflow as Mlflow
 from captcha_exp.config.schema import Model as Model
 from captcha_exp.config.schema import NoTracking as NoTracking

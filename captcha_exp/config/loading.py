@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import omegaconf
+import yaml
 from pydantic import TypeAdapter, ValidationError
-from yaml import YAMLError
 
 from captcha_exp.config import schema
 from captcha_exp.config.mistakes import explain
-from captcha_exp.config.schema import Config, Data, Folder, Mlflow, Precision
+from captcha_exp.config.schema import Card, Config, Data, Folder, Mlflow, Precision
 from captcha_exp.errors import ConfigError
 
+_CARD = TypeAdapter(Card)
 _CONFIG = TypeAdapter(Config)
 _DATA: TypeAdapter[Data] = TypeAdapter(Data)
 
@@ -71,6 +72,20 @@ def load(
     if mistakes or config is None:
         raise ConfigError(*mistakes)
     return config
+
+
+def load_card(path: Path) -> Card:
+    """The checked card of a card file.
+
+    Raises:
+        ConfigError: one line for each mistake: the file, the key, the value, what is allowed.
+    """
+    raw = _plain(path)
+    try:
+        return _CARD.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
+    except ValidationError as error:
+        lines = explain(error, raw, _CARD.json_schema(), {})
+        raise ConfigError(*(f"{path}: {line}" for line in lines)) from None
 
 
 def resolve(config: Config, machine: Machine) -> Config:
@@ -131,6 +146,21 @@ def to_yaml(config: Config) -> str:
     return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(to_dict(config)))
 
 
+def card_to_yaml(card: Card) -> str:
+    """The text of a card file, in the order of the dataclass, a line for each value."""
+    values = {
+        key: {name: _short(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+        for key, value in to_dict(card).items()
+    }
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return text
+
+
+def _short(value: Any) -> Any:
+    """A whole number without its `.0`, as a person writes it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def data_from_json(text: str) -> Data:
     """The data group from JSON, as a drawing process receives it."""
     return _DATA.validate_json(text)
@@ -163,7 +193,7 @@ def _plain(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
             return _without_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
     except FileNotFoundError:
         raise ConfigError(f"{source}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{source}: cannot be read as a config: {reason}") from None
     except omegaconf.errors.OmegaConfBaseException as error:

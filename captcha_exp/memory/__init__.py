@@ -1,2 +1,29 @@
-"""How much memory of a GPU a training takes, foretold without one: what it allocates, traced on tensors
-without numbers (`trace`), is played to a model of the CUDA caching allocator (`allocator`)."""
+"""How much memory of a graphics card a training takes, told without one, and what makes it fit.
+
+    process = context + reserved            in MiB of the card, as nvidia-smi shows it for the process
+    reserved = allocator(tensors + workspaces)
+
+- tensors: `trace` runs the training's own code (three steps, evaluations) on tensors without numbers, and
+  `recorder` sees their memory come and go
+- allocator: `allocator` and `blocks`, a model of torch's caching allocator to which all that is played: 512
+  bytes at least, small and large segments, splits, best fit, and at the limit flush and try again
+- workspaces: cuBLAS keeps one from its first product on; cuDNN takes one for each convolution while it runs,
+  at most that of the card's file and WORKSPACE_TIMES the tensors of the convolution
+- context: the card's file; like the workspaces an interval with its source
+
+`plan` puts it together and says *fits*, *does not fit* or *unsure*, which counts as no. `advice` names what
+makes a batch fit. On a card `calibrate` replaces the intervals by what it measures (`measuring`, `judging`).
+
+Sources: torch 2.10 to 2.13, c10/cuda/CUDACachingAllocator.cpp, aten/src/ATen/cuda/CublasHandlePool.cpp,
+aten/src/ATen/native/cudnn/Conv_v8.cpp; each card's in conf/card/.
+
+Known error: of the tensors at most 0.4 % against torch's profiler in the same training run on a CPU, without
+what its kernels take and give back inside one convolution, and at most 4 % with it from batches of 32 on
+(tests/test_trace.py; smaller ones of the small network up to 11 %). plan.ERROR adds 2 % to all that is
+reserved.
+
+Not seen: a real card. Bounds of workspaces and contexts are what others have published, or estimates, and
+their files say which. Not counted: what a card's kernels take outside torch's allocator beyond the context,
+fragmentation by other streams, cuDNN's search for the fastest engine (train.deterministic=false), which tries
+larger workspaces.
+"""

@@ -1,0 +1,176 @@
+"""What a card is, from what was read on it (`calibrate`), as its card file says it.
+
+Nothing here touches a card, so that cards which nobody has can be played in a test.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from captcha_exp.config import Card, Interval, Precision
+
+MARGIN_MIB = 64  # on top of a measured context: kernels that a training loads and no try here did
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The memory of the card after something was done for the first time."""
+
+    after: str
+    used_mib: float  # by all processes
+    reserved_mib: float  # by torch's allocator in this one
+    process_mib: float | None  # this one's, by NVML; None where NVML does not know it
+
+    @property
+    def beside_mib(self) -> float:
+        """What is in use beside this process's allocator, by whomever."""
+        return max(0.0, self.used_mib - self.reserved_mib)
+
+
+@dataclass(frozen=True)
+class Transient:
+    """The most that a convolution of a network took beside its tensors."""
+
+    network: str
+    precision: Precision
+    batch_size: int
+    mib: float
+
+    def __str__(self) -> str:
+        return f"{self.mib:.0f} ({self.network}, {self.precision}, batch of {self.batch_size})"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one training step of a network, in each precision in turn."""
+
+    network: str
+    batch_size: int
+    seconds: Mapping[Precision, float]
+
+
+@dataclass(frozen=True)
+class Readings:
+    """All that was read on a card."""
+
+    name: str
+    totals_mib: tuple[float, ...]  # as torch tells it, in each of its ways
+    free_before_mib: float | None  # before this process came, by NVML
+    stages: tuple[Stage, ...]  # in order
+    smallest: int  # the stage at which every training has arrived
+    cublas_mib: float  # kept by the workspaces of the forward and of the backward thread
+    cublas_config: str  # CUBLAS_WORKSPACE_CONFIG
+    transients: tuple[Transient, ...]
+    deterministic: bool  # whether the convolutions had to be
+    rounds: tuple[Round, ...]
+
+
+def judge(read: Readings, known: Card) -> Card:
+    """The card. What could not be measured keeps the bounds of the card known before."""
+    total = min(read.totals_mib)
+    others = _others(read, total)
+    return Card(
+        name=read.name,
+        total_mib=_mib(
+            total, max(read.totals_mib), "torch reports it, by cudaMemGetInfo and by the properties"
+        ),
+        others_mib=others,
+        context_mib=_context(read, total),
+        cublas_workspace_mib=_mib(
+            0,
+            read.cublas_mib,
+            f"measured, {read.cublas_mib:.1f} for the forward and the backward thread with "
+            f"CUBLAS_WORKSPACE_CONFIG={read.cublas_config}; less where it is not set",
+        ),
+        cudnn_workspace_mib=_cudnn(read, known.cudnn_workspace_mib),
+        fp16_speed=_speed(read.rounds, "fp16", known.fp16_speed),
+        bf16_speed=_speed(read.rounds, "bf16", known.bf16_speed),
+    )
+
+
+def _mib(least: float, most: float, source: str) -> Interval:
+    """In whole MiB, rounded outwards."""
+    return Interval(least=float(math.floor(least)), most=float(math.ceil(most)), source=source)
+
+
+def _others(read: Readings, total: float) -> Interval:
+    """What other processes held: before this one, and beside it."""
+    seen = [max(0.0, s.used_mib - s.process_mib) for s in read.stages if s.process_mib is not None]
+    if read.free_before_mib is not None:
+        seen.append(max(0.0, total - read.free_before_mib))
+    if seen:
+        return _mib(min(seen), max(seen), "measured by NVML, what other programs held at that time")
+    source = "NVML tells nothing here; at most what was in use after this process's own start"
+    return _mib(0, read.stages[0].beside_mib, source)
+
+
+def _context(read: Readings, total: float) -> Interval:
+    """From the smallest that trains to the largest that was seen, and a margin."""
+    bounds = [_taken(stage, read, total) for stage in read.stages]
+    steps = "; ".join(
+        (f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}") + f" after {stage.after}"
+        for stage, (low, high) in zip(read.stages, bounds, strict=True)
+    )
+    by = (
+        "by NVML's figure for the process"
+        if all(stage.process_mib is not None for stage in read.stages)
+        else "by what is in use on the card and was not before"
+    )
+    return _mib(
+        min(low for low, _ in bounds[read.smallest :]),
+        max(high for _, high in bounds) + MARGIN_MIB,
+        f"measured, {by}: {steps}; most has {MARGIN_MIB} on top for kernels loaded later",
+    )
+
+
+def _taken(stage: Stage, read: Readings, total: float) -> tuple[float, float]:
+    """MiB of the process beside torch's allocator: the least and the most that it can be."""
+    if stage.process_mib is not None:
+        exact = max(0.0, stage.process_mib - stage.reserved_mib)
+        return exact, exact
+    if read.free_before_mib is not None:
+        exact = max(0.0, stage.beside_mib - max(0.0, total - read.free_before_mib))
+        return exact, exact
+    # Of what was in use after its own start all may be others', or nothing.
+    return max(0.0, stage.beside_mib - read.stages[0].beside_mib), stage.beside_mib
+
+
+def _cudnn(read: Readings, known: Interval) -> Interval:
+    """From the batch whose hungriest convolution takes least to the one whose takes most."""
+    groups: dict[tuple[str, Precision, int], Transient] = {}
+    for each in read.transients:
+        group = (each.network, each.precision, each.batch_size)
+        groups[group] = max(groups.get(group, each), each, key=lambda transient: transient.mib)
+    if not groups:
+        return _unmeasured(known)
+    worst = sorted(groups.values(), key=lambda transient: transient.mib)
+    sizes = sorted({each.batch_size for each in worst})
+    return _mib(
+        worst[0].mib,
+        worst[-1].mib,
+        f"measured, {worst[0]} to {worst[-1]}; forward and backward, batches of "
+        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(read.deterministic).lower()}",
+    )
+
+
+def _speed(rounds: Iterable[Round], precision: Precision, known: Interval) -> Interval:
+    """Times as fast as fp32: the slowest round to the fastest, of all networks."""
+    of_network: dict[str, list[float]] = {}
+    for each in rounds:
+        if precision in each.seconds:
+            ratio = each.seconds["fp32"] / each.seconds[precision]
+            of_network.setdefault(f"{each.network}, batch of {each.batch_size}", []).append(ratio)
+    if not of_network:
+        return _unmeasured(known)
+    ratios = [ratio for several in of_network.values() for ratio in several]
+    seen = "; ".join(f"{min(some):.2f} to {max(some):.2f} ({name})" for name, some in of_network.items())
+    return Interval(
+        least=math.floor(min(ratios) * 100) / 100,
+        most=math.ceil(max(ratios) * 100) / 100,
+        source=f"measured in training steps, {seen}",
+    )
+
+
+def _unmeasured(known: Interval) -> Interval:
+    source = f"not measured, it fails here; {known.source}"
+    return Interval(least=known.least, most=known.most, source=source)

@@ -1,0 +1,664 @@
+"""Measuring a card: judging on readings that are played, measuring on the CPU with played counters."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, Heard, batch_of, training
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captcha_exp import cli, compose, device, load
+from captcha_exp.config import Card, Config, Interval, Machine, Precision, card_to_yaml, load_card
+from captcha_exp.display import Bar
+from captcha_exp.errors import ConfigError, RunFailed, UserError
+from captcha_exp.memory import calibrate as calibration
+from captcha_exp.memory import measuring
+from captcha_exp.memory.judging import MARGIN_MIB, Readings, Round, Stage, Transient, judge
+from captcha_exp.places import conf
+
+MIB = 2**20
+GTX = "NVIDIA GeForce GTX 1650"
+MACHINE = Machine(("cuda", "cuda:0", "cpu"), 2, Path("/"), {"cuda": "this machine has 1 CUDA cards"})
+GENERIC = load(compose("tracking=none")).card
+
+# 400 MiB of the card were in use when this process came; it takes 100, 120, 150 and 180 beside its tensors.
+STAGES = (
+    Stage("the first tensor", 502, 2, 102),
+    Stage("the first matrix products", 560, 40, 160),
+    Stage("the first convolution in fp32", 630, 80, 230),
+    Stage("the first convolution in fp16", 660, 80, 260),
+)
+READINGS = Readings(
+    name=GTX,
+    totals_mib=(3711.25, 3711.25),
+    free_before_mib=3311.25,
+    stages=STAGES,
+    smallest=2,
+    cublas_mib=64.0,
+    cublas_config=":4096:8",
+    transients=(
+        Transient("compact", "fp32", 16, 3.5),
+        Transient("compact", "fp32", 16, 1.0),
+        Transient("resnet18", "fp32", 64, 90.0),
+        Transient("resnet18", "fp16", 64, 120.25),
+    ),
+    deterministic=True,
+    rounds=(
+        Round("resnet18", 100, {"fp32": 0.2, "bf16": 0.4, "fp16": 0.8}),
+        Round("resnet18", 100, {"fp32": 0.2, "bf16": 0.5, "fp16": 0.7}),
+        Round("compact", 100, {"fp32": 0.01, "bf16": 0.011, "fp16": 0.009}),
+    ),
+)
+
+
+def unknown(stages: tuple[Stage, ...] = STAGES) -> tuple[Stage, ...]:
+    """As where NVML does not know the process."""
+    return tuple(replace(stage, process_mib=None) for stage in stages)
+
+
+def bounds(figure: Interval | None) -> tuple[float, float]:
+    assert figure is not None
+    return figure.least, figure.most
+
+
+# -- judging -------------------------------------------------------------------------------------------------
+
+
+def test_a_card_of_figures_worked_out_by_hand() -> None:
+    card = judge(READINGS, GENERIC)
+    assert card.name == GTX
+    assert bounds(card.total_mib) == (3711, 3712)
+    assert bounds(card.others_mib) == (400, 400)
+    assert bounds(card.context_mib) == (150, 180 + MARGIN_MIB)
+    assert bounds(card.cublas_workspace_mib) == (0, 64)
+    assert bounds(card.cudnn_workspace_mib) == (3, 121)
+    assert bounds(card.fp16_speed) == (0.25, 1.12)
+    assert bounds(card.bf16_speed) == (0.4, 0.91)
+
+
+def test_the_sources_say_what_was_seen() -> None:
+    card = judge(READINGS, GENERIC)
+    assert card.context_mib.source == (
+        "measured, by NVML's figure for the process: 100 after the first tensor; 120 after the first matrix "
+        "products; 150 after the first convolution in fp32; 180 after the first convolution in fp16; "
+        f"most has {MARGIN_MIB} on top for kernels loaded later"
+    )
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in card.cublas_workspace_mib.source
+    assert (
+        "4 (compact, fp32, batch of 16) to 120 (resnet18, fp16, batch of 64)"
+        in card.cudnn_workspace_mib.source
+    )
+    assert "batches of 16 to 64, train.deterministic=true" in card.cudnn_workspace_mib.source
+    assert card.fp16_speed.source == (
+        "measured in training steps, 0.25 to 0.29 (resnet18, batch of 100); "
+        "1.11 to 1.11 (compact, batch of 100)"
+    )
+
+
+def test_where_nvml_does_not_know_the_process_what_was_not_in_use_before_is_its_own() -> None:
+    card = judge(replace(READINGS, stages=unknown()), GENERIC)
+    assert bounds(card.others_mib) == (400, 400)
+    assert bounds(card.context_mib) == (150, 180 + MARGIN_MIB)
+    assert "by what is in use on the card and was not before" in card.context_mib.source
+
+
+def test_without_nvml_the_first_use_may_be_anybodys() -> None:
+    """500 MiB are in use after the start: all others', or all its own."""
+    card = judge(replace(READINGS, stages=unknown(), free_before_mib=None), GENERIC)
+    assert bounds(card.others_mib) == (0, 500)
+    assert bounds(card.context_mib) == (50, 580 + MARGIN_MIB)
+    assert "50 to 550 after the first convolution in fp32" in card.context_mib.source
+
+
+def test_others_that_come_and_go_make_an_interval() -> None:
+    busier = (*STAGES, Stage("training steps", 1660, 80, 260))
+    card = judge(replace(READINGS, stages=busier), GENERIC)
+    assert bounds(card.others_mib) == (400, 1400)
+    assert bounds(card.context_mib) == (150, 180 + MARGIN_MIB)
+
+
+def test_figures_of_a_driver_that_disagree_by_a_little_give_no_negative_memory() -> None:
+    stages = (Stage("a", 100, 90, 80), Stage("b", 100, 90, 80), Stage("c", 100, 120, 80))
+    card = judge(replace(READINGS, stages=stages, free_before_mib=3800.0), GENERIC)
+    assert bounds(card.others_mib) == (0, 20)
+    assert bounds(card.context_mib) == (0, MARGIN_MIB)
+
+
+def test_what_could_not_be_measured_keeps_the_bounds_that_were_known() -> None:
+    rounds = (Round("resnet18", 100, {"fp32": 0.2, "fp16": 0.1}),)
+    card = judge(replace(READINGS, transients=(), rounds=rounds), GENERIC)
+    assert bounds(card.fp16_speed) == (2, 2)
+    for figure, known in (
+        (card.bf16_speed, GENERIC.bf16_speed),
+        (card.cudnn_workspace_mib, GENERIC.cudnn_workspace_mib),
+    ):
+        assert bounds(figure) == bounds(known)
+        assert figure.source == f"not measured, it fails here; {known.source}"
+
+
+mib = st.floats(0, 200_000)
+stages = st.builds(Stage, st.just("it"), mib, mib, st.none() | mib)
+
+
+@settings(deadline=None)
+@given(
+    st.builds(
+        Readings,
+        name=st.just(GTX),
+        totals_mib=st.tuples(mib, mib),
+        free_before_mib=st.none() | mib,
+        stages=st.lists(stages, min_size=3, max_size=6).map(tuple),
+        smallest=st.just(2),
+        cublas_mib=mib,
+        cublas_config=st.just(":4096:8"),
+        transients=st.lists(
+            st.builds(Transient, st.just("net"), st.just("fp32"), st.integers(1, 9), mib)
+        ).map(tuple),
+        deterministic=st.booleans(),
+        rounds=st.lists(
+            st.builds(Round, st.just("net"), st.just(1), st.just({"fp32": 0.1, "fp16": 0.3}))
+        ).map(tuple),
+    )
+)
+def test_whatever_was_read_gives_a_card_that_holds_it(read: Readings) -> None:
+    """Its own checks refuse what is negative or in the wrong order."""
+    card = judge(read, GENERIC)
+    assert card.cublas_workspace_mib.most >= read.cublas_mib
+    assert all(card.cudnn_workspace_mib.most >= each.mib for each in read.transients)
+    for stage in read.stages:
+        if stage.process_mib is not None:
+            assert card.context_mib.most >= stage.process_mib - stage.reserved_mib + MARGIN_MIB
+            assert bounds(card.others_mib)[1] >= stage.used_mib - stage.process_mib
+
+
+# -- the file ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        (GTX, "nvidia-geforce-gtx-1650"),
+        ("NVIDIA H200", "nvidia-h200"),
+        ("Tesla V100-SXM2-16GB", "tesla-v100-sxm2-16gb"),
+        ("NVIDIA A100 80GB PCIe (MIG 1g.5gb)", "nvidia-a100-80gb-pcie-mig-1g-5gb"),
+        ("4090", "card-4090"),
+        ("null", "card-null"),
+        ("../..", "card"),
+        ("", "card"),
+        ("x" * 99, "x" * 60),
+    ],
+)
+def test_the_name_of_a_file_is_that_of_the_card(name: str, file: str) -> None:
+    assert calibration.slug(name) == file
+
+
+@given(st.text())
+def test_any_name_of_a_card_can_be_typed_as_a_choice(name: str) -> None:
+    assert calibration.NAME.fullmatch(calibration.slug(name))
+
+
+@pytest.mark.parametrize("path", sorted((conf() / "card").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path, tmp_path: Path) -> None:
+    card = load_card(path)
+    written = tmp_path / "card.yaml"
+    written.write_text(card_to_yaml(card))
+    assert load_card(written) == card
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert written.read_text().splitlines() == [re.sub(r": (\d+)\.0$", r": \1", line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("name: NVIDIA H200", "name: ''", "name=.*: must be .+"),
+        ("least: 500", "least: 5000", "context_mib: least=5000 is more than most=1000"),
+        ("least: 500", "leest: 500", "context_mib.leest=500: there is no such key; did you mean .+least\\?"),
+        ("bf16_speed:", "speed:", "bf16_speed: is missing; .+|speed: .+"),
+    ],
+)
+def test_a_mistake_in_a_card_file_names_file_and_key(tmp_path: Path, old: str, new: str, line: str) -> None:
+    path = tmp_path / "h200.yaml"
+    path.write_text((conf() / "card/h200.yaml").read_text().replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        load_card(path)
+    assert all(
+        re.fullmatch(f"{re.escape(str(path))}: ({line}|.+: is missing; .+)", x) for x in error.value.lines
+    )
+
+
+@pytest.fixture
+def card_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
+    """A machine with one card, of which 3,311 MiB are free; the list fills with what `measure` is asked."""
+    asked: list[Any] = []
+
+    def measure(configs: Any, on: torch.device, free_before_mib: float | None, display: Any) -> Readings:
+        asked.append((configs, on, free_before_mib))
+        return replace(READINGS, free_before_mib=free_before_mib)
+
+    properties = SimpleNamespace(name=GTX, uuid="1234", total_memory=3711 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(device, "nvml_free_bytes", lambda: {"1234": 3311 * MIB, "5678": 7 * MIB})
+    monkeypatch.setattr(device, "driver_version", lambda: "550.54.14")
+    monkeypatch.setattr(device, "this_machine", lambda: MACHINE)
+    monkeypatch.setattr(calibration, "measure", measure)
+    return asked
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`captcha-exp calibrate ...` in this process: exit code, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["captcha-exp", "calibrate", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_the_verb_writes_a_file_that_a_training_can_choose(
+    call: Call, card_here: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    code, out, _ = call("--config-dir", str(tmp_path), "seed=3")
+    path = tmp_path / "card/nvidia-geforce-gtx-1650.yaml"
+    assert code == 0
+    assert load(compose("card=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).card == load_card(path)
+    first, second, third = path.read_text().splitlines()[:3]
+    assert re.fullmatch(
+        rf"# {GTX}, measured on \d{{4}}-\d\d-\d\d with torch 2\S+, CUDA \S+, "
+        r"cuDNN 9\.10\.2, driver 550\.54\.14",
+        first,
+    )
+    assert second == f"# Command: captcha-exp calibrate --config-dir {tmp_path} seed=3"
+    assert third == f"name: {GTX}"
+    assert [path.name for path in (tmp_path / "card").iterdir()] == [path.name]  # no part of a file is left
+    assert re.search(r"context_mib +│ 150 +│ 244 +│ measured, by NVML's figure", out)
+    assert f"file {path}\n" in out
+    assert out.endswith(f"use it with --config-dir {tmp_path} card=nvidia-geforce-gtx-1650\n")
+
+
+def test_the_verb_prints_json_for_a_script(call: Call, card_here: list[Any], tmp_path: Path) -> None:
+    code, out, _ = call("--json", "--config-dir", str(tmp_path), "--name", "mine")
+    told = json.loads(out)
+    assert (code, set(told)) == (0, {"path", "card"})
+    assert told["path"] == str(tmp_path / "card/mine.yaml")
+    assert told["card"]["context_mib"]["most"] == 244
+    assert load_card(Path(told["path"])).name == told["card"]["name"] == GTX
+
+
+def test_both_networks_are_tried_on_the_article_s_pictures(
+    call: Call, card_here: list[Any], tmp_path: Path
+) -> None:
+    assert call("--config-dir", str(tmp_path), "train.batch_size=32")[0] == 0
+    ((configs, on, free),) = card_here
+    assert [config.model.name for config in configs] == ["resnet18", "compact"]
+    assert {config.name for config in configs} == {"article"}
+    assert {config.train.batch_size for config in configs} == {32}
+    assert {(config.device.name, config.device.precision) for config in configs} == {("cuda", "fp32")}
+    assert all(isinstance(config.device.threads, int) for config in configs)
+    assert (on, free) == (torch.device("cuda"), 3311)
+
+
+@pytest.mark.parametrize(
+    ("words", "networks"),
+    [
+        (["model=compact"], ["compact"]),
+        (["experiment=quickstart"], ["compact", "compact"]),
+        (["experiment=quickstart", "model=resnet18"], ["resnet18"]),
+    ],
+)
+def test_an_override_may_choose_what_is_tried(
+    call: Call, card_here: list[Any], tmp_path: Path, words: list[str], networks: list[str]
+) -> None:
+    assert call("--config-dir", str(tmp_path), *words)[0] == 0
+    assert [config.model.name for config in card_here[0][0]] == networks
+
+
+def test_a_file_is_written_over_only_by_force(call: Call, card_here: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "card/mine.yaml"
+    path.parent.mkdir()
+    path.write_text("somebody's")
+    words = ("--config-dir", str(tmp_path), "--name", "mine")
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert err == f"{path}: is there already; take --force to write over it, or another --name\n"
+    assert card_here == []  # refused before minutes of measuring
+    assert path.read_text() == "somebody's"
+    assert call(*words, "--force")[0] == 0
+    assert load_card(path).name == GTX
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "1650", "null", "a.b", "", "a b", "-x", "é", "a" * 65, "a\n"]
+)
+def test_a_name_that_could_be_no_choice_is_refused(
+    call: Call, card_here: list[Any], tmp_path: Path, name: str
+) -> None:
+    code, out, err = call("--config-dir", str(tmp_path), f"--name={name}")
+    assert (code, out) == (2, "")
+    assert "must be a letter, then letters, digits, _ and -" in err
+    assert card_here == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    call: Call, card_here: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "card").write_text("a file")
+    code, out, err = call("--config-dir", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r".+gtx-1650\.yaml: cannot be written: .+", err.splitlines()[-1])
+
+
+def test_a_checkout_keeps_its_cards_in_conf(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calibration.folder_of(None) == conf() / "card"
+    monkeypatch.setattr(calibration, "checkout", lambda: None)
+    with pytest.raises(UserError, match=r"belongs to the installed package; .+ --config-dir DIR"):
+        calibration.folder_of(None)
+
+
+@pytest.mark.parametrize("words", [[], ["device.name=cuda"], ["--json", "device.name=cuda:1"]])
+def test_without_a_card_one_line_says_what_is_missing_and_what_to_take_instead(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = call("--config-dir", str(tmp_path), *words)
+    assert (code, out) == (2, "")
+    line = r"device\.name=\S+: no CUDA card to measure: .*CUDA.*; without one take card=generic, or .+\n"
+    assert re.fullmatch(line, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps"])
+def test_only_a_cuda_card_can_be_measured(
+    call: Call, card_here: list[Any], tmp_path: Path, name: str
+) -> None:
+    code, out, err = call("--config-dir", str(tmp_path), f"device.name={name}")
+    assert (code, out) == (2, "")
+    assert err == f"device.name={name}: only a CUDA card can be measured; write auto or cuda\n"
+
+
+def test_a_process_that_has_used_cuda_cannot_see_what_comes(
+    call: Call, card_here: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    code, _, err = call("--config-dir", str(tmp_path))
+    assert (code, card_here) == (2, [])
+    assert err == "this process has used CUDA already; call captcha-exp calibrate by itself\n"
+
+
+def test_mistakes_of_the_config_come_as_everywhere(call: Call, card_here: list[Any]) -> None:
+    code, out, err = call("captcha.widht=3", "train.epochs=0")
+    assert (code, out) == (2, "")
+    assert sorted(line.split(":")[0] for line in err.splitlines()) == ["captcha.widht=3", "train.epochs=0"]
+
+
+@pytest.mark.parametrize(
+    ("number", "version"), [(91002, "9.10.2"), (90100, "9.1.0"), (8902, "8.9.2"), (None, None)]
+)
+def test_the_version_of_cudnn(
+    monkeypatch: pytest.MonkeyPatch, number: int | None, version: str | None
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert calibration._cudnn_version() == version
+
+
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+class Played:
+    """The counters of a card of 4,000 MiB, 1,000 of them in use; the tensors are the CPU's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated = self.peak = 0
+        for name, value in {
+            "mem_get_info": lambda _: (3000 * MIB, 4000 * MIB),
+            "memory_reserved": lambda _: self.allocated + 2 * MIB,
+            "memory_allocated": lambda _: self.allocated,
+            "max_memory_allocated": lambda _: self.peak,
+            "reset_peak_memory_stats": self.reset,
+            "synchronize": lambda _: None,
+            "empty_cache": lambda: None,
+            "get_device_properties": lambda _: SimpleNamespace(name=GTX, total_memory=4001 * MIB),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(device, "nvml_bytes", lambda _: 600 * MIB)
+
+    def reset(self, _: torch.device) -> None:
+        self.peak = self.allocated
+
+    def take(self, mib: int) -> None:
+        self.allocated += mib * MIB
+        self.peak = max(self.peak, self.allocated)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Played:
+    monkeypatch.setattr(measuring, "BATCH_SIZES", (2, 4, 8))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return Played(monkeypatch)
+
+
+class Counted(Heard):
+    """A display that adds up how far its one bar has come."""
+
+    total = done = 0
+
+    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]:
+        self.total = total
+        return nullcontext(self)
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.done += amount
+
+
+def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Played, one_thread: None) -> None:
+    display = Counted()
+    config = replace(tiny, device=replace(tiny.device, threads=1))
+    read = measuring.measure([training(config, batch_size=8)], CPU, 3500.0, display)
+    assert [stage.after for stage in read.stages] == [
+        "the first tensor",
+        "the first matrix products",
+        "the first convolution in fp32",
+        "the first convolution in bf16",
+        "the first convolution in fp16",
+        "training steps in every precision",
+    ]
+    assert {(s.used_mib, s.reserved_mib, s.process_mib) for s in read.stages} == {(1000, 2, 600)}
+    assert read.stages[read.smallest].after == "the first convolution in fp32"
+    assert list(read.totals_mib) == [4000, 4001]
+    assert [(t.precision, t.batch_size, t.mib) for t in read.transients] == [
+        (precision, size, 0) for precision in ("fp32", "bf16", "fp16") for size in (2, 4, 8)
+    ]
+    assert [(each.batch_size, set(each.seconds)) for each in read.rounds] == [
+        (8, {"fp32", "bf16", "fp16"})
+    ] * measuring.ROUNDS
+    assert display.done == display.total
+    assert (display.warnings, len(display.lines)) == ([], len(read.stages))
+    assert bounds(judge(read, GENERIC).context_mib) == (598, 598 + MARGIN_MIB)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_a_deterministic_training_gives_cublas_is_the_upper_bound(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, deterministic: bool, one_thread: None
+) -> None:
+    monkeypatch.setattr(measuring, "_transients", lambda *_: [])
+    monkeypatch.setattr(measuring, "_rounds", lambda *_: [])
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    config = training(tiny, deterministic=deterministic)
+    read = measuring.measure([config], CPU, None, Heard())
+    assert read.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert read.deterministic == deterministic
+    device.set_up(tiny)
+
+
+def test_what_products_leave_allocated_is_their_workspace(
+    card: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card.take(10)
+    monkeypatch.setattr(
+        measuring, "_product", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
+    )
+    assert measuring._kept_by_products(CPU, Heard()) == 65
+
+
+def test_a_product_goes_forward_and_backward_and_leaves_no_tensor() -> None:
+    measuring._product(torch.float32, CPU)
+
+
+def test_the_convolutions_of_both_networks_each_once() -> None:
+    article = measuring.convolutions(load(compose("experiment=article")))
+    assert [conv.inner for conv in article] == [False] + [True] * 10
+    assert [tuple(conv.sees) for conv in article[:2]] == [(3, 24, 56), (64, 24, 56)]
+    assert [tuple(conv.sees) for conv in article].count((512, 3, 7)) == 1
+    compact = measuring.convolutions(load(compose("experiment=article", "model=compact")))
+    assert [type(conv.layer).__name__ for conv in compact] == ["Conv2d"] * 6 + ["Conv1d"]
+
+
+def test_the_room_of_a_work_is_its_peak_less_what_it_leaves(card: Played) -> None:
+    """30 MiB for its result, and 70 beside that at the peak; a peak of before does not count."""
+    card.take(500)
+    card.take(-400)
+
+    def work() -> str:
+        card.take(100)
+        card.take(-70)
+        return "given"
+
+    assert measuring._beside(work, CPU) == ("given", 70 * MIB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_convolution_is_asked_for_its_result_and_for_each_gradient_alone(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    given: list[Any] = []
+    room = count(1)
+
+    def beside(work: Callable[[], Any], _: torch.device) -> tuple[Any, int]:
+        given.append(work())
+        return given[-1], next(room)
+
+    monkeypatch.setattr(measuring, "_beside", beside)
+    stem, second = measuring.convolutions(tiny)[:2]
+    assert measuring._taken(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
+    out, (weight,) = given
+    assert (out.shape, weight.shape, out.dtype) == ((3, 4, 8, 16), stem.layer.weight.shape, dtype)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    given.clear()
+    assert measuring._taken(second, 3, dtype, CPU) == 5
+    _, (weight,), (seen,) = given
+    assert (weight.shape, seen.shape) == (second.layer.weight.shape, (3, *second.sees))
+    assert second.layer.weight.dtype == torch.float32  # what was measured was a copy
+
+
+def no_room(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_batch_that_does_not_fit_ends_the_batches_of_its_precision(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungriest(convs: Any, size: int, dtype: torch.dtype, on: torch.device) -> float:
+        return no_room() if size * dtype.itemsize >= 16 else float(size)
+
+    monkeypatch.setattr(measuring, "_hungriest", hungriest)
+    display = Counted()
+    found = list(measuring._transients(tiny, [], CPU, display, display))
+    seen: list[tuple[Precision, int]] = [(t.precision, t.batch_size) for t in found]
+    assert seen == [("fp32", 2), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp16", 4)]
+    assert (display.done, display.warnings) == (9, [])
+
+
+def test_a_precision_that_the_card_cannot_do_is_told_and_left_out(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(config: Config, _: Any) -> float:
+        if config.device.precision == "bf16":
+            raise RuntimeError("no\nengine")
+        return {"fp32": 0.3, "fp16": 0.1}[config.device.precision]
+
+    monkeypatch.setattr(measuring, "_seconds", seconds)
+    display = Counted()
+    found = list(measuring._rounds(training(tiny, batch_size=4), CPU, display, display))
+    assert found == [Round("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * measuring.ROUNDS
+    assert display.warnings == ["compact, bf16, training steps of 4 fails: no engine"] * measuring.ROUNDS
+    assert display.done == 3 * measuring.ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "limit", "fits"), [(64, 64, 64), (64, 20, 16), (100, 1, 1), ("auto", 500, 256)]
+)
+def test_a_batch_is_halved_until_it_fits(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, batch_size: Any, limit: int, fits: int
+) -> None:
+    def seconds(_: Config, batch: Any) -> float:
+        return no_room() if len(batch.rows) > limit else 0.1
+
+    monkeypatch.setattr(measuring, "_seconds", seconds)
+    batch = measuring._fitting(training(tiny, batch_size=batch_size), CPU)
+    assert {len(part) for part in batch} == {fits}
+    assert batch.images.shape[1:] == (16, 32, 3)
+    assert int(batch.targets.max()) < 5
+
+
+def test_a_card_without_room_for_one_picture_fails_in_one_line(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_seconds", no_room)
+    with pytest.raises(
+        RunFailed, match=r"^no room on this card for one picture of compact; .+ who holds it$"
+    ):
+        measuring._fitting(tiny, CPU)
+
+
+@pytest.mark.parametrize("broken", ["_taken", "_seconds"])
+def test_a_card_that_cannot_do_fp32_fails_in_one_line(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, broken: str, one_thread: None
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("CUDA error:\nno kernel image is available")
+
+    monkeypatch.setattr(measuring, broken, fails)
+    with pytest.raises(RunFailed, match=r"in fp32 fails on this card") as error:
+        measuring.measure([tiny], CPU, None, Heard())
+    assert len(error.value.lines) == 1
+    assert "\n" not in error.value.lines[0]
+    device.set_up(tiny)
+
+
+def test_a_step_s_time_is_the_median_of_the_warm_ones(
+    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold steps of 100 and 90 s, then 5, 1, 4, 2, 30."""
+    lasts = [100, 90, 5, 1, 4, 2, 30]
+    clock = iter([0.0] + [float(sum(lasts[: n // 2 + n % 2])) for n in range(1, 2 * len(lasts))])
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measuring._seconds(tiny, batch_of(tiny, 4)) == 4
+
+
+def test_a_card_that_reads_back_as_another_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card: Card = judge(READINGS, GENERIC)
+    monkeypatch.setattr(calibration, "card_to_yaml", lambda card: card_to_yaml(replace(card, name="another")))
+    with pytest.raises(RunFailed, match="nothing is written"):
+        calibration._write(tmp_path / "card/x.yaml", card, [])
+    assert list(tmp_path.iterdir()) == []
