@@ -90,8 +90,8 @@ def test_a_card_of_figures_worked_out_by_hand() -> None:
 def test_the_sources_say_what_was_seen() -> None:
     card = judge(READINGS, GENERIC)
     assert card.context_mib.source == (
-        "measured, by NVML's figure for the process: 100 after the first tensor; 120 after the first matrix "
-        "products; 150 after the first convolution in fp32; 180 after the first convolution in fp16; "
+        "measured by NVML's figure for the process, 100 after the first tensor, 120 after the first matrix "
+        "products, 150 after the first convolution in fp32, 180 after the first convolution in fp16; "
         f"most has {MARGIN_MIB} on top for kernels loaded later"
     )
     assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in card.cublas_workspace_mib.source
@@ -288,8 +288,9 @@ def test_the_verb_writes_a_file_that_a_training_can_choose(
     )
     assert second == f"# Command: captcha-exp calibrate --config-dir {tmp_path} seed=3"
     assert third == f"name: {GTX}"
+    assert not re.search(r"""source: ['">|]""", path.read_text())  # as a person writes them
     assert [path.name for path in (tmp_path / "card").iterdir()] == [path.name]  # no part of a file is left
-    assert re.search(r"context_mib +│ 150 +│ 244 +│ measured, by NVML's figure", out)
+    assert re.search(r"context_mib +│ 150 +│ 244 +│ measured by NVML's figure", out)
     assert f"file {path}\n" in out
     assert out.endswith(f"use it with --config-dir {tmp_path} card=nvidia-geforce-gtx-1650\n")
 

@@ -107,7 +107,7 @@ def _others(read: Readings, total: float) -> Interval:
 def _context(read: Readings, total: float) -> Interval:
     """From the smallest that trains to the largest that was seen, and a margin."""
     bounds = [_taken(stage, read, total) for stage in read.stages]
-    steps = "; ".join(
+    steps = ", ".join(
         (f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}") + f" after {stage.after}"
         for stage, (low, high) in zip(read.stages, bounds, strict=True)
     )
@@ -119,7 +119,7 @@ def _context(read: Readings, total: float) -> Interval:
     return _mib(
         min(low for low, _ in bounds[read.smallest :]),
         max(high for _, high in bounds) + MARGIN_MIB,
-        f"measured, {by}: {steps}; most has {MARGIN_MIB} on top for kernels loaded later",
+        f"measured {by}, {steps}; most has {MARGIN_MIB} on top for kernels loaded later",
     )
 
 
