@@ -51,6 +51,16 @@ class Batch(NamedTuple):
             yield Batch(*(part[start : start + size] for part in self))
 
 
+def noise(config: Config, size: int, device: torch.device) -> Batch:
+    """Pictures of noise with labels of noise: for what does not depend on what they show."""
+    captcha = config.captcha
+    generator = torch.Generator().manual_seed(chance.derive(config.seed, "probe"))
+    shape = (size, captcha.height, captcha.width, captcha.channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, len(captcha.alphabet), (size, captcha.length), generator=generator)
+    return Batch(images.to(device), targets.to(device), torch.arange(size))
+
+
 @dataclass(frozen=True)
 class Split:
     """One side of the split."""

@@ -100,7 +100,7 @@ def set_up(config: Config) -> torch.device:
 
 
 def hold_to_budget(config: Config, device: torch.device) -> None:
-    """The process held to device.vram_budget_mib on a CUDA card; elsewhere, or without one, as it was.
+    """The process held to device.vram_budget_mib, if it is on a CUDA card; without a budget, to all of it.
 
     torch's allocator is given the budget less card.context_mib.most, since it does not count the context.
     The most, and not what the context takes here: by that bound memory.plan calls a batch fitting, and
@@ -110,7 +110,12 @@ def hold_to_budget(config: Config, device: torch.device) -> None:
         ConfigError: the context alone may take the whole budget.
     """
     budget = config.device.vram_budget_mib
-    if device.type != "cuda" or budget is None:
+    if device.type != "cuda":
+        return
+    # It takes no bare "cuda".
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if budget is None:  # there may have been one, for another run of this process
+        torch.cuda.set_per_process_memory_fraction(1.0, number)
         return
     context = config.card.context_mib.most
     if budget <= context:
@@ -122,8 +127,6 @@ def hold_to_budget(config: Config, device: torch.device) -> None:
     _, total = torch.cuda.mem_get_info(device)
     # Half a byte more: the allocator cuts fraction * total down to whole bytes, at times one too few.
     fraction = min(1.0, ((budget - context) * MIB + 0.5) / total)
-    # It takes no bare "cuda".
-    number = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 

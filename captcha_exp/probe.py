@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from captcha_exp import chance, dataset
+from captcha_exp import dataset
 from captcha_exp import device as devices
 from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config, Precision
@@ -87,7 +87,7 @@ def precision(config: Config, display: Display) -> tuple[Precision, list[dict[st
     device = devices.set_up(config)
     most = MOST_PICTURES[device.type]
     asked = config.train.batch_size
-    batch = _noise(config, device, most if asked == "auto" else min(asked, most))
+    batch = dataset.noise(config, most if asked == "auto" else min(asked, most), device)
     plain, gradient = _try("fp32", config, batch, None)
     tried = [plain]
     for other in devices.half_precisions(device):
@@ -120,6 +120,7 @@ def batch_size(
         UserError: not even the smallest fits; the line says what it needs.
     """
     device = devices.set_up(config)
+    devices.hold_to_budget(config, device)
     planner = Planner(config, pictures, devices.card_total_mib(config))
     tried: list[Sized] = []
     began = time.perf_counter()
@@ -166,7 +167,7 @@ def _pictures_per_second(config: Config, device: torch.device) -> float | None:
     """In steps of the config's batch size; None where the card's memory did not do."""
     size = int(config.train.batch_size)
     try:
-        batch = _noise(config, device, size)
+        batch = dataset.noise(config, size, device)
         state = fresh_state(config, device)
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) <= TIMED_STEPS and sum(seconds[1:]) < TIMED_SECONDS):
@@ -184,16 +185,6 @@ def _timed_step(state: TrainState, batch: Batch, config: Config) -> float:
     train_step(state, batch, config)
     _wait(device)
     return time.perf_counter() - began
-
-
-def _noise(config: Config, device: torch.device, size: int) -> Batch:
-    """Pictures of noise with labels of noise: what the numbers do does not depend on what they show."""
-    captcha = config.captcha
-    generator = torch.Generator().manual_seed(chance.derive(config.seed, "probe"))
-    shape = (size, captcha.height, captcha.width, captcha.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    targets = torch.randint(0, len(captcha.alphabet), (size, captcha.length), generator=generator)
-    return Batch(images.to(device), targets.to(device), torch.arange(size))
 
 
 def _try(

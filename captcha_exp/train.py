@@ -152,6 +152,7 @@ def train(
     trials = probe.Trials(display)
     config = resolve(requested, devices.this_machine(trials.precision, trials.batch_size))
     device = devices.set_up(config)
+    devices.hold_to_budget(config, device)
     outline = trials.outline or dataset.outline(config, display)
     planned = Planner(config, outline.counts, devices.card_total_mib(config)).at(int(config.train.batch_size))
     run = record.create(config, requested)

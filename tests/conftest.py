@@ -13,6 +13,7 @@ from captcha_exp import compose, load, watch
 from captcha_exp.config import CaptchaLibrary, Config
 from captcha_exp.dataset import Batch, Split
 from captcha_exp.display import Silent
+from captcha_exp.memory.plan import Between, Peak, Plan, Planner
 
 TINY = (
     "name=tiny",
@@ -98,6 +99,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that plans no memory, for who watches what a training calls: a plan calls the same."""
+    some = Between(1.0, 2.0)
+    planned = Plan(
+        batch_size=1,
+        tensors_mib=1.0,
+        state_mib=0.5,
+        activations_mib=0.5,
+        pictures_mib=0.0,
+        workspace_mib=some,
+        training=Peak(some, some),
+        evaluation=Peak(some, some),
+        reserved_mib=some,
+        process_mib=some,
+        budget_mib=None,
+        fits=None,
+    )
+    monkeypatch.setattr(Planner, "at", lambda *_: planned)
 
 
 @pytest.fixture

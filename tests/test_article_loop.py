@@ -25,7 +25,7 @@ from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import Evaluation
-from captcha_exp.step import Step, fresh_state, train_step
+from captcha_exp.step import Step, fresh_state, state_of, train_step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -153,7 +153,7 @@ def test_only_rounding_lies_between_our_steps_and_the_article_s(
 
     plain = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", double)
-    state.model.double()
+    state = state_of(state.model.double(), article, CPU)
     losses = ours(state, given, article)
     assert losses == pytest.approx(expected, rel=0, abs=1e-8)
     assert largest_difference(renamed(state.model), network.state_dict()) < 1e-6
@@ -475,6 +475,7 @@ def test_our_training_ends_where_the_article_s_does(
     last: int,
     root: Path,
     cache: Path,
+    unplanned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the epochs and the patience of train=constant as they stand in conf/."""

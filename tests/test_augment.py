@@ -184,7 +184,7 @@ def test_it_reads_no_tensor_on_the_host(tiny: Config, monkeypatch: pytest.Monkey
 
 
 def test_a_training_sees_changed_pictures_and_an_evaluation_does_not(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, unplanned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     plain = augment.augment

@@ -251,7 +251,7 @@ def card_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(device, "nvml_free_bytes", lambda: {"1234": 3311 * MIB, "5678": 7 * MIB})
     monkeypatch.setattr(device, "driver_version", lambda: "550.54.14")
-    monkeypatch.setattr(device, "this_machine", lambda: MACHINE)
+    monkeypatch.setattr(device, "this_machine", lambda **_: MACHINE)
     monkeypatch.setattr(calibration, "measure", measure)
     return asked
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from captcha_exp import cli, compose
 
 Call = Callable[..., tuple[int, str, str]]
-VERBS = ["train", "data", "evaluate", "predict", "runs", "ui", "calibrate", "doctor"]
+VERBS = ["train", "data", "plan", "evaluate", "predict", "runs", "ui", "calibrate", "doctor"]
 
 
 @pytest.fixture

@@ -194,10 +194,15 @@ def test_a_budget_that_the_context_alone_may_take_is_refused(
     assert held.fractions == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "budget"), [("cuda", None), ("cuda:0", None), ("cpu", 2000), ("cpu", 1), ("mps", 1)]
-)
-def test_without_a_budget_or_without_a_card_nothing_is_held(
+def test_without_a_budget_the_whole_card_is_free_again(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch, 4000 * MIB)
+    for budget in (2000, None):
+        device.hold_to_budget(on_a_budget(tiny, budget), CARD)
+    assert list(held.fractions.values()) == [1.0]
+
+
+@pytest.mark.parametrize(("name", "budget"), [("cpu", 2000), ("cpu", 1), ("mps", 1), ("cpu", None)])
+def test_without_a_card_nothing_is_held(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, budget: int | None
 ) -> None:
     held = Held(monkeypatch, 4000 * MIB)

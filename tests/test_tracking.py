@@ -72,6 +72,7 @@ def test_every_metric_stands_at_every_epoch(finished: tuple[MlflowClient, Mlflow
         "test/char_accuracy",
         "test/accuracy_low",
         "test/accuracy_high",
+        "memory/predicted_peak_mib",
     ):
         assert len(client.get_metric_history(run.info.run_id, name)) == 1, name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

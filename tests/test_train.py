@@ -389,7 +389,7 @@ def test_patience_bears_so_many_epochs_and_one_more_stops(
 
 
 def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
-    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+    config: Config, no_report: None, unplanned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     plain_split = Dataset.split
@@ -522,6 +522,7 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
     assert [row.step for row in rows] == [1, 2, 2]
     assert all(row.metrics.keys() >= EVERY_EPOCH for row in rows[:2])
     names = {"test/loss", "test/accuracy", "test/char_accuracy", "test/accuracy_low", "test/accuracy_high"}
+    names |= {"memory/predicted_peak_mib", "memory/predicted_peak_least_mib"}
     assert rows[2].metrics.keys() == names
     assert notes.rows == rows
     assert notes.calls == ["start", "describe", "log", "log", "log", "finish"]

@@ -63,6 +63,7 @@ def test_the_folder_is_the_record(trained: tuple[Path, str]) -> None:
         "config.yaml",
         "requested.yaml",
         "environment.json",
+        "memory.json",
         "dataset.json",
         "metrics.jsonl",
         "model.safetensors",

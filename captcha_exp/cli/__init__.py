@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from captcha_exp.cli.composing import complete, compose_checked, show_config
 from captcha_exp.cli.composing import compose as compose
-from captcha_exp.cli.composing import compose_checked, run_hydra
-from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.errors import UserError
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine
@@ -58,7 +58,7 @@ def main() -> NoReturn:
 
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
-        return _complete(argv)
+        return complete(argv, VERBS, COMPOSING)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes the overrides before the first flag alone.
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
-        return _show_config(arguments)
+        return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
     composed = compose_checked(arguments.overrides, arguments.config_dir)
     config = composed.checked(_machine())
     from captcha_exp.config import Mlflow
@@ -328,32 +328,3 @@ def _program() -> str:
     with contextlib.suppress(ValueError):
         return str(script.absolute().relative_to(Path.cwd()))
     return str(script)
-
-
-def _show_config(arguments: argparse.Namespace) -> int:
-    """`--cfg`: Hydra prints what it composed, checked by nobody."""
-    composed = compose_checked(arguments.overrides, arguments.config_dir)
-    if composed.mistakes:
-        raise ConfigError(*composed.mistakes)
-    if arguments.cfg == "job":
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(composed.config), end="")
-        return 0
-    folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
-    run_hydra([*folder, "--cfg", arguments.cfg, *arguments.overrides])
-    return 0
-
-
-def _complete(argv: list[str]) -> int:
-    """What the shell may put at TAB: verbs by ourselves, groups and keys by Hydra."""
-    words = os.environ.get("COMP_LINE", "").split(" ")
-    if any(word.startswith("query=") for word in argv):
-        if len(words) <= 2:
-            print("\n".join(verb for verb in VERBS if verb.startswith(words[-1])))
-            return 0
-        if words[1] not in COMPOSING:
-            return 0
-        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra knows no verbs
-    run_hydra(argv)
-    return 0

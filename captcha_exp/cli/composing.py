@@ -5,8 +5,9 @@ out, and `load` does all the checking, so that every mistake is reported at once
 """
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -164,7 +165,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def run_hydra(argv: list[str]) -> None:
+def _run_hydra(argv: list[str]) -> None:
     import hydra
 
     from captcha_exp.places import conf
@@ -176,3 +177,32 @@ def run_hydra(argv: list[str]) -> None:
         del config
 
     nothing()
+
+
+def show_config(what: str, overrides: Sequence[str], config_dir: str | None) -> int:
+    """`--cfg`: Hydra prints what it composed, checked by nobody."""
+    composed = compose_checked(overrides, config_dir)
+    if composed.mistakes:
+        raise ConfigError(*composed.mistakes)
+    if what == "job":
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(composed.config), end="")
+        return 0
+    folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
+    _run_hydra([*folder, "--cfg", what, *overrides])
+    return 0
+
+
+def complete(argv: list[str], verbs: Iterable[str], composing: Iterable[str]) -> int:
+    """What the shell may put at TAB: verbs by ourselves, groups and keys by Hydra."""
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if any(word.startswith("query=") for word in argv):
+        if len(words) <= 2:
+            print("\n".join(verb for verb in verbs if verb.startswith(words[-1])))
+            return 0
+        if words[1] not in composing:
+            return 0
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra knows no verbs
+    _run_hydra(argv)
+    return 0

@@ -122,16 +122,16 @@ def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None
 
 def of_card(card: "Card", path: Path, config_dir: str | None) -> None:
     """What is known of a card, where it is written, and what to type with it."""
-    console = _console()
+    out = console()
     table = Table("figure", "least", "most", "source", title=Text(card.name), title_justify="left")
     for field in fields(card):
         figure = getattr(card, field.name)
         if not isinstance(figure, str | None):
             table.add_row(field.name, f"{figure.least:,g}", f"{figure.most:,g}", Text(figure.source))
-    console.print(table)
-    console.print(f"file {path}", markup=False)
+    out.print(table)
+    out.print(f"file {path}", markup=False)
     folder = f"--config-dir {shlex.quote(config_dir)} " if config_dir else ""
-    console.print(f"use it with {folder}card={path.stem}", markup=False)
+    out.print(f"use it with {folder}card={path.stem}", markup=False)
 
 
 def of_findings(found: "Sequence[Finding]") -> None:

@@ -1,5 +1,7 @@
 """What can be set (`schema`), and how it is read and checked (`loading`, `mistakes`)."""
 
+from captcha_exp.config.card import Card as Card
+from captcha_exp.config.card import Interval as Interval
 from captcha_exp.config.loading import Machine as Machine
 from captcha_exp.config.loading import card_to_yaml as card_to_yaml
 from captcha_exp.config.loading import data_from_json as data_from_json
@@ -15,7 +17,6 @@ from captcha_exp.config.schema import Article as Article
 from captcha_exp.config.schema import Augment as Augment
 from captcha_exp.config.schema import Captcha as Captcha
 from captcha_exp.config.schema import CaptchaLibrary as CaptchaLibrary
-from captcha_exp.config.schema import Card as Card
 from captcha_exp.config.schema import Compact as Compact
 from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import Data as Data
@@ -23,7 +24,6 @@ from captcha_exp.config.schema import Device as Device
 from captcha_exp.config.schema import Drawn as Drawn
 from captcha_exp.config.schema import Folder as Folder
 from captcha_exp.config.schema import Generator as Generator
-from captcha_exp.config.schema import Interval as Interval
 from captcha_exp.config.schema import Mlflow as Mlflow
 from captcha_exp.config.schema import Model as Model
 from captcha_exp.config.schema import NoTracking as NoTracking

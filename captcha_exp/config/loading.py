@@ -18,8 +18,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from captcha_exp.config import schema
+from captcha_exp.config.card import Card
 from captcha_exp.config.mistakes import explain
-from captcha_exp.config.schema import Card, Config, Data, Folder, Mlflow, Precision
+from captcha_exp.config.schema import Config, Data, Folder, Mlflow, Precision
 from captcha_exp.errors import ConfigError
 
 _CARD = TypeAdapter(Card)

@@ -52,7 +52,7 @@ def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tup
     path: list[str] = []
     value, rule = raw, schema
     for part in loc:
-        rule = _deref(rule, schema)
+        rule = _without_null(_deref(rule, schema), schema)
         if "discriminator" in rule and part in rule["discriminator"]["mapping"]:
             rule = {"$ref": rule["discriminator"]["mapping"][part]}
         elif isinstance(part, int) or "properties" not in rule:
@@ -71,8 +71,14 @@ def _deref(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
+def _without_null(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The group of keys in a rule that also allows null."""
+    groups = [_deref(choice, schema) for choice in rule.get("anyOf", [])]
+    return next((group for group in groups if "properties" in group), rule)
+
+
 def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    rule = _deref(rule, schema)
+    rule = _without_null(_deref(rule, schema), schema)
     for choice in rule.get("oneOf", []):
         yield from _schema_keys(choice, schema, prefix)
     for key, inner in rule.get("properties", {}).items():

@@ -9,13 +9,13 @@ import re
 from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from captcha_exp.alphabet import alphabet_mistake
-
-_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+from captcha_exp.config.card import STRICT, Card
+from captcha_exp.config.card import Interval as Interval  # found here by its name, as all of the schema
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
@@ -24,7 +24,7 @@ Size: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Captcha:
     """What a picture looks like to the network, and what can stand in it."""
 
@@ -50,7 +50,7 @@ class Captcha:
         return value
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Pictures:
     """What every source of pictures has."""
 
@@ -75,7 +75,7 @@ class Pictures:
         return self
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Drawn(Pictures):
     """Pictures that a generator draws."""
 
@@ -93,14 +93,14 @@ class Drawn(Pictures):
     """drawing processes; the pictures do not depend on it"""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class CaptchaLibrary(Drawn):
     """Pictures of the PyPI package `captcha`."""
 
     source: Literal["captcha"]
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class WheezyLibrary(Drawn):
     """Pictures of the PyPI package `wheezy.captcha`."""
 
@@ -109,14 +109,14 @@ class WheezyLibrary(Drawn):
     """pixels; each character takes one of them"""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Article(Drawn):
     """Pictures after the recipe of those that the article reads."""
 
     source: Literal["article"]
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Folder(Pictures):
     """A folder of labelled pictures, and those in the folders inside it."""
 
@@ -154,7 +154,7 @@ Generator: TypeAlias = CaptchaLibrary | WheezyLibrary | Article
 Data: TypeAlias = Annotated[Generator | Folder, Field(discriminator="source")]
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Network:
     """What every network has."""
 
@@ -165,7 +165,7 @@ class Network:
     BCE"""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Compact(Network):
     """The small network of this project."""
 
@@ -174,7 +174,7 @@ class Compact(Network):
     """channels of the stem and of each stage"""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ResNet18(Network):
     """The article's network."""
 
@@ -184,7 +184,7 @@ class ResNet18(Network):
 Model: TypeAlias = Annotated[Compact | ResNet18, Field(discriminator="name")]
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Augment:
     """How far a training picture may go from itself; even between minus and plus, and 0 is off."""
 
@@ -206,7 +206,7 @@ class Augment:
     """share of the epochs in which all of this grows from nothing to what is written here"""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Train:
     """How long, in which steps, and with what."""
 
@@ -255,7 +255,7 @@ class Train:
         return self
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Device:
     """The machine that trains."""
 
@@ -273,47 +273,7 @@ class Device:
     against it; null is all that the card has"""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class Interval:
-    """A figure that is known within bounds, and who says so."""
-
-    least: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """the smallest that it can be"""
-    most: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """the largest that it can be"""
-    source: Annotated[str, Field(min_length=1)]
-    """where the figure comes from"""
-
-    @model_validator(mode="after")
-    def _order(self) -> "Interval":
-        if self.least > self.most:
-            raise ValueError(f"least={self.least:g} is more than most={self.most:g}")
-        return self
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class Card:
-    """What is known of a graphics card, for plans without it."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """as its driver calls it"""
-    total_mib: Interval | None
-    """MiB that programs can have of it; null: unknown, unless a run is on one"""
-    others_mib: Interval
-    """MiB that other programs hold of it, a desktop say"""
-    context_mib: Interval
-    """MiB that the driver takes for a process that computes: its context, kernels, libraries"""
-    cublas_workspace_mib: Interval
-    """MiB that matrix products keep from their first one on"""
-    cudnn_workspace_mib: Interval
-    """MiB that a convolution takes while it runs, at most"""
-    fp16_speed: Interval
-    """training in fp16, times as fast as in fp32"""
-    bf16_speed: Interval
-    """training in bf16, times as fast as in fp32"""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Mlflow:
     """A record in MLflow, beside the one in the run's folder."""
 
@@ -346,7 +306,7 @@ class Mlflow:
         return value
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class NoTracking:
     """The run's folder is the only record."""
 
@@ -356,7 +316,7 @@ class NoTracking:
 Tracking: TypeAlias = Annotated[Mlflow | NoTracking, Field(discriminator="backend")]
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Config:
     """Everything that a run is."""
 

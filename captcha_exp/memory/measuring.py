@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from captcha_exp import device as devices
 from captcha_exp import models
 from captcha_exp.config import Config, Precision
-from captcha_exp.dataset import Batch
+from captcha_exp.dataset import Batch, noise
 from captcha_exp.display import Bar, Display
 from captcha_exp.errors import RunFailed
 from captcha_exp.memory.judging import Readings, Round, Stage, Transient
@@ -235,9 +235,8 @@ def _fitting(config: Config, device: torch.device) -> Batch:
     network = config.model.name
     size = STEP_SIZE if config.train.batch_size == "auto" else config.train.batch_size
     while size:
-        batch = _noise(config, size)
         try:
-            batch = Batch(*(part.to(device) for part in batch))
+            batch = noise(config, size, device)
             _seconds(config, batch)
             return batch
         except torch.OutOfMemoryError:
@@ -250,14 +249,6 @@ def _fitting(config: Config, device: torch.device) -> Batch:
     raise RunFailed(
         f"no room on this card for one picture of {network}; captcha-exp doctor tells who holds it"
     )
-
-
-def _noise(config: Config, size: int) -> Batch:
-    captcha = config.captcha
-    shape = (size, captcha.height, captcha.width, captcha.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    targets = torch.randint(0, len(captcha.alphabet), (size, captcha.length))
-    return Batch(images, targets, torch.arange(size))
 
 
 def _seconds(config: Config, batch: Batch) -> float:

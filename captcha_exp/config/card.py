@@ -1,0 +1,48 @@
+"""What is known of a graphics card: figures within bounds, each with its source. Part of the schema."""
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)  # of the whole schema
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Interval:
+    """A figure that is known within bounds, and who says so."""
+
+    least: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """the smallest that it can be"""
+    most: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """the largest that it can be"""
+    source: Annotated[str, Field(min_length=1)]
+    """where the figure comes from"""
+
+    @model_validator(mode="after")
+    def _order(self) -> "Interval":
+        if self.least > self.most:
+            raise ValueError(f"least={self.least:g} is more than most={self.most:g}")
+        return self
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Card:
+    """What is known of a graphics card, for plans without it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """as its driver calls it"""
+    total_mib: Interval | None
+    """MiB that programs can have of it; null: unknown, unless a run is on one"""
+    others_mib: Interval
+    """MiB that other programs hold of it, a desktop say"""
+    context_mib: Interval
+    """MiB that the driver takes for a process that computes: its context, kernels, libraries"""
+    cublas_workspace_mib: Interval
+    """MiB that matrix products keep from their first one on"""
+    cudnn_workspace_mib: Interval
+    """MiB that a convolution takes while it runs, at most"""
+    fp16_speed: Interval
+    """training in fp16, times as fast as in fp32"""
+    bf16_speed: Interval
+    """training in bf16, times as fast as in fp32"""
