@@ -162,6 +162,8 @@ def train(
         ran_on = environment(config)
         ran_on |= {"precisions_tried": trials.precisions, "batch_sizes_tried": trials.batch_sizes}
         display.line(f"memory: {planned.words(config.card.name)}")
+        if micro := config.train.micro_batch_size:
+            display.line(f"train.micro_batch_size={micro}: batch norms see so many pictures at a time")
         run.write_json("memory.json", planned.to_json())
         run.write_json("dataset.json", data.manifest)
         run.write_json("environment.json", ran_on)

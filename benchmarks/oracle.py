@@ -1,0 +1,60 @@
+"""How far the trace of a training lies beside what torch's profiler sees of the same training on this CPU.
+
+Prints one JSON line: for each network, head, precision, lever and batch size the bytes of a training step that
+are foretold, and the errors without and with what oneDNN takes and gives back inside one convolution; then the
+worst of each. The oracle is that of tests/test_trace.py.
+
+    python benchmarks/oracle.py
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import torch
+from test_trace import HEADS, network, real_peaks, run_for_real
+
+from captcha_exp.memory.plan import with_batch
+from captcha_exp.memory.trace import trace
+
+LEVERS = {
+    "fp32": (),
+    "bf16": ("device.precision=bf16",),
+    "checkpointing": ("train.activation_checkpointing=true",),
+    "micro-batches": ("train.micro_batch_size=16",),
+    "checkpointing, bf16": ("train.activation_checkpointing=true", "device.precision=bf16"),
+}
+SIZES = (16, 32, 48, 64)
+
+
+def compared(model: str, head: str, lever: str, size: int) -> dict[str, Any]:
+    """One configuration, foretold and run for an epoch of two steps."""
+    overrides = ("train.epochs=1", f"train.evaluation_batch_size={size}", *LEVERS[lever])
+    config = with_batch(network(model, head, "fp32", *overrides), size)
+    pictures = {"train": 2 * size, "validation": 2 * size}
+    foretold = trace(config, size, pictures).peak_bytes("step")
+    moments = run_for_real(config, pictures)
+    errors = {
+        name: real_peaks(moments, with_reorders)["step"] / foretold - 1
+        for name, with_reorders in (("error", False), ("raw_error", True))
+    }
+    kept = {name: round(value, 4) for name, value in errors.items()}
+    return {"model": model, "head": head, "lever": lever, "size": size, "bytes": foretold, **kept}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = []
+    for model, head, lever, size in itertools.product(("compact", "resnet18"), HEADS, LEVERS, SIZES):
+        found.append(compared(model, head, lever, size))
+        print(found[-1], file=sys.stderr)
+    worst = {key: max((abs(each[key]) for each in found), default=0.0) for key in ("error", "raw_error")}
+    print(json.dumps({"benchmark": "oracle", "configs": len(found), "worst": worst, "all": found}))
+
+
+if __name__ == "__main__":
+    main()
