@@ -1,0 +1,275 @@
+"""How well what was foretold stands up to what a card showed; read from a session's file, without a card.
+
+Used by gpu_session for its table, and by tests/test_recorded_gpu.py for every session that is committed.
+"""
+
+import statistics
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, replay
+from captcha_exp.memory.blocks import Block
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+Parts = Mapping[str, Mapping[str, Any]]  # name -> what stands in the session's file
+
+
+# -- recordings of the allocator -----------------------------------------------------------------------------
+
+
+def compacted(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What torch recorded of its allocator, in short lists.
+
+    events    [1, number, bytes]: it gave a block; [-1, number]: it got it back
+    segments  [place, bytes]: before events[place] the driver gave so much; less than 0: got it back
+    marks     places at which a snapshot was taken
+
+    A block counts as free when its memory can be used again. One that was there before the recording began
+    has no number; its end is left out.
+    """
+    events: list[list[int]] = []
+    segments: list[list[int]] = []
+    marks: list[int] = []
+    live: dict[int, int] = {}
+    number = 0
+    for entry in entries:
+        action = entry["action"]
+        if action == "alloc":
+            number += 1
+            live[entry["addr"]] = number
+            events.append([1, number, entry["size"]])
+        elif action == "free_completed" and entry["addr"] in live:
+            events.append([-1, live.pop(entry["addr"])])
+        elif action in ("segment_alloc", "segment_map"):
+            segments.append([len(events), entry["size"]])
+        elif action in ("segment_free", "segment_unmap"):
+            segments.append([len(events), -entry["size"]])
+        elif action == "snapshot":
+            marks.append(len(events))
+    return {"events": events, "segments": segments, "marks": marks}
+
+
+def entries_of_model(phases: Iterable[Iterable[Event]]) -> Iterator[dict[str, Any]]:
+    """What torch would record of these phases if its allocator were our model, a snapshot after each."""
+    allocator, live, reserved = CachingAllocator(), dict[int, Block](), 0
+    for phase in phases:
+        for event in phase:
+            if event.requested_bytes is None:
+                block = live[event.tensor]
+                if block.size_bytes:
+                    yield {"action": "free_requested", "addr": block.address, "size": block.requested_bytes}
+                    yield {"action": "free_completed", "addr": block.address, "size": block.requested_bytes}
+                replay([event], allocator, live)
+                continue
+            replay([event], allocator, live)
+            block, now = live[event.tensor], allocator.usage.reserved_bytes
+            if now > reserved:
+                yield {"action": "segment_alloc", "addr": block.address, "size": now - reserved}
+                reserved = now
+            if block.size_bytes:  # for an empty tensor torch asks for nothing
+                yield {"action": "alloc", "addr": block.address, "size": event.requested_bytes}
+        yield {"action": "snapshot", "addr": 0, "size": 0}
+
+
+def reserved_of(segments: Iterable[Sequence[int]]) -> int:
+    """The most bytes that the driver had given at one time."""
+    now = most = 0
+    for _, size in segments:
+        now += size
+        most = max(most, now)
+    return most
+
+
+def replayed(recording: Mapping[str, Any]) -> dict[str, Any]:
+    """Our model's peaks for a recording's events, and how far they are off: shares of what was measured.
+
+    `first_other_segment` is the event at which the driver's memory is first another than the card's.
+    """
+    allocator = CachingAllocator(expandable=recording["expandable_segments"])
+    live: dict[int, Block] = {}
+    segments = recording["segments"]
+    places = [place for place, _ in segments]
+    theirs, first_other = 0, None
+    known = 0
+    for place, (kind, tensor, *size) in enumerate(recording["events"]):
+        replay([Event(tensor, size[0] if kind > 0 else None)], allocator, live)
+        until = bisect_left(places, place + 1)
+        theirs += sum(bytes_ for _, bytes_ in segments[known:until])
+        known = until
+        if first_other is None and theirs != allocator.usage.reserved_bytes:
+            first_other = place
+    measured = recording["peaks"]
+    return {
+        "allocated_bytes": allocator.peak.allocated_bytes,
+        "reserved_bytes": allocator.peak.reserved_bytes,
+        "allocated_error": allocator.peak.allocated_bytes / measured["allocated_bytes"] - 1,
+        "reserved_error": allocator.peak.reserved_bytes / measured["reserved_bytes"] - 1,
+        "first_other_segment": first_other,
+    }
+
+
+def recording_mistakes(recording: Mapping[str, Any], most: float = 0.01) -> list[str]:
+    """What is wrong with a recording, or with our model of it; nothing where all is well."""
+    try:
+        found = replayed(recording)
+    except (OutOfMemory, KeyError, ValueError) as error:
+        return [f"the events cannot be played: {type(error).__name__}: {error}"]
+    mistakes = []
+    for what in ("allocated", "reserved"):
+        if abs(off := found[f"{what}_error"]) > most:
+            mistakes.append(f"{what} is off by {off:+.2%}; {most:.0%} is borne")
+    given, measured = reserved_of(recording["segments"]), recording["peaks"]["reserved_bytes"]
+    if given != measured:
+        mistakes.append(f"the segments come to {given} bytes, but {measured} were reserved: events are lost")
+    return mistakes
+
+
+# -- plans ---------------------------------------------------------------------------------------------------
+
+
+def outside(value: float, bounds: Sequence[float]) -> float:
+    """How far a value lies outside of bounds, as a share of it; 0 within, below 0 where it is too small."""
+    least, most = bounds
+    if least <= value <= most:
+        return 0.0
+    return (value - most) / value if value > most else (value - least) / value
+
+
+def errors(plan: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float] | None:
+    """How far a plan, as JSON, is off what was measured, in shares of that; None without a card."""
+    if measured["training"]["allocated_mib"] is None:
+        return None
+    process, bounds = measured["process_peak_mib"], plan["process_mib"]
+    kinds = ("training", "evaluation")
+
+    def worst(what: str) -> float:
+        return max((outside(measured[kind][what], plan[kind][what]) for kind in kinds), key=abs)
+
+    return {
+        "process": (bounds[0] + bounds[1]) / 2 / process - 1,
+        "process_outside": outside(process, bounds),
+        "allocated_outside": worst("allocated_mib"),
+        "reserved_outside": worst("reserved_mib"),
+        "allocated_above_least_mib": max(
+            measured[kind]["allocated_mib"] - plan[kind]["allocated_mib"][0] for kind in kinds
+        ),
+    }
+
+
+def false_fits(verdicts: Mapping[str, str], measured: Mapping[str, Any]) -> list[int]:
+    """The budgets, in MiB, that were said to do and did not.
+
+    A run that took more where there was plenty may yet do with less; so it counts if the limited run within
+    the budget, or for want of one the free run, took more.
+    """
+    ran = measured.get("ran_within", {})
+    return [
+        int(budget)
+        for budget, verdict in verdicts.items()
+        if verdict == "fits" and measured["process_peak_mib"] > int(budget) and not ran.get(budget, False)
+    ]
+
+
+def judged(parts: Parts) -> list[dict[str, Any]]:
+    """Each plan that was foretold and measured on a card, with its errors and false fits."""
+    plans = (parts.get("predictions", {}).get("figures") or {}).get("plans", {})
+    rows = []
+    for name, foretold in plans.items():
+        measured = parts.get(f"plan-{name}", {}).get("figures")
+        if measured and (found := errors(foretold["plan"], measured)):
+            rows.append({"name": name, **found, "false_fits": false_fits(foretold["verdicts"], measured)})
+    return rows
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which this share of the values lies, between two of them in a straight line."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def summary(parts: Parts) -> dict[str, Any] | None:
+    """How good the plans are, taken together; None if none was measured on a card."""
+    rows = judged(parts)
+    if not rows:
+        return None
+    process = [abs(row["process"]) for row in rows]
+    return {
+        "plans": len(rows),
+        "process_error_median": statistics.median(process),
+        "process_error_95": percentile(process, 0.95),
+        "process_outside": sum(row["process_outside"] != 0 for row in rows),
+        "allocated_error_worst": max((row["allocated_outside"] for row in rows), key=abs),
+        "allocated_above_least_mib": max(row["allocated_above_least_mib"] for row in rows),
+        "false_fits": sum(len(row["false_fits"]) for row in rows),
+    }
+
+
+def tables(parts: Parts) -> str:
+    """What the parts about memory and speed found, in Markdown; empty where there is nothing."""
+    return "\n\n".join(filter(None, (_plans(parts), _recordings(parts), _largest(parts), _prices(parts))))
+
+
+def _plans(parts: Parts) -> str:
+    found = summary(parts)
+    if found is None:
+        return ""
+    lines = [
+        "| plan | process, middle of the bounds | outside of them | allocated, outside | false fits |",
+        "|---|---|---|---|---|",
+    ]
+    for row in judged(parts):
+        shares = f"{row['process']:+.1%} | {row['process_outside']:+.1%} | {row['allocated_outside']:+.2%}"
+        lines.append(f"| {row['name']} | {shares} | {', '.join(map(str, row['false_fits'])) or 'none'} |")
+    lines += [
+        "",
+        f"{found['plans']} plans: process error, median {found['process_error_median']:.1%},"
+        f" 95th percentile {found['process_error_95']:.1%}; outside of its bounds {found['process_outside']}"
+        f" times; worst allocated error {found['allocated_error_worst']:+.2%}, at most"
+        f" {found['allocated_above_least_mib']:,.0f} MiB above the least; false fits {found['false_fits']}",
+    ]
+    return "\n".join(lines)
+
+
+def _recordings(parts: Parts) -> str:
+    lines = []
+    for name, part in parts.items():
+        figures = part.get("figures")
+        if name.startswith("allocator-trace") and figures:
+            found, off = figures["replayed"], figures["replayed"]["reserved_error"]
+            where = "as the card" if found["first_other_segment"] is None else "differs in between"
+            reserved = figures["peaks"]["reserved_bytes"] / MIB
+            lines.append(f"| {name} | {reserved:,.0f} | {off:+.2%} | {where} |")
+    head = ["| | reserved, MiB | our model | segment by segment |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
+
+
+def _largest(parts: Parts) -> str:
+    foretold = (parts.get("predictions", {}).get("figures") or {}).get("largest", {})
+    lines = []
+    for name, part in parts.items():
+        figures = part.get("figures")
+        if name.startswith("largest-") and figures:
+            said = foretold.get(name.removeprefix("largest-"), {})
+            words = ", ".join(f"{card} {batch if batch else 'none'}" for card, batch in said.items())
+            refused = figures["refused"] or "not found"
+            lines.append(f"| {name} | {figures['largest']} | {refused} | {words} |")
+    head = ["| | largest batch that ran | one that did not | said to fit |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
+
+
+def _prices(parts: Parts) -> str:
+    both = [(parts.get(f"determinism-{way}") or {}).get("figures") for way in ("true", "false")]
+    if not all(both):
+        return ""
+    head = ["| | seconds of a step, deterministic | not | price |", "|---|---|---|---|"]
+    on, off = (figures["step_seconds"] for figures in both if figures)
+    lines = [
+        f"| {name} | {on[name]:.5f} | {off[name]:.5f} | {on[name] / off[name] - 1:+.1%} |" for name in on
+    ]
+    return "\n".join([*head, *lines])
