@@ -82,7 +82,7 @@ class Numbers:
         self.cpu_shards = 1 if dry_run else 2
         self.epochs = 2 if dry_run else 4
         self.batches = {"resnet18": (2,), "compact": (8,)} if dry_run else BATCHES
-        self.variants = ("fp32", "bf16-again") if dry_run else VARIANTS
+        self.variants = ("bf16-again",) if dry_run else VARIANTS
         self.budgets = (1024, 3908) if dry_run else BUDGETS
         self.dry_run = dry_run
 
@@ -122,7 +122,7 @@ class Numbers:
             }
             parts[f"plan-{case.name}"] = Part(gpu_memory.plan, arguments, 60)
         for network in BATCHES:
-            for variant in self.variants[:1] if self.dry_run else ("fp32", "bf16"):
+            for variant in self.variants if self.dry_run else ("fp32", "bf16"):
                 arguments = {"network": network, "variant": variant, "batch": small, **device}
                 parts[f"context-{network}-{variant}"] = Part(gpu_memory.context, arguments, 90)
         tries = (
@@ -131,7 +131,7 @@ class Numbers:
         for who in ("article", *self.variants):
             arguments = {"who": who, "budget_mib": ARTICLE_MIB, **tries, **device}
             parts[f"largest-{who}"] = Part(gpu_memory.largest, arguments, 120)
-        for cap in ("none", "0") if self.dry_run else ("none", "0", "8", "64", "128"):
+        for cap in ("8",) if self.dry_run else ("none", "0", "8", "64", "128"):
             arguments = {
                 "cap": cap,
                 "batch": small,
