@@ -144,13 +144,25 @@ def plan(case: Case, pictures: Pictures, budgets: Sequence[int], device: str) ->
         return figures | {"process_peak_mib": figures["process_mib"], "ran_within": {}}
     context = figures["context_mib"]
     peak = context + max(training["reserved_mib"], evaluation["reserved_mib"])
-    ran: dict[str, bool] = {}
-    for budget in budgets:
-        if 0.5 * peak <= budget < peak and budget > context:
-            clear(place)
-            hold(budget, context)
-            ran[str(budget)] = attempt(functools.partial(epoch, config, data, place), place) is None
+    ran = runs_within(budgets, context, peak, functools.partial(epoch, config, data, place), place)
     return figures | {"process_peak_mib": peak, "ran_within": ran}
+
+
+def runs_within(
+    budgets: Sequence[int],
+    context_mib: float,
+    peak_mib: float,
+    run: Callable[[], object],
+    device: torch.device,
+) -> dict[str, bool]:
+    """For each budget from half of a free run's peak up to it: whether the run does with it."""
+    found = {}
+    for budget in budgets:
+        if max(peak_mib / 2, context_mib) < budget < peak_mib:
+            clear(device)
+            hold(budget, context_mib)
+            found[str(budget)] = attempt(run, device) is None
+    return found
 
 
 # -- context -------------------------------------------------------------------------------------------------
@@ -225,6 +237,9 @@ def allocator_trace(network: str, batch: int, steps: int, device: str) -> dict[s
     pictures = {"train": steps * batch, "validation": batch}
     found = _recorded(config, pictures, place) if place.type == "cuda" else _modelled(config, pictures)
     found |= {"network": network, "batch": batch, "pictures": pictures}
+    traced = trace(config, batch, pictures)  # of tensors alone: what is above it are workspaces
+    seen = ("train split", "validation split", "state", "epoch 1: s")
+    found["traced_bytes"] = max(phase.peak_bytes for phase in traced.phases if phase.name.startswith(seen))
     return found | {"replayed": replayed(found)}
 
 
@@ -236,12 +251,12 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
     record = torch.cuda.memory._record_memory_history
     record(enabled="all", context=None, stacks="python", max_entries=MOST_ENTRIES)  # no frames: quick, small
     names = ["state"]
-    training = data.split("train", device, config.device.resident_limit_mib)
+    splits = [data.split(name, device, config.device.resident_limit_mib) for name in pictures]
     state = fresh_state(config, device)
     torch.cuda.memory._snapshot()  # leaves a mark among the entries
     state.model.train()
-    order = training.shuffled(config.seed, 1)
-    for number, batch in enumerate(training.batches(int(config.train.batch_size), order), 1):
+    order = splits[0].shuffled(config.seed, 1)
+    for number, batch in enumerate(splits[0].batches(int(config.train.batch_size), order), 1):
         step = train_step(state, batch, config)  # noqa: F841 - lives until the next one
         torch.cuda.synchronize(device)
         torch.cuda.memory._snapshot()
