@@ -150,6 +150,7 @@ def errors(plan: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, fl
 
     return {
         "process": (bounds[0] + bounds[1]) / 2 / process - 1,
+        "process_least": bounds[0] / process - 1,
         "process_outside": outside(process, bounds),
         "allocated_outside": worst("allocated_mib"),
         "reserved_outside": worst("reserved_mib"),
@@ -198,11 +199,13 @@ def summary(parts: Parts) -> dict[str, Any] | None:
     rows = judged(parts)
     if not rows:
         return None
-    process = [abs(row["process"]) for row in rows]
+    process, least = ([abs(row[what]) for row in rows] for what in ("process", "process_least"))
     return {
         "plans": len(rows),
         "process_error_median": statistics.median(process),
         "process_error_95": percentile(process, 0.95),
+        "least_error_median": statistics.median(least),
+        "least_error_95": percentile(least, 0.95),
         "process_outside": sum(row["process_outside"] != 0 for row in rows),
         "allocated_error_worst": max((row["allocated_outside"] for row in rows), key=abs),
         "allocated_above_least_mib": max(row["allocated_above_least_mib"] for row in rows),
@@ -220,18 +223,21 @@ def _plans(parts: Parts) -> str:
     if found is None:
         return ""
     lines = [
-        "| plan | process, middle of the bounds | outside of them | allocated, outside | false fits |",
-        "|---|---|---|---|---|",
+        "| plan | process, middle of the bounds | lower bound | outside | allocated, outside | false fits |",
+        "|---|---|---|---|---|---|",
     ]
     for row in judged(parts):
-        shares = f"{row['process']:+.1%} | {row['process_outside']:+.1%} | {row['allocated_outside']:+.2%}"
-        lines.append(f"| {row['name']} | {shares} | {', '.join(map(str, row['false_fits'])) or 'none'} |")
+        shares = " | ".join(f"{row[what]:+.1%}" for what in ("process", "process_least", "process_outside"))
+        false = ", ".join(map(str, row["false_fits"])) or "none"
+        lines.append(f"| {row['name']} | {shares} | {row['allocated_outside']:+.2%} | {false} |")
     lines += [
         "",
         f"{found['plans']} plans: process error, median {found['process_error_median']:.1%},"
-        f" 95th percentile {found['process_error_95']:.1%}; outside of its bounds {found['process_outside']}"
-        f" times; worst allocated error {found['allocated_error_worst']:+.2%}, at most"
-        f" {found['allocated_above_least_mib']:,.0f} MiB above the least; false fits {found['false_fits']}",
+        f" 95th percentile {found['process_error_95']:.1%}; of the lower bound"
+        f" {found['least_error_median']:.1%} and {found['least_error_95']:.1%}; outside of the bounds"
+        f" {found['process_outside']} times; worst allocated error {found['allocated_error_worst']:+.2%},"
+        f" at most {found['allocated_above_least_mib']:,.0f} MiB above the least;"
+        f" false fits {found['false_fits']}",
     ]
     return "\n".join(lines)
 

@@ -6,14 +6,18 @@ import subprocess
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from captcha_exp.checkpoint import TrainState
+from captcha_exp.config import Config
 from captcha_exp.memory.allocator import MIB
+from captcha_exp.memory.trace import Trace, trace
+from captcha_exp.step import fresh_state
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_session.py"
 sys.path.append(str(SCRIPT.parent))
@@ -288,7 +292,7 @@ def test_calls_of_a_dry_run_end_in_time_and_go_on_where_the_last_one_stopped(tmp
     """The same file again: nothing that has its figures is done twice."""
     out = tmp_path / "session.json"
     names = gpu_session.call(3, list(gpu_session.Numbers(dry_run=True).parts()))
-    ready = {name: {"figures": {}} for name in names if name != "matrix-products"}
+    ready: dict[str, Any] = {name: {"figures": {}} for name in names if name != "matrix-products"}
     out.write_text(json.dumps({"parts": ready}))
 
     done = session("--dry-run", "--call", "3", "--out", str(out))
@@ -336,8 +340,12 @@ def test_a_plan_is_measured_on_what_it_was_foretold_for() -> None:
 
 def test_a_batch_is_traced_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[int] = []
-    original = gpu_memory.trace
-    monkeypatch.setattr(gpu_memory, "trace", lambda *given: (traced.append(given[1]), original(*given))[1])
+
+    def counting(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace:
+        traced.append(batch_size)
+        return trace(config, batch_size, pictures)
+
+    monkeypatch.setattr("gpu_memory.trace", counting)
 
     found = gpu_memory.foretell(Case("compact", "fp32", 4), {"train": 12, "validation": 6}, [600, 3000, 9000])
 
@@ -391,6 +399,10 @@ def test_a_recording_begins_before_the_first_tensor_and_has_a_mark_after_each_st
     def record(**how: Any) -> None:
         log.append(how["enabled"])
 
+    def state_of(config: Config, device: torch.device) -> TrainState:
+        log.append("state")
+        return fresh_state(config, device)
+
     stats = {f"{kind}_bytes.all.peak": 512 for kind in ("requested", "allocated", "reserved")}
     monkeypatch.setattr(torch.cuda, "init", lambda: log.append("init"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
@@ -399,8 +411,7 @@ def test_a_recording_begins_before_the_first_tensor_and_has_a_mark_after_each_st
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", snapshot)
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
-    monkeypatch.setattr(gpu_memory, "fresh_state", lambda *given: (log.append("state"), state_of(*given))[1])
-    state_of = gpu_cases.fresh_state
+    monkeypatch.setattr("gpu_memory.fresh_state", state_of)
 
     found = gpu_memory._recorded(config, pictures, CPU)
 
@@ -638,21 +649,24 @@ def test_the_plans_table_counts_errors_and_false_fits() -> None:
         "plans": 3,
         "process_error_median": pytest.approx(0.2),
         "process_error_95": pytest.approx(0.245),
+        "least_error_median": pytest.approx(0.2),
+        "least_error_95": pytest.approx(0.344),
         "process_outside": 1,
         "allocated_error_worst": pytest.approx(10 / 210),
         "allocated_above_least_mib": 110.0,
         "false_fits": 1,
     }
     lines = gpu_judging.tables(parts).splitlines()
-    assert lines[3] == "| b | -20.0% | +4.0% | +4.76% | 1100 |"
+    assert lines[3] == "| b | -20.0% | -36.0% | +4.0% | +4.76% | 1100 |"
     assert lines[-1] == (
-        "3 plans: process error, median 20.0%, 95th percentile 24.5%; outside of its bounds 1 times;"
-        " worst allocated error +4.76%, at most 110 MiB above the least; false fits 1"
+        "3 plans: process error, median 20.0%, 95th percentile 24.5%; of the lower bound 20.0%"
+        " and 34.4%; outside of the bounds 1 times; worst allocated error +4.76%, at most"
+        " 110 MiB above the least; false fits 1"
     )
 
 
 def test_without_a_card_there_is_nothing_to_be_judged() -> None:
-    parts = {"predictions": {"error": "died"}, "plan-a": {"figures": measured(1.0, 1.0)}}
+    parts: dict[str, Any] = {"predictions": {"error": "died"}, "plan-a": {"figures": measured(1.0, 1.0)}}
 
     assert gpu_judging.summary(parts) is None
     assert gpu_judging.tables({}) == gpu_judging.tables(parts) == ""
