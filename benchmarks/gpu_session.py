@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -107,7 +108,7 @@ class Numbers:
         foretold: dict[str, Any] = {"cases": cases, "budgets": self.budgets, "variants": self.variants}
         # In a dry run the article's budget would be searched for a minute.
         budget: dict[str, Any] = {"budget_mib": 3200 if self.dry_run else ARTICLE_MIB}
-        workers: dict[str, Any] = {"workers": 2 if self.dry_run else len(os.sched_getaffinity(0))}
+        workers: dict[str, Any] = {"workers": 2 if self.dry_run else min(16, os.cpu_count() or 1)}
         parts = {"predictions": Part(gpu_memory.predictions, foretold | budget | workers, 300)}
         for network in BATCHES:
             events: dict[str, Any] = {"network": network, "batch": 100, "steps": 2, **device}
@@ -283,22 +284,41 @@ def run_part(
     command = [sys.executable, script, "--one", name, *(["--dry-run"] if dry_run else [])]
     part: dict[str, Any] = {"began": datetime.now(UTC).isoformat(timespec="milliseconds")}
     began = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory() as root:
-            done = subprocess.run(
-                command,
-                env=_environment(root) | dict(environment or {}),
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                check=False,
-            )
-    except subprocess.TimeoutExpired:
+    with tempfile.TemporaryDirectory() as root:
+        done = bounded(command, _environment(root) | dict(environment or {}), limit)
+    if done is None:
         return part | {"error": f"took more than {limit:.0f} s", "wall_seconds": round(limit, 1)}
     part["wall_seconds"] = round(time.perf_counter() - began, 1)
     if done.returncode:
         return part | {"error": done.stderr[-3000:], "exit_code": done.returncode}
     return part | {"figures": json.loads(done.stdout.splitlines()[-1])}
+
+
+def bounded(
+    command: list[str], environment: dict[str, str], limit: float
+) -> subprocess.CompletedProcess[str] | None:
+    """How a command ended; None if it took more seconds, and then it is gone with all that it started.
+
+    Those would else hold the pipes open that are waited for here, and the card. They are a group and no
+    session of their own, so that who ends this program's session ends them too.
+    """
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            process.communicate()
+            return None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _environment(root: str) -> dict[str, str]:
@@ -390,7 +410,9 @@ def measure(
         names = ["predictions", *names]
     for name in sorted(names, key=lambda name: name != "predictions"):
         left = seconds - (time.perf_counter() - began)
-        if left < LEAST_SECONDS:
+        if name == "predictions" and "figures" in done.get(name, {}):
+            pass  # what was measured since then must not be foretold again
+        elif left < LEAST_SECONDS:
             done.setdefault(name, {"error": f"not begun: {max(0.0, left):.0f} s were left"})
         elif name.startswith(FORETOLD) and "figures" not in done.get("predictions", {}):
             done[name] = {"error": "not begun: what it measures is not foretold in the file"}

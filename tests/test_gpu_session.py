@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -93,6 +95,19 @@ def test_a_part_that_fails_or_takes_too_long_is_an_error_and_not_the_end(
 
     assert words in part["error"]
     assert "figures" not in part
+
+
+def test_a_part_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """A process that it started would keep its pipes open, and the session waiting."""
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    began = time.perf_counter()
+
+    assert gpu_session.bounded([sys.executable, "-c", parent], dict(os.environ), 3) is None
+
+    assert time.perf_counter() - began < 30
+    number = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_test_of_the_card_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +200,11 @@ def test_limits_of_cudnn_stand_in_the_environment_of_their_part_alone(
 
     seen: list[dict[str, str]] = []
 
-    def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
-        seen.append(env)
+    def bounded(_: Any, environment: dict[str, str], __: float) -> subprocess.CompletedProcess[str]:
+        seen.append(environment)
         return subprocess.CompletedProcess([], 0, "told before\n[1]\n", "")
 
-    monkeypatch.setattr("gpu_session.subprocess.run", run)
+    monkeypatch.setattr("gpu_session.bounded", bounded)
     part = gpu_session.run_part("workspaces-8", False, 9, given["workspaces-8"])
     gpu_session.run_part("workspaces-none", False, 9, {})
 
@@ -251,7 +266,7 @@ def test_what_was_foretold_earlier_is_not_foretold_again(
 ) -> None:
     session = Session(monkeypatch, tmp_path / "x.json")
     session.parts["predictions"] = {"figures": {"said": 1}}
-    session.measure(["plan-1"])
+    session.measure(["predictions", "plan-1"])
 
     assert session.ran == ["plan-1"]
     assert session.parts["predictions"] == {"figures": {"said": 1}}
