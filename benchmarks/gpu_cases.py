@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "fp32-again": ("train.activation_checkpointing=true",),  # activations are computed again
     "bf16-again": ("device.precision=bf16", "train.activation_checkpointing=true"),
 }
-_NO_MEMORY = ("ALLOC_FAILED", "unable to find an engine")  # of cuBLAS and cuDNN, when theirs does not do
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # the driver, cuBLAS, cuDNN
 
 
 class Case(NamedTuple):

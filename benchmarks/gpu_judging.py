@@ -174,6 +174,17 @@ def false_fits(verdicts: Mapping[str, str], measured: Mapping[str, Any]) -> list
     ]
 
 
+def false_noes(verdicts: Mapping[str, str], measured: Mapping[str, Any]) -> list[int]:
+    """The budgets, in MiB, that were said not to do, and did."""
+    ran = measured.get("ran_within", {})
+    return [
+        int(budget)
+        for budget, verdict in verdicts.items()
+        if verdict == "does not fit"
+        and (measured["process_peak_mib"] <= int(budget) or ran.get(budget, False))
+    ]
+
+
 def judged(parts: Parts) -> list[dict[str, Any]]:
     """Each plan that was foretold and measured on a card, with its errors and false fits."""
     plans = (parts.get("predictions", {}).get("figures") or {}).get("plans", {})
@@ -181,7 +192,8 @@ def judged(parts: Parts) -> list[dict[str, Any]]:
     for name, foretold in plans.items():
         measured = parts.get(f"plan-{name}", {}).get("figures")
         if measured and (found := errors(foretold["plan"], measured)):
-            rows.append({"name": name, **found, "false_fits": false_fits(foretold["verdicts"], measured)})
+            yes, no = (check(foretold["verdicts"], measured) for check in (false_fits, false_noes))
+            rows.append({"name": name, **found, "false_fits": yes, "false_noes": no})
     return rows
 
 
@@ -210,6 +222,7 @@ def summary(parts: Parts) -> dict[str, Any] | None:
         "allocated_error_worst": max((row["allocated_outside"] for row in rows), key=abs),
         "allocated_above_least_mib": max(row["allocated_above_least_mib"] for row in rows),
         "false_fits": sum(len(row["false_fits"]) for row in rows),
+        "false_noes": sum(len(row["false_noes"]) for row in rows),
     }
 
 
@@ -237,7 +250,7 @@ def _plans(parts: Parts) -> str:
         f" {found['least_error_median']:.1%} and {found['least_error_95']:.1%}; outside of the bounds"
         f" {found['process_outside']} times; worst allocated error {found['allocated_error_worst']:+.2%},"
         f" at most {found['allocated_above_least_mib']:,.0f} MiB above the least;"
-        f" false fits {found['false_fits']}",
+        f" false fits {found['false_fits']}, false noes {found['false_noes']}",
     ]
     return "\n".join(lines)
 

@@ -628,6 +628,91 @@ def test_a_driver_that_does_not_answer_is_no_figure(monkeypatch: pytest.MonkeyPa
     assert gpu_cases._nvml_used_bytes() is None
 
 
+class MadeUpCard:
+    """A card of which a training takes so much, as far as the parts ask: no tensor is on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, context_mib: float) -> None:
+        self.context_mib, self.limit_mib = context_mib, float("inf")
+        self.peak = {"requested_mib": 0.0, "allocated_mib": 0.0, "reserved_mib": 0.0}
+        monkeypatch.setattr("gpu_memory.ProcessMeter", lambda _: self)
+        monkeypatch.setattr("gpu_memory.hold", self.hold)
+        monkeypatch.setattr("gpu_memory.clear", lambda _: None)
+        monkeypatch.setattr("gpu_cases.clear", lambda _: None)
+        monkeypatch.setattr("gpu_memory.start", lambda _: None)
+        monkeypatch.setattr("gpu_memory.peaks", lambda _: dict(self.peak))
+        monkeypatch.setattr("gpu_memory.reserved_mib", lambda _: 0.0)
+        monkeypatch.setattr("captcha_exp.device.set_up", lambda _: None)
+
+    def now(self) -> dict[str, Any]:
+        process = self.context_mib + self.peak["reserved_mib"]
+        return {"process_mib": process, "process_by": "nobody", "context_mib": self.context_mib}
+
+    def hold(self, process_mib: float, context_mib: float) -> None:
+        self.limit_mib = process_mib - context_mib
+
+    def take(self, need_mib: float, reserved_mib: float) -> None:
+        """A training that needs so much, and reserves so much where there is plenty."""
+        if need_mib > self.limit_mib:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        self.peak = {"requested_mib": need_mib, "allocated_mib": need_mib, "reserved_mib": reserved_mib}
+
+
+def test_a_plan_is_measured_free_and_then_within_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = MadeUpCard(monkeypatch, context_mib=600)
+
+    def epoch(*_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        card.take(1000, 2000)
+        return card.peak, card.peak | {"reserved_mib": 2100.0}
+
+    monkeypatch.setattr("gpu_memory.epoch", epoch)
+    budgets = (768, 1400, 1550, 2048, 2600, 3072)
+    found = gpu_memory.plan(Case("compact", "fp32", 2), {"train": 6, "validation": 2}, budgets, "cuda")
+
+    assert found["process_peak_mib"] == 2700
+    assert found["training"]["reserved_mib"] == 2000
+    assert found["ran_within"] == {"1400": False, "1550": False, "2048": True, "2600": True}
+    verdicts = {"1400": "does not fit", "1550": "fits", "2048": "does not fit", "3072": "fits"}
+    assert gpu_judging.false_fits(verdicts, found) == [1550]
+    assert gpu_judging.false_noes(verdicts, found) == [2048]
+
+
+@pytest.mark.parametrize("who", ["article", "bf16"])
+def test_the_largest_batch_is_that_of_the_budget_without_the_context(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = MadeUpCard(monkeypatch, context_mib=708)
+    monkeypatch.setattr("gpu_memory._article_run", lambda batch, _: card.take(8 * batch, 8 * batch))
+    monkeypatch.setattr("gpu_memory._our_run", lambda _, batch, __: card.take(8 * batch, 8 * batch))
+
+    found = gpu_memory.largest(who, 3908, 64, 4096, 40, "cuda")
+
+    assert (found["largest"], found["refused"]) == (400, 401)
+    assert (found["context_mib"], found["context_after_mib"]) == (708, 708)
+    assert [row["batch"] for row in found["tries"]][:5] == [64, 128, 256, 512, 384]
+    assert [row["reason"] for row in found["tries"]][2:4] == [None, "CUDA out of memory. Tried"]
+
+
+def test_the_driver_is_asked_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = types.SimpleNamespace(pid=1, usedGpuMemory=5)
+    own = types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * MIB)
+    seen: list[Any] = []
+    driver = types.SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: seen.append("init"),
+        nvmlShutdown=lambda: seen.append("shutdown"),
+        nvmlDeviceGetHandleByUUID=seen.append,
+        nvmlDeviceGetComputeRunningProcesses=lambda _: [others, own],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    about = types.SimpleNamespace(uuid="12-34")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+
+    assert gpu_cases._nvml_process_bytes(torch.device("cuda")) == 7 * MIB
+    assert seen == ["init", "GPU-12-34", "shutdown"]
+    own.usedGpuMemory = None  # as where the driver may not say
+    assert gpu_cases._nvml_process_bytes(torch.device("cuda")) is None
+
+
 # -- what is made of it --------------------------------------------------------------------------------------
 
 
@@ -649,7 +734,7 @@ def measured(process_mib: float, allocated_mib: float) -> dict[str, Any]:
 def test_the_plans_table_counts_errors_and_false_fits() -> None:
     peak = {"requested_mib": 100.0, "allocated_mib": [100.0, 200.0], "reserved_mib": [200.0, 400.0]}
     plan = {"training": peak, "evaluation": peak, "process_mib": [800.0, 1200.0]}
-    foretold = {"plan": plan, "verdicts": {"900": "unsure", "1100": "fits", "3000": "fits"}}
+    foretold = {"plan": plan, "verdicts": {"800": "does not fit", "1100": "fits", "3000": "fits"}}
     parts: dict[str, Any] = {
         "predictions": {"figures": {"plans": dict.fromkeys("abcd", foretold)}},
         "plan-a": {"figures": measured(1000.0, 150.0)},  # all as foretold
@@ -670,13 +755,14 @@ def test_the_plans_table_counts_errors_and_false_fits() -> None:
         "allocated_error_worst": pytest.approx(10 / 210),
         "allocated_above_least_mib": 110.0,
         "false_fits": 1,
+        "false_noes": 1,
     }
     lines = gpu_judging.tables(parts).splitlines()
     assert lines[3] == "| b | -20.0% | -36.0% | +4.0% | +4.76% | 1100 |"
     assert lines[-1] == (
         "3 plans: process error, median 20.0%, 95th percentile 24.5%; of the lower bound 20.0%"
         " and 34.4%; outside of the bounds 1 times; worst allocated error +4.76%, at most"
-        " 110 MiB above the least; false fits 1"
+        " 110 MiB above the least; false fits 1, false noes 1"
     )
 
 
