@@ -235,9 +235,9 @@ def allocator_trace(network: str, batch: int, steps: int, device: str) -> dict[s
     config = config_of(Case(network, "fp32", batch), device)
     devices.set_up(config)
     pictures = {"train": steps * batch, "validation": batch}
-    found = _recorded(config, pictures, place) if place.type == "cuda" else _modelled(config, pictures)
-    found |= {"network": network, "batch": batch, "pictures": pictures}
     traced = trace(config, batch, pictures)  # of tensors alone: what is above it are workspaces
+    found = _recorded(config, pictures, place) if place.type == "cuda" else _modelled(traced)
+    found |= {"network": network, "batch": batch, "pictures": pictures}
     seen = ("train split", "validation split", "state", "epoch 1: s")
     found["traced_bytes"] = max(phase.peak_bytes for phase in traced.phases if phase.name.startswith(seen))
     return found | {"replayed": replayed(found)}
@@ -281,8 +281,7 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
     }
 
 
-def _modelled(config: Config, pictures: Pictures) -> dict[str, Any]:
-    traced = trace(config, int(config.train.batch_size), pictures)
+def _modelled(traced: Trace) -> dict[str, Any]:
     allocator = CachingAllocator()
     usage = replay(traced.events, allocator, {})
     phases = [traced.events[phase.begin : phase.end] for phase in traced.phases]

@@ -106,9 +106,9 @@ class Numbers:
         cases = self.cases()
         device: dict[str, Any] = {"device": self.device}
         foretold: dict[str, Any] = {"cases": cases, "budgets": self.budgets, "variants": self.variants}
-        # In a dry run the article's budget would be searched for a minute.
-        budget: dict[str, Any] = {"budget_mib": 3200 if self.dry_run else ARTICLE_MIB}
-        workers: dict[str, Any] = {"workers": 2 if self.dry_run else min(16, os.cpu_count() or 1)}
+        # In a dry run none is to fit: the article's budget would be searched for a minute.
+        budget: dict[str, Any] = {"budget_mib": 900 if self.dry_run else ARTICLE_MIB}
+        workers: dict[str, Any] = {"workers": 1 if self.dry_run else min(16, os.cpu_count() or 1)}
         parts = {"predictions": Part(gpu_memory.predictions, foretold | budget | workers, 300)}
         for network in BATCHES:
             events: dict[str, Any] = {"network": network, "batch": 100, "steps": 2, **device}
@@ -175,18 +175,20 @@ class Numbers:
     def _trainings(self) -> dict[str, Part]:
         few = {"shards": self.cpu_shards, "shard": self.shard, "epochs": 2}
         many = {"shards": self.shards, "shard": self.shard, "epochs": self.epochs}
+        batch = {"batch": 10 if self.dry_run else 100}
         parts = {
             "doctor": Part(doctor, {"device": self.device}, 60),
             "tests": Part(tests, {"collect_only": self.dry_run}, 300),
             "article-cpu": Part(article_loop, {"device": "cpu", **few}, 240),
-            "ours-cpu-fp32": Part(ours, {"device": "cpu", "precision": "fp32", **few}, 240),
+            "ours-cpu-fp32": Part(ours, {"device": "cpu", "precision": "fp32", **few, **batch}, 240),
         }
         if not self.dry_run:
             parts["article-cuda"] = Part(article_loop, {"device": "cuda", **many}, 180)
         for precision in self.precisions:
-            arguments = {"device": self.device, "precision": precision, **many}
+            arguments = {"device": self.device, "precision": precision, **many, **batch}
             parts[f"ours-{self.device}-{precision}"] = Part(ours, arguments, 120)
-        parts[f"auto-{self.device}"] = Part(ours, {"device": self.device, "precision": "auto", **many}, 120)
+        arguments = {"device": self.device, "precision": "auto", **many, **batch}
+        parts[f"auto-{self.device}"] = Part(ours, arguments, 120)
         return parts
 
 
@@ -247,15 +249,15 @@ def draw_files(folder: Path, count: int) -> None:
         picture.quantize(256).save(folder / f"{number:05}-{text.upper()}.png", "GIF")
 
 
-def ours(device: str, precision: str, shards: int, shard: int, epochs: int) -> dict[str, Any]:
+def ours(device: str, precision: str, shards: int, shard: int, epochs: int, batch: int) -> dict[str, Any]:
     """experiment=article, trained by the package as anybody would."""
     from captcha_exp import compose, load
     from captcha_exp.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = ("experiment=article", f"data.count={shards * shard}", f"train.epochs={epochs}")
-        places = (f"device.name={device}", f"device.precision={precision}", f"data.cache={folder}/cache")
-        result = train(load(compose(*overrides, *places, "tracking=none")))
+        places = (f"device.name={device}", f"device.precision={precision}", f"train.batch_size={batch}")
+        result = train(load(compose(*overrides, *places, f"data.cache={folder}/cache", "tracking=none")))
         lines = (result.folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line)["metrics"] for line in lines]
         tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]

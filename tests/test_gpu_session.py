@@ -403,7 +403,7 @@ def test_a_recording_begins_before_the_first_tensor_and_has_a_mark_after_each_st
     """With a card that writes down what our model does."""
     config = gpu_cases.config_of(Case("compact", "fp32", 4), "cpu")
     pictures = {"train": 8, "validation": 4}
-    modelled = gpu_memory._modelled(config, pictures)
+    modelled = gpu_memory._modelled(trace(config, 4, pictures))
     log: list[Any] = []
     entries = [{"action": "alloc", "addr": 1, "size": 512}, {"action": "snapshot", "addr": 0, "size": 0}]
 
