@@ -5,13 +5,13 @@ Nothing here starts CUDA or draws a picture, and little is imported, as each par
 
 import functools
 import gc
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from captcha_exp import compose, load
+from captcha_exp import device as devices
 from captcha_exp.augment import Changes
 from captcha_exp.config import Config
 from captcha_exp.dataset import Batch, Dataset
@@ -150,7 +150,7 @@ class ProcessMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.used_before = None if device.type == "cpu" else _nvml_used_bytes()
+        self.free_before = None if device.type == "cpu" else _free_bytes()
 
     def now(self) -> dict[str, Any]:
         """MiB of the process now, who says so, and how many of them torch's allocator did not reserve.
@@ -163,11 +163,11 @@ class ProcessMeter:
         torch.cuda.synchronize(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        used, own = total - free, _nvml_process_bytes(self.device)
+        used, own = total - free, devices.nvml_bytes(self.device)
         if own is not None:
             process, by = own, "NVML, this process"
-        elif self.used_before is not None and (now := _nvml_used_bytes()) is not None:
-            process, by = now - self.used_before, "NVML, the card now and before"
+        elif self.free_before is not None and (now := _free_bytes()) is not None:
+            process, by = self.free_before - now, "NVML, the card now and before"
         else:
             process, by = used, "all that the card has in use"
         return {
@@ -175,7 +175,7 @@ class ProcessMeter:
             "process_by": by,
             "context_mib": (process - reserved) / MIB,
             "card_used_mib": used / MIB,
-            "card_used_before_mib": None if self.used_before is None else self.used_before / MIB,
+            "card_free_before_mib": None if self.free_before is None else self.free_before / MIB,
         }
 
 
@@ -187,44 +187,14 @@ def hold(process_mib: float, context_mib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
 
 
-def _nvml_process_bytes(device: torch.device) -> int | None:
-    """What the driver counts for this process; None where it does not say."""
-
-    def ask(nvml: Any) -> int | None:
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory:
-                return int(process.usedGpuMemory)
-        return None
-
-    return _nvml(ask)
-
-
-def _nvml_used_bytes() -> int | None:
-    """What all programs hold of the first card; None where NVML does not say. Starts no CUDA."""
-    return _nvml(lambda nvml: int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(0)).used))
-
-
-def _nvml(ask: Callable[[Any], int | None]) -> int | None:
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        try:
-            return ask(pynvml)
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
+def _free_bytes() -> int | None:
+    """What is free of the first card; None where NVML does not say. Starts no CUDA."""
+    return next(iter(devices.nvml_free_bytes().values()), None)
 
 
 def _resident_mib() -> float:
     """MiB of memory, at most so far: only so that a dry run has a figure."""
-    from captcha_exp.device import process_peak_mib
-
-    return process_peak_mib(torch.device("cpu"))
+    return devices.process_peak_mib(torch.device("cpu"))
 
 
 @functools.cache

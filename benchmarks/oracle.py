@@ -2,7 +2,7 @@
 
 Prints one JSON line: the worst errors, then for each network, head, lever and batch size the bytes that are
 foretold of a training step, the error without what oneDNN takes and gives back inside one convolution, and
-the raw one with it. What it takes is of one layer, and much beside a batch, or a part of one, of fewer pictures
+the raw one with it: of one layer, and so much beside passes of fewer pictures
 than 32 (up to 11 %). The oracle is that of tests/test_trace.py.
 
     python benchmarks/oracle.py

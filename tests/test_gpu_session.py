@@ -583,16 +583,16 @@ def test_a_limit_is_the_budget_without_the_context(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("own", "used", "by", "process"),
+    ("own", "free", "by", "process"),
     [
-        (900, [50, 1000], "NVML, this process", 900),
-        (None, [50, 1000], "NVML, the card now and before", 950),
+        (900, [9950, 9000], "NVML, this process", 900),
+        (None, [9950, 9000], "NVML, the card now and before", 950),
         (None, [None, None], "all that the card has in use", 1100),
     ],
 )
 def test_a_process_is_measured_by_whoever_knows(
     own: int | None,
-    used: list[int | None],
+    free: list[int | None],
     by: str,
     process: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -601,9 +601,9 @@ def test_a_process_is_measured_by_whoever_knows(
         return None if value is None else value * MIB
 
     card = torch.device("cuda")
-    answers = iter(used)
-    monkeypatch.setattr(gpu_cases, "_nvml_used_bytes", lambda: mib(next(answers)))
-    monkeypatch.setattr(gpu_cases, "_nvml_process_bytes", lambda _: mib(own))
+    answers = iter(free)
+    monkeypatch.setattr(gpu_cases, "_free_bytes", lambda: mib(next(answers)))
+    monkeypatch.setattr("captcha_exp.device.nvml_bytes", lambda _: mib(own))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300 * MIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8900 * MIB, 10_000 * MIB))
@@ -625,7 +625,7 @@ def test_a_driver_that_does_not_answer_is_no_figure(monkeypatch: pytest.MonkeyPa
     silent = types.SimpleNamespace(NVMLError=NVMLError, nvmlInit=refuse)
     monkeypatch.setitem(sys.modules, "pynvml", silent)
 
-    assert gpu_cases._nvml_used_bytes() is None
+    assert gpu_cases._free_bytes() is None
 
 
 class MadeUpCard:
@@ -690,27 +690,6 @@ def test_the_largest_batch_is_that_of_the_budget_without_the_context(
     assert (found["context_mib"], found["context_after_mib"]) == (708, 708)
     assert [row["batch"] for row in found["tries"]][:5] == [64, 128, 256, 512, 384]
     assert [row["reason"] for row in found["tries"]][2:4] == [None, "CUDA out of memory. Tried"]
-
-
-def test_the_driver_is_asked_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = types.SimpleNamespace(pid=1, usedGpuMemory=5)
-    own = types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * MIB)
-    seen: list[Any] = []
-    driver = types.SimpleNamespace(
-        NVMLError=RuntimeError,
-        nvmlInit=lambda: seen.append("init"),
-        nvmlShutdown=lambda: seen.append("shutdown"),
-        nvmlDeviceGetHandleByUUID=seen.append,
-        nvmlDeviceGetComputeRunningProcesses=lambda _: [others, own],
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    about = types.SimpleNamespace(uuid="12-34")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
-
-    assert gpu_cases._nvml_process_bytes(torch.device("cuda")) == 7 * MIB
-    assert seen == ["init", "GPU-12-34", "shutdown"]
-    own.usedGpuMemory = None  # as where the driver may not say
-    assert gpu_cases._nvml_process_bytes(torch.device("cuda")) is None
 
 
 # -- what is made of it --------------------------------------------------------------------------------------
