@@ -157,13 +157,11 @@ def train(
     planned = Planner(config, outline.counts, devices.card_total_mib(config)).at(int(config.train.batch_size))
     run = record.create(config, requested)
     display.line(f"run {run.folder} on {devices.describe(config)}")
+    _tell_plan(planned, config, display)
     with _recorded(run, tracker, config, display):
         data = dataset.prepare(outline, config, display)
         ran_on = environment(config)
         ran_on |= {"precisions_tried": trials.precisions, "batch_sizes_tried": trials.batch_sizes}
-        display.line(f"memory: {planned.words(config.card.name)}")
-        if micro := config.train.micro_batch_size:
-            display.line(f"train.micro_batch_size={micro}: batch norms see so many pictures at a time")
         run.write_json("memory.json", planned.to_json())
         run.write_json("dataset.json", data.manifest)
         run.write_json("environment.json", ran_on)
@@ -186,6 +184,17 @@ def train(
         )
         _record_test(result, data, planned, state, run, tracker)
     return result
+
+
+def _tell_plan(planned: Plan, config: Config, display: Display) -> None:
+    """What the training will need, and what it does otherwise to need less."""
+    words = f"memory: {planned.words(config.card.name)}"
+    if planned.fits == "does not fit":
+        display.warn(f"{words}; captcha-exp plan --advise names what fits")
+    else:
+        display.line(words)
+    if micro := config.train.micro_batch_size:
+        display.line(f"train.micro_batch_size={micro}: batch norms see so many pictures at a time")
 
 
 def _record_test(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from captcha_exp import compose, dataset, load, probe
 from captcha_exp.augment import NUMBERS, Changes, augment, table
-from captcha_exp.config import Augment, Config, Precision, to_dict
+from captcha_exp.config import Augment, Config, Precision, ResNet18, to_dict
 from captcha_exp.dataset import Split
 from captcha_exp.device import half_precisions, hold_to_budget, set_up
 from captcha_exp.display import Silent
@@ -71,6 +71,59 @@ def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
         for phase in ("train", "eval"):
             allocated = row[f"memory/{phase}_peak_allocated_mib"]
             assert 0 < allocated <= row[f"memory/{phase}_peak_reserved_mib"] < row["memory/process_peak_mib"]
+
+
+@pytest.mark.parametrize("model", ["compact", "resnet18"])
+def test_what_a_plan_says_is_what_the_card_measures(cuda: Config, model: str) -> None:
+    """With all that a small run leaves to fragments and workspaces, the bounds hold what was measured."""
+    chosen = cuda if model == "compact" else replace(cuda, model=ResNet18(name="resnet18", head="position"))
+    result = train(chosen)
+    lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(lines[-1])["metrics"]
+
+    for phase in ("train", "eval"):
+        assert abs(metrics[f"memory/{phase}_peak_allocated_error"]) <= 0.01
+    assert metrics["memory/process_peak_error"] >= -0.02  # never too little
+    assert json.loads((result.folder / "memory.json").read_text())["fits"] == "fits"
+
+
+LEVERS: list[dict[str, Any]] = [
+    {"optimizer_kernel": "foreach"},
+    {"optimizer_kernel": "loop"},
+    {"activation_checkpointing": True, "micro_batch_size": 16},
+]
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+def test_a_training_that_spares_memory_never_waits_and_repeats(
+    cuda: Config, levers: dict[str, Any], no_waiting: None
+) -> None:
+    config = replace(cuda, train=replace(cuda.train, **levers))
+    device = set_up(config)
+    batch = dataset.noise(config, 64, device)
+    losses = []
+    for _ in range(2):
+        state = fresh_state(config, device)
+        train_step(state, batch, config)  # kernels are loaded
+        torch.cuda.set_sync_debug_mode("error")
+        steps = [train_step(state, batch, config) for _ in range(3)]
+        torch.cuda.set_sync_debug_mode("default")
+        losses.append([float(step.loss) for step in steps])
+    assert losses[0] == losses[1]
+
+
+def test_the_best_weights_take_nothing_of_the_card(cuda: Config) -> None:
+    state = fresh_state(cuda, set_up(cuda))
+    before = torch.cuda.memory_allocated()
+    assert state.keep_if_better(1.0, 0.0)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_auto_takes_a_batch_size_that_fits_and_writes_down_what_it_saw(cuda: Config) -> None:
+    result = train(replace(cuda, train=replace(cuda.train, batch_size="auto")))
+    tried = json.loads((result.folder / "environment.json").read_text())["batch_sizes_tried"]
+
+    assert result.config.train.batch_size in [row["batch_size"] for row in tried if row["fits"]]
 
 
 @each_precision

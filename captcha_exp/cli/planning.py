@@ -98,12 +98,18 @@ def _tell_plans(
             f"{plan.state_mib:,.0f}",
             f"{plan.activations_mib:,.0f}",
             f"{plan.pictures_mib:,.0f}",
-            _range(plan.workspace_mib),
-            _range(plan.reserved_mib),
-            _range(plan.process_mib),
+            str(plan.workspace_mib),
+            str(plan.reserved_mib),
+            str(plan.process_mib),
             Text(plan.fits or "", COLOURS[plan.fits]),
         )
     out.print(table)
+    if evaluating := [f"{plan.batch_size:,}" for plan in plans if plan.evaluation_is_the_peak]:
+        out.print(
+            f"with a batch of {', '.join(evaluating)} the evaluation is the peak: it takes "
+            f"{config.train.evaluation_batch_size:,} pictures at a time (train.evaluation_batch_size)",
+            markup=False,
+        )
     if plans[0].budget_mib is None:
         out.print(
             "no verdict: how much memory there is nobody said; add device.vram_budget_mib=MIB or --card",
@@ -141,7 +147,7 @@ def _tell_advice(found: Sequence[Advice], batch_size: int, config: Config, budge
         table.add_row(
             f"{each.relative_time:.2f}",
             f"{each.plan.tensors_mib:,.0f}",
-            _range(each.plan.process_mib),
+            str(each.plan.process_mib),
             Text("\n".join(each.overrides)),
             Text("\n".join(each.notes)),
         )
@@ -150,11 +156,5 @@ def _tell_advice(found: Sequence[Advice], batch_size: int, config: Config, budge
 
 
 def _headline(config: Config, budget: Between | None) -> str:
-    room = f", {_range(budget)} MiB for the process" if budget else ""
+    room = f", {budget} MiB for the process" if budget else ""
     return f"{config.name} in {config.device.precision} on {config.card.name}{room}"
-
-
-def _range(between: Between) -> str:
-    """5 to 7, or just 5."""
-    least, most = f"{between.least:,.0f}", f"{between.most:,.0f}"
-    return least if least == most else f"{least} to {most}"

@@ -113,9 +113,9 @@ def _with_evaluation(
 ) -> tuple[Config, Plan]:
     """The config and its plan, with an evaluation no larger than needed if it is what stands in the way."""
     plan = Planner(config, pictures, total_mib).at(int(config.train.batch_size))
-    while plan.fits != "fits" and plan.evaluation.reserved_mib.most >= plan.reserved_mib.most:
+    while plan.fits != "fits" and plan.evaluation_is_the_peak:
         size = config.train.evaluation_batch_size // 2
-        if size == 0 or plan.evaluation.allocated_mib.most <= plan.training.allocated_mib.most:
+        if size == 0:
             break
         config = replace(config, train=replace(config.train, evaluation_batch_size=size))
         plan = Planner(config, pictures, total_mib).at(int(config.train.batch_size))

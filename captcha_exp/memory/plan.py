@@ -36,6 +36,11 @@ class Between(NamedTuple):
     least: float
     most: float
 
+    def __str__(self) -> str:
+        """5 to 7, or just 5."""
+        least, most = f"{self.least:,.0f}", f"{self.most:,.0f}"
+        return least if least == most else f"{least} to {most}"
+
     def error(self, measured: float) -> float:
         """How far this lies beside what was measured, as a share of it; 0 where it holds it."""
         return (min(max(measured, self.least), self.most) - measured) / measured
@@ -65,15 +70,17 @@ class Plan:
     budget_mib: Between | None  # what there is for the process; None: unknown
     fits: Fits | None
 
+    @property
+    def evaluation_is_the_peak(self) -> bool:
+        """Whether a smaller evaluation batch would need less."""
+        return self.evaluation.allocated_mib.most > self.training.allocated_mib.most
+
     def words(self, card: str) -> str:
         """The plan in one line."""
-        needed = f"{self.process_mib.least:,.0f} to {self.process_mib.most:,.0f} MiB on {card}"
-        text = f"a batch of {self.batch_size:,} has {self.tensors_mib:,.0f} MiB of tensors and takes {needed}"
+        text = f"a batch of {self.batch_size:,} has {self.tensors_mib:,.0f} MiB of tensors"
         if self.budget_mib is None:
-            return text
-        least, most = self.budget_mib
-        room = f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
-        return f"{text}, which has {room}: {self.fits}"
+            return f"{text} and takes {self.process_mib} MiB on {card}"
+        return f"{text} and takes {self.process_mib} of {self.budget_mib} MiB on {card}: {self.fits}"
 
     def beside(self, measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Metrics: what was foretold, and how far what was measured in each epoch lies outside of it.
