@@ -100,7 +100,7 @@ def _in_parts(
     fewest = 0 if fits(0) else bisect_left(range(len(sizes)), True, lo=1, key=fits)
     if fewest < len(sizes):
         chosen, plan = planned(fewest)
-        yield Advice(_overrides(chosen, base), plan, _time(chosen) / _time(base), _notes(chosen, base))
+        yield Advice(_overrides(chosen, base), plan, relative_time(chosen, base), _notes(chosen, base))
 
 
 def _in_micro_batches(config: Config, size: int) -> Config:
@@ -126,6 +126,11 @@ def _overrides(config: Config, base: Config) -> tuple[str, ...]:
     """What has to be written to make the one of the other."""
     before = leaves(base)
     return tuple(f"{key}={value}" for key, value in leaves(config).items() if value != before[key])
+
+
+def relative_time(config: Config, base: Config) -> float:
+    """How long a step of the one is estimated to take, in steps of the other."""
+    return _time(config) / _time(base)
 
 
 def _time(config: Config) -> float:
