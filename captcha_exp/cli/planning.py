@@ -104,6 +104,8 @@ def _tell_plans(
             Text(plan.fits or "", COLOURS[plan.fits]),
         )
     out.print(table)
+    if max(plan.batch_size for plan in plans) > pictures["train"]:
+        out.print(f"a batch holds no more than the training split has, {pictures['train']:,} pictures")
     if evaluating := [f"{plan.batch_size:,}" for plan in plans if plan.evaluation_is_the_peak]:
         out.print(
             f"with a batch of {', '.join(evaluating)} the evaluation is the peak: it takes "
