@@ -198,17 +198,20 @@ class _Workspaces(NamedTuple):
 def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | None) -> Plan:
     traced = trace(config, int(config.train.batch_size), pictures)
     context, workspaces = config.card.context_mib, _workspaces(config.card)
-    fits, played = None, [_play(traced, each) for each in workspaces]
+    limits: list[float | None] = [None]
     if budget_mib is not None:
         # At a limit the allocator gives its cache back before it gives up: a run may need less than it takes
         # where there is plenty.
         tight_mib = (budget_mib.least - context.most) / (1 + ERROR)
         wide_mib = (budget_mib.most - context.least) / (1 - ERROR)
-        tight = [_play(traced, each, tight_mib) for each in workspaces]
-        wide = [_play(traced, each, wide_mib) for each in workspaces]
-        fits = _verdict(all(tight), any(wide))
-        played = [one or other or free for one, other, free in zip(tight, wide, played, strict=True)]
-    peaks = [each for each in played if each]
+        limits = [tight_mib, wide_mib, None]
+    peaks, within = [], []
+    for each in workspaces:
+        played = ((limit, _play(traced, each, limit)) for limit in limits)
+        limit, found = next((limit, found) for limit, found in played if found is not None)
+        peaks.append(found)
+        within.append(limits.index(limit))
+    fits = None if budget_mib is None else _verdict(max(within) == 0, min(within) < 2)
     tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
     state_bytes = traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes
     reserved = _between(peaks, "reserved_bytes")
