@@ -119,8 +119,10 @@ def resolve(config: Config, machine: Machine) -> Config:
             raise ConfigError(
                 "train.batch_size=auto: is measured on the device that trains, when it trains; write a number"
             )
-        size = machine.best_batch_size(config)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+        size, micro = machine.best_batch_size(config), config.train.micro_batch_size
+        micro = None if micro is None or micro >= size else micro  # as in memory.plan.with_batch
+        train = dataclasses.replace(config.train, batch_size=size, micro_batch_size=micro)
+        config = dataclasses.replace(config, train=train)
     return config
 
 
