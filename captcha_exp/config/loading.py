@@ -5,6 +5,7 @@
 nothing is converted on the way: an alphabet that YAML has read as a number is refused, not turned into text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -235,7 +236,8 @@ def with_card(config: omegaconf.DictConfig, path: Path, changes: Mapping[str, An
     with omegaconf.open_dict(config):
         config.card = card
         for key, value in changes.items():
-            omegaconf.OmegaConf.update(config, key, value, force_add=True)
+            with contextlib.suppress(TypeError):  # no group of keys where one should be: load says so
+                omegaconf.OmegaConf.update(config, key, value, force_add=True)
     return config
 
 
