@@ -184,7 +184,10 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    card = [f"card={arguments.card}"] if arguments.card else []
+    # In quotes, as Hydra's grammar sees more than a path in some paths.
+    quoted = (arguments.card or "").replace("\\", "\\\\").replace("'", "\\'")
+    is_file = quoted.endswith((".yaml", ".yml"))
+    card = [f"card='{quoted}'" if is_file else f"card={arguments.card}"] if arguments.card else []
     # Checked without the machine: what is planned for need not be here.
     config = compose_checked([*arguments.overrides, *card], arguments.config_dir).checked(None)
     from captcha_exp.cli import planning
