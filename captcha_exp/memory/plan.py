@@ -136,7 +136,7 @@ class Planner:
             return None
         everything = self.pictures["train"]
         low, high = 0, everything + 1  # the one fits, the other does not
-        batch = self._guess()
+        batch = min(max(self._guess(), 1), everything)
         stride = batch // 32 + 1
         while high - low > 1:
             batch = min(max(batch, low + 1), high - 1)
