@@ -50,7 +50,7 @@ def advise(
 ) -> list[Advice]:
     """Every combination with which train.batch_size fits the budget, unless it costs more than one with less.
 
-    Each takes as few parts of the batch as will do.
+    Each takes as few parts of the batch as will do. The config as it stands comes first, if it fits.
     """
     base = with_batch(config, int(config.train.batch_size))
     variants = list(_variants(base))
@@ -59,7 +59,14 @@ def advise(
         for variant in variants:
             found += _in_parts(variant, base, pictures, total_mib)
             bar.advance(1)
-    found.sort(key=lambda each: (round(each.relative_time, 3), len(each.overrides), each.overrides))
+    found.sort(
+        key=lambda each: (
+            each.overrides != (),
+            round(each.relative_time, 3),
+            len(each.overrides),
+            each.overrides,
+        )
+    )
     return [each for each in found if not any(_beats(other, each) for other in found)]
 
 
