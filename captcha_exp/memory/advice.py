@@ -23,6 +23,7 @@ from captcha_exp.memory.plan import Plan, Planner, with_batch
 PASSES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)  # parts of a batch that are tried
 RECOMPUTED = 4 / 3  # a backward pass is the work of two forward passes; then there is one more
 ONE_PASS_MORE = 0.01  # of a step: smaller parts keep a card less busy
+LEAST_SPEED = 0.01  # of 16 bits, times as fast as fp32: a card's file may say 0
 SENT = 0.01  # of a step: pictures that come from the host
 
 
@@ -154,7 +155,7 @@ def _time(config: Config) -> float:
 def _speed(config: Config, precision: str) -> float:
     """Times as fast as fp32: the middle of what the card's file says, of a ratio the geometric one."""
     known = config.card.fp16_speed if precision == "fp16" else config.card.bf16_speed
-    return math.sqrt(known.least * known.most)
+    return math.sqrt(max(known.least, LEAST_SPEED) * max(known.most, LEAST_SPEED))
 
 
 def _notes(config: Config, base: Config) -> tuple[str, ...]:
