@@ -184,6 +184,8 @@ def card_total_mib(config: Config) -> float | None:
     name = config.device.name
     if not name.startswith("cuda") or not _cuda_works():
         return None
+    if (torch.device(name).index or 0) >= torch.cuda.device_count():
+        return None
     return float(torch.cuda.get_device_properties(torch.device(name)).total_memory / MIB)
 
 
