@@ -66,7 +66,8 @@ def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict
 
 def _planned_on(config: Config) -> Config:
     """The resolved config, whether or not its device is here: nothing runs on it."""
-    machine = this_machine(best_batch_size=lambda _: 1)
+    # A batch that is to be found out is more than a part of it; sizes that are planned replace it.
+    machine = this_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
     return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
 
 
