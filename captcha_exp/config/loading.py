@@ -236,7 +236,8 @@ def with_card(config: omegaconf.DictConfig, path: Path, changes: Mapping[str, An
     with omegaconf.open_dict(config):
         config.card = card
         for key, value in changes.items():
-            with contextlib.suppress(TypeError, ValueError):  # no group of keys where one should be: load says so
+            # Where the file has a list and no group of keys; load says so.
+            with contextlib.suppress(TypeError, ValueError):
                 omegaconf.OmegaConf.update(config, key, value, force_add=True)
     return config
 
