@@ -31,9 +31,11 @@ from captcha_exp import compose, dataset, load, models, report, sources, train, 
 from captcha_exp.checkpoint import TrainState, load_weights, weights_sha256
 from captcha_exp.config import Config, Mlflow, to_dict
 from captcha_exp.dataset import Batch, Dataset, Split
+from captcha_exp.device import MemoryMeter
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.evaluate import Evaluation, evaluate
+from captcha_exp.memory.plan import Planner
 from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.step import Step, fresh_state, train_step
 
@@ -552,6 +554,46 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
         "report/errors.png",
         "report/pictures.png",
     } <= present.keys()
+
+
+def test_the_plan_of_the_memory_is_in_the_record(tiny: Config, no_report: None) -> None:
+    """And the same as one that is made without the training."""
+    heard = Heard()
+    result = train.train(training(tiny, epochs=1), None, heard)
+
+    pictures = dataset.outline(result.config, Heard()).counts
+    plan = Planner(result.config, pictures).at(64)
+    assert json.loads((result.folder / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
+    assert f"memory: {plan.words('any CUDA card')}" in heard.lines
+    last = rows_of(result.folder)[-1].metrics
+    assert last["memory/predicted_peak_mib"] == plan.process_mib.most
+    assert last["memory/predicted_peak_least_mib"] == plan.process_mib.least
+    assert not any(name.endswith("_error") for name in last)  # a CPU measures no card
+
+
+def test_what_a_card_measures_stands_beside_the_plan(
+    tiny: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With readings of a card that are played: the error is of the worst epoch."""
+    readings = {"train": iter([1.0, 40.0]), "eval": iter([0.5, 10_000.0])}
+
+    def peaks(meter: MemoryMeter, phase: str) -> dict[str, float]:
+        seen = next(readings[phase])
+        return {f"memory/{phase}_peak_allocated_mib": seen, f"memory/{phase}_peak_reserved_mib": seen}
+
+    monkeypatch.setattr(MemoryMeter, "peaks", peaks)
+    monkeypatch.setattr(MemoryMeter, "process_peak_mib", lambda _: 20_000.0)
+    result = train.train(tiny, None, Heard())
+
+    plan = Planner(result.config, dataset.outline(result.config, Heard()).counts).at(64)
+    last = rows_of(result.folder)[-1].metrics
+    assert {name: value for name, value in last.items() if name.endswith("_error")} == {
+        "memory/train_peak_allocated_error": plan.training.allocated_mib.error(40.0),
+        "memory/train_peak_reserved_error": plan.training.reserved_mib.error(40.0),
+        "memory/eval_peak_allocated_error": plan.evaluation.allocated_mib.most / 10_000 - 1,
+        "memory/eval_peak_reserved_error": plan.evaluation.reserved_mib.most / 10_000 - 1,
+        "memory/process_peak_error": plan.process_mib.most / 20_000 - 1,
+    }
 
 
 @pytest.mark.parametrize(
