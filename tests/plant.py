@@ -623,6 +623,55 @@ PLANTS = (
         "if path.exists() and force is None:",
         ("test_calibrate.py",),
     ),
+    Plant(
+        "the largest batch may be one that is unsure",
+        "memory/plan.py",
+        'self.at(batch).fits == "fits"',
+        'self.at(batch).fits != "does not fit"',
+        ("test_plan.py",),
+    ),
+    Plant(
+        "a small convolution takes all of cuDNN's workspace",
+        "memory/plan.py",
+        "min(self.cudnn_bytes, WORKSPACE_TIMES * convolution.fp32_bytes)",
+        "self.cudnn_bytes",
+        ("test_plan.py",),
+    ),
+    Plant(
+        "a convolution at the end of a phase counts in the next one, too",
+        "memory/plan.py",
+        "phase.begin, key=lambda each: each.place)",
+        "phase.begin - 1, key=lambda each: each.place)",
+        ("test_plan.py",),
+    ),
+    Plant(
+        "advice has a part of the batch more than is needed",
+        "memory/advice.py",
+        "chosen, plan = planned(fewest)",
+        "chosen, plan = planned(min(fewest + 1, len(sizes) - 1))",
+        ("test_advice.py",),
+    ),
+    Plant(
+        "advice leaves an evaluation large where the test's split comes on top",
+        "memory/advice.py",
+        'while plan.fits != "fits" and plan.evaluation_is_the_peak:',
+        'while plan.fits != "fits" and plan.evaluation.reserved_mib.most >= plan.reserved_mib.most:',
+        ("test_advice.py",),
+    ),
+    Plant(
+        "the probe ends at the first batch size that brings nothing",
+        "probe.py",
+        "max(speeds[-2:]) < STALLED * max(speeds[:-2])",
+        "speeds[-1] < STALLED * max(speeds[:-1])",
+        ("test_probe.py",),
+    ),
+    Plant(
+        "the probe takes the largest batch near the best",
+        "probe.py",
+        "chosen = min(size for size, speed in speeds.items()",
+        "chosen = max(size for size, speed in speeds.items()",
+        ("test_probe.py",),
+    ),
 )
 
 
