@@ -189,17 +189,17 @@ EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.evaluation_batch_size=2
 
 
 @pytest.mark.parametrize(
-    "pictures",
+    ("pictures", "budget_mib"),
     [
-        {"train": 20, "validation": 300, "test": 10},
-        {"train": 20, "validation": 300, "test": 300},
-        {"train": 20, "validation": 300},
+        ({"train": 20, "validation": 300, "test": 10}, 50),
+        ({"train": 20, "validation": 300, "test": 300}, 60),
+        ({"train": 20, "validation": 300}, 50),
     ],
     ids=["validation", "validation and test", "no test"],
 )
-def test_an_evaluation_that_stands_in_the_way_is_lowered(pictures: dict[str, int]) -> None:
+def test_an_evaluation_that_stands_in_the_way_is_lowered(pictures: dict[str, int], budget_mib: int) -> None:
     """And no further than needed."""
-    asked = (*EVALUATED, "device.vram_budget_mib=50")
+    asked = (*EVALUATED, f"device.vram_budget_mib={budget_mib}")
     assert plan_of(configured(*asked), pictures).fits != "fits"
 
     found = advised(*asked, pictures=pictures)
