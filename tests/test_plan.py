@@ -239,6 +239,16 @@ def test_a_budget_that_is_written_holds(tiny: Config) -> None:
     assert budget(config) == budget(config, 8000.0) == (3000, 3000)
 
 
+def test_a_budget_of_more_than_the_card_has_is_none(tiny: Config) -> None:
+    """A batch is not to fit by memory that is not there."""
+    card = carded(tiny, total_mib=interval(4000, 4100), others_mib=interval(5, 50))
+    assert budget(budgeted(card, 4100)) == (4100, 4100)
+    assert budget(budgeted(card, 4101)) == (3950, 4095)
+    here = carded(tiny, total_mib=None, others_mib=interval(5, 50))
+    assert budget(budgeted(here, 9000), 8000.0) == (7950, 7995)
+    assert budget(budgeted(here, 9000)) == (9000, 9000)
+
+
 def test_else_it_is_what_others_leave_of_the_card(tiny: Config) -> None:
     config = carded(tiny, total_mib=interval(4000, 4100), others_mib=interval(5, 50))
     assert budget(config) == budget(config, 8000.0) == (3950, 4095)

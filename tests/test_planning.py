@@ -209,6 +209,10 @@ def test_an_unknown_card_gives_the_nearest_name(call: Call) -> None:
             ["device.vram_budget_mib=2000", "train.batch_size=auto"],
             "plan --advise: wants the batch as a number",
         ),
+        (
+            ["device.vram_budget_mib=2000", "--batch-sizes", "4,8"],
+            "plan --advise: is about train.batch_size alone; leave --batch-sizes out",
+        ),
     ],
 )
 def test_advice_wants_a_budget_and_a_number(call: Call, root: Path, words: list[str], line: str) -> None:

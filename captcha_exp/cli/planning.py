@@ -17,7 +17,7 @@ from captcha_exp.device import card_total_mib, this_machine
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advice import Advice, advise
-from captcha_exp.memory.plan import Between, Plan, Planner
+from captcha_exp.memory.plan import Between, Plan, Planner, budget
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
 COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
@@ -27,28 +27,23 @@ def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict
     """Plans as JSON values where they are asked for, else printed."""
     wanted, config = config.train.batch_size, _planned_on(config)
     sizes = _sizes(arguments.batch_sizes, wanted)
+    budget_mib = budget(config, total_mib := card_total_mib(config))
+    if arguments.advise:
+        _check_advisable(arguments, wanted, budget_mib)
     pictures = dataset.outline(config, display).counts
-    total_mib = card_total_mib(config)
-    planner = Planner(config, pictures, total_mib)
     about = {
         "card": to_dict(config.card),
         "precision": config.device.precision,
         "pictures": pictures,
-        "budget_mib": planner.budget_mib,
+        "budget_mib": budget_mib,
     }
     if arguments.advise:
-        if planner.budget_mib is None:
-            raise UserError(
-                "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or "
-                "--card with a card whose size is known"
-            )
-        if wanted == "auto":
-            raise UserError("plan --advise: wants the batch as a number; add train.batch_size=NUMBER")
         found = advise(config, pictures, total_mib, display)
         if arguments.json:
             return about | {"batch_size": wanted, "advice": [each.to_json() for each in found]}
-        _tell_advice(found, int(wanted), config, planner.budget_mib)
+        _tell_advice(found, int(wanted), config, budget_mib)
         return None
+    planner = Planner(config, pictures, total_mib)
     plans, seconds = [], []
     with display.bar("planning", len(sizes)) as bar:
         for size in sizes:
@@ -62,6 +57,18 @@ def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict
         return about | {"plans": timed, "largest_batch": largest.batch_size if largest else None}
     _tell_plans(plans, largest, config, pictures)
     return None
+
+
+def _check_advisable(arguments: argparse.Namespace, wanted: int | str, budget_mib: Between | None) -> None:
+    if arguments.batch_sizes is not None:
+        raise UserError("plan --advise: is about train.batch_size alone; leave --batch-sizes out")
+    if budget_mib is None:
+        raise UserError(
+            "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or "
+            "--card with a card whose size is known"
+        )
+    if wanted == "auto":
+        raise UserError("plan --advise: wants the batch as a number; add train.batch_size=NUMBER")
 
 
 def _planned_on(config: Config) -> Config:
@@ -132,10 +139,12 @@ def _tell_plans(
         )
 
 
-def _tell_advice(found: Sequence[Advice], batch_size: int, config: Config, budget: Between) -> None:
+def _tell_advice(
+    found: Sequence[Advice], batch_size: int, config: Config, budget_mib: Between | None
+) -> None:
     """A row for each combination, the cheapest in time first."""
     out = console()
-    out.print(_headline(config, budget), markup=False)
+    out.print(_headline(config, budget_mib), markup=False)
     if not found:
         out.print(f"nothing known here makes a batch of {batch_size:,} fit; take a smaller one")
         return
@@ -158,6 +167,6 @@ def _tell_advice(found: Sequence[Advice], batch_size: int, config: Config, budge
     out.print("time is that of a step, estimated; 1 is the config as it stands, if it did fit")
 
 
-def _headline(config: Config, budget: Between | None) -> str:
-    room = f", {budget} MiB for the process" if budget else ""
+def _headline(config: Config, budget_mib: Between | None) -> str:
+    room = f", {budget_mib} MiB for the process" if budget_mib else ""
     return f"{config.name} in {config.device.precision} on {config.card.name}{room}"

@@ -105,8 +105,9 @@ def _in_parts(
     def fits(number: int) -> bool:
         return planned(number)[1].fits == "fits"
 
-    fewest = 0 if fits(0) else bisect_left(range(len(sizes)), True, lo=1, key=fits)
-    if fewest < len(sizes):
+    most = len(sizes) - 1
+    if fits(0) or fits(most):
+        fewest = 0 if fits(0) else bisect_left(range(most), True, lo=1, key=fits)
         chosen, plan = planned(fewest)
         yield Advice(_overrides(chosen, base), plan, relative_time(chosen, base), _notes(chosen, base))
 

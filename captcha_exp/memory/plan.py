@@ -167,16 +167,19 @@ def with_batch(config: Config, batch_size: int) -> Config:
 
 
 def budget(config: Config, total_mib: float | None = None) -> Between | None:
-    """What the process may take: the budget of the config, else what others leave of the card."""
+    """What the process may take: the budget of the config, if the card has so much, else what others leave.
+
+    None where nobody says.
+    """
     asked, card = config.device.vram_budget_mib, config.card
-    if asked is not None:
-        return Between(asked, asked)
     if card.total_mib is not None:
         least, most = card.total_mib.least, card.total_mib.most
     elif total_mib is not None:
         least = most = total_mib
     else:
-        return None
+        return None if asked is None else Between(asked, asked)
+    if asked is not None and asked <= most:
+        return Between(asked, asked)
     return Between(max(0.0, least - card.others_mib.most), max(0.0, most - card.others_mib.least))
 
 
