@@ -86,7 +86,7 @@ def test_a_network(project: Copy) -> None:
     project.insert(
         "captcha_exp/config/schema.py",
         "Model: TypeAlias",
-        "@dataclass(config=_STRICT, frozen=True, kw_only=True)\n"
+        "@dataclass(config=STRICT, frozen=True, kw_only=True)\n"
         "class Columns(Network):\n"
         '    name: Literal["columns"]\n'
         "    rows: Annotated[int, Field(ge=1)]\n\n\n",
@@ -145,7 +145,7 @@ def test_a_source(project: Copy) -> None:
     project.insert(
         "captcha_exp/config/schema.py",
         "Generator: TypeAlias",
-        "@dataclass(config=_STRICT, frozen=True, kw_only=True)\n"
+        "@dataclass(config=STRICT, frozen=True, kw_only=True)\n"
         "class Plain(Drawn):\n"
         '    source: Literal["plain"]\n\n\n',
     )
