@@ -6,8 +6,9 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/captcha-exp train experiment=quickstart
 
+# On all cores, four at most: more would wait for each other in torch.
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 # In a real browser: needs chromium at /usr/bin/chromium.
 test-ui: .venv/installed
