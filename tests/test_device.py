@@ -317,7 +317,9 @@ def test_nvml_knows_the_process(card: Card, monkeypatch: pytest.MonkeyPatch) -> 
     assert nvml.open == 0
 
 
-@pytest.mark.parametrize("processes", [[], [(ANOTHER, 2000 * MIB)], [(ME, None)]], ids=["none", "another", "not told"])
+@pytest.mark.parametrize(
+    "processes", [[], [(ANOTHER, 2000 * MIB)], [(ME, None)]], ids=["none", "another", "not told"]
+)
 def test_nvml_does_not_know_the_process(
     card: Card, monkeypatch: pytest.MonkeyPatch, processes: list[tuple[int, int | None]]
 ) -> None:
