@@ -69,7 +69,7 @@ class Part(NamedTuple):
     act: Callable[..., Any]
     arguments: dict[str, Any]
     limit: int  # seconds
-    environment: dict[str, str] = {}  # noqa: RUF012 - of the part's process, beside that of the session
+    environment: dict[str, str] = {}  # noqa: RUF012 - nobody writes into it; of the part's process
 
 
 class Numbers:

@@ -17,10 +17,9 @@ makes a batch fit. On a card `calibrate` replaces the intervals by what it measu
 Sources: torch 2.10 to 2.13, c10/cuda/CUDACachingAllocator.cpp, aten/src/ATen/cuda/CublasHandlePool.cpp,
 aten/src/ATen/native/cudnn/Conv_v8.cpp; each card's in conf/card/.
 
-Known error: of the tensors at most 0.4 % against torch's profiler in the same training run on a CPU, without
-what its kernels take and give back inside one convolution, and at most 4 % with it from batches of 32 on
-(tests/test_trace.py; smaller ones of the small network up to 11 %). plan.ERROR adds 2 % to all that is
-reserved.
+Known error: of the tensors at most 1.0 % against torch's profiler in 80 trainings run on a CPU, without what
+its kernels take and give back inside one convolution, and at most 4.9 % with it, from passes of 32 pictures
+on (benchmarks/oracle.py; with fewer up to 11 %). plan.ERROR adds 2 % to all that is reserved.
 
 Not seen: a real card. Bounds of workspaces and contexts are what others have published, or estimates, and
 their files say which. Not counted: what a card's kernels take outside torch's allocator beyond the context,
