@@ -23,6 +23,7 @@ LAYERS = (
     {"record", "pixels", "sources", "dataset", "models", "optim", "device"},
     {"augment", "checkpoint", "evaluate", "step", "probe", "watch", "predict", "report", "memory", "train"},
     {"tracking"},
+    {"sweep"},
     {"doctor"},
     {"cli"},
     {"", "__main__"},  # the package itself, which looks its names up at first use

@@ -31,6 +31,7 @@ ONECYCLE = Train(
     label_smoothing=0.0,
     deterministic=True,
     chance_after_steps=500,
+    on_oom="fail",
 )
 CONSTANT = replace(ONECYCLE, schedule="constant")
 

@@ -29,5 +29,6 @@ from captcha_exp.config.schema import Model as Model
 from captcha_exp.config.schema import NoTracking as NoTracking
 from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18 as ResNet18
+from captcha_exp.config.schema import Sweep as Sweep
 from captcha_exp.config.schema import Train as Train
 from captcha_exp.config.schema import WheezyLibrary as WheezyLibrary

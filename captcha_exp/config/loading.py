@@ -111,7 +111,10 @@ def resolve(config: Config, machine: Machine) -> Config:
         data = dataclasses.replace(data, workers=machine.cores)
     if isinstance(tracking, Mlflow) and tracking.uri == "auto":
         tracking = dataclasses.replace(tracking, uri=f"sqlite:///{machine.root / 'mlruns' / 'mlflow.db'}")
-    config = dataclasses.replace(config, device=device, data=data, tracking=tracking)
+    train = config.train
+    if train.on_oom == "auto":  # a sweep has said "record" by now
+        train = dataclasses.replace(train, on_oom="fail")
+    config = dataclasses.replace(config, device=device, data=data, train=train, tracking=tracking)
     if device.precision == "auto":
         precision = machine.fastest_precision(config)
         config = dataclasses.replace(config, device=dataclasses.replace(device, precision=precision))

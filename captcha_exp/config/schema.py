@@ -244,6 +244,10 @@ class Train:
     """the same seed gives the same bits on the same kind of machine"""
     chance_after_steps: Annotated[int, Field(ge=1)]
     """steps after which characters that are still read at chance are reported as trouble"""
+    on_oom: Literal["record", "split", "fail"] | Auto
+    """what too little memory is. record: a result of the run; split: a reason to start again with half the
+    micro-batch, or half the evaluation batch, in a fresh process; fail: a failure; auto: a result in a sweep,
+    else a failure"""
 
     @model_validator(mode="after")
     def _parts(self) -> "Train":
@@ -271,6 +275,14 @@ class Device:
     vram_budget_mib: Annotated[int, Field(ge=1)] | None
     """MiB of a graphics card that the whole process may take: a CUDA card refuses more, and a plan is held
     against it; null is all that the card has"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Sweep:
+    """What `train -m` does with its points."""
+
+    train_unfit: bool
+    """without a CUDA card: train what does not fit device.vram_budget_mib too, rather than only record it"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -330,5 +342,6 @@ class Config:
     augment: Augment
     train: Train
     device: Device
+    sweep: Sweep
     card: Card
     tracking: Tracking

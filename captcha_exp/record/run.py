@@ -134,28 +134,36 @@ class Run:
         self.write_json("run.json", self.state)
 
 
-def create(config: Config, requested: Config) -> Run:
-    """A new run in a folder of its own: outputs/<date>/<time>-<name>."""
+def create(config: Config, requested: Config, folder: Path | None = None) -> Run:
+    """A new run in a folder of its own: this one, made for it, or else outputs/<date>/<time>-<name>."""
+    folder = new_folder(config.name) if folder is None else folder
+    folder.mkdir(exist_ok=True)
+    run = Run(folder, config.name)
+    run.write("config.yaml", to_yaml(config))
+    run.write("requested.yaml", to_yaml(requested))
+    return run
+
+
+def new_folder(name: str) -> Path:
+    """outputs/<date>/<time>-<name>, made now and by nobody else."""
     now = datetime.now()
     day = root() / "outputs" / f"{now:%Y-%m-%d}"
     day.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1000):
-        folder = day / f"{now:%H%M%S}-{config.name}{'' if number == 1 else f'-{number}'}"
+        folder = day / f"{now:%H%M%S}-{name}{'' if number == 1 else f'-{number}'}"
         try:
             folder.mkdir()
         except FileExistsError:
             continue  # another run began in this second
-        run = Run(folder, config.name)
-        run.write("config.yaml", to_yaml(config))
-        run.write("requested.yaml", to_yaml(requested))
-        return run
+        return folder
     raise UserError(f"{day}: a thousand runs of this name began in one second; wait a second and start again")
 
 
 def runs(tell: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, run.json) of each run in outputs/, the oldest first; tells of what it cannot read."""
     found = []
-    for path in (root() / "outputs").glob("*/*/run.json"):
+    outputs = root() / "outputs"
+    for path in (*outputs.glob("*/*/run.json"), *outputs.glob("*/*/*/run.json")):  # and those of a sweep
         try:
             found.append((path.parent, _read(path)))
         except UserError as error:
