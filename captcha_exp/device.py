@@ -23,6 +23,9 @@ from captcha_exp.places import root
 
 MIB = 2**20
 
+_CUDA_ERROR_MEMORY_ALLOCATION = 2
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
 T = TypeVar("T")
 
 
@@ -146,6 +149,16 @@ def to_read(config: Config, name: str, display: Display) -> Config:
         return config
     display.line(f"{precision} was the run's precision; {config.device.name} reads in fp32")
     return replace(config, device=replace(config.device, precision="fp32"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is short: that of the card, or the machine's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, torch.AcceleratorError):  # CUDA itself, beside torch's allocator
+        return getattr(error, "error_code", None) == _CUDA_ERROR_MEMORY_ALLOCATION
+    # What has no type of its own: torch's allocator of the machine's memory, and libraries that start up.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def describe(config: Config) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from captcha_exp import dataset, optim, probe, record, report, watch
+from captcha_exp import dataset, oom, optim, probe, record, report, watch
 from captcha_exp import device as devices
 from captcha_exp.augment import Changes
 from captcha_exp.checkpoint import TrainState, weights_sha256, weights_to_bytes
@@ -141,10 +141,12 @@ def train(
     requested: Config,
     tracker: Tracker | None = None,
     display: Display | None = None,
+    folder: Path | None = None,
 ) -> Result:
-    """A trained, tested and recorded model.
+    """A trained, tested and recorded model; its record is in this empty folder, or in a new one.
 
     Raises:
+        OutOfMemory: there was too little memory; its record says what train.on_oom takes that for.
         UserError: the run cannot be made or cannot go on; the lines say why. Its record says FAILED.
     """
     tracker, display = tracker or NoTracker(), display or Silent()
@@ -155,7 +157,7 @@ def train(
     devices.hold_to_budget(config, device)
     outline = trials.outline or dataset.outline(config, display)
     planned = Planner(config, outline.counts, devices.card_total_mib(config)).at(int(config.train.batch_size))
-    run = record.create(config, requested)
+    run = record.create(config, requested, folder)
     display.line(f"run {run.folder} on {devices.describe(config)}")
     _tell_plan(planned, config, display)
     with _recorded(run, tracker, config, display):
@@ -166,13 +168,23 @@ def train(
         run.write_json("dataset.json", data.manifest)
         run.write_json("environment.json", ran_on)
         tracker.describe(data.manifest, ran_on)
-        training = data.split("train", device, config.device.resident_limit_mib)
-        validation = data.split("validation", device, config.device.resident_limit_mib)
-        state = fresh_state(config, device)
-        fit(state, training, validation, data.labels, config, run, tracker, display)
+        state: TrainState | None = None
+        try:
+            training = data.split("train", device, config.device.resident_limit_mib)
+            validation = data.split("validation", device, config.device.resident_limit_mib)
+            state = fresh_state(config, device)
+            fit(state, training, validation, data.labels, config, run, tracker, display)
 
-        state.restore_best()
-        tested = evaluate(state.model, data.split("test", device, config.device.resident_limit_mib), config)
+            state.restore_best()
+            test = data.split("test", device, config.device.resident_limit_mib)
+            tested = evaluate(state.model, test, config)
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            short, row = oom.recorded(state, planned, outline.counts, config, run)
+            run.log(row)
+            tracker.log(row)
+            raise short from error
         result = Result(
             folder=run.folder,
             config=config,
@@ -235,6 +247,9 @@ def _recorded(run: Run, tracker: Tracker, config: Config, display: Display) -> I
         tracker.start(run, config)
         yield
         status = "FINISHED"
+    except oom.OutOfMemory as short:
+        status, error = ("FINISHED" if short.is_result else "FAILED"), str(short)
+        raise
     except (KeyboardInterrupt, SystemExit) as interruption:
         status, error = "KILLED", type(interruption).__name__
         display.line(f"interrupted: {run.folder} keeps what was reached, as KILLED")

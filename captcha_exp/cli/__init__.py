@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verb("train", _train)
     what = "print the composed config and stop"
+    what = "a sweep: key=value,value,... spans a grid of trainings"
+    train.add_argument("--multirun", "-m", action="store_true", help=what)
+    what = (
+        "of a sweep: its folder or MLflow run id, auto for the newest unfinished one of these points, never"
+    )
+    train.add_argument("--resume", default="never", metavar="SWEEP", help=what)
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
     verb("data", _data)
     plan = verb("plan", _plan)
@@ -140,28 +146,43 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
-    composed = compose_checked(arguments.overrides, arguments.config_dir)
-    config = composed.checked(_machine())
-    from captcha_exp.config import Mlflow
     from captcha_exp.display import Terminal
-    from captcha_exp.train import NoTracker, Tracker, train
 
     display = Terminal()
+    composed = None
+    if not arguments.multirun:
+        composed = compose_checked(arguments.overrides, arguments.config_dir)
+    if composed is None or composed.multirun:
+        from captcha_exp.cli.sweeping import train_all
+
+        return train_all(arguments, _machine(), display)
+    config = composed.checked(_machine())
+    if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
+        from captcha_exp.record import new_folder
+        from captcha_exp.sweep.supervise import Order, train_until_it_fits
+
+        order = Order(config, composed.choices)
+        return _tell_training(train_until_it_fits(order, lambda: new_folder(config.name)), arguments)
+    from captcha_exp.config import Mlflow
+    from captcha_exp.train import NoTracker, Tracker, train
+
     tracker: Tracker = NoTracker()
     if isinstance(config.tracking, Mlflow):
         from captcha_exp.tracking import MlflowTracker
 
         tracker = MlflowTracker(display, composed.choices)
-    result = train(config, tracker, display)
+    return _tell_training(train(config, tracker, display).folder, arguments)
+
+
+def _tell_training(folder: Path, arguments: argparse.Namespace) -> int:
+    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if arguments.json:
-        _print_json(
-            {"folder": str(result.folder), **json.loads((result.folder / "run.json").read_text())["result"]}
-        )
-    else:
+        _print_json({"folder": str(folder), "status": state["status"], **state["result"]})
+    elif state["result"]:
         from captcha_exp.cli import summary
 
-        summary.of_training(result, _program())
-    return 0
+        summary.of_training(folder, _program())
+    return 0 if state["status"] == "FINISHED" else 1
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ out, and `load` does all the checking, so that every mistake is reported at once
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from captcha_exp.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
@@ -30,6 +31,7 @@ class Composed:
     choices: dict[str, str]  # conf group -> the file chosen
     written: dict[str, str]  # key -> value as typed
     mistakes: list[str]
+    multirun: bool = False  # a file of conf/ says that this is a sweep
 
     def checked(self, machine: "Machine | None") -> "Config":
         """The config as dataclasses.
@@ -67,70 +69,73 @@ def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Compose
     Overrides of values are forced in, so that `load` sees unknown keys too, and reports them with all the
     rest.
     """
+    with opened(config_dir) as loader:
+        return compose_words(overrides, groups_of(loader))[0]
+
+
+def compose_words(
+    overrides: Sequence[str], groups: dict[str, list[str]], launching: Sequence[str] = ()
+) -> "tuple[Composed, DictConfig]":
+    """What the overrides describe, in an opened conf/; and Hydra's settings, with those of the launcher."""
     from hydra import compose as hydra_compose
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from yaml import YAMLError
 
     from captcha_exp.config import sealed, with_card
 
-    with _hydra(config_dir):
-        groups = _groups(GlobalHydra.instance().config_loader())
-        mistakes, accepted, written = [], [], {}
-        card_file: Path | None = None
-        of_card: dict[str, Any] = {}
-        for text in overrides:
-            try:
-                override, mistake = _read_override(text, groups)
-            except HydraException:
-                mistakes.append(f"{text!r}: is no override; write key=value, with quotes around odd values")
-                continue
-            if override.key_or_group == "card" and str(override.value()).endswith((".yaml", ".yml")):
-                card_file = Path(str(override.value()))
-            elif mistake:
-                mistakes.append(mistake)
-            elif override.key_or_group in groups or override.is_delete():
-                accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
-            else:
-                accepted.append("++" + text.lstrip("+"))
-                written[override.key_or_group] = text.partition("=")[2]
-                if override.key_or_group.startswith("card."):
-                    of_card[override.key_or_group] = override.value()
+    mistakes, accepted, written = [], [], {}
+    card_file: Path | None = None
+    of_card: dict[str, Any] = {}
+    for text in overrides:
         try:
-            config = hydra_compose("config", overrides=accepted, return_hydra_config=True)
-        except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
-            raise ConfigError(*mistakes, _one_line(error)) from None
-        if str(config.hydra.mode).endswith("MULTIRUN"):
-            mistakes.append("hydra.mode=MULTIRUN: one call trains one config; make a call for each")
-        if card_file is not None:
-            config = with_card(config, card_file, of_card)
-        choices = {
-            str(g): str(c) for g, c in config.hydra.runtime.choices.items() if g in groups and c is not None
-        }
-        if card_file is not None:
-            choices["card"] = str(card_file)
-    return Composed(sealed(config, without="hydra"), choices, written, mistakes)
+            override, mistake = _read_override(text, groups)
+        except HydraException:
+            mistakes.append(f"{text!r}: is no override; write key=value, with quotes around odd values")
+            continue
+        if override.key_or_group == "card" and str(override.value()).endswith((".yaml", ".yml")):
+            card_file = Path(str(override.value()))
+        elif mistake:
+            mistakes.append(mistake)
+        elif override.key_or_group in groups or override.is_delete():
+            accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
+        else:
+            accepted.append("++" + text.lstrip("+"))
+            written[override.key_or_group] = text.partition("=")[2]
+            if override.key_or_group.startswith("card."):
+                of_card[override.key_or_group] = override.value()
+    try:
+        config = hydra_compose("config", overrides=[*accepted, *launching], return_hydra_config=True)
+    except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(*mistakes, _one_line(error)) from None
+    hydra = config.hydra
+    if card_file is not None:
+        config = with_card(config, card_file, of_card)
+    choices = {str(g): str(c) for g, c in hydra.runtime.choices.items() if g in groups and c is not None}
+    if card_file is not None:
+        choices["card"] = str(card_file)
+    multirun = str(hydra.mode).endswith("MULTIRUN")
+    return Composed(sealed(config, without="hydra"), choices, written, mistakes, multirun), hydra
 
 
 @contextlib.contextmanager
-def _hydra(config_dir: str | None) -> Iterator[None]:
+def opened(config_dir: str | None) -> Iterator["ConfigLoader"]:
+    """conf/ as Hydra reads it, with another folder beside it."""
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     from captcha_exp.places import conf
 
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir={config_dir}: there is no such folder")
     with initialize_config_dir(str(conf()), job_name="captcha-exp", version_base="1.3"):
+        loader: Any = GlobalHydra.instance().config_loader()
         if config_dir is not None:
-            from hydra.core.global_hydra import GlobalHydra
-
-            loader: Any = GlobalHydra.instance().config_loader()
             loader.get_search_path().prepend("command-line", f"file://{Path(config_dir).resolve()}")
             loader.repository.initialize_sources(loader.get_search_path())
-        yield
+        yield loader
 
 
-def _groups(loader: Any) -> dict[str, list[str]]:
+def groups_of(loader: Any) -> dict[str, list[str]]:
     """Each group of conf/ with the files to choose from."""
     names = [name for name in loader.list_groups("") if name != "hydra"]
     return {name: sorted(loader.get_group_options(name)) for name in names}
@@ -145,7 +150,7 @@ def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, 
     if override.is_sweep_override():
         return (
             override,
-            f"{text}: is a sweep; one call trains one config (a list is written [1,2], a text in quotes)",
+            f"{text}: is a sweep; captcha-exp train -m trains each (a list is written [1,2], a text in quotes)",
         )
     if key.split(".")[0] == "hydra":
         return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
@@ -165,18 +170,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def _run_hydra(argv: list[str]) -> None:
+def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:
+    """Hydra's own command line: it shows, completes or launches; to show and complete it needs no task."""
     import hydra
 
     from captcha_exp.places import conf
 
     sys.argv = [sys.argv[0], *argv]
 
-    @hydra.main(config_path=str(conf()), config_name="config", version_base="1.3")
-    def nothing(config: "DictConfig") -> None:  # Hydra only shows or completes here; it runs nothing
+    def nothing(config: "DictConfig") -> None:
         del config
 
-    nothing()
+    hydra.main(config_path=str(conf()), config_name="config", version_base="1.3")(task or nothing)()
 
 
 def show_config(what: str, overrides: Sequence[str], config_dir: str | None) -> int:
@@ -190,7 +195,7 @@ def show_config(what: str, overrides: Sequence[str], config_dir: str | None) -> 
         print(OmegaConf.to_yaml(composed.config), end="")
         return 0
     folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
-    _run_hydra([*folder, "--cfg", what, *overrides])
+    run_hydra([*folder, "--cfg", what, *overrides])
     return 0
 
 
@@ -204,5 +209,5 @@ def complete(argv: list[str], verbs: Iterable[str], composing: Iterable[str]) ->
         if words[1] not in composing:
             return 0
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra knows no verbs
-    _run_hydra(argv)
+    run_hydra(argv)
     return 0

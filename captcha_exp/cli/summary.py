@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
     from captcha_exp.doctor import Finding
     from captcha_exp.evaluate import Evaluation
     from captcha_exp.predict import Reading
-    from captcha_exp.train import Result
 
 
 def console() -> Console:
@@ -32,19 +31,24 @@ def console() -> Console:
     return out
 
 
-def of_training(result: "Result", program: str) -> None:
-    """The test figure, what it cost, where the record is, and what to type next."""
-    test = result.test
-    mlflow = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))["mlflow"]
+def of_training(folder: Path, program: str) -> None:
+    """The test figure of a finished run, what it cost, where the record is, and what to type next."""
+    state, test = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "test.json")
+    )
+    result, mlflow = state["result"], state["mlflow"]
+    share = _share(test["accuracy"], test["interval"], test["right"], test["pictures"])
     out = console()
     out.print()
-    out.print(f"[bold]test accuracy {_share(test)}[/bold], best epoch {result.best_epoch}")
-    out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
-    out.print(f"weights {result.weights_sha256}", markup=False)
+    out.print(f"[bold]test accuracy {share}[/bold], best epoch {result['best_epoch']}")
+    out.print(
+        f"time {result['seconds']:.0f} s, peak memory {result['process_peak_mib']:,.0f} MiB (whole process)"
+    )
+    out.print(f"weights {result['weights_sha256']}", markup=False)
     if mlflow:
         out.print(f"run {mlflow['run_id']}", markup=False)
-    out.print(f"folder {result.folder}", markup=False)
-    following = "experiment=alnum" if result.config.name != "alnum" else "experiment=quickstart"
+    out.print(f"folder {folder}", markup=False)
+    following = "experiment=alnum" if state["name"] != "alnum" else "experiment=quickstart"
     out.print("\nnext:")
     for command, what in (
         (f"{program} evaluate latest", "per character, per position, confusions"),
@@ -67,7 +71,8 @@ def of_evaluation(evaluation: "Evaluation", data: "Dataset", folder: Path, split
     """Whole labels, positions, characters, confusions, the worst errors."""
     out, alphabet = console(), data.alphabet
     out.print(f"{folder}, {split} split", markup=False)
-    out.print(f"[bold]accuracy {_share(evaluation)}[/bold]; of characters {evaluation.char_accuracy:.2%}")
+    share = _share(evaluation.accuracy, evaluation.interval, evaluation.right, len(evaluation.rows))
+    out.print(f"[bold]accuracy {share}[/bold]; of characters {evaluation.char_accuracy:.2%}")
     positions = Table("position", "right", title="per position", title_justify="left")
     for number, share in enumerate(evaluation.by_position(), 1):
         positions.add_row(str(number), f"{share:.2%}")
@@ -145,9 +150,8 @@ def of_findings(found: "Sequence[Finding]") -> None:
         out.print(line)
 
 
-def _share(evaluation: "Evaluation") -> str:
-    low, high = evaluation.interval
+def _share(accuracy: float, interval: Sequence[float], right: int, pictures: int) -> str:
+    low, high = interval
     return (
-        f"{evaluation.accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}; "
-        f"{evaluation.right:,} of {len(evaluation.rows):,} labels read whole)"
+        f"{accuracy:.2%} (95 % interval {low:.2%} to {high:.2%}; {right:,} of {pictures:,} labels read whole)"
     )

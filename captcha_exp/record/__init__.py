@@ -12,4 +12,5 @@ from captcha_exp.record.run import find as find
 from captcha_exp.record.run import is_alive as is_alive
 from captcha_exp.record.run import new_folder as new_folder
 from captcha_exp.record.run import now_ms as now_ms
+from captcha_exp.record.run import rows_of as rows_of
 from captcha_exp.record.run import runs as runs

@@ -75,6 +75,7 @@ class Run:
             "process_started": process.create_time(),
             "mlflow": None,
             "error": None,
+            "tags": {},
             "warnings": [],
             "result": {},
             "files": {},
@@ -114,11 +115,7 @@ class Run:
 
     def rows(self) -> list[MetricsRow]:
         """All metrics that were logged."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        with path.open(encoding="utf-8") as file:
-            return [MetricsRow.from_line(line) for line in file]
+        return rows_of(self.folder)
 
     def close(self, status: Status, error: str | None = None) -> None:
         """The end: every file with its SHA-256, and how the run ended."""
@@ -132,6 +129,15 @@ class Run:
 
     def _write_state(self) -> None:
         self.write_json("run.json", self.state)
+
+
+def rows_of(folder: Path) -> list[MetricsRow]:
+    """All metrics of the run in this folder."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [MetricsRow.from_line(line) for line in file]
 
 
 def create(config: Config, requested: Config, folder: Path | None = None) -> Run:

@@ -1,10 +1,16 @@
 """What became of each point of a sweep, as the table of its verdict has it."""
 
-from collections.abc import Mapping
+import json
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
+from captcha_exp.config import load
 from captcha_exp.memory.plan import Between, Fits
+from captcha_exp.record import MetricsRow, rows_of
+from captcha_exp.sweep.points import Point, Sweep
 
 Became: TypeAlias = Literal["finished", "oom", "unfit", "failed", "killed", "not run"]
 """oom: too little memory; unfit: foretold not to fit, and so not trained; both are results"""
@@ -48,3 +54,84 @@ class Row:
     run_id: str | None
     """of MLflow"""
     weights_sha256: str | None
+
+
+def rows(sweep: Sweep) -> list[Row]:
+    """A row for each point, by the last of its attempts."""
+    return [_row(sweep, point) for point in sweep.points]
+
+
+def became(folder: Path | None) -> Became:
+    """What the run in this folder came to."""
+    if folder is None or not (folder / "run.json").is_file():
+        return "not run"
+    state = _state(folder)
+    match state["status"]:
+        case "FINISHED":
+            return "oom" if state.get("oom") else "unfit" if state.get("unfit") else "finished"
+        case "FAILED":
+            return "failed"
+        case _:
+            return "killed"
+
+
+def _row(sweep: Sweep, point: Point) -> Row:
+    attempts = sweep.attempts(point)
+    folder = attempts[-1] if attempts else None
+    what = became(folder)
+    foretold = sweep.state["foretold"][point.number - 1]
+    state: Mapping[str, Any] = {}
+    metrics: list[MetricsRow] = []
+    config = point.requested
+    if folder is not None and what != "not run":
+        state, metrics, config = _state(folder), rows_of(folder), load(folder / "config.yaml")
+        if (folder / "memory.json").is_file():
+            foretold = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+    result = state.get("result") or {}
+    size, micro = config.train.batch_size, config.train.micro_batch_size
+    return Row(
+        number=point.number,
+        name=point.name,
+        swept=point.swept,
+        became=what,
+        error=state.get("error"),
+        attempts=len(attempts),
+        batch_size=None if size == "auto" else size,
+        micro_batch_size=micro,
+        device=config.device.name,
+        budget_mib=_between(foretold, "budget_mib"),
+        predicted_mib=_between(foretold, "process_mib"),
+        fits=None if foretold is None else foretold["fits"],
+        measured_mib=max(_values(metrics, "memory/process_peak_mib"), default=None),
+        pictures_per_second=_speed(metrics),
+        val_accuracy=max(_values(metrics, "val/accuracy"), default=None),
+        seconds_to_best=_seconds_to(metrics, result.get("best_epoch")),
+        test_accuracy=result.get("test_accuracy"),
+        folder=None if folder is None else str(folder),
+        run_id=(state.get("mlflow") or {}).get("run_id"),
+        weights_sha256=result.get("weights_sha256"),
+    )
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return state
+
+
+def _between(foretold: Mapping[str, Any] | None, key: str) -> Between | None:
+    return None if foretold is None or foretold[key] is None else Between(*foretold[key])
+
+
+def _values(metrics: Sequence[MetricsRow], key: str) -> list[float]:
+    return [row.metrics[key] for row in metrics if key in row.metrics]
+
+
+def _speed(metrics: Sequence[MetricsRow]) -> float | None:
+    speeds = _values(metrics, "speed/images_per_second")
+    return statistics.median(speeds[1:] or speeds) if speeds else None
+
+
+def _seconds_to(metrics: Sequence[MetricsRow], best_epoch: int | None) -> float | None:
+    if best_epoch is None:
+        return None
+    return sum(r.metrics.get("speed/epoch_seconds", 0.0) for r in metrics if r.step <= best_epoch)

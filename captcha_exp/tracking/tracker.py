@@ -25,9 +25,20 @@ BATCH = 100  # params or tags that MLflow takes at once
 class MlflowTracker:
     """A run in MLflow for each training."""
 
-    def __init__(self, display: Display, choices: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        display: Display,
+        choices: Mapping[str, str] | None = None,
+        name: str | None = None,
+        parent: str | None = None,
+    ) -> None:
+        """`choices` are conf group -> the file chosen; `name` is that of the folder, if it is left out;
+        `parent` is the id of a sweep's run."""
         self._display = display
-        self._choices = dict(choices or {})  # conf group -> the file chosen, as tags
+        self._name = name
+        self._tags = {f"choice.{group}": choice for group, choice in (choices or {}).items()}
+        if parent is not None:
+            self._tags["mlflow.parentRunId"] = parent
         self._unsent: list[MetricsRow] = []
         self._client: MlflowClient | None = None
         self._run_id = ""
@@ -51,9 +62,9 @@ class MlflowTracker:
                 "host": run.state["host"],
                 "pid": str(run.state["pid"]),
                 "process_started": str(run.state["process_started"]),
-                **{f"choice.{group}": choice for group, choice in self._choices.items()},
+                **self._tags,
             }
-            created = self._client.create_run(experiment, tags=tags, run_name=run.folder.name)
+            created = self._client.create_run(experiment, tags=tags, run_name=self._name or run.folder.name)
             self._run_id = created.info.run_id
             run.note(mlflow={"uri": uri, "experiment_id": experiment, "run_id": self._run_id})
             params = [Param(key, value) for key, value in leaves(config).items()]
@@ -115,6 +126,8 @@ class MlflowTracker:
             return
         if self._unsent:
             self.log(self._unsent.pop())
+        tags = [RunTag(key, str(value)) for key, value in run.state["tags"].items()]
+        self._try("its tags", lambda client: client.log_batch(self._run_id, tags=tags))
         self._try("artifacts", lambda client: client.log_artifacts(self._run_id, str(run.folder)))
         self._try("the end of the run", lambda client: client.set_terminated(self._run_id, status))
 

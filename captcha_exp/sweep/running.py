@@ -1,0 +1,143 @@
+"""A sweep from its first point to its verdict.
+
+Its parent stands in MLflow before the first point starts, and the verdict is made however the sweep ends.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captcha_exp import record
+from captcha_exp.config import Mlflow, leaves
+from captcha_exp.display import Display
+from captcha_exp.sweep import points as recorded
+from captcha_exp.sweep.foretelling import Foretold, record_unfit
+from captcha_exp.sweep.picture import draw
+from captcha_exp.sweep.points import SETTLED, Sweep
+from captcha_exp.sweep.rows import became, rows
+from captcha_exp.sweep.verdict import Verdict
+from captcha_exp.train import NoTracker, Tracker
+
+if TYPE_CHECKING:
+    from captcha_exp.tracking import Parent
+
+Launch = Callable[[Path, Sequence[int]], None]
+"""runs the points with these numbers of the sweep in this folder, and comes back when they have ended"""
+
+
+def run(
+    found: Sequence[Foretold],
+    launch: Launch,
+    side_by_side: int,
+    display: Display,
+    tell: Callable[[Sweep, Verdict], None],
+    resumed: Sweep | None = None,
+) -> Verdict:
+    """The verdict, after every point that was not settled yet has had its run; it is told however that ends.
+
+    Raises:
+        RunFailed: MLflow's store cannot be opened, or the launcher itself fails.
+    """
+    sweep = resumed or recorded.create(
+        found[0].config.name,
+        [each.point for each in found],
+        {"foretold": [each.to_json() for each in found], "side_by_side": side_by_side},
+    )
+    status: record.Status = "FAILED"
+    error: str | None = None
+    parent = None
+    try:
+        parent = _parent(sweep, found, display)
+        _run_points(sweep, found, launch, display)
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit) as interruption:
+        status, error = "KILLED", type(interruption).__name__
+        raise
+    except Exception as exception:
+        error = f"{type(exception).__name__}: {exception}"
+        raise
+    finally:
+        _close_what_was_left(sweep)
+        verdict = Verdict(rows(sweep), side_by_side)
+        status = "FAILED" if status == "FINISHED" and verdict.failed else status
+        files = _write(verdict, sweep.folder)
+        sweep.close(status, error)
+        if parent is not None:
+            parent.finish(status, verdict.figures(), verdict.to_markdown(), files)
+        tell(sweep, verdict)
+    return verdict
+
+
+def _run_points(sweep: Sweep, found: Sequence[Foretold], launch: Launch, display: Display) -> None:
+    """Each point that is not settled: recorded where it is not to be trained, else launched."""
+    display.line(f"sweep {sweep.folder}, {len(found)} points")
+    open_points = [each for each in found if _became(sweep, each) not in SETTLED]
+    if settled := len(found) - len(open_points):
+        display.line(f"{settled} of them are settled already")
+    for each in open_points:
+        if not each.is_trained:
+            record_unfit(each, sweep.new_attempt(each.point), _tracker(sweep, each, display), display)
+    if numbers := [each.point.number for each in open_points if each.is_trained]:
+        launch(sweep.folder, numbers)
+
+
+def _became(sweep: Sweep, each: Foretold) -> str:
+    attempts = sweep.attempts(each.point)
+    return became(attempts[-1] if attempts else None)
+
+
+def _write(verdict: Verdict, folder: Path) -> list[Path]:
+    """verdict.json, .csv, .md and .png."""
+    texts = {
+        "json": json.dumps(verdict.to_json(), indent=2, ensure_ascii=False) + "\n",
+        "csv": verdict.to_csv(),
+        "md": verdict.to_markdown(),
+    }
+    paths = {ending: folder / f"verdict.{ending}" for ending in (*texts, "png")}
+    for ending, text in texts.items():
+        record.write_atomically(paths[ending], text.encode("utf-8", "backslashreplace"))
+    draw(verdict, paths["png"])
+    return list(paths.values())
+
+
+def _close_what_was_left(sweep: Sweep) -> None:
+    """A launcher that was stopped may have ended the processes of points with no time for a last word."""
+    from captcha_exp.tracking import closing
+
+    for point in sweep.points:
+        for folder in sweep.attempts(point):
+            closing.close_left(folder, "KILLED", "interrupted")
+
+
+# -- in MLflow -----------------------------------------------------------------------------------------------
+
+
+def _parent(sweep: Sweep, found: Sequence[Foretold], display: Display) -> "Parent | None":
+    tracking = found[0].config.tracking
+    if not isinstance(tracking, Mlflow):
+        return None
+    from captcha_exp.tracking import Parent
+
+    parent = Parent(tracking, display, sweep.state["mlflow"])
+    if sweep.state["mlflow"] is None:
+        sweep.note(mlflow=parent.noted)
+        state = sweep.state
+        tags = {key: str(state[key]) for key in ("host", "pid", "process_started")}
+        parent.describe(sweep.folder.name, _params(found), {**tags, "folder": str(sweep.folder)})
+    return parent
+
+
+def _params(found: Sequence[Foretold]) -> dict[str, str]:
+    """Every leaf of the configs; what the points do not have in common, with all its values."""
+    each = [leaves(foretold.config) for foretold in found]
+    keys = dict.fromkeys(key for one in each for key in one)
+    return {key: ", ".join(dict.fromkeys(one[key] for one in each if key in one)) for key in keys}
+
+
+def _tracker(sweep: Sweep, each: Foretold, display: Display) -> Tracker:
+    if sweep.state["mlflow"] is None:
+        return NoTracker()
+    from captcha_exp.tracking import MlflowTracker
+
+    return MlflowTracker(display, each.point.choices, each.point.name, sweep.state["mlflow"]["run_id"])

@@ -1,0 +1,217 @@
+"""A training in a fresh process: started, listened to, ended with its parent, and closed if it could not.
+
+A crash, a segmentation fault, the kernel's killer end that process alone. Memory figures are its own, and no
+chance, thread count or CUDA context is carried over from one to the next.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from captcha_exp import record
+from captcha_exp.config import Config, load, to_dict
+from captcha_exp.display import Terminal
+from captcha_exp.sweep.points import Sweep
+from captcha_exp.sweep.work import STOP
+
+SECONDS_TO_STOP = 15.0  # for the step at hand, the files' hashes and the last words to MLflow
+LAST_WORDS = ("Traceback (most recent call last)", "Fatal Python error")  # what follows is for the log alone
+SECONDS_BETWEEN_LOOKS = 0.5  # at whether the sweep's own process is there
+
+
+@dataclass(frozen=True)
+class Order:
+    """One training, and how it is to be known."""
+
+    requested: Config
+    choices: Mapping[str, str]
+    name: str | None = None
+    """in MLflow; None: that of its folder"""
+    parent: str | None = None
+    """id of the sweep's run in MLflow"""
+
+
+def run_point(folder: Path, number: int) -> None:
+    """A point of the sweep in this folder, trained in a process of its own; its folder has all that came of
+    it."""
+    sweep = Sweep(folder)
+    point = sweep.points[number - 1]
+    _end_with(sweep.state)
+    terminal, of_all = Terminal(), len(sweep.points)
+
+    def listen(line: str) -> None:
+        terminal.line(f"[{number}/{of_all} {point.name}] {line}")
+
+    order = Order(point.requested, point.choices, point.name, (sweep.state["mlflow"] or {}).get("run_id"))
+    train_until_it_fits(order, lambda: sweep.new_attempt(point), listen)
+
+
+def train_until_it_fits(
+    order: Order, new_folder: Callable[[], Path], listen: Callable[[str], None] | None = None
+) -> Path:
+    """The folder of the run; of the last one, where train.on_oom=split has made several.
+
+    `listen` gets each line that the process says, and a log beside the folder keeps them; without it they go
+    to the terminal as they are.
+    """
+    while True:
+        folder = new_folder()
+        _train(order, folder, listen)
+        smaller = _in_smaller_parts(order.requested, folder)
+        if smaller is None:
+            return folder
+        order = replace(order, requested=smaller)
+
+
+def _train(order: Order, folder: Path, listen: Callable[[str], None] | None) -> None:
+    """One process; whatever becomes of it, the record in its folder says so."""
+    process = _Process(folder, listen)
+    try:
+        with process:
+            process.tell(
+                {
+                    "config": to_dict(order.requested),
+                    "choices": dict(order.choices),
+                    "name": order.name,
+                    "parent": order.parent,
+                    "folder": str(folder),
+                }
+            )
+            process.wait()
+    except BaseException:
+        _close(order, folder, "KILLED", "interrupted")
+        raise
+    _close(order, folder, "FAILED", process.how_it_ended())
+
+
+class _Process:
+    """The process of one training, seen from its parent."""
+
+    def __init__(self, folder: Path, listen: Callable[[str], None] | None) -> None:
+        home = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        self._last_words = ""
+        self._listen = listen
+        self._log = folder.with_name(f"{folder.name}.log")
+        self._process = subprocess.Popen(
+            # -P: no file of the working directory is taken for a package.
+            [sys.executable, "-P", "-X", "faulthandler", "-m", "captcha_exp.sweep"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if listen else 2,  # standard output is for results alone
+            stderr=subprocess.STDOUT if listen else None,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"},
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """If it has not ended, it is asked to, and then made to."""
+        try:
+            if self._process.poll() is None:
+                self._say(STOP)
+                self._process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # at a second Ctrl-C, too
+            self._process.kill()
+            self._process.wait()
+            self._reader.join()
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def tell(self, order: Any) -> None:
+        """What to do."""
+        self._say(json.dumps(order).encode())
+
+    def wait(self) -> None:
+        """Until it has ended and all that it said has been heard."""
+        self._process.wait()
+        self._reader.join()
+
+    def how_it_ended(self) -> str:
+        """In one line."""
+        code = self._process.returncode
+        if code >= 0:
+            return self._last_words or f"its process ended with exit code {code} and said nothing"
+        name = signal.Signals(-code).name
+        hint = " (the kernel does so to a process for which memory is short)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+
+    def _say(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended; how, is seen when it is waited for
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+
+    def _read(self) -> None:
+        if self._process.stdout is None or self._listen is None:
+            return
+        in_full = True
+        with self._log.open("w", encoding="utf-8") as log:
+            for said in self._process.stdout:
+                line = said.decode(errors="replace").rstrip("\r\n")
+                print(line, file=log, flush=True)
+                self._last_words = line.strip() or self._last_words
+                in_full = in_full and not line.startswith(LAST_WORDS)
+                if in_full:
+                    self._listen(line)
+        if self._process.wait() != 0:
+            self._listen(f"{self.how_it_ended()}; {self._log} has it in full")
+
+
+def _close(order: Order, folder: Path, status: record.Status, error: str) -> None:
+    """The record of a run whose process is gone, if it has not closed it itself."""
+    if not (folder / "run.json").exists():  # it never came to make one
+        record.create(order.requested, order.requested, folder)
+    from captcha_exp.tracking import closing
+
+    closing.close_left(folder, status, error)
+
+
+def _in_smaller_parts(requested: Config, folder: Path) -> Config | None:
+    """The config with half the micro-batch, or half the evaluation batch, where that is what is to be tried
+    next; None where it is not, or where it is one picture already.
+
+    The batch of a step stays what it is.
+    """
+    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    short = state.get("oom")
+    if not short or requested.train.on_oom != "split":
+        return None
+    train = load(folder / "config.yaml").train
+    if short["during"] == "evaluation":
+        size = train.evaluation_batch_size
+        train = replace(train, evaluation_batch_size=-(-size // 2))
+    else:
+        size = train.micro_batch_size or int(train.batch_size)
+        train = replace(train, micro_batch_size=-(-size // 2))
+    return None if size == 1 else replace(requested, train=train)
+
+
+def _end_with(state: Mapping[str, Any]) -> None:
+    """This process ends when that of the sweep does, if it is another: a launcher's worker would live on."""
+    if state["pid"] == os.getpid() or any(thread.name == _WATCHER for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        while record.is_alive(state):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)  # the pipes to its own children close with it
+
+    threading.Thread(target=watch, name=_WATCHER, daemon=True).start()
+
+
+_WATCHER = "ends with the sweep"

@@ -1,0 +1,59 @@
+"""The process of one training, as `supervise` starts it.
+
+It is told in one line of JSON on its standard input what to train. A second line asks it to stop: it closes
+its record and ends. When its standard input ends, whoever started it is gone, and so it goes too, at once.
+"""
+
+import _thread
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+STOP = b"stop"
+
+
+def serve() -> None:
+    """Train what standard input says; the record in the run's folder is the answer."""
+    words = _lines()
+    order = json.loads(next(words))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; who supervises decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threading.Thread(target=_obey, args=(words,), daemon=True).start()
+
+    from captcha_exp.config import Mlflow, load
+    from captcha_exp.display import Terminal
+    from captcha_exp.errors import UserError
+    from captcha_exp.train import NoTracker, Tracker, train
+
+    config, display = load(order["config"]), Terminal()
+    tracker: Tracker = NoTracker()
+    if isinstance(config.tracking, Mlflow):
+        from captcha_exp.tracking import MlflowTracker
+
+        tracker = MlflowTracker(display, order["choices"], order["name"], order["parent"])
+    try:
+        train(config, tracker, display, Path(order["folder"]))
+    except UserError as error:
+        sys.stderr.writelines(f"{line}\n" for line in error.lines)
+        sys.exit(error.exit_code)
+
+
+def _obey(words: Iterator[bytes]) -> None:
+    if next(words, None) == STOP:
+        _thread.interrupt_main(signal.SIGTERM)
+    for _ in words:
+        pass
+    os._exit(1)
+
+
+def _lines() -> Iterator[bytes]:
+    """The lines of standard input, past Python's own buffer: a thread that waits in it keeps an interpreter
+    from ending."""
+    rest = b""
+    while more := os.read(0, 65536):
+        *lines, rest = (rest + more).split(b"\n")
+        yield from lines
