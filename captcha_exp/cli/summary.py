@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
     from captcha_exp.doctor import Finding
     from captcha_exp.evaluate import Evaluation
     from captcha_exp.predict import Reading
+    from captcha_exp.sweep.groups import Group
+    from captcha_exp.sweep.verdict import Verdict
+
+WIDEST = 10_000  # characters of a table, where no edge is to be seen
 
 
 def console() -> Console:
@@ -148,6 +152,42 @@ def of_findings(found: "Sequence[Finding]") -> None:
         level = (f"{finding.level:<8}", colours[finding.level])
         line = Text.assemble(level, finding.what.replace("\n", " "), (remedy.replace("\n", " "), "bold"))
         out.print(line)
+
+
+def of_sweep(verdict: "Verdict") -> None:
+    """A line for each group of points, what failed with its whole error, and what follows from it all."""
+    from captcha_exp.sweep.tables import HEADS, cells_of
+
+    out = console()
+    heads, lines = cells_of(verdict.groups)
+    table = Table(title=Text(verdict.title), title_justify="left")
+    for head in heads:
+        is_figure = head.partition(" (")[0] in {"points", *HEADS} - {"fits", "status"}
+        justify: JustifyMethod = "right" if is_figure else "left"
+        table.add_column(Text(head), justify=justify, overflow="fold")
+    for group, line in zip(verdict.groups, lines, strict=True):
+        table.add_row(*map(Text, line[:-1]), Text(line[-1], _colour(group)))
+    if not out.is_terminal:
+        whole = out.options.update_width(WIDEST)
+        out.width = max(out.width, out.measure(table, options=whole).maximum)
+    out.print(table)
+    for row in verdict.rows:
+        if row.became in ("failed", "killed"):
+            folder = f", folder {shown(row.folder)}" if row.folder else ""
+            error = shown(row.error).strip() if row.error else row.became
+            out.print(Text.assemble((f"{shown(row.name)}: ", "bold red"), f"{error}{folder}"))
+    for sentence in verdict.sentences:
+        out.print(Text(sentence, "bold"))
+
+
+def _colour(group: "Group") -> str:
+    if "failed" in group.became:
+        return "bold red"
+    if "killed" in group.became or "not run" in group.became:
+        return "yellow"
+    if "oom" in group.became or "unfit" in group.became:
+        return "yellow" if group.fits == "unsure" else "red"
+    return "green"
 
 
 def _share(accuracy: float, interval: Sequence[float], right: int, pictures: int) -> str:

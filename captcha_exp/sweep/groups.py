@@ -18,6 +18,7 @@ BATCH_SIZE = "train.batch_size"
 FIGURES = ("val_accuracy", "test_accuracy", "pictures_per_second", "seconds_to_best", "measured_mib")
 SHARES = ("val_accuracy", "test_accuracy")  # they end at 0 and 1, and so does what may be their mean
 LONGEST_VALUE = 40  # characters of a value in a name
+LONGEST_ERROR = 60  # in a table, which names it; what tells it all stands beside
 
 
 class Mean(NamedTuple):
@@ -115,7 +116,8 @@ class Group:
     def status(self) -> str:
         """What became of its points."""
         if self.count == 1:
-            return status_of(self.rows[0])
+            error = self.rows[0].error if self.rows[0].became == "failed" else None
+            return f"{status_of(self.rows[0])}{f': {shortened(error, LONGEST_ERROR)}' if error else ''}"
         return ", ".join(f"{number} {word}" for word, number in Counter(map(status_of, self.rows)).items())
 
     def to_json(self) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def counted(groups: Iterable[Group]) -> str:
     for kind, one, many in COUNTED:
         if number := became.count(kind):
             parts.append(f"{number:,} {one if number == 1 else many}")
-    if not parts:
-        return "there are no points"
+    if len(became) < 2:
+        return f"1 point, which {parts[0][2:]}" if parts else "there are no points"
     told = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-    return f"of {len(became):,} {'point' if len(became) == 1 else 'points'} {told}"
+    return f"of {len(became):,} points {told}"
 
 
 def _finished(groups: Iterable[Group]) -> bool:

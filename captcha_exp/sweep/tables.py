@@ -12,6 +12,8 @@ from captcha_exp.memory.plan import Between
 from captcha_exp.sweep.groups import SEEDS, Group, Mean, short_names, shortened
 from captcha_exp.sweep.rows import Row
 
+HEADS = ("predicted MiB", "measured MiB", "fits", "pictures/s", "validation", "seconds to it", "status")
+"""of what a person reads, behind what was swept"""
 _INTERVALS = ("budget_mib", "predicted_mib")
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]#|~]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;"}
@@ -89,8 +91,8 @@ def _table_line(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = "".join(_ENTITIES.get(character, character) for character in shown(text))
-    return _MARKDOWN.sub(r"\\\g<0>", text)
+    text = _MARKDOWN.sub(r"\\\g<0>", shown(text))
+    return "".join(_ENTITIES.get(character, character) for character in text)
 
 
 def cells_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
@@ -103,8 +105,7 @@ def cells_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     kind = "" if len(on_card) != 1 else " (card)" if on_card == {True} else " (RAM)"
     heads = [shown(shorter[key]) for key in columns]
     heads += ["points"] * several
-    heads += ["predicted MiB", f"measured MiB{kind}", "fits", "pictures/s", "best validation accuracy"]
-    heads += ["seconds to it", "status"]
+    heads += [head + kind if head == "measured MiB" else head for head in HEADS]
     lines = []
     for group in groups:
         found = group.figures
