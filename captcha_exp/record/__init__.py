@@ -1,6 +1,10 @@
 """A run's folder: made exclusively (`run`), written atomically and hashed (`files`), with what it ran on
-(`environment`)."""
+(`environment`), and closed by another process when its own is gone (`closing`)."""
 
+from captcha_exp.record.closing import Left as Left
+from captcha_exp.record.closing import alone as alone
+from captcha_exp.record.closing import left_open as left_open
+from captcha_exp.record.files import own_files as own_files
 from captcha_exp.record.files import sha256_of as sha256_of
 from captcha_exp.record.files import write_atomically as write_atomically
 from captcha_exp.record.run import MetricsRow as MetricsRow
@@ -12,5 +16,5 @@ from captcha_exp.record.run import find as find
 from captcha_exp.record.run import is_alive as is_alive
 from captcha_exp.record.run import new_folder as new_folder
 from captcha_exp.record.run import now_ms as now_ms
-from captcha_exp.record.run import rows_of as rows_of
+from captcha_exp.record.run import read_rows as read_rows
 from captcha_exp.record.run import runs as runs

@@ -1,8 +1,10 @@
 """How files are written: a reader sees the old file or the new one, never a part of one."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -17,6 +19,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The file with this content as JSON, written atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A byte of a file name that is no UTF-8 is half a character to Python; JSON can write that too.
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -34,3 +43,15 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Every file of a run's or a sweep's folder, by name; those of a sweep's points belong to the points."""
+    points = {record.parent for record in folder.glob("*/run.json")}
+    return sorted(p for p in folder.rglob("*") if p.is_file() and points.isdisjoint(p.parents))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a run's folder but run.json, which holds them."""
+    files = (path for path in own_files(folder) if path.name != "run.json")
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

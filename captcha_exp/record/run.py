@@ -25,7 +25,7 @@ import psutil
 from captcha_exp.config import Config, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
-from captcha_exp.record.files import sha256_of, write_atomically
+from captcha_exp.record.files import hashes, sha256_of, write_atomically, write_json
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -102,9 +102,8 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> Path:
         """A finished file of JSON."""
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        # A byte of a file name that is no UTF-8 is half a character to Python; JSON can write that too.
-        return self.write(name, text.encode("utf-8", "backslashreplace"))
+        write_json(self.folder / name, content)
+        return self.folder / name
 
     def log(self, row: MetricsRow) -> None:
         """One line more in metrics.jsonl, on the disk when this returns."""
@@ -115,29 +114,19 @@ class Run:
 
     def rows(self) -> list[MetricsRow]:
         """All metrics that were logged."""
-        return rows_of(self.folder)
+        return read_rows(self.folder)[0]
 
     def close(self, status: Status, error: str | None = None) -> None:
         """The end: every file with its SHA-256, and how the run ended."""
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != "run.json")
         self.note(
             status=status,
             error=error,
             ended=datetime.now().astimezone().isoformat(timespec="microseconds"),
-            files={p.relative_to(self.folder).as_posix(): sha256_of(p) for p in files},
+            files=hashes(self.folder),
         )
 
     def _write_state(self) -> None:
         self.write_json("run.json", self.state)
-
-
-def rows_of(folder: Path) -> list[MetricsRow]:
-    """All metrics of the run in this folder."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [MetricsRow.from_line(line) for line in file]
 
 
 def create(config: Config, requested: Config, folder: Path | None = None) -> Run:
@@ -201,6 +190,26 @@ def find(name: str) -> Path:
             "(captcha-exp runs lists them)"
         )
     return begin[0]
+
+
+def read_rows(folder: Path) -> tuple[list[MetricsRow], list[int]]:
+    """The whole rows of a folder's metrics.jsonl, and the numbers of its lines that are none, from 1.
+
+    A process that is killed while it writes leaves a part of a line at the end; no other row is less true
+    for that.
+    """
+    path = folder / "metrics.jsonl"
+    rows: list[MetricsRow] = []
+    broken: list[int] = []
+    if not path.exists():
+        return rows, broken
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(MetricsRow.from_line(line))
+            except (ValueError, RecursionError):
+                broken.append(number)
+    return rows, broken
 
 
 def check_file(folder: Path, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import load
 from captcha_exp.memory.plan import Between, Fits
-from captcha_exp.record import MetricsRow, rows_of
+from captcha_exp.record import MetricsRow, read_rows
 from captcha_exp.sweep.points import Point, Sweep
 
 Became: TypeAlias = Literal["finished", "oom", "unfit", "failed", "killed", "not run"]
@@ -84,7 +84,7 @@ def _row(sweep: Sweep, point: Point) -> Row:
     metrics: list[MetricsRow] = []
     config = point.requested
     if folder is not None and what != "not run":
-        state, metrics, config = _state(folder), rows_of(folder), load(folder / "config.yaml")
+        state, metrics, config = _state(folder), read_rows(folder)[0], load(folder / "config.yaml")
         if (folder / "memory.json").is_file():
             foretold = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
     result = state.get("result") or {}
