@@ -1,15 +1,38 @@
-"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), and its UI (`server`)."""
+"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`), and the end of runs
+whose process is gone (`closing`).
+
+The names are looked up at first use: `closing` is asked at each start and mostly needs no MLflow.
+"""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-# Read by MLflow when it is imported, so before the modules below: nothing about a run leaves the machine,
-# and a server that is away is given up after seconds instead of minutes.
+# Read by MLflow when it is imported, so before any module of this package: nothing about a run leaves the
+# machine, and a server that is away is given up after seconds instead of minutes.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
-from captcha_exp.tracking.parent import Parent as Parent
-from captcha_exp.tracking.parent import compare_address as compare_address
-from captcha_exp.tracking.parent import server_of as server_of
-from captcha_exp.tracking.server import serve_ui as serve_ui
-from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
+if TYPE_CHECKING:
+    from captcha_exp.tracking.closing import close_dead as close_dead
+    from captcha_exp.tracking.parent import Parent as Parent
+    from captcha_exp.tracking.parent import compare_address as compare_address
+    from captcha_exp.tracking.parent import server_of as server_of
+    from captcha_exp.tracking.server import serve_ui as serve_ui
+    from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
+
+_HOMES = {
+    "MlflowTracker": "tracker",
+    "Parent": "parent",
+    "close_dead": "closing",
+    "compare_address": "parent",
+    "serve_ui": "server",
+    "server_of": "parent",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'captcha_exp.tracking' has no attribute {name!r}")
+    return getattr(import_module(f"captcha_exp.tracking.{_HOMES[name]}"), name)

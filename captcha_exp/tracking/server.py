@@ -17,7 +17,8 @@ import psutil
 from captcha_exp.config import Mlflow
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
-from captcha_exp.tracking.store import open_store, sqlite_file
+from captcha_exp.tracking.store import open_store
+from captcha_exp.tracking.uri import sqlite_file
 
 
 def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:

@@ -14,6 +14,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from captcha_exp.tracking.uri import sqlite_file
+
 # MLflow tells in detail how it sets up its own tables.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -46,10 +48,6 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         if found := client.get_experiment_by_name(name):  # another process made it in between
             return str(found.experiment_id)
         raise
-
-
-def sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def first_line(error: BaseException) -> str:

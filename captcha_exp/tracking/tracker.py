@@ -7,7 +7,9 @@ which MLflow knows a row that it has already.
 
 import getpass
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -20,6 +22,7 @@ from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.tracking.store import experiment_id, first_line, open_store
 
 BATCH = 100  # params or tags that MLflow takes at once
+METRICS = 1000  # and values of metrics
 
 
 class MlflowTracker:
@@ -64,9 +67,12 @@ class MlflowTracker:
                 "process_started": str(run.state["process_started"]),
                 **self._tags,
             }
+            # Before there is a run in MLflow, so that none stays there that no folder knows of.
+            noted = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
+            run.note(mlflow=noted)
             created = self._client.create_run(experiment, tags=tags, run_name=self._name or run.folder.name)
             self._run_id = created.info.run_id
-            run.note(mlflow={"uri": uri, "experiment_id": experiment, "run_id": self._run_id})
+            run.note(mlflow={**noted, "run_id": self._run_id})
             params = [Param(key, value) for key, value in leaves(config).items()]
             for start in range(0, len(params), BATCH):
                 self._client.log_batch(self._run_id, params=params[start : start + BATCH])
@@ -109,13 +115,7 @@ class MlflowTracker:
         self._unsent.append(row)
 
         def send(client: MlflowClient) -> None:
-            metrics = [
-                Metric(key, value, row.timestamp_ms, row.step)
-                for row in self._unsent
-                for key, value in row.metrics.items()
-            ]
-            for start in range(0, len(metrics), 1000):
-                client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
+            send_rows(client, self._run_id, self._unsent)
             self._unsent.clear()
 
         self._try(f"metrics of step {row.step}", send)
@@ -126,15 +126,45 @@ class MlflowTracker:
             return
         if self._unsent:
             self.log(self._unsent.pop())
-        tags = [RunTag(key, str(value)) for key, value in run.state["tags"].items()]
-        self._try("its tags", lambda client: client.log_batch(self._run_id, tags=tags))
-        self._try("artifacts", lambda client: client.log_artifacts(self._run_id, str(run.folder)))
-        self._try("the end of the run", lambda client: client.set_terminated(self._run_id, status))
+        files = self._try("artifacts", lambda client: send_files(client, self._run_id, run.folder))
+        end = self._try(
+            "the end of the run",
+            lambda client: send_end(client, self._run_id, {**run.state, "status": status}),
+        )
+        if files and end and not self._unsent:
+            run.note(mlflow={**run.state["mlflow"], "closed": True})  # else `closing` sends all of it again
 
-    def _try(self, what: str, send: Callable[[Any], object]) -> None:
+    def _try(self, what: str, send: Callable[[Any], object]) -> bool:
+        """Whether MLflow took it; whatever happens, the training goes on and the folder has it all."""
         try:
             send(self._client)
-        except (
-            Exception
-        ) as error:  # as in start(); whatever it is, the training goes on and the folder has it all
+        except Exception as error:  # as in start()
             self._display.warn(f"MLflow did not take {what}: {first_line(error)}; the run's folder has it")
+            return False
+        return True
+
+
+def send_rows(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
+    """The rows in MLflow, once each, however often they are sent."""
+    metrics = [
+        Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
+    ]
+    for start in range(0, len(metrics), METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS])
+
+
+def send_files(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """The files of a run's or a sweep's folder as artifacts; a point of a sweep has a run for its own."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            client.log_artifact(run_id, str(path))
+        elif not (path / "run.json").exists():
+            client.log_artifacts(run_id, str(path), path.name)
+
+
+def send_end(client: MlflowClient, run_id: str, state: Mapping[str, Any]) -> None:
+    """The status and the time of the end, as the record has them, and the tags that it got on the way."""
+    if tags := [RunTag(key, str(value)) for key, value in state.get("tags", {}).items()]:
+        client.log_batch(run_id, tags=tags)
+    ended = state["ended"] and int(datetime.fromisoformat(state["ended"]).timestamp() * 1000)
+    client.set_terminated(run_id, state["status"], end_time=ended)
