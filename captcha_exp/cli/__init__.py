@@ -147,8 +147,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
     from captcha_exp.display import Terminal
+    from captcha_exp.tracking import close_dead
 
     display = Terminal()
+    close_dead(display)
     composed = None
     if not arguments.multirun:
         composed = compose_checked(arguments.overrides, arguments.config_dir)
@@ -256,8 +258,11 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp import record
     from captcha_exp.cli import summary
+    from captcha_exp.display import Terminal
     from captcha_exp.places import root
+    from captcha_exp.tracking import close_dead
 
+    close_dead(Terminal())
     known = record.runs(tell=lambda text: print(text, file=sys.stderr))
     if arguments.json:
         _print_json([{"folder": str(folder), **state} for folder, state in known])

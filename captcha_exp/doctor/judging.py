@@ -207,10 +207,12 @@ def _runs(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "note",
             f"{folder}: says RUNNING, but its process {pid} is gone: the run died",
-            "nothing to mend: what it wrote stays in its folder; captcha-exp train starts another",
+            "captcha-exp runs, or the next train, closes it as KILLED; what it wrote stays in its folder",
         )
     if (more := len(facts.dead_runs) - RUNS_NAMED) > 0:
-        yield Finding("note", f"{more} more runs died in the same way", "captcha-exp runs lists them")
+        yield Finding(
+            "note", f"{more} more runs died in the same way", "captcha-exp runs closes and lists them"
+        )
     for line in facts.unreadable_runs[:RUNS_NAMED]:
         yield Finding("note", line, "move its folder out of outputs/")
 

@@ -195,13 +195,12 @@ def _store(config: Config) -> Store | None:
 
 
 def _runs() -> dict[str, Any]:
-    from captcha_exp.record import is_alive, runs
+    from captcha_exp.record import left_open, runs
 
     unreadable: list[str] = []
-    known = runs(tell=unreadable.append)
-    dead = [(f, s) for f, s in known if s["status"] == "RUNNING" and not is_alive(s)]
+    runs(tell=unreadable.append)
     return {
-        "dead_runs": tuple((str(folder), int(state["pid"])) for folder, state in dead),
+        "dead_runs": tuple((str(left.folder), int(left.state["pid"])) for left in left_open() if left.runs),
         "unreadable_runs": tuple(unreadable),
     }
 
