@@ -99,7 +99,8 @@ def left_open() -> list[Left]:
     A sweep comes before its points: the newest file of its folder is sought before theirs are written to.
     """
     outputs = root() / "outputs"
-    paths = (p for name in ("*/*/sweep.json", "*/*/run.json", "*/*/*/run.json") for p in outputs.glob(name))
+    names = ("*/*/sweep.json", "*/*/run.json", "*/*/*/run.json")
+    paths = (path for name in names for path in sorted(outputs.glob(name)))
     return [left for path in paths if (left := _read(path)) is not None and _is_left(left)]
 
 

@@ -93,8 +93,11 @@ def _send_to(uri: str, left: Sequence[Left], display: Display) -> list[Left]:
     from captcha_exp.tracking.store import first_line, look_at_store
 
     state, words = look_at_store(uri, "")
-    well = ("current", "new")  # a store without a table has none of the runs, and is left without
-    trouble = "" if state in well else f"it is {state}" + (f" ({words})" if words else "")
+    trouble = f"it is {state}" + (f" ({words})" if words else "")
+    if state == "silent":
+        trouble = "it does not answer"
+    elif state in ("current", "new"):  # a store without a table has none of the runs, and is left without
+        trouble = ""
     taken: list[Left] = []
     done = 0
     for each in () if trouble else left:
