@@ -728,6 +728,48 @@ PLANTS = (
         "chosen = max(size for size, speed in speeds.items()",
         ("test_probe.py",),
     ),
+    Plant(
+        "seeds that are swept make groups of their own",
+        "sweep/groups.py",
+        "for key, value in row.swept.items() if key not in SEEDS)",
+        "for key, value in row.swept.items() if key != 'seed')",
+        ("test_verdict.py",),
+    ),
+    Plant(
+        "the interval of a mean is that of a normal distribution",
+        "sweep/groups.py",
+        "stdtrit(count - 1, 0.975)",
+        "stdtrit(1e6, 0.975)",
+        ("test_verdict.py",),
+    ),
+    Plant(
+        "a batch that may not fit is recommended",
+        "sweep/groups.py",
+        'fits_of(row) == "fits" or (',
+        'fits_of(row) != "does not fit" or (',
+        ("test_verdict.py",),
+    ),
+    Plant(
+        "the largest of the fast batches is recommended",
+        "sweep/sentences.py",
+        "for group, speed in zip(timed, speeds, strict=True)",
+        "for group, speed in reversed(list(zip(timed, speeds, strict=True)))",
+        ("test_verdict.py",),
+    ),
+    Plant(
+        "too little memory makes a sweep fail",
+        "sweep/verdict.py",
+        'row.became in ("failed", "killed", "not run")',
+        'row.became in ("failed", "killed", "not run", "oom")',
+        ("test_verdict.py",),
+    ),
+    Plant(
+        "a machine's memory is drawn beside a card's",
+        "sweep/picture.py",
+        'found.get("measured_mib") if group.on_card else None',
+        'found.get("measured_mib")',
+        ("test_verdict.py",),
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run are whole PNG files, whatever characters stand in them."""
+"""The pictures of a run and of a sweep are whole PNG files, whatever characters stand in them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,6 +225,135 @@ def test_labels_are_text_and_no_formulas(tmp_path: Path, label: str, drawn: list
     title = parts(drawn[0])[0].title
     assert title.get_text() == label
     assert not title.get_parse_math()
+
+
+# -- the picture of a sweep ----------------------------------------------------------------------------------
+
+
+def place(at: int, **others: Any) -> report.Point:
+    """A point that fits, with every figure."""
+    values: dict[str, Any] = {
+        "predicted_mib": (900.0, 1200.0),
+        "measured_mib": 1000.0,
+        "fits": True,
+        "pictures_per_second": 100.0 * at,
+        "val_accuracy": 0.9,
+        "accuracy_interval": None,
+    }
+    return report.Point(at=at, **(values | others))
+
+
+def marks(axes: Axes, marker: str) -> list[tuple[list[float], list[float]]]:
+    return [points(line) for line in axes.lines if line.get_marker() == marker]
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def labels(axes: Axes) -> list[str]:
+    return [label.get_text() for label in axes.get_xticklabels()]
+
+
+NOTHING = {"measured_mib": None, "pictures_per_second": None, "val_accuracy": None}
+
+
+def test_a_sweep_shows_memory_speed_and_accuracy(tmp_path: Path, drawn: list[Figure]) -> None:
+    unfit = place(800, predicted_mib=(6000.0, 6900.0), fits=False, **NOTHING)
+    line = report.Series("", [place(25), place(100, accuracy_interval=(0.8, 1.0)), unfit])
+    report.sweep([line], [(3908.0, 3908.0)], "batch size", [], tmp_path / "sweep.png")
+    look(tmp_path / "sweep.png")
+    memory, speed, accuracy = parts(drawn[0])
+    assert marks(memory, "o") == [([25], [1000]), ([100], [1000])]
+    assert marks(memory, "x") == [([800], [6900])]
+    assert memory.get_ylim()[1] > 6900
+    assert texts(memory) == ["budget 3,908"]
+    assert marks(speed, "o") == [([25, 100], [2500, 10000])]
+    assert marks(speed, "x") == []
+    assert marks(accuracy, "o") == [([25, 100], [0.9, 0.9])]
+    (bar,) = accuracy.collections
+    (path,) = bar.get_paths()
+    assert np.asarray(path.vertices, float)[:, 1] == pytest.approx([0.8, 1.0])
+    for axes in (memory, speed, accuracy):
+        assert axes.get_xscale() == "log"
+        assert labels(axes) == ["25", "100", "800"]
+        assert axes.get_xlabel() == "batch size"
+    assert not drawn[0].legends
+
+
+def test_what_was_trained_without_room_has_its_cross_everywhere(tmp_path: Path, drawn: list[Figure]) -> None:
+    report.sweep([report.Series("", [place(25, fits=False)])], [], "batch size", [], tmp_path / "sweep.png")
+    heights = [marks(axes, "x")[0][1] for axes in parts(drawn[0])]
+    assert heights == [[1000], [2500], [0.9]]
+
+
+def test_lines_have_their_names_in_a_legend(tmp_path: Path, drawn: list[Figure]) -> None:
+    lines = [report.Series(f"alphabet=$_^${number}", [place(25), place(50)]) for number in range(20)]
+    report.sweep(lines, [], "batch size", [], tmp_path / "sweep.png")
+    look(tmp_path / "sweep.png")
+    said = drawn[0].legends[0].get_texts()
+    assert [text.get_text() for text in said] == [
+        *(f"alphabet=$_^${number}" for number in range(16)),
+        "and 4 more",
+    ]
+    assert not any(text.get_parse_math() for text in said)
+
+
+def test_a_budget_within_bounds_is_a_band_and_of_many_none_is_drawn(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
+    line = report.Series("", [place(25)])
+    report.sweep([line], [(3700.0, 3900.0)], "batch size", [], tmp_path / "sweep.png")
+    memory = parts(drawn[0])[0]
+    assert texts(memory) == ["budget 3,700 to 3,900"]
+    assert len(memory.patches) == 1
+    report.sweep([line], [(n, n) for n in (1.0, 2.0, 3.0, 4.0)], "batch size", [], tmp_path / "sweep.png")
+    assert texts(parts(drawn[1])[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "every"), [(1, 1), (2, 1), (8, 1), (9, 1), (30, 1), (31, 2), (60, 2), (61, 3)]
+)
+def test_names_stand_below_of_many_every_nth(
+    tmp_path: Path, drawn: list[Figure], count: int, every: int
+) -> None:
+    names = [f"$_{number}^$" for number in range(count)]
+    line = report.Series("", [place(number) for number in range(count)])
+    report.sweep([line], [], "a$_^$b", names, tmp_path / "sweep.png")
+    look(tmp_path / "sweep.png")
+    for axes in parts(drawn[0]):
+        assert axes.get_xscale() == "linear"
+        assert labels(axes) == names[::every]
+        assert not any(label.get_parse_math() for label in axes.get_xticklabels())
+        assert axes.get_xlabel() == "a$_^$b"
+
+
+def test_of_batch_sizes_close_together_some_are_named(tmp_path: Path, drawn: list[Figure]) -> None:
+    line = report.Series("", [place(size) for size in range(1000, 1100)])
+    report.sweep([line], [], "batch size", [], tmp_path / "sweep.png")
+    named = labels(parts(drawn[0])[0])
+    assert named[0] == "1000"
+    assert 8 <= len(named) <= 14
+
+
+@pytest.mark.parametrize(
+    "line", [[], [place(25, **NOTHING, predicted_mib=None)]], ids=["no point", "no figure"]
+)
+def test_a_sweep_without_figures_says_so(
+    tmp_path: Path, drawn: list[Figure], line: list[report.Point]
+) -> None:
+    report.sweep([report.Series("", line)], [], "batch size", [], tmp_path / "sweep.png")
+    look(tmp_path / "sweep.png")
+    assert [texts(axes) for axes in parts(drawn[0])] == [["no figures"]] * 3
+
+
+def test_accuracies_of_all_and_of_none_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    for share in (0.0, 1.0):
+        line = report.Series("", [place(25, val_accuracy=share), place(50, val_accuracy=share)])
+        report.sweep([line], [], "batch size", [], tmp_path / "sweep.png")
+        low, high = parts(drawn[-1])[2].get_ylim()
+        assert -0.03 < low < share + 0.001
+        assert share - 0.001 < high < 1.01
 
 
 def test_an_old_picture_is_replaced_whole(tmp_path: Path) -> None:
