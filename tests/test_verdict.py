@@ -269,6 +269,12 @@ def test_the_fastest_itself_and_the_best_itself() -> None:
     )
 
 
+def test_that_only_one_fits_is_not_said_where_nobody_knows_what_does() -> None:
+    unknown: dict[str, Any] = {"budget_mib": None, "fits": None}
+    rows = [at(25, 10.0, 0.9, **unknown), at(50, 90.0, 0.8, became="killed", **unknown)]
+    assert Verdict(rows).sentences[0].startswith("batch_size=25 is the smallest that comes within 5 % of")
+
+
 def test_one_batch_size() -> None:
     assert Verdict([at(25, 5.25, 0.9)]).sentences == (
         "batch_size=25 fits and reaches 5.2 pictures/s; its validation accuracy is 90.00%, the best",
@@ -322,6 +328,12 @@ def test_the_best_group_and_whether_that_is_certain() -> None:
 def test_without_seeds_nothing_is_said_of_certainty() -> None:
     assert Verdict([*of("a", 0.9), *of("b", 0.9), *of("c", 0.8)]).sentences == (
         "model=a has the best validation accuracy, 90.00%; next is model=b with 90.00%",
+    )
+
+
+def test_the_best_group_may_have_no_room() -> None:
+    assert Verdict([*of("a", 0.9, fits="unsure"), *of("b", 0.8)]).sentences == (
+        "model=a has the best validation accuracy, 90.00%, but it may not fit; next is model=b with 80.00%",
     )
 
 

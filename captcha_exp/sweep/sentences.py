@@ -87,8 +87,8 @@ def _of_batches(groups: Sequence[Group]) -> str:
     limited = any(group.fits is not None for group in groups)
     if len(groups) == 1:
         said = f"{'fits and reaches' if limited else 'reaches'} {_speed(speed)} pictures/s"
-    elif len(able) == 1:
-        said = f"is the only one that {'fits' if limited else 'finished'} ({_speed(speed)} pictures/s)"
+    elif len(able) == 1 and limited:
+        said = f"is the only one that fits ({_speed(speed)} pictures/s)"
     else:
         rank = "the most itself" if speed == most else f"of {_speed(most)}"
         said = (
@@ -102,7 +102,8 @@ def _beside(chosen: Group | None, best: Group | None) -> str:
     """The accuracy of what was chosen, and the best of all that finished."""
     if best is None:
         return ""
-    top = f"{_accuracy(best)} (batch_size={best.batch_size}{_unless_it_fits(best)})"
+    room = _without_room(best)
+    top = f"{_accuracy(best)} (batch_size={best.batch_size}{f', which {room}' if room else ''})"
     if chosen is None or "val_accuracy" not in chosen.figures:
         return f"; the best validation accuracy is {top}"
     said = f"; its validation accuracy is {_accuracy(chosen)}"
@@ -114,9 +115,11 @@ def _of_groups(groups: Sequence[Group]) -> str:
     best = _best(groups)
     if best is None:
         return f"there is no validation accuracy to compare: {counted(groups)}"
+    room = _without_room(best)
+    accuracy = f"{_accuracy(best)}{f', but it {room}' if room else ''}"
     if len(groups) == 1:
-        return f"the validation accuracy is {_accuracy(best)}{_unless_it_fits(best)}"
-    said = f"{best.name} has the best validation accuracy, {_accuracy(best)}{_unless_it_fits(best)}"
+        return f"the validation accuracy is {accuracy}"
+    said = f"{best.name} has the best validation accuracy, {accuracy}"
     second = _best([group for group in groups if group is not best])
     if second is None:
         return said
@@ -143,8 +146,8 @@ def _accuracy(group: Group) -> str:
     return f"{found.value:.2%} (mean of {found.points}, 95 % interval {low:.2%} to {high:.2%})"
 
 
-def _unless_it_fits(group: Group) -> str:
-    words = {"does not fit": ", which does not fit", "unsure": ", which may not fit"}
+def _without_room(group: Group) -> str:
+    words = {"does not fit": "does not fit", "unsure": "may not fit"}
     return words.get(group.fits or "", "")
 
 
