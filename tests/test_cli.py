@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from captcha_exp import cli, compose
 
 Call = Callable[..., tuple[int, str, str]]
-VERBS = ["train", "data", "plan", "evaluate", "predict", "runs", "ui", "calibrate", "doctor"]
+VERBS = ["train", "data", "plan", "evaluate", "predict", "runs", "diff", "ui", "calibrate", "doctor"]
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_mistakes_end_the_real_command_with_a_line_each_and_leave_nothing_behind
         (["data", "data.count=0"], r"data\.count=0: must be .+"),
         (["ui", "tracking=none"], r"tracking=none: .+ take tracking=mlflow"),
         (["evaluate", "nosuchrun"], r"'nosuchrun' is no run: .+captcha-exp runs.+"),
+        (["runs", "x"], r"x: is no condition; .+"),
         (["evaluate", "latest"], r"latest: no run in .+ captcha-exp train makes one"),
     ],
 )
@@ -86,7 +87,7 @@ def test_a_call_that_cannot_be_done_says_why_in_one_line(
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["fly"], [], ["train", "--nosuchflag"], ["evaluate"], ["runs", "x"]])
+@pytest.mark.parametrize("words", [["fly"], [], ["train", "--nosuchflag"], ["evaluate"], ["diff", "x"]])
 def test_a_word_that_the_command_does_not_know_is_told_with_the_usage(call: Call, words: list[str]) -> None:
     code, out, err = call(*words)
     assert (code, out) == (2, "")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from captcha_exp.cli import flags
 from captcha_exp.cli.composing import complete, compose_checked, show_config
 from captcha_exp.cli.composing import compose as compose
 from captcha_exp.errors import UserError
@@ -30,7 +31,8 @@ VERBS = {
     "plan": "memory of a graphics card that batch sizes need, told without one",
     "evaluate": "accuracy of a run: whole, per character, per position, confusions",
     "predict": "the text in pictures; asks for them where none is given",
-    "runs": "list the runs in outputs/",
+    "runs": "list the runs in outputs/, or some of them",
+    "diff": "what two runs differ in: config, environment, dataset, metrics",
     "ui": "MLflow's UI on 127.0.0.1, with the right store",
     "calibrate": "measure the CUDA card of this machine, into a file for card=NAME",
     "doctor": "what is wrong with this machine's set-up, and what to do",
@@ -61,11 +63,12 @@ def _dispatch(argv: list[str]) -> int:
         return complete(argv, VERBS, COMPOSING)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes the overrides before the first flag alone.
-    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+    # argparse takes the overrides, or conditions, before the first flag alone.
+    words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    elif rest:
-        arguments.overrides += rest
+    elif words is not None:
+        words += rest
     code: int = arguments.act(arguments)
     return code
 
@@ -130,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     for reading in (evaluate, predict):
         what = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
         reading.add_argument("--device", default="auto", metavar="NAME", help=what)
-    verb("runs", _runs)
+    flags.of_runs(verb("runs", _runs))
+    flags.of_diff(verb("diff", _diff))
     ui = verb("ui", _ui, json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
     calibrate = verb("calibrate", _calibrate)
@@ -216,10 +220,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import planning
     from captcha_exp.display import Terminal
 
-    values = planning.run(config, arguments, Terminal())
-    if values is not None:
-        _print_json(values)
-    return 0
+    return _print_values(planning.run(config, arguments, Terminal()))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -256,19 +257,18 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from captcha_exp import record
-    from captcha_exp.cli import summary
+    from captcha_exp.cli import looking
     from captcha_exp.display import Terminal
-    from captcha_exp.places import root
     from captcha_exp.tracking import close_dead
 
     close_dead(Terminal())
-    known = record.runs(tell=lambda text: print(text, file=sys.stderr))
-    if arguments.json:
-        _print_json([{"folder": str(folder), **state} for folder, state in known])
-    else:
-        summary.of_runs(known, root())
-    return 0
+    return _print_values(looking.runs(arguments))
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import comparing
+
+    return _print_values(comparing.diff(arguments))
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -334,6 +334,13 @@ def _machine() -> "Machine":
     from captcha_exp.device import this_machine
 
     return this_machine(best_batch_size=lambda _: 1)  # a training asks anew; nobody else looks at it
+
+
+def _print_values(values: Any) -> int:
+    """Exit code 0, with values printed unless they have been told in words."""
+    if values is not None:
+        _print_json(values)
+    return 0
 
 
 def _print_json(value: Any) -> None:

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp.display import shown
-from captcha_exp.record import is_alive
 
 if TYPE_CHECKING:  # they bring torch, which a list of runs can do without
     from captcha_exp.config import Card
@@ -104,29 +103,6 @@ def of_readings(readings: Sequence["Reading"]) -> None:
             print(f"{name}: {reading.error}", file=sys.stderr)
         else:
             print(f"{name:<{width}}  {reading.text}  {reading.confidence:.1%}")
-
-
-def of_runs(known: Sequence[tuple[Path, Mapping[str, Any]]], root: Path) -> None:
-    """A line for each run, the newest last."""
-    out = console()
-    if not known:
-        out.print(f"no run in {root / 'outputs'} yet", markup=False)
-        return
-    table = Table("run", "status", "epochs", "validation", "test", "seconds", "peak MiB", "MLflow id")
-    for folder, state in known:
-        result = state["result"]
-        dead = state["status"] == "RUNNING" and not is_alive(state)
-        table.add_row(
-            "/".join(folder.parts[-2:]),
-            "died" if dead else state["status"],
-            str(result.get("epochs", "")),
-            f"{result['val_accuracy']:.2%}" if result else "",
-            f"{result['test_accuracy']:.2%}" if result else "",
-            f"{result['seconds']:.0f}" if result else "",
-            f"{result['process_peak_mib']:,.0f}" if result else "",
-            ((state["mlflow"] or {}).get("run_id") or "")[:8],
-        )
-    out.print(table)
 
 
 def of_card(card: "Card", path: Path, config_dir: str | None) -> None:

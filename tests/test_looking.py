@@ -1,0 +1,741 @@
+"""Looking at runs: chosen by what they say, put in an order, two of them side by side."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import training
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captcha_exp import cli, record
+from captcha_exp.cli.comparing import difference, same
+from captcha_exp.cli.looking import Condition, number, tidy
+from captcha_exp.config import Config
+from captcha_exp.errors import UserError
+from captcha_exp.record import MetricsRow, Run
+from captcha_exp.record.facts import Facts
+
+Call = Callable[..., tuple[int, str, str]]
+Make = Callable[..., Run]
+
+ROWS = (
+    {
+        "val/accuracy": 0.5,
+        "train/loss": 3.0,
+        "memory/process_peak_mib": 700.0,
+        "speed/images_per_second": 10.0,
+    },
+    {
+        "val/accuracy": 0.9,
+        "train/loss": 2.0,
+        "memory/process_peak_mib": 900.0,
+        "speed/images_per_second": 90.0,
+    },
+    {
+        "val/accuracy": 0.8,
+        "train/loss": 1.0,
+        "memory/process_peak_mib": 800.0,
+        "speed/images_per_second": 20.0,
+    },
+)
+RESULT = {
+    "epochs": 3,
+    "best_epoch": 2,
+    "val_accuracy": 0.9,
+    "test_accuracy": 0.875,
+    "weights_sha256": "ab" * 32,
+    "seconds": 12.5,
+    "process_peak_mib": 900.0,
+}
+
+
+@pytest.fixture
+def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`captcha-exp ...` in this process: exit code, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def make(tiny: Config) -> Make:
+    """A run of an hour of its own, finished unless `result` is None."""
+    made: list[Run] = []
+
+    def run(
+        config: Config = tiny,
+        rows: tuple[Mapping[str, float], ...] = ROWS,
+        result: Mapping[str, Any] | None = RESULT,
+        test: float = 0.875,
+        **state: Any,
+    ) -> Run:
+        new = record.create(config, config)
+        new.note(started=f"2026-03-01T{len(made):02}:00:00+00:00", **state)
+        for step, metrics in enumerate(rows, 1):
+            new.log(MetricsRow(step, step, metrics))
+        if result is not None:
+            new.log(MetricsRow(len(rows), 9, {"test/accuracy": test}))
+            new.note(result={**result, "test_accuracy": test}, status="FINISHED")
+        made.append(new)
+        return new
+
+    return run
+
+
+def names(folders: list[Run]) -> list[str]:
+    return [str(run.folder) for run in folders]
+
+
+def listed(call: Call, *words: str) -> list[str]:
+    """The folders that `runs` lists, in its order."""
+    code, out, err = call("runs", "--json", *words)
+    assert (code, err) == (0, "")
+    return [run["folder"] for run in json.loads(out)]
+
+
+def table(out: str) -> list[list[str]]:
+    """The cells of every line of a table."""
+    lines = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    return [[cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]] for line in lines]
+
+
+# -- what a run says -----------------------------------------------------------------------------------------
+
+
+def said(run: Run, key: str) -> Any:
+    state = json.loads((run.folder / "run.json").read_text())
+    return Facts(run.folder, state, tell=lambda line: pytest.fail(line))[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("val/accuracy", 0.9),
+        ("train/loss", 2.0),
+        ("memory/process_peak_mib", 900.0),
+        ("speed/images_per_second", 20.0),
+        ("test/accuracy", 0.875),
+        ("train.batch_size", 64),
+        ("train.patience", None),
+        ("model.channels", [4, 8, 8]),
+        ("captcha.alphabet", "01234"),
+        ("name", "tiny"),
+        ("status", "FINISHED"),
+        ("best_epoch", 2),
+        ("error", None),
+        ("run_id", None),
+    ],
+)
+def test_a_key_has_one_value(make: Make, key: str, value: object) -> None:
+    assert said(make(), key) == value
+
+
+def test_without_a_result_the_last_epoch_stands_for_all(make: Make) -> None:
+    run = make(result=None)
+    assert said(run, "val/accuracy") == 0.8
+    assert said(run, "memory/process_peak_mib") == 900.0
+
+
+def test_an_epoch_that_was_done_again_counts_as_done_last(make: Make) -> None:
+    run = make()
+    run.log(MetricsRow(2, 99, {"val/accuracy": 0.75}))
+    assert said(run, "val/accuracy") == 0.75
+
+
+def test_a_metric_that_the_best_epoch_lacks_is_not_taken_from_another(make: Make) -> None:
+    run = make(rows=({"val/accuracy": 0.5}, {"train/loss": 1.0}))
+    with pytest.raises(KeyError):
+        said(run, "val/accuracy")
+
+
+@pytest.mark.parametrize(
+    ("state", "key", "value"),
+    [
+        ({"oom": None}, "oom", False),
+        ({"oom": {"where": "training"}}, "oom", True),
+        ({"sweep": None}, "sweep", None),
+        ({"sweep": {"folder": "elsewhere/1200-grid", "point": 2}}, "sweep", "elsewhere/1200-grid"),
+        ({"mlflow": {"run_id": "abc"}}, "run_id", "abc"),
+    ],
+)
+def test_what_newer_runs_say_of_themselves(
+    make: Make, state: dict[str, Any], key: str, value: object
+) -> None:
+    assert said(make(**state), key) == value
+
+
+def test_the_folder_of_a_point_is_told_with_that_of_its_sweep(tiny: Config, root: Path, call: Call) -> None:
+    sweep = root / "outputs/2026-03-01/120000-grid"
+    sweep.mkdir(parents=True)
+    point = record.create(tiny, tiny, sweep / "1-batch_size=64")
+    point.note(sweep={"folder": str(sweep), "point": 1})
+    assert said(point, "folder") == "2026-03-01/120000-grid/1-batch_size=64"
+    assert said(point, "sweep") == "2026-03-01/120000-grid"
+    assert listed(call, "sweep=2026-03-01/120000-grid") == [str(point.folder)]
+    assert table(call("runs")[1])[1][0] == "2026-03-01/120000-grid/1-batch_size=64"
+
+
+def test_a_run_whose_process_is_gone_has_died(make: Make, call: Call) -> None:
+    gone, there = make(result=None, process_started=1.0), make(result=None)
+    assert listed(call, "status=died") == names([gone])
+    assert listed(call, "status=RUNNING") == names([there])
+
+
+# -- conditions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "holds"),
+    [
+        ("k=64", 64, True),
+        ("k=64.0", 64, True),
+        ("k!=64", 64, False),
+        ("k>=64", 64, True),
+        ("k>64", 64, False),
+        ("k<100", 64, True),
+        ("k<=64", 64, True),
+        ("k<9", 64, False),
+        ("k=97.3%", 0.973, True),
+        ("k>98%", 0.98, False),
+        ("k>=98%", 0.98, True),
+        ("k=1e-3", 0.001, True),
+        ("k=9007199254740993", 2**53, False),
+        ("k=64", "64", True),
+        ("k=64.0", "64", False),
+        ("k<9", "64", True),
+        ("k=0123", "0123", True),
+        ("k=123", "0123", False),
+        ("k>2026-03", "2026-03-01T00", True),
+        ("k=", "", True),
+        ("k=null", None, True),
+        ("k!=null", None, False),
+        ("k!=null", 5, True),
+        ("k=null", 5, False),
+        ("k=0", None, False),
+        ("k>=0", None, False),
+        ("k=true", True, True),
+        ("k=1", True, False),
+        ("k=false", 0, False),
+        ("k>=1", True, False),
+        ("k=[4,8]", [4, 8], True),
+        ("k=[4, 8]", [4, 8], True),
+        ("k=[8,4]", [4, 8], False),
+        ("k~8]", [4, 8], True),
+        ("k~ick", "quick", True),
+        ("k~Quick", "quick", False),
+        ("k~a=b", "xa=by", True),
+        ("k~n", None, False),
+        ("k>=0", float("nan"), False),
+        ("k < 9 ", 8, True),
+        ("k=x\ny", "x\ny", True),
+    ],
+)
+def test_a_condition_compares_as_the_value_of_the_run_is(text: str, value: object, holds: bool) -> None:
+    assert Condition.read(text).holds(value) is holds
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_have_the_order_of_numbers(value: float, wanted: float) -> None:
+    assert Condition.read(f"a/b>={wanted!r}").holds(value) is (value >= wanted)
+    assert Condition.read(f"a/b<{wanted!r}").holds(value) is (value < wanted)
+
+
+@pytest.mark.parametrize("text", ["x", "", "=5", "train.batch_size", "<", "~quick", "a b"])
+def test_what_is_no_condition_is_told_with_how_one_looks(text: str) -> None:
+    with pytest.raises(UserError, match=r"is no condition; write KEY OP VALUE in one word"):
+        Condition.read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("98%", 0.98),
+        ("97.3%", 0.973),
+        ("1_000", 1000),
+        ("9e999", float("inf")),
+        ("abc", None),
+        ("%", None),
+        ("", None),
+        ("sNaN", None),
+        ("1e9999999999999999999", None),
+    ],
+)
+def test_a_number_is_read_as_a_person_writes_it(text: str, value: float | None) -> None:
+    assert number(text) == value
+
+
+def test_all_conditions_must_hold(make: Make, call: Call, tiny: Config) -> None:
+    small, large = make(training(tiny, batch_size=8)), make(training(tiny, batch_size=128), test=0.5)
+    failed = make(training(tiny, batch_size=128), result=None, status="FAILED", error="no [memory]")
+    assert listed(call) == names([small, large, failed])
+    assert listed(call, "train.batch_size>=64") == names([large, failed])
+    assert listed(call, "train.batch_size>=64", "status=FINISHED") == names([large])
+    assert listed(call, "train.batch_size>=64", "test/accuracy>80%") == []
+    assert listed(call, "error~[memory]") == names([failed])
+    assert listed(call, "best_epoch!=7") == names([small, large])  # a run that lacks the key does not match
+
+
+def test_conditions_may_stand_behind_a_flag(make: Make, call: Call) -> None:
+    run = make()
+    make(result=None)
+    assert listed(call, "name=tiny", "--limit", "1", "status=FINISHED") == names([run])
+    assert listed(call, "--limit", "1", "status=FINISHED") == names([run])
+
+
+def test_a_key_that_no_run_has_is_told_with_the_nearest(make: Make, call: Call) -> None:
+    make()
+    for words in (
+        ["train.bach_size=3"],
+        ["--sort", "train.bach_size"],
+        ["--columns", "name,train.bach_size"],
+    ):
+        assert call("runs", *words) == (
+            2,
+            "",
+            "train.bach_size: no run has such a key; did you mean train.batch_size?\n",
+        )
+    assert call("runs", "tst/accuracy>1", "xyzzy=1")[2].splitlines() == [
+        "tst/accuracy: no run has such a key; did you mean test/accuracy?",
+        "xyzzy: no run has such a key; known are the leaves of config.yaml, metrics, and name, status, "
+        "started, folder, run_id, error, epochs, best_epoch, seconds, weights_sha256, oom, sweep",
+    ]
+
+
+def test_a_fact_that_no_run_has_yet_is_no_mistake(make: Make, call: Call) -> None:
+    make(result=None)
+    assert listed(call, "oom=true") == []
+    assert listed(call, "best_epoch>1") == []
+
+
+def test_a_number_is_not_compared_with_a_word(make: Make, call: Call) -> None:
+    make()
+    line = "train.batch_size is a number, and 'many' is none; 98% is one, and so is 0.98"
+    assert call("runs", "train.batch_size=many") == (2, "", f"train.batch_size=many: {line}\n")
+    assert listed(call, "train.batch_size=null") == []
+
+
+def test_nothing_chosen_is_a_line_and_no_mistake(make: Make, call: Call, root: Path) -> None:
+    make()
+    line = f"none of 1 runs in {root / 'outputs'}: status=[red] and name=tiny\n"
+    assert call("runs", "status=[red]", "name=tiny") == (0, line, "")
+
+
+# -- order ---------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_sorted_by_number_by_text_and_by_metric(make: Make, call: Call, tiny: Config) -> None:
+    a = make(training(tiny, batch_size=9), test=0.7)
+    b = make(replace(tiny, name="alpha", train=replace(tiny.train, batch_size=10)), test=0.9)
+    c = make(replace(tiny, name="zeta", train=replace(tiny.train, batch_size=100)), test=0.8)
+    assert listed(call, "--sort", "train.batch_size") == names([a, b, c])
+    assert listed(call, "--sort", "name") == names([b, a, c])
+    assert listed(call, "--sort", "test/accuracy") == names([a, c, b])
+    assert listed(call, "--sort", "test/accuracy", "--reverse", "--limit", "2") == names([b, c])
+    assert listed(call, "--reverse") == listed(call, "--sort", "started", "--reverse") == names([c, b, a])
+
+
+def test_a_minus_is_no_way_to_turn_the_order(make: Make, call: Call) -> None:
+    make()
+    code, out, err = call("runs", "--sort=-test/accuracy")
+    assert (code, out) == (2, "")
+    assert err == "-test/accuracy: no run has such a key; did you mean test/accuracy?\n"
+    assert call("runs", "--sort", "-test/accuracy")[0] == 2
+
+
+def test_equal_runs_stay_in_the_order_of_their_start(make: Make, call: Call) -> None:
+    runs = [make(), make(), make()]
+    assert listed(call, "--sort", "seed") == listed(call, "--sort", "seed", "--reverse") == names(runs)
+
+
+def test_runs_without_a_value_come_last_in_either_direction(make: Make, call: Call, tiny: Config) -> None:
+    unlimited, nothing = make(), make(result=None)
+    patient, hasty = make(training(tiny, patience=9)), make(training(tiny, patience=2))
+    broken = make(rows=({"val/accuracy": 0.1}, {"val/accuracy": float("nan")}))
+    assert listed(call, "--sort", "train.patience")[:2] == names([hasty, patient])
+    assert listed(call, "--sort", "train.patience", "--reverse")[:2] == names([patient, hasty])
+    assert listed(call, "--sort", "best_epoch", "--reverse")[-1] == str(nothing.folder)
+    by_accuracy = names([nothing, unlimited, patient, hasty, broken])
+    assert listed(call, "--sort", "val/accuracy") == by_accuracy
+
+
+def test_a_start_is_sorted_by_the_clock_of_the_world(make: Make, call: Call) -> None:
+    first, second = make(), make()
+    first.note(started="2026-10-25T02:50:00+02:00")
+    second.note(started="2026-10-25T02:10:00+01:00")
+    assert listed(call, "--sort", "started") == names([first, second])
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_is_at_least_one(call: Call, limit: str) -> None:
+    assert call("runs", f"--limit={limit}") == (2, "", f"--limit={limit}: must be at least 1\n")
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_column_for_each_key_that_is_named(make: Make, call: Call) -> None:
+    run = make(mlflow={"run_id": "0123456789abcdef"})
+    bare = make(result=None, rows=())
+    words = ["status~N", "--columns", "model.name,memory/process_peak_mib,oom", "--sort", "val/accuracy"]
+    code, out, err = call("runs", *words)
+    assert (code, err) == (0, "")
+    keys = "val/accuracy", "model.name", "memory/process_peak_mib", "oom"
+    figures = "3", "90.00%", "87.50%", "12", "900"
+    assert table(out) == [
+        ["run", "status", "epochs", "validation", "test", "seconds", "peak MiB", "MLflow id", *keys],
+        [said(run, "folder"), "FINISHED", *figures, "01234567", "90.00%", "compact", "900", ""],
+        [said(bare, "folder"), "RUNNING", "", "", "", "", "", "", "", "compact", "", ""],
+    ]
+
+
+def test_what_looks_like_markup_is_text(make: Make, call: Call) -> None:
+    make(error="[red]no[/red] [/]")
+    assert table(call("runs", "--columns", "error")[1])[1][-1] == "[red]no[/red] [/]"
+
+
+def test_json_has_the_record_and_the_values_that_were_named(make: Make, call: Call) -> None:
+    run = make(rows=(ROWS[0], {"train/loss": float("nan")}))
+    make()
+    keys = "train/loss,train.epochs,val/accuracy,test/accuracy"
+    code, out, _ = call("runs", "--json", "--limit", "1", "--columns", keys)
+    assert code == 0
+    (values,) = json.loads(out, parse_constant=pytest.fail)
+    assert values == {
+        "folder": str(run.folder),
+        **json.loads((run.folder / "run.json").read_text()),
+        "values": {"train/loss": None, "train.epochs": 2, "test/accuracy": 0.875},
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("val/accuracy", 0.98765, "98.77%"),
+        ("test/accuracy_low", 0.5, "50.00%"),
+        ("val/char_accuracy", 1.0, "100.00%"),
+        ("memory/process_peak_mib", 1234.5678, "1,235"),
+        ("train.learning_rate", 1e-05, "1e-05"),
+        ("train/loss", float("inf"), "inf"),
+        ("train.batch_size", 1_000_000, "1000000"),
+        ("train.patience", None, "null"),
+        ("train.deterministic", True, "true"),
+        ("model.channels", [4, 8], "[4, 8]"),
+        ("captcha.alphabet", "äé", "äé"),
+    ],
+)
+def test_values_are_tidy(key: str, value: object, text: str) -> None:
+    assert tidy(key, value) == text
+
+
+# -- damage --------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_line_of_metrics_is_told_and_the_others_count(make: Make, call: Call) -> None:
+    run, whole = make(), make()
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0].replace(b"0.5", b"0.6") + b"\xff\n" + b"".join(lines[1:]))
+    code, out, err = call("runs", "--json", "val/accuracy>=0.9")
+    assert (code, [each["folder"] for each in json.loads(out)]) == (0, names([run, whole]))
+    assert [line.split(": ")[0] for line in err.splitlines()] == [f"{path}, line 1", f"{path}, line 2"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MetricsRow(1, 2, {"val/accuracy": "high"}),  # type: ignore[dict-item]  # what no training writes
+        MetricsRow("1", 2, {"val/accuracy": 1.0}),  # type: ignore[arg-type]
+        MetricsRow(1, 2, [0.5]),  # type: ignore[arg-type]
+    ],
+    ids=["a metric", "a step", "all metrics"],
+)
+def test_a_row_of_other_things_than_numbers_is_told(make: Make, call: Call, row: MetricsRow) -> None:
+    run = make()
+    run.log(row)
+    code, _, err = call("runs", "val/accuracy>=0.9")
+    path = run.folder / "metrics.jsonl"
+    line = f"{path}, line 5: is left out: a step or a metric is no number\n"
+    assert (code, err) == (0, line)
+
+
+BOMB = b"a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"seed: [1", "while parsing .+"),
+        (b"", "it holds no keys"),
+        (b"- 1", "it holds no keys"),
+        (BOMB, "it holds an alias"),
+        (b"a: &a\n  b: *a", "it holds an alias"),
+        (b"a: 2026-03-01", "it holds a date"),
+        (b"a: !!python/name:os.system", "could not determine a constructor .+"),
+        (b"a: " + b"[" * 100_000, "maximum recursion .+"),
+        (b"- " * 40_000, "maximum recursion .+"),
+        (b"a: \xff", ".+ codec can't decode .+"),
+    ],
+    ids=["cut", "empty", "list", "bomb", "circle", "date", "tag", "deep", "deep list", "bytes"],
+)
+def test_a_damaged_config_is_told_and_the_run_goes_on_without(
+    make: Make, call: Call, text: bytes, reason: str
+) -> None:
+    run, whole = make(), make()
+    (run.folder / "config.yaml").write_bytes(text)
+    code, out, err = call("runs", "--json", "--sort", "train.batch_size", "--columns", "test/accuracy")
+    assert code == 0
+    assert [each["folder"] for each in json.loads(out)] == names([whole, run])
+    assert json.loads(out)[1]["values"] == {"test/accuracy": 0.875}
+    path = re.escape(str(run.folder / "config.yaml"))
+    assert re.fullmatch(f"{path}: cannot be read as a config: {reason}\n", err)
+
+
+def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> None:
+    run = make()
+    make()
+    (run.folder / "config.yaml").unlink()
+    code, out, err = call("runs", "--json", "--sort", "train.batch_size")
+    assert (code, err) == (0, f"{run.folder}: has no config.yaml\n")
+    assert json.loads(out)[-1]["folder"] == str(run.folder)
+
+
+def test_a_file_is_read_only_when_a_key_needs_it(make: Make, call: Call) -> None:
+    run = make()
+    (run.folder / "config.yaml").write_text("{")
+    (run.folder / "metrics.jsonl").write_text("{")
+    assert listed(call, "status=FINISHED", "--sort", "seconds") == names([run])
+
+
+# -- diff ----------------------------------------------------------------------------------------------------
+
+
+def complete(run: Run, threads: int = 2, key: str = "k") -> Run:
+    """A run with the other files of a finished one."""
+    environment = {
+        "python": "3.11",
+        "git": {"commit": "abc"},
+        "device": {"threads": threads, "flags": [1, 2]},
+    }
+    run.write_json("environment.json", environment)
+    run.write_json(
+        "dataset.json",
+        {
+            "key": key,
+            "made_from": {"source": {"count": 300, "fonts": []}},
+            "images_sha256": "cd" * 32,
+            "splits": {"train": 150},
+            "files": [{"file": "a.png"}],
+            "refused": [{"file": "b.png", "reason": "is cut short"}],
+        },
+    )
+    return run
+
+
+def told(call: Call, *words: str) -> dict[str, Any]:
+    code, out, err = call("diff", "--json", *words)
+    assert (code, err) == (0, "")
+    values: dict[str, Any] = json.loads(out)
+    return values
+
+
+def test_diff_names_what_differs_section_by_section(make: Make, call: Call, tiny: Config) -> None:
+    first = complete(make())
+    second = complete(
+        make(
+            training(tiny, batch_size=32, patience=3),
+            test=0.9,
+            result={**RESULT, "weights_sha256": "ef" * 32},
+        ),
+        threads=1,
+        key="l",
+    )
+    assert told(call, str(first.folder), str(second.folder)) == {
+        "config": {"train.batch_size": [64, 32], "train.patience": [None, 3]},
+        "environment": {"device.threads": [2, 1]},
+        "dataset": {"key": ["k", "l"]},
+        "metrics": {"test/accuracy": [0.875, 0.9]},
+        "result": {
+            "status": ["FINISHED", "FINISHED"],
+            "error": [None, None],
+            "epochs": [3, 3],
+            "best_epoch": [2, 2],
+            "weights_sha256": ["ab" * 32, "ef" * 32],
+        },
+    }
+
+
+def test_diff_with_all_names_what_is_the_same_too(make: Make, call: Call) -> None:
+    first, second = complete(make()), complete(make())
+    values = told(call, "--all", str(first.folder), str(second.folder))
+    assert values["config"]["train.batch_size"] == [64, 64]
+    assert values["environment"]["device.flags"] == [[1, 2], [1, 2]]
+    assert values["dataset"] == {
+        "key": ["k", "k"],
+        "made_from.source.count": [300, 300],
+        "made_from.source.fonts": [[], []],
+        "images_sha256": ["cd" * 32, "cd" * 32],
+        "splits.train": [150, 150],
+        "refused": [1, 1],
+    }
+    assert values["metrics"]["val/accuracy"] == [0.9, 0.9]
+
+
+def test_diff_of_equal_runs_says_so(make: Make, call: Call) -> None:
+    complete(make())
+    same_everywhere = "".join(
+        f"{title}: the same\n" for title in ("config", "environment", "dataset", "metrics", "result")
+    )
+    assert call("diff", "latest", "latest") == (0, same_everywhere, "")
+
+
+def test_diff_puts_numbers_side_by_side_with_their_difference(make: Make, call: Call) -> None:
+    first = complete(make())
+    rows = ({**ROWS[0], "val/accuracy": 0.92, "memory/eval_peak_mib": 5.0}, {"train/loss": float("nan")})
+    second = complete(make(rows=rows, result={**RESULT, "best_epoch": 1, "weights_sha256": "ef" * 32}))
+    code, out, err = call("diff", str(first.folder), str(second.folder))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:3] == ["config: the same", "environment: the same", "dataset: the same"]
+    assert out.splitlines()[3].strip() == "metrics: 5 of 6 differ"
+    cells = table(out)
+    assert cells[0] == ["", said(first, "folder"), said(second, "folder"), "difference"]
+    assert cells[1:6] == [
+        ["val/accuracy", "90.00%", "92.00%", "+2 points"],
+        ["train/loss", "2", "3", "+1"],
+        ["memory/process_peak_mib", "900", "700", "-200.0"],
+        ["speed/images_per_second", "20", "10", "-10"],
+        ["memory/eval_peak_mib", "-", "5", ""],
+    ]
+    assert cells[-2:] == [
+        ["best_epoch", "2", "1", "-1"],
+        ["weights_sha256", "abababababab", "efefefefefef", ""],
+    ]
+
+
+def test_diff_says_which_file_a_run_lacks(make: Make, call: Call) -> None:
+    whole, early = complete(make()), make(rows=(), result=None, status="FAILED", error="[/] no\nroom")
+    code, out, err = call("diff", str(whole.folder), str(early.folder))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:4] == [
+        "config: the same",
+        f"environment: {early.folder}: has no environment.json",
+        f"dataset: {early.folder}: has no dataset.json",
+        f"metrics: {early.folder}: has no metrics.jsonl",
+    ]
+    assert table(out)[1:3] == [
+        ["status", "FINISHED", "FAILED", ""],
+        ["error", "null", r"[/] no\nroom", ""],
+    ]
+    code, out, err = call("diff", "--json", str(whole.folder), str(early.folder))
+    assert [title for title, values in json.loads(out).items() if values is None] == [
+        "environment",
+        "dataset",
+        "metrics",
+    ]
+    assert len(err.splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "5"])
+def test_diff_goes_on_where_a_file_is_damaged(make: Make, call: Call, text: str) -> None:
+    run = complete(make())
+    (run.folder / "environment.json").write_text(text)
+    code, out, err = call("diff", "latest", "latest")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].startswith(f"environment: {run.folder / 'environment.json'}: cannot be read: ")
+    assert len(out.splitlines()) == 5
+
+
+def test_a_long_value_is_cut_and_told_to_be(make: Make, call: Call, tiny: Config) -> None:
+    first = make()
+    second = make(replace(tiny, data=replace(tiny.data, cache="c" * 300)))
+    cells = table(call("diff", str(first.folder), str(second.folder))[1])
+    assert cells[1][2] == "c" * 100 + "... (300 characters)"
+
+
+def test_a_run_that_is_none_is_refused(make: Make, call: Call) -> None:
+    make()
+    code, out, err = call("diff", "latest", "nosuchrun")
+    assert (code, out) == (2, "")
+    assert err.startswith("'nosuchrun' is no run: ")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (1, 1.0, True),
+        (True, 1, False),
+        (None, "null", False),
+        ("1", 1, False),
+        (float("nan"), float("nan"), True),
+        (float("nan"), 1.0, False),
+        ([1, 2], [1, 2], True),
+        ([1, 2], [2, 1], False),
+    ],
+)
+def test_same_means_the_same_to_a_reader(first: object, second: object, equal: bool) -> None:
+    assert same(first, second) is equal
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "second", "text"),
+    [
+        ("val/accuracy", 0.98, 0.9905, "+1.05 points"),
+        ("test/accuracy_low", 0.5, 0.25, "-25 points"),
+        ("memory/process_peak_mib", 1000.0, 3500.25, "+2,500.2"),
+        ("train.batch_size", 64, 128, "+64"),
+        ("train/loss", 1.0, float("nan"), ""),
+        ("train.patience", None, 3, ""),
+        ("train.deterministic", False, True, ""),
+    ],
+)
+def test_a_difference_has_its_sign_and_unit(key: str, first: object, second: object, text: str) -> None:
+    assert difference(key, first, second) == text
+
+
+# -- the real command ----------------------------------------------------------------------------------------
+
+
+def test_the_real_command_lists_and_compares(make: Make, root: Path, tmp_path_factory: Any) -> None:
+    first, second = complete(make(test=0.9)), complete(make(test=0.7))
+
+    def shell(*words: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "captcha_exp", *words],
+            cwd=tmp_path_factory.mktemp("cwd"),
+            env={**os.environ, "CAPTCHA_EXP_ROOT": str(root)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    listing = shell("runs", "test/accuracy>80%")
+    assert [row[0] for row in table(listing)[1:]] == [said(first, "folder")]
+    short = [str(run.folder.relative_to(root / "outputs")) for run in (first, second)]
+    assert json.loads(shell("diff", *short, "--json"))["metrics"] == {"test/accuracy": [0.9, 0.7]}
+
+
+def test_a_list_of_runs_needs_neither_torch_nor_mlflow(make: Make, root: Path) -> None:
+    make()
+    code = (
+        "import sys, contextlib, captcha_exp.cli\n"
+        "for words in (['runs', 'train.batch_size>1', 'val/accuracy>0'], ['diff', 'latest', 'latest']):\n"
+        "    sys.argv = ['captcha-exp', *words]\n"
+        "    with contextlib.suppress(SystemExit): captcha_exp.cli.main()\n"
+        "print('loaded:', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.rpartition("loaded:")[2].split()}
+    assert "yaml" in loaded
+    assert loaded & {"torch", "mlflow", "hydra", "matplotlib", "numpy"} == set()
