@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from conftest import training
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from captcha_exp import cli, record
 from captcha_exp.cli.comparing import difference, same
@@ -401,6 +403,22 @@ def test_the_table_has_a_column_for_each_key_that_is_named(make: Make, call: Cal
     ]
 
 
+@pytest.mark.parametrize(("width", "framed"), [(80, False), (200, True)])
+def test_a_narrow_terminal_gets_whole_lines_without_a_frame(
+    make: Make, call: Call, monkeypatch: pytest.MonkeyPatch, width: int, framed: bool
+) -> None:
+    run = make(error="too little " * 3)
+    out = Console(file=StringIO(), force_terminal=True, color_system=None, width=width, soft_wrap=True)
+    monkeypatch.setattr("captcha_exp.cli.looking.console", lambda: out)
+    call("runs", "--columns", "error")
+    assert isinstance(out.file, StringIO)
+    lines = out.file.getvalue().splitlines()
+    assert ("│" in lines[-2]) is framed
+    (line,) = [line for line in lines if said(run, "folder") in line]
+    assert "FINISHED" in line
+    assert "too little too little too little" in line
+
+
 def test_what_looks_like_markup_is_text(make: Make, call: Call) -> None:
     make(error="[red]no[/red] [/]")
     assert table(call("runs", "--columns", "error")[1])[1][-1] == "[red]no[/red] [/]"
@@ -510,6 +528,17 @@ def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> No
     code, out, err = call("runs", "--json", "--sort", "train.batch_size")
     assert (code, err) == (0, f"{run.folder}: has no config.yaml\n")
     assert json.loads(out)[-1]["folder"] == str(run.folder)
+
+
+def test_a_record_of_odd_things_is_listed_all_the_same(make: Make, call: Call) -> None:
+    run = make(result=None)
+    run.note(name=["x"], status=5, result=["[b]"], mlflow="id", sweep="there", oom=0, error={"a": [None]})
+    words = ["--columns", "name,run_id,sweep,oom,error", "--sort", "status", "name!=x"]
+    code, out, err = call("runs", *words)
+    assert (code, err) == (0, "")
+    label = run.folder.relative_to(run.folder.parents[1]).as_posix()
+    odd = ['["x"]', "null", "null", "true", '{"a": [null]}']
+    assert table(out)[1] == [label, "5", "", "", "", "", "", "", *odd]
 
 
 def test_a_file_is_read_only_when_a_key_needs_it(make: Make, call: Call) -> None:

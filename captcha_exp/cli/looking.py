@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +37,7 @@ FIGURES = {  # of a result: the column of each, and how it is written
     "seconds": ("seconds", ".0f"),
     "peak MiB": ("process_peak_mib", ",.0f"),
 }
+WIDEST = 10_000  # characters of a line
 LAST = 2  # place of a run without a value
 IN_THE_TABLE = ("folder", "status", "epochs", "seconds")  # facts that every table of runs shows
 
@@ -174,7 +174,7 @@ def _tell_runs(chosen: Sequence[Facts], keys: Sequence[str]) -> None:
     for key in keys:
         table.add_column(Text(shown(key)), justify="right")
     for run in chosen:
-        result = run.state["result"]
+        result = run.state["result"] if isinstance(run.state["result"], dict) else {}
         figures = ((result.get(key), form) for key, form in FIGURES.values())
         cells = (
             run.label,
@@ -237,10 +237,10 @@ def tell(line: str) -> None:
 
 
 def print_whole(table: Table) -> None:
-    """The table; in a narrow terminal its cells go on in the next line, and nothing is cut off."""
-    for column in table.columns:
-        column.overflow = "fold"
-    out: Console = console()
-    if not out.is_terminal:
-        out.width = 10_000  # a file or a pipe has no edge to wrap at
+    """The table with nothing cut off: one that is wider than the terminal has no frame and long lines."""
+    out = console()
+    edge = out.width if out.is_terminal else WIDEST
+    out.width = WIDEST
+    if out.measure(table).maximum > edge:
+        table.box, table.pad_edge = None, False
     out.print(table)
