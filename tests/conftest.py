@@ -13,7 +13,8 @@ from captcha_exp import compose, load, watch
 from captcha_exp.config import CaptchaLibrary, Config
 from captcha_exp.dataset import Batch, Split
 from captcha_exp.display import Silent
-from captcha_exp.memory.plan import Between, Peak, Plan, Planner
+from captcha_exp.memory.between import Between
+from captcha_exp.memory.plan import Peak, Plan, Planner
 
 TINY = (
     "name=tiny",

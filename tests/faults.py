@@ -33,7 +33,7 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "captcha_exp.train":
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]  # a finder is whatever has find_spec
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
@@ -49,7 +49,7 @@ class _Finder:
 
 def wait_for_the_training() -> None:
     if "captcha_exp.sweep" in sys.orig_argv:
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]  # as above
+        sys.meta_path.insert(0, _Finder())
 
 
 def _plant(faults: Mapping[str, str]) -> None:
@@ -94,7 +94,12 @@ def _plant(faults: Mapping[str, str]) -> None:
             out_of_memory()
         return read(model, split, config)
 
-    step.forward_and_backward, optim.step, evaluate.read = new_step, new_optimise, new_read
+    for module, name, new in (
+        (step, "forward_and_backward", new_step),
+        (optim, "step", new_optimise),
+        (evaluate, "read", new_read),
+    ):
+        setattr(module, name, new)
 
 
 def _break(fault: str | None, state: Any) -> None:

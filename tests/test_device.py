@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import drawn
+from conftest import drawn, training
 
 from captcha_exp import device
 from captcha_exp.config import Config, Machine, resolve
@@ -80,7 +80,8 @@ def test_auto_takes_the_preferred_device_and_every_core(
 
 def test_what_was_asked_for_is_not_replaced(tiny: Config) -> None:
     machine = Machine(devices=("cuda", "cuda:0", "cpu"), cores=9, root=Path("/"), why_not={})
-    assert resolve(tiny, machine) == tiny
+    asked = training(tiny, on_oom="record")
+    assert resolve(asked, machine) == asked
 
 
 # -- how it is set -------------------------------------------------------------------------------------------

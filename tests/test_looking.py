@@ -190,9 +190,9 @@ def test_the_folder_of_a_point_is_told_with_that_of_its_sweep(tiny: Config, root
     assert table(call("runs")[1])[1][0] == "2026-03-01/120000-grid/1-batch_size=64"
 
 
-def test_a_run_whose_process_is_gone_has_died(make: Make, call: Call) -> None:
+def test_a_run_whose_process_is_gone_is_closed_at_once(make: Make, call: Call) -> None:
     gone, there = make(result=None, process_started=1.0), make(result=None)
-    assert listed(call, "status=died") == names([gone])
+    assert listed(call, "status=KILLED") == names([gone])
     assert listed(call, "status=RUNNING") == names([there])
 
 

@@ -14,10 +14,10 @@ from captcha_exp import compose, load
 from captcha_exp.config import Config, Interval
 from captcha_exp.memory import plan as module
 from captcha_exp.memory.allocator import MIB, Event
+from captcha_exp.memory.between import Between
 from captcha_exp.memory.plan import (
     ERROR,
     WORKSPACE_TIMES,
-    Between,
     Peak,
     Plan,
     Planner,

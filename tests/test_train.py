@@ -601,7 +601,6 @@ def test_what_a_card_measures_stands_beside_the_plan(
     [
         (RuntimeError("the card fell off"), "FAILED"),
         (UserError("a mistake"), "FAILED"),
-        (MemoryError(), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (SystemExit(143), "KILLED"),
     ],

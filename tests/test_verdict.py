@@ -18,7 +18,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 from rich.console import Console
 
 from captcha_exp.cli import summary
-from captcha_exp.memory.plan import Between
+from captcha_exp.memory.between import Between
 from captcha_exp.sweep.groups import SEEDS, fits_of, mean, short_names, shortened, status_of
 from captcha_exp.sweep.picture import draw
 from captcha_exp.sweep.rows import Became, Row

@@ -11,33 +11,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from captcha_exp.cli import flags
 from captcha_exp.cli.composing import complete, compose_checked, show_config
 from captcha_exp.cli.composing import compose as compose
+from captcha_exp.cli.flags import COMPOSING, PROGRAM, VERBS, parser_of
 from captcha_exp.errors import UserError
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine
-
-PROGRAM = "captcha-exp"
-
-VERBS = {
-    "train": "train a recogniser, test it, record it",
-    "data": "draw the pictures of a config and show some",
-    "plan": "memory of a graphics card that batch sizes need, told without one",
-    "evaluate": "accuracy of a run: whole, per character, per position, confusions",
-    "predict": "the text in pictures; asks for them where none is given",
-    "runs": "list the runs in outputs/, or some of them",
-    "diff": "what two runs differ in: config, environment, dataset, metrics",
-    "ui": "MLflow's UI on 127.0.0.1, with the right store",
-    "calibrate": "measure the CUDA card of this machine, into a file for card=NAME",
-    "doctor": "what is wrong with this machine's set-up, and what to do",
-}
-COMPOSING = ("train", "data", "plan", "ui", "calibrate", "doctor")  # the verbs that take overrides
 
 
 def main() -> NoReturn:
@@ -61,7 +44,7 @@ def main() -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return complete(argv, VERBS, COMPOSING)
-    parser = _parser()
+    parser = parser_of(ACTS)
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes the overrides, or conditions, before the first flag alone.
     words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
@@ -73,77 +56,6 @@ def _dispatch(argv: list[str]) -> int:
     return code
 
 
-class _Help(argparse.HelpFormatter):
-    """argparse's help, with every verb beside its text: argparse forgets that verbs are indented."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog)
-        self._action_max_length = 2 * self._indent_increment + max(map(len, VERBS))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Train text-captcha recognisers in PyTorch: configured with Hydra, recorded in MLflow.",
-        formatter_class=_Help,
-        epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
-        allow_abbrev=False,
-    )
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    def verb(
-        name: str, act: Callable[[argparse.Namespace], int], json: bool = True
-    ) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=VERBS[name], description=VERBS[name], allow_abbrev=False)
-        added.set_defaults(act=act)
-        if name in COMPOSING:
-            what = "experiment=NAME, group=NAME or key=value; see conf/"
-            added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
-            added.add_argument(
-                "--config-dir", "-cd", metavar="DIR", help="a folder of YAML files beside conf/"
-            )
-        if json:
-            added.add_argument("--json", action="store_true", help="print JSON, for a script")
-        return added
-
-    train = verb("train", _train)
-    what = "print the composed config and stop"
-    what = "a sweep: key=value,value,... spans a grid of trainings"
-    train.add_argument("--multirun", "-m", action="store_true", help=what)
-    what = (
-        "of a sweep: its folder or MLflow run id, auto for the newest unfinished one of these points, never"
-    )
-    train.add_argument("--resume", default="never", metavar="SWEEP", help=what)
-    train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
-    verb("data", _data)
-    plan = verb("plan", _plan)
-    plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
-    what = "a file in conf/card/ by its name, or the path of another; card=NAME does the same"
-    plan.add_argument("--card", metavar="NAME", help=what)
-    what = "name what makes train.batch_size fit, the cheapest in time first"
-    plan.add_argument("--advise", action="store_true", help=what)
-    evaluate = verb("evaluate", _evaluate)
-    what = "a run's folder, the beginning of an MLflow run id, or latest"
-    evaluate.add_argument("run", metavar="RUN", help=what)
-    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    predict = verb("predict", _predict)
-    predict.add_argument("run", metavar="RUN", help=f"{what}, or a .safetensors file of weights")
-    what = "a picture, or a folder of them; with none, asks for one after the other"
-    predict.add_argument("pictures", nargs="*", metavar="PICTURE", help=what)
-    for reading in (evaluate, predict):
-        what = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
-        reading.add_argument("--device", default="auto", metavar="NAME", help=what)
-    flags.of_runs(verb("runs", _runs))
-    flags.of_diff(verb("diff", _diff))
-    ui = verb("ui", _ui, json=False)
-    ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
-    calibrate = verb("calibrate", _calibrate)
-    calibrate.add_argument("--name", metavar="NAME", help="default: after the card, as in nvidia-h200")
-    calibrate.add_argument("--force", action="store_true", help="write over a file that is there")
-    verb("doctor", _doctor)
-    return parser
-
-
 # -- verbs ---------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +63,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
     from captcha_exp.display import Terminal
-    from captcha_exp.tracking import close_dead
+    from captcha_exp.tracking import close_dead, tracker_of
 
     display = Terminal()
     close_dead(display)
@@ -169,14 +81,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
         order = Order(config, composed.choices)
         return _tell_training(train_until_it_fits(order, lambda: new_folder(config.name)), arguments)
-    from captcha_exp.config import Mlflow
-    from captcha_exp.train import NoTracker, Tracker, train
+    from captcha_exp.train import train
 
-    tracker: Tracker = NoTracker()
-    if isinstance(config.tracking, Mlflow):
-        from captcha_exp.tracking import MlflowTracker
-
-        tracker = MlflowTracker(display, composed.choices)
+    tracker = tracker_of(config, display, composed.choices)
     return _tell_training(train(config, tracker, display).folder, arguments)
 
 
@@ -328,6 +235,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         summary.of_findings(found)
     return 1 if any(finding.level == "problem" for finding in found) else 0
+
+
+ACTS = {
+    "train": _train,
+    "data": _data,
+    "plan": _plan,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "runs": _runs,
+    "diff": _diff,
+    "ui": _ui,
+    "calibrate": _calibrate,
+    "doctor": _doctor,
+}
 
 
 def _machine() -> "Machine":

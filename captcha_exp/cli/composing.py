@@ -150,7 +150,7 @@ def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, 
     if override.is_sweep_override():
         return (
             override,
-            f"{text}: is a sweep; captcha-exp train -m trains each (a list is written [1,2], a text in quotes)",
+            f"{text}: is a sweep; train -m runs each point (a list is written [1,2], a text in quotes)",
         )
     if key.split(".")[0] == "hydra":
         return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"

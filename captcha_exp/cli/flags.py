@@ -1,13 +1,105 @@
-"""What the verbs that look around take on the command line; imports nothing that they need to do it."""
+"""The command line: the verbs, and what each takes beside overrides."""
 
 import argparse
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+PROGRAM = "captcha-exp"
+
+Act: TypeAlias = Callable[[argparse.Namespace], int]
+"""does what a verb is for; gives the exit code"""
+
+VERBS = {
+    "train": "train a recogniser, test it, record it",
+    "data": "draw the pictures of a config and show some",
+    "plan": "memory of a graphics card that batch sizes need, told without one",
+    "evaluate": "accuracy of a run: whole, per character, per position, confusions",
+    "predict": "the text in pictures; asks for them where none is given",
+    "runs": "list the runs in outputs/, or some of them",
+    "diff": "what two runs differ in: config, environment, dataset, metrics",
+    "ui": "MLflow's UI on 127.0.0.1, with the right store",
+    "calibrate": "measure the CUDA card of this machine, into a file for card=NAME",
+    "doctor": "what is wrong with this machine's set-up, and what to do",
+}
+COMPOSING = ("train", "data", "plan", "ui", "calibrate", "doctor")  # the verbs that take overrides
+
+
+class _Help(argparse.HelpFormatter):
+    """argparse's help, with every verb beside its text: argparse forgets that verbs are indented."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 2 * self._indent_increment + max(map(len, VERBS))
+
+
+def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
+    """The command line, with what each verb does as `act`."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train text-captcha recognisers in PyTorch: configured with Hydra, recorded in MLflow.",
+        formatter_class=_Help,
+        epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, json: bool = True) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=VERBS[name], description=VERBS[name], allow_abbrev=False)
+        added.set_defaults(act=acts[name])
+        if name in COMPOSING:
+            what = "experiment=NAME, group=NAME or key=value; see conf/"
+            added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
+            added.add_argument(
+                "--config-dir", "-cd", metavar="DIR", help="a folder of YAML files beside conf/"
+            )
+        if json:
+            added.add_argument("--json", action="store_true", help="print JSON, for a script")
+        return added
+
+    train = verb("train")
+    what = "a sweep: key=value,value,... spans a grid of trainings"
+    train.add_argument("--multirun", "-m", action="store_true", help=what)
+    what = (
+        "of a sweep: its folder or MLflow run id, auto for the newest unfinished one of these points, never"
+    )
+    train.add_argument("--resume", default="never", metavar="SWEEP", help=what)
+    what = "print the composed config and stop"
+    train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
+    verb("data")
+    plan = verb("plan")
+    plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
+    what = "a file in conf/card/ by its name, or the path of another; card=NAME does the same"
+    plan.add_argument("--card", metavar="NAME", help=what)
+    what = "name what makes train.batch_size fit, the cheapest in time first"
+    plan.add_argument("--advise", action="store_true", help=what)
+    evaluate = verb("evaluate")
+    what = "a run's folder, the beginning of an MLflow run id, or latest"
+    evaluate.add_argument("run", metavar="RUN", help=what)
+    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    predict = verb("predict")
+    predict.add_argument("run", metavar="RUN", help=f"{what}, or a .safetensors file of weights")
+    what = "a picture, or a folder of them; with none, asks for one after the other"
+    predict.add_argument("pictures", nargs="*", metavar="PICTURE", help=what)
+    for reading in (evaluate, predict):
+        what = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
+        reading.add_argument("--device", default="auto", metavar="NAME", help=what)
+    _of_runs(verb("runs"))
+    _of_diff(verb("diff"))
+    ui = verb("ui", json=False)
+    ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
+    calibrate = verb("calibrate")
+    calibrate.add_argument("--name", metavar="NAME", help="default: after the card, as in nvidia-h200")
+    calibrate.add_argument("--force", action="store_true", help="write over a file that is there")
+    verb("doctor")
+    return parser
+
 
 _RULE = (  # that of record/facts.py
     "train/* and val/* are those of the best epoch, memory/* is the maximum, speed/* the median of the epochs"
 )
 
 
-def of_runs(parser: argparse.ArgumentParser) -> None:
+def _of_runs(parser: argparse.ArgumentParser) -> None:
     """CONDITION..., --sort, --reverse, --columns and --limit."""
     what = (
         "KEY OP VALUE in one word, OP one of = != > >= < <= ~ (contains): test/accuracy>98%%; all must hold"
@@ -21,7 +113,7 @@ def of_runs(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _RULE
 
 
-def of_diff(parser: argparse.ArgumentParser) -> None:
+def _of_diff(parser: argparse.ArgumentParser) -> None:
     """RUN RUN and --all."""
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     parser.add_argument("run", nargs=2, metavar="RUN", help=what)

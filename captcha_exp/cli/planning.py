@@ -17,7 +17,8 @@ from captcha_exp.device import card_total_mib, this_machine
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advice import Advice, advise
-from captcha_exp.memory.plan import Between, Plan, Planner, budget
+from captcha_exp.memory.between import Between
+from captcha_exp.memory.plan import Plan, Planner, budget
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
 COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}

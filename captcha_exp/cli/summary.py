@@ -40,7 +40,8 @@ def of_training(folder: Path, program: str) -> None:
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "test.json")
     )
     result, mlflow = state["result"], state["mlflow"]
-    share = _share(test["accuracy"], test["interval"], test["right"], test["pictures"])
+    interval = (test["accuracy_low"], test["accuracy_high"])
+    share = _share(test["accuracy"], interval, test["right"], test["pictures"])
     out = console()
     out.print()
     out.print(f"[bold]test accuracy {share}[/bold], best epoch {result['best_epoch']}")
@@ -74,8 +75,8 @@ def of_evaluation(evaluation: "Evaluation", data: "Dataset", folder: Path, split
     """Whole labels, positions, characters, confusions, the worst errors."""
     out, alphabet = console(), data.alphabet
     out.print(f"{folder}, {split} split", markup=False)
-    share = _share(evaluation.accuracy, evaluation.interval, evaluation.right, len(evaluation.rows))
-    out.print(f"[bold]accuracy {share}[/bold]; of characters {evaluation.char_accuracy:.2%}")
+    whole = _share(evaluation.accuracy, evaluation.interval, evaluation.right, len(evaluation.rows))
+    out.print(f"[bold]accuracy {whole}[/bold]; of characters {evaluation.char_accuracy:.2%}")
     positions = Table("position", "right", title="per position", title_justify="left")
     for number, share in enumerate(evaluation.by_position(), 1):
         positions.add_row(str(number), f"{share:.2%}")

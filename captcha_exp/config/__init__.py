@@ -13,6 +13,7 @@ from captcha_exp.config.loading import sealed as sealed
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
 from captcha_exp.config.loading import with_card as with_card
+from captcha_exp.config.loading import with_store as with_store
 from captcha_exp.config.schema import Article as Article
 from captcha_exp.config.schema import Augment as Augment
 from captcha_exp.config.schema import Captcha as Captcha

@@ -100,7 +100,8 @@ def resolve(config: Config, machine: Machine) -> Config:
     """
     if mistake := _device_mistake({"device": {"name": config.device.name}}, machine, {}):
         raise ConfigError(mistake)
-    device, data, tracking = config.device, config.data, config.tracking
+    config = with_store(config, machine.root)
+    device, data = config.device, config.data
     if device.name == "auto":
         device = dataclasses.replace(device, name=machine.devices[0])
     if device.threads == "auto":
@@ -109,12 +110,10 @@ def resolve(config: Config, machine: Machine) -> Config:
         data = dataclasses.replace(data, path=_absolute(data.path))
     elif data.workers == "auto":
         data = dataclasses.replace(data, workers=machine.cores)
-    if isinstance(tracking, Mlflow) and tracking.uri == "auto":
-        tracking = dataclasses.replace(tracking, uri=f"sqlite:///{machine.root / 'mlruns' / 'mlflow.db'}")
     train = config.train
     if train.on_oom == "auto":  # a sweep has said "record" by now
         train = dataclasses.replace(train, on_oom="fail")
-    config = dataclasses.replace(config, device=device, data=data, train=train, tracking=tracking)
+    config = dataclasses.replace(config, device=device, data=data, train=train)
     if device.precision == "auto":
         precision = machine.fastest_precision(config)
         config = dataclasses.replace(config, device=dataclasses.replace(device, precision=precision))
@@ -128,6 +127,15 @@ def resolve(config: Config, machine: Machine) -> Config:
         train = dataclasses.replace(config.train, batch_size=size, micro_batch_size=micro)
         config = dataclasses.replace(config, train=train)
     return config
+
+
+def with_store(config: Config, root: Path) -> Config:
+    """The config with the store that tracking.uri=auto is."""
+    tracking = config.tracking
+    if not isinstance(tracking, Mlflow) or tracking.uri != "auto":
+        return config
+    uri = f"sqlite:///{root / 'mlruns' / 'mlflow.db'}"
+    return dataclasses.replace(config, tracking=dataclasses.replace(tracking, uri=uri))
 
 
 def _absolute(path: str) -> str:

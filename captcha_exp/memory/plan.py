@@ -12,15 +12,14 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from captcha_exp.config import Card, Config
 from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
+from captcha_exp.memory.between import Between, Fits
 from captcha_exp.memory.blocks import Block
 from captcha_exp.memory.recorder import Convolution
 from captcha_exp.memory.trace import Phase, Trace, trace
-
-Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
 
 ERROR = (
     0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
@@ -28,22 +27,6 @@ ERROR = (
 WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
 WORKSPACE_SHARES = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played
 _CUBLAS, _CUDNN = -1, -2  # workspaces among the events, where tensors count from 1
-
-
-class Between(NamedTuple):
-    """MiB, within bounds."""
-
-    least: float
-    most: float
-
-    def __str__(self) -> str:
-        """5 to 7, or just 5."""
-        least, most = f"{self.least:,.0f}", f"{self.most:,.0f}"
-        return least if least == most else f"{least} to {most}"
-
-    def error(self, measured: float) -> float:
-        """How far this lies beside what was measured, as a share of it; 0 where it holds it."""
-        return (min(max(measured, self.least), self.most) - measured) / measured
 
 
 class Peak(NamedTuple):

@@ -3,6 +3,7 @@
 
 from captcha_exp.record.closing import Left as Left
 from captcha_exp.record.closing import alone as alone
+from captcha_exp.record.closing import left_in as left_in
 from captcha_exp.record.closing import left_open as left_open
 from captcha_exp.record.files import own_files as own_files
 from captcha_exp.record.files import sha256_of as sha256_of

@@ -18,7 +18,7 @@ import psutil
 
 from captcha_exp.places import root
 from captcha_exp.record.files import hashes, own_files, write_json
-from captcha_exp.record.run import is_alive, read_rows
+from captcha_exp.record.run import Status, is_alive, read_rows
 
 ERROR = "its process ended without a word: killed (kill -9, too little memory), or the machine went down"
 SECONDS_FOR_THE_LOCK = 2.0
@@ -70,15 +70,15 @@ class Left:
         self.state.update(state)
         write_json(self.path, self.state)
 
-    def close(self) -> None:
-        """The end: KILLED, at the time of the newest file, and the SHA-256 of each file of a run."""
+    def close(self, status: Status = "KILLED", error: str = ERROR) -> None:
+        """The end, at the time of the newest file, and the SHA-256 of each file of a run."""
         ended = datetime.fromtimestamp(_newest(self.folder)).astimezone()
         for path in own_files(self.folder):
             if _is_abandoned(path, self.state["pid"]):
                 path.unlink()
         facts: dict[str, Any] = {
-            "status": "KILLED",
-            "error": ERROR,
+            "status": status,
+            "error": error,
             "ended": ended.isoformat(timespec="microseconds"),
         }
         rows, broken = read_rows(self.folder)
@@ -102,6 +102,12 @@ def left_open() -> list[Left]:
     names = ("*/*/sweep.json", "*/*/run.json", "*/*/*/run.json")
     paths = (path for name in names for path in sorted(outputs.glob(name)))
     return [left for path in paths if (left := _read(path)) is not None and _is_left(left)]
+
+
+def left_in(folder: Path) -> Left | None:
+    """The record of the run in this folder, if its process is gone without its end here or in MLflow."""
+    left = _read(folder / "run.json")
+    return left if left is not None and _is_left(left) else None
 
 
 @contextlib.contextmanager

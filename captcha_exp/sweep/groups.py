@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from captcha_exp.display import shown
-from captcha_exp.memory.plan import Between, Fits
+from captcha_exp.memory.between import Between, Fits
 from captcha_exp.sweep.rows import Became, Row
 
 SEEDS = ("seed", "data.seed", "data.split_seed")

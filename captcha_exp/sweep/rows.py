@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import load
-from captcha_exp.memory.plan import Between, Fits
+from captcha_exp.memory.between import Between, Fits
 from captcha_exp.record import MetricsRow, read_rows
 from captcha_exp.sweep.points import Point, Sweep
 

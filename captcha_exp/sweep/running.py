@@ -17,7 +17,7 @@ from captcha_exp.sweep.picture import draw
 from captcha_exp.sweep.points import SETTLED, Sweep
 from captcha_exp.sweep.rows import became, rows
 from captcha_exp.sweep.verdict import Verdict
-from captcha_exp.train import NoTracker, Tracker
+from captcha_exp.tracking import close_left, tracker_of
 
 if TYPE_CHECKING:
     from captcha_exp.tracking import Parent
@@ -58,13 +58,15 @@ def run(
         error = f"{type(exception).__name__}: {exception}"
         raise
     finally:
-        _close_what_was_left(sweep)
+        _close_what_was_left(sweep, display)
         verdict = Verdict(rows(sweep), side_by_side)
         status = "FAILED" if status == "FINISHED" and verdict.failed else status
-        files = _write(verdict, sweep.folder)
+        _write(verdict, sweep.folder)
         sweep.close(status, error)
-        if parent is not None:
-            parent.finish(status, verdict.figures(), verdict.to_markdown(), files)
+        if parent is not None and parent.finish(
+            sweep.folder, sweep.state, verdict.figures(), verdict.to_markdown()
+        ):
+            sweep.note(mlflow={**sweep.state["mlflow"], "closed": True})
         tell(sweep, verdict)
     return verdict
 
@@ -77,7 +79,9 @@ def _run_points(sweep: Sweep, found: Sequence[Foretold], launch: Launch, display
         display.line(f"{settled} of them are settled already")
     for each in open_points:
         if not each.is_trained:
-            record_unfit(each, sweep.new_attempt(each.point), _tracker(sweep, each, display), display)
+            point, parent = each.point, (sweep.state["mlflow"] or {}).get("run_id")
+            tracker = tracker_of(each.config, display, point.choices, point.name, parent)
+            record_unfit(each, sweep.new_attempt(point), tracker, display)
     if numbers := [each.point.number for each in open_points if each.is_trained]:
         launch(sweep.folder, numbers)
 
@@ -87,44 +91,42 @@ def _became(sweep: Sweep, each: Foretold) -> str:
     return became(attempts[-1] if attempts else None)
 
 
-def _write(verdict: Verdict, folder: Path) -> list[Path]:
+def _write(verdict: Verdict, folder: Path) -> None:
     """verdict.json, .csv, .md and .png."""
     texts = {
         "json": json.dumps(verdict.to_json(), indent=2, ensure_ascii=False) + "\n",
         "csv": verdict.to_csv(),
         "md": verdict.to_markdown(),
     }
-    paths = {ending: folder / f"verdict.{ending}" for ending in (*texts, "png")}
     for ending, text in texts.items():
-        record.write_atomically(paths[ending], text.encode("utf-8", "backslashreplace"))
-    draw(verdict, paths["png"])
-    return list(paths.values())
+        record.write_atomically(folder / f"verdict.{ending}", text.encode("utf-8", "backslashreplace"))
+    draw(verdict, folder / "verdict.png")
 
 
-def _close_what_was_left(sweep: Sweep) -> None:
+def _close_what_was_left(sweep: Sweep, display: Display) -> None:
     """A launcher that was stopped may have ended the processes of points with no time for a last word."""
-    from captcha_exp.tracking import closing
-
     for point in sweep.points:
         for folder in sweep.attempts(point):
-            closing.close_left(folder, "KILLED", "interrupted")
+            close_left(folder, "KILLED", "interrupted", display)
 
 
 # -- in MLflow -----------------------------------------------------------------------------------------------
 
 
 def _parent(sweep: Sweep, found: Sequence[Foretold], display: Display) -> "Parent | None":
-    tracking = found[0].config.tracking
+    tracking = found[0].config.tracking  # resolved; the same for all points
     if not isinstance(tracking, Mlflow):
         return None
     from captcha_exp.tracking import Parent
 
-    parent = Parent(tracking, display, sweep.state["mlflow"])
-    if sweep.state["mlflow"] is None:
-        sweep.note(mlflow=parent.noted)
-        state = sweep.state
-        tags = {key: str(state[key]) for key in ("host", "pid", "process_started")}
-        parent.describe(sweep.folder.name, _params(found), {**tags, "folder": str(sweep.folder)})
+    parent = Parent(tracking, display)
+    known = (sweep.state["mlflow"] or {}).get("run_id")
+    if known is not None:
+        parent.go_on(known)
+    else:
+        sweep.note(mlflow=parent.noted)  # before there is a run, so that none stays that no folder knows of
+        parent.begin(sweep.folder, sweep.state, _params(found))
+    sweep.note(mlflow=parent.noted)
     return parent
 
 
@@ -133,11 +135,3 @@ def _params(found: Sequence[Foretold]) -> dict[str, str]:
     each = [leaves(foretold.config) for foretold in found]
     keys = dict.fromkeys(key for one in each for key in one)
     return {key: ", ".join(dict.fromkeys(one[key] for one in each if key in one)) for key in keys}
-
-
-def _tracker(sweep: Sweep, each: Foretold, display: Display) -> Tracker:
-    if sweep.state["mlflow"] is None:
-        return NoTracker()
-    from captcha_exp.tracking import MlflowTracker
-
-    return MlflowTracker(display, each.point.choices, each.point.name, sweep.state["mlflow"]["run_id"])

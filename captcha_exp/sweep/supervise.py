@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from captcha_exp import record
-from captcha_exp.config import Config, load, to_dict
+from captcha_exp.config import Config, load, to_dict, with_store
 from captcha_exp.display import Terminal
+from captcha_exp.errors import RunFailed
+from captcha_exp.places import root
 from captcha_exp.sweep.points import Sweep
 from captcha_exp.sweep.work import STOP
+from captcha_exp.tracking import close_left, tracker_of
 
 SECONDS_TO_STOP = 15.0  # for the step at hand, the files' hashes and the last words to MLflow
 LAST_WORDS = ("Traceback (most recent call last)", "Fatal Python error")  # what follows is for the log alone
@@ -174,11 +177,18 @@ class _Process:
 
 def _close(order: Order, folder: Path, status: record.Status, error: str) -> None:
     """The record of a run whose process is gone, if it has not closed it itself."""
-    if not (folder / "run.json").exists():  # it never came to make one
-        record.create(order.requested, order.requested, folder)
-    from captcha_exp.tracking import closing
-
-    closing.close_left(folder, status, error)
+    display = Terminal()
+    if (folder / "run.json").exists():
+        close_left(folder, status, error, display)
+        return
+    # It never came to make a record: a mistake that only a training meets, or it was ended at once.
+    config = with_store(order.requested, root())
+    run = record.create(config, order.requested, folder)
+    tracker = tracker_of(config, display, order.choices, order.name, order.parent)
+    with contextlib.suppress(RunFailed):  # MLflow does not take it; the folder has it
+        tracker.start(run, config)
+    run.close(status, error)
+    tracker.finish(run, status)
 
 
 def _in_smaller_parts(requested: Config, folder: Path) -> Config | None:

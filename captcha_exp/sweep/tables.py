@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from captcha_exp.display import shown
-from captcha_exp.memory.plan import Between
+from captcha_exp.memory.between import Between
 from captcha_exp.sweep.groups import SEEDS, Group, Mean, short_names, shortened
 from captcha_exp.sweep.rows import Row
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
-from captcha_exp.memory.plan import Between
+from captcha_exp.memory.between import Between
 from captcha_exp.sweep import tables
 from captcha_exp.sweep.groups import FIGURES, Group, grouped
 from captcha_exp.sweep.rows import Row

@@ -24,17 +24,14 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=_obey, args=(words,), daemon=True).start()
 
-    from captcha_exp.config import Mlflow, load
+    from captcha_exp.config import load
     from captcha_exp.display import Terminal
     from captcha_exp.errors import UserError
-    from captcha_exp.train import NoTracker, Tracker, train
+    from captcha_exp.tracking import tracker_of
+    from captcha_exp.train import train
 
     config, display = load(order["config"]), Terminal()
-    tracker: Tracker = NoTracker()
-    if isinstance(config.tracking, Mlflow):
-        from captcha_exp.tracking import MlflowTracker
-
-        tracker = MlflowTracker(display, order["choices"], order["name"], order["parent"])
+    tracker = tracker_of(config, display, order["choices"], order["name"], order["parent"])
     try:
         train(config, tracker, display, Path(order["folder"]))
     except UserError as error:

@@ -15,21 +15,46 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from captcha_exp.config import Config
+    from captcha_exp.display import Display
     from captcha_exp.tracking.closing import close_dead as close_dead
+    from captcha_exp.tracking.closing import close_left as close_left
     from captcha_exp.tracking.parent import Parent as Parent
     from captcha_exp.tracking.parent import compare_address as compare_address
     from captcha_exp.tracking.parent import server_of as server_of
     from captcha_exp.tracking.server import serve_ui as serve_ui
     from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
+    from captcha_exp.train import Tracker
 
 _HOMES = {
     "MlflowTracker": "tracker",
     "Parent": "parent",
     "close_dead": "closing",
+    "close_left": "closing",
     "compare_address": "parent",
     "serve_ui": "server",
     "server_of": "parent",
 }
+
+
+def tracker_of(
+    config: "Config",
+    display: "Display",
+    choices: "Mapping[str, str]",
+    name: str | None = None,
+    parent: str | None = None,
+) -> "Tracker":
+    """The tracker that the config asks for; the rest is as MlflowTracker has it."""
+    from captcha_exp.config import Mlflow
+    from captcha_exp.train import NoTracker
+
+    if not isinstance(config.tracking, Mlflow):
+        return NoTracker()
+    from captcha_exp.tracking.tracker import MlflowTracker
+
+    return MlflowTracker(display, choices, name, parent)
 
 
 def __getattr__(name: str) -> object:

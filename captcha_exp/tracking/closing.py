@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from captcha_exp.display import Display, shown
 from captcha_exp.places import root
-from captcha_exp.record import Left, alone, left_open, read_rows
+from captcha_exp.record import Left, Status, alone, left_in, left_open, read_rows
 from captcha_exp.tracking.uri import sqlite_file
 
 if TYPE_CHECKING:
@@ -41,6 +41,15 @@ def close_dead(display: Display) -> list[Path]:
     for each in sent:
         display.line(f"{_name(each)}: MLflow has its end now, {each.state['status']}")
     return [each.folder for each in (*closed, *sent)]
+
+
+def close_left(folder: Path, status: Status, error: str, display: Display) -> None:
+    """The end of the run in this folder, if its process, which this one has seen end, has not written it."""
+    left = left_in(folder)
+    if left is not None:
+        if left.runs:
+            left.close(status, error)
+        _send([left], display)
 
 
 def _close_folders(left: Sequence[Left], display: Display) -> list[Left]:

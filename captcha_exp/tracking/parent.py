@@ -1,20 +1,25 @@
 """The run in MLflow that stands above the runs of a sweep."""
 
+import contextlib
 import getpass
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Param
 
 from captcha_exp.config import Mlflow
 from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
-from captcha_exp.record import Status, now_ms
+from captcha_exp.record import MetricsRow, now_ms
 from captcha_exp.tracking.store import experiment_id, first_line, open_store
-from captcha_exp.tracking.tracker import BATCH
+from captcha_exp.tracking.tracker import BATCH, send_end, send_files, send_rows
+
+Figures: TypeAlias = tuple[int, Mapping[str, float]]
+"""step, and metrics"""
 
 PORT = 5000  # of the UI, if it is free
 LONGEST = 6000  # characters of a param that MLflow takes
@@ -23,68 +28,84 @@ LONGEST = 6000  # characters of a param that MLflow takes
 class Parent:
     """The parent run of a sweep; made before the first point, so that one process makes a new store."""
 
-    def __init__(self, tracking: Mlflow, display: Display, noted: Mapping[str, str] | None = None) -> None:
-        """A new one; or the one of a sweep that is gone on with, as it was noted then.
+    def __init__(self, tracking: Mlflow, display: Display) -> None:
+        """In the store and the experiment of the config.
 
         Raises:
             RunFailed: the store cannot be opened; the line says which.
         """
         self._display, self._uri = display, tracking.uri
-        try:
+        with self._refused():
             self._client: MlflowClient = open_store(tracking.uri)
             self.experiment_id = experiment_id(self._client, tracking.uri, tracking.experiment)
-            if noted is not None:
-                self.run_id = noted["run_id"]
-                self._client.update_run(self.run_id, status="RUNNING")
-            else:
-                self.run_id = self._client.create_run(self.experiment_id).info.run_id
-        except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
-            raise RunFailed(
-                f"tracking.uri={tracking.uri}: MLflow cannot record there: {first_line(error)}; "
-                "mend the store (captcha-exp doctor says how), or sweep with tracking=none"
-            ) from error
+        self.run_id: str | None = None
 
     @property
-    def noted(self) -> dict[str, str]:
-        """What the sweep's record keeps of it."""
-        return {"uri": self._uri, "experiment_id": self.experiment_id, "run_id": self.run_id}
+    def noted(self) -> dict[str, str | bool | None]:
+        """What the sweep's record keeps of it while it runs."""
+        return {
+            "uri": self._uri,
+            "experiment_id": self.experiment_id,
+            "run_id": self.run_id,
+            "closed": False,
+        }
 
-    def describe(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Its name, the grid, and whose process it is."""
-        facts = {
-            "mlflow.runName": name,
+    def begin(self, folder: Path, state: Mapping[str, Any], params: Mapping[str, str]) -> None:
+        """A new run, known by its folder and its process, with the grid as its params.
+
+        Raises:
+            RunFailed: the store does not take it.
+        """
+        tags = {
             "mlflow.user": getpass.getuser(),
             "mlflow.source.name": "captcha-exp",
             "mlflow.source.type": "LOCAL",
-            **tags,
+            "folder": str(folder),
+            **{key: str(state[key]) for key in ("host", "pid", "process_started")},
         }
-        for key, value in facts.items():
-            self._client.set_tag(self.run_id, key, value)
         named = [Param(key, value[:LONGEST]) for key, value in params.items()]
-        for start in range(0, len(named), BATCH):
-            self._client.log_batch(self.run_id, params=named[start : start + BATCH])
+        with self._refused():
+            created = self._client.create_run(self.experiment_id, tags=tags, run_name=folder.name)
+            self.run_id = str(created.info.run_id)
+            for start in range(0, len(named), BATCH):
+                self._client.log_batch(self.run_id, params=named[start : start + BATCH])
+
+    def go_on(self, run_id: str) -> None:
+        """The run of a sweep that is gone on with.
+
+        Raises:
+            RunFailed: it is not there any more, or the store does not take it.
+        """
+        with self._refused():
+            self._client.update_run(run_id, status="RUNNING")
+        self.run_id = run_id
+
+    @contextlib.contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
+            raise RunFailed(
+                f"tracking.uri={self._uri}: MLflow cannot record there: {first_line(error)}; "
+                "mend the store (captcha-exp doctor says how), or sweep with tracking=none"
+            ) from error
 
     def finish(
-        self,
-        status: Status,
-        figures: Sequence[tuple[int, Mapping[str, float]]],
-        description: str,
-        files: Sequence[Path],
-    ) -> None:
-        """The sweep's figures, by step; its table, in words; its files; and the end."""
+        self, folder: Path, state: Mapping[str, Any], figures: Sequence[Figures], description: str
+    ) -> bool:
+        """Whether MLflow has taken the sweep's figures, by step, its table in words, its files, its end."""
+        now = now_ms()
+        rows = [MetricsRow(step, now, metrics) for step, metrics in figures]
+        assert self.run_id is not None
         try:
-            now = now_ms()
-            metrics = [
-                Metric(key, value, now, step) for step, values in figures for key, value in values.items()
-            ]
-            for start in range(0, len(metrics), 1000):
-                self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            send_rows(self._client, self.run_id, rows)
             self._client.set_tag(self.run_id, "mlflow.note.content", description)
-            for path in files:
-                self._client.log_artifact(self.run_id, str(path))
-            self._client.set_terminated(self.run_id, status)
-        except Exception as error:  # as above; the sweep's folder has it all
+            send_files(self._client, self.run_id, folder)
+            send_end(self._client, self.run_id, state)
+        except Exception as error:  # as above; the sweep's folder has it all, and `closing` sends it again
             self._display.warn(f"MLflow did not take the verdict: {first_line(error)}; the folder has it")
+            return False
+        return True
 
 
 def server_of(uri: str) -> str:

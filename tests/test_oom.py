@@ -1,0 +1,164 @@
+"""Too little memory: known when it is met, told with what would help, a result where it is to be one."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Heard, training
+
+from captcha_exp import device as devices
+from captcha_exp import oom, train
+from captcha_exp.config import Config
+from captcha_exp.memory.plan import Planner
+from captcha_exp.record import find, read_rows
+
+PICTURES = {"train": 150, "validation": 75, "test": 75}
+
+
+class CudaError(torch.AcceleratorError):
+    """One of CUDA's own errors, by its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"CUDA error {number}")
+        self.error_code = number
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (CudaError(2), True),
+        (RuntimeError("[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (CudaError(700), False),
+        (RuntimeError("out of memory, said a friend"), False),
+        (ValueError("CUDA out of memory."), False),
+        (OSError(12, "Cannot allocate memory"), False),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_it_is_told_by_its_type(error: BaseException, known: bool) -> None:
+    assert devices.is_out_of_memory(error) is known
+
+
+def test_the_machines_own_allocator_is_understood() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert devices.is_out_of_memory(caught.value)
+
+
+def short(config: Config, monkeypatch: pytest.MonkeyPatch, where: str) -> tuple[dict[str, Any], Path, str]:
+    """run.json, the folder and the line of a run that runs out of memory there, in its second epoch."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def evaluate(model: Any, *arguments: Any) -> Any:
+        model.eval()
+        fail()
+
+    original = train.train_epoch
+
+    def train_epoch(state: Any, *arguments: Any) -> Any:
+        if state.epoch == 2:
+            monkeypatch.setattr(
+                *((train, "evaluate", evaluate) if where == "evaluation" else (train, "train_step", fail))
+            )
+        return original(state, *arguments)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    with pytest.raises(oom.OutOfMemory) as caught:
+        train.train(config, display=Heard())
+    folder = find("latest")
+    return json.loads((folder / "run.json").read_text()), folder, str(caught.value)
+
+
+@pytest.mark.parametrize(("where", "step"), [("training", 4), ("evaluation", 7)])
+def test_the_record_says_where_and_what_was_foretold(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, where: str, step: int
+) -> None:
+    state, folder, line = short(training(tiny, on_oom="record"), monkeypatch, where)
+    said = state["oom"]
+
+    assert (said["during"], said["epoch"], said["step"]) == (where, 2, step)
+    assert said["predicted_mib"] == json.loads((folder / "memory.json").read_text())["process_mib"]
+    assert state["tags"] == {"oom": "true"}
+    rows = read_rows(folder)[0]
+    assert rows[-1].step == 2
+    assert rows[-1].metrics["memory/process_peak_mib"] == said["peak_mib"] > 100
+    assert rows[-1].metrics["memory/predicted_peak_mib"] == said["predicted_mib"][1]
+    assert re.fullmatch(
+        rf"out of memory in {where}, epoch 2, step {step}: [\d,]+ MiB taken at most, "
+        r"\d+ to \d+ MiB foretold for any CUDA card; .+",
+        line,
+    )
+    assert state["error"] == line
+
+
+@pytest.mark.parametrize(
+    ("on_oom", "status", "code"), [("record", "FINISHED", 0), ("split", "FINISHED", 0), ("fail", "FAILED", 1)]
+)
+def test_what_it_is_taken_for_is_a_choice(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, on_oom: str, status: str, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(train, "fit", fail)
+    with pytest.raises(oom.OutOfMemory) as caught:
+        train.train(training(tiny, on_oom=on_oom), display=Heard())
+
+    assert caught.value.exit_code == code
+    assert json.loads((find("latest") / "run.json").read_text())["status"] == status
+
+
+def test_alone_it_is_a_failure_unless_somebody_says_otherwise(tiny: Config) -> None:
+    from captcha_exp.config import resolve
+
+    assert tiny.train.on_oom == "auto"
+    assert resolve(tiny, devices.this_machine()).train.on_oom == "fail"
+
+
+def roomy(tiny: Config, budget_mib: int | None) -> Config:
+    """A config whose activations outweigh what a card takes by itself; its pictures are larger."""
+    zero = replace(tiny.card.cudnn_workspace_mib, least=0.0, most=0.0)
+    card = replace(
+        tiny.card,
+        context_mib=replace(tiny.card.context_mib, least=10.0, most=10.0),
+        cudnn_workspace_mib=zero,
+        cublas_workspace_mib=zero,
+    )
+    return replace(
+        training(tiny, batch_size=100),
+        card=card,
+        captcha=replace(tiny.captcha, width=512, height=64),
+        device=replace(tiny.device, vram_budget_mib=budget_mib, resident_limit_mib=0, threads=2),
+    )
+
+
+@pytest.mark.parametrize("budget_mib", [None, 60, 10_000])
+def test_a_remedy_needs_clearly_less(tiny: Config, budget_mib: int | None) -> None:
+    config = roomy(tiny, budget_mib)
+    planned = Planner(config, PICTURES).at(100)
+    named = oom.remedies(planned, PICTURES, config)
+
+    assert 1 <= len(named) <= 3
+    for each in named:
+        overrides, least, most = re.fullmatch(r"(.+) \(([\d,]+)(?: to ([\d,]+))? MiB\)", each).groups()  # type: ignore[union-attr]
+        needs = float((most or least).replace(",", ""))
+        assert needs <= 0.9 * planned.process_mib.least + 1
+        assert needs <= (budget_mib or needs)
+        assert "=" in overrides
+        assert "vram_budget" not in overrides
+
+
+def test_where_nothing_helps_it_says_so() -> None:
+    assert oom.words([]).startswith("nothing known here needs clearly less")
+    assert oom.words(["a=1 (5 MiB)", "b=2 (6 MiB)"]) == (
+        "the cheapest that spare memory: a=1 (5 MiB), or b=2 (6 MiB)"
+    )
