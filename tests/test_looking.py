@@ -192,6 +192,7 @@ def test_the_folder_of_a_point_is_told_with_that_of_its_sweep(tiny: Config, root
 
 def test_a_run_whose_process_is_gone_is_closed_at_once(make: Make, call: Call) -> None:
     gone, there = make(result=None, process_started=1.0), make(result=None)
+    assert "closed as KILLED" in call("runs")[2]
     assert listed(call, "status=KILLED") == names([gone])
     assert listed(call, "status=RUNNING") == names([there])
 
