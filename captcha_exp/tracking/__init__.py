@@ -1,4 +1,4 @@
-"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`), and the end of runs
+"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`, `views`), and the end of runs
 whose process is gone (`closing`).
 
 The names are looked up at first use: `closing` is asked at each start and mostly needs no MLflow.
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from captcha_exp.tracking.closing import close_dead as close_dead
     from captcha_exp.tracking.closing import close_left as close_left
     from captcha_exp.tracking.parent import Parent as Parent
-    from captcha_exp.tracking.parent import compare_address as compare_address
     from captcha_exp.tracking.parent import server_of as server_of
     from captcha_exp.tracking.server import serve_ui as serve_ui
     from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
+    from captcha_exp.tracking.views import compare_address as compare_address
     from captcha_exp.train import Tracker
 
 _HOMES = {
@@ -33,7 +33,7 @@ _HOMES = {
     "Parent": "parent",
     "close_dead": "closing",
     "close_left": "closing",
-    "compare_address": "parent",
+    "compare_address": "views",
     "serve_ui": "server",
     "server_of": "parent",
 }

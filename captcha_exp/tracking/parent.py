@@ -2,11 +2,9 @@
 
 import contextlib
 import getpass
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Param
@@ -111,14 +109,3 @@ class Parent:
 def server_of(uri: str) -> str:
     """The address of the UI of a store: the server itself, or else what `captcha-exp ui` takes first."""
     return uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{PORT}"
-
-
-def runs_address(server: str, experiment: str) -> str:
-    """The page of an experiment's runs, in the view for training and not in that for chats."""
-    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-
-
-def compare_address(server: str, experiment: str, run_ids: Sequence[str]) -> str:
-    """The page that shows these runs side by side."""
-    runs, experiments = quote(json.dumps(list(run_ids))), quote(json.dumps([experiment]))
-    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}"

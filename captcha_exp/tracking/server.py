@@ -13,16 +13,18 @@ import urllib.request
 from collections.abc import Sequence
 
 import psutil
+from mlflow import MlflowClient
 
 from captcha_exp.config import Mlflow
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
-from captcha_exp.tracking.store import open_store
+from captcha_exp.tracking import views
+from captcha_exp.tracking.store import first_line, open_store
 from captcha_exp.tracking.uri import sqlite_file
 
 
 def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
-    """MLflow's UI on 127.0.0.1 until it is stopped; prints the address of the training view.
+    """MLflow's UI on 127.0.0.1 until it is stopped; prints the addresses of its pages.
 
     Raises:
         UserError: there is no such store or experiment, or the port is taken.
@@ -31,7 +33,8 @@ def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
     path = sqlite_file(uri)
     if path is not None and not path.is_file():
         raise UserError(f"{path}: there is no MLflow store yet; captcha-exp train makes it")
-    found = open_store(uri).get_experiment_by_name(tracking.experiment)
+    client = open_store(uri)
+    found = client.get_experiment_by_name(tracking.experiment)
     if found is None:
         raise UserError(
             f"tracking.experiment={tracking.experiment}: {uri} has no such experiment; a training makes it"
@@ -50,8 +53,7 @@ def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
     ) as server:
         try:
             _wait_until_up(server, port)
-            address = f"http://127.0.0.1:{port}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
-            display.line(f"runs    {address}\ncurves  {address}&compareRunsMode=CHART\nCtrl-C ends it")
+            _print_pages(client, f"http://127.0.0.1:{port}", str(found.experiment_id), display)
             assert server.stderr is not None
             for _ in server.stderr:  # read, so that the server never waits for a reader
                 pass
@@ -59,6 +61,17 @@ def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
             display.line("the UI has ended")
         finally:
             server.terminate()
+
+
+def _print_pages(client: MlflowClient, server: str, experiment: str, display: Display) -> None:
+    try:
+        found = views.pages(client, server, experiment)
+    except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
+        display.warn(f"MLflow did not take the views: {first_line(error)}; its pages open as it has them")
+        plain = views.runs_address(server, experiment)
+        found = {"runs": plain, "curves": views.runs_address(server, experiment, charts=True)}
+    lines = [f"{label:7}  {address}" for label, address in found.items()]
+    display.line("\n".join([*lines, "Ctrl-C ends it"]))
 
 
 def _free_port(wanted: int | None) -> int:
