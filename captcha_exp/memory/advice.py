@@ -56,6 +56,8 @@ def advise(
     base = with_batch(config, int(config.train.batch_size))
     variants = list(_variants(base))
     found: list[Advice] = []
+    if not _could_fit(variants[-1], pictures, total_mib):  # it has all that spares memory
+        return found
     with display.bar("planning", len(variants)) as bar:
         for variant in variants:
             found += _in_parts(variant, base, pictures, total_mib)
@@ -105,11 +107,20 @@ def _in_parts(
     def fits(number: int) -> bool:
         return planned(number)[1].fits == "fits"
 
-    most = len(sizes) - 1
-    if fits(0) or fits(most):
-        fewest = 0 if fits(0) else bisect_left(range(most), True, lo=1, key=fits)
+    if not _could_fit(variant, pictures, total_mib):
+        return
+    fewest = 0 if fits(0) else bisect_left(range(len(sizes)), True, lo=1, key=fits)
+    if fewest < len(sizes):
         chosen, plan = planned(fewest)
         yield Advice(_overrides(chosen, base), plan, relative_time(chosen, base), _notes(chosen, base))
+
+
+def _could_fit(variant: Config, pictures: Mapping[str, int], total_mib: float | None) -> bool:
+    """Whether the least of all parts would fit if it were the whole batch: that is told at once, where a
+    search through the parts takes long."""
+    part = with_batch(variant, -(-int(variant.train.batch_size) // PASSES[-1]))
+    least = replace(part, train=replace(part.train, micro_batch_size=None, evaluation_batch_size=1))
+    return Planner(least, pictures, total_mib).at(int(least.train.batch_size)).fits == "fits"
 
 
 def _in_micro_batches(config: Config, size: int) -> Config:

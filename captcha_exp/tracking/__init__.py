@@ -1,5 +1,5 @@
-"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`, `views`), and the end of runs
-whose process is gone (`closing`).
+"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`, `views`), and the end of
+runs whose process is gone (`closing`).
 
 The names are looked up at first use: `closing` is asked at each start and mostly needs no MLflow.
 """
