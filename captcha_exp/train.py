@@ -160,7 +160,7 @@ def train(
     run = record.create(config, requested, folder)
     display.line(f"run {run.folder} on {devices.describe(config)}")
     _tell_plan(planned, config, display)
-    with _recorded(run, tracker, config, display):
+    with recorded(run, tracker, config, display):
         data = dataset.prepare(outline, config, display)
         ran_on = environment(config)
         ran_on |= {"precisions_tried": trials.precisions, "batch_sizes_tried": trials.batch_sizes}
@@ -239,7 +239,7 @@ def _record_test(
 
 
 @contextlib.contextmanager
-def _recorded(run: Run, tracker: Tracker, config: Config, display: Display) -> Iterator[None]:
+def recorded(run: Run, tracker: Tracker, config: Config, display: Display) -> Iterator[None]:
     """However it ends, the record says so: in the folder first, then at the tracker."""
     status: Status = "FAILED"
     error: str | None = None

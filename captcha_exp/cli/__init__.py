@@ -75,6 +75,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return train_all(arguments, _machine(), display)
     config = composed.checked(_machine())
+    if arguments.resume != "never":
+        raise UserError(f"--resume={arguments.resume}: goes on with a sweep; add -m")
     if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
         from captcha_exp.record import new_folder
         from captcha_exp.sweep.supervise import Order, train_until_it_fits

@@ -23,8 +23,15 @@ class Grid:
     """swept key -> value as typed, and the config with it"""
     launching: list[str]
     """overrides for Hydra's launcher alone"""
-    side_by_side: int
-    """points that run at a time"""
+    jobs: int
+    """points that run at a time, if there are so many"""
+    is_asked_for: bool
+    """whether the overrides say anything of the points, and not of the launcher alone"""
+
+    @property
+    def side_by_side(self) -> int:
+        """points that run at a time"""
+        return min(self.jobs, len(self.points))
 
 
 def compose_grid(overrides: Sequence[str], config_dir: str | None) -> Grid:
@@ -57,7 +64,7 @@ def compose_grid(overrides: Sequence[str], config_dir: str | None) -> Grid:
         # A file of conf/experiment/ may say how to launch; the points that it describes are known by now.
         chosen = [text for text in axes.fixed() if text.startswith("experiment=")]
         launching = [*chosen, "hydra.sweeper.params=null", *axes.launching]
-    return Grid(points, launching, min(_at_a_time(hydra), len(points)))
+    return Grid(points, launching, _at_a_time(hydra), bool(axes.values))
 
 
 @dataclass

@@ -38,7 +38,7 @@ def train_all(arguments: argparse.Namespace, machine: Machine, display: Display)
     """
     grid = compose_grid(arguments.overrides, arguments.config_dir)
     points = _checked(grid, machine)
-    resumed = _to_go_on_with(arguments, points, display)
+    resumed = _to_go_on_with(arguments, grid, points, display)
     points = resumed.points if resumed else points
     found = foretell(points, display)
 
@@ -52,7 +52,8 @@ def train_all(arguments: argparse.Namespace, machine: Machine, display: Display)
             summary.of_sweep(verdict)
             _tell_where(sweep, verdict)
 
-    return 1 if run(found, launch, grid.side_by_side, display, tell, resumed).failed else 0
+    side_by_side = min(grid.jobs, len(found))
+    return 1 if run(found, launch, side_by_side, display, tell, resumed).failed else 0
 
 
 def _checked(grid: Grid, machine: Machine) -> list[Point]:
@@ -76,7 +77,9 @@ def _in_a_sweep(config: Config) -> Config:
     return replace(config, train=replace(config.train, on_oom=on_oom))
 
 
-def _to_go_on_with(arguments: argparse.Namespace, points: Sequence[Point], display: Display) -> Sweep | None:
+def _to_go_on_with(
+    arguments: argparse.Namespace, grid: Grid, points: Sequence[Point], display: Display
+) -> Sweep | None:
     """The sweep that --resume means; None for a new one."""
     if arguments.resume == "never":
         return None
@@ -90,7 +93,7 @@ def _to_go_on_with(arguments: argparse.Namespace, points: Sequence[Point], displ
     sweep = recorded.find(arguments.resume)
     if recorded.is_running(sweep):
         raise UserError(f"--resume={arguments.resume}: its process {sweep.state['pid']} is still at work")
-    if arguments.overrides and not recorded.same_points(sweep, points):
+    if grid.is_asked_for and not recorded.same_points(sweep, points):
         raise UserError(
             f"--resume={arguments.resume}: its points are not those that these overrides describe; leave the "
             "overrides out to go on with it as it was, or start a new sweep without --resume"

@@ -9,9 +9,10 @@ from captcha_exp import dataset, oom, record
 from captcha_exp import device as devices
 from captcha_exp.config import Captcha, Config, Data, resolve
 from captcha_exp.display import Display
+from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.sweep.points import Point
-from captcha_exp.train import Tracker
+from captcha_exp.train import Tracker, recorded
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,29 @@ def foretell(points: Sequence[Point], display: Display) -> list[Foretold]:
     """What each point will need.
 
     Raises:
-        UserError: the pictures of a point cannot be had; the lines say why.
+        ConfigError: the pictures of points cannot be had; the lines say why, for all points.
     """
     machine = devices.this_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
     outlines: dict[tuple[Data, Captcha], Mapping[str, int]] = {}  # a folder is read once for all points
     found = []
+    mistakes: dict[str, None] = {}  # each once
     with display.bar("planning", len(points)) as bar:
         for point in points:
             config = resolve(point.requested, machine)
             seen = (config.data, config.captcha)
-            if seen not in outlines:
-                outlines[seen] = dataset.outline(config, display).counts
+            try:
+                if seen not in outlines:
+                    outlines[seen] = dataset.outline(config, display).counts
+            except UserError as error:
+                mistakes |= dict.fromkeys(error.lines)
+                continue
             planner = Planner(config, outlines[seen], devices.card_total_mib(config))
             size = point.requested.train.batch_size
             plan = None if size == "auto" else planner.at(size)
             found.append(Foretold(point, config, outlines[seen], plan))
             bar.advance(1)
+    if mistakes:
+        raise ConfigError(*mistakes)
     return found
 
 
@@ -70,10 +78,8 @@ def record_unfit(foretold: Foretold, folder: Path, tracker: Tracker, display: Di
     spared = oom.remedies(plan, foretold.pictures, config)
     run.note(tags={"fits": str(plan.fits), "trained": "false"}, unfit={"remedies": spared})
     display.line(f"{point.name}: {plan.words(config.card.name)}; not trained; {oom.words(spared)}")
-    run.write_json("memory.json", plan.to_json())
-    tracker.start(run, config)
-    row = record.MetricsRow(0, record.now_ms(), plan.beside([]))
-    run.log(row)
-    tracker.log(row)
-    run.close("FINISHED")
-    tracker.finish(run, "FINISHED")
+    with recorded(run, tracker, config, display):
+        run.write_json("memory.json", plan.to_json())
+        row = record.MetricsRow(0, record.now_ms(), plan.beside([]))
+        run.log(row)
+        tracker.log(row)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import load
 from captcha_exp.memory.between import Between, Fits
-from captcha_exp.record import MetricsRow, read_rows
+from captcha_exp.record import MetricsRow, is_alive, read_rows
 from captcha_exp.sweep.points import Point, Sweep
 
 Became: TypeAlias = Literal["finished", "oom", "unfit", "failed", "killed", "not run"]
@@ -75,6 +75,12 @@ def became(folder: Path | None) -> Became:
             return "killed"
 
 
+def goes_on(folder: Path) -> bool:
+    """Whether a living process writes into this folder of a run."""
+    state = _state(folder) if (folder / "run.json").is_file() else {"status": None}
+    return state["status"] == "RUNNING" and is_alive(state)
+
+
 def _row(sweep: Sweep, point: Point) -> Row:
     attempts = sweep.attempts(point)
     folder = attempts[-1] if attempts else None
@@ -84,7 +90,9 @@ def _row(sweep: Sweep, point: Point) -> Row:
     metrics: list[MetricsRow] = []
     config = point.requested
     if folder is not None and what != "not run":
-        state, metrics, config = _state(folder), read_rows(folder)[0], load(folder / "config.yaml")
+        state, metrics = _state(folder), read_rows(folder)[0]
+        if (folder / "config.yaml").is_file():  # not, if it was killed before
+            config = load(folder / "config.yaml")
         if (folder / "memory.json").is_file():
             foretold = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
     result = state.get("result") or {}
@@ -114,7 +122,11 @@ def _row(sweep: Sweep, point: Point) -> Row:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    path = folder / "run.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {"status": "FAILED", "error": f"{path}: cannot be read as the record of a run"}
     return state
 
 

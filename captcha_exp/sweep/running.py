@@ -4,6 +4,7 @@ Its parent stands in MLflow before the first point starts, and the verdict is ma
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,16 +12,20 @@ from typing import TYPE_CHECKING
 from captcha_exp import record
 from captcha_exp.config import Mlflow, leaves
 from captcha_exp.display import Display
+from captcha_exp.errors import RunFailed
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep.foretelling import Foretold, record_unfit
 from captcha_exp.sweep.picture import draw
 from captcha_exp.sweep.points import SETTLED, Sweep
-from captcha_exp.sweep.rows import became, rows
+from captcha_exp.sweep.rows import became, goes_on, rows
+from captcha_exp.sweep.undisturbed import undisturbed
 from captcha_exp.sweep.verdict import Verdict
 from captcha_exp.tracking import close_left, tracker_of
 
 if TYPE_CHECKING:
     from captcha_exp.tracking import Parent
+
+SECONDS_TO_END = 5.0  # for the processes of a launcher that was stopped; they end with it
 
 Launch = Callable[[Path, Sequence[int]], None]
 """runs the points with these numbers of the sweep in this folder, and comes back when they have ended"""
@@ -39,11 +44,12 @@ def run(
     Raises:
         RunFailed: MLflow's store cannot be opened, or the launcher itself fails.
     """
-    sweep = resumed or recorded.create(
-        found[0].config.name,
-        [each.point for each in found],
-        {"foretold": [each.to_json() for each in found], "side_by_side": side_by_side},
-    )
+    if resumed is None:
+        about = {"foretold": [each.to_json() for each in found], "side_by_side": side_by_side}
+        sweep = recorded.create(found[0].config.name, [each.point for each in found], about)
+    else:
+        sweep = resumed
+        sweep.reopen()
     status: record.Status = "FAILED"
     error: str | None = None
     parent = None
@@ -58,17 +64,37 @@ def run(
         error = f"{type(exception).__name__}: {exception}"
         raise
     finally:
-        _close_what_was_left(sweep, display)
-        verdict = Verdict(rows(sweep), side_by_side)
-        status = "FAILED" if status == "FINISHED" and verdict.failed else status
+        with undisturbed():
+            _close_what_was_left(sweep, display)
+            verdict = Verdict(rows(sweep), side_by_side)
+            status = "FAILED" if status == "FINISHED" and verdict.failed else status
+            is_written = _write_down(verdict, sweep, status, error, parent, display)
+            tell(sweep, verdict)
+    if not is_written:
+        raise RunFailed(f"{sweep.folder}: does not have the verdict; make room and --resume={sweep.folder}")
+    return verdict
+
+
+def _write_down(
+    verdict: Verdict,
+    sweep: Sweep,
+    status: record.Status,
+    error: str | None,
+    parent: "Parent | None",
+    display: Display,
+) -> bool:
+    """Whether the sweep's folder has the verdict; MLflow gets it, too."""
+    try:
         _write(verdict, sweep.folder)
         sweep.close(status, error)
         if parent is not None and parent.finish(
             sweep.folder, sweep.state, verdict.figures(), verdict.to_markdown()
         ):
             sweep.note(mlflow={**sweep.state["mlflow"], "closed": True})
-        tell(sweep, verdict)
-    return verdict
+    except OSError as trouble:  # a full disk
+        display.warn(f"the verdict cannot be written: {trouble}")
+        return False
+    return True
 
 
 def _run_points(sweep: Sweep, found: Sequence[Foretold], launch: Launch, display: Display) -> None:
@@ -81,7 +107,8 @@ def _run_points(sweep: Sweep, found: Sequence[Foretold], launch: Launch, display
         if not each.is_trained:
             point, parent = each.point, (sweep.state["mlflow"] or {}).get("run_id")
             tracker = tracker_of(each.config, display, point.choices, point.name, parent)
-            record_unfit(each, sweep.new_attempt(point), tracker, display)
+            with undisturbed():
+                record_unfit(each, sweep.new_attempt(point), tracker, display)
     if numbers := [each.point.number for each in open_points if each.is_trained]:
         launch(sweep.folder, numbers)
 
@@ -105,8 +132,11 @@ def _write(verdict: Verdict, folder: Path) -> None:
 
 def _close_what_was_left(sweep: Sweep, display: Display) -> None:
     """A launcher that was stopped may have ended the processes of points with no time for a last word."""
+    deadline = time.monotonic() + SECONDS_TO_END
     for point in sweep.points:
         for folder in sweep.attempts(point):
+            while goes_on(folder) and time.monotonic() < deadline:
+                time.sleep(0.05)
             close_left(folder, "KILLED", "interrupted", display)
 
 
@@ -121,9 +151,7 @@ def _parent(sweep: Sweep, found: Sequence[Foretold], display: Display) -> "Paren
 
     parent = Parent(tracking, display)
     known = (sweep.state["mlflow"] or {}).get("run_id")
-    if known is not None:
-        parent.go_on(known)
-    else:
+    if known is None or not parent.go_on(known):
         sweep.note(mlflow=parent.noted)  # before there is a run, so that none stays that no folder knows of
         parent.begin(sweep.folder, sweep.state, _params(found))
     sweep.note(mlflow=parent.noted)

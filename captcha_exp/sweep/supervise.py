@@ -23,11 +23,13 @@ from captcha_exp.display import Terminal
 from captcha_exp.errors import RunFailed
 from captcha_exp.places import root
 from captcha_exp.sweep.points import Sweep
+from captcha_exp.sweep.undisturbed import undisturbed
 from captcha_exp.sweep.work import STOP
 from captcha_exp.tracking import close_left, tracker_of
 
 SECONDS_TO_STOP = 15.0  # for the step at hand, the files' hashes and the last words to MLflow
 LAST_WORDS = ("Traceback (most recent call last)", "Fatal Python error")  # what follows is for the log alone
+LONGEST_LAST_WORDS = 1000  # characters, in the record of a run and in a table
 SECONDS_BETWEEN_LOOKS = 0.5  # at whether the sweep's own process is there
 
 
@@ -103,6 +105,7 @@ class _Process:
         home = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
         self._last_words = ""
+        self._made_to_end = False
         self._listen = listen
         self._log = folder.with_name(f"{folder.name}.log")
         self._process = subprocess.Popen(
@@ -128,6 +131,7 @@ class _Process:
         except subprocess.TimeoutExpired:
             pass
         finally:  # at a second Ctrl-C, too
+            self._made_to_end = self._process.poll() is None
             self._process.kill()
             self._process.wait()
             self._reader.join()
@@ -147,9 +151,12 @@ class _Process:
     def how_it_ended(self) -> str:
         """In one line."""
         code = self._process.returncode
+        if self._made_to_end:
+            return "it did not stop when it was asked to, and was made to"
         if code >= 0:
             return self._last_words or f"its process ended with exit code {code} and said nothing"
-        name = signal.Signals(-code).name
+        known = {each.value: each.name for each in signal.Signals}
+        name = known.get(-code, f"signal {-code}")
         hint = " (the kernel does so to a process for which memory is short)" if name == "SIGKILL" else ""
         return f"its process was ended by {name}{hint}"
 
@@ -160,23 +167,56 @@ class _Process:
             self._process.stdin.flush()
 
     def _read(self) -> None:
+        """Each line to the log and to who listens; where one can take no more, the other goes on, since the
+        process would wait for its reader for ever."""
         if self._process.stdout is None or self._listen is None:
             return
+        terminal, log = _Taker(self._listen), _Taker(_appending_to(self._log))
         in_full = True
-        with self._log.open("w", encoding="utf-8") as log:
-            for said in self._process.stdout:
-                line = said.decode(errors="replace").rstrip("\r\n")
-                print(line, file=log, flush=True)
-                self._last_words = line.strip() or self._last_words
-                in_full = in_full and not line.startswith(LAST_WORDS)
-                if in_full:
-                    self._listen(line)
+        for said in self._process.stdout:
+            log.take(said)
+            line = said.decode(errors="replace").rstrip("\r\n")
+            self._last_words = line.strip()[:LONGEST_LAST_WORDS] or self._last_words
+            in_full = in_full and not line.startswith(LAST_WORDS)
+            if in_full:
+                terminal.take(line)
         if self._process.wait() != 0:
-            self._listen(f"{self.how_it_ended()}; {self._log} has it in full")
+            where = f"{self._log} cannot be written" if log.broken else f"{self._log} has it in full"
+            terminal.take(f"{self.how_it_ended()}; {where}")
+
+
+class _Taker:
+    """Takes until it cannot: the disk is full, the terminal has gone."""
+
+    def __init__(self, take: Callable[[Any], object]) -> None:
+        self._take = take
+        self.broken = False
+
+    def take(self, what: str | bytes) -> None:
+        if not self.broken:
+            try:
+                self._take(what)
+            except (OSError, SystemExit):  # rich ends a program whose terminal has gone
+                self.broken = True
+
+
+def _appending_to(path: Path) -> Callable[[bytes], object]:
+    """Writes at the end of a file that is opened each time: it may not be there to be written."""
+
+    def write(said: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(said)
+
+    return write
 
 
 def _close(order: Order, folder: Path, status: record.Status, error: str) -> None:
     """The record of a run whose process is gone, if it has not closed it itself."""
+    with undisturbed():
+        _close_undisturbed(order, folder, status, error)
+
+
+def _close_undisturbed(order: Order, folder: Path, status: record.Status, error: str) -> None:
     display = Terminal()
     if (folder / "run.json").exists():
         close_left(folder, status, error, display)

@@ -41,7 +41,10 @@ def serve() -> None:
 
 def _obey(words: Iterator[bytes]) -> None:
     if next(words, None) == STOP:
-        _thread.interrupt_main(signal.SIGTERM)
+        if hasattr(signal, "pthread_kill"):  # ends a wait for a server or for drawn pictures, too
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        else:
+            _thread.interrupt_main(signal.SIGTERM)
     for _ in words:
         pass
     os._exit(1)

@@ -139,17 +139,11 @@ def _send_one(client: "MlflowClient", left: Left) -> str | None:
 
 
 def _run_id(client: "MlflowClient", left: Left) -> str | None:
-    from mlflow.exceptions import MlflowException
+    from captcha_exp.tracking.store import is_there
 
     known = left.state["mlflow"]
     if known.get("run_id") is None:  # killed while MLflow made the run
         found = client.search_runs([known["experiment_id"]], f"tags.pid = '{left.state['pid']}'")
         ids = (run.info.run_id for run in found if run.data.tags.get("folder") == str(left.folder))
         return next(ids, None)
-    try:
-        run = client.get_run(known["run_id"])
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
+    return str(known["run_id"]) if is_there(client, known["run_id"]) else None

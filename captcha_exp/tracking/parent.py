@@ -13,7 +13,7 @@ from captcha_exp.config import Mlflow
 from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
 from captcha_exp.record import MetricsRow, now_ms
-from captcha_exp.tracking.store import experiment_id, first_line, open_store
+from captcha_exp.tracking.store import experiment_id, first_line, is_there, open_store
 from captcha_exp.tracking.tracker import BATCH, send_end, send_files, send_rows
 
 Figures: TypeAlias = tuple[int, Mapping[str, float]]
@@ -68,15 +68,19 @@ class Parent:
             for start in range(0, len(named), BATCH):
                 self._client.log_batch(self.run_id, params=named[start : start + BATCH])
 
-    def go_on(self, run_id: str) -> None:
-        """The run of a sweep that is gone on with.
+    def go_on(self, run_id: str) -> bool:
+        """Whether the run of a sweep that is gone on with is there still: it, or all of the store, may have
+        been deleted.
 
         Raises:
-            RunFailed: it is not there any more, or the store does not take it.
+            RunFailed: the store does not take it.
         """
         with self._refused():
+            if not is_there(self._client, run_id):
+                return False
             self._client.update_run(run_id, status="RUNNING")
         self.run_id = run_id
+        return True
 
     @contextlib.contextmanager
     def _refused(self) -> Iterator[None]:

@@ -50,6 +50,17 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         raise
 
 
+def is_there(client: MlflowClient, run_id: str) -> bool:
+    """Whether the store has the run, and it was not deleted."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return bool(run.info.lifecycle_stage == "active")
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
