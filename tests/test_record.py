@@ -355,3 +355,18 @@ def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Confi
     assert [folder for folder, _ in record.runs(told.append)] == [whole.folder]
     assert len(told) == 1
     assert told[0].startswith(str(broken.folder / "run.json"))
+
+
+@pytest.mark.parametrize("started", ["yesterday", "2026-01-01T00:00:00", 5, None])
+def test_a_record_with_an_odd_time_does_not_keep_the_others_from_being_found(
+    tiny: Config, started: Any
+) -> None:
+    odd, good = record.create(tiny, tiny), record.create(tiny, tiny)
+    odd.note(started=started)
+
+    told: list[str] = []
+    assert [folder for folder, _ in record.runs(told.append)] == [good.folder]
+    assert told == [
+        f"{odd.folder / 'run.json'}: started={started!r} is no time with a zone, as a run writes it"
+    ]
+    assert record.find("latest") == good.folder

@@ -222,13 +222,10 @@ def beside(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Place:
     return Place(tmp_path_factory.mktemp("beside"), cache)
 
 
-def gone_on_with(place: Place, beside: Place, words: Sequence[str], waits_at: int, whole: bool) -> None:
-    killed_in_the_middle(place, words, waits_at, whole)
+def gone_on_with(place: Place, words: Sequence[str], waits_at: int) -> None:
+    """Each point once, and the one that was cut once more."""
     done = place.sweep(*words, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    assert beside.sweep(*words).returncode == 0
-
-    assert table(place) == table(beside)
     attempts = [point["attempts"] for point in place.points()]
     number = [point["batch_size"] for point in place.points()].index(waits_at)
     assert attempts == [2 if n == number else 1 for n in range(len(attempts))]
@@ -238,9 +235,14 @@ def gone_on_with(place: Place, beside: Place, words: Sequence[str], waits_at: in
     assert f"{number} of them are settled already" in done.stderr
 
 
-def test_a_sweep_that_lost_its_parent_is_gone_on_with(place: Place, beside: Place) -> None:
-    words = ("train.batch_size=32,48,64", "tracking=none", "train.epochs=1")
-    gone_on_with(place, beside, words, 48, whole=False)
+def test_a_sweep_that_lost_its_parent_is_gone_on_with(place: Place) -> None:
+    words = ("train.batch_size=32,48", "tracking=none", "train.epochs=1")
+    killed_in_the_middle(place, words, 48, whole=False)
+    gone_on_with(place, words, 48)
+
+    assert [point["weights_sha256"] for point in place.points()] == [
+        solo(place, f"train.batch_size={size}", "train.epochs=1") for size in (32, 48)
+    ]
 
 
 @pytest.mark.slow
@@ -250,9 +252,12 @@ def test_five_points_of_which_the_third_was_cut(
     place: Place, beside: Place, whole: bool, launcher: str
 ) -> None:
     words = ("train.batch_size=16,32,48,64,80", f"hydra/launcher={launcher}")
-    if launcher == "joblib":  # one at a time, so that the third is the third
-        words += ("hydra.launcher.n_jobs=1",)
-    gone_on_with(place, beside, words, 48, whole)
+    one_at_a_time = ("hydra.launcher.n_jobs=1",) if launcher == "joblib" else ()
+    words = (*words, *one_at_a_time)
+    killed_in_the_middle(place, words, 48, whole)
+    gone_on_with(place, words, 48)
+    assert beside.sweep(*words).returncode == 0
+    assert table(place) == table(beside)
 
     _, runs = in_mlflow(place)
     assert sorted(run.info.status for run in runs) == ["FINISHED"] * 6 + ["KILLED"]

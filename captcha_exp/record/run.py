@@ -256,6 +256,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as the record of a run: {error}") from None
     if missing:
         raise UserError(f"{path}: is not the record of a run: it lacks {', '.join(sorted(missing))}")
+    try:
+        has_zone = datetime.fromisoformat(state["started"]).tzinfo is not None
+    except (TypeError, ValueError):
+        has_zone = False
+    if not has_zone:
+        raise UserError(f"{path}: started={state['started']!r} is no time with a zone, as a run writes it")
     return state
 
 
