@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch_of, drawn, training
+from conftest import TINY, batch_of, drawn, training
 from PIL import Image
 
 from captcha_exp import compose, dataset, load, probe
@@ -23,8 +23,11 @@ from captcha_exp.device import half_precisions, hold_to_budget, set_up
 from captcha_exp.display import Silent
 from captcha_exp.doctor import findings, gather
 from captcha_exp.evaluate import evaluate_run
+from captcha_exp.oom import OutOfMemory
 from captcha_exp.predict import Reader
+from captcha_exp.record import find, new_folder
 from captcha_exp.step import fresh_state, train_step
+from captcha_exp.sweep.supervise import Order, train_until_it_fits
 from captcha_exp.train import train
 
 pytestmark = pytest.mark.gpu
@@ -275,6 +278,63 @@ def test_what_a_budget_leaves_can_be_taken_to_the_last_block_and_no_more(
         torch.empty(left + 2**21, dtype=torch.uint8, device=device)
     assert torch.empty(left, dtype=torch.uint8, device=device).nbytes == left
     assert torch.cuda.memory_reserved(device) <= 200 * 2**20
+
+
+def too_little(cuda: Config) -> Config:
+    """A config with more than it may take: wide pictures, all at once, and room for the context and little
+    more."""
+    card = replace(cuda.card, context_mib=replace(cuda.card.context_mib, least=300.0, most=600.0))
+    wide = replace(cuda, card=card, captcha=replace(cuda.captcha, width=1024, height=64))
+    return on_the_card(training(wide, batch_size=150), vram_budget_mib=640, resident_limit_mib=0)
+
+
+def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Config) -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"out of memory in .+ MiB taken at most, .+ MiB foretold"
+    ) as caught:
+        train(training(too_little(cuda), on_oom="record"))
+    state = json.loads((find("latest") / "run.json").read_text())
+
+    assert caught.value.exit_code == 0
+    assert (state["status"], state["tags"]) == ("FINISHED", {"oom": "true"})
+    assert 0 < state["oom"]["peak_mib"] < 1200
+
+
+def test_with_split_the_parts_get_smaller_until_they_fit(cuda: Config, root: Path) -> None:
+    config = training(too_little(cuda), on_oom="split", evaluation_batch_size=4)
+    folder = train_until_it_fits(Order(config, {}), lambda: new_folder(config.name))
+    state = json.loads((folder / "run.json").read_text())
+    micro = load(folder / "config.yaml").train.micro_batch_size
+
+    assert state["status"] == "FINISHED"
+    assert len(list(root.glob("outputs/*/*/run.json"))) > 1
+    assert micro is not None
+    assert micro < 150
+    asked = training(on_the_card(config, vram_budget_mib=None), micro_batch_size=micro)
+    assert train(asked).weights_sha256 == state["result"]["weights_sha256"]
+
+
+PLANNING = """
+import sys
+from captcha_exp import compose, load
+from captcha_exp.device import nvml_free_bytes
+from captcha_exp.display import Silent
+from captcha_exp.sweep.foretelling import foretell
+from captcha_exp.sweep.points import Point
+config = load(compose(*sys.argv[1:]))
+before = nvml_free_bytes()
+foretell([Point(number=1, swept={}, choices={}, requested=config)], Silent())
+print(max(abs(before[card] - free) for card, free in nvml_free_bytes().items()))
+"""
+
+
+def test_who_plans_a_sweep_takes_nothing_of_the_card(cuda: Config, cache: Path) -> None:
+    """Each point has the card to itself: the process above them makes no context on it."""
+    words = [*TINY, f"data.cache={cache}", "device.name=cuda", "tracking=none"]
+    command = [sys.executable, "-c", PLANNING, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert int(done.stdout) < 64 * 2**20, "a context takes 300 MiB"
 
 
 def test_calibrate_writes_a_card_that_a_training_can_choose(root: Path) -> None:
