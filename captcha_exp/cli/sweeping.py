@@ -8,6 +8,8 @@ it.
 import argparse
 import json
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,12 +109,11 @@ def _launch(folder: Path, numbers: Sequence[int], grid: Grid, config_dir: str | 
     Raises:
         RunFailed: the launcher itself failed; the line says how to go on.
     """
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     words = [
         "--multirun",
         *(["--config-dir", str(Path(config_dir).resolve())] if config_dir else []),
         *grid.launching,
-        f"hydra.sweep.dir='{quoted}'",
+        f"hydra.sweep.dir={_literally(str(folder))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=disabled",
@@ -126,9 +127,18 @@ def _launch(folder: Path, numbers: Sequence[int], grid: Grid, config_dir: str | 
         raise
     except Exception as error:  # whatever a launcher is made of
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunFailed(f"Hydra's launcher failed: {reason}; --resume={folder} goes on") from error
+        raise RunFailed(
+            f"Hydra's launcher failed: {reason}; --resume={shlex.quote(str(folder))} goes on"
+        ) from error
     finally:
         (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's, of our numbers; sweep.json says it all
+
+
+def _literally(text: str) -> str:
+    """The text as a value that Hydra's grammar and OmegaConf take as it stands; a backslash means itself to
+    them, except before what ends or begins something."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def _tell_where(sweep: Sweep, verdict: Verdict) -> None:

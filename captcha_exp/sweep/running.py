@@ -4,6 +4,7 @@ Its parent stands in MLflow before the first point starts, and the verdict is ma
 """
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def run(
             is_written = _write_down(verdict, sweep, status, error, parent, display)
             tell(sweep, verdict)
     if not is_written:
-        raise RunFailed(f"{sweep.folder}: does not have the verdict; make room and --resume={sweep.folder}")
+        again = f"--resume={shlex.quote(str(sweep.folder))}"
+        raise RunFailed(f"{sweep.folder}: does not have the verdict; make room, and {again} writes it")
     return verdict
 
 
