@@ -35,7 +35,7 @@ class OutOfMemory(RunFailed):
         self.exit_code = 0 if is_result else 1
 
 
-def recorded(
+def noted(
     state: TrainState | None,
     planned: Plan,
     pictures: Mapping[str, int],
@@ -76,7 +76,7 @@ def remedies(planned: Plan, pictures: Mapping[str, int], config: Config) -> list
 
     Where there are few, the largest batch that fits is one more.
     """
-    room_mib = CLEARLY_LESS * planned.process_mib.least
+    room_mib = CLEARLY_LESS * planned.process_mib.most
     if planned.budget_mib is not None:
         room_mib = min(room_mib, planned.budget_mib.least)
     tighter = replace(config, device=replace(config.device, vram_budget_mib=max(1, int(room_mib))))

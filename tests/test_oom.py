@@ -11,10 +11,11 @@ import torch
 from conftest import Heard, training
 
 from captcha_exp import device as devices
-from captcha_exp import oom, train
+from captcha_exp import oom, record, train
 from captcha_exp.config import Config
 from captcha_exp.memory.plan import Planner
 from captcha_exp.record import find, read_rows
+from captcha_exp.sweep.supervise import _in_smaller_parts
 
 PICTURES = {"train": 150, "validation": 75, "test": 75}
 
@@ -151,7 +152,7 @@ def test_a_remedy_needs_clearly_less(tiny: Config, budget_mib: int | None) -> No
     for each in named:
         overrides, least, most = re.fullmatch(r"(.+) \(([\d,]+)(?: to ([\d,]+))? MiB\)", each).groups()  # type: ignore[union-attr]
         needs = float((most or least).replace(",", ""))
-        assert needs <= 0.9 * planned.process_mib.least + 1
+        assert needs <= 0.9 * planned.process_mib.most + 1
         assert needs <= (budget_mib or needs)
         assert "=" in overrides
         assert "vram_budget" not in overrides
@@ -162,3 +163,48 @@ def test_where_nothing_helps_it_says_so() -> None:
     assert oom.words(["a=1 (5 MiB)", "b=2 (6 MiB)"]) == (
         "the cheapest that spare memory: a=1 (5 MiB), or b=2 (6 MiB)"
     )
+
+
+# -- started again -------------------------------------------------------------------------------------------
+
+
+def again(config: Config, during: str) -> Config | None:
+    """What is tried after a run of this config was short of memory."""
+    run = record.create(config, config)
+    run.note(oom={"during": during})
+    return _in_smaller_parts(config, run.folder)
+
+
+def test_the_micro_batch_is_halved_down_to_one_picture_and_the_batch_stays(tiny: Config) -> None:
+    config: Config | None = training(tiny, on_oom="split", batch_size=100)
+    sizes = []
+    while config is not None:
+        assert config.train.batch_size == 100
+        sizes.append(config.train.micro_batch_size)
+        config = again(config, "training")
+
+    assert sizes == [None, 50, 25, 13, 7, 4, 2, 1]
+
+
+def test_in_evaluation_its_own_batch_is_halved(tiny: Config) -> None:
+    config = training(tiny, on_oom="split", evaluation_batch_size=3)
+    smaller = again(config, "evaluation")
+
+    assert smaller == training(config, evaluation_batch_size=2)
+    assert again(training(config, evaluation_batch_size=1), "evaluation") is None
+
+
+@pytest.mark.parametrize("on_oom", ["record", "fail"])
+def test_it_starts_again_only_if_asked(tiny: Config, on_oom: str) -> None:
+    assert again(training(tiny, on_oom=on_oom), "training") is None
+
+
+def test_what_was_measured_the_first_time_is_kept_the_second(tiny: Config) -> None:
+    """train.batch_size=auto may come out otherwise in another run."""
+    asked = training(tiny, on_oom="split", batch_size="auto")
+    run = record.create(training(asked, batch_size=48), asked)
+    run.note(oom={"during": "training"})
+    smaller = _in_smaller_parts(asked, run.folder)
+
+    assert smaller is not None
+    assert (smaller.train.batch_size, smaller.train.micro_batch_size) == (48, 24)
