@@ -79,6 +79,8 @@ def remedies(planned: Plan, pictures: Mapping[str, int], config: Config) -> list
     room_mib = CLEARLY_LESS * planned.process_mib.most
     if planned.budget_mib is not None:
         room_mib = min(room_mib, planned.budget_mib.least)
+    if room_mib <= config.card.context_mib.most:  # nothing fits: half a minute would be spent to find none
+        return []
     tighter = replace(config, device=replace(config.device, vram_budget_mib=max(1, int(room_mib))))
     found = advise(tighter, pictures, None, Silent())[:REMEDIES]
     named = [f"{' '.join(each.overrides)} ({each.plan.process_mib} MiB)" for each in found]

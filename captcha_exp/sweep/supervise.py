@@ -57,7 +57,10 @@ def run_point(folder: Path, number: int) -> None:
         terminal.line(f"[{number}/{of_all} {point.name}] {line}")
 
     order = Order(point.requested, point.choices, point.name, (sweep.state["mlflow"] or {}).get("run_id"))
-    train_until_it_fits(order, lambda: sweep.new_attempt(point), listen)
+    try:
+        train_until_it_fits(order, lambda: sweep.new_attempt(point), listen)
+    except OSError as error:  # a full disk; the points after it may find room
+        terminal.warn(f"{point.name}: its record cannot be written: {error}")
 
 
 def train_until_it_fits(
