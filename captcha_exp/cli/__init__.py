@@ -7,6 +7,7 @@ end.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """The command: exit code 0, 1 for a run that failed or a problem that was found, 2 for a mistake in
     the call, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an odd terminal cannot show does not end a sweep
+            stream.reconfigure(errors="backslashreplace")
     # SIGTERM ends in order, as Ctrl-C does: a run's record says KILLED, a server that was started ends too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

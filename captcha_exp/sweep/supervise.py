@@ -138,9 +138,10 @@ class _Process:
             self._process.kill()
             self._process.wait()
             self._reader.join()
-            assert self._process.stdin is not None
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
 
     def tell(self, order: Any) -> None:
         """What to do."""
@@ -175,6 +176,7 @@ class _Process:
         if self._process.stdout is None or self._listen is None:
             return
         terminal, log = _Taker(self._listen), _Taker(_appending_to(self._log))
+        log.take(b"")  # it is there even if nothing is said
         in_full = True
         for said in self._process.stdout:
             log.take(said)
