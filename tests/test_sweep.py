@@ -346,7 +346,13 @@ def test_two_keys_and_three_seeds_are_grouped(place: Place) -> None:
     assert became(place) == ["finished"] * 6
     groups = place.verdict()["groups"]
     assert [group["swept"] for group in groups] == [{"model": "compact"}, {"model": "resnet18"}]
-    assert [group["count"] for group in groups] == [3, 3]
+    assert [group["points"] for group in groups] == [[1, 2, 3], [4, 5, 6]]
+    for group in groups:
+        low, high = group["figures"]["test_accuracy"]["interval"]
+        assert low <= group["figures"]["test_accuracy"]["value"] <= high
+    assert done.stdout.count("±") >= 2
+    with Image.open(place.folder() / "verdict.png") as picture:
+        assert picture.width > 600
 
 
 @pytest.fixture(autouse=True)
