@@ -64,6 +64,9 @@ def test_mistakes_end_the_real_command_with_a_line_each_and_leave_nothing_behind
     ("words", "line"),
     [
         (["train", "hydra.run.dir=x"], r"hydra\.run\.dir=x: .+"),
+        (["train", "hydra/launcher=joblib"], r"hydra/launcher=joblib: launches .+; add -m to train"),
+        (["train", "hydra=x"], r"hydra=x: Hydra only composes here; .+"),
+        (["train", "hydra/help=default"], r"hydra/help=default: Hydra only composes here; .+"),
         (["train", "train.batch_size=25,50"], r"train\.batch_size=25,50: is a sweep; .+"),
         (["train", "train.batch_size=[1"], r"'train\.batch_size=\[1': is no override; .+"),
         (["train", "experiment=typo"], r"experiment=typo: .+ one of alnum, article, quickstart"),

@@ -152,7 +152,9 @@ def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, 
             override,
             f"{text}: is a sweep; train -m runs each point (a list is written [1,2], a text in quotes)",
         )
-    if key.split(".")[0] == "hydra":
+    if key.startswith(("hydra/launcher", "hydra.launcher.")):
+        return override, f"{text}: launches the points of a sweep; add -m to train"
+    if key == "hydra" or key.startswith(("hydra/", "hydra.")):
         return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
     if key in groups and not override.is_delete():
         choice = override.value()
