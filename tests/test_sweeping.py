@@ -381,6 +381,7 @@ def test_neither_a_log_nor_a_terminal_that_is_gone_stops_a_process(
         raise SystemExit(1)  # what rich does
 
     with process_of("seq 1 100000; exit 3", tmp_path, listen, monkeypatch) as process:
+        process._process.wait(30)  # for ever, if nobody reads
         process.wait()
     assert heard == ["1"]
     assert process.how_it_ended() == "100000"

@@ -108,7 +108,7 @@ class _Process:
         home = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
         self._last_words = ""
-        self._made_to_end = False
+        self._asked_to_stop = self._made_to_end = False
         self._listen = listen
         self._log = folder.with_name(f"{folder.name}.log")
         self._process = subprocess.Popen(
@@ -129,6 +129,7 @@ class _Process:
         """If it has not ended, it is asked to, and then made to."""
         try:
             if self._process.poll() is None:
+                self._asked_to_stop = True
                 self._say(STOP)
                 self._process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
@@ -185,7 +186,7 @@ class _Process:
             in_full = in_full and not line.startswith(LAST_WORDS)
             if in_full:
                 terminal.take(line)
-        if self._process.wait() != 0:
+        if self._process.wait() != 0 and (self._made_to_end or not self._asked_to_stop):
             where = f"{self._log} cannot be written" if log.broken else f"{self._log} has it in full"
             terminal.take(f"{self.how_it_ended()}; {where}")
 
