@@ -923,6 +923,8 @@ PLANTS = (
         "speeds[1:] or speeds",
         "speeds",
         ("test_points.py",),
+    ),
+    Plant(
         "a sweep that is gone on with stays that of the process before",
         "sweep/running.py",
         "        sweep.reopen()\n",
