@@ -51,7 +51,8 @@ def noted(
     metrics = meter.peaks(phase) | planned.beside([])
     peak_mib = metrics["memory/process_peak_mib"] = meter.process_peak_mib()
     epoch, step = (state.epoch, state.step + 1) if state is not None else (0, 0)
-    spared = remedies(planned, pictures, config)
+    splits = config.train.on_oom == "split"  # that is tried next, and needs no search for others
+    spared = [] if splits else remedies(planned, pictures, config)
     run.note(
         tags={**run.state["tags"], "oom": "true"},
         oom={
@@ -66,7 +67,7 @@ def noted(
     place = f"{during}, epoch {epoch}, step {step}" if step else "setting up"
     line = (
         f"out of memory in {place}: {peak_mib:,.0f} MiB taken at most, {planned.process_mib} MiB foretold "
-        f"for {config.card.name}; {words(spared)}"
+        f"for {config.card.name}; {'train.on_oom=split tries less at a time' if splits else words(spared)}"
     )
     return OutOfMemory(line, config.train.on_oom != "fail"), MetricsRow(epoch, now_ms(), metrics)
 

@@ -171,6 +171,7 @@ def test_where_nothing_helps_it_says_so() -> None:
 def again(config: Config, during: str) -> Config | None:
     """What is tried after a run of this config was short of memory."""
     run = record.create(config, config)
+    run.write_json("dataset.json", {"splits": PICTURES})
     run.note(oom={"during": during})
     return _in_smaller_parts(config, run.folder)
 
@@ -184,6 +185,16 @@ def test_the_micro_batch_is_halved_down_to_one_picture_and_the_batch_stays(tiny:
         config = again(config, "training")
 
     assert sizes == [None, 50, 25, 13, 7, 4, 2, 1]
+
+
+def test_a_batch_of_more_than_all_pictures_is_halved_from_all_of_them(tiny: Config) -> None:
+    config = training(tiny, on_oom="split", batch_size=1000, evaluation_batch_size=1000)
+    in_training, in_evaluation = again(config, "training"), again(config, "evaluation")
+
+    assert in_training is not None
+    assert in_evaluation is not None
+    assert (in_training.train.batch_size, in_training.train.micro_batch_size) == (1000, 75)
+    assert in_evaluation.train.evaluation_batch_size == 38
 
 
 def test_in_evaluation_its_own_batch_is_halved(tiny: Config) -> None:
@@ -203,6 +214,7 @@ def test_what_was_measured_the_first_time_is_kept_the_second(tiny: Config) -> No
     """train.batch_size=auto may come out otherwise in another run."""
     asked = training(tiny, on_oom="split", batch_size="auto")
     run = record.create(training(asked, batch_size=48), asked)
+    run.write_json("dataset.json", {"splits": PICTURES})
     run.note(oom={"during": "training"})
     smaller = _in_smaller_parts(asked, run.folder)
 

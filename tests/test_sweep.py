@@ -308,9 +308,14 @@ def test_split_equals_a_run_that_was_asked_for_those_parts(place: Place, site: s
 
     assert done.returncode == 0, done.stderr
     assert became(place) == ["finished"] * 5
-    parts = "train.evaluation_batch_size=256" if site == "evaluation" else "train.micro_batch_size=24"
     third = place.points()[2]
     assert third["attempts"] == 2
+    tried = load(Path(third["folder"]) / "config.yaml").train
+    if site == "evaluation":
+        parts = f"train.evaluation_batch_size={tried.evaluation_batch_size}"
+        assert tried.evaluation_batch_size < 512
+    else:
+        parts = "train.micro_batch_size=24"
     assert third["weights_sha256"] == solo(place, "train.batch_size=48", parts)
     assert third["micro_batch_size"] == (None if site == "evaluation" else 24)
     first = json.loads((place.folder() / "3-batch_size=48" / "run.json").read_text())

@@ -409,8 +409,9 @@ def test_no_remedy_is_sought_where_the_context_alone_is_too_much(
     (found,) = foretell(points_of(tiny, 1), Heard())
     assert found.plan is not None
     monkeypatch.setattr(oom, "advise", None)
+    plan = replace(found.plan, budget_mib=Between(100.0, 100.0))
 
-    assert oom.remedies(found.plan, found.pictures, found.config) == []
+    assert oom.remedies(plan, found.pictures, found.config) == []
 
 
 # -- Ctrl-C for real -----------------------------------------------------------------------------------------

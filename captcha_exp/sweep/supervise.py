@@ -248,11 +248,12 @@ def _in_smaller_parts(requested: Config, folder: Path) -> Config | None:
     if not short or requested.train.on_oom != "split":
         return None
     train = load(folder / "config.yaml").train
+    splits = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["splits"]
     if short["during"] == "evaluation":
-        size = train.evaluation_batch_size
+        size = min(train.evaluation_batch_size, max(splits["validation"], splits["test"]))
         train = replace(train, evaluation_batch_size=-(-size // 2))
-    else:
-        size = train.micro_batch_size or int(train.batch_size)
+    else:  # a batch holds no more than there is; half of more would be the same again
+        size = min(train.micro_batch_size or int(train.batch_size), splits["train"])
         train = replace(train, micro_batch_size=-(-size // 2))
     return None if size == 1 else replace(requested, train=train)
 
