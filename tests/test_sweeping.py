@@ -23,6 +23,7 @@ from captcha_exp.cli import sweeping
 from captcha_exp.config import Config, Mlflow
 from captcha_exp.device import this_machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError
+from captcha_exp.memory.between import Between
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep import supervise
 from captcha_exp.sweep.foretelling import foretell
