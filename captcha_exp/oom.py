@@ -14,7 +14,7 @@ import torch
 from captcha_exp import device as devices
 from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config
-from captcha_exp.display import Silent
+from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
 from captcha_exp.memory.advice import advise
 from captcha_exp.memory.plan import Plan, Planner
@@ -41,6 +41,7 @@ def noted(
     pictures: Mapping[str, int],
     config: Config,
     run: Run,
+    display: Display,
 ) -> tuple[OutOfMemory, MetricsRow]:
     """What to raise, and the metrics of a run that has just met too little memory; noted in its record."""
     device = torch.device(config.device.name)
@@ -52,7 +53,7 @@ def noted(
     peak_mib = metrics["memory/process_peak_mib"] = meter.process_peak_mib()
     epoch, step = (state.epoch, state.step + 1) if state is not None else (0, 0)
     splits = config.train.on_oom == "split"  # that is tried next, and needs no search for others
-    spared = [] if splits else remedies(planned, pictures, config)
+    spared = [] if splits else remedies(planned, pictures, config, display)
     run.note(
         tags={**run.state["tags"], "oom": "true"},
         oom={
@@ -72,7 +73,7 @@ def noted(
     return OutOfMemory(line, config.train.on_oom != "fail"), MetricsRow(epoch, now_ms(), metrics)
 
 
-def remedies(planned: Plan, pictures: Mapping[str, int], config: Config) -> list[str]:
+def remedies(planned: Plan, pictures: Mapping[str, int], config: Config, display: Display) -> list[str]:
     """The cheapest in time of what needs clearly less than this plan, each with the MiB that it needs.
 
     Where there are few, the largest batch that fits is one more.
@@ -83,7 +84,7 @@ def remedies(planned: Plan, pictures: Mapping[str, int], config: Config) -> list
     if room_mib <= config.card.context_mib.most:  # nothing fits: half a minute would be spent to find none
         return []
     tighter = replace(config, device=replace(config.device, vram_budget_mib=max(1, int(room_mib))))
-    found = advise(tighter, pictures, None, Silent())[:REMEDIES]
+    found = advise(tighter, pictures, None, display)[:REMEDIES]
     named = [f"{' '.join(each.overrides)} ({each.plan.process_mib} MiB)" for each in found]
     if len(named) < REMEDIES and (largest := Planner(tighter, pictures).largest()):
         named.append(f"train.batch_size={largest.batch_size} ({largest.process_mib} MiB)")

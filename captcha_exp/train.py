@@ -181,7 +181,7 @@ def train(
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
-            short, row = oom.noted(state, planned, outline.counts, config, run)
+            short, row = oom.noted(state, planned, outline.counts, config, run, display)
             run.log(row)
             tracker.log(row)
             raise short from error

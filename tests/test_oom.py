@@ -146,7 +146,7 @@ def roomy(tiny: Config, budget_mib: int | None) -> Config:
 def test_a_remedy_needs_clearly_less(tiny: Config, budget_mib: int | None) -> None:
     config = roomy(tiny, budget_mib)
     planned = Planner(config, PICTURES).at(100)
-    named = oom.remedies(planned, PICTURES, config)
+    named = oom.remedies(planned, PICTURES, config, Heard())
 
     assert 1 <= len(named) <= 3
     for each in named:

@@ -94,34 +94,40 @@ def in_mlflow(place: Place) -> tuple[MlflowClient, list[Any]]:
 
 def test_from_the_grid_to_the_verdict(place: Place, tmp_path: Path) -> None:
     """Two points that fit and one that does not, in MLflow and in the folder."""
-    grid = ("captcha.width=32,48,1024", "device.vram_budget_mib=900", "train.epochs=1")
+    grid = ("device.vram_budget_mib=900,1000,40", "train.epochs=1")
     done = place.sweep(*grid)
     assert done.returncode == 0, done.stderr
     folder, points = place.folder(), place.points()
 
     assert became(place) == ["finished", "finished", "unfit"]
-    assert [point["swept"] for point in points] == [{"captcha.width": w} for w in ("32", "48", "1024")]
-    assert [point["fits"] for point in points] == ["fits", "fits", "unsure"]
+    assert [point["swept"] for point in points] == [
+        {"device.vram_budget_mib": budget} for budget in ("900", "1000", "40")
+    ]
+    assert [point["fits"] for point in points] == ["fits", "fits", "does not fit"]
     assert points[0]["weights_sha256"] == solo(place, *(w for w in grid[1:]))
     assert all(point["predicted_mib"] for point in points)
     assert [point["val_accuracy"] is None for point in points] == [False, False, True]
-    for part in ("sweep of captcha.width", "width", "unsure", "finished", "/#/compare-runs?runs="):
+    for part in ("sweep of device.vram_budget_mib", "does not fit", "finished", "/#/compare-runs?runs="):
         assert part in done.stdout, part
     assert done.stdout.count("\nfolder ") == 1
     assert statuses(folder) == {"FINISHED"}
     with Image.open(folder / "verdict.png") as picture:
         assert picture.width > 600
     with (folder / "verdict.csv").open(newline="") as file:
-        assert [row["captcha.width"] for row in csv.DictReader(file)] == ["32", "48", "1024"]
+        assert [row["device.vram_budget_mib"] for row in csv.DictReader(file)] == ["900", "1000", "40"]
     assert not (folder / "multirun.yaml").exists()
 
     client, runs = in_mlflow(place)
     parent = next(run for run in runs if run.info.run_name == folder.name)
     children = [run for run in runs if run is not parent]
-    assert [run.info.run_name for run in children] == ["width=1024", "width=32", "width=48"]
+    assert [run.info.run_name for run in children] == [
+        "vram_budget_mib=40",
+        "vram_budget_mib=900",
+        "vram_budget_mib=1000",
+    ]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert parent.data.params["captcha.width"] == "32, 48, 1024"
+    assert parent.data.params["device.vram_budget_mib"] == "900, 1000, 40"
     assert parent.data.params["train.epochs"] == "1"
     assert parent.data.metrics["sweep/unfit"] == 1
     assert {name for name in parent.data.metrics if name.startswith("sweep/")} >= {
@@ -132,11 +138,11 @@ def test_from_the_grid_to_the_verdict(place: Place, tmp_path: Path) -> None:
     }
     for sentence in place.verdict()["sentences"]:
         assert sentence in done.stdout
-    assert "| 48 |" in parent.data.tags["mlflow.note.content"]
+    assert "| 1000 |" in parent.data.tags["mlflow.note.content"]
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert artifacts >= {"verdict.json", "verdict.csv", "verdict.png", "sweep.json"}
     unfit = children[0]
-    assert (unfit.data.tags["fits"], unfit.data.tags["trained"]) == ("unsure", "false")
+    assert (unfit.data.tags["fits"], unfit.data.tags["trained"]) == ("does not fit", "false")
     assert unfit.data.metrics["memory/predicted_peak_mib"] == points[2]["predicted_mib"][1]
     assert str([run["run_id"] for run in points])[2:10] in done.stdout
 

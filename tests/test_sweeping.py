@@ -412,7 +412,7 @@ def test_no_remedy_is_sought_where_the_context_alone_is_too_much(
     monkeypatch.setattr(oom, "advise", None)
     plan = replace(found.plan, budget_mib=Between(100.0, 100.0))
 
-    assert oom.remedies(plan, found.pictures, found.config) == []
+    assert oom.remedies(plan, found.pictures, found.config, Heard()) == []
 
 
 # -- Ctrl-C for real -----------------------------------------------------------------------------------------

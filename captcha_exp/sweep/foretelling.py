@@ -75,7 +75,7 @@ def record_unfit(foretold: Foretold, folder: Path, tracker: Tracker, display: Di
     plan, point, config = foretold.plan, foretold.point, foretold.config
     assert plan is not None
     run = record.create(config, point.requested, folder)
-    spared = oom.remedies(plan, foretold.pictures, config)
+    spared = oom.remedies(plan, foretold.pictures, config, display)
     run.note(tags={"fits": str(plan.fits), "trained": "false"}, unfit={"remedies": spared})
     display.line(f"{point.name}: {plan.words(config.card.name)}; not trained; {oom.words(spared)}")
     with recorded(run, tracker, config, display):
