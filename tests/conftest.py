@@ -1,6 +1,7 @@
 """What the tests share: a root of their own, and a tiny config that trains in a second."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from captcha_exp import compose, load, watch
+from captcha_exp import cli, compose, load, watch
 from captcha_exp.config import CaptchaLibrary, Config
 from captcha_exp.dataset import Batch, Split
 from captcha_exp.display import Silent
@@ -46,6 +47,7 @@ EVERY_EPOCH = {
 }
 
 CPU = torch.device("cpu")
+Call = Callable[..., tuple[int, str, str]]
 Optimizer = Literal["adam", "adamw", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
 
@@ -146,3 +148,16 @@ def composed(cache: Path) -> DictConfig:
 def tiny(root: Path, composed: DictConfig) -> Config:
     """A config that trains in about a second, in a root of its own."""
     return load(composed)
+
+
+@pytest.fixture
+def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`captcha-exp ...` in this process: exit code, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run

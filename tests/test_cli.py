@@ -5,29 +5,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Call
 from omegaconf import OmegaConf
 
-from captcha_exp import cli, compose
+from captcha_exp import compose
 
-Call = Callable[..., tuple[int, str, str]]
 VERBS = ["train", "data", "plan", "evaluate", "predict", "runs", "diff", "ui", "calibrate", "doctor"]
-
-
-@pytest.fixture
-def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`captcha-exp ...` in this process: exit code, standard output, standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import training
+from conftest import Call, training
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from captcha_exp import cli, record
+from captcha_exp import record
 from captcha_exp.cli.comparing import difference, same
 from captcha_exp.cli.looking import Condition, number, tidy
 from captcha_exp.config import Config
@@ -25,7 +25,6 @@ from captcha_exp.errors import UserError
 from captcha_exp.record import MetricsRow, Run
 from captcha_exp.record.facts import Facts
 
-Call = Callable[..., tuple[int, str, str]]
 Make = Callable[..., Run]
 
 ROWS = (
@@ -57,19 +56,6 @@ RESULT = {
     "seconds": 12.5,
     "process_peak_mib": 900.0,
 }
-
-
-@pytest.fixture
-def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`captcha-exp ...` in this process: exit code, standard output, standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -476,8 +462,8 @@ def test_a_damaged_line_of_metrics_is_told_and_the_others_count(make: Make, call
     "row",
     [
         MetricsRow(1, 2, {"val/accuracy": "high"}),  # type: ignore[dict-item]  # what no training writes
-        MetricsRow("1", 2, {"val/accuracy": 1.0}),  # type: ignore[arg-type]
-        MetricsRow(1, 2, [0.5]),  # type: ignore[arg-type]
+        MetricsRow("1", 2, {"val/accuracy": 1.0}),  # type: ignore[arg-type]  # as above
+        MetricsRow(1, 2, [0.5]),  # type: ignore[arg-type]  # as above
     ],
     ids=["a metric", "a step", "all metrics"],
 )

@@ -150,7 +150,9 @@ def test_a_remedy_needs_clearly_less(tiny: Config, budget_mib: int | None) -> No
 
     assert 1 <= len(named) <= 3
     for each in named:
-        overrides, least, most = re.fullmatch(r"(.+) \(([\d,]+)(?: to ([\d,]+))? MiB\)", each).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"(.+) \(([\d,]+)(?: to ([\d,]+))? MiB\)", each)
+        assert found is not None
+        overrides, least, most = found.groups()
         needs = float((most or least).replace(",", ""))
         assert needs <= 0.9 * planned.process_mib.most + 1
         assert needs <= (budget_mib or needs)

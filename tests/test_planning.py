@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from test_cli import Call
-
-# They are fixtures.
-from test_cli import call as call
-from test_cli import shell as shell
+from conftest import TINY, Call
+from test_cli import shell as shell  # a fixture
 
 from captcha_exp import compose, load
 from captcha_exp.cli import planning

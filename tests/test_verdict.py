@@ -88,7 +88,7 @@ FIVE = [
 
 def check_metric_name(name: str) -> None:
     """By MLflow's own rule; it takes no more characters than that."""
-    _validate_metric_name(name)  # type: ignore[no-untyped-call]
+    _validate_metric_name(name)  # type: ignore[no-untyped-call]  # MLflow has no types
     assert len(name) <= MAX_ENTITY_KEY_LENGTH
 
 
@@ -185,7 +185,7 @@ def test_a_group_fits_if_all_its_points_do() -> None:
     rows = of("a", 0.9, 0.8, 0.7)
     assert Verdict(rows).groups[0].fits == "fits"
     for others, expected in (({"fits": "unsure"}, "unsure"), ({"became": "oom"}, "does not fit")):
-        group = Verdict([*rows[:2], replace(rows[2], **others)]).groups[0]  # type: ignore[arg-type]
+        group = Verdict([*rows[:2], replace(rows[2], **others)]).groups[0]  # type: ignore[arg-type]  # of several types
         assert group.fits == expected
         assert not group.can_be_taken
 
@@ -552,7 +552,7 @@ def test_a_narrow_terminal_keeps_the_edges(monkeypatch: pytest.MonkeyPatch) -> N
     out = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, soft_wrap=True)
     monkeypatch.setattr(summary, "console", lambda: out)
     summary.of_sweep(Verdict([at(25, 10.0, 0.9, also={"data.path": "中" * 100 + "/x" * 50})]))
-    text = out.file.getvalue()  # type: ignore[attr-defined]
+    text = out.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert {len(line) for line in text.splitlines() if line[:1] in "┏┡└"} == {80}
 
 
