@@ -146,8 +146,8 @@ def config_leaves(folder: Path) -> dict[str, Any]:
         text = _content(path).decode()
         # The C parser is eight times as fast, and ends the process where a text is nested too deep.
         flat = len(text) < 100_000 and sum(map(text.count, _OPENING)) < 1_000
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if flat else yaml.SafeLoader
-        values = yaml.load(text, Loader=loader)  # noqa: S506 - both are safe loaders
+        safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if flat else yaml.SafeLoader
+        values = safe(text).get_single_data()
         _check_plain(values, set())
         return dict(_leaves(values))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
