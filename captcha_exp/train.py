@@ -5,7 +5,7 @@ The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the t
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,8 +142,13 @@ def train(
     tracker: Tracker | None = None,
     display: Display | None = None,
     folder: Path | None = None,
+    links: Mapping[str, Any] | None = None,
+    at_end: Callable[[Run], None] | None = None,
 ) -> Result:
     """A trained, tested and recorded model; its record is in this empty folder, or in a new one.
+
+    `links` is as `record.create` has it; `at_end` writes what else belongs into a record that is complete,
+    and not closed yet.
 
     Raises:
         OutOfMemory: there was too little memory; its record says what train.on_oom takes that for.
@@ -157,7 +162,7 @@ def train(
     devices.hold_to_budget(config, device)
     outline = trials.outline or dataset.outline(config, display)
     planned = Planner(config, outline.counts, devices.card_total_mib(config)).at(int(config.train.batch_size))
-    run = record.create(config, requested, folder)
+    run = record.create(config, requested, folder, links)
     display.line(f"run {run.folder} on {devices.describe(config)}")
     _tell_plan(planned, config, display)
     with recorded(run, tracker, config, display):
@@ -195,6 +200,8 @@ def train(
             process_peak_mib=max(row.metrics["memory/process_peak_mib"] for row in run.rows()),
         )
         _record_test(result, data, planned, state, run, tracker)
+        if at_end is not None:
+            at_end(run)
     return result
 
 

@@ -30,6 +30,8 @@ ONECYCLE = Train(
     warmup_fraction=0.2,
     label_smoothing=0.0,
     deterministic=True,
+    checkpoint_every=None,
+    stop_after_minutes=None,
     chance_after_steps=500,
     on_oom="fail",
 )

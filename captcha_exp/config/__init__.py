@@ -15,7 +15,6 @@ from captcha_exp.config.loading import to_yaml as to_yaml
 from captcha_exp.config.loading import with_card as with_card
 from captcha_exp.config.loading import with_store as with_store
 from captcha_exp.config.schema import Article as Article
-from captcha_exp.config.schema import Augment as Augment
 from captcha_exp.config.schema import Captcha as Captcha
 from captcha_exp.config.schema import CaptchaLibrary as CaptchaLibrary
 from captcha_exp.config.schema import Compact as Compact
@@ -31,5 +30,7 @@ from captcha_exp.config.schema import NoTracking as NoTracking
 from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18 as ResNet18
 from captcha_exp.config.schema import Sweep as Sweep
-from captcha_exp.config.schema import Train as Train
 from captcha_exp.config.schema import WheezyLibrary as WheezyLibrary
+from captcha_exp.config.training import RHYTHM as RHYTHM
+from captcha_exp.config.training import Augment as Augment
+from captcha_exp.config.training import Train as Train

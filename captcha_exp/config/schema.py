@@ -16,11 +16,9 @@ from pydantic_core import PydanticCustomError
 from captcha_exp.alphabet import alphabet_mistake
 from captcha_exp.config.card import STRICT, Card
 from captcha_exp.config.card import Interval as Interval  # found here by its name, as all of the schema
+from captcha_exp.config.training import Augment, Auto, Fraction, Train
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
-Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Auto: TypeAlias = Literal["auto"]
-Size: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
@@ -182,81 +180,6 @@ class ResNet18(Network):
 
 
 Model: TypeAlias = Annotated[Compact | ResNet18, Field(discriminator="name")]
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Augment:
-    """How far a training picture may go from itself; even between minus and plus, and 0 is off."""
-
-    shift: Fraction
-    """share of the height by which a picture moves, right or left and down or up"""
-    scale: Fraction
-    """share by which it gets wider or narrower, and on its own taller or lower"""
-    rotate: Annotated[float, Field(ge=0, le=180)]
-    """degrees, either way"""
-    slant: Annotated[float, Field(ge=0, le=60)]
-    """degrees by which what stands upright leans"""
-    warp: Fraction
-    """share of the height by which each of 3 by 5 points is pulled, with all that lies between them"""
-    colour: Fraction
-    """share by which contrast changes, and of 255 by which brightness does, in each channel on its own"""
-    invert: Annotated[float, Field(ge=0, le=1)]
-    """share of the pictures that become their own negative"""
-    ramp: Fraction
-    """share of the epochs in which all of this grows from nothing to what is written here"""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Train:
-    """How long, in which steps, and with what."""
-
-    batch_size: Size | Auto
-    """pictures in one training step; auto measures on the device that trains: the smallest that fits and
-    comes near the most pictures per second"""
-    micro_batch_size: Size | None
-    """pictures that pass through the network at a time, where a whole batch takes too much memory: the
-    gradients of a batch are added up, its batch norms see one such part alone; null: all of the batch"""
-    activation_checkpointing: bool
-    """keep what enters each block of the network and compute what lies inside again in the backward pass:
-    less memory, a third more work, the same numbers"""
-    evaluation_batch_size: Size
-    """pictures in one step of an evaluation"""
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)]
-    """passes over the training split, at most"""
-    patience: Annotated[int, Field(ge=1)] | None
-    """epochs without a better validation accuracy that are borne, one more stops; null never stops early"""
-    optimizer: Literal["adam", "adamw", "sgd"]
-    """sgd has Nesterov momentum 0.9"""
-    optimizer_kernel: Literal["fused", "foreach", "loop"]
-    """torch's ways to do the step: fused is the fastest and takes no memory of its own; foreach and loop copy
-    weights and state in each step"""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """at the peak of the schedule"""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """on weights of two and more axes, not on biases and batch norms"""
-    schedule: Literal["constant", "onecycle"]
-    """onecycle climbs linearly to the peak and falls linearly to zero at the last step"""
-    warmup_fraction: Fraction
-    """share of all steps in which onecycle climbs"""
-    label_smoothing: Fraction
-    """share of each target that is spread over all classes; in the training loss alone"""
-    deterministic: bool
-    """the same seed gives the same bits on the same kind of machine"""
-    chance_after_steps: Annotated[int, Field(ge=1)]
-    """steps after which characters that are still read at chance are reported as trouble"""
-    on_oom: Literal["record", "split", "fail"] | Auto
-    """what too little memory is. record: a result of the run; split: a reason to start again with half the
-    micro-batch, or half the evaluation batch, in a fresh process; fail: a failure; auto: a result in a sweep,
-    else a failure"""
-
-    @model_validator(mode="after")
-    def _parts(self) -> "Train":
-        micro, whole = self.micro_batch_size, self.batch_size
-        if micro is not None and whole != "auto" and micro > whole:
-            raise ValueError(
-                f"micro_batch_size={micro} is more than batch_size={whole}: no part is more than all"
-            )
-        return self
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import psutil
 
-from captcha_exp.config import Config, to_yaml
+from captcha_exp.config import Config, to_dict, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record.files import hashes, sha256_of, write_atomically, write_json
@@ -62,7 +62,9 @@ class MetricsRow:
 class Run:
     """A run that is being recorded."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, config_sha256: str, links: Mapping[str, Any] | None = None
+    ) -> None:
         process = psutil.Process()
         self.folder = folder
         self.state: dict[str, Any] = {
@@ -75,6 +77,9 @@ class Run:
             "process_started": process.create_time(),
             "mlflow": None,
             "error": None,
+            "config_sha256": config_sha256,
+            "links": dict(links or {}),
+            "resumed": [],
             "tags": {},
             "warnings": [],
             "result": {},
@@ -129,14 +134,24 @@ class Run:
         self.write_json("run.json", self.state)
 
 
-def create(config: Config, requested: Config, folder: Path | None = None) -> Run:
-    """A new run in a folder of its own: this one, made for it, or else outputs/<date>/<time>-<name>."""
+def create(
+    config: Config, requested: Config, folder: Path | None = None, links: Mapping[str, Any] | None = None
+) -> Run:
+    """A new run in a folder of its own: this one, made for it, or else outputs/<date>/<time>-<name>.
+
+    `links` says which other run it belongs to, and how: {"reproduces": {"folder": ..., "run_id": ...}}.
+    """
     folder = new_folder(config.name) if folder is None else folder
     folder.mkdir(exist_ok=True)
-    run = Run(folder, config.name)
+    run = Run(folder, config.name, config_sha256(requested), links)
     run.write("config.yaml", to_yaml(config))
     run.write("requested.yaml", to_yaml(requested))
     return run
+
+
+def config_sha256(requested: Config) -> str:
+    """SHA-256 of a config as it was asked for: equal for runs that were asked for the same."""
+    return hashlib.sha256(json.dumps(to_dict(requested), sort_keys=True).encode()).hexdigest()
 
 
 def new_folder(name: str) -> Path:
