@@ -74,8 +74,8 @@ class Split:
         return len(self.rows)
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """All pictures once, in this order (N,), else as they stand; the last batch takes what is left."""
-        for start in range(0, len(self), size):
+        """The pictures of this order (n,), else all as they stand; the last batch takes what is left."""
+        for start in range(0, len(self) if order is None else len(order), size):
             if order is None:
                 images, targets, rows = (
                     x[start : start + size] for x in (self.images, self.targets, self.rows)

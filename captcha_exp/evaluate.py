@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ from torch import Tensor
 from captcha_exp import dataset
 from captcha_exp import device as devices
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.checkpoint import load_weights
 from captcha_exp.config import Config, load
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.display import Display
 from captcha_exp.models import Recogniser
 from captcha_exp.record import check_file
+from captcha_exp.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,14 @@ class Read(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
-    """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards."""
-    found = read(model, split, config)
+def evaluate(
+    model: Recogniser, split: Split, config: Config, between: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards.
+
+    `between` is called after each batch.
+    """
+    found = read(model, split, config, between)
     return Evaluation(
         loss=float(found.loss) / len(split),
         predicted=torch.cat(found.predicted).cpu().numpy(),
@@ -182,7 +187,7 @@ def evaluate(model: Recogniser, split: Split, config: Config) -> Evaluation:
 
 
 @torch.inference_mode()
-def read(model: Recogniser, split: Split, config: Config) -> Read:
+def read(model: Recogniser, split: Split, config: Config, between: Callable[[], None] = lambda: None) -> Read:
     """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards.
 
     Reads no tensor on the host, so that it can be traced.
@@ -202,6 +207,7 @@ def read(model: Recogniser, split: Split, config: Config) -> Read:
         found.confidences.append(confidence)
         found.targets.append(batch.targets)
         found.rows.append(batch.rows)
+        between()
     model.train(was_training)
     return found
 

@@ -16,12 +16,12 @@ import torch
 from captcha_exp import device as devices
 from captcha_exp import models
 from captcha_exp.alphabet import Alphabet
-from captcha_exp.checkpoint import load_weights
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.pixels import Unusable
 from captcha_exp.record import check_file, find
 from captcha_exp.sources.folder import content, picture, pictures_in
+from captcha_exp.weights import load_weights
 
 
 @dataclass(frozen=True)

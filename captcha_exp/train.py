@@ -1,70 +1,44 @@
 """The training: the one-page loop, and what stands around it.
 
-The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the terminal.
+The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the terminal. All that changes
+while it runs stands in one `TrainState`, so that a training that was interrupted goes on as if nothing had
+happened.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from captcha_exp import dataset, oom, optim, probe, record, report, watch
+from captcha_exp import checkpoint, dataset, oom, optim, probe, record, watch
 from captcha_exp import device as devices
 from captcha_exp.augment import Changes
-from captcha_exp.checkpoint import TrainState, weights_sha256, weights_to_bytes
-from captcha_exp.config import Config, resolve
-from captcha_exp.dataset import Dataset, Split
+from captcha_exp.checkpoint import Checkpoint, TrainState
+from captcha_exp.config import Config, load, resolve
+from captcha_exp.dataset import Outline, Split
 from captcha_exp.display import Bar, Display, Silent
-from captcha_exp.evaluate import Evaluation, evaluate
+from captcha_exp.errors import UserError
+from captcha_exp.evaluate import evaluate
+from captcha_exp.leaving import Asked, Leaving
 from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.record import MetricsRow, Run, Status
+from captcha_exp.progress import Sums, epoch_line, pictures_seen
+from captcha_exp.record import MetricsRow, Run
 from captcha_exp.record.environment import environment
-from captcha_exp.step import Step, fresh_state, train_step
-
-
-class Tracker(Protocol):
-    """Where a run is reported to, beside its own folder."""
-
-    def start(self, run: Run, config: Config) -> None: ...
-
-    def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None: ...
-
-    def log(self, row: MetricsRow) -> None: ...
-
-    def finish(self, run: Run, status: Status) -> None: ...
-
-
-class NoTracker:
-    """The run's folder is the only record."""
-
-    def start(self, run: Run, config: Config) -> None:
-        pass
-
-    def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        pass
-
-    def log(self, row: MetricsRow) -> None:
-        pass
-
-    def finish(self, run: Run, status: Status) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training leaves behind."""
-
-    folder: Path
-    config: Config
-    test: Evaluation
-    best_epoch: int
-    weights_sha256: str
-    seconds: float
-    process_peak_mib: float
+from captcha_exp.recording import (
+    NoTracker,
+    Recording,
+    Result,
+    Tracker,
+    check_same_pictures,
+    record_machine,
+    record_test,
+    recorded,
+)
+from captcha_exp.step import fresh_state, train_step
+from captcha_exp.weights import weights_sha256, weights_to_bytes
 
 
 def fit(
@@ -73,68 +47,120 @@ def fit(
     validation: Split,
     labels: list[str],
     config: Config,
-    run: Run,
-    tracker: Tracker,
-    display: Display,
+    recording: Recording,
+    leaving: Leaving,
 ) -> None:
-    """The loop: train an epoch, look at the whole validation split, log, keep the best, stop early."""
+    """The loop: train an epoch, look at the whole validation split, log, keep the best, stop early.
+
+    Asked to end, it saves what it has reached and ends as it was asked.
+    """
+    run, display = recording.run, recording.display
     memory = devices.MemoryMeter(training.device)
+    guard = watch.Guard(training, labels, config, recording.tell)
+    keeper = Keeper(run.checkpoints, config, guard, leaving, display)
+    with display.bar("training", config.train.epochs * len(training)) as bar, leaving.listening():
+        bar.advance(pictures_seen(state, len(training)))
+        try:
+            while not state.has_ended(config.train):
+                progress = state.epoch_under_way(training.device)
+                memory.start()
+                change = Changes(config, state.epoch, len(labels), training.device)
+                metrics = train_epoch(state, training, change, config, guard, keeper, bar)
+                metrics |= memory.peaks("train")
 
-    def tell(trouble: str) -> None:
-        display.warn(trouble)
-        run.note(warnings=[*run.state["warnings"], trouble])
+                memory.start()
+                began = time.perf_counter()
+                result = evaluate(state.model, validation, config, leaving.look)
+                metrics |= result.metrics("val") | memory.peaks("eval")
+                metrics["memory/process_peak_mib"] = memory.process_peak_mib()
+                metrics["speed/epoch_seconds"] = progress.seconds + time.perf_counter() - began
+                recording.log(MetricsRow(state.epoch, record.now_ms(), metrics))
 
-    guard = watch.Guard(training, labels, config, tell)
-    with display.bar("training", config.train.epochs * len(training)) as bar:
-        for state.epoch in range(1, config.train.epochs + 1):
-            began = time.perf_counter()
-            memory.start()
-            change = Changes(config, state.epoch, len(labels), training.device)
-            metrics = train_epoch(state, training, change, config, guard, bar)
-            metrics |= memory.peaks("train")
-
-            memory.start()
-            result = evaluate(state.model, validation, config)
-            metrics |= result.metrics("val") | memory.peaks("eval")
-            metrics["memory/process_peak_mib"] = memory.process_peak_mib()
-            metrics["speed/epoch_seconds"] = time.perf_counter() - began
-            row = MetricsRow(state.epoch, record.now_ms(), metrics)
-            run.log(row)
-            tracker.log(row)
-
-            better = state.keep_if_better(result.accuracy, result.loss)
-            if better:
-                run.write("model.safetensors", weights_to_bytes(state.model, config))
-            display.line(_epoch_line(state, metrics, config, better))
-            guard.look_at(result, state.step)
-            if config.train.patience and state.epochs_without_gain() > config.train.patience:
-                display.line(
-                    f"no better accuracy since epoch {state.gain_epoch}: stopping early (train.patience)"
-                )
-                break
+                better = state.keep_if_better(result.accuracy, result.loss)
+                if better:
+                    run.write("model.safetensors", weights_to_bytes(state.model, config))
+                display.line(epoch_line(state, metrics, config, better))
+                guard.look_at(result, state.step)
+                state.progress = None
+                keeper.between(state)
+        except Asked:
+            keeper.save(state)
+            leaving.leave()
+        keeper.save(state)
+    if state.stops_early(config.train):
+        display.line(f"no better accuracy since epoch {state.gain_epoch}: stopping early (train.patience)")
 
 
 def train_epoch(
-    state: TrainState, training: Split, change: Changes, config: Config, guard: watch.Guard, bar: Bar
+    state: TrainState,
+    training: Split,
+    change: Changes,
+    config: Config,
+    guard: watch.Guard,
+    keeper: "Keeper",
+    bar: Bar,
 ) -> dict[str, float]:
-    """Every picture once, changed; loss and accuracy as they were on the way, and pictures per second.
+    """Every picture once, changed, from where the epoch stands; loss and accuracy as they were on the way,
+    and pictures per second.
 
     Raises:
         RunFailed: a loss or a gradient was not a finite number; the line says where and why.
+        Asked: the training is to end.
     """
     size = int(config.train.batch_size)
     steps = -(-len(training) // size) * config.train.epochs
+    progress = state.epoch_under_way(training.device)
+    order = training.shuffled(config.seed, state.epoch)[progress.batches * size :]
     state.model.train()
-    sums = _Sums(training.device, bar, f"epoch {state.epoch}/{config.train.epochs}")
-    for batch in training.batches(size, training.shuffled(config.seed, state.epoch)):
+    sums = Sums(progress, bar, f"epoch {state.epoch}/{config.train.epochs}")
+    for batch in training.batches(size, order):
         optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, steps))
         step = train_step(state, change(batch), config)
         guard.note(state.step, step.loss, step.broken)
         state.step += 1
         if sums.add(step, len(batch.rows)):
             guard.look(state.model, state.epoch)
+        keeper.between(state)
     guard.look(state.model, state.epoch)
     return sums.metrics()
+
+
+class Keeper:
+    """Between two steps: saves what was reached when it is time to, and hears whether to end."""
+
+    def __init__(
+        self, folder: Path, config: Config, guard: watch.Guard, leaving: Leaving, display: Display
+    ) -> None:
+        self._folder, self._guard, self._leaving, self._display = folder, guard, leaving, display
+        self._rhythm = checkpoint.Rhythm(config.train.checkpoint_every)
+        self._saved: tuple[int, bool] | None = None
+
+    def between(self, state: TrainState) -> None:
+        """After a step, or an epoch.
+
+        Raises:
+            Asked: the training is to end.
+        """
+        if self._rhythm.is_due(state):
+            self.save(state)
+        self._leaving.look()
+
+    def save(self, state: TrainState) -> None:
+        """The state on the disk; where it cannot be written, the training goes on without.
+
+        Raises:
+            RunFailed: a step was not finite: a state that does not know it is not saved.
+        """
+        place = state.step, state.progress is None
+        if place == self._saved:
+            return
+        self._guard.look(state.model, state.epoch)
+        try:
+            checkpoint.save(self._folder, state)
+            self._saved = place
+        except OSError as error:
+            self._display.warn(f"{self._folder}: no checkpoint can be written: {error}")
+        self._rhythm.was_saved()
 
 
 def train(
@@ -144,11 +170,14 @@ def train(
     folder: Path | None = None,
     links: Mapping[str, Any] | None = None,
     at_end: Callable[[Run], None] | None = None,
+    start_from: Path | None = None,
 ) -> Result:
     """A trained, tested and recorded model; its record is in this empty folder, or in a new one.
 
-    `links` is as `record.create` has it; `at_end` writes what else belongs into a record that is complete,
-    and not closed yet.
+    The folder of an unfinished run is gone on with: its own config is what runs, from where it stands.
+    `start_from` is the folder of a finished run from whose last state this one starts. `links` is as
+    `record.create` has it; `at_end` writes what else belongs into a record that is complete, and not closed
+    yet.
 
     Raises:
         OutOfMemory: there was too little memory; its record says what train.on_oom takes that for.
@@ -156,52 +185,127 @@ def train(
     """
     tracker, display = tracker or NoTracker(), display or Silent()
     began = time.perf_counter()
+    if folder is not None and (folder / "run.json").exists():
+        config = load(folder / "config.yaml")
+        with Leaving(config.train.stop_after_minutes) as leaving:
+            recording = Recording(record.reopen(folder), tracker, display)
+            with recorded(recording, config):
+                job = _prepared(config, display)
+                saved = checkpoint.newest(recording.run.checkpoints, recording.tell)
+                return _work(job, recording, leaving, began, saved, at_end)
+    job = _prepared(requested, display)
+    saved = _last_of(start_from, job.config, display)
+    with Leaving(job.config.train.stop_after_minutes) as leaving:
+        run = record.create(job.config, requested, folder, links)
+        recording = Recording(run, tracker, display)
+        with recorded(recording, job.config):
+            if start_from is not None:
+                _take_over_rows(start_from, recording)
+            return _work(job, recording, leaving, began, saved, at_end)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A training that can begin."""
+
+    config: Config
+    device: torch.device
+    outline: Outline
+    planned: Plan
+    trials: probe.Trials
+
+
+def _prepared(asked: Config, display: Display) -> _Job:
     trials = probe.Trials(display)
-    config = resolve(requested, devices.this_machine(trials.precision, trials.batch_size))
+    config = resolve(asked, devices.this_machine(trials.precision, trials.batch_size))
     device = devices.set_up(config)
     devices.hold_to_budget(config, device)
     outline = trials.outline or dataset.outline(config, display)
     planned = Planner(config, outline.counts, devices.card_total_mib(config)).at(int(config.train.batch_size))
-    run = record.create(config, requested, folder, links)
-    display.line(f"run {run.folder} on {devices.describe(config)}")
-    _tell_plan(planned, config, display)
-    with recorded(run, tracker, config, display):
-        data = dataset.prepare(outline, config, display)
-        ran_on = environment(config)
-        ran_on |= {"precisions_tried": trials.precisions, "batch_sizes_tried": trials.batch_sizes}
-        run.write_json("memory.json", planned.to_json())
-        run.write_json("dataset.json", data.manifest)
-        run.write_json("environment.json", ran_on)
-        tracker.describe(data.manifest, ran_on)
-        state: TrainState | None = None
-        try:
-            training = data.split("train", device, config.device.resident_limit_mib)
-            validation = data.split("validation", device, config.device.resident_limit_mib)
-            state = fresh_state(config, device)
-            fit(state, training, validation, data.labels, config, run, tracker, display)
+    return _Job(config, device, outline, planned, trials)
 
-            state.restore_best()
-            test = data.split("test", device, config.device.resident_limit_mib)
-            tested = evaluate(state.model, test, config)
-        except Exception as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            short, row = oom.noted(state, planned, outline.counts, config, run, display)
-            run.log(row)
-            tracker.log(row)
-            raise short from error
-        result = Result(
-            folder=run.folder,
-            config=config,
-            test=tested,
-            best_epoch=state.best_epoch,
-            weights_sha256=weights_sha256(state.model),
-            seconds=time.perf_counter() - began,
-            process_peak_mib=max(row.metrics["memory/process_peak_mib"] for row in run.rows()),
+
+def _last_of(folder: Path | None, config: Config, display: Display) -> Checkpoint | None:
+    """The last state of a finished run that is to have more epochs.
+
+    Raises:
+        UserError: it has none any more, or there is nothing more to do.
+    """
+    if folder is None:
+        return None
+    saved = checkpoint.newest(folder / record.CHECKPOINTS, display.warn)
+    if saved is None:
+        raise UserError(f"{folder}: has no checkpoint to start from; train anew, with --resume=never")
+    epoch, gain = saved.counters["epoch"], saved.counters["gain_epoch"]
+    if epoch >= config.train.epochs:
+        raise UserError(f"train.epochs={config.train.epochs}: {folder} has {epoch} already; write more")
+    if config.train.patience is not None and epoch - gain > config.train.patience:
+        raise UserError(
+            f"train.patience={config.train.patience}: {folder} stopped early in epoch {epoch}, with no gain "
+            f"since epoch {gain}; write more than {epoch - gain}, or null"
         )
-        _record_test(result, data, planned, state, run, tracker)
-        if at_end is not None:
-            at_end(run)
+    return saved
+
+
+def _take_over_rows(folder: Path, recording: Recording) -> None:
+    """The epochs that a finished run has, without its test: this run has one of its own."""
+    for row in record.read_rows(folder)[0]:
+        if "val/loss" in row.metrics:
+            recording.log(row)
+
+
+def _work(
+    job: _Job,
+    recording: Recording,
+    leaving: Leaving,
+    began: float,
+    saved: Checkpoint | None,
+    at_end: Callable[[Run], None] | None,
+) -> Result:
+    config, device, run, display = job.config, job.device, recording.run, recording.display
+    display.line(f"run {run.folder} on {devices.describe(config)}")
+    _tell_plan(job.planned, config, display)
+    ran_on = environment(config)
+    ran_on |= {"precisions_tried": job.trials.precisions, "batch_sizes_tried": job.trials.batch_sizes}
+    record_machine(ran_on, recording)
+    run.write_json("memory.json", job.planned.to_json())
+    data = dataset.prepare(job.outline, config, display)
+    check_same_pictures(data.manifest, run)
+    run.write_json("dataset.json", data.manifest)
+    recording.tracker.describe(data.manifest, ran_on)
+    state: TrainState | None = None
+    try:
+        training = data.split("train", device, config.device.resident_limit_mib)
+        validation = data.split("validation", device, config.device.resident_limit_mib)
+        state = fresh_state(config, device)
+        state.started = began
+        if saved is not None:
+            state.restore(saved)
+        fit(state, training, validation, data.labels, config, recording, leaving)
+
+        state.restore_best()
+        run.write("model.safetensors", weights_to_bytes(state.model, config))
+        test = data.split("test", device, config.device.resident_limit_mib)
+        tested = evaluate(state.model, test, config)
+    except Exception as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        short, row = oom.noted(state, job.planned, job.outline.counts, config, run, display)
+        recording.log(row)
+        raise short from error
+    result = Result(
+        folder=run.folder,
+        config=config,
+        test=tested,
+        best_epoch=state.best_epoch,
+        weights_sha256=weights_sha256(state.model),
+        seconds=state.seconds(),
+        process_peak_mib=max(row.metrics.get("memory/process_peak_mib", 0.0) for row in run.rows()),
+    )
+    record_test(result, data, job.planned, state, recording)
+    if at_end is not None:
+        at_end(run)
+    checkpoint.keep(run.checkpoints, 1)
     return result
 
 
@@ -214,106 +318,3 @@ def _tell_plan(planned: Plan, config: Config, display: Display) -> None:
         display.line(words)
     if micro := config.train.micro_batch_size:
         display.line(f"train.micro_batch_size={micro}: batch norms see so many pictures at a time")
-
-
-def _record_test(
-    result: Result, data: Dataset, planned: Plan, state: TrainState, run: Run, tracker: Tracker
-) -> None:
-    """What is known at the end, and the pictures of the report, in the run's folder and at the tracker."""
-    tested, alphabet = result.test, data.alphabet
-    low, high = tested.interval
-    metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
-    metrics |= planned.beside([row.metrics for row in run.rows()])
-    row = MetricsRow(state.epoch, record.now_ms(), metrics)
-    run.log(row)
-    tracker.log(row)
-    run.write_json("test.json", tested.summary(data))
-    report.curves(run.rows(), run.report / "curves.png")
-    report.confusion(tested, alphabet, run.report / "confusion.png")
-    report.errors(tested, data, run.report / "errors.png")
-    report.samples(data.images[:30].numpy(), data.labels[:30], run.report / "pictures.png")
-    run.note(
-        result={
-            "epochs": state.epoch,
-            "best_epoch": state.best_epoch,
-            "val_accuracy": state.best_accuracy,
-            "test_accuracy": tested.accuracy,
-            "weights_sha256": result.weights_sha256,
-            "seconds": result.seconds,
-            "process_peak_mib": result.process_peak_mib,
-        }
-    )
-
-
-@contextlib.contextmanager
-def recorded(run: Run, tracker: Tracker, config: Config, display: Display) -> Iterator[None]:
-    """However it ends, the record says so: in the folder first, then at the tracker."""
-    status: Status = "FAILED"
-    error: str | None = None
-    try:
-        tracker.start(run, config)
-        yield
-        status = "FINISHED"
-    except oom.OutOfMemory as short:
-        status, error = ("FINISHED" if short.is_result else "FAILED"), str(short)
-        raise
-    except (KeyboardInterrupt, SystemExit) as interruption:
-        status, error = "KILLED", type(interruption).__name__
-        display.line(f"interrupted: {run.folder} keeps what was reached, as KILLED")
-        raise
-    except BaseException as exception:
-        error = f"{type(exception).__name__}: {exception}"
-        raise
-    finally:
-        run.close(status, error)
-        tracker.finish(run, status)
-
-
-class _Sums:
-    """Sums of one epoch, kept on the device; read when a person may look, twice a second."""
-
-    def __init__(self, device: torch.device, bar: Bar, title: str) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.right = torch.zeros((), dtype=torch.int64, device=device)
-        self.seen = self.shown = 0
-        self.bar, self.title = bar, title
-        self.began = self.looked = time.perf_counter()
-
-    def add(self, step: Step, pictures: int) -> bool:
-        """Whether this was a moment to look."""
-        self.loss += step.loss * pictures
-        self.right += step.right
-        self.seen += pictures
-        if time.perf_counter() - self.looked < 0.5:
-            return False
-        self._show()
-        self.looked = time.perf_counter()
-        return True
-
-    def metrics(self) -> dict[str, float]:
-        loss, right = float(self.loss), int(self.right)  # waits for the device, before the clock is read
-        self._show()
-        return {
-            "train/loss": loss / self.seen,
-            "train/accuracy": right / self.seen,
-            "speed/images_per_second": self.seen / (time.perf_counter() - self.began),
-        }
-
-    def _show(self) -> None:
-        loss, share = float(self.loss) / self.seen, int(self.right) / self.seen
-        speed = self.seen / (time.perf_counter() - self.began)
-        peak = devices.process_peak_mib(self.loss.device)
-        note = f"{self.title}  loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s"
-        self.bar.advance(self.seen - self.shown, f"{note}  peak {peak:,.0f} MiB")
-        self.shown = self.seen
-
-
-def _epoch_line(state: TrainState, metrics: Mapping[str, float], config: Config, better: bool) -> str:
-    width = len(str(config.train.epochs))
-    return (
-        f"epoch {state.epoch:{width}}/{config.train.epochs}  "
-        f"train loss {metrics['train/loss']:.4f} accuracy {metrics['train/accuracy']:7.2%}  "
-        f"val loss {metrics['val/loss']:.4f} accuracy {metrics['val/accuracy']:7.2%}  "
-        f"{metrics['speed/images_per_second']:,.0f} pictures/s  "
-        f"peak {metrics['memory/process_peak_mib']:,.0f} MiB{'  best' if better else ''}"
-    )

@@ -947,7 +947,7 @@ PLANTS = (
     ),
     Plant(
         "a second Ctrl-C is forgotten",
-        "sweep/undisturbed.py",
+        "leaving.py",
         "    if heard:\n        signal.raise_signal(heard[0])\n",
         "",
         ("test_sweeping.py",),

@@ -19,7 +19,7 @@ Sources = Mapping[str, str]
 Rule = Callable[[Sources], list[str]]
 
 LAYERS = (
-    {"errors", "places", "chance", "alphabet", "config", "display"},
+    {"errors", "places", "chance", "alphabet", "config", "display", "leaving"},
     {"record", "pixels", "sources", "dataset", "models", "optim", "device"},
     {
         "augment",
@@ -30,6 +30,9 @@ LAYERS = (
         "watch",
         "predict",
         "report",
+        "weights",
+        "recording",
+        "progress",
         "memory",
         "oom",
         "train",
@@ -47,7 +50,7 @@ HOMES = {
     "captcha": {"sources"},
     "wheezy": {"sources"},
 }
-WITHOUT_TORCH = {"errors", "places", "chance", "alphabet", "config", "display", "pixels"}
+WITHOUT_TORCH = {"errors", "places", "chance", "alphabet", "config", "display", "leaving", "pixels"}
 # Modules of a part that has torch elsewhere.
 WITHOUT_TORCH |= {"memory.allocator", "memory.blocks", "memory.judging"}
 SHAPELESS = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}

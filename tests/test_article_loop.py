@@ -492,7 +492,7 @@ def test_our_training_ends_where_the_article_s_does(
             next(state.model.parameters()).fill_(state.epoch)
         return Step(torch.tensor(1.6), torch.tensor(0), torch.tensor(True), torch.tensor(False))
 
-    def scripted(model: nn.Module, split: Split, config: Config) -> Evaluation:
+    def scripted(model: nn.Module, split: Split, config: Config, *_: object) -> Evaluation:
         events.append((f"evaluate {len(split)}", round(next(model.parameters()).flatten()[0].item())))
         predicted = split.targets.numpy().copy()
         predicted[round(next(script) * len(split)) :] += 1

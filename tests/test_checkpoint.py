@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from captcha_exp import models
-from captcha_exp.checkpoint import TrainState, load_weights, weights_to_bytes
+from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
 from captcha_exp.models import Recogniser
+from captcha_exp.weights import load_weights, weights_to_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -60,9 +61,7 @@ def sweep_in(folder: Path, **state: Any) -> Path:
         "started": "2026-01-01T00:00:00.000000+00:00",
     }
     known |= {"ended": None, "error": None}
-    here = record.Run(folder, "x", "").state
-    (folder / "run.json").unlink()
-    place = {key: here[key] for key in ("host", "pid")} | {"process_started": 1.0, "mlflow": None}
+    place = {"host": platform.node(), "pid": os.getpid(), "process_started": 1.0, "mlflow": None}
     (folder / "sweep.json").write_text(json.dumps(known | place | state))
     return folder
 

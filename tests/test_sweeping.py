@@ -23,6 +23,7 @@ from captcha_exp.cli import sweeping
 from captcha_exp.config import Config, Mlflow
 from captcha_exp.device import this_machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError
+from captcha_exp.leaving import undisturbed
 from captcha_exp.memory.between import Between
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep import supervise
@@ -30,7 +31,6 @@ from captcha_exp.sweep.foretelling import foretell
 from captcha_exp.sweep.points import Point, Sweep
 from captcha_exp.sweep.rows import Became, rows
 from captcha_exp.sweep.running import run
-from captcha_exp.sweep.undisturbed import undisturbed
 from captcha_exp.sweep.verdict import Verdict
 from captcha_exp.tracking import Parent
 

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,13 +29,14 @@ from captcha_exp.config import Config, Precision
 from captcha_exp.dataset import Batch, Dataset
 from captcha_exp.display import Silent
 from captcha_exp.evaluate import evaluate
+from captcha_exp.leaving import Leaving
 from captcha_exp.memory import trace as module
 from captcha_exp.memory.allocator import CachingAllocator, Event, replay
 from captcha_exp.memory.plan import with_batch
 from captcha_exp.memory.recorder import DEVICE, HOST, Convolution, DeviceTensor, Recorder
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.step import Step, fresh_state, train_step
-from captcha_exp.train import train_epoch
+from captcha_exp.train import Keeper, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,7 +192,8 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
         change = Changes(config, 1, count, CPU)
         guard = watch.Guard(sides[0], data.labels, config, lambda _: None)
         with record_function("step"), Silent().bar("", 1) as bar:
-            train_epoch(state, sides[0], change, config, guard, bar)
+            keeper = Keeper(Path("nowhere"), config, guard, Leaving(None), Silent())
+            train_epoch(state, sides[0], change, config, guard, keeper, bar)
         with record_function("evaluation"):
             evaluate(state.model, sides[1], config)
     moments: list[Moment] = []

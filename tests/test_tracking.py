@@ -15,12 +15,12 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from captcha_exp import compose, load, record
-from captcha_exp.checkpoint import load_weights
 from captcha_exp.config import Config, Mlflow, leaves
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed
 from captcha_exp.tracking import MlflowTracker, serve_ui
 from captcha_exp.train import train
+from captcha_exp.weights import load_weights
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from conftest import (
 )
 
 from captcha_exp import compose, dataset, load, models, report, sources, train, watch
-from captcha_exp.checkpoint import TrainState, load_weights, weights_sha256
+from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config, Mlflow, to_dict
 from captcha_exp.dataset import Batch, Dataset, Split
 from captcha_exp.device import MemoryMeter
@@ -38,6 +38,7 @@ from captcha_exp.evaluate import Evaluation, evaluate
 from captcha_exp.memory.plan import Planner
 from captcha_exp.record import MetricsRow, Run, Status
 from captcha_exp.step import Step, fresh_state, train_step
+from captcha_exp.weights import load_weights, weights_sha256
 
 
 class Notes:
@@ -335,7 +336,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[t
     """Gives validation these accuracies; returns (pictures, digest of the weights) of each evaluation."""
     seen: list[tuple[int, str]] = []
 
-    def chosen(model: models.Recogniser, split: Split, config: Config) -> Evaluation:
+    def chosen(model: models.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
         number = len(seen)
         seen.append((len(split), weights_sha256(model)))
         made = evaluate(model, split, config)
@@ -400,7 +401,7 @@ def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
         events.append(f"open {name}")
         return plain_split(self, name, device, limit)
 
-    def evaluated(model: models.Recogniser, split: Split, config: Config) -> Evaluation:
+    def evaluated(model: models.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
         made = evaluate(model, split, config)
         (side,) = (name for name, rows in data.members.items() if set(made.rows) <= set(rows.tolist()))
         assert sorted(made.rows) == data.members[side].tolist()

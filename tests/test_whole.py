@@ -67,6 +67,7 @@ def test_the_folder_is_the_record(trained: tuple[Path, str]) -> None:
         "dataset.json",
         "metrics.jsonl",
         "model.safetensors",
+        "checkpoint",
         "test.json",
         "report",
     }

@@ -8,6 +8,7 @@ from captcha_exp.record.closing import left_open as left_open
 from captcha_exp.record.files import own_files as own_files
 from captcha_exp.record.files import sha256_of as sha256_of
 from captcha_exp.record.files import write_atomically as write_atomically
+from captcha_exp.record.run import CHECKPOINTS as CHECKPOINTS
 from captcha_exp.record.run import MetricsRow as MetricsRow
 from captcha_exp.record.run import Run as Run
 from captcha_exp.record.run import Status as Status
@@ -19,4 +20,5 @@ from captcha_exp.record.run import is_alive as is_alive
 from captcha_exp.record.run import new_folder as new_folder
 from captcha_exp.record.run import now_ms as now_ms
 from captcha_exp.record.run import read_rows as read_rows
+from captcha_exp.record.run import reopen as reopen
 from captcha_exp.record.run import runs as runs

@@ -4,6 +4,7 @@ run.json            status, when, where, the SHA-256 of every finished file
 config.yaml         what ran: resolved and complete          requested.yaml  what was asked
 environment.json    versions, commit, machine                dataset.json    which pictures
 metrics.jsonl       one line for each epoch, with a checksum of its own
+checkpoint/         what an interrupted training goes on from
 model.safetensors   the best weights, with the config in the file
 test.json           what they read on the test split
 report/             pictures
@@ -26,6 +27,8 @@ from captcha_exp.config import Config, to_dict, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record.files import hashes, sha256_of, write_atomically, write_json
+
+CHECKPOINTS = "checkpoint"  # folder in a run's folder
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -62,29 +65,10 @@ class MetricsRow:
 class Run:
     """A run that is being recorded."""
 
-    def __init__(
-        self, folder: Path, name: str, config_sha256: str, links: Mapping[str, Any] | None = None
-    ) -> None:
-        process = psutil.Process()
-        self.folder = folder
-        self.state: dict[str, Any] = {
-            "name": name,
-            "status": "RUNNING",
-            "started": datetime.now().astimezone().isoformat(timespec="microseconds"),
-            "ended": None,
-            "host": platform.node(),
-            "pid": process.pid,
-            "process_started": process.create_time(),
-            "mlflow": None,
-            "error": None,
-            "config_sha256": config_sha256,
-            "links": dict(links or {}),
-            "resumed": [],
-            "tags": {},
-            "warnings": [],
-            "result": {},
-            "files": {},
-        }
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        """By `create` or `reopen`; `state` is the content of run.json."""
+        self.folder, self.state = folder, state
+        self._logged = read_rows(folder)[0]
         self._write_state()
 
     @property
@@ -93,6 +77,11 @@ class Run:
         folder = self.folder / "report"
         folder.mkdir(exist_ok=True)
         return folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what an interrupted training goes on from; it is there from the first one on."""
+        return self.folder / CHECKPOINTS
 
     def note(self, **state: Any) -> None:
         """Facts in run.json."""
@@ -110,23 +99,37 @@ class Run:
         write_json(self.folder / name, content)
         return self.folder / name
 
-    def log(self, row: MetricsRow) -> None:
-        """One line more in metrics.jsonl, on the disk when this returns."""
+    def log(self, row: MetricsRow) -> bool:
+        """Whether it is one line more in metrics.jsonl, on the disk when this returns.
+
+        What was done again after an interruption, and came out as before, stands there already.
+        """
+        before = next((r for r in reversed(self._logged) if _is_of(row, r)), None)
+        if before is not None:
+            then, now = _results(before), _results(row)
+            changed = [key for key in now if repr(then[key]) != repr(now[key])]  # nan is as nan was
+            if not changed:
+                return False
+            key = changed[0]
+            trouble = f"epoch {row.step}, done again, came out otherwise: {key} {then[key]} -> {now[key]}"
+            self.note(warnings=[*self.state["warnings"], trouble])
+        self._logged.append(row)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             file.write(row.to_line())
             file.flush()
             os.fsync(file.fileno())
+        return True
 
     def rows(self) -> list[MetricsRow]:
         """All metrics that were logged."""
-        return read_rows(self.folder)[0]
+        return list(self._logged)
 
     def close(self, status: Status, error: str | None = None) -> None:
         """The end: every file with its SHA-256, and how the run ended."""
         self.note(
             status=status,
             error=error,
-            ended=datetime.now().astimezone().isoformat(timespec="microseconds"),
+            ended=_now(),
             files=hashes(self.folder),
         )
 
@@ -143,10 +146,67 @@ def create(
     """
     folder = new_folder(config.name) if folder is None else folder
     folder.mkdir(exist_ok=True)
-    run = Run(folder, config.name, config_sha256(requested), links)
-    run.write("config.yaml", to_yaml(config))
-    run.write("requested.yaml", to_yaml(requested))
-    return run
+    # Before run.json: whatever has one has its config.
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    write_atomically(folder / "requested.yaml", to_yaml(requested).encode())
+    state = {
+        "name": config.name,
+        "started": _now(),
+        **_under_way(),
+        "mlflow": None,
+        "config_sha256": config_sha256(requested),
+        "links": dict(links or {}),
+        "resumed": [],
+        "tags": {},
+        "warnings": [],
+        "result": {},
+    }
+    return Run(folder, state)
+
+
+def reopen(folder: Path) -> Run:
+    """An unfinished run whose process is gone, with which this one goes on.
+
+    What a process was writing when it was ended goes: no row, and no file, was whole before.
+    """
+    state = _read(folder / "run.json")
+    for path in folder.rglob(".*.part"):
+        path.unlink()
+    rows = folder / "metrics.jsonl"
+    if rows.exists() and not (content := rows.read_bytes()).endswith(b"\n"):
+        write_atomically(rows, content[: content.rfind(b"\n") + 1])
+    if state["mlflow"] is not None:
+        state["mlflow"] = {**state["mlflow"], "closed": False}
+    resumed = [*state.get("resumed", ()), {"at": _now(), "host": platform.node(), "was": state["status"]}]
+    return Run(folder, {**state, **_under_way(), "resumed": resumed})
+
+
+def _under_way() -> dict[str, Any]:
+    """What a record says while this process works on it."""
+    process = psutil.Process()
+    return {
+        "status": "RUNNING",
+        "ended": None,
+        "host": platform.node(),
+        "pid": process.pid,
+        "process_started": process.create_time(),
+        "error": None,
+        "files": {},
+    }
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="microseconds")
+
+
+def _results(row: MetricsRow) -> dict[str, float]:
+    """Without what no two processes have in common."""
+    return {key: v for key, v in row.metrics.items() if not key.startswith(("memory/", "speed/"))}
+
+
+def _is_of(row: MetricsRow, other: MetricsRow) -> bool:
+    """Whether they are rows of the same: an epoch and the test after it have their step in common."""
+    return row.step == other.step and _results(row).keys() == _results(other).keys()
 
 
 def config_sha256(requested: Config) -> str:

@@ -11,8 +11,8 @@ from captcha_exp.config import Captcha, Config, Data, resolve
 from captcha_exp.display import Display
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
+from captcha_exp.recording import Recording, Tracker, recorded
 from captcha_exp.sweep.points import Point
-from captcha_exp.train import Tracker, recorded
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def record_unfit(foretold: Foretold, folder: Path, tracker: Tracker, display: Di
     spared = oom.remedies(plan, foretold.pictures, config, display)
     run.note(tags={"fits": str(plan.fits), "trained": "false"}, unfit={"remedies": spared})
     display.line(f"{point.name}: {plan.words(config.card.name)}; not trained; {oom.words(spared)}")
-    with recorded(run, tracker, config, display):
+    recording = Recording(run, tracker, display)
+    with recorded(recording, config):
         run.write_json("memory.json", plan.to_json())
-        row = record.MetricsRow(0, record.now_ms(), plan.beside([]))
-        run.log(row)
-        tracker.log(row)
+        recording.log(record.MetricsRow(0, record.now_ms(), plan.beside([])))

@@ -14,12 +14,12 @@ from captcha_exp import record
 from captcha_exp.config import Mlflow, leaves
 from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
+from captcha_exp.leaving import undisturbed
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep.foretelling import Foretold, record_unfit
 from captcha_exp.sweep.picture import draw
 from captcha_exp.sweep.points import SETTLED, Sweep
 from captcha_exp.sweep.rows import became, goes_on, rows
-from captcha_exp.sweep.undisturbed import undisturbed
 from captcha_exp.sweep.verdict import Verdict
 from captcha_exp.tracking import close_left, tracker_of
 

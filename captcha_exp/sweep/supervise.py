@@ -21,9 +21,9 @@ from captcha_exp import record
 from captcha_exp.config import Config, load, to_dict, with_store
 from captcha_exp.display import Terminal
 from captcha_exp.errors import RunFailed
+from captcha_exp.leaving import undisturbed
 from captcha_exp.places import root
 from captcha_exp.sweep.points import Sweep
-from captcha_exp.sweep.undisturbed import undisturbed
 from captcha_exp.sweep.work import STOP
 from captcha_exp.tracking import close_left, tracker_of
 

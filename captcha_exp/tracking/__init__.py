@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from captcha_exp.config import Config
     from captcha_exp.display import Display
+    from captcha_exp.recording import Tracker
     from captcha_exp.tracking.closing import close_dead as close_dead
     from captcha_exp.tracking.closing import close_left as close_left
     from captcha_exp.tracking.parent import Parent as Parent
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from captcha_exp.tracking.server import serve_ui as serve_ui
     from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
     from captcha_exp.tracking.views import compare_address as compare_address
-    from captcha_exp.train import Tracker
 
 _HOMES = {
     "MlflowTracker": "tracker",
@@ -48,7 +48,7 @@ def tracker_of(
 ) -> "Tracker":
     """The tracker that the config asks for; the rest is as MlflowTracker has it."""
     from captcha_exp.config import Mlflow
-    from captcha_exp.train import NoTracker
+    from captcha_exp.recording import NoTracker
 
     if not isinstance(config.tracking, Mlflow):
         return NoTracker()

@@ -18,8 +18,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from captcha_exp.config import Config, Mlflow, leaves
 from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
-from captcha_exp.record import MetricsRow, Run, Status
-from captcha_exp.tracking.store import experiment_id, first_line, open_store
+from captcha_exp.record import CHECKPOINTS, MetricsRow, Run, Status
+from captcha_exp.tracking.store import experiment_id, first_line, is_there, open_store
 
 BATCH = 100  # params or tags that MLflow takes at once
 METRICS = 1000  # and values of metrics
@@ -47,7 +47,7 @@ class MlflowTracker:
         self._run_id = ""
 
     def start(self, run: Run, config: Config) -> None:
-        """The run in MLflow, with its params.
+        """The run in MLflow, with its params: a new one, or that of a run that is gone on with.
 
         Raises:
             RunFailed: the store cannot be opened; the line says which.
@@ -65,14 +65,22 @@ class MlflowTracker:
                 "host": run.state["host"],
                 "pid": str(run.state["pid"]),
                 "process_started": str(run.state["process_started"]),
+                **run.state["tags"],
                 **self._tags,
             }
-            # Before there is a run in MLflow, so that none stays there that no folder knows of.
-            noted = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
-            run.note(mlflow=noted)
-            created = self._client.create_run(experiment, tags=tags, run_name=self._name or run.folder.name)
-            self._run_id = created.info.run_id
-            run.note(mlflow={**noted, "run_id": self._run_id})
+            known = self._known(run, uri)
+            if known is None:
+                # Before there is a run in MLflow, so that none stays there that no folder knows of.
+                noted = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
+                run.note(mlflow=noted)
+                name = self._name or run.folder.name
+                known = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
+                run.note(mlflow={**noted, "run_id": known})
+            else:
+                self._client.update_run(known, status="RUNNING")
+                self._client.log_batch(known, tags=[RunTag(key, value) for key, value in tags.items()])
+                send_rows(self._client, known, run.rows())  # the process before may not have come to it
+            self._run_id = known
             params = [Param(key, value) for key, value in leaves(config).items()]
             for start in range(0, len(params), BATCH):
                 self._client.log_batch(self._run_id, params=params[start : start + BATCH])
@@ -81,6 +89,15 @@ class MlflowTracker:
                 f"tracking.uri={uri}: MLflow cannot record there: {first_line(error)}; "
                 "mend the store (captcha-exp doctor says how), or train with tracking=none"
             ) from error
+
+    def _known(self, run: Run, uri: str) -> str | None:
+        """The id of the run that is gone on with; None where there is none, or it was deleted."""
+        assert self._client is not None
+        known = run.state["mlflow"] or {}
+        run_id = known.get("run_id")
+        if run_id is None or known.get("uri") != uri or not is_there(self._client, run_id):
+            return None
+        return str(run_id)
 
     def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """The dataset as MLflow's dataset, the code's commit as tags."""
@@ -154,11 +171,12 @@ def send_rows(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> 
 
 
 def send_files(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """The files of a run's or a sweep's folder as artifacts; a point of a sweep has a run for its own."""
+    """The files of a run's or a sweep's folder as artifacts; a point of a sweep has a run for its own, and
+    checkpoints, which are large, serve none but who has the folder."""
     for path in sorted(folder.iterdir()):
         if path.is_file():
             client.log_artifact(run_id, str(path))
-        elif not (path / "run.json").exists():
+        elif path.name != CHECKPOINTS and not (path / "run.json").exists():
             client.log_artifacts(run_id, str(path), path.name)
 
 
