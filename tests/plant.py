@@ -35,8 +35,8 @@ PLANTS = (
     Plant(
         "the last batch is dropped",
         "dataset.py",
-        "range(0, len(self), size)",
-        "range(0, len(self) - size + 1, size)",
+        "range(0, len(self) if order is None else len(order), size)",
+        "range(0, (len(self) if order is None else len(order)) - size + 1, size)",
         ("test_dataset.py",),
     ),
     Plant(
@@ -154,8 +154,8 @@ PLANTS = (
     Plant(
         "validation looks at the training split",
         "train.py",
-        "evaluate(state.model, validation, config)",
-        "evaluate(state.model, training, config)",
+        "evaluate(state.model, validation, config, leaving.look)",
+        "evaluate(state.model, training, config, leaving.look)",
         ("test_train.py",),
     ),
     Plant(
@@ -166,6 +166,48 @@ PLANTS = (
         ("test_train.py",),
     ),
     Plant(
+        "the checkpoint lacks the optimiser's state",
+        "checkpoint.py",
+        'found |= {f"optimizer/{names[parameter]}/{key}": value for key, value in values.items()}',
+        "pass",
+        ("test_checkpoint.py",),
+    ),
+    Plant(
+        "a checkpoint's flipped bit is not seen",
+        "checkpoint.py",
+        "if _digest(tensors, json.dumps(counters)) != expected:",
+        "if not expected:",
+        ("test_checkpoint.py",),
+    ),
+    Plant(
+        "generations are counted by the alphabet",
+        "checkpoint.py",
+        "key=lambda p: -int(found[p])",
+        "key=lambda p: p.name, reverse=True",
+        ("test_checkpoint.py",),
+    ),
+    Plant(
+        "the best weights are lost with the process",
+        "checkpoint.py",
+        "for name, key in best.items()} or None",
+        "for name, key in ()} or None",
+        ("test_checkpoint.py",),
+    ),
+    Plant(
+        "a second Ctrl-C waits for the step, too",
+        "leaving.py",
+        "            signal.signal(signal.SIGINT, signal.SIG_DFL)\n            with contextlib",
+        "            with contextlib",
+        ("test_leaving.py",),
+    ),
+    Plant(
+        "a process that ignores Ctrl-C begins to hear it",
+        "leaving.py",
+        "if handler not in (signal.SIG_IGN, None) and",
+        "if handler is not None and",
+        ("test_leaving.py",),
+    ),
+    Plant(
         "the best weights go on changing",
         "checkpoint.py",
         'value.detach().to("cpu", copy=True)',
@@ -174,9 +216,9 @@ PLANTS = (
     ),
     Plant(
         "patience ends one epoch early",
-        "train.py",
-        "state.epochs_without_gain() > config.train.patience",
-        "state.epochs_without_gain() >= config.train.patience",
+        "checkpoint.py",
+        "self.epochs_without_gain() > train.patience",
+        "self.epochs_without_gain() >= train.patience",
         ("test_train.py",),
     ),
     Plant(
@@ -287,9 +329,9 @@ PLANTS = (
     Plant(
         "evaluation looks at changed pictures",
         "train.py",
-        "            result = evaluate(state.model, validation, config)\n",
-        "            changed = change(next(validation.batches(len(validation))))\n"
-        "            result = evaluate(state.model, Split(*changed, validation.device), config)\n",
+        "                result = evaluate(state.model, validation, config, leaving.look)\n",
+        "                changed = change(next(validation.batches(len(validation))))\n"
+        "                result = evaluate(state.model, Split(*changed, validation.device), config)\n",
         ("test_augment.py",),
     ),
     Plant(
@@ -605,8 +647,8 @@ PLANTS = (
     Plant(
         "MLflow gets the config as asked, not as resolved",
         "train.py",
-        "    with recorded(run, tracker, config, display):",
-        "    with recorded(run, tracker, requested, display):",
+        "with recorded(recording, job.config):",
+        "with recorded(recording, requested):",
         ("test_tracking.py",),
     ),
     Plant(
@@ -884,7 +926,7 @@ PLANTS = (
     ),
     Plant(
         "too little memory is a failure though it is to be a result",
-        "train.py",
+        "recording.py",
         '("FINISHED" if short.is_result else "FAILED")',
         '"FAILED"',
         ("test_oom.py",),

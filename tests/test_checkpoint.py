@@ -1,156 +1,259 @@
-"""Weights that come back to the bit, and files that are not what they should be, one line each."""
+"""A state that comes back to the bit, and files of it that are damaged: the one before is used."""
 
 import json
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import CPU, OPTIMIZERS, Optimizer, batch_of, training
+from torch import Tensor
 
-from captcha_exp import models
-from captcha_exp.checkpoint import TrainState
-from captcha_exp.config import Config, to_dict
+from captcha_exp import checkpoint, models
+from captcha_exp.checkpoint import Progress, Rhythm, TrainState
+from captcha_exp.config import Config, Precision
 from captcha_exp.errors import UserError
 from captcha_exp.models import Recogniser
-from captcha_exp.weights import load_weights, weights_to_bytes
+from captcha_exp.step import fresh_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
+
+def stepped(config: Config, steps: int = 3) -> TrainState:
+    """A state in the middle of its second epoch."""
+    state = fresh_state(config, CPU)
+    state.epoch = 1
+    state.keep_if_better(0.25, math.inf)
+    progress = state.epoch_under_way(CPU)
+    for state.step in range(1, steps + 1):
+        step = train_step(state, batch_of(config), config)
+        progress.loss += step.loss
+        progress.right += step.right
+        progress.batches += 1
+        progress.seen += 8
+    progress.seconds = 0.1 + 0.2
+    return state
 
 
-def trained(config: Config, seed: int = 0) -> Recogniser:
-    """Weights and statistics that no fresh model has."""
-    torch.manual_seed(seed)
-    model = models.place(models.build(config.model, config.captcha), CPU)
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            value += torch.rand(value.shape) if value.is_floating_point() else 3
-    return model
+def untimed(state: TrainState) -> dict[str, object]:
+    return {key: value for key, value in state.counters().items() if key != "seconds"}
 
 
-@pytest.fixture
-def file(tiny: Config, tmp_path: Path) -> Path:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(weights_to_bytes(trained(tiny), tiny))
-    return path
+def refuse(trouble: str) -> None:
+    raise AssertionError(trouble)
 
 
-def mistake(path: Path) -> str:
-    """The one line that reading this file gives."""
-    with pytest.raises(UserError) as error:
-        load_weights(path, CPU)
-    (line,) = error.value.lines
+def restored(config: Config, folder: Path) -> TrainState:
+    state = fresh_state(config, CPU)
+    saved = checkpoint.newest(folder, refuse)
+    assert saved is not None
+    state.restore(saved)
+    return state
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- all of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_tensor_and_every_counter_comes_back(
+    tiny: Config, tmp_path: Path, optimizer: Optimizer, precision: Precision
+) -> None:
+    config = training(tiny, optimizer=optimizer)
+    config = replace(config, device=replace(config.device, precision=precision))
+    state = stepped(config)
+    if state.loss_scale is not None:
+        state.loss_scale.good_steps += 7
+        state.loss_scale.factor /= 4
+    checkpoint.save(tmp_path / "checkpoint", state)
+    tensors = {name: value.clone() for name, value in state.tensors().items()}
+    torch.rand(5)  # global chance goes on, and is to come back
+
+    again = restored(config, tmp_path / "checkpoint")
+    assert same(again.tensors(), tensors)
+    assert untimed(again) == untimed(state)
+    assert again.best_weights is not None
+    assert again.best_loss == math.inf
+    assert (again.loss_scale is None) == (precision == "fp32")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_after_it_are_the_same_steps(tiny: Config, tmp_path: Path, optimizer: Optimizer) -> None:
+    config = training(tiny, optimizer=optimizer)
+    state = stepped(config)
+    checkpoint.save(tmp_path, state)
+    again = restored(config, tmp_path)
+    for each in (state, again):
+        for _ in range(3):
+            train_step(each, batch_of(config), config)
+    assert same(state.tensors(), again.tensors())
+
+
+def test_the_layout_in_memory_stays(tiny: Config, tmp_path: Path) -> None:
+    state = stepped(tiny)
+    checkpoint.save(tmp_path, state)
+    again = restored(tiny, tmp_path)
+    strides = [value.stride() for value in state.model.state_dict().values()]
+    assert strides == [value.stride() for value in again.model.state_dict().values()]
+
+
+def test_between_epochs_there_is_no_epoch_under_way(tiny: Config, tmp_path: Path) -> None:
+    state = stepped(tiny)
+    state.progress = None
+    checkpoint.save(tmp_path, state)
+    again = restored(tiny, tmp_path)
+    assert again.progress is None
+    assert again.epoch_under_way(CPU).batches == 0
+    assert again.epoch == 3
+
+
+def test_seconds_add_up_over_processes(tiny: Config, tmp_path: Path) -> None:
+    state = stepped(tiny)
+    state.started -= 1000
+    checkpoint.save(tmp_path, state)
+    again = restored(tiny, tmp_path)
+    assert 1000 <= again.seconds() < 1100
+    again.started -= 500
+    checkpoint.save(tmp_path, again)
+    assert 1500 <= restored(tiny, tmp_path).seconds() < 1600
+
+
+def test_a_state_of_another_network_is_one_line(tiny: Config, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, stepped(tiny))
+    other = replace(tiny, captcha=replace(tiny.captcha, alphabet="012"))
+    saved = checkpoint.newest(tmp_path, refuse)
+    assert saved is not None
+    with pytest.raises(UserError, match=r"step-3.safetensors: does not fit .*--resume=never"):
+        fresh_state(other, CPU).restore(saved)
+    with pytest.raises(UserError, match=r"does not fit the run's config: optimizer/"):
+        fresh_state(training(tiny, optimizer="sgd"), CPU).restore(saved)
+
+
+# -- generations ---------------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_generations_are_kept_by_the_number_of_their_step(tiny: Config, tmp_path: Path) -> None:
+    state = stepped(tiny)
+    for state.step in (8, 9, 10, 11):
+        checkpoint.save(tmp_path, state)
+    assert names(tmp_path) == ["step-10.safetensors", "step-11.safetensors"]
+    checkpoint.keep(tmp_path, 1)
+    assert names(tmp_path) == ["step-11.safetensors"]
+
+
+def test_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "nowhere", refuse) is None
+    (tmp_path / "step-x.safetensors").write_text("?")
+    (tmp_path / ".step-3.safetensors.77.part").write_text("?")
+    assert checkpoint.newest(tmp_path, refuse) is None
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_a_weight(content: bytes) -> bytes:
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+def flip_a_counter(content: bytes) -> bytes:
+    return content.replace(b'\\"step\\": 4', b'\\"step\\": 5')
+
+
+def without_its_text(content: bytes) -> bytes:
+    return content.replace(b"__metadata__", b"__metaxxta__")
+
+
+DAMAGES = [cut, flip_a_weight, flip_a_counter, without_its_text, lambda _: b"", lambda _: b"\xff" * 64]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_one_is_told_and_the_one_before_used(
+    tiny: Config, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    state = stepped(tiny)
+    checkpoint.save(tmp_path, state)
+    state.step = 4
+    path = checkpoint.save(tmp_path, state)
+    content = path.read_bytes()
+    assert damage(content) != content
+    path.write_bytes(damage(content))
+
+    told: list[str] = []
+    saved = checkpoint.newest(tmp_path, told.append)
+    assert saved is not None
+    assert saved.counters["step"] == 3
+    (line,) = told
+    assert line.startswith(f"{path}: is damaged and not used (")
     assert "\n" not in line
-    return line
+    assert checkpoint.newest(tmp_path, refuse) is not None, "it is told of once"
+
+    state.step = 5
+    checkpoint.save(tmp_path, state)
+    assert names(tmp_path) == ["step-3.safetensors", "step-5.safetensors"]
 
 
-def test_weights_come_back_to_the_bit(tiny: Config, file: Path) -> None:
-    model, loaded = trained(tiny), load_weights(file, CPU)[0]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name])
-    images = torch.randint(0, 256, (5, 16, 32, 3), dtype=torch.uint8)
-    with torch.inference_mode():
-        assert torch.equal(model.eval()(images), loaded(images))
+def test_the_file_can_be_read_without_this_project(tiny: Config, tmp_path: Path) -> None:
+    state = stepped(tiny)
+    path = checkpoint.save(tmp_path, state)
+    with safetensors.safe_open(path, "pt") as opened:
+        values = json.loads(opened.metadata()["state"])
+        assert set(opened.keys()) == set(state.tensors())
+    assert (values["step"], values["epoch"], values["progress"]["batches"]) == (3, 2, 3)
 
 
-def test_the_config_comes_back_with_them(tiny: Config, file: Path) -> None:
-    model, config = load_weights(file, CPU)
-    assert config == tiny
-    assert not model.training
+# -- when ----------------------------------------------------------------------------------------------------
 
 
-def test_the_file_can_be_read_without_this_project(tiny: Config, file: Path) -> None:
-    assert load_file(file).keys() == trained(tiny).state_dict().keys()
-    with safetensors.safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["config"]) == to_dict(tiny)
+def due(every: str | None, places: list[tuple[int, int, bool]]) -> list[bool]:
+    """Whether it is, after (step, epoch, whether the epoch has ended); each look at the clock is a minute."""
+    clock = iter(range(0, 60_000, 60))
+    rhythm = Rhythm(every, lambda: next(clock))
+    model = models.Recogniser.__new__(Recogniser)
+    found = []
+    for step, epoch, ended in places:
+        progress = None if ended else Progress.none(CPU)
+        state = TrainState(model, None, None, step, epoch, progress)  # type: ignore[arg-type]  # not looked at
+        found.append(rhythm.is_due(state))
+        if found[-1] and every and "minute" in every:
+            rhythm.was_saved()
+    return found
 
 
-def test_the_same_model_is_the_same_file_whatever_its_layout_in_memory(tiny: Config) -> None:
-    placed = trained(tiny)
-    plain = models.build(tiny.model, tiny.captcha)
-    plain.load_state_dict(placed.state_dict())
-    assert weights_to_bytes(plain, tiny) == weights_to_bytes(placed, tiny) == weights_to_bytes(placed, tiny)
-    assert weights_to_bytes(trained(tiny, seed=1), tiny) != weights_to_bytes(placed, tiny)
-
-
-# -- files that are something else ---------------------------------------------------------------------------
-
-
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    line = mistake(tmp_path / "model.safetensors")
-    assert line.startswith(f"{tmp_path / 'model.safetensors'}: there is no such file")
-
-
-def truncated(content: bytes) -> bytes:
-    return content[:-5]
-
-
-def header_alone(content: bytes) -> bytes:
-    return content[: 8 + int.from_bytes(content[:8], "little")]
-
-
-def absurd_header(content: bytes) -> bytes:
-    return b"\xff" * 8 + content[8:]
+PLACES = [(1, 1, False), (2, 1, False), (2, 1, True), (3, 2, False), (4, 2, False), (4, 2, True)]
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [truncated, header_alone, absurd_header, lambda content: b"", lambda content: b"PK\x03\x04 a zip"],
+    ("every", "expected"),
+    [
+        (None, [False] * 6),
+        ("1 step", [True, True, False, True, True, False]),
+        ("2 steps", [False, True, False, False, True, False]),
+        ("1 epoch", [False, False, True, False, False, True]),
+        ("2 epochs", [False, False, False, False, False, True]),
+        ("3 minutes", [False, False, True, False, False, True]),
+    ],
 )
-def test_a_damaged_file_is_one_line(file: Path, damage: Callable[[bytes], bytes]) -> None:
-    file.write_bytes(damage(file.read_bytes()))
-    assert mistake(file).startswith(f"{file}: is no whole safetensors file: ")
+def test_the_rhythm(every: str | None, expected: list[bool]) -> None:
+    """Asking when it was saved takes a minute of this clock, too."""
+    assert due(every, PLACES) == expected
 
 
-def test_a_folder_is_one_line(tmp_path: Path) -> None:
-    assert str(tmp_path) in mistake(tmp_path)
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_a_foreign_file_is_one_line(file: Path, metadata: dict[str, str] | None) -> None:
-    save_file({"weight": torch.zeros(2)}, file, metadata)
-    assert mistake(file) == f"{file}: holds no config, so it is not from captcha-exp"
-
-
-@pytest.mark.parametrize("config", ["resnet50", "[1, 2]", '"text"', "null", "{"])
-def test_a_foreign_config_is_one_line(file: Path, config: str) -> None:
-    """Other projects write a `config` of their own into their files."""
-    save_file({"weight": torch.zeros(2)}, file, {"config": config})
-    assert str(file) in mistake(file)
-
-
-def test_a_config_with_other_keys_names_the_file(file: Path) -> None:
-    save_file({"weight": torch.zeros(2)}, file, {"config": '{"hidden_size": 768}'})
-    with pytest.raises(UserError) as error:
-        load_weights(file, CPU)
-    assert str(file) in str(error.value)
-
-
-def test_weights_of_another_network_are_one_line(tiny: Config, file: Path) -> None:
-    tensors = load_file(file)
-    tensors["head.read.weight"] = torch.zeros(7, 16)
-    save_file(tensors, file, {"config": json.dumps(to_dict(tiny))})
-    line = mistake(file)
-    assert line.startswith(f"{file}: does not fit the network that its config names: ")
-    assert "head.read.weight" in line
-
-
-def test_weights_that_lack_one_are_one_line(tiny: Config, file: Path) -> None:
-    tensors = load_file(file)
-    del tensors["head.read.bias"]
-    save_file(tensors, file, {"config": json.dumps(to_dict(tiny))})
-    assert "head.read.bias" in mistake(file)
-
-
-# -- the best weights ----------------------------------------------------------------------------------------
+# -- the best ------------------------------------------------------------------------------------------------
 
 
 def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
-    model = trained(tiny)
+    model = models.place(models.build(tiny.model, tiny.captcha), CPU)
     state = TrainState(model, torch.optim.SGD(model.parameters()), None)
 
     def move() -> None:
