@@ -17,6 +17,7 @@ from captcha_exp.evaluate import Evaluation
 from captcha_exp.leaving import TimeIsUp, undisturbed
 from captcha_exp.memory.plan import Plan
 from captcha_exp.record import MetricsRow, Run, Status, now_ms
+from captcha_exp.record.code import write_code
 
 
 class Tracker(Protocol):
@@ -156,6 +157,7 @@ def record_machine(ran_on: Mapping[str, Any], recording: Recording) -> None:
     run = recording.run
     path = run.folder / "environment.json"
     if not path.exists():
+        write_code(run)
         run.write_json(path.name, ran_on)
         return
     before = json.loads(path.read_text(encoding="utf-8"))

@@ -1,13 +1,17 @@
 """The record of the code: the same for the same files, wherever they stand, and another for any other."""
 
 import hashlib
+import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from captcha_exp import places
-from captcha_exp.record import code
+from captcha_exp.record import Run, code
+from captcha_exp.record.environment import variables
 
 
 @pytest.fixture
@@ -73,3 +77,91 @@ def test_how_a_line_ends_does_not_count(package: Path) -> None:
     before = code.code_sha256()
     (package / "__init__.py").write_bytes(b"x = 1\r\n")
     assert code.code_sha256() == before
+
+
+# -- git -----------------------------------------------------------------------------------------------------
+
+GIT = ("git", "-c", "user.name=n", "-c", "user.email=n@example.invalid", "-c", "commit.gpgsign=false")
+
+
+@pytest.fixture
+def checkout(package: Path) -> Path:
+    """The package in a repository of its own, committed."""
+    home = package.parent
+    for words in (("init", "-q"), ("add", "--all"), ("commit", "-qm", "all")):
+        subprocess.run([*GIT, *words], cwd=home, check=True)
+    return home
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("run"), "name", "0" * 64)
+
+
+def written(run: Run) -> list[str]:
+    """The troubles that it told."""
+    told: list[str] = []
+    code.write_code(run, told.append)
+    return told
+
+
+def test_a_clean_checkout_has_a_commit_and_no_diff(checkout: Path, run: Run) -> None:
+    found = code.git()
+    assert found is not None
+    assert len(found["commit"]) == 40
+    assert (found["dirty"], found["diff_sha256"]) == (False, None)
+    assert written(run) == []
+    assert json.loads((run.folder / "code.json").read_text()) == code.source_files()
+    assert not (run.folder / "code.diff").exists()
+
+
+def test_the_diff_makes_the_code_of_its_commit_again(checkout: Path, run: Run, tmp_path: Path) -> None:
+    # Spaces at the end of a line, bytes that are no UTF-8, a new file, settings of the person's own.
+    (checkout / "captcha_exp" / "__init__.py").write_bytes(b"x = 3  \n# \xff\n\n")
+    (checkout / "captcha_exp" / "new one.py").write_bytes(b"z = 1\n")
+    for key, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false")):
+        subprocess.run(["git", "config", key, value], cwd=checkout, check=True)
+    assert written(run) == []
+    found = code.git()
+    assert found is not None
+    assert found["dirty"]
+    assert found["diff_sha256"] == hashlib.sha256((run.folder / "code.diff").read_bytes()).hexdigest()
+    changed = code.source_files()
+    for words in (("stash", "-qu"), ("apply", str(run.folder / "code.diff"))):
+        subprocess.run([*GIT, *words], cwd=checkout, check=True)
+    assert code.source_files() == changed
+
+
+def test_a_diff_too_large_is_told_and_left_out(
+    checkout: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code, "LARGEST_DIFF", 100)
+    (checkout / "captcha_exp" / "__init__.py").write_text("x = 3\n" * 50)
+    (told,) = written(run)
+    assert "too much for the run's record: commit them" in told
+    assert not (run.folder / "code.diff").exists()
+
+
+def test_without_git_there_are_the_files_alone(package: Path, run: Run) -> None:
+    assert code.git() is None
+    assert written(run) == []
+    assert sorted(path.name for path in run.folder.iterdir()) == ["code.json", "run.json"]
+
+
+# -- environment variables -----------------------------------------------------------------------------------
+
+
+def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    kept = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    others = {
+        "HOME": "/home/me",
+        "TORCH_HUB_TOKEN": "x",
+        "CUDA_PASSWORD": "x",
+        "MKL_API_KEY": "x",
+        "PYTORCH_MIRROR": "https://me:word@example.invalid/",
+    }
+    for name, value in (kept | others).items():
+        monkeypatch.setenv(name, value)
+    assert variables() == kept

@@ -105,7 +105,7 @@ def _git() -> Git:
     checkout = str(home) if (home / ".git").exists() else None
     if shutil.which("git") is None:
         return Git(here=False, checkout=checkout, commit=None)
-    from captcha_exp.record.environment import git  # brings torch
+    from captcha_exp.record.code import git
 
     return Git(here=True, checkout=checkout, commit=(git() or {}).get("commit"))
 

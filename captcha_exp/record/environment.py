@@ -1,9 +1,8 @@
 """What a run ran on: versions, code, machine. Whatever may make two runs differ is written down here."""
 
-import hashlib
 import os
 import platform
-import subprocess
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from captcha_exp.config import Config
+from captcha_exp.record.code import code_sha256, git
 
 _PACKAGES = (
     "torch",
@@ -25,6 +25,16 @@ _PACKAGES = (
     "safetensors",
     "mlflow",
 )
+_CHANGING = (
+    *("ATEN_", "TORCH", "PYTORCH_", "NPY_"),  # which kernels torch and NumPy take
+    *("ONEDNN_", "DNNL_", "MKL_", "MKLDNN_", "OPENBLAS_", "BLIS_", "VECLIB_"),  # and their libraries
+    *("OMP_", "GOMP_", "KMP_"),  # how work is shared among threads
+    *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_OVERRIDE"),
+    *("GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_"),  # which mathematical functions are loaded
+    *("FREETYPE_PROPERTIES", "PYTHONHASHSEED"),  # how letters are drawn; the order of sets
+)
+_SECRET = re.compile(r"(?i)token|secret|passw|pwd|credential|auth|_key($|_)")
+_LOGIN = re.compile(r"://[^/]*@")  # an address with a password
 
 
 def environment(config: Config) -> dict[str, Any]:
@@ -37,6 +47,8 @@ def environment(config: Config) -> dict[str, Any]:
         "command": sys.argv,
         "packages": {name: version_of(name) for name in _PACKAGES},
         "git": git(),
+        "code_sha256": code_sha256(),
+        "variables": variables(),
         "device": {
             "name": config.device.name,
             "threads": config.device.threads,
@@ -56,32 +68,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def git() -> dict[str, Any] | None:
-    """Commit, branch and local changes of the checkout that the code runs from, or None."""
-    here = Path(__file__)
-    try:
-        if _git("ls-files", "--error-unmatch", here.name) is None:
-            return None  # installed: a repository around site-packages is somebody else's
-        difference = _git("diff", "HEAD", "--binary") or ""
-        return {
-            "commit": _git("rev-parse", "HEAD"),
-            "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-            "dirty": bool(difference),
-            "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
-        }
-    except OSError:
-        return None  # git is not on this machine
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", *arguments],  # noqa: S607 - the git that the person uses, wherever it is
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
+def variables() -> dict[str, str]:
+    """The environment variables that can change what comes out of a training, by name; never a secret."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_CHANGING) and not _SECRET.search(name) and not _LOGIN.search(value)
+    }
 
 
 def _cpu_name() -> str:

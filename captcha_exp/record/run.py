@@ -3,6 +3,7 @@
 run.json            status, when, where, the SHA-256 of every finished file
 config.yaml         what ran: resolved and complete          requested.yaml  what was asked
 environment.json    versions, commit, machine                dataset.json    which pictures
+code.json           the SHA-256 of each source file          code.diff       changes since the commit
 metrics.jsonl       one line for each epoch, with a checksum of its own
 checkpoint/         what an interrupted training goes on from
 model.safetensors   the best weights, with the config in the file
