@@ -39,7 +39,7 @@ LAYERS = (
     },
     {"tracking"},
     {"sweep"},
-    {"doctor"},
+    {"doctor", "reproduce"},
     {"cli"},
     {"", "__main__"},  # the package itself, which looks its names up at first use
 )

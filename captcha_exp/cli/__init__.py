@@ -169,6 +169,21 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 1 if any(reading.error for reading in readings) else 0
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import reproducing
+    from captcha_exp.display import Terminal
+    from captcha_exp.tracking import close_dead
+
+    display = Terminal()
+    close_dead(display)
+    made = reproducing.reproduce(arguments, _machine(), display)
+    if arguments.json:
+        _print_json(made.to_json())
+    else:
+        reproducing.tell(made)
+    return reproducing.EXIT_CODES[made.verdict]
+
+
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import looking
     from captcha_exp.display import Terminal
@@ -248,6 +263,7 @@ ACTS = {
     "data": _data,
     "plan": _plan,
     "evaluate": _evaluate,
+    "reproduce": _reproduce,
     "predict": _predict,
     "runs": _runs,
     "diff": _diff,

@@ -14,6 +14,7 @@ VERBS = {
     "data": "draw the pictures of a config and show some",
     "plan": "memory of a graphics card that batch sizes need, told without one",
     "evaluate": "accuracy of a run: whole, per character, per position, confusions",
+    "reproduce": "train a finished run again from what it saved, and say whether it came out the same",
     "predict": "the text in pictures; asks for them where none is given",
     "runs": "list the runs in outputs/, or some of them",
     "diff": "what two runs differ in: config, environment, dataset, metrics",
@@ -76,6 +77,7 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     evaluate.add_argument("run", metavar="RUN", help=what)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    _of_reproduce(verb("reproduce"))
     predict = verb("predict")
     predict.add_argument("run", metavar="RUN", help=f"{what}, or a .safetensors file of weights")
     what = "a picture, or a folder of them; with none, asks for one after the other"
@@ -111,6 +113,17 @@ def _of_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="KEY,KEY,...", help="show these keys too")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N")
     parser.epilog = _RULE
+
+
+def _of_reproduce(parser: argparse.ArgumentParser) -> None:
+    """RUN and OVERRIDE..."""
+    what = "a run's folder, an MLflow run id (its beginning, or whole where only the store has it), or latest"
+    parser.add_argument("run", metavar="RUN", help=what)
+    what = "key=value: another value than the saved one; the verdict names it"
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
+    parser.epilog = (
+        "exit code: 0 identical, 3 equivalent, 4 different; 1 the new run failed, 2 a mistake in the call"
+    )
 
 
 def _of_diff(parser: argparse.ArgumentParser) -> None:

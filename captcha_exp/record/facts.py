@@ -218,6 +218,15 @@ def _json_leaves(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
 
 
+def flat(node: object) -> dict[str, Any]:
+    """Every leaf of plain values as `group.key` -> value; a list is one leaf.
+
+    Raises:
+        ValueError: it holds no keys.
+    """
+    return dict(_leaves(node))
+
+
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(`group.key`, value) of everything that is no group."""
     if not isinstance(node, Mapping):

@@ -1,5 +1,5 @@
-"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`, `views`), and the end of
-runs whose process is gone (`closing`).
+"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`, `views`), the files of
+a run that it alone has (`fetching`), and the end of runs whose process is gone (`closing`).
 
 The names are looked up at first use: `closing` is asked at each start and mostly needs no MLflow.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from captcha_exp.recording import Tracker
     from captcha_exp.tracking.closing import close_dead as close_dead
     from captcha_exp.tracking.closing import close_left as close_left
+    from captcha_exp.tracking.fetching import fetch as fetch
     from captcha_exp.tracking.parent import Parent as Parent
     from captcha_exp.tracking.parent import server_of as server_of
     from captcha_exp.tracking.server import serve_ui as serve_ui
@@ -34,6 +35,7 @@ _HOMES = {
     "close_dead": "closing",
     "close_left": "closing",
     "compare_address": "views",
+    "fetch": "fetching",
     "serve_ui": "server",
     "server_of": "parent",
 }
