@@ -157,7 +157,7 @@ def record_machine(ran_on: Mapping[str, Any], recording: Recording) -> None:
     run = recording.run
     path = run.folder / "environment.json"
     if not path.exists():
-        write_code(run)
+        write_code(run, recording.tell)
         run.write_json(path.name, ran_on)
         return
     before = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,19 @@ from omegaconf import OmegaConf
 
 from captcha_exp import compose
 
-VERBS = ["train", "data", "plan", "evaluate", "predict", "runs", "diff", "ui", "calibrate", "doctor"]
+VERBS = [
+    "train",
+    "data",
+    "plan",
+    "evaluate",
+    "predict",
+    "reproduce",
+    "runs",
+    "diff",
+    "ui",
+    "calibrate",
+    "doctor",
+]
 
 
 @pytest.fixture

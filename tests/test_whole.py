@@ -58,11 +58,13 @@ def test_the_folder_is_the_record(trained: tuple[Path, str]) -> None:
     (folder,) = (root / "outputs").glob("*/*-tiny")
 
     assert f"folder {folder}" in printed
-    assert {path.name for path in folder.iterdir()} == {
+    changed = {"code.diff"}  # is there where the checkout has changes
+    assert {path.name for path in folder.iterdir()} - changed == {
         "run.json",
         "config.yaml",
         "requested.yaml",
         "environment.json",
+        "code.json",
         "memory.json",
         "dataset.json",
         "metrics.jsonl",

@@ -18,10 +18,10 @@ from captcha_exp.config import Config, Machine
 from captcha_exp.display import Display, shown
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
+from captcha_exp.recording import Tracker
 from captcha_exp.reproduce.original import USED, original
 from captcha_exp.reproduce.running import Reproduction
 from captcha_exp.reproduce.running import reproduce as run_again
-from captcha_exp.train import Tracker
 
 EXIT_CODES = {"identical": 0, "equivalent": 3, "different": 4}
 COLOURS = {"identical": "bold green", "equivalent": "bold yellow", "different": "bold red"}

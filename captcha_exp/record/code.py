@@ -43,8 +43,12 @@ def source_files() -> dict[str, str]:
 
 
 def code_sha256() -> str:
-    """SHA-256 over the names and contents of all source files: equal for equal code, with git or without."""
-    return hashlib.sha256(json.dumps(source_files(), sort_keys=True).encode()).hexdigest()
+    """SHA-256 over the names and contents of the package's files: equal for equal code, with git or without.
+
+    Without those of conf/: a run's config has all that it took of them.
+    """
+    files = {name: sha256 for name, sha256 in source_files().items() if not name.startswith("conf/")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def write_code(run: Run, tell: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from captcha_exp.errors import RunFailed
 from captcha_exp.oom import OutOfMemory
 from captcha_exp.record import Run
 from captcha_exp.record.code import git, source_files
+from captcha_exp.recording import Tracker
 from captcha_exp.reproduce import drift, pictures, results
 from captcha_exp.reproduce.drift import Drift
 from captcha_exp.reproduce.judging import Judged, judge, sentence, tolerances
@@ -63,7 +64,7 @@ def reproduce(
     original: Original,
     overrides: Sequence[str],
     machine: Machine,
-    tracker_of: Callable[[Config], train.Tracker],
+    tracker_of: Callable[[Config], Tracker],
     display: Display,
 ) -> Reproduction:
     """The run once more, and how it compares.
