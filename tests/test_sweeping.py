@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,10 +262,12 @@ def test_what_cannot_be_gone_on_with(root: Path, launched: list[Any]) -> None:
     assert len(launched) == 1
 
 
-def test_resume_is_for_sweeps(root: Path) -> None:
-    del root
-    with pytest.raises(UserError, match="--resume=x: goes on with a sweep; add -m"):
-        cli._dispatch(["train", *TINY, "tracking=none", "--resume", "x"])
+def test_a_sweep_is_gone_on_with_as_a_sweep(root: Path, launched: list[Any]) -> None:
+    assert train_all(*GRID) == 0
+    folder = cut(root)
+    with pytest.raises(UserError, match=f"--resume={re.escape(str(folder))}: is a sweep; add -m"):
+        cli._dispatch(["train", "--resume", str(folder)])
+    assert len(launched) == 1
 
 
 def test_a_parent_that_was_deleted_in_mlflow_is_made_anew(root: Path) -> None:

@@ -78,19 +78,22 @@ def _train(arguments: argparse.Namespace) -> int:
         from captcha_exp.cli.sweeping import train_all
 
         return train_all(arguments, _machine(), display)
-    config = composed.checked(_machine())
-    if arguments.resume != "never":
-        raise UserError(f"--resume={arguments.resume}: goes on with a sweep; add -m")
-    if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
-        from captcha_exp.record import new_folder
-        from captcha_exp.sweep.supervise import Order, train_until_it_fits
-
-        order = Order(config, composed.choices)
-        return _tell_training(train_until_it_fits(order, lambda: new_folder(config.name)), arguments)
+    from captcha_exp.cli import resuming
     from captcha_exp.train import train
 
-    tracker = tracker_of(config, display, composed.choices)
-    return _tell_training(train(config, tracker, display).folder, arguments)
+    with resuming.started(arguments, composed, _machine(), display) as start:
+        config = start.requested
+        if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
+            from captcha_exp.sweep.supervise import Order, train_until_it_fits
+
+            order = Order(config, start.choices, links=start.links, start_from=start.start_from)
+            folder = train_until_it_fits(order, resuming.places(start, arguments.resume, display))
+        else:
+            tracker = tracker_of(config, display, start.choices)
+            folder = train(
+                config, tracker, display, start.folder, links=start.links, start_from=start.start_from
+            ).folder
+    return _tell_training(folder, arguments)
 
 
 def _tell_training(folder: Path, arguments: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ def compose_words(
         try:
             override, mistake = _read_override(text, groups)
         except HydraException:
-            mistakes.append(f"{text!r}: is no override; write key=value, with quotes around odd values")
+            mistakes.append(_no_override(text))
             continue
         if override.key_or_group == "card" and str(override.value()).endswith((".yaml", ".yml")):
             card_file = Path(str(override.value()))
@@ -115,6 +115,53 @@ def compose_words(
         choices["card"] = str(card_file)
     multirun = str(hydra.mode).endswith("MULTIRUN")
     return Composed(sealed(config, without="hydra"), choices, written, mistakes, multirun), hydra
+
+
+def overridden(config: "Config", words: Sequence[str], machine: "Machine | None" = None) -> "Config":
+    """A saved config with other values in it, checked as a whole. Each word is key=value, in Hydra's grammar.
+
+    Raises:
+        ConfigError: every mistake, one line each; a choice between files of conf/ is one.
+    """
+    from hydra.errors import HydraException
+
+    from captcha_exp.config import load, to_dict
+
+    values = to_dict(config)
+    mistakes: list[str] = []
+    written: dict[str, str] = {}
+    for text in words:
+        try:
+            override, mistake = _read_override(text, {})
+        except HydraException:
+            mistakes.append(_no_override(text))
+            continue
+        *groups, name = key = override.key_or_group.split(".")
+        node: Any = values
+        for group in groups:
+            node = node.get(group) if isinstance(node, dict) else None
+        if mistake:
+            mistakes.append(mistake)
+        elif override.is_delete() or (len(key) == 1 and not isinstance(values.get(name, {}), str | int)):
+            mistakes.append(
+                f"{text}: gives no key of a saved config a value; beside a run, write GROUP.KEY=VALUE"
+            )
+        elif not isinstance(node, dict):
+            mistakes.append(f"{text}: there is no such key; known are those of the run's config.yaml")
+        else:
+            node[name] = override.value()
+            written[override.key_or_group] = text.partition("=")[2]
+    try:
+        changed = load(values, machine, written)
+    except ConfigError as error:
+        mistakes += error.lines
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return changed
+
+
+def _no_override(text: str) -> str:
+    return f"{text!r}: is no override; write key=value, with quotes around odd values"
 
 
 @contextlib.contextmanager

@@ -61,9 +61,10 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     what = "a sweep: key=value,value,... spans a grid of trainings"
     train.add_argument("--multirun", "-m", action="store_true", help=what)
     what = (
-        "of a sweep: its folder or MLflow run id, auto for the newest unfinished one of these points, never"
+        "auto, the default: go on with the newest unfinished run (-m: sweep) of just this config and code, "
+        "or begin one; never: begin one; RUN: this one, a folder, the beginning of an MLflow run id, or latest"
     )
-    train.add_argument("--resume", default="never", metavar="SWEEP", help=what)
+    train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=what)
     what = "print the composed config and stop"
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
     verb("data")

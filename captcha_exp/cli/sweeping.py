@@ -21,9 +21,10 @@ from captcha_exp.cli.grid import Grid, compose_grid
 from captcha_exp.config import Config, Machine
 from captcha_exp.display import Display
 from captcha_exp.errors import ConfigError, RunFailed, UserError
+from captcha_exp.record import Left, code_sha256, read_left, unfinished
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep.foretelling import foretell
-from captcha_exp.sweep.points import Point, Sweep
+from captcha_exp.sweep.points import RECORD, Point, Sweep
 from captcha_exp.sweep.running import run
 from captcha_exp.sweep.supervise import run_point
 from captcha_exp.sweep.verdict import Verdict
@@ -40,9 +41,6 @@ def train_all(arguments: argparse.Namespace, machine: Machine, display: Display)
     """
     grid = compose_grid(arguments.overrides, arguments.config_dir)
     points = _checked(grid, machine)
-    resumed = _to_go_on_with(arguments, grid, points, display)
-    points = resumed.points if resumed else points
-    found = foretell(points, display)
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         _launch(folder, numbers, grid, arguments.config_dir)
@@ -54,8 +52,13 @@ def train_all(arguments: argparse.Namespace, machine: Machine, display: Display)
             summary.of_sweep(verdict)
             _tell_where(sweep, verdict)
 
-    side_by_side = min(grid.jobs, len(found))
-    return 1 if run(found, launch, side_by_side, display, tell, resumed).failed else 0
+    with unfinished.held(lambda: _to_go_on_with(arguments, grid, points, display)) as held:
+        resumed = None if held is None else Sweep(held.folder)
+        if resumed is not None and arguments.resume == "auto":
+            display.line(f"goes on with {resumed.folder}, an unfinished sweep of these points")
+        found = foretell(points if resumed is None else resumed.points, display)
+        side_by_side = min(grid.jobs, len(found))
+        return 1 if run(found, launch, side_by_side, display, tell, resumed).failed else 0
 
 
 def _checked(grid: Grid, machine: Machine) -> list[Point]:
@@ -81,26 +84,42 @@ def _in_a_sweep(config: Config) -> Config:
 
 def _to_go_on_with(
     arguments: argparse.Namespace, grid: Grid, points: Sequence[Point], display: Display
-) -> Sweep | None:
-    """The sweep that --resume means; None for a new one."""
+) -> Left | None:
+    """The record of the sweep that --resume means; None for a new one."""
     if arguments.resume == "never":
         return None
     if arguments.resume == "auto":
-        for sweep in reversed(recorded.sweeps()):
-            unfinished = sweep.state["status"] != "FINISHED" and not recorded.is_running(sweep)
-            if unfinished and recorded.same_points(sweep, points):
-                return sweep
-        display.line("--resume=auto: there is no unfinished sweep of these points; this is a new one")
-        return None
+        sweep = _newest_unfinished(points, display)
+        return None if sweep is None else read_left(sweep.folder / RECORD)
     sweep = recorded.find(arguments.resume)
     if recorded.is_running(sweep):
         raise UserError(f"--resume={arguments.resume}: its process {sweep.state['pid']} is still at work")
     if grid.is_asked_for and not recorded.same_points(sweep, points):
         raise UserError(
             f"--resume={arguments.resume}: its points are not those that these overrides describe; leave the "
-            "overrides out to go on with it as it was, or start a new sweep without --resume"
+            "overrides out to go on with it as it was, or start a new sweep with --resume=never"
         )
-    return sweep
+    left = read_left(sweep.folder / RECORD)
+    if left is None:
+        raise UserError(f"--resume={arguments.resume}: {sweep.folder / RECORD} has no process in it")
+    return left
+
+
+def _newest_unfinished(points: Sequence[Point], display: Display) -> Sweep | None:
+    """The newest sweep of these points that has not finished and no process any more; one that other code
+    began is told of and left."""
+    for sweep in reversed(recorded.sweeps()):
+        is_over = sweep.state["status"] == "FINISHED" or recorded.is_running(sweep)
+        if is_over or not recorded.same_points(sweep, points):
+            continue
+        if sweep.state.get("code_sha256") == code_sha256():
+            return sweep
+        again = f"--resume={shlex.quote(str(sweep.folder))} goes on with it"
+        display.line(
+            f"{sweep.folder}: is an unfinished sweep of these points, but other code began it; {again}"
+        )
+        return None
+    return None
 
 
 def _launch(folder: Path, numbers: Sequence[int], grid: Grid, config_dir: str | None) -> None:

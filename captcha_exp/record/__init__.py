@@ -1,11 +1,12 @@
 """A run's folder: made exclusively (`run`), written atomically and hashed (`files`), with what it ran on
-(`environment`) and the code that it ran (`code`), and closed by another process when its own is gone
-(`closing`)."""
+(`environment`) and the code that it ran (`code`), closed by another process when its own is gone (`closing`),
+and gone on with (`unfinished`)."""
 
 from captcha_exp.record.closing import Left as Left
 from captcha_exp.record.closing import alone as alone
 from captcha_exp.record.closing import left_in as left_in
 from captcha_exp.record.closing import left_open as left_open
+from captcha_exp.record.closing import read_left as read_left
 from captcha_exp.record.code import code_sha256 as code_sha256
 from captcha_exp.record.files import own_files as own_files
 from captcha_exp.record.files import sha256_of as sha256_of

@@ -7,6 +7,7 @@ sweep's sweep.json and the run.json of a run are closed alike.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -62,7 +63,7 @@ class Left:
 
         Read after its process was seen to be gone: what stands there now is its last word.
         """
-        now = _read(self.path)
+        now = read_left(self.path)
         return now if now is not None and _is_left(now) else None
 
     def note(self, **state: Any) -> None:
@@ -101,21 +102,27 @@ def left_open() -> list[Left]:
     outputs = root() / "outputs"
     names = ("*/*/sweep.json", "*/*/run.json", "*/*/*/run.json")
     paths = (path for name in names for path in sorted(outputs.glob(name)))
-    return [left for path in paths if (left := _read(path)) is not None and _is_left(left)]
+    return [left for path in paths if (left := read_left(path)) is not None and _is_left(left)]
 
 
 def left_in(folder: Path) -> Left | None:
-    """The record of the run in this folder, if its process is gone without its end here or in MLflow."""
-    left = _read(folder / "run.json")
-    return left if left is not None and _is_left(left) else None
+    """The record of the run in this folder, if its process is gone without its end here or in MLflow.
+
+    This process itself is none of a run that it only held for another (`unfinished.held`).
+    """
+    left = read_left(folder / "run.json")
+    if left is None or not (left.runs or left.unsent):
+        return None
+    return left if left.state["pid"] == os.getpid() or not is_alive(left.state) else None
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[bool]:
-    """The right to write the end of what others left, held by one process; False where another has it."""
+def alone(seconds: float = SECONDS_FOR_THE_LOCK) -> Iterator[bool]:
+    """The right to write into what others left, held by one process; False where another has it for longer
+    than these seconds."""
     import filelock
 
-    lock = filelock.FileLock(root() / "outputs" / ".closing.lock", timeout=SECONDS_FOR_THE_LOCK)
+    lock = filelock.FileLock(root() / "outputs" / ".closing.lock", timeout=seconds)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -127,8 +134,8 @@ def alone() -> Iterator[bool]:
         lock.release()
 
 
-def _read(path: Path) -> Left | None:
-    """None for what is no such record: `runs` tells of it."""
+def read_left(path: Path) -> Left | None:
+    """What this run.json or sweep.json says; None for what is no such record: `runs` tells of it."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         right = all(isinstance(state[key], kinds) for key, kinds in _KINDS.items()) and state["pid"] > 0

@@ -21,7 +21,7 @@ import psutil
 from captcha_exp.config import Config, load, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
-from captcha_exp.record import Status, is_alive, new_folder, write_atomically
+from captcha_exp.record import Status, code_sha256, is_alive, new_folder, write_atomically
 
 RECORD = "sweep.json"
 SETTLED = ("finished", "oom", "unfit")  # what a point became that is not run again
@@ -124,6 +124,7 @@ def create(name: str, points: Sequence[Point], about: Mapping[str, Any]) -> Swee
         **_process(),
         "mlflow": None,
         "error": None,
+        "code_sha256": code_sha256(),
         **about,
         "points": [
             {"number": p.number, "name": p.name, "swept": dict(p.swept), "choices": dict(p.choices)}

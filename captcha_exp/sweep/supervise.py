@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from captcha_exp.display import Terminal
 from captcha_exp.errors import RunFailed
 from captcha_exp.leaving import undisturbed
 from captcha_exp.places import root
-from captcha_exp.sweep.points import Sweep
+from captcha_exp.record import unfinished
+from captcha_exp.sweep.points import Point, Sweep
 from captcha_exp.sweep.work import STOP
 from captcha_exp.tracking import close_left, tracker_of
 
@@ -43,6 +45,10 @@ class Order:
     """in MLflow; None: that of its folder"""
     parent: str | None = None
     """id of the sweep's run in MLflow"""
+    links: Mapping[str, Any] = field(default_factory=dict)
+    """the run that it belongs to, as in run.json"""
+    start_from: Path | None = None
+    """the finished run whose state a new run starts from"""
 
 
 def run_point(folder: Path, number: int) -> None:
@@ -57,23 +63,45 @@ def run_point(folder: Path, number: int) -> None:
         terminal.line(f"[{number}/{of_all} {point.name}] {line}")
 
     order = Order(point.requested, point.choices, point.name, (sweep.state["mlflow"] or {}).get("run_id"))
+    for attempt in sweep.attempts(point):  # what has run out of memory would do so again
+        left = record.read_left(attempt / "run.json")
+        if left is not None and left.state.get("config_sha256") == record.config_sha256(order.requested):
+            order = replace(order, requested=_in_smaller_parts(order.requested, attempt) or order.requested)
+
+    @contextlib.contextmanager
+    def place(requested: Config) -> Iterator[Path]:
+        with unfinished.held(lambda: _last_of(sweep, point, requested)) as found:
+            if found is not None:
+                listen(f"goes on {unfinished.reached(found.folder)}")
+            yield sweep.new_attempt(point) if found is None else found.folder
+
     try:
-        train_until_it_fits(order, lambda: sweep.new_attempt(point), listen)
+        train_until_it_fits(order, place, listen)
     except OSError as error:  # a full disk; the points after it may find room
         terminal.warn(f"{point.name}: its record cannot be written: {error}")
 
 
+def _last_of(sweep: Sweep, point: Point, requested: Config) -> record.Left | None:
+    """The last run of the point, if it is one of this config that can be gone on with."""
+    attempts = sweep.attempts(point)
+    return unfinished.of_point(attempts[-1], requested) if attempts else None
+
+
 def train_until_it_fits(
-    order: Order, new_folder: Callable[[], Path], listen: Callable[[str], None] | None = None
+    order: Order,
+    place: Callable[[Config], AbstractContextManager[Path]],
+    listen: Callable[[str], None] | None = None,
 ) -> Path:
     """The folder of the run; of the last one, where train.on_oom=split has made several.
+
+    `place` gives the folder for a training of a config: an empty one, or that of an unfinished run.
 
     `listen` gets each line that the process says, and a log beside the folder keeps them; without it they go
     to the terminal as they are.
     """
     while True:
-        folder = new_folder()
-        _train(order, folder, listen)
+        with place(order.requested) as folder:
+            _train(order, folder, listen)
         smaller = _in_smaller_parts(order.requested, folder)
         if smaller is None:
             return folder
@@ -92,6 +120,8 @@ def _train(order: Order, folder: Path, listen: Callable[[str], None] | None) -> 
                     "name": order.name,
                     "parent": order.parent,
                     "folder": str(folder),
+                    "links": dict(order.links),
+                    "start_from": order.start_from and str(order.start_from),
                 }
             )
             process.wait()

@@ -33,7 +33,9 @@ def serve() -> None:
     config, display = load(order["config"]), Terminal()
     tracker = tracker_of(config, display, order["choices"], order["name"], order["parent"])
     try:
-        train(config, tracker, display, Path(order["folder"]))
+        start_from = order["start_from"] and Path(order["start_from"])
+        folder, links = Path(order["folder"]), order["links"]
+        train(config, tracker, display, folder, links=links, start_from=start_from)
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)
