@@ -549,7 +549,7 @@ PLANTS = (
     Plant(
         "a run that ends just now is called killed",
         "record/closing.py",
-        "now = _read(self.path)",
+        "now = read_left(self.path)",
         "now = self",
         ("test_closing.py",),
     ),

@@ -154,7 +154,7 @@ def overridden(config: "Config", words: Sequence[str], machine: "Machine | None"
     try:
         changed = load(values, machine, written)
     except ConfigError as error:
-        mistakes += error.lines
+        mistakes.extend(error.lines)
     if mistakes:
         raise ConfigError(*mistakes)
     return changed

@@ -62,7 +62,7 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     train.add_argument("--multirun", "-m", action="store_true", help=what)
     what = (
         "auto, the default: go on with the newest unfinished run (-m: sweep) of just this config and code, "
-        "or begin one; never: begin one; RUN: this one, a folder, the beginning of an MLflow run id, or latest"
+        "or begin one; never: begin one; RUN: this one, its folder, the beginning of its MLflow id, or latest"
     )
     train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=what)
     what = "print the composed config and stop"

@@ -1,4 +1,4 @@
-"""What `train --resume` means: a new run, an unfinished one to go on with, or a finished one to start from."""
+"""What `--resume` means: a new run, an unfinished one to go on with, or more epochs of a finished one."""
 
 import argparse
 import contextlib
