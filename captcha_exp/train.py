@@ -192,6 +192,9 @@ def train(
             with recorded(recording, config):
                 job = _prepared(config, display)
                 saved = checkpoint.newest(recording.run.checkpoints, recording.tell)
+                if saved is None and start_from is not None:  # killed before its first checkpoint
+                    saved = _last_of(start_from, job.config, display)
+                    _take_over_rows(start_from, recording)
                 return _work(job, recording, leaving, began, saved, at_end)
     job = _prepared(requested, display)
     saved = _last_of(start_from, job.config, display)

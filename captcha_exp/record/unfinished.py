@@ -22,7 +22,7 @@ from captcha_exp.places import root
 from captcha_exp.record.closing import Left, alone, read_left
 from captcha_exp.record.code import code_sha256
 from captcha_exp.record.files import write_json
-from captcha_exp.record.run import config_sha256, find, is_alive, runs
+from captcha_exp.record.run import CHECKPOINTS, config_sha256, find, is_alive, runs
 
 SECONDS_FOR_THE_LOCK = 60.0  # another process may be telling MLflow the end of many runs
 
@@ -120,7 +120,9 @@ def reached(folder: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The files of what a run has reached, the newest first."""
-    steps = {path: path.stem.removeprefix("step-") for path in folder.glob("checkpoint/step-*.safetensors")}
+    steps = {
+        path: path.stem.removeprefix("step-") for path in folder.glob(f"{CHECKPOINTS}/step-*.safetensors")
+    }
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
 
 
