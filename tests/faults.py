@@ -86,13 +86,13 @@ def _plant(faults: Mapping[str, str]) -> None:
             out_of_memory()
         optimise(optimizer, finite, factor)
 
-    def new_read(model: Any, split: Any, config: Any) -> Any:
+    def new_read(model: Any, split: Any, config: Any, *between: Any) -> Any:
         fake = isinstance(next(model.parameters()), FakeTensor)
         whole = config.train.evaluation_batch_size == 512
         if faults.get(str(config.train.batch_size)) == "evaluation" and whole and not fake:
             model.eval()
             out_of_memory()
-        return read(model, split, config)
+        return read(model, split, config, *between)
 
     for module, name, new in (
         (step, "forward_and_backward", new_step),
