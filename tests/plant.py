@@ -1008,6 +1008,48 @@ PLANTS = (
         "                raise ConfigError(*error.lines) from None\n",
         ("test_sweeping.py",),
     ),
+    Plant(
+        "a run of other code is gone on with",
+        "record/unfinished.py",
+        'return "free" if known == code or',
+        'return "free" if known or',
+        ("test_unfinished.py",),
+    ),
+    Plant(
+        "two processes go on with the same run",
+        "record/unfinished.py",
+        "if now is None or _owner(now) != _owner(seen) or",
+        "if now is None or",
+        ("test_unfinished.py",),
+    ),
+    Plant(
+        "a failed run without a checkpoint is gone on with",
+        "record/unfinished.py",
+        'if state["status"] == "FAILED" and not has_checkpoint:',
+        "if False:",
+        ("test_unfinished.py",),
+    ),
+    Plant(
+        "a run whose start failed is left RUNNING",
+        "record/unfinished.py",
+        "            _release(mine)\n",
+        "            pass\n",
+        ("test_unfinished.py", "test_resuming.py"),
+    ),
+    Plant(
+        "an unfinished run takes other values",
+        "cli/resuming.py",
+        "    if other:\n",
+        "    if len(other) > 9:\n",
+        ("test_resuming.py",),
+    ),
+    Plant(
+        "more epochs that were killed at once start from nothing",
+        "train.py",
+        "if saved is None and start_from is not None:",
+        "if saved is None and start_from is None and folder is None:",
+        ("test_resuming.py",),
+    ),
 )
 
 

@@ -251,6 +251,21 @@ def test_a_sweep_that_lost_its_parent_is_gone_on_with(place: Place) -> None:
     ]
 
 
+def test_a_point_that_was_killed_goes_on_from_its_checkpoint(place: Place) -> None:
+    words = ("train.batch_size=32,48", "tracking=none", "train.checkpoint_every='1 step'")
+    done = place.sweep(*words, faults={48: "kill"})
+    assert (done.returncode, became(place)) == (1, ["finished", "failed"])
+
+    done = place.sweep(*words)
+    assert done.returncode == 0, done.stderr
+    assert "batch_size=48] goes on from epoch 1, step 2 (saved " in done.stderr
+    assert "1 of them are settled already" in done.stderr
+    assert [point["attempts"] for point in place.points()] == [1, 1]
+    assert [point["weights_sha256"] for point in place.points()] == [
+        solo(place, f"train.batch_size={size}") for size in (32, 48)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 @pytest.mark.parametrize("whole", [True, False], ids=["all", "parent"])

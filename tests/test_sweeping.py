@@ -185,9 +185,9 @@ def test_what_has_a_result_is_not_run_again(tiny: Config) -> None:
 GRID = (*TINY, "tracking=none", "seed=1,2")
 
 
-def train_all(*words: str, resume: str = "never") -> int:
+def train_all(*words: str, resume: str = "never", display: Heard | None = None) -> int:
     arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
-    return sweeping.train_all(arguments, this_machine(best_batch_size=lambda _: 1), Heard())
+    return sweeping.train_all(arguments, this_machine(best_batch_size=lambda _: 1), display or Heard())
 
 
 @pytest.fixture
@@ -236,6 +236,44 @@ def test_resume_with(words: tuple[str, ...], resume: str, root: Path, launched: 
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
     assert [row.attempts for row in rows(Sweep(moved))] == [1, 2]
     assert not folder.exists()
+
+
+def test_by_itself_an_unfinished_sweep_of_other_code_is_told_of_and_left(
+    root: Path, launched: list[Any]
+) -> None:
+    assert train_all(*GRID) == 0
+    folder = cut(root)
+    Sweep(folder).note(code_sha256="0" * 64)
+    heard = Heard()
+    assert train_all(*GRID, resume="auto", display=heard) == 0
+    assert [numbers for numbers, _ in launched] == [[1, 2], [1, 2]]
+    assert heard.lines[0] == (
+        f"{folder}: is an unfinished sweep of these points, but other code began it; --resume={folder} goes on "
+        "with it"
+    )
+    heard = Heard()
+    assert train_all(*GRID, resume="auto", display=heard) == 0
+    assert len(launched) == 3, "the second one has finished"
+    assert train_all(resume=str(folder)) == 0
+    assert launched[3][0] == [2], "by its name it is gone on with"
+
+
+def test_a_sweep_whose_start_fails_is_left_as_it_was(
+    root: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_all(*GRID) == 0
+    folder = cut(root)
+    before = json.loads((folder / "sweep.json").read_text())
+
+    def fail(*_: object) -> None:
+        assert json.loads((folder / "sweep.json").read_text())["status"] == "RUNNING"
+        raise UserError("no plan")
+
+    monkeypatch.setattr(sweeping, "foretell", fail)
+    with pytest.raises(UserError, match="no plan"):
+        train_all(*GRID, resume="auto")
+    assert json.loads((folder / "sweep.json").read_text()) == before
+    assert len(launched) == 1
 
 
 def test_what_cannot_be_gone_on_with(root: Path, launched: list[Any]) -> None:
