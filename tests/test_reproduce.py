@@ -22,13 +22,14 @@ from captcha_exp.config import Config
 from captcha_exp.display import Silent
 from captcha_exp.errors import UserError
 from captcha_exp.record import sha256_of
-from captcha_exp.record.closing import write_json
+from captcha_exp.record.files import write_json
+from captcha_exp.recording import NoTracker
 from captcha_exp.reproduce import drift, results
 from captcha_exp.reproduce.drift import Drift
 from captcha_exp.reproduce.judging import judge, sentence
 from captcha_exp.reproduce.original import Outcome, original
 from captcha_exp.reproduce.running import Reproduction, reproduce
-from captcha_exp.train import NoTracker, train
+from captcha_exp.train import train
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -126,7 +127,7 @@ def test_environment_variables_for_threads_do_not_matter(run: Path, monkeypatch:
 
 def test_a_point_of_a_sweep_is_a_run_like_any_other(run: Path, root: Path, call: Call) -> None:
     point = shutil.copytree(run, root / "outputs" / "2026-01-01" / "sweep" / "1-seed=0")
-    code, out, err = call("reproduce", str(point))
+    code, out, _ = call("reproduce", str(point))
     assert (code, out.splitlines()[1]) == (0, "identical")
     code, out, _ = call("reproduce", "2026-01-01/sweep/1-seed=0", "--json")
     assert (code, json.loads(out)["of"]) == (0, str(point))
@@ -295,7 +296,7 @@ def in_a_process(home: Path, root: Path, *words: str, **variables: str) -> dict[
     """What the command prints, from a fresh process of the package in `home`."""
     environment = os.environ | {"PYTHONPATH": str(home), "CAPTCHA_EXP_ROOT": str(root)} | variables
     done = subprocess.run(
-        [sys.executable, "-c", SMALL, *words, "--json"], env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-c", SMALL, *words, "--json"], env=environment, capture_output=True, text=True
     )
     assert done.stdout, done.stderr
     values: dict[str, Any] = json.loads(done.stdout)
@@ -430,7 +431,7 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     folder = train(config, tracker_of(config, Silent(), {})).folder
     run_id = json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]
     shutil.rmtree(folder)
-    code, out, err = call("reproduce", run_id[:8])
+    code, out, _ = call("reproduce", run_id[:8])
     assert code == 2  # a beginning may be that of several
     code, out, _ = call("reproduce", run_id, "--json")
     assert (code, json.loads(out)["sentence"]) == (0, "identical")
@@ -440,6 +441,18 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     tags = MlflowClient(store.uri).get_run(state["mlflow"]["run_id"]).data.tags
     assert (tags["reproduces"], tags["reproduction"]) == (run_id, "identical")
     assert call("reproduce", "0" * 32)[0] == 2
+
+
+def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Path) -> None:
+    config = original(run).config
+    more = replace(config, train=replace(config.train, epochs=4, schedule="constant"))
+    first = train(replace(more, train=replace(more.train, epochs=2))).folder
+    links = {"continues": {"folder": str(first), "run_id": None}}
+    second = train(more, links=links, start_from=first).folder
+    assert again(second).sentence == "identical"
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"began from the state of .* which is not there; bring it back"):
+        again(second)
 
 
 # -- verdicts and causes, by hand ----------------------------------------------------------------------------

@@ -58,6 +58,22 @@ class Original:
         found = _mapping(self.state["mlflow"]).get("run_id")
         return found if isinstance(found, str) else None
 
+    def began_from(self) -> Path | None:
+        """The folder of the run from whose last state it began; None for one that began with fresh weights.
+
+        Raises:
+            UserError: that run is not there any more; the line says which.
+        """
+        link = _mapping(self.state.get("links")).get("continues")
+        if link is None:
+            return None
+        folder = Path(str(_mapping(link).get("folder")))
+        if not (folder / "run.json").is_file():
+            raise UserError(
+                f"{self.folder}: began from the state of {folder}, which is not there; bring it back"
+            )
+        return folder
+
 
 def original(folder: Path) -> Original:
     """The finished run in a folder.

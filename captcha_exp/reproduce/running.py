@@ -88,8 +88,9 @@ def reproduce(
         done.append(made)
 
     links = {"reproduces": {"folder": str(original.folder), "run_id": original.run_id}}
+    begin = original.began_from()
     try:
-        train.train(config, tracker_of(config), display, links=links, at_end=at_end)
+        train.train(config, tracker_of(config), display, links=links, at_end=at_end, start_from=begin)
     except OutOfMemory as error:  # that may be a result of a run, and is none of a comparison
         raise RunFailed(*error.lines) from error
     return done[0]
