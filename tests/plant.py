@@ -1050,6 +1050,62 @@ PLANTS = (
         "if saved is None and start_from is None and folder is None:",
         ("test_resuming.py",),
     ),
+    Plant(
+        "a value that was rounded otherwise is the same",
+        "reproduce/results.py",
+        "repr(pair[0]) != repr(pair[1])",
+        'f"{pair[0]:.6}" != f"{pair[1]:.6}"',
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "an edited config.yaml is believed",
+        "reproduce/original.py",
+        "if json.dumps(pair[0]) != json.dumps(pair[1]):",
+        "if pair[0] is ABSENT:",
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "every suspect is the cause",
+        "reproduce/judging.py",
+        "sole = certain and not ran and len(sources) == 1",
+        "sole = certain and not ran",
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "a version is the cause though the pictures are the same",
+        "reproduce/judging.py",
+        '(drift.touches == "pictures" and not same_pictures)',
+        'drift.touches == "pictures"',
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "a picture with another content is not seen",
+        "reproduce/pictures.py",
+        'now[n].sha256 != then[n]["sha256"]',
+        "now[n].sha256 is None",
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "a commit is put into a command as it stands",
+        "reproduce/running.py",
+        're.fullmatch(r"[0-9a-f]{7,64}", commit)',
+        "commit",
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "new files are not in the changes since the commit",
+        "record/code.py",
+        'filter(None, new.decode(errors="surrogateescape").split("\\0"))',
+        "()",
+        ("test_code.py",),
+    ),
+    Plant(
+        "a secret stands in the record",
+        "record/environment.py",
+        "and not _SECRET.search(name) ",
+        "",
+        ("test_code.py",),
+    ),
 )
 
 

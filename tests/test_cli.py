@@ -14,17 +14,8 @@ from omegaconf import OmegaConf
 from captcha_exp import compose
 
 VERBS = [
-    "train",
-    "data",
-    "plan",
-    "evaluate",
-    "reproduce",
-    "predict",
-    "runs",
-    "diff",
-    "ui",
-    "calibrate",
-    "doctor",
+    *("train", "data", "plan", "evaluate", "reproduce", "predict"),
+    *("runs", "diff", "ui", "calibrate", "doctor"),
 ]
 
 

@@ -163,7 +163,7 @@ def test_an_edited_config_is_told_by_key_and_is_the_cause(
 
 def test_an_edit_that_changes_no_result_is_told_too(run: Path) -> None:
     edit(run, train__stop_after_minutes=500.0)
-    assert again(run).sentence == "identical, but train.stop_after_minutes None -> 500.0"
+    assert again(run).sentence == "identical, but train.stop_after_minutes null -> 500.0"
 
 
 def test_a_version_in_the_record_is_drift_and_no_cause(run: Path) -> None:

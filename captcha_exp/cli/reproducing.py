@@ -19,6 +19,7 @@ from captcha_exp.display import Display, shown
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.recording import Tracker
+from captcha_exp.reproduce.drift import text
 from captcha_exp.reproduce.original import USED, original
 from captcha_exp.reproduce.running import Reproduction
 from captcha_exp.reproduce.running import reproduce as run_again
@@ -59,8 +60,9 @@ def tell(made: Reproduction) -> None:
     if told:
         table = Table("changed", "then", "now", "is", title="what is not as it was", title_justify="left")
         for each in told:
-            cells = (each.drift.what, each.drift.then, each.drift.now, each.role)
-            table.add_row(*(Text(shown("" if cell is None else str(cell))) for cell in cells))
+            drift = each.drift
+            cells = (drift.what, *("" if drift.is_bare else text(value) for value in (drift.then, drift.now)))
+            table.add_row(*(Text(shown(cell)) for cell in (*cells, each.role)))
         print_whole(table)
     out.print(f"run     {made.of}", markup=False)
     out.print(f"again   {made.folder}", markup=False)

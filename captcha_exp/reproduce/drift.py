@@ -1,5 +1,6 @@
 """What is not as it was when the run was trained: versions, code, machine, environment variables."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -62,11 +63,16 @@ class Drift:
         """What it acts through."""
         return SAME_SOURCE.get(self.what, self.what)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether `what` says it all."""
+        return self.then is self.now is None
+
     def words(self) -> str:
         """As a sentence has it."""
-        if self.then is self.now is None:
+        if self.is_bare:
             return self.what
-        return f"{self.what} {_text(self.then)} -> {_text(self.now)}"
+        return f"{self.what} {text(self.then)} -> {text(self.now)}"
 
 
 def of_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Drift]:
@@ -158,10 +164,11 @@ def _of_variables(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Dr
 
 
 def changed_files(then: Outcome, now: Mapping[str, str]) -> list[str] | None:
-    """Source files that are not the same; None where the run has not kept them."""
+    """Source files that are not the same, those that compute first; None where the run has not kept them."""
     if not then.code:
         return None
-    return [name for name in sorted({*then.code, *now}) if then.code.get(name) != now.get(name)]
+    changed = [name for name in {*then.code, *now} if then.code.get(name) != now.get(name)]
+    return sorted(changed, key=lambda name: (name.startswith(INERT_CODE), name))
 
 
 def _of_code(then: Outcome, now: Outcome) -> Iterator[Drift]:
@@ -190,6 +197,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _text(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+def text(value: Any) -> str:
+    """A value on one line, as YAML and JSON both write it."""
+    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return whole if len(whole) <= 100 else f"{whole[:100]}..."
