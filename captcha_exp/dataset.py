@@ -173,6 +173,8 @@ def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
     path = _cache_file(config, outline.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
+        for part in path.parent.glob(f".{path.stem}.*.part"):  # of a process that was killed while it wrote
+            part.unlink()
         digest = _checked(path, display)
         if digest is None:
             digest = _build(path, outline, display)

@@ -71,12 +71,16 @@ class Left:
         self.state.update(state)
         write_json(self.path, self.state)
 
-    def close(self, status: Status = "KILLED", error: str = ERROR) -> None:
-        """The end, at the time of the newest file, and the SHA-256 of each file of a run."""
-        ended = datetime.fromtimestamp(_newest(self.folder)).astimezone()
+    def remove_parts(self) -> None:
+        """Without what its process was writing when it was killed."""
         for path in own_files(self.folder):
             if _is_abandoned(path, self.state["pid"]):
                 path.unlink()
+
+    def close(self, status: Status = "KILLED", error: str = ERROR) -> None:
+        """The end, at the time of the newest file, and the SHA-256 of each file of a run."""
+        ended = datetime.fromtimestamp(_newest(self.folder)).astimezone()
+        self.remove_parts()
         facts: dict[str, Any] = {
             "status": status,
             "error": error,

@@ -132,6 +132,7 @@ def _send_one(client: "MlflowClient", left: Left) -> str | None:
 
     run_id = _run_id(client, left)
     if run_id is not None:
+        left.remove_parts()  # those of its very end, which nobody had to write
         send_rows(client, run_id, read_rows(left.folder)[0])
         send_files(client, run_id, left.folder)
         send_end(client, run_id, left.state)

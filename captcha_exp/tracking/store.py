@@ -1,5 +1,6 @@
 """The store that MLflow keeps runs in: opened, made when it is new, found by name; or only looked at."""
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -26,10 +27,28 @@ def open_store(uri: str) -> MlflowClient:
     if path := sqlite_file(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock"), timeout=60):
+            if not path.exists():
+                _make(path)
             client = MlflowClient(uri)
-            client.search_experiments(max_results=1)  # the first question makes the tables
+            client.search_experiments(max_results=1)  # brings the tables of an older one up to date
             return client
     return MlflowClient(uri)
+
+
+def _make(path: Path) -> None:
+    """A new store, whole or not at all: MLflow makes tables one by one, and never opens one that was cut."""
+    making, whole = (path.with_name(f".{path.name}.{what}") for what in ("making", "whole"))
+    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        left.unlink()
+    MlflowClient(f"sqlite:///{making}").search_experiments(
+        max_results=1
+    )  # the first question makes the tables
+    # A copy, which nobody has open, as MLflow keeps its connection.
+    with closing(sqlite3.connect(making)) as made, closing(sqlite3.connect(whole)) as copy:
+        made.backup(copy)
+    whole.replace(path)
+    with contextlib.suppress(PermissionError):  # Windows removes no open file; the next one does
+        making.unlink()
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
