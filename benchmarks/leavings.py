@@ -1,0 +1,127 @@
+"""What a training leaves behind, as values that can be compared; read without the code that wrote it."""
+
+import hashlib
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+TIMES = ("memory/", "speed/")
+"""Metrics that no two processes have in common"""
+
+
+def reached(stem: str) -> int:
+    """The step of a checkpoint by its name; of one that is being written as well."""
+    return int("".join(filter(str.isdigit, stem.partition("step-")[2].partition(".")[0])))
+
+
+def leavings(root: Path) -> dict[str, Any]:
+    """All that the trainings below this root have left but times and memory, by what it is."""
+    folders = [path for path in (root / "outputs").glob("*/*") if path.is_dir()]
+    runs = [path for path in folders if (path / "run.json").exists()]
+    return {
+        "runs": [_in_folder(path) for path in runs],
+        "folders besides": [path.name for path in folders if path not in runs],
+        "parts of files": sorted(str(path.relative_to(root)) for path in root.rglob("*.part")),
+        "MLflow": _in_mlflow(root / "mlruns" / "mlflow.db"),
+    }
+
+
+def _in_folder(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / "run.json").read_text())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found: dict[str, Any] = {
+        "status": state["status"],
+        "error": state["error"],
+        "files": [path.relative_to(folder).as_posix() for path in files],
+        "files with a SHA-256": sorted(state["files"]),
+        "result": _timeless(state["result"]),
+        "rows": _rows(folder),
+    }
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".safetensors":
+            found[name] = _tensors(path)
+        if path.suffix == ".png" or name in ("test.json", "dataset.json"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _rows(folder: Path) -> list[tuple[int, str, str]]:
+    """(step, metric, value) of each line of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return sorted(
+        (row["step"], key, repr(value))
+        for row in rows
+        for key, value in row["metrics"].items()
+        if not key.startswith(TIMES)
+    )
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Every tensor of a safetensors file, and every counter of a checkpoint; the config has paths in it."""
+    with safe_open(path, "np") as file:
+        found: dict[str, Any] = {
+            name: (value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
+            for name in file.keys()  # noqa: SIM118 - not a mapping
+            for value in [file.get_tensor(name)]
+        }
+        if "state" in file.metadata():
+            found["counters"] = _timeless(json.loads(file.metadata()["state"]))
+    return found
+
+
+def _timeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without times, memory, and what is a checksum over them."""
+    return {
+        key: _timeless(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in ("seconds", "process_peak_mib", "sha256")
+    }
+
+
+def _in_mlflow(path: Path) -> dict[str, Any]:
+    """The runs of a store, with every metric at every step as often as it stands there."""
+    if not path.exists():
+        return {}
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        ask = "SELECT status FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time"
+        statuses = [status for (status,) in database.execute(ask)]
+        metrics: dict[str, list[Any]] = defaultdict(list)
+        for key, step, value in database.execute("SELECT key, step, value FROM metrics ORDER BY key, step"):
+            metrics[key].append((step, None if key.startswith(TIMES) else value))
+        for (key,) in database.execute("SELECT key FROM params"):
+            metrics["params"].append(key)
+    return {"runs": statuses, **metrics}
+
+
+def differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    """Every place at which two values differ, in a line."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return [
+            line
+            for key in sorted(expected.keys() | found.keys(), key=str)
+            for line in differences(expected.get(key), found.get(key), f"{where} {key}".strip())
+        ]
+    if repr(expected) == repr(found):
+        return []
+    if isinstance(expected, list) and isinstance(found, list):
+        if len(expected) == len(found) == 1:
+            return differences(expected[0], found[0], where)
+        less = [each for each in expected if each not in found]
+        more = [each for each in found if each not in expected]
+        return [
+            f"{where}: lacks {_short(less)}, has besides {_short(more)}, {len(found)} for {len(expected)}"
+        ]
+    return [f"{where}: {_short(found)} for {_short(expected)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

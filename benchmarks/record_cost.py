@@ -1,0 +1,155 @@
+"""What it costs that a training comes out the same again, goes on where it was interrupted, and is hashed.
+
+Takes training steps of an experiment on pictures of noise, with train.deterministic on and off right beside
+each other; saves the state that they have reached; hashes bytes. Prints one JSON line: the
+shares of an epoch of training, in percent, each with the least and the most of a 95 % interval, and of all
+together. An epoch is its training steps alone: evaluation and drawing would make each share smaller.
+
+    python benchmarks/record_cost.py [--experiment alnum] [--pairs 200] [--steps 1] [--saves 20]
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from captcha_exp import checkpoint, compose, load
+from captcha_exp import dataset as datasets
+from captcha_exp.checkpoint import TrainState
+from captcha_exp.config import Config, resolve
+from captcha_exp.device import set_up, this_machine
+from captcha_exp.display import Silent
+from captcha_exp.places import root
+from captcha_exp.record import sha256_of
+from captcha_exp.step import fresh_state, train_step
+from captcha_exp.weights import weights_sha256, weights_to_bytes
+
+HASHED_BYTES = 64 * 2**20  # of a file that is hashed over and over; the cache file is taken for so many of it
+RESAMPLES = 2000
+SECONDS_OF_RHYTHM = 60.0  # train.checkpoint_every=1 minute
+
+
+class Steps:
+    """Training steps of a config, with determinism or without."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        device = set_up(config)
+        self._batch = datasets.noise(config, int(config.train.batch_size), device)
+        self.state: TrainState = fresh_state(config, device)
+        for deterministic in (True, False):
+            self.seconds(deterministic, 3)  # loads kernels
+
+    def seconds(self, deterministic: bool, steps: int) -> float:
+        """Of one step, the mean of a block."""
+        set_up(replace(self._config, train=replace(self._config.train, deterministic=deterministic)))
+        began = time.perf_counter()
+        for _ in range(steps):
+            loss = train_step(self.state, self._batch, self._config).loss
+        float(loss)
+        return (time.perf_counter() - began) / steps
+
+
+def seconds_of(work: Callable[[], object], times: int) -> list[float]:
+    """Of each time that it is done."""
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def median_of_resamples(values: Sequence[float], chance: random.Random) -> list[float]:
+    """The median, as it comes out of the same measurements drawn again, with repetition."""
+    return [statistics.median(chance.choices(values, k=len(values))) for _ in range(RESAMPLES)]
+
+
+def percent(shares: Sequence[float]) -> list[float]:
+    """The middle one, and the ends of the 95 % interval."""
+    ordered = sorted(shares)
+    places = (0.5, 0.025, 0.975)
+    return [round(100 * ordered[round(place * (len(ordered) - 1))], 2) for place in places]
+
+
+def measured(config: Config, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """The shares of an epoch, and what they are made of."""
+    counts = datasets.outline(config, Silent()).counts
+    per_epoch = -(-counts["train"] // int(config.train.batch_size))
+    steps = Steps(config)
+    pairs = []
+    for number in range(arguments.pairs):
+        order = (True, False) if number % 2 else (False, True)
+        pairs.append({which: steps.seconds(which, arguments.steps) for which in order})
+    steps.state.keep_if_better(0.5, 1.0)
+    saves = seconds_of(lambda: checkpoint.save(folder / "checkpoint", steps.state), arguments.saves)
+    block = folder / "block"
+    block.write_bytes(os.urandom(HASHED_BYTES))
+    blocks = seconds_of(lambda: sha256_of(block), arguments.saves)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights_to_bytes(steps.state.model, config))
+    files = [weights, *(folder / "checkpoint").iterdir()]
+
+    def hash_the_end() -> None:
+        weights_sha256(steps.state.model)
+        for path in files:
+            sha256_of(path)
+
+    ends = seconds_of(hash_the_end, arguments.saves)
+    captcha = config.captcha
+    cached = sum(counts.values()) * prod((captcha.height, captcha.width, captcha.channels))
+
+    chance = random.Random(0)
+    ratios = [pair[True] / pair[False] for pair in pairs]
+    determinism = [ratio - 1 for ratio in median_of_resamples(ratios, chance)]
+    epochs = [per_epoch * step for step in median_of_resamples([p[False] for p in pairs], chance)]
+    save = median_of_resamples(saves, chance)
+    a_block, an_end = median_of_resamples(blocks, chance), median_of_resamples(ends, chance)
+    # By the minute, and once at the end of all epochs.
+    saving = [s / SECONDS_OF_RHYTHM + s / config.train.epochs / e for s, e in zip(save, epochs, strict=True)]
+    each_epoch = [s / e for s, e in zip(save, epochs, strict=True)]
+    hashing = [
+        (b * cached / HASHED_BYTES + end) / config.train.epochs / e
+        for b, end, e in zip(a_block, an_end, epochs, strict=True)
+    ]
+    together = [sum(shares) for shares in zip(determinism, saving, hashing, strict=True)]
+    return {
+        "epoch_seconds": round(statistics.median(epochs), 1),
+        "save_seconds": round(statistics.median(saves), 4),
+        "cache_bytes": cached,
+        "determinism_percent": percent(determinism),
+        "checkpoints_percent": percent(saving),
+        "checkpoint_each_epoch_percent": percent(each_epoch),
+        "hashing_percent": percent(hashing),
+        "together_percent": percent(together),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experiment", default="alnum")
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=1, help="in a block")
+    parser.add_argument("--saves", type=int, default=20)
+    arguments = parser.parse_args()
+    config = resolve(load(compose(f"experiment={arguments.experiment}")), this_machine())
+    # Not in /tmp, which may be memory, where the disk is never waited for.
+    with tempfile.TemporaryDirectory(dir=root(), prefix=".record_cost-") as folder:
+        figures = measured(config, arguments, Path(folder))
+    about = {"experiment": arguments.experiment, "threads": torch.get_num_threads(), "pairs": arguments.pairs}
+    print(json.dumps({"benchmark": "record_cost", **about, **figures}))
+
+
+if __name__ == "__main__":
+    main()
