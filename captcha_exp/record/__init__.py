@@ -1,7 +1,11 @@
-"""A run's folder: made exclusively (`run`), written atomically and hashed (`files`), with what it ran on
+"""A run's folder: begun by one process (`beginning`), written atomically and hashed (`files`), with what it ran on
 (`environment`) and the code that it ran (`code`), closed by another process when its own is gone (`closing`),
 and gone on with (`unfinished`)."""
 
+from captcha_exp.record.beginning import create as create
+from captcha_exp.record.beginning import new_folder as new_folder
+from captcha_exp.record.beginning import remove_abandoned as remove_abandoned
+from captcha_exp.record.beginning import reopen as reopen
 from captcha_exp.record.closing import Left as Left
 from captcha_exp.record.closing import alone as alone
 from captcha_exp.record.closing import left_in as left_in
@@ -17,11 +21,8 @@ from captcha_exp.record.run import Run as Run
 from captcha_exp.record.run import Status as Status
 from captcha_exp.record.run import check_file as check_file
 from captcha_exp.record.run import config_sha256 as config_sha256
-from captcha_exp.record.run import create as create
 from captcha_exp.record.run import find as find
 from captcha_exp.record.run import is_alive as is_alive
-from captcha_exp.record.run import new_folder as new_folder
 from captcha_exp.record.run import now_ms as now_ms
 from captcha_exp.record.run import read_rows as read_rows
-from captcha_exp.record.run import reopen as reopen
 from captcha_exp.record.run import runs as runs

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import psutil
 
-from captcha_exp.config import Config, to_dict, to_yaml
+from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record.files import hashes, sha256_of, write_atomically, write_json
@@ -67,7 +67,7 @@ class Run:
     """A run that is being recorded."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        """By `create` or `reopen`; `state` is the content of run.json."""
+        """By `beginning`; `state` is the content of run.json."""
         self.folder, self.state = folder, state
         self._logged = read_rows(folder)[0]
         self._write_state()
@@ -107,12 +107,12 @@ class Run:
         """
         before = next((r for r in reversed(self._logged) if _is_of(row, r)), None)
         if before is not None:
-            then, now = _results(before), _results(row)
-            changed = [key for key in now if repr(then[key]) != repr(now[key])]  # nan is as nan was
+            was, is_now = _results(before), _results(row)
+            changed = [key for key in is_now if repr(was[key]) != repr(is_now[key])]  # nan is as nan was
             if not changed:
                 return False
             key = changed[0]
-            trouble = f"epoch {row.step}, done again, came out otherwise: {key} {then[key]} -> {now[key]}"
+            trouble = f"epoch {row.step}, done again, came out otherwise: {key} {was[key]} -> {is_now[key]}"
             self.note(warnings=[*self.state["warnings"], trouble])
         self._logged.append(row)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
@@ -130,7 +130,7 @@ class Run:
         self.note(
             status=status,
             error=error,
-            ended=_now(),
+            ended=now(),
             files=hashes(self.folder),
         )
 
@@ -138,65 +138,8 @@ class Run:
         self.write_json("run.json", self.state)
 
 
-def create(
-    config: Config, requested: Config, folder: Path | None = None, links: Mapping[str, Any] | None = None
-) -> Run:
-    """A new run in a folder of its own: this one, made for it, or else outputs/<date>/<time>-<name>.
-
-    `links` says which other run it belongs to, and how: {"reproduces": {"folder": ..., "run_id": ...}}.
-    """
-    folder = new_folder(config.name) if folder is None else folder
-    folder.mkdir(exist_ok=True)
-    # Before run.json: whatever has one has its config.
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
-    write_atomically(folder / "requested.yaml", to_yaml(requested).encode())
-    state = {
-        "name": config.name,
-        "started": _now(),
-        **_under_way(),
-        "mlflow": None,
-        "config_sha256": config_sha256(requested),
-        "links": dict(links or {}),
-        "resumed": [],
-        "tags": {},
-        "warnings": [],
-        "result": {},
-    }
-    return Run(folder, state)
-
-
-def reopen(folder: Path) -> Run:
-    """An unfinished run whose process is gone, with which this one goes on.
-
-    What a process was writing when it was ended goes: no row, and no file, was whole before.
-    """
-    state = _read(folder / "run.json")
-    for path in folder.rglob(".*.part"):
-        path.unlink()
-    rows = folder / "metrics.jsonl"
-    if rows.exists() and not (content := rows.read_bytes()).endswith(b"\n"):
-        write_atomically(rows, content[: content.rfind(b"\n") + 1])
-    if state["mlflow"] is not None:
-        state["mlflow"] = {**state["mlflow"], "closed": False}
-    resumed = [*state.get("resumed", ()), {"at": _now(), "host": platform.node(), "was": state["status"]}]
-    return Run(folder, {**state, **_under_way(), "resumed": resumed})
-
-
-def _under_way() -> dict[str, Any]:
-    """What a record says while this process works on it."""
-    process = psutil.Process()
-    return {
-        "status": "RUNNING",
-        "ended": None,
-        "host": platform.node(),
-        "pid": process.pid,
-        "process_started": process.create_time(),
-        "error": None,
-        "files": {},
-    }
-
-
-def _now() -> str:
+def now() -> str:
+    """The time with its zone, as a record has it."""
     return datetime.now().astimezone().isoformat(timespec="microseconds")
 
 
@@ -215,28 +158,13 @@ def config_sha256(requested: Config) -> str:
     return hashlib.sha256(json.dumps(to_dict(requested), sort_keys=True).encode()).hexdigest()
 
 
-def new_folder(name: str) -> Path:
-    """outputs/<date>/<time>-<name>, made now and by nobody else."""
-    now = datetime.now()
-    day = root() / "outputs" / f"{now:%Y-%m-%d}"
-    day.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1000):
-        folder = day / f"{now:%H%M%S}-{name}{'' if number == 1 else f'-{number}'}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue  # another run began in this second
-        return folder
-    raise UserError(f"{day}: a thousand runs of this name began in one second; wait a second and start again")
-
-
 def runs(tell: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, run.json) of each run in outputs/, the oldest first; tells of what it cannot read."""
     found = []
     outputs = root() / "outputs"
     for path in (*outputs.glob("*/*/run.json"), *outputs.glob("*/*/*/run.json")):  # and those of a sweep
         try:
-            found.append((path.parent, _read(path)))
+            found.append((path.parent, read_state(path)))
         except UserError as error:
             tell(str(error))
     return sorted(found, key=lambda item: datetime.fromisoformat(item[1]["started"]))
@@ -250,7 +178,7 @@ def find(name: str) -> Path:
     """
     for folder in (Path(name), root() / name, root() / "outputs" / name):
         if (folder / "run.json").is_file():
-            _read(folder / "run.json")
+            read_state(folder / "run.json")
             return folder.resolve()
     known = runs()
     if name == "latest":
@@ -294,7 +222,7 @@ def check_file(folder: Path, name: str) -> None:
     Raises:
         UserError: the file has changed since, or is gone.
     """
-    expected = _read(folder / "run.json")["files"].get(name)
+    expected = read_state(folder / "run.json")["files"].get(name)
     path = folder / name
     if expected is not None and (not path.is_file() or sha256_of(path) != expected):
         raise UserError(f"{path}: is not the file that the run ended with (its SHA-256 is another)")
@@ -314,7 +242,12 @@ def is_alive(state: Mapping[str, Any]) -> bool:
     return abs(began - float(state["process_started"])) < 1
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a run.json.
+
+    Raises:
+        UserError: it cannot be read, or is no record of a run.
+    """
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from captcha_exp.display import Display, shown
 from captcha_exp.places import root
-from captcha_exp.record import Left, Status, alone, left_in, left_open, read_rows
+from captcha_exp.record import Left, Status, alone, left_in, left_open, read_rows, remove_abandoned
 from captcha_exp.tracking.uri import sqlite_file
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def close_dead(display: Display) -> list[Path]:
 
     Nothing raises: what cannot be closed is told in a line and tried again at the next start.
     """
+    remove_abandoned()
     left = [each for each in left_open() if each.runs or _may_be_sent(each)]
     if not left:
         return []

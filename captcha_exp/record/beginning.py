@@ -1,0 +1,112 @@
+"""How a run's folder begins, all at once and by one process alone; and how one is taken up again."""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from captcha_exp.config import Config, to_yaml
+from captcha_exp.errors import UserError
+from captcha_exp.places import root
+from captcha_exp.record.files import write_atomically
+from captcha_exp.record.run import Run, config_sha256, now, read_state
+
+
+def create(
+    config: Config, requested: Config, folder: Path | None = None, links: Mapping[str, Any] | None = None
+) -> Run:
+    """A new run in a folder of its own: this one, made for it, or else outputs/<date>/<time>-<name>.
+
+    `links` says which other run it belongs to, and how: {"reproduces": {"folder": ..., "run_id": ...}}.
+    """
+    state = {
+        "name": config.name,
+        "started": now(),
+        **_under_way(),
+        "mlflow": None,
+        "config_sha256": config_sha256(requested),
+        "links": dict(links or {}),
+        "resumed": [],
+        "tags": {},
+        "warnings": [],
+        "result": {},
+    }
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        return _begun(folder, config, requested, state)
+    # Made apart and moved as a whole: no moment at which a kill leaves a folder that is no run.
+    apart = root() / "outputs" / f".{time.time_ns()}.{os.getpid()}.part"
+    apart.mkdir(parents=True)
+    run = _begun(apart, config, requested, state)
+    run.folder = new_folder(config.name)
+    if os.name == "nt":  # which moves onto no folder, not even an empty one
+        run.folder.rmdir()
+    apart.rename(run.folder)
+    return run
+
+
+def remove_abandoned() -> None:
+    """Without what processes that are gone had begun to make in outputs/."""
+    for path in (root() / "outputs").glob(".*.part"):
+        writer = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _begun(folder: Path, config: Config, requested: Config, state: dict[str, Any]) -> Run:
+    # Before run.json: whatever has one has its config.
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    write_atomically(folder / "requested.yaml", to_yaml(requested).encode())
+    return Run(folder, state)
+
+
+def reopen(folder: Path) -> Run:
+    """An unfinished run whose process is gone, with which this one goes on.
+
+    What a process was writing when it was ended goes: no row, and no file, was whole before.
+    """
+    state = read_state(folder / "run.json")
+    for path in folder.rglob(".*.part"):
+        path.unlink()
+    rows = folder / "metrics.jsonl"
+    if rows.exists() and not (content := rows.read_bytes()).endswith(b"\n"):
+        write_atomically(rows, content[: content.rfind(b"\n") + 1])
+    if state["mlflow"] is not None:
+        state["mlflow"] = {**state["mlflow"], "closed": False}
+    resumed = [*state.get("resumed", ()), {"at": now(), "host": platform.node()}]
+    return Run(folder, {**state, **_under_way(), "resumed": resumed})
+
+
+def _under_way() -> dict[str, Any]:
+    """What a record says while this process works on it."""
+    process = psutil.Process()
+    return {
+        "status": "RUNNING",
+        "ended": None,
+        "host": platform.node(),
+        "pid": process.pid,
+        "process_started": process.create_time(),
+        "error": None,
+        "files": {},
+    }
+
+
+def new_folder(name: str) -> Path:
+    """outputs/<date>/<time>-<name>, made now and by nobody else."""
+    began = datetime.now()
+    day = root() / "outputs" / f"{began:%Y-%m-%d}"
+    day.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        folder = day / f"{began:%H%M%S}-{name}{'' if number == 1 else f'-{number}'}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another run began in this second
+        return folder
+    raise UserError(f"{day}: a thousand runs of this name began in one second; wait a second and start again")
