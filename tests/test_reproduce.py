@@ -373,6 +373,33 @@ def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content
     assert str(run) in refused.value.lines[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dataset.json", {"files": [{"file": "a"}]}),
+        ("dataset.json", {"refused": ["a"]}),
+        ("test.json", {"errors": [1]}),
+        ("test.json", {"pictures": None}),
+        ("run.json", {"result": [1]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_manifest_of_other_things_is_one_line(run: Path, name: str, change: dict[str, Any]) -> None:
+    edit_json(run / name, lambda values: values.update(change))
+    with pytest.raises(UserError, match="its record is damaged"):
+        original(run)
+
+
+def test_metrics_that_are_no_numbers_are_one_line(run: Path) -> None:
+    from captcha_exp.record import MetricsRow
+
+    for metrics in ([0.5], {"train/loss": "a"}):
+        row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # somebody else wrote it
+        (run / "metrics.jsonl").write_text(row.to_line())
+        with pytest.raises(UserError, match="its record is damaged"):
+            original(run)
+
+
 def test_a_saved_config_of_other_code_says_so(run: Path) -> None:
     path = run / "config.yaml"
     path.write_text(path.read_text() + "tomorrow: 1\n")

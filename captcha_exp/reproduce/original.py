@@ -2,7 +2,7 @@
 those that it ended with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import safetensors
 
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.record import own_files, read_rows, sha256_of
+from captcha_exp.record import MetricsRow, own_files, read_rows, sha256_of
 from captcha_exp.record.facts import config_leaves, flat
 
 NEEDED = ("config.yaml", "run.json", "dataset.json", "environment.json", "metrics.jsonl", "test.json")
@@ -120,18 +120,12 @@ def outcome(folder: Path, state: Mapping[str, Any]) -> Outcome:
     if broken or not rows:
         lines = ", ".join(map(str, broken)) or "none at all"
         raise UserError(f"{folder / 'metrics.jsonl'}: is damaged (line {lines}): there is nothing to compare")
-    epochs: dict[int, dict[str, float]] = {}
-    for row in rows:
-        epochs.setdefault(row.step, {}).update(row.metrics)
     dataset, test = _json(folder / "dataset.json"), _json(folder / "test.json")
     code = folder / "code.json"
     try:
         return Outcome(
-            epochs=epochs,
-            dataset={
-                **dataset,
-                **{key: dataset[key] for key in ("images_sha256", "labels_sha256", "splits")},
-            },
+            epochs=_epochs(rows),
+            dataset=_whole(dataset),
             environment=_json(folder / "environment.json"),
             readings={
                 str(error["picture"]): (str(error["label"]), str(error["read"])) for error in test["errors"]
@@ -140,10 +134,39 @@ def outcome(folder: Path, state: Mapping[str, Any]) -> Outcome:
             code=_json(code) if code.is_file() else {},
             weights_sha256=str(_mapping(state["result"])["weights_sha256"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder}: its record is damaged ({type(error).__name__}: {error}): there is nothing to compare"
         ) from None
+
+
+def _epochs(rows: Sequence[MetricsRow]) -> dict[int, dict[str, float]]:
+    """Epoch -> metrics.
+
+    Raises:
+        TypeError: they are no numbers.
+    """
+    epochs: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if not all(isinstance(value, int | float) for value in (row.step, *row.metrics.values())):
+            raise TypeError("a step or a metric is no number")
+        epochs.setdefault(row.step, {}).update(row.metrics)
+    return epochs
+
+
+def _whole(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the pictures, with all that is read of it.
+
+    Raises:
+        KeyError: something is missing.
+        TypeError: something is of another kind.
+    """
+    needed = [dataset[key] for key in ("images_sha256", "labels_sha256", "splits")]
+    needed += [file[fact] for file in dataset.get("files", []) for fact in ("file", "sha256", "label")]
+    needed += [file["file"] for file in dataset.get("refused", [])]
+    if None in needed:
+        raise TypeError("null stands in dataset.json where a value is needed")
+    return dataset
 
 
 def _config(folder: Path, changed: bool) -> Config:
