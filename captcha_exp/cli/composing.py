@@ -151,6 +151,8 @@ def overridden(config: "Config", words: Sequence[str], machine: "Machine | None"
         else:
             node[name] = override.value()
             written[override.key_or_group] = text.partition("=")[2]
+    if isinstance(tracking := values["tracking"], dict) and tracking.get("backend") == "none":
+        values["tracking"] = {"backend": "none"}  # the store has no keys then
     try:
         changed = load(values, machine, written)
     except ConfigError as error:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp import record
+from captcha_exp.cli.composing import overridden
 from captcha_exp.cli.looking import print_whole
 from captcha_exp.cli.summary import console
 from captcha_exp.config import Config, Machine
@@ -42,7 +43,9 @@ def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display)
         return tracker_of(config, display, {})
 
     with _folder(arguments.run, display) as folder:
-        return run_again(original(folder), arguments.overrides, machine, tracker, display)
+        first = original(folder)
+        wanted = overridden(first.config, arguments.overrides)
+        return run_again(first, wanted, machine, tracker, display)
 
 
 def tell(made: Reproduction) -> None:

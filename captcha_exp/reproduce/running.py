@@ -62,18 +62,18 @@ class Reproduction:
 
 def reproduce(
     original: Original,
-    overrides: Sequence[str],
+    wanted: Config,
     machine: Machine,
     tracker_of: Callable[[Config], Tracker],
     display: Display,
 ) -> Reproduction:
-    """The run once more, and how it compares.
+    """The run once more, with its own config or with another that is wanted; and how it compares.
 
     Raises:
-        UserError: an override or the device cannot be had, or the folder of pictures is not there.
+        UserError: the device or the folder of pictures is not there.
         RunFailed: the new run failed.
     """
-    config, variation = varied(original.config, overrides, machine)
+    config, variation = varied(original.config, wanted, machine)
     found = [*drift.of_config(original.edits), *drift.of_config(variation), *drift.of_record(original)]
     _tell_record(original, display)
     _tell_code(original, display)
