@@ -1,5 +1,5 @@
-"""A run's folder: begun by one process (`beginning`), written atomically and hashed (`files`), with what it ran
-on (`environment`) and the code that it ran (`code`), closed by another process when its own is gone
+"""A run's folder: begun by one process (`beginning`), written atomically and hashed (`files`), with what it
+ran on (`environment`) and the code that it ran (`code`), closed by another process when its own is gone
 (`closing`), and gone on with (`unfinished`)."""
 
 from captcha_exp.record.beginning import create as create

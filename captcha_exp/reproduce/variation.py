@@ -1,4 +1,4 @@
-"""The config of the new run: what is wanted, in this root's own store; and what it changes of the saved one."""
+"""The config of the new run: what is wanted, in this root's own store; and what it changes of the old one."""
 
 from collections.abc import Mapping
 from dataclasses import replace
