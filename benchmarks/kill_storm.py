@@ -107,7 +107,7 @@ def aims(chance: random.Random, early: int, middle: int, late: int) -> list[Inte
             if chance.random() < 0.2:
                 found.append(Interruption(after_seconds=chance.uniform(0, 1.2)))
                 continue
-            call = chance.randint(1, 3) if phase in MIDDLE else 1
+            call = chance.randint(1, 2) if phase in MIDDLE and phase != "best" else 1
             seconds = chance.uniform(0, SECONDS.get(phase, MOMENT))
             found.append(Interruption(PHASES[phase], call, after_seconds=seconds))
     return found
