@@ -34,12 +34,13 @@ def leavings(root: Path) -> dict[str, Any]:
 
 def _in_folder(folder: Path) -> dict[str, Any]:
     state = json.loads((folder / "run.json").read_text())
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # code.diff is there while the checkout has changes, whose author may commit during a storm.
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "code.diff")
     found: dict[str, Any] = {
         "status": state["status"],
         "error": state["error"],
         "files": [path.relative_to(folder).as_posix() for path in files],
-        "files with a SHA-256": sorted(state["files"]),
+        "files with a SHA-256": sorted(state["files"].keys() - {"code.diff"}),
         "result": _timeless(state["result"]),
         "rows": _rows(folder),
     }
