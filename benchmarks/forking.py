@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 PHASES = {
-    "beginning": Place("captcha_exp.record.run:create"),
+    "beginning": Place("captcha_exp.record.beginning:create"),
     "store": Place("captcha_exp.tracking.tracker:MlflowTracker.start"),
     "drawing": Place("captcha_exp.sources.drawing:draw"),
     "caching": Place("captcha_exp.record.files:write_atomically", "/cache/"),
