@@ -18,6 +18,7 @@ from captcha_exp.leaving import TimeIsUp, undisturbed
 from captcha_exp.memory.plan import Plan
 from captcha_exp.record import MetricsRow, Run, Status, now_ms
 from captcha_exp.record.code import write_code
+from captcha_exp.record.facts import environment_leaves, flat
 
 
 class Tracker(Protocol):
@@ -96,7 +97,9 @@ def recorded(recording: Recording, config: Config) -> Iterator[None]:
         raise
     except (KeyboardInterrupt, SystemExit, TimeIsUp) as interruption:
         status, error = "KILLED", type(interruption).__name__
-        display.line(f"interrupted: {run.folder} keeps what was reached, as KILLED; the same command goes on")
+        # Who reproduces a run would get its end and no verdict.
+        again = "" if "reproduces" in run.state.get("links", ()) else "; the same command goes on"
+        display.line(f"interrupted: {run.folder} keeps what was reached, as KILLED{again}")
         raise
     except BaseException as exception:
         error = f"{type(exception).__name__}: {exception}"
@@ -160,9 +163,10 @@ def record_machine(ran_on: Mapping[str, Any], recording: Recording) -> None:
         write_code(run, recording.tell)
         run.write_json(path.name, ran_on)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    then, now = ({**e["packages"], **e["device"], "python": e["python"]} for e in (before, ran_on))
-    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
+    then, now = environment_leaves(run.folder), flat(ran_on)
+    groups = {"python", "packages", "device", "variables"}
+    watched = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in groups]
+    changed = [f"{key} {then.get(key)} -> {now.get(key)}" for key in watched if then.get(key) != now.get(key)]
     if changed:
         recording.tell(
             f"not as it was when the run began: {', '.join(changed)}; the result may not be that of a run "

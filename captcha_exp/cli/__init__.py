@@ -19,6 +19,7 @@ from captcha_exp.cli.composing import complete, compose_checked, show_config
 from captcha_exp.cli.composing import compose as compose
 from captcha_exp.cli.flags import COMPOSING, PROGRAM, VERBS, parser_of
 from captcha_exp.errors import UserError
+from captcha_exp.leaving import TimeIsUp
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine
@@ -104,6 +105,8 @@ def _tell_training(folder: Path, arguments: argparse.Namespace) -> int:
         from captcha_exp.cli import summary
 
         summary.of_training(folder, _program())
+    if state["error"] == TimeIsUp.__name__:  # in a process of its own, which cannot say so itself
+        return TimeIsUp.exit_code
     return 0 if state["status"] == "FINISHED" else 1
 
 

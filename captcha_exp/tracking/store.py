@@ -40,9 +40,8 @@ def _make(path: Path) -> None:
     making, whole = (path.with_name(f".{path.name}.{what}") for what in ("making", "whole"))
     for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         left.unlink()
-    MlflowClient(f"sqlite:///{making}").search_experiments(
-        max_results=1
-    )  # the first question makes the tables
+    # The first question makes the tables.
+    MlflowClient(f"sqlite:///{making}").search_experiments(max_results=1)
     # A copy, which nobody has open, as MLflow keeps its connection.
     with closing(sqlite3.connect(making)) as made, closing(sqlite3.connect(whole)) as copy:
         made.backup(copy)
