@@ -36,7 +36,7 @@ class OneSecond(datetime):
 
 @pytest.fixture
 def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.record.run.datetime", OneSecond)
+    monkeypatch.setattr("captcha_exp.record.beginning.datetime", OneSecond)
 
 
 @pytest.fixture

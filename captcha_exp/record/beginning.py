@@ -3,11 +3,11 @@
 import os
 import platform
 import shutil
-import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 
@@ -41,7 +41,7 @@ def create(
         folder.mkdir(exist_ok=True)
         return _begun(folder, config, requested, state)
     # Made apart and moved as a whole: no moment at which a kill leaves a folder that is no run.
-    apart = root() / "outputs" / f".{time.time_ns()}.{os.getpid()}.part"
+    apart = root() / "outputs" / f".{uuid4().hex}.{os.getpid()}.part"
     apart.mkdir(parents=True)
     run = _begun(apart, config, requested, state)
     run.folder = new_folder(config.name)
