@@ -24,7 +24,7 @@ from captcha_exp.config import RHYTHM, Train
 from captcha_exp.errors import UserError
 from captcha_exp.models import Recogniser
 from captcha_exp.optim import LossScale
-from captcha_exp.record import write_atomically
+from captcha_exp.record import checkpoints_in, write_atomically
 from captcha_exp.weights import tensors_sha256
 
 GENERATIONS = 2
@@ -195,13 +195,13 @@ def save(folder: Path, state: TrainState) -> Path:
 
 def keep(folder: Path, generations: int) -> None:
     """No file but the newest ones; damaged ones go, too."""
-    for old in (*_newest_first(folder)[generations:], *folder.glob("*.damaged")):
+    for old in (*checkpoints_in(folder)[generations:], *folder.glob("*.damaged")):
         old.unlink()
 
 
 def newest(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none. A damaged one is told of and set aside."""
-    for path in _newest_first(folder):
+    for path in checkpoints_in(folder):
         try:
             return _read(path)
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -223,11 +223,6 @@ def _read(path: Path) -> Checkpoint:
 
 def _digest(tensors: Mapping[str, Tensor], counters: str) -> str:
     return hashlib.sha256(f"{tensors_sha256(tensors)} {counters}".encode()).hexdigest()
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.safetensors")}
-    return sorted((path for path in found if found[path].isdecimal()), key=lambda p: -int(found[p]))
 
 
 class Rhythm:

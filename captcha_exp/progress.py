@@ -34,10 +34,8 @@ class Sums:
 
     def metrics(self) -> dict[str, float]:
         progress = self.progress
-        loss, right = (
-            float(progress.loss),
-            int(progress.right),
-        )  # waits for the device, before the clock is read
+        # Before the clock is read, since this waits for the device.
+        loss, right = float(progress.loss), int(progress.right)
         self._show()
         self._read_clock()
         return {
@@ -55,9 +53,8 @@ class Sums:
         done = self.progress
         loss, share = float(done.loss) / done.seen, int(done.right) / done.seen
         peak = devices.process_peak_mib(done.loss.device)
-        note = (
-            f"{self.title}  loss {loss:.4f}  accuracy {share:.1%}  {done.seen / done.seconds:,.0f} pictures/s"
-        )
+        speed = done.seen / done.seconds
+        note = f"{self.title}  loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s"
         self.bar.advance(done.seen - self.shown, f"{note}  peak {peak:,.0f} MiB")
         self.shown = done.seen
 

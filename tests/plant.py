@@ -181,9 +181,9 @@ PLANTS = (
     ),
     Plant(
         "generations are counted by the alphabet",
-        "checkpoint.py",
-        "key=lambda p: -int(found[p])",
-        "key=lambda p: p.name, reverse=True",
+        "record/run.py",
+        "key=lambda path: -int(steps[path])",
+        "key=lambda path: path.name, reverse=True",
         ("test_checkpoint.py",),
     ),
     Plant(

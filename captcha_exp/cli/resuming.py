@@ -12,7 +12,7 @@ from captcha_exp.cli.composing import Composed, overridden
 from captcha_exp.config import Config, Machine, leaves, load
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
-from captcha_exp.record import Left, new_folder, unfinished
+from captcha_exp.record import CHECKPOINTS, Left, checkpoints_in, new_folder, unfinished
 
 MORE = {"train.epochs", "train.patience"}  # what may differ where a finished run gets more epochs
 NAMED = 4  # keys in one line
@@ -145,7 +145,7 @@ def _of_finished(name: str, left: Left, saved: Config, wanted: Config, other: Ma
             f"--resume={name}: is finished and can get more epochs (train.epochs, train.patience) alone; "
             f"{_in_words(strange)}: leave that out, or begin a new run with --resume=never"
         )
-    if not result or not unfinished.checkpoints(left.folder):
+    if not result or not checkpoints_in(left.folder / CHECKPOINTS):
         raise UserError(
             f"--resume={name}: is finished and has no checkpoint to start from; begin a new run with "
             "--resume=never"

@@ -20,6 +20,7 @@ from captcha_exp.record.run import MetricsRow as MetricsRow
 from captcha_exp.record.run import Run as Run
 from captcha_exp.record.run import Status as Status
 from captcha_exp.record.run import check_file as check_file
+from captcha_exp.record.run import checkpoints_in as checkpoints_in
 from captcha_exp.record.run import config_sha256 as config_sha256
 from captcha_exp.record.run import find as find
 from captcha_exp.record.run import is_alive as is_alive

@@ -84,9 +84,8 @@ def _difference() -> bytes:
     """What `git apply` makes this code of its commit: changed files, and new ones of package and conf/."""
     top = Path(_words("rev-parse", "--show-toplevel") or Path(__file__).parent)
     parts = [_git(*_DIFF, "HEAD", cwd=top) or b""]
-    new = (
-        _git("ls-files", "--others", "--exclude-standard", "-z", "--", "captcha_exp", "conf", cwd=top) or b""
-    )
+    untracked = ("ls-files", "--others", "--exclude-standard", "-z")
+    new = _git(*untracked, "--", "captcha_exp", "conf", cwd=top) or b""
     for name in filter(None, new.decode(errors="surrogateescape").split("\0")):
         parts.append(_git(*_DIFF, "--no-index", "--", "/dev/null", name, cwd=top, well=(0, 1)) or b"")
     return b"".join(parts)

@@ -31,6 +31,7 @@ from captcha_exp.record.files import hashes, sha256_of, write_atomically, write_
 
 CHECKPOINTS = "checkpoint"  # folder in a run's folder
 
+
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -272,6 +273,12 @@ def read_state(path: Path) -> dict[str, Any]:
     if not has_zone:
         raise UserError(f"{path}: started={state['started']!r} is no time with a zone, as a run writes it")
     return state
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The files of what a training has reached, the newest first."""
+    steps = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.safetensors")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
 
 
 def now_ms() -> int:

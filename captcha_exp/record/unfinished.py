@@ -22,7 +22,7 @@ from captcha_exp.places import root
 from captcha_exp.record.closing import Left, alone, read_left
 from captcha_exp.record.code import code_sha256
 from captcha_exp.record.files import write_json
-from captcha_exp.record.run import CHECKPOINTS, config_sha256, find, is_alive, runs
+from captcha_exp.record.run import CHECKPOINTS, checkpoints_in, config_sha256, find, is_alive, runs
 
 SECONDS_FOR_THE_LOCK = 60.0  # another process may be telling MLflow the end of many runs
 
@@ -104,7 +104,7 @@ def held(look: Callable[[], Left | None]) -> Iterator[Left | None]:
 
 def reached(folder: Path) -> str:
     """From where a run goes on, in words."""
-    for path in checkpoints(folder):
+    for path in checkpoints_in(folder / CHECKPOINTS):
         try:
             with safetensors.safe_open(path, "np") as file:
                 counters = json.loads(file.metadata()["state"])
@@ -118,14 +118,6 @@ def reached(folder: Path) -> str:
     return "from its beginning: it had no checkpoint yet"
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The files of what a run has reached, the newest first."""
-    steps = {
-        path: path.stem.removeprefix("step-") for path in folder.glob(f"{CHECKPOINTS}/step-*.safetensors")
-    }
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
-
-
 def _stand(left: Left, requested: Config, code: str, links: Mapping[str, Any]) -> _Stand:
     """Whether a run may be gone on with where this is asked for, or what is against it."""
     state, folder = left.state, left.folder
@@ -136,7 +128,7 @@ def _stand(left: Left, requested: Config, code: str, links: Mapping[str, Any]) -
         return "no"  # killed before it said what it is
     if left.runs and is_alive(state):  # which for another machine nobody knows
         return "no" if state["host"] == platform.node() else "other host"
-    has_checkpoint = bool(checkpoints(folder))
+    has_checkpoint = bool(checkpoints_in(folder / CHECKPOINTS))
     if state["status"] == "FAILED" and not has_checkpoint:
         return "no"
     known = _code_of(folder)

@@ -119,9 +119,8 @@ def of_environment(then: Outcome, now: Outcome) -> list[Drift]:
             found.append(Drift(what, before, after, kind, headline=kind != "nothing"))
     if "variables" in old:
         found += _of_variables(_mapping(old["variables"]), _mapping(new.get("variables")))
-    if old.get("platform") != new.get(
-        "platform"
-    ):  # it names the C library, whose functions have versions too
+    # It names the C library, whose functions have versions too.
+    if old.get("platform") != new.get("platform"):
         found.append(Drift("platform", old.get("platform"), new.get("platform"), "numbers"))
     if old.get("host") != new.get("host"):
         found.append(Drift("host", old.get("host"), new.get("host"), "nothing", headline=False))

@@ -84,11 +84,12 @@ def _of_pictures(then: Outcome, now: Outcome) -> Iterator[Difference]:
         yield Difference("pictures (SHA-256)", None, *pair)
 
 
-def _origin(outcome: Outcome) -> Any:
+def _origin(outcome: Outcome) -> list[Any]:
+    """What made an array of numbers of the files."""
     made_from = outcome.dataset.get("made_from")
-    return (
-        [made_from.get(key) for key in ("captcha", "format", "origin")] if isinstance(made_from, dict) else 0
-    )
+    if not isinstance(made_from, dict):
+        return []
+    return [made_from.get(key) for key in ("captcha", "format", "origin")]
 
 
 def _of_epochs(then: Outcome, now: Outcome) -> Iterator[Difference]:

@@ -160,15 +160,13 @@ def _how_to_get(original: Original, old: Mapping[str, Any], checkout: bool) -> s
     commit = str(old.get("commit") or "")
     if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
         version = original.outcome.environment.get("captcha_exp")
-        return (
-            f"pip install {shlex.quote(f'captcha-exp=={version}')}" if version else "nobody has noted which"
-        )
+        if not version:
+            return "nobody has noted which"
+        return f"pip install {shlex.quote(f'captcha-exp=={version}')}"
     place = f"../captcha_exp-{commit[:8]}"
-    get = (
-        f"git worktree add {place} {commit}"
-        if checkout
-        else f"git clone ... {place} and git checkout {commit}"
-    )
+    get = f"git clone ... {place} and git checkout {commit}"
+    if checkout:
+        get = f"git worktree add {place} {commit}"
     patch = original.folder / "code.diff"
     if not old.get("dirty"):
         return get
