@@ -1,5 +1,6 @@
 """What the tests share: a root of their own, and a tiny config that trains in a second."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -50,6 +51,12 @@ CPU = torch.device("cpu")
 Call = Callable[..., tuple[int, str, str]]
 Optimizer = Literal["adam", "adamw", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
+
+
+def pytest_configure() -> None:
+    """A suite that is started with `&` ignores Ctrl-C, and so would all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Heard(Silent):
