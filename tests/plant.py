@@ -1163,11 +1163,25 @@ GIT = (
 )
 
 
-def passes(tests: Iterable[str], plant: Plant | None = None) -> bool:
-    """Whether these test files are green in a copy of the project, with the bug planted if there is one."""
+def passes(tests: Iterable[str], plant: Plant) -> bool:
+    """Whether these test files are green where the bug is planted.
+
+    Raises:
+        RuntimeError: they cannot be run at all, which is a mistake in this program.
+    """
+    done = asked(tests, plant)
+    if done.returncode not in (0, 1) or "ERROR collecting" in done.stdout:
+        raise RuntimeError(
+            f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 0
+
+
+def asked(tests: Iterable[str], plant: Plant | None) -> "subprocess.CompletedProcess[str]":
+    """What pytest says of them in a copy of the project, with the bug planted if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("captcha_exp", "conf", "tests"):
+        for name in ("benchmarks", "captcha_exp", "conf", "tests"):
             shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(PROJECT / "pyproject.toml", copy)
         if plant is not None:
@@ -1175,35 +1189,21 @@ def passes(tests: Iterable[str], plant: Plant | None = None) -> bool:
             file.write_text(file.read_text().replace(plant.healthy, plant.buggy))
         for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "copy"]):
             subprocess.run([*GIT, *command], cwd=copy, check=True)  # runs note the commit that they come from
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-x",
-                "-p",
-                "no:cacheprovider",
-                *(f"tests/{test}" for test in tests),
-            ],
+        files = [f"tests/{test}" for test in tests]
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
         )
-    if done.returncode not in (
-        0,
-        1,
-    ):  # 1: tests ran and some failed; anything else is a mistake in this program
-        raise RuntimeError(
-            f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-    return done.returncode == 0
 
 
 def main(names: Sequence[str]) -> int:
     chosen = [plant for plant in PLANTS if not names or plant.name in names]
-    if not passes(sorted({test for plant in chosen for test in plant.tests})):
-        print("the healthy copy is not green: mend that first")
+    healthy = asked(sorted({test for plant in chosen for test in plant.tests}), None)
+    if healthy.returncode:
+        print(f"{healthy.stdout[-2000:]}\nthe healthy copy is not green: mend that first")
         return 1
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = list(threads.map(lambda plant: not passes(plant.tests, plant), chosen))
