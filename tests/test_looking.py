@@ -520,13 +520,22 @@ def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> No
 
 def test_a_record_of_odd_things_is_listed_all_the_same(make: Make, call: Call) -> None:
     run = make(result=None)
-    run.note(name=["x"], status=5, result=["[b]"], mlflow="id", sweep="there", oom=0, error={"a": [None]})
+    run.note(name="[x]", status="ODD", mlflow={}, sweep="there", oom=0, error={"a": [None]})
     words = ["--columns", "name,run_id,sweep,oom,error", "--sort", "status", "name!=x"]
     code, out, err = call("runs", *words)
     assert (code, err) == (0, "")
     label = run.folder.relative_to(run.folder.parents[1]).as_posix()
-    odd = ['["x"]', "null", "null", "true", '{"a": [null]}']
-    assert table(out)[1] == [label, "5", "", "", "", "", "", "", *odd]
+    odd = ["[x]", "null", "null", "true", '{"a": [null]}']
+    assert table(out)[1] == [label, "ODD", "", "", "", "", "", "", *odd]
+
+
+def test_a_record_of_another_shape_is_told_of_and_not_listed(make: Make, call: Call) -> None:
+    odd, good = make(result=None), make()
+    odd.note(result=["[b]"])
+    code, out, err = call("runs", "--json")
+    assert [each["folder"] for each in json.loads(out)] == [str(good.folder)]
+    assert code == 0
+    assert err.endswith("run.json: is not the record of a run: result=['[b]'] is nothing that a run writes\n")
 
 
 def test_a_file_is_read_only_when_a_key_needs_it(make: Make, call: Call) -> None:

@@ -290,11 +290,47 @@ def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Confi
         record.find(str(damaged.folder))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("mlflow", "x", "mlflow='x'"),
+        ("pid", "7", "pid='7'"),
+        ("result", None, "result=None"),
+        ("links", ["a"], r"links=\['a'\]"),
+        ("started", 5, "started=5"),
+        ("started", None, "started=None"),
+    ],
+)
+def test_a_record_of_another_shape_is_one_line(tiny: Config, key: str, value: object, words: str) -> None:
+    run = record.create(tiny, tiny)
+    run.note(**{key: value})
+    with pytest.raises(UserError, match=rf"run\.json: is not the record of a run: {words} is nothing that"):
+        record.find(str(run.folder))
+    told: list[str] = []
+    assert record.runs(told.append) == []
+    assert len(told) == 1
+
+
+def test_an_id_that_is_no_text_ends_no_search(tiny: Config) -> None:
+    run = record.create(tiny, tiny)
+    run.note(mlflow={"run_id": 12})
+    with pytest.raises(UserError, match="is no run"):
+        record.find("ab")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0y", "a/" * 3000])
+def test_a_name_that_no_file_has_is_no_run(name: str, root: Path) -> None:
+    with pytest.raises(UserError, match="is no run"):
+        record.find(name)
+    with pytest.raises(UserError, match="is no run"):
+        record.unfinished.named(name)
+
+
 # -- alive or dead -------------------------------------------------------------------------------------------
 
 
 def state_of(process: psutil.Process) -> dict[str, Any]:
-    return {"host": platform.node(), "pid": process.pid, "process_started": process.create_time()}
+    return record.identity(process.pid)
 
 
 def test_a_run_of_this_process_is_alive(run: Run) -> None:
@@ -332,6 +368,35 @@ def test_a_run_of_another_machine_is_not_called_dead(run: Run) -> None:
     assert record.is_alive({**run.state, "host": "another", "pid": -1})
 
 
+def test_a_run_of_a_container_with_the_machines_name_is_not_called_dead(run: Run) -> None:
+    """`docker run --net=host`: the same host and folder, and numbers of its own."""
+    assert record.is_alive({**run.state, "pid_namespace": "pid:[1]", "pid": 2**22 + 1})
+
+
+def test_a_run_before_the_machine_was_started_again_is_dead(run: Run) -> None:
+    assert not record.is_alive({**run.state, "boot_id": "before", "pid_namespace": "pid:[1]"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux counts from the machine's start")
+def test_a_clock_that_is_set_ends_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() + 3600)
+    assert record.is_alive(run.state)
+    assert record.identity() == {key: run.state[key] for key in record.identity()}
+
+
+def test_a_process_may_have_any_name(tmp_path: Path) -> None:
+    """In /proc its name stands amid the numbers, in brackets."""
+    odd = tmp_path / "a) R 1 (b"
+    odd.symlink_to(sys.executable)
+    child = subprocess.Popen([odd, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        state = record.identity(child.pid)
+        assert state["process_started"] >= record.identity()["process_started"]
+        assert record.is_alive(state)
+    finally:
+        child.communicate()
+
+
 def test_a_file_that_has_changed_since_the_run_ended_is_refused(tiny: Config) -> None:
     run = record.create(tiny, tiny)
     run.write("model.safetensors", b"weights")
@@ -357,9 +422,9 @@ def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Confi
     assert told[0].startswith(str(broken.folder / "run.json"))
 
 
-@pytest.mark.parametrize("started", ["yesterday", "2026-01-01T00:00:00", 5, None])
+@pytest.mark.parametrize("started", ["yesterday", "2026-01-01T00:00:00"])
 def test_a_record_with_an_odd_time_does_not_keep_the_others_from_being_found(
-    tiny: Config, started: Any
+    tiny: Config, started: str
 ) -> None:
     odd, good = record.create(tiny, tiny), record.create(tiny, tiny)
     odd.note(started=started)

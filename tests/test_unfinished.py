@@ -90,14 +90,14 @@ def test_what_failed_needs_a_checkpoint_and_what_finished_is_left(
 
 def test_what_a_process_is_at_work_on_is_left_without_a_word(made: Made) -> None:
     before = made()
-    process = psutil.Process()
-    made("RUNNING", pid=process.pid, process_started=process.create_time())
+    made("RUNNING", **record.identity())
     assert made.newest() == before, "an older one that is free"
     assert made.told == []
 
 
 def test_another_process_of_the_same_number_is_not_the_runs(made: Made) -> None:
-    folder = made("RUNNING", pid=os.getpid(), process_started=psutil.Process().create_time() - 5)
+    alive = record.identity()
+    folder = made("RUNNING", **alive | {"process_started": alive["process_started"] - 5})
     assert made.newest() == folder
 
 
@@ -208,18 +208,17 @@ def refused(name: str) -> str:
 
 
 def test_a_name_that_cannot_be_gone_on_with_is_one_line(made: Made, root: Path) -> None:
-    process = psutil.Process()
-    alive: dict[str, Any] = {"pid": process.pid, "process_started": process.create_time()}
+    alive = record.identity()
     assert refused("nothing").startswith("'nothing' is no run: ")
     folder = made("RUNNING", **alive)
-    assert refused(str(folder)) == f"--resume={folder}: its process {process.pid} is still at work"
+    assert refused(str(folder)) == f"--resume={folder}: its process {os.getpid()} is still at work"
 
     sweep = root / "outputs" / "2026-01-01" / "000000-sweep"
     sweep.mkdir(parents=True)
     state = {"status": "RUNNING", "host": platform.node(), **alive, "mlflow": None}
     (sweep / "sweep.json").write_text(json.dumps(state))
     point = made(folder=sweep / "1-x")
-    assert refused(str(point)).endswith(f"the process {process.pid} of its sweep is still at work")
+    assert refused(str(point)).endswith(f"the process {os.getpid()} of its sweep is still at work")
     assert refused(str(sweep)).endswith(": is a sweep; add -m to go on with it")
     (sweep / "sweep.json").write_text(json.dumps(state | {"status": "KILLED"}))
     assert unfinished.named(str(point)).folder == point

@@ -15,6 +15,8 @@ from captcha_exp.record.code import code_sha256 as code_sha256
 from captcha_exp.record.files import own_files as own_files
 from captcha_exp.record.files import sha256_of as sha256_of
 from captcha_exp.record.files import write_atomically as write_atomically
+from captcha_exp.record.process import identity as identity
+from captcha_exp.record.process import is_alive as is_alive
 from captcha_exp.record.run import CHECKPOINTS as CHECKPOINTS
 from captcha_exp.record.run import MetricsRow as MetricsRow
 from captcha_exp.record.run import Run as Run
@@ -23,7 +25,7 @@ from captcha_exp.record.run import check_file as check_file
 from captcha_exp.record.run import checkpoints_in as checkpoints_in
 from captcha_exp.record.run import config_sha256 as config_sha256
 from captcha_exp.record.run import find as find
-from captcha_exp.record.run import is_alive as is_alive
 from captcha_exp.record.run import now_ms as now_ms
+from captcha_exp.record.run import place_of as place_of
 from captcha_exp.record.run import read_rows as read_rows
 from captcha_exp.record.run import runs as runs

@@ -1,7 +1,6 @@
 """How a run's folder begins, all at once and by one process alone; and how one is taken up again."""
 
 import os
-import platform
 import shutil
 from collections.abc import Mapping
 from datetime import datetime
@@ -15,6 +14,7 @@ from captcha_exp.config import Config, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record.files import write_atomically
+from captcha_exp.record.process import identity
 from captcha_exp.record.run import Run, config_sha256, now, read_state
 
 
@@ -79,22 +79,13 @@ def reopen(folder: Path) -> Run:
         write_atomically(rows, content[: content.rfind(b"\n") + 1])
     if state["mlflow"] is not None:
         state["mlflow"] = {**state["mlflow"], "closed": False}
-    resumed = [*state.get("resumed", ()), {"at": now(), "host": platform.node()}]
+    resumed = [*state.get("resumed", ()), {"at": now(), "host": state["host"]}]
     return Run(folder, {**state, **_under_way(), "resumed": resumed})
 
 
 def _under_way() -> dict[str, Any]:
     """What a record says while this process works on it."""
-    process = psutil.Process()
-    return {
-        "status": "RUNNING",
-        "ended": None,
-        "host": platform.node(),
-        "pid": process.pid,
-        "process_started": process.create_time(),
-        "error": None,
-        "files": {},
-    }
+    return {"status": "RUNNING", "ended": None, **identity(), "error": None, "files": {}}
 
 
 def new_folder(name: str) -> Path:

@@ -12,25 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import psutil
 
 from captcha_exp.places import root
 from captcha_exp.record.files import hashes, own_files, write_json
-from captcha_exp.record.run import Status, is_alive, read_rows
+from captcha_exp.record.process import is_alive
+from captcha_exp.record.run import OF_PROCESS, Status, read_rows
 
 ERROR = "its process ended without a word: killed (kill -9, too little memory), or the machine went down"
 SECONDS_FOR_THE_LOCK = 2.0
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "status": str,
-    "host": str,
-    "pid": int,
-    "process_started": (int, float),
-    "mlflow": (dict, NoneType),
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,7 @@ def read_left(path: Path) -> Left | None:
     """What this run.json or sweep.json says; None for what is no such record: `runs` tells of it."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        right = all(isinstance(state[key], kinds) for key, kinds in _KINDS.items()) and state["pid"] > 0
+        right = all(isinstance(state[key], kinds) for key, kinds in OF_PROCESS.items()) and state["pid"] > 0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Left(path, state) if right else None

@@ -16,7 +16,8 @@ import yaml
 
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
-from captcha_exp.record.run import MetricsRow, is_alive
+from captcha_exp.record.process import is_alive
+from captcha_exp.record.run import MetricsRow
 
 FACTS = (
     "name",

@@ -11,18 +11,17 @@ test.json           what they read on the test split
 report/             pictures
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
+from types import NoneType
+from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
@@ -33,6 +32,19 @@ CHECKPOINTS = "checkpoint"  # folder in a run's folder
 
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+Kinds: TypeAlias = type | tuple[type, ...]
+OF_PROCESS: dict[str, Kinds] = {
+    "status": str,
+    "host": str,
+    "pid": int,
+    "process_started": (int, float),
+    "mlflow": (dict, NoneType),
+}
+"""what a run.json and a sweep.json have in common"""
+_KINDS = {**OF_PROCESS, "name": str, "started": str, "result": dict, "files": dict}
+_LATER: dict[str, Kinds] = {"tags": dict, "warnings": list, "links": dict, "resumed": list}
+"""older runs lack these"""
 
 
 @dataclass(frozen=True)
@@ -177,16 +189,15 @@ def find(name: str) -> Path:
     Raises:
         UserError: there is no such run, or more than one; the line says how to see them.
     """
-    for folder in (Path(name), root() / name, root() / "outputs" / name):
-        if (folder / "run.json").is_file():
-            read_state(folder / "run.json")
-            return folder.resolve()
+    if folder := place_of(name, "run.json"):
+        read_state(folder / "run.json")
+        return folder
     known = runs()
     if name == "latest":
         if not known:
             raise UserError(f"latest: no run in {root() / 'outputs'} yet; captcha-exp train makes one")
         return known[-1][0]
-    begin = [f for f, s in known if name and ((s["mlflow"] or {}).get("run_id") or "").startswith(name)]
+    begin = [folder for folder, state in known if name and _run_id(state).startswith(name)]
     if len(begin) > 1:
         raise UserError(f"{name!r} begins the ids of {len(begin)} runs; give more of it")
     if not begin:
@@ -195,6 +206,19 @@ def find(name: str) -> Path:
             "(captcha-exp runs lists them)"
         )
     return begin[0]
+
+
+def place_of(name: str, record: str) -> Path | None:
+    """The folder of this name that has such a record: from here, from the root, or from outputs/."""
+    for folder in (Path(name), root() / name, root() / "outputs" / name):
+        with contextlib.suppress(OSError, ValueError):  # too long for a file, or of characters that none has
+            if (folder / record).is_file():
+                return folder.resolve()
+    return None
+
+
+def _run_id(state: Mapping[str, Any]) -> str:
+    return str((state["mlflow"] or {}).get("run_id") or "")
 
 
 def read_rows(folder: Path) -> tuple[list[MetricsRow], list[int]]:
@@ -229,20 +253,6 @@ def check_file(folder: Path, name: str) -> None:
         raise UserError(f"{path}: is not the file that the run ended with (its SHA-256 is another)")
 
 
-def is_alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that runs this run is there; unknown, and so True, for another machine."""
-    if state["host"] != platform.node():
-        return True
-    try:
-        process = psutil.Process(state["pid"])
-        began: float = process.create_time()
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-    except psutil.Error:
-        return False
-    return abs(began - float(state["process_started"])) < 1
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """The content of a run.json.
 
@@ -251,24 +261,20 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = {
-            "name",
-            "status",
-            "started",
-            "host",
-            "pid",
-            "process_started",
-            "mlflow",
-            "result",
-            "files",
-        } - state.keys()
-    except (ValueError, AttributeError) as error:
+        missing = _KINDS.keys() - state.keys()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as the record of a run: {error}") from None
     if missing:
         raise UserError(f"{path}: is not the record of a run: it lacks {', '.join(sorted(missing))}")
+    of_all = _KINDS | _LATER
+    wrong = [key for key in of_all.keys() & state.keys() if not isinstance(state[key], of_all[key])]
+    if wrong:
+        key = min(wrong)
+        value = repr(state[key])[:60]
+        raise UserError(f"{path}: is not the record of a run: {key}={value} is nothing that a run writes")
     try:
         has_zone = datetime.fromisoformat(state["started"]).tzinfo is not None
-    except (TypeError, ValueError):
+    except ValueError:
         has_zone = False
     if not has_zone:
         raise UserError(f"{path}: started={state['started']!r} is no time with a zone, as a run writes it")

@@ -6,14 +6,12 @@ end is that of a run that nobody interrupted, and where its process is gone.
 
 import contextlib
 import json
-import platform
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import psutil
 import safetensors
 
 from captcha_exp.config import Config
@@ -22,7 +20,8 @@ from captcha_exp.places import root
 from captcha_exp.record.closing import Left, alone, read_left
 from captcha_exp.record.code import code_sha256
 from captcha_exp.record.files import write_json
-from captcha_exp.record.run import CHECKPOINTS, checkpoints_in, config_sha256, find, is_alive, runs
+from captcha_exp.record.process import identity, is_alive, is_elsewhere
+from captcha_exp.record.run import CHECKPOINTS, checkpoints_in, config_sha256, find, place_of, runs
 
 SECONDS_FOR_THE_LOCK = 60.0  # another process may be telling MLflow the end of many runs
 
@@ -64,7 +63,7 @@ def named(name: str) -> Left:
     Raises:
         UserError: there is none, or somebody is at work on it.
     """
-    if any((place / name / "sweep.json").is_file() for place in (Path(), root(), root() / "outputs")):
+    if place_of(name, "sweep.json"):
         raise UserError(f"--resume={name}: is a sweep; add -m to go on with it")
     folder = find(name)
     left, sweep = read_left(folder / "run.json"), read_left(folder.parent / "sweep.json")
@@ -127,7 +126,7 @@ def _stand(left: Left, requested: Config, code: str, links: Mapping[str, Any]) -
     if not all((folder / name).is_file() for name in ("config.yaml", "requested.yaml")):
         return "no"  # killed before it said what it is
     if left.runs and is_alive(state):  # which for another machine nobody knows
-        return "no" if state["host"] == platform.node() else "other host"
+        return "other host" if is_elsewhere(state) else "no"
     has_checkpoint = bool(checkpoints_in(folder / CHECKPOINTS))
     if state["status"] == "FAILED" and not has_checkpoint:
         return "no"
@@ -154,7 +153,7 @@ def _code_of(folder: Path) -> str | None:
 
 
 def _is_at_work(left: Left) -> bool:
-    return left.runs and left.state["host"] == platform.node() and is_alive(left.state)
+    return left.runs and not is_elsewhere(left.state) and is_alive(left.state)
 
 
 # -- one process at a time -----------------------------------------------------------------------------------
@@ -188,14 +187,8 @@ def _release(mine: Left) -> None:
 
 
 def _claimed() -> dict[str, Any]:
-    process = psutil.Process()
-    return {
-        "status": "RUNNING",
-        "host": platform.node(),
-        "pid": process.pid,
-        "process_started": process.create_time(),
-    }
+    return {"status": "RUNNING", **identity()}
 
 
 def _owner(left: Left) -> tuple[Any, ...]:
-    return tuple(left.state[key] for key in ("host", "pid", "process_started"))
+    return tuple(left.state.get(key) for key in identity())

@@ -8,7 +8,6 @@ verdict.*            what it all came to
 """
 
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from captcha_exp.config import Config, load, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
-from captcha_exp.record import Status, code_sha256, is_alive, new_folder, write_atomically
+from captcha_exp.record import Status, code_sha256, identity, is_alive, new_folder, place_of, write_atomically
 
 RECORD = "sweep.json"
 SETTLED = ("finished", "oom", "unfit")  # what a point became that is not run again
@@ -86,7 +83,7 @@ class Sweep:
 
     def reopen(self) -> None:
         """This process goes on with it."""
-        self.note(**_process(), status="RUNNING", error=None, ended=None)
+        self.note(**identity(), status="RUNNING", error=None, ended=None)
 
     def attempts(self, point: Point) -> list[Path]:
         """The folders of the point's runs so far, the last one last."""
@@ -121,7 +118,7 @@ def create(name: str, points: Sequence[Point], about: Mapping[str, Any]) -> Swee
         "status": "RUNNING",
         "started": _now(),
         "ended": None,
-        **_process(),
+        **identity(),
         "mlflow": None,
         "error": None,
         "code_sha256": code_sha256(),
@@ -141,9 +138,8 @@ def find(name: str) -> Sweep:
     Raises:
         UserError: there is no such sweep, or more than one.
     """
-    for folder in (Path(name), root() / name, root() / "outputs" / name):
-        if (folder / RECORD).is_file():
-            return Sweep(folder.resolve())
+    if folder := place_of(name, RECORD):
+        return Sweep(folder)
     begin = [s for s in sweeps() if name and ((s.state["mlflow"] or {}).get("run_id") or "").startswith(name)]
     if len(begin) == 1:
         return begin[0]
@@ -173,11 +169,6 @@ def is_running(sweep: Sweep) -> bool:
 def same_points(sweep: Sweep, points: Sequence[Point]) -> bool:
     """Whether it has these points and no others."""
     return [asdict(point) for point in sweep.points] == [asdict(point) for point in points]
-
-
-def _process() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": platform.node(), "pid": process.pid, "process_started": process.create_time()}
 
 
 def _now() -> str:
