@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +179,11 @@ class Checkpoint(NamedTuple):
     tensors: Mapping[str, Tensor]
     counters: Mapping[str, Any]
 
+    def epochs(self) -> set[int]:
+        """Those that had ended."""
+        under_way = self.counters["progress"] is not None
+        return set(range(1, self.counters["epoch"] + (not under_way)))
+
 
 def save(folder: Path, state: TrainState) -> Path:
     """The file of the state, on the disk when this returns; then files before the last generations go."""
@@ -199,15 +204,26 @@ def keep(folder: Path, generations: int) -> None:
         old.unlink()
 
 
-def newest(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is none. A damaged one is told of and set aside."""
+def newest(
+    folder: Path, tell: Callable[[str], None], recorded: Collection[int] | None = None
+) -> Checkpoint | None:
+    """The newest whole checkpoint; None where there is none. A damaged one is told of and set aside.
+
+    One that comes after an epoch that is not recorded is told of and set aside, too: that epoch is to be
+    trained again.
+    """
     for path in checkpoints_in(folder):
         try:
-            return _read(path)
+            found = _read(path)
+            lost = set() if recorded is None else found.epochs().difference(recorded)
+            if not lost:
+                return found
+            trouble = f"is not used, since metrics.jsonl has no whole line of epoch {min(lost)}"
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            tell(f"{path}: is damaged and not used ({reason}); the checkpoint before it is, if there is one")
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            trouble = f"is damaged and not used ({reason})"
+        tell(f"{path}: {trouble}; the checkpoint before it is, if there is one")
+        path.rename(path.with_name(f"{path.name}.damaged"))
     return None
 
 

@@ -70,7 +70,18 @@ class Leaving:
         Raises:
             Asked: it has; what was reached is to be saved, and then `leave` to be called.
         """
-        if self._heard is not None or (self._deadline is not None and self._now() >= self._deadline):
+        self.look_for_signal()
+        if self._deadline is not None and self._now() >= self._deadline:
+            raise Asked
+
+    def look_for_signal(self) -> None:
+        """As `look`, amid what begins anew when it is interrupted: with a limit of time that is too short for
+        it, no start would ever get past it.
+
+        Raises:
+            Asked: a signal has come.
+        """
+        if self._heard is not None:
             raise Asked
 
     def leave(self) -> NoReturn:

@@ -20,6 +20,9 @@ from captcha_exp.record import MetricsRow, Run, Status, now_ms
 from captcha_exp.record.code import write_code
 from captcha_exp.record.facts import environment_leaves, flat
 
+COMPUTES = {"python", "packages", "code_sha256", "device", "variables"}
+"""groups of environment.json of which a training's numbers may depend"""
+
 
 class Tracker(Protocol):
     """Where a run is reported to, beside its own folder."""
@@ -164,11 +167,18 @@ def record_machine(ran_on: Mapping[str, Any], recording: Recording) -> None:
         run.write_json(path.name, ran_on)
         return
     then, now = environment_leaves(run.folder), flat(ran_on)
-    groups = {"python", "packages", "device", "variables"}
-    watched = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in groups]
-    changed = [f"{key} {then.get(key)} -> {now.get(key)}" for key in watched if then.get(key) != now.get(key)]
+    watched = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in COMPUTES]
+    changed = {key: [then.get(key), now.get(key)] for key in watched if then.get(key) != now.get(key)}
     if changed:
+        *before, this_time = run.state["resumed"]
+        run.note(resumed=[*before, {**this_time, "changed": changed}])
+        words = ", ".join(f"{key} {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items())
         recording.tell(
-            f"not as it was when the run began: {', '.join(changed)}; the result may not be that of a run "
-            "that was not interrupted"
+            f"not as it was when the run began: {words}; the result may not be that of a run that was not "
+            "interrupted"
         )
+
+
+def _short(value: object) -> str:
+    """A value on a line; of a SHA-256, the beginning."""
+    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)

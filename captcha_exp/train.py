@@ -70,7 +70,7 @@ def fit(
 
                 memory.start()
                 began = time.perf_counter()
-                result = evaluate(state.model, validation, config, leaving.look)
+                result = evaluate(state.model, validation, config, leaving.look_for_signal)
                 metrics |= result.metrics("val") | memory.peaks("eval")
                 metrics["memory/process_peak_mib"] = memory.process_peak_mib()
                 metrics["speed/epoch_seconds"] = progress.seconds + time.perf_counter() - began
@@ -174,7 +174,8 @@ def train(
 ) -> Result:
     """A trained, tested and recorded model; its record is in this empty folder, or in a new one.
 
-    The folder of an unfinished run is gone on with: its own config is what runs, from where it stands.
+    The folder of an unfinished run is gone on with: its own config is what runs, from where it stands; the
+    time that it may take now is as `requested`.
     `start_from` is the folder of a finished run from whose last state this one starts. `links` is as
     `record.create` has it; `at_end` writes what else belongs into a record that is complete, and not closed
     yet.
@@ -187,11 +188,12 @@ def train(
     began = time.perf_counter()
     if folder is not None and (folder / "run.json").exists():
         config = load(folder / "config.yaml")
-        with Leaving(config.train.stop_after_minutes) as leaving:
+        with Leaving(requested.train.stop_after_minutes) as leaving:
             recording = Recording(record.reopen(folder), tracker, display)
             with recorded(recording, config):
                 job = _prepared(config, display)
-                saved = checkpoint.newest(recording.run.checkpoints, recording.tell)
+                epochs = {row.step for row in recording.run.rows() if _is_of_epoch(row)}
+                saved = checkpoint.newest(recording.run.checkpoints, recording.tell, epochs)
                 if saved is None and start_from is not None:  # killed before its first checkpoint
                     saved = _last_of(start_from, job.config, display)
                     _take_over_rows(start_from, recording)
@@ -253,8 +255,13 @@ def _last_of(folder: Path | None, config: Config, display: Display) -> Checkpoin
 def _take_over_rows(folder: Path, recording: Recording) -> None:
     """The epochs that a finished run has, without its test: this run has one of its own."""
     for row in record.read_rows(folder)[0]:
-        if "val/loss" in row.metrics:
+        if _is_of_epoch(row):
             recording.log(row)
+
+
+def _is_of_epoch(row: MetricsRow) -> bool:
+    """Whether it is not the test's."""
+    return "val/loss" in row.metrics
 
 
 def _work(

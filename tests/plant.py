@@ -154,8 +154,8 @@ PLANTS = (
     Plant(
         "validation looks at the training split",
         "train.py",
-        "evaluate(state.model, validation, config, leaving.look)",
-        "evaluate(state.model, training, config, leaving.look)",
+        "evaluate(state.model, validation, config, leaving.look_for_signal)",
+        "evaluate(state.model, training, config, leaving.look_for_signal)",
         ("test_train.py",),
     ),
     Plant(
@@ -242,6 +242,20 @@ PLANTS = (
         "            if not changed:\n                return False\n",
         "",
         ("test_interrupted.py",),
+    ),
+    Plant(
+        "a clock that is set ends the runs at work",
+        "record/process.py",
+        'return int(after_name[_START - 3]) / os.sysconf("SC_CLK_TCK")',
+        "return float(psutil.Process(pid).create_time())",
+        ("test_record.py",),
+    ),
+    Plant(
+        "a container's process is taken for the machine's",
+        "record/process.py",
+        ' and state.get("pid_namespace") != _pid_namespace()',
+        " and False",
+        ("test_record.py",),
     ),
     Plant(
         "the time limit is never looked at",
@@ -372,7 +386,7 @@ PLANTS = (
     Plant(
         "evaluation looks at changed pictures",
         "train.py",
-        "                result = evaluate(state.model, validation, config, leaving.look)\n",
+        "                result = evaluate(state.model, validation, config, leaving.look_for_signal)\n",
         "                changed = change(next(validation.batches(len(validation))))\n"
         "                result = evaluate(state.model, Split(*changed, validation.device), config)\n",
         ("test_augment.py",),
@@ -1082,8 +1096,8 @@ PLANTS = (
     Plant(
         "an unfinished run takes other values",
         "cli/resuming.py",
-        "    if other:\n",
-        "    if len(other) > 9:\n",
+        "if key != LIMIT}:\n",
+        "if key not in other}:\n",
         ("test_resuming.py",),
     ),
     Plant(

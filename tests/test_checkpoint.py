@@ -175,6 +175,26 @@ def without_its_text(content: bytes) -> bytes:
     return content.replace(b"__metadata__", b"__metaxxta__")
 
 
+def test_one_after_an_epoch_that_is_not_recorded_is_set_aside(tiny: Config, tmp_path: Path) -> None:
+    """Its row was lost: from the checkpoint before, the epoch is trained again and recorded."""
+    state = stepped(tiny)
+    state.epoch = 1
+    before = checkpoint.save(tmp_path, state)
+    state.epoch, state.step = 2, 4
+    after = checkpoint.save(tmp_path, state)
+    assert checkpoint.newest(tmp_path, refuse, {1}) is not None
+
+    told: list[str] = []
+    saved = checkpoint.newest(tmp_path, told.append, set())
+    assert saved is not None
+    assert saved.counters["step"] == 3
+    assert told == [
+        f"{after}: is not used, since metrics.jsonl has no whole line of epoch 1; the checkpoint before it "
+        "is, if there is one"
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {before.name, f"{after.name}.damaged"}
+
+
 DAMAGES = [cut, flip_a_weight, flip_a_counter, without_its_text, lambda _: b"", lambda _: b"\xff" * 64]
 
 

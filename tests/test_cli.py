@@ -1,5 +1,6 @@
 """The command as a person meets it: words in, lines and an exit code out, nothing made by a wrong call."""
 
+import errno
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Call
+from conftest import TINY, Call
 from omegaconf import OmegaConf
 
 from captcha_exp import compose
@@ -98,6 +99,19 @@ def test_a_flag_may_stand_anywhere_among_the_overrides(call: Call, words: list[s
     code, _, err = call("train", *words)
     assert code == 2
     assert sorted(line.split(":")[0] for line in err.splitlines()) == ["seed=null", "train.epochs=0"]
+
+
+def test_a_full_disk_is_one_line_and_another_exit_code(
+    call: Call, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = call("train", *TINY, f"data.cache={cache}", "tracking=none")
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert line.endswith(": No space left on device; make room and start again")
 
 
 def test_help_names_every_verb(call: Call) -> None:

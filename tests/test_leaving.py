@@ -63,6 +63,14 @@ def test_time_is_up_at_the_minute() -> None:
     assert caught.value.exit_code == 75
 
 
+def test_amid_what_cannot_be_gone_on_with_only_a_signal_counts() -> None:
+    with Leaving(0.0) as leaving, leaving.listening():
+        leaving.look_for_signal()
+        press(signal.SIGTERM)
+        with pytest.raises(Asked):
+            leaving.look_for_signal()
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     """The process of a sweep's point leaves Ctrl-C to who supervises it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -23,7 +23,7 @@ from captcha_exp import record
 from captcha_exp.config import Config, load
 from captcha_exp.errors import UserError
 from captcha_exp.places import root as root_of_runs
-from captcha_exp.record import MetricsRow, Run, write_atomically
+from captcha_exp.record import MetricsRow, Run, unfinished, write_atomically
 
 
 class OneSecond(datetime):
@@ -323,7 +323,33 @@ def test_a_name_that_no_file_has_is_no_run(name: str, root: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
         record.find(name)
     with pytest.raises(UserError, match="is no run"):
-        record.unfinished.named(name)
+        unfinished.named(name)
+
+
+# -- gone on with --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "requested.yaml"])
+def test_an_edited_config_is_refused_and_the_key_named(run: Run, name: str) -> None:
+    path = run.folder / name
+    path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 32"))
+    with pytest.raises(UserError, match=rf"{name}: was changed since .*\(train.batch_size=\d+, asked for as"):
+        record.reopen(run.folder)
+    assert run.state["status"] == "RUNNING"
+
+
+def test_a_line_that_is_no_row_is_set_aside_with_the_file(run: Run) -> None:
+    rows = [MetricsRow(step, 5, {"val/loss": 0.5}) for step in (1, 2, 3)]
+    first, second, third = (row.to_line() for row in rows)
+    damaged = f"{first}{second[:9]}#{second[10:]}{third}"
+    (run.folder / "metrics.jsonl").write_text(damaged + first[:7])
+
+    again = record.reopen(run.folder)
+    assert again.rows() == [rows[0], rows[2]]
+    assert (run.folder / "metrics.jsonl").read_text() == first + third
+    assert (run.folder / "metrics.jsonl.damaged").read_text() == damaged
+    again.log(rows[1])
+    assert record.read_rows(run.folder) == (rows, [])
 
 
 # -- alive or dead -------------------------------------------------------------------------------------------

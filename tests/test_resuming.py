@@ -207,6 +207,32 @@ def test_an_unfinished_run_takes_no_other_values(
     assert trained.calls == []
 
 
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_an_unfinished_run_can_be_given_another_limit_of_time(
+    call: Call, trained: Trained, words: list[str], by_itself: bool
+) -> None:
+    folder = left([*words, "train.stop_after_minutes=5"])
+    more = "train.stop_after_minutes=30"
+    code, _, _ = call("train", *([*words, more] if by_itself else [f"--resume={folder}", more]))
+    assert code == 0
+    (made,) = trained.calls
+    assert made["folder"] == folder
+    assert made["requested"].train.stop_after_minutes == 30
+
+
+def test_a_reproduction_that_was_interrupted_is_begun_anew(
+    call: Call, trained: Trained, words: list[str]
+) -> None:
+    folder = left(words, links={"reproduces": {"folder": "/a run", "run_id": None}})
+    code, out, err = call("train", f"--resume={folder}")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"--resume={folder}: is a reproduction that was interrupted; captcha-exp reproduce '/a run' "
+        "begins it anew\n"
+    )
+    assert trained.calls == []
+
+
 def test_mistakes_beside_a_run_are_told_all_at_once(call: Call, words: list[str]) -> None:
     folder = left(words)
     code, _, err = call("train", f"--resume={folder}", "train.epohcs=3", "seed=-1", "device.name=cuda:9")

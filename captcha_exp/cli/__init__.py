@@ -7,6 +7,7 @@ end.
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,6 +24,15 @@ from captcha_exp.leaving import TimeIsUp
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine
+
+OUTSIDE = {
+    errno.ENOSPC: "make room and start again",
+    errno.EDQUOT: "make room and start again",
+    errno.EROFS: "CAPTCHA_EXP_ROOT=FOLDER chooses a folder that can be written to",
+    errno.EACCES: "give yourself the right, or choose another folder with CAPTCHA_EXP_ROOT=FOLDER",
+    errno.EIO: "the disk is faulty: bring what is on it to another",
+}
+"""troubles of a machine, and what to do; whatever else a file raises is a mistake of ours"""
 
 
 def main() -> NoReturn:
@@ -44,6 +54,11 @@ def main() -> NoReturn:
     except BrokenPipeError:  # whoever read along has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        print(f"{error.filename or PROGRAM}: {error.strerror}; {OUTSIDE[error.errno]}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,8 @@ from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.record import CHECKPOINTS, Left, checkpoints_in, new_folder, unfinished
 
-MORE = {"train.epochs", "train.patience"}  # what may differ where a finished run gets more epochs
+LIMIT = "train.stop_after_minutes"  # of a process, not of its run
+MORE = {"train.epochs", "train.patience", LIMIT}  # what may differ where a finished run gets more epochs
 NAMED = 4  # keys in one line
 
 
@@ -102,9 +104,14 @@ def _of_named(
         start = replace(_of_finished(name, seen, saved, wanted, other), choices=choices)
         _warn_of_plans(wanted, set(other), display)
         return _or_unfinished(start, display, stack)
-    if other:
+    if "reproduces" in (seen.state.get("links") or {}):
         raise UserError(
-            f"--resume={name}: is unfinished and goes on as it was begun; {_in_words(other)}: leave that "
+            f"--resume={name}: is a reproduction that was interrupted; captcha-exp reproduce "
+            f"{_reproduced(seen.state['links'])} begins it anew"
+        )
+    if strange := {key: words for key, words in other.items() if key != LIMIT}:
+        raise UserError(
+            f"--resume={name}: is unfinished and goes on as it was begun; {_in_words(strange)}: leave that "
             "out, or begin a new run with --resume=never"
         )
     found = stack.enter_context(unfinished.held(lambda: unfinished.named(name)))
@@ -117,7 +124,7 @@ def _of_named(
     _tell(found, display)
     links = found.state.get("links") or {}
     return Start(
-        requested=saved, choices=choices, folder=found.folder, links=links, start_from=_first_of(links)
+        requested=wanted, choices=choices, folder=found.folder, links=links, start_from=_first_of(links)
     )
 
 
@@ -158,6 +165,12 @@ def _of_finished(name: str, left: Left, saved: Config, wanted: Config, other: Ma
     run_id = (left.state["mlflow"] or {}).get("run_id")
     links = {"continues": {"folder": str(left.folder), "run_id": run_id}}
     return Start(requested=wanted, links=links, start_from=left.folder)
+
+
+def _reproduced(links: Mapping[str, Any]) -> str:
+    """The run that a reproduction was of, as a word of a command."""
+    first = links["reproduces"]
+    return shlex.quote(str(first.get("folder") or first.get("run_id")))
 
 
 def _first_of(links: Mapping[str, Any]) -> Path | None:

@@ -10,12 +10,14 @@ from uuid import uuid4
 
 import psutil
 
-from captcha_exp.config import Config, to_yaml
+from captcha_exp.config import Config, leaves, load, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
-from captcha_exp.record.files import write_atomically
+from captcha_exp.record.files import sha256_of, write_atomically
 from captcha_exp.record.process import identity
-from captcha_exp.record.run import Run, config_sha256, now, read_state
+from captcha_exp.record.run import Run, config_sha256, now, read_rows, read_state
+
+CONFIGS = ("config.yaml", "requested.yaml")  # what runs, and what was asked for
 
 
 def create(
@@ -61,26 +63,53 @@ def remove_abandoned() -> None:
 
 def _begun(folder: Path, config: Config, requested: Config, state: dict[str, Any]) -> Run:
     # Before run.json: whatever has one has its config.
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
-    write_atomically(folder / "requested.yaml", to_yaml(requested).encode())
-    return Run(folder, state)
+    for name, values in zip(CONFIGS, (config, requested), strict=True):
+        write_atomically(folder / name, to_yaml(values).encode())
+    return Run(folder, state | {"configs": {name: sha256_of(folder / name) for name in CONFIGS}})
 
 
 def reopen(folder: Path) -> Run:
     """An unfinished run whose process is gone, with which this one goes on.
 
-    What a process was writing when it was ended goes: no row, and no file, was whole before.
+    What a process was writing when it was ended goes: no row, and no file, was whole before. Of metrics.jsonl
+    with other lines that are no rows, the rows alone stay, and the file as it was beside them.
+
+    Raises:
+        UserError: its config was changed since it began; the line names the file and the key.
     """
     state = read_state(folder / "run.json")
+    _check_configs(folder, state.get("configs", {}))
     for path in folder.rglob(".*.part"):
         path.unlink()
     rows = folder / "metrics.jsonl"
     if rows.exists() and not (content := rows.read_bytes()).endswith(b"\n"):
         write_atomically(rows, content[: content.rfind(b"\n") + 1])
+    whole, broken = read_rows(folder)
+    if broken:
+        write_atomically(folder / "metrics.jsonl.damaged", rows.read_bytes())
+        write_atomically(rows, "".join(row.to_line() for row in whole).encode())
     if state["mlflow"] is not None:
         state["mlflow"] = {**state["mlflow"], "closed": False}
     resumed = [*state.get("resumed", ()), {"at": now(), "host": state["host"]}]
     return Run(folder, {**state, **_under_way(), "resumed": resumed})
+
+
+def _check_configs(folder: Path, began_with: Mapping[str, Any]) -> None:
+    changed = [name for name, sha256 in began_with.items() if sha256_of(folder / name) != sha256]
+    if not changed:
+        return
+    asked, resolved = (leaves(load(folder / name)) for name in ("requested.yaml", "config.yaml"))
+    # What was resolved is as it was asked for, but for every `auto` and a path, which became absolute.
+    others = [
+        f"{key}={resolved.get(key)}, asked for as {value}"
+        for key, value in asked.items()
+        if value != "auto" and key != "data.path" and resolved.get(key) != value
+    ]
+    where = f" ({others[0]})" if others else ""
+    raise UserError(
+        f"{folder / changed[0]}: was changed since the run began{where}; put back what stood there, or start "
+        "anew with --resume=never"
+    )
 
 
 def _under_way() -> dict[str, Any]:

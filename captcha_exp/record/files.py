@@ -16,6 +16,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say at which file, and nobody knows the other name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)

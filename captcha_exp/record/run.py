@@ -167,8 +167,13 @@ def _is_of(row: MetricsRow, other: MetricsRow) -> bool:
 
 
 def config_sha256(requested: Config) -> str:
-    """SHA-256 of a config as it was asked for: equal for runs that were asked for the same."""
-    return hashlib.sha256(json.dumps(to_dict(requested), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a config as it was asked for: equal for runs that were asked for the same.
+
+    How long a process may take is not asked of the run: one that is out of time can be given more.
+    """
+    values = to_dict(requested)
+    del values["train"]["stop_after_minutes"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def runs(tell: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
@@ -238,7 +243,8 @@ def read_rows(folder: Path) -> tuple[list[MetricsRow], list[int]]:
                 rows.append(MetricsRow.from_line(line))
             except (ValueError, RecursionError):
                 broken.append(number)
-    return rows, broken
+    # An epoch whose line was damaged is trained again, and has its row behind those of later ones.
+    return sorted(rows, key=lambda row: row.step), broken
 
 
 def check_file(folder: Path, name: str) -> None:
