@@ -34,7 +34,7 @@ class Leaving:
 
     def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
         """Minutes are counted from here."""
-        self._minutes, self._now = minutes, now
+        self._now = now
         self._deadline = None if minutes is None else now() + 60 * minutes
         self._heard: int | None = None
         self._before: dict[int, Any] = {}
@@ -94,10 +94,7 @@ class Leaving:
             raise KeyboardInterrupt
         if self._heard is not None:
             raise SystemExit(128 + self._heard)
-        raise TimeIsUp(
-            f"train.stop_after_minutes={self._minutes:g}: they have passed; all is saved, and the same "
-            "command goes on"
-        )
+        raise TimeIsUp("train.stop_after_minutes: the time is up; all is saved, and the same command goes on")
 
 
 @contextlib.contextmanager

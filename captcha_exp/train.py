@@ -171,14 +171,14 @@ def train(
     links: Mapping[str, Any] | None = None,
     at_end: Callable[[Run], None] | None = None,
     start_from: Path | None = None,
+    leaving: Leaving | None = None,
 ) -> Result:
     """A trained, tested and recorded model; its record is in this empty folder, or in a new one.
 
-    The folder of an unfinished run is gone on with: its own config is what runs, from where it stands; the
-    time that it may take now is as `requested`.
+    The folder of an unfinished run is gone on with: its own config is what runs, from where it stands.
     `start_from` is the folder of a finished run from whose last state this one starts. `links` is as
     `record.create` has it; `at_end` writes what else belongs into a record that is complete, and not closed
-    yet.
+    yet. `leaving` says when to end; without it, that is what is `requested`.
 
     Raises:
         OutOfMemory: there was too little memory; its record says what train.on_oom takes that for.
@@ -186,9 +186,10 @@ def train(
     """
     tracker, display = tracker or NoTracker(), display or Silent()
     began = time.perf_counter()
+    leaving = leaving or Leaving(requested.train.stop_after_minutes)
     if folder is not None and (folder / "run.json").exists():
         config = load(folder / "config.yaml")
-        with Leaving(requested.train.stop_after_minutes) as leaving:
+        with leaving:
             recording = Recording(record.reopen(folder), tracker, display)
             with recorded(recording, config):
                 job = _prepared(config, display)
@@ -200,7 +201,7 @@ def train(
                 return _work(job, recording, leaving, began, saved, at_end)
     job = _prepared(requested, display)
     saved = _last_of(start_from, job.config, display)
-    with Leaving(job.config.train.stop_after_minutes) as leaving:
+    with leaving:
         run = record.create(job.config, requested, folder, links)
         recording = Recording(run, tracker, display)
         with recorded(recording, job.config):

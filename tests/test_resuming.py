@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from captcha_exp import checkpoint, compose, load, record
 from captcha_exp import train as training
+from captcha_exp.cli import resuming
 from captcha_exp.cli.composing import overridden
 from captcha_exp.config import Config, leaves
 from captcha_exp.errors import ConfigError
@@ -218,6 +219,22 @@ def test_an_unfinished_run_can_be_given_another_limit_of_time(
     (made,) = trained.calls
     assert made["folder"] == folder
     assert made["requested"].train.stop_after_minutes == 30
+
+
+def test_a_named_run_that_finishes_just_then_is_not_gone_on_with(
+    call: Call, trained: Trained, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left(words)
+
+    def other_keys(*_: object) -> dict[str, str]:
+        state = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
+        return {}
+
+    monkeypatch.setattr(resuming, "_other_keys", other_keys)
+    code, _, err = call("train", f"--resume={folder}")
+    assert (code, trained.calls) == (2, [])
+    assert err == f"--resume={folder}: has finished just now; train.epochs=N beside it gives it more\n"
 
 
 def test_a_reproduction_that_was_interrupted_is_begun_anew(

@@ -266,6 +266,25 @@ def test_a_point_that_was_killed_goes_on_from_its_checkpoint(place: Place) -> No
     ]
 
 
+def test_a_sweep_that_is_out_of_time_goes_on_when_it_gets_more(place: Place) -> None:
+    words = ("train.batch_size=32,48", "tracking=none")
+    done = place.sweep(*words, "train.stop_after_minutes=0.02")
+    assert done.returncode == 75, done.stderr
+    assert became(place) == ["killed", "not run"]
+    assert done.stderr.splitlines()[-1].startswith(
+        "train.stop_after_minutes: the time is up; what the points"
+    )
+    assert "Traceback" not in done.stderr
+
+    done = place.sweep(*words, "train.stop_after_minutes=30")
+    assert done.returncode == 0, done.stderr
+    assert "batch_size=32] goes on from epoch 1, step 1 (saved " in done.stderr
+    assert [point["attempts"] for point in place.points()] == [1, 1]
+    assert [point["weights_sha256"] for point in place.points()] == [
+        solo(place, f"train.batch_size={size}") for size in (32, 48)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 @pytest.mark.parametrize("whole", [True, False], ids=["all", "parent"])

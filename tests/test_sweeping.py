@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from captcha_exp.cli import sweeping
 from captcha_exp.config import Config, Mlflow
 from captcha_exp.device import this_machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError
-from captcha_exp.leaving import undisturbed
+from captcha_exp.leaving import TimeIsUp, undisturbed
 from captcha_exp.memory.between import Between
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep import supervise
@@ -179,6 +180,73 @@ def test_what_has_a_result_is_not_run_again(tiny: Config) -> None:
     assert again.failed is False
 
 
+# -- a limit of time -----------------------------------------------------------------------------------------
+
+
+def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first point ends in time, the second is ended by it, the third is not begun."""
+    begun: list[tuple[str, float]] = []
+
+    def train(order: supervise.Order, folder: Path, _: object) -> None:
+        assert order.leave_at is not None
+        begun.append((order.name or "", order.leave_at))
+        run = (
+            record.reopen(folder)
+            if (folder / "run.json").exists()
+            else record.create(order.requested, order.requested, folder)
+        )
+        run.write_json("environment.json", {"code_sha256": record.code_sha256()})
+        time.sleep(max(0.0, order.leave_at - time.time()) if len(begun) == 2 else 0.0)
+        run.close(*(("KILLED", "TimeIsUp") if len(begun) == 2 else ("FINISHED", None)))
+
+    def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
+        for number in numbers:
+            supervise.run_point(folder, number)
+
+    monkeypatch.setattr(supervise, "_train", train)
+    monkeypatch.setattr(sweeping, "_launch", launch)
+    words = (*TINY, "tracking=none", "seed=1,2,3")
+    with pytest.raises(TimeIsUp, match="the same command goes on") as caught:
+        train_all(*words, "train.stop_after_minutes=0.05")
+    assert caught.value.exit_code == 75
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
+    sweep = Sweep(path.parent)
+    assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeIsUp")
+    assert json.loads((path.parent / "verdict.json").read_text())["title"].startswith("sweep of seed: ")
+    assert [row.became for row in rows(sweep)] == ["finished", "killed", "not run"]
+    assert len({moment for _, moment in begun}) == 1, "the points have one time together"
+
+    assert train_all(*words, "train.stop_after_minutes=5", resume="auto") == 0
+    assert [name for name, _ in begun] == ["seed=1", "seed=2", "seed=2", "seed=3"]
+    assert begun[-1][1] > begun[0][1] + 60
+    assert [row.attempts for row in rows(Sweep(path.parent))] == [1, 1, 1]
+
+
+def test_a_point_on_another_machine_has_a_time_of_its_own(root: Path, launched: list[Any]) -> None:
+    assert train_all(*GRID, "train.stop_after_minutes=2") == 0
+    sweep = Sweep(next((root / "outputs").glob("*/*/sweep.json")).parent)
+    until = datetime.fromisoformat(sweep.state["limit"]["until"]).timestamp()
+    assert supervise._leave_at(sweep) == until
+    sweep.state["limit"]["until"] = "2000-01-01T00:00:00+00:00"
+    sweep.state["host"] = "elsewhere"
+    leave_at = supervise._leave_at(sweep)
+    assert leave_at is not None
+    assert time.time() + 100 < leave_at < time.time() + 121
+    del sweep.state["limit"]  # a record of before
+    assert supervise._leave_at(sweep) is None
+
+
+def test_a_sweep_has_one_limit_of_time(root: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_all(*TINY, "train.stop_after_minutes=1,2.5")
+    assert caught.value.lines == (
+        "train.stop_after_minutes=1.0,2.5: is the time that the whole sweep may take; write one value",
+    )
+    assert not (root / "outputs").exists()
+
+
 # -- --resume ------------------------------------------------------------------------------------------------
 
 GRID = (*TINY, "tracking=none", "seed=1,2")
@@ -221,8 +289,10 @@ def cut(place: Path) -> Path:
         (GRID[::-1], "folder"),
         (GRID, "auto"),
         (("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "folder"),
+        (("train.stop_after_minutes=9",), "folder"),
+        ((*GRID, "train.stop_after_minutes=9"), "auto"),
     ],
-    ids=["nothing", "the same", "in another order", "auto", "another launcher"],
+    ids=["nothing", "the same", "in another order", "auto", "another launcher", "a limit", "auto, a limit"],
 )
 def test_resume_with(words: tuple[str, ...], resume: str, root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
@@ -234,7 +304,19 @@ def test_resume_with(words: tuple[str, ...], resume: str, root: Path, launched: 
     assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
     assert [row.attempts for row in rows(Sweep(moved))] == [1, 2]
+    limit = Sweep(moved).state["limit"]
+    assert (limit and limit["minutes"]) == (9 if "train.stop_after_minutes=9" in words else None)
     assert not folder.exists()
+
+
+def test_a_finished_sweep_gets_its_verdict_once_more(root: Path, launched: list[Any]) -> None:
+    assert train_all(*GRID) == 0
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
+    (path.parent / "verdict.json").unlink()
+    assert train_all(resume=str(path.parent)) == 0
+    assert (path.parent / "verdict.json").is_file()
+    assert Sweep(path.parent).state["status"] == "FINISHED"
+    assert len(launched) == 1
 
 
 def test_by_itself_an_unfinished_sweep_of_other_code_is_told_of_and_left(

@@ -300,6 +300,14 @@ def test_who_comes_second_looks_again(made: Made, changed: dict[str, Any]) -> No
     assert state_of(folder) == changed
 
 
+def test_what_had_finished_when_it_was_looked_at_is_held_like_any(made: Made) -> None:
+    folder = made("FINISHED")
+    with unfinished.held(lambda: unfinished.named(str(folder))) as found:
+        assert found is not None
+        assert state_of(folder)["status"] == "RUNNING"
+    assert state_of(folder)["status"] == "FINISHED"
+
+
 def test_a_run_that_was_closed_since_is_still_the_one_that_was_seen(made: Made) -> None:
     folder = made("RUNNING")
     seen = unfinished.named(str(folder))

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -102,7 +103,11 @@ def _train(arguments: argparse.Namespace) -> int:
         if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
             from captcha_exp.sweep.supervise import Order, train_until_it_fits
 
-            order = Order(config, start.choices, links=start.links, start_from=start.start_from)
+            minutes = config.train.stop_after_minutes  # of all its processes together
+            leave_at = None if minutes is None else time.time() + 60 * minutes
+            order = Order(
+                config, start.choices, links=start.links, start_from=start.start_from, leave_at=leave_at
+            )
             folder = train_until_it_fits(order, resuming.places(start, arguments.resume, display))
         else:
             tracker = tracker_of(config, display, start.choices)

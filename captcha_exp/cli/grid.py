@@ -25,8 +25,8 @@ class Grid:
     """overrides for Hydra's launcher alone"""
     jobs: int
     """points that run at a time, if there are so many"""
-    is_asked_for: bool
-    """whether the overrides say anything of the points, and not of the launcher alone"""
+    asked: frozenset[str]
+    """keys of the points that the overrides name; others are of the launcher"""
 
     @property
     def side_by_side(self) -> int:
@@ -64,7 +64,7 @@ def compose_grid(overrides: Sequence[str], config_dir: str | None) -> Grid:
         # A file of conf/experiment/ may say how to launch; the points that it describes are known by now.
         chosen = [text for text in axes.fixed() if text.startswith("experiment=")]
         launching = [*chosen, "hydra.sweeper.params=null", *axes.launching]
-    return Grid(points, launching, _at_a_time(hydra), bool(axes.values))
+    return Grid(points, launching, _at_a_time(hydra), frozenset(axes.values))
 
 
 @dataclass

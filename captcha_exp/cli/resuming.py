@@ -114,8 +114,15 @@ def _of_named(
             f"--resume={name}: is unfinished and goes on as it was begun; {_in_words(strange)}: leave that "
             "out, or begin a new run with --resume=never"
         )
-    found = stack.enter_context(unfinished.held(lambda: unfinished.named(name)))
-    assert found is not None  # held() gives what named() finds, and that raises where it finds nothing
+
+    def look() -> Left:
+        left = unfinished.named(name)
+        if left.state["status"] == "FINISHED":
+            raise UserError(f"--resume={name}: has finished just now; train.epochs=N beside it gives it more")
+        return left
+
+    found = stack.enter_context(unfinished.held(look))
+    assert found is not None  # look() raises where it finds nothing
     if unfinished.ran_other_code(found.folder):
         display.warn(
             f"{found.folder}: other code than today's began it; it may not end as a run does that nobody "

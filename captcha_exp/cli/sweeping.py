@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from captcha_exp.cli import summary
 from captcha_exp.cli.composing import run_hydra
 from captcha_exp.cli.grid import Grid, compose_grid
+from captcha_exp.cli.resuming import LIMIT
 from captcha_exp.config import Config, Machine
 from captcha_exp.display import Display
 from captcha_exp.errors import ConfigError, RunFailed, UserError
@@ -58,7 +59,8 @@ def train_all(arguments: argparse.Namespace, machine: Machine, display: Display)
             display.line(f"goes on with {resumed.folder}, an unfinished sweep of these points")
         found = foretell(points if resumed is None else resumed.points, display)
         side_by_side = min(grid.jobs, len(found))
-        return 1 if run(found, launch, side_by_side, display, tell, resumed).failed else 0
+        minutes = _minutes(points if resumed is None or grid.asked else resumed.points)
+        return 1 if run(found, launch, side_by_side, display, tell, resumed, minutes).failed else 0
 
 
 def _checked(grid: Grid, machine: Machine) -> list[Point]:
@@ -71,9 +73,18 @@ def _checked(grid: Grid, machine: Machine) -> list[Point]:
             mistakes |= dict.fromkeys(error.lines)
             continue
         points.append(Point(number=number, swept=swept, choices=composed.choices, requested=config))
+    limits = dict.fromkeys(f"{point.requested.train.stop_after_minutes}" for point in points)
+    if len(limits) > 1:
+        both = ",".join(limits)
+        mistakes[f"{LIMIT}={both}: is the time that the whole sweep may take; write one value"] = None
     if mistakes:
         raise ConfigError(*mistakes)
     return points
+
+
+def _minutes(points: Sequence[Point]) -> float | None:
+    """What the whole sweep may take; all points say the same."""
+    return points[0].requested.train.stop_after_minutes
 
 
 def _in_a_sweep(config: Config) -> Config:
@@ -94,7 +105,7 @@ def _to_go_on_with(
     sweep = recorded.find(arguments.resume)
     if recorded.is_running(sweep):
         raise UserError(f"--resume={arguments.resume}: its process {sweep.state['pid']} is still at work")
-    if grid.is_asked_for and not recorded.same_points(sweep, points):
+    if grid.asked - {LIMIT} and not recorded.same_points(sweep, points):
         raise UserError(
             f"--resume={arguments.resume}: its points are not those that these overrides describe; leave the "
             "overrides out to go on with it as it was, or start a new sweep with --resume=never"

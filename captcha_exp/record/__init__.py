@@ -17,6 +17,7 @@ from captcha_exp.record.files import sha256_of as sha256_of
 from captcha_exp.record.files import write_atomically as write_atomically
 from captcha_exp.record.process import identity as identity
 from captcha_exp.record.process import is_alive as is_alive
+from captcha_exp.record.process import is_elsewhere as is_elsewhere
 from captcha_exp.record.run import CHECKPOINTS as CHECKPOINTS
 from captcha_exp.record.run import MetricsRow as MetricsRow
 from captcha_exp.record.run import Run as Run

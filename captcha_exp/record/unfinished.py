@@ -171,12 +171,16 @@ def _claim(seen: Left) -> Left | None:
                     f"for {SECONDS_FOR_THE_LOCK:.0f} s; start again when it is done"
                 )
             now = read_left(seen.path)
-            if now is None or _owner(now) != _owner(seen) or now.state["status"] == "FINISHED":
+            if now is None or _owner(now) != _owner(seen) or _has_finished_since(seen, now):
                 return None
             write_json(now.path, now.state | _claimed())
             return now
     except OSError as error:
         raise UserError(f"{seen.folder}: cannot be gone on with: {error}") from None
+
+
+def _has_finished_since(seen: Left, now: Left) -> bool:
+    return bool(now.state["status"] == "FINISHED" != seen.state["status"])
 
 
 def _release(mine: Left) -> None:

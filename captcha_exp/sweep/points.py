@@ -10,15 +10,24 @@ verdict.*            what it all came to
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.config import Config, load, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.places import root
-from captcha_exp.record import Status, code_sha256, identity, is_alive, new_folder, place_of, write_atomically
+from captcha_exp.record import (
+    Status,
+    code_sha256,
+    config_sha256,
+    identity,
+    is_alive,
+    new_folder,
+    place_of,
+    write_atomically,
+)
 
 RECORD = "sweep.json"
 SETTLED = ("finished", "oom", "unfit")  # what a point became that is not run again
@@ -85,6 +94,11 @@ class Sweep:
         """This process goes on with it."""
         self.note(**identity(), status="RUNNING", error=None, ended=None)
 
+    def limit(self, minutes: float | None) -> None:
+        """All of it may take so long from now; None: as long as it needs."""
+        until = None if minutes is None else datetime.now().astimezone() + timedelta(minutes=minutes)
+        self.note(limit=None if until is None else {"minutes": minutes, "until": until.isoformat()})
+
     def attempts(self, point: Point) -> list[Path]:
         """The folders of the point's runs so far, the last one last."""
         return [folder for folder, there in self._places(point) if there]
@@ -121,6 +135,7 @@ def create(name: str, points: Sequence[Point], about: Mapping[str, Any]) -> Swee
         **identity(),
         "mlflow": None,
         "error": None,
+        "limit": None,
         "code_sha256": code_sha256(),
         **about,
         "points": [
@@ -167,8 +182,12 @@ def is_running(sweep: Sweep) -> bool:
 
 
 def same_points(sweep: Sweep, points: Sequence[Point]) -> bool:
-    """Whether it has these points and no others."""
-    return [asdict(point) for point in sweep.points] == [asdict(point) for point in points]
+    """Whether it has these points and no others; how long they may take is not of them."""
+
+    def told(each: Point) -> tuple[int, dict[str, str], dict[str, str], str]:
+        return each.number, dict(each.swept), dict(each.choices), config_sha256(each.requested)
+
+    return [told(point) for point in sweep.points] == [told(point) for point in points]
 
 
 def _now() -> str:

@@ -7,6 +7,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from captcha_exp import record
 from captcha_exp.config import Mlflow, leaves
 from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
-from captcha_exp.leaving import undisturbed
+from captcha_exp.leaving import TimeIsUp, undisturbed
 from captcha_exp.sweep import points as recorded
 from captcha_exp.sweep.foretelling import Foretold, record_unfit
 from captcha_exp.sweep.picture import draw
@@ -39,11 +40,13 @@ def run(
     display: Display,
     tell: Callable[[Sweep, Verdict], None],
     resumed: Sweep | None = None,
+    minutes: float | None = None,
 ) -> Verdict:
     """The verdict, after every point that was not settled yet has had its run; it is told however that ends.
 
     Raises:
         RunFailed: MLflow's store cannot be opened, or the launcher itself fails.
+        TimeIsUp: so many minutes have passed; what is left of the points, the same command goes on with.
     """
     if resumed is None:
         about = {"foretold": [each.to_json() for each in found], "side_by_side": side_by_side}
@@ -55,10 +58,16 @@ def run(
     error: str | None = None
     parent = None
     try:
+        sweep.limit(minutes)
         parent = _parent(sweep, found, display)
         _run_points(sweep, found, launch, display)
+        if minutes is not None and _wants_time(sweep):
+            raise TimeIsUp(
+                "train.stop_after_minutes: the time is up; what the points have reached is saved, and the "
+                "same command goes on"
+            )
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit) as interruption:
+    except (KeyboardInterrupt, SystemExit, TimeIsUp) as interruption:
         status, error = "KILLED", type(interruption).__name__
         raise
     except Exception as exception:
@@ -113,6 +122,15 @@ def _run_points(sweep: Sweep, found: Sequence[Foretold], launch: Launch, display
                 record_unfit(each, sweep.new_attempt(point), tracker, display)
     if numbers := [each.point.number for each in open_points if each.is_trained]:
         launch(sweep.folder, numbers)
+
+
+def _wants_time(sweep: Sweep) -> bool:
+    """Whether the time ended a point, or kept one from being begun."""
+    over = time.time() >= datetime.fromisoformat(sweep.state["limit"]["until"]).timestamp()
+    return any(
+        row.error == TimeIsUp.__name__ if row.became == "killed" else over and row.became == "not run"
+        for row in rows(sweep)
+    )
 
 
 def _became(sweep: Sweep, each: Foretold) -> str:

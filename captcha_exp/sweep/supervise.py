@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,26 @@ class Order:
     """the run that it belongs to, as in run.json"""
     start_from: Path | None = None
     """the finished run whose state a new run starts from"""
+    leave_at: float | None = None
+    """seconds since 1970; None: it may take as long as it needs"""
 
 
 def run_point(folder: Path, number: int) -> None:
     """A point of the sweep in this folder, trained in a process of its own; its folder has all that came of
-    it."""
+    it. Where the sweep's time is up it is not begun."""
     sweep = Sweep(folder)
     point = sweep.points[number - 1]
     _end_with(sweep.state)
+    leave_at = _leave_at(sweep)
+    if leave_at is not None and leave_at <= time.time():
+        return
     terminal, of_all = Terminal(), len(sweep.points)
 
     def listen(line: str) -> None:
         terminal.line(f"[{number}/{of_all} {point.name}] {line}")
 
-    order = Order(point.requested, point.choices, point.name, (sweep.state["mlflow"] or {}).get("run_id"))
+    parent = (sweep.state["mlflow"] or {}).get("run_id")
+    order = Order(point.requested, point.choices, point.name, parent, leave_at=leave_at)
     for attempt in sweep.attempts(point):  # what has run out of memory would do so again
         left = record.read_left(attempt / "run.json")
         if left is not None and left.state.get("config_sha256") == record.config_sha256(order.requested):
@@ -79,6 +86,17 @@ def run_point(folder: Path, number: int) -> None:
         train_until_it_fits(order, place, listen)
     except OSError as error:  # a full disk; the points after it may find room
         terminal.warn(f"{point.name}: its record cannot be written: {error}")
+
+
+def _leave_at(sweep: Sweep) -> float | None:
+    """When a point that starts now has to end: with the sweep, where its machine is the sweep's; elsewhere it
+    may have waited for that machine, and has a time of its own."""
+    limit = sweep.state.get("limit")
+    if limit is None:
+        return None
+    if record.is_elsewhere(sweep.state):
+        return time.time() + 60 * float(limit["minutes"])
+    return datetime.fromisoformat(limit["until"]).timestamp()
 
 
 def _last_of(sweep: Sweep, point: Point, requested: Config) -> record.Left | None:
@@ -122,6 +140,7 @@ def _train(order: Order, folder: Path, listen: Callable[[str], None] | None) -> 
                     "folder": str(folder),
                     "links": dict(order.links),
                     "start_from": order.start_from and str(order.start_from),
+                    "leave_at": order.leave_at,
                 }
             )
             process.wait()

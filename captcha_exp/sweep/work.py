@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def serve() -> None:
     from captcha_exp.config import load
     from captcha_exp.display import Terminal
     from captcha_exp.errors import UserError
+    from captcha_exp.leaving import Leaving
     from captcha_exp.tracking import tracker_of
     from captcha_exp.train import train
 
@@ -35,7 +37,8 @@ def serve() -> None:
     try:
         start_from = order["start_from"] and Path(order["start_from"])
         folder, links = Path(order["folder"]), order["links"]
-        train(config, tracker, display, folder, links=links, start_from=start_from)
+        leaving = Leaving(order["leave_at"] and (order["leave_at"] - time.time()) / 60)
+        train(config, tracker, display, folder, links=links, start_from=start_from, leaving=leaving)
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)
