@@ -22,7 +22,7 @@ from captcha_exp.cli.composing import overridden
 from captcha_exp.config import Config
 from captcha_exp.display import Silent
 from captcha_exp.errors import UserError
-from captcha_exp.record import sha256_of
+from captcha_exp.record import linked, sha256_of
 from captcha_exp.record.files import write_json
 from captcha_exp.recording import NoTracker
 from captcha_exp.reproduce import drift, results
@@ -166,6 +166,47 @@ def test_an_edited_config_is_told_by_key_and_is_the_cause(
 def test_an_edit_that_changes_no_result_is_told_too(run: Path) -> None:
     edit(run, train__stop_after_minutes=500.0)
     assert again(run).sentence == "identical, but train.stop_after_minutes null -> 500.0"
+
+
+def test_the_limit_of_time_was_of_the_process_and_not_of_the_run(tiny: Config) -> None:
+    limited = replace(tiny, train=replace(tiny.train, stop_after_minutes=30.0))
+    folder = train(limited).folder
+    made = again(folder)
+    assert (made.sentence, dict(made.variation)) == ("identical", {})
+    assert load(made.folder / "config.yaml").train.stop_after_minutes is None
+    assert again(folder, "train.stop_after_minutes=20").sentence == (
+        "identical, but train.stop_after_minutes null -> 20.0"
+    )
+
+
+def test_a_config_of_which_no_edit_can_be_named_is_told(run: Path) -> None:
+    """The weights, whose config says what ran, are gone, or were trained with the edited file."""
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "# a comment\n")
+    heard = Heard()
+    assert again(run, display=heard).sentence == "identical", "the weights say that the values are the same"
+    assert "config.yaml is not the file that the run ended with (its SHA-256 is another)" in heard.warnings
+    changed = "identical, but the run's config.yaml as it began -> changed since"
+    edit_json(run / "run.json", lambda s: s["files"].update({"config.yaml": sha256_of(run / "config.yaml")}))
+    assert again(run).sentence == changed
+
+    edit(run, train__learning_rate=0.004)
+    (run / "model.safetensors").unlink()
+    made = again(run)
+    assert made.verdict != "identical"
+    assert roles(made)["the run's config.yaml"] == "cause", "nothing else can be"
+
+
+def test_what_changed_while_a_run_was_interrupted_is_suspect_where_results_differ(run: Path) -> None:
+    changes = {"packages.torch": ["2.12.0", "2.13.0"], "packages.mlflow": ["3.0", "3.1"], "device.threads": 3}
+    edit_json(run / "run.json", lambda state: state.update(resumed=[{"changed": changes}, {"at": "then"}]))
+    made = again(run)
+    assert made.sentence == "identical"
+    assert set(roles(made).values()) == {"cleared"}
+    edit(run, train__learning_rate=0.004)
+    found = roles(again(run))
+    assert found["train.learning_rate"] == "cause"
+    assert found["when the run went on: packages.torch"] == "suspect"
+    assert found["when the run went on: packages.mlflow"] == "cleared"
 
 
 def test_a_version_in_the_record_is_drift_and_no_cause(run: Path) -> None:
@@ -444,19 +485,52 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     state = json.loads((Path(json.loads(out)["folder"]) / "run.json").read_text())
     tags = MlflowClient(store.uri).get_run(state["mlflow"]["run_id"]).data.tags
     assert (tags["reproduces"], tags["reproduction"]) == (run_id, "identical")
+    assert state["links"] == {"reproduces": {"folder": None, "run_id": run_id, "store": store.uri}}
+    assert json.loads(out)["of"] == f"MLflow run {run_id} of {store.uri}"
     assert call("reproduce", "0" * 32)[0] == 2
 
 
-def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Path) -> None:
+def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Path, tmp_path: Path) -> None:
     config = original(run).config
     more = replace(config, train=replace(config.train, epochs=4, schedule="constant"))
     first = train(replace(more, train=replace(more.train, epochs=2))).folder
     links = {"continues": {"folder": str(first), "run_id": None}}
     second = train(more, links=links, start_from=first).folder
     assert again(second).sentence == "identical"
-    shutil.rmtree(first)
+    reproduced = again(second)
+    links = json.loads((reproduced.folder / "run.json").read_text())["links"]
+    assert links["continues"] == {"folder": str(first), "run_id": None}
+    assert again(reproduced.folder).sentence == "identical", "it begins from that state, too"
+
+    elsewhere = tmp_path / "elsewhere" / first.parent.name
+    elsewhere.mkdir(parents=True)
+    moved = [Path(shutil.move(folder, elsewhere)) for folder in (first, second)]
+    assert again(moved[1]).sentence == "identical", "copied together, they find each other"
+    shutil.rmtree(moved[0])
     with pytest.raises(UserError, match=r"began from the state of .* which is not there; bring it back"):
-        again(second)
+        again(moved[1])
+
+
+def test_a_run_that_was_continued_from_is_found_by_its_id(run: Path, root: Path) -> None:
+    edit_json(run / "run.json", lambda state: state.update(mlflow={"run_id": "a" * 32, "closed": True}))
+    other = shutil.copytree(run, root / "outputs" / "2020-01-01" / "other")
+    link = {"folder": "/nowhere/x/y", "run_id": "a" * 32}
+    assert linked(link, run) == other
+    assert linked({**link, "run_id": "b" * 32}, run) is None
+    assert linked({"folder": f"/nowhere/2020-01-01/{other.name}", "run_id": "a" * 32}, other) == other
+    assert linked({"folder": str(other), "run_id": "b" * 32}, run) is None, "another run stands there now"
+
+
+def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:
+    sweep = root / "outputs" / "2020-01-01" / "sweep"
+    sweep.mkdir(parents=True)
+    (sweep / "sweep.json").write_text("{}")
+    code, _, err = call("reproduce", str(sweep))
+    assert code == 2
+    assert err.endswith(": is a sweep; give the folder of one of its points, which has none yet\n")
+    (sweep / "1-seed=1").mkdir()
+    (sweep / "1-seed=1" / "run.json").write_text("{}")
+    assert f"one of its points: {sweep / '1-seed=1'}, say\n" in call("reproduce", str(sweep))[2]
 
 
 # -- verdicts and causes, by hand ----------------------------------------------------------------------------

@@ -42,8 +42,8 @@ def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display)
 
         return tracker_of(config, display, {})
 
-    with _folder(arguments.run, display) as folder:
-        first = original(folder)
+    with _folder(arguments.run, display) as (folder, store):
+        first = original(folder, store)
         wanted = overridden(first.config, arguments.overrides)
         return run_again(first, wanted, machine, tracker, display)
 
@@ -72,26 +72,33 @@ def tell(made: Reproduction) -> None:
 
 
 @contextlib.contextmanager
-def _folder(name: str, display: Display) -> Iterator[Path]:
-    """The folder of a run; of one that only MLflow has, a temporary one with its files."""
+def _folder(name: str, display: Display) -> Iterator[tuple[Path, str | None]]:
+    """The folder of a run; of one that only MLflow has, a temporary one with its files, and the store."""
     try:
         found = record.find(name)
     except UserError:
         if not re.fullmatch(r"[0-9a-f]{32}", name):
             raise
         with tempfile.TemporaryDirectory() as folder:
-            if not _fetched(name, Path(folder), display):
+            store = _fetched(name, Path(folder), display)
+            if store is None:
                 raise
-            yield Path(folder)
+            try:
+                yield Path(folder), store
+            except UserError as error:  # nobody knows the folder, nor will it be there
+                lines = (line.replace(folder, f"MLflow run {name} of {store}") for line in error.lines)
+                raise type(error)(*lines) from error
         return
-    yield found
+    yield found, None
 
 
-def _fetched(run_id: str, folder: Path, display: Display) -> bool:
+def _fetched(run_id: str, folder: Path, display: Display) -> str | None:
+    """The store that has the run, as it can be told; its files are in the folder then."""
     from captcha_exp.tracking import fetch
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlruns' / 'mlflow.db'}"
     if not fetch(run_id, uri, USED, folder):
-        return False
-    display.line(f"run {run_id} from {uri}")
-    return True
+        return None
+    told = re.sub(r"://[^/@]*@", "://", uri)  # without a password
+    display.line(f"run {run_id} from {told}")
+    return told

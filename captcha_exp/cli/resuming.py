@@ -13,7 +13,7 @@ from captcha_exp.cli.composing import Composed, overridden
 from captcha_exp.config import Config, Machine, leaves, load
 from captcha_exp.display import Display
 from captcha_exp.errors import UserError
-from captcha_exp.record import CHECKPOINTS, Left, checkpoints_in, new_folder, unfinished
+from captcha_exp.record import CHECKPOINTS, Left, checkpoints_in, linked, new_folder, unfinished
 
 LIMIT = "train.stop_after_minutes"  # of a process, not of its run
 MORE = {"train.epochs", "train.patience", LIMIT}  # what may differ where a finished run gets more epochs
@@ -131,7 +131,11 @@ def _of_named(
     _tell(found, display)
     links = found.state.get("links") or {}
     return Start(
-        requested=wanted, choices=choices, folder=found.folder, links=links, start_from=_first_of(links)
+        requested=wanted,
+        choices=choices,
+        folder=found.folder,
+        links=links,
+        start_from=_first_of(links, found.folder),
     )
 
 
@@ -180,10 +184,10 @@ def _reproduced(links: Mapping[str, Any]) -> str:
     return shlex.quote(str(first.get("folder") or first.get("run_id")))
 
 
-def _first_of(links: Mapping[str, Any]) -> Path | None:
-    """The finished run that a run with these links starts from."""
+def _first_of(links: Mapping[str, Any], folder: Path) -> Path | None:
+    """The finished run that the run in this folder, with these links, starts from."""
     continued = links.get("continues")
-    return Path(continued["folder"]) if continued else None
+    return (linked(continued, folder) or Path(continued["folder"])) if continued else None
 
 
 def _warn_of_plans(wanted: Config, other: set[str], display: Display) -> None:

@@ -26,6 +26,7 @@ from captcha_exp.record.run import check_file as check_file
 from captcha_exp.record.run import checkpoints_in as checkpoints_in
 from captcha_exp.record.run import config_sha256 as config_sha256
 from captcha_exp.record.run import find as find
+from captcha_exp.record.run import linked as linked
 from captcha_exp.record.run import now_ms as now_ms
 from captcha_exp.record.run import place_of as place_of
 from captcha_exp.record.run import read_rows as read_rows

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -197,6 +198,10 @@ def find(name: str) -> Path:
     if folder := place_of(name, "run.json"):
         read_state(folder / "run.json")
         return folder
+    if sweep := place_of(name, "sweep.json"):
+        first = min((path.parent.name for path in sweep.glob("*/run.json")), default=None)
+        point = f": {shlex.quote(str(sweep / first))}, say" if first else ", which has none yet"
+        raise UserError(f"{name}: is a sweep; give the folder of one of its points{point}")
     known = runs()
     if name == "latest":
         if not known:
@@ -211,6 +216,18 @@ def find(name: str) -> Path:
             "(captcha-exp runs lists them)"
         )
     return begin[0]
+
+
+def linked(link: Mapping[str, Any], folder: Path) -> Path | None:
+    """The folder of the run that the record in this one has a link to; None where it is nowhere.
+
+    Runs are copied together: it is sought where it was, beside this one, and by its id in MLflow.
+    """
+    was, run_id = Path(str(link.get("folder"))), link.get("run_id")
+    for place in (was, folder.parent.parent / was.parent.name / was.name, folder.parent / was.name):
+        if (place / "run.json").is_file() and run_id in (None, _run_id(read_state(place / "run.json"))):
+            return place
+    return next((place for place, state in runs() if run_id and _run_id(state) == run_id), None)
 
 
 def place_of(name: str, record: str) -> Path | None:

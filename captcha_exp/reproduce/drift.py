@@ -100,9 +100,17 @@ def of_pictures(words: str) -> Drift:
 
 
 def of_record(original: Original) -> list[Drift]:
-    """Files with results that were changed after the end: what is compared with is not what came out."""
+    """What was not as it should be with the run itself: files that were changed, so that what is compared
+    with is not what came out, and what changed while it was interrupted."""
     named = [name for name in original.changed if name in ("metrics.jsonl", "test.json", "dataset.json")]
-    return [Drift(f"the run's {name}", "as it ended", "changed since", "numbers") for name in named]
+    found = [Drift(f"the run's {name}", "as it ended", "changed since", "numbers") for name in named]
+    if original.config_file == "other values, maybe":
+        found.append(Drift("the run's config.yaml", "as it began", "changed since", "numbers"))
+    for again in original.state.get("resumed") or ():
+        for key, pair in _mapping(_mapping(again).get("changed")).items():
+            then, now = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
+            found.append(Drift(f"when the run went on: {key}", then, now, _touches(key), headline=False))
+    return found
 
 
 def of_environment(then: Outcome, now: Outcome) -> list[Drift]:
@@ -133,10 +141,7 @@ def _of_packages(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Dri
         before, after = (versions.get(name) or ABSENT for versions in packages)
         if before == after:
             continue
-        touches: Touches = "numbers"
-        if name in MAKE_PICTURES or name in ONLY_RECORD:
-            touches = "pictures" if name in MAKE_PICTURES else "nothing"
-        yield Drift(name, before, after, touches)
+        yield Drift(name, before, after, _touches(f"packages.{name}"))
 
 
 def _of_origin(then: Outcome, now: Outcome) -> Iterator[Drift]:
@@ -153,10 +158,21 @@ def _of_variables(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Dr
         before, after = (variables.get(name, ABSENT) for variables in (old, new))
         if before == after:
             continue
-        # The config's threads are set over these; other variables of the same libraries are not.
-        threads = name.endswith("_NUM_THREADS")
-        kind: Touches = "nothing" if threads else "pictures" if name == "FREETYPE_PROPERTIES" else "numbers"
-        yield Drift(f"variable {name}", before, after, kind, headline=not threads)
+        kind = _touches(f"variables.{name}")
+        yield Drift(f"variable {name}", before, after, kind, headline=kind != "nothing")
+
+
+def _touches(key: str) -> Touches:
+    """What another value of a leaf of environment.json can change."""
+    group, _, name = key.partition(".")
+    if group == "packages" and name in (*MAKE_PICTURES, *ONLY_RECORD):
+        return "pictures" if name in MAKE_PICTURES else "nothing"
+    # The config's threads are set over these; other variables of the same libraries are not.
+    if group == "variables" and name.endswith("_NUM_THREADS"):
+        return "nothing"
+    if key == "variables.FREETYPE_PROPERTIES":
+        return "pictures"
+    return "nothing" if group == "device" and MACHINE.get(name, ("", ""))[1] == "nothing" else "numbers"
 
 
 # -- code ----------------------------------------------------------------------------------------------------

@@ -3,20 +3,22 @@ those that it ended with."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import safetensors
 
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.record import MetricsRow, own_files, read_rows, sha256_of
+from captcha_exp.record import MetricsRow, linked, own_files, read_rows, sha256_of
 from captcha_exp.record.facts import config_leaves, flat
 
 NEEDED = ("config.yaml", "run.json", "dataset.json", "environment.json", "metrics.jsonl", "test.json")
 USED = (*NEEDED, "model.safetensors", "code.json", "code.diff")
 """files of a run that are read here; older runs have no code.json, those of a clean checkout no code.diff"""
+
+ConfigFile: TypeAlias = Literal["as it was", "other words", "other values, maybe"]
 
 ABSENT = "not there"
 """the value of a key, a file or a variable that one side lacks"""
@@ -44,13 +46,18 @@ class Original:
     """A finished run."""
 
     folder: Path
+    store: str | None
+    """of MLflow, where the folder is a copy for the moment, made from there"""
     state: Mapping[str, Any]
     config: Config
+    """without a limit of time, which was its process's"""
     outcome: Outcome
     edits: Mapping[str, tuple[Any, Any]]
     """key of config.yaml that was changed after the end -> its value then and now"""
     changed: tuple[str, ...]
     """files that are not those that the run ended with"""
+    config_file: ConfigFile
+    """what config.yaml is, where no edit can be named"""
 
     @property
     def run_id(self) -> str | None:
@@ -58,25 +65,44 @@ class Original:
         found = _mapping(self.state["mlflow"]).get("run_id")
         return found if isinstance(found, str) else None
 
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return str(self.folder) if self.store is None else f"MLflow run {self.run_id} of {self.store}"
+
+    @property
+    def link(self) -> dict[str, str | None]:
+        """To it, for the record of another run."""
+        if self.store is None:
+            return {"folder": str(self.folder), "run_id": self.run_id}
+        return {"folder": None, "run_id": self.run_id, "store": self.store}
+
     def began_from(self) -> Path | None:
         """The folder of the run from whose last state it began; None for one that began with fresh weights.
 
         Raises:
             UserError: that run is not there any more; the line says which.
         """
-        link = _mapping(self.state.get("links")).get("continues")
+        link = self.began_with
         if link is None:
             return None
-        folder = Path(str(_mapping(link).get("folder")))
-        if not (folder / "run.json").is_file():
+        found = linked(link, self.folder)
+        if found is None:
             raise UserError(
-                f"{self.folder}: began from the state of {folder}, which is not there; bring it back"
+                f"{self.place}: began from the state of {link.get('folder')} (MLflow run "
+                f"{link.get('run_id') or 'none'}), which is not there; bring it back, or beside this one"
             )
-        return folder
+        return found
+
+    @property
+    def began_with(self) -> Mapping[str, Any] | None:
+        """The link to the run from whose last state it began."""
+        link = _mapping(self.state.get("links")).get("continues")
+        return None if link is None else _mapping(link)
 
 
-def original(folder: Path) -> Original:
-    """The finished run in a folder.
+def original(folder: Path, store: str | None = None) -> Original:
+    """The finished run in a folder, or in one to which it was copied from a store of MLflow.
 
     Raises:
         UserError: it has nothing to compare with, or its record is damaged; the line says what.
@@ -100,13 +126,22 @@ def original(folder: Path) -> Original:
             pair = trained.get(key, ABSENT), saved.get(key, ABSENT)
             if json.dumps(pair[0]) != json.dumps(pair[1]):
                 edits[key] = pair
+    began_with = _mapping(state.get("configs")).get("config.yaml")
+    began_otherwise = began_with is not None and began_with != sha256_of(folder / "config.yaml")
+    config_file: ConfigFile = "as it was"
+    if not edits and (began_otherwise or "config.yaml" in changed):
+        # Where it is as it ended, the weights have the values of the changed one, and prove nothing.
+        proven = trained is not None and "config.yaml" in changed
+        config_file = "other words" if proven else "other values, maybe"
     return Original(
         folder=folder,
+        store=store,
         state=state,
         config=_config(folder, "config.yaml" in changed),
         outcome=outcome(folder, state),
         edits=edits,
         changed=changed,
+        config_file=config_file,
     )
 
 
@@ -171,7 +206,8 @@ def _whole(dataset: dict[str, Any]) -> dict[str, Any]:
 
 def _config(folder: Path, changed: bool) -> Config:
     try:
-        return load(folder / "config.yaml")
+        config = load(folder / "config.yaml")
+        return replace(config, train=replace(config.train, stop_after_minutes=None))
     except ConfigError as error:
         why = (
             "it was changed after the run ended: put it right"

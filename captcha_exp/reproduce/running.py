@@ -30,7 +30,7 @@ class Reproduction:
     verdict: Verdict
     sentence: str
     of: str
-    """folder of the run"""
+    """where the run is"""
     folder: Path
     """of the new one"""
     variation: Mapping[str, tuple[Any, Any]]
@@ -83,11 +83,13 @@ def reproduce(
     def at_end(run: Run) -> None:
         made = _compared(original, config, variation, found, run)
         run.write_json("reproduction.json", made.to_json())
-        tags = {"reproduces": original.run_id or str(original.folder), "reproduction": made.verdict}
+        tags = {"reproduces": original.run_id or original.place, "reproduction": made.verdict}
         run.note(tags={**run.state["tags"], **tags})
         done.append(made)
 
-    links = {"reproduces": {"folder": str(original.folder), "run_id": original.run_id}}
+    links: dict[str, Any] = {"reproduces": original.link}
+    if original.began_with is not None:
+        links["continues"] = dict(original.began_with)
     begin = original.began_from()
     try:
         train.train(config, tracker_of(config), display, links=links, at_end=at_end, start_from=begin)
@@ -112,7 +114,7 @@ def _compared(
     return Reproduction(
         verdict=verdict,
         sentence=sentence(verdict, first, judged, repeatable),
-        of=str(original.folder),
+        of=original.place,
         folder=run.folder,
         variation=variation,
         judged=judged,
@@ -168,11 +170,12 @@ def _how_to_get(original: Original, old: Mapping[str, Any], checkout: bool) -> s
     if checkout:
         get = f"git worktree add {place} {commit}"
     patch = original.folder / "code.diff"
+    which = shlex.quote(str(patch)) if original.store is None else "the code.diff of its artifacts in MLflow"
     if not old.get("dirty"):
         return get
     if not patch.is_file():
         return f"{get} (its changes since that commit were not kept)"
-    return f"{get}, and in there git apply {shlex.quote(str(patch))}"
+    return f"{get}, and in there git apply {which}"
 
 
 def _tell_pictures(original: Original, config: Config, display: Display) -> list[Drift]:
