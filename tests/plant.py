@@ -219,7 +219,7 @@ PLANTS = (
         "dataset.py",
         'for part in path.parent.glob(f".{path.stem}.*.part"):',
         "for part in ():",
-        ("test_interrupted.py",),
+        ("test_dataset.py",),
     ),
     Plant(
         "a folder has its name before it says what it is",

@@ -262,6 +262,17 @@ def test_a_flipped_bit_is_noticed_and_the_pictures_are_drawn_again(
     assert drawings == [60, 60]
 
 
+def test_what_a_killed_process_was_writing_goes(config: Config, drawings: list[int]) -> None:
+    key = prepare(config).manifest["key"]
+    folder = Path(config.data.cache)
+    part = folder / f".{key}.123.part"
+    other = folder / f".{'0' * 16}.123.part"  # of other pictures, which somebody may be writing now
+    for path in (part, other):
+        path.write_bytes(b"half of")
+    prepare(config)
+    assert (part.exists(), other.exists()) == (False, True)
+
+
 def test_a_short_cache_file_is_noticed(config: Config, drawings: list[int]) -> None:
     key = prepare(config).manifest["key"]
     path = Path(config.data.cache) / f"{key}.safetensors"

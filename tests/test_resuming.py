@@ -514,7 +514,7 @@ def test_more_epochs_are_as_if_there_had_been_so_many_from_the_start(
 
 
 def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
-    call: Call, words: list[str]
+    call: Call, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*words, "train.schedule=constant", "train.warmup_fraction=0", "train.epochs=1"]
     first = json.loads(call("train", *words, "--json")[1])
@@ -523,8 +523,18 @@ def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
     begun = record.create(config, config, None, links)
     begun.note(status="KILLED", **NOBODY)
 
-    code, out, err = call("train", f"--resume={begun.folder}", "--json")
+    trained: list[int] = []
+    one_epoch = training.train_epoch
+
+    def counted(state: checkpoint.TrainState, *more: Any, **named: Any) -> Any:
+        trained.append(state.epoch)
+        return one_epoch(state, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_epoch", counted)
+        code, out, err = call("train", f"--resume={begun.folder}", "--json")
     assert code == 0, err
+    assert trained == [2, 3], "the first one is taken over"
     whole = training.train(replace(config, name="whole"))
     assert json.loads(out)["weights_sha256"] == whole.weights_sha256
     assert figures(begun.folder) == figures(whole.folder)
