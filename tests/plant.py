@@ -212,7 +212,7 @@ PLANTS = (
         "tracking/store.py",
         "            if not path.exists():\n                _make(path)\n",
         "",
-        ("test_interrupted.py",),
+        ("test_tracking.py",),
     ),
     Plant(
         "pictures that a killed process was writing stay for ever",
@@ -1085,6 +1085,34 @@ PLANTS = (
         'if state["status"] == "FAILED" and not has_checkpoint:',
         "if False:",
         ("test_unfinished.py",),
+    ),
+    Plant(
+        "an evaluation is cut by a limit of time",
+        "train.py",
+        "validation, config, leaving.look_for_signal)\n",
+        "validation, config, leaving.look)\n",
+        ("test_train.py",),
+    ),
+    Plant(
+        "what changed while a run was interrupted is told and not recorded",
+        "recording.py",
+        '{**this_time, "changed": changed}',
+        "this_time",
+        ("test_train.py",),
+    ),
+    Plant(
+        "a limit of time is reproduced",
+        "reproduce/original.py",
+        "replace(config.train, stop_after_minutes=None)",
+        "replace(config.train)",
+        ("test_reproduce.py",),
+    ),
+    Plant(
+        "a run that began from another's state is reproduced from nothing later on",
+        "reproduce/running.py",
+        '        links["continues"] = dict(original.began_with)\n',
+        "        pass\n",
+        ("test_reproduce.py",),
     ),
     Plant(
         "each point of a sweep has the whole time",

@@ -104,16 +104,6 @@ def test_nothing_that_a_training_has_reached_is_another_for_an_interruption(
     assert differences(undisturbed["runs"], training.leavings()["runs"]) == []
 
 
-def test_a_store_that_was_cut_while_it_was_made_is_made_anew(
-    server: ForkServer, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    training = Training(server, tmp_path / "root", ())
-    ended = training.start(Interruption(PHASES["store"], after_seconds=0.7))
-    assert (ended.code, ended.signalled) == (-signal.SIGKILL, True), ended.output
-    assert training.finish().code == 0
-    assert differences(undisturbed, training.leavings()) == []
-
-
 @pytest.mark.parametrize("seed", [1])
 def test_after_25_kills_and_damaged_checkpoints_it_ends_as_if_nothing_had_happened(
     server: ForkServer, tmp_path: Path, seed: int

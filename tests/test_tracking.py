@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from captcha_exp.config import Config, Mlflow, leaves
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed
 from captcha_exp.tracking import MlflowTracker, serve_ui
+from captcha_exp.tracking.store import open_store
 from captcha_exp.train import train
 from captcha_exp.weights import load_weights
 
@@ -247,3 +251,39 @@ def test_names_and_values_are_what_mlflow_takes(finished: tuple[MlflowClient, Ml
     numbers: Mapping[str, float] = run.data.metrics
 
     assert all(value == value for value in numbers.values()), "NaN would be hidden in the UI"
+
+
+CUT_STORE = """
+import os
+import signal
+import subprocess
+import sys
+import signal
+import sys
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from captcha_exp.tracking.store import open_store
+
+made = []
+
+
+@event.listens_for(Engine, "after_cursor_execute")
+def count(connection, cursor, statement, *_):
+    made.append(statement.strip().startswith("CREATE TABLE"))
+    if sum(made) == 9:
+        connection.connection.commit()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+open_store(sys.argv[1])
+"""
+
+
+def test_a_store_that_was_cut_while_it_was_made_is_made_anew(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    cut = subprocess.run([sys.executable, "-c", CUT_STORE, uri], check=False)
+    assert cut.returncode == -signal.SIGKILL
+    assert open_store(uri).search_experiments() != []
+    assert [path.name for path in tmp_path.glob(".mlflow.db.*")] == []

@@ -35,8 +35,10 @@ from captcha_exp.device import MemoryMeter
 from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.evaluate import Evaluation, evaluate
+from captcha_exp.leaving import Leaving, TimeIsUp
 from captcha_exp.memory.plan import Planner
-from captcha_exp.record import MetricsRow, Run, Status
+from captcha_exp.places import root as root_of_runs
+from captcha_exp.record import MetricsRow, Run, Status, read_rows
 from captcha_exp.step import Step, fresh_state, train_step
 from captcha_exp.weights import load_weights, weights_sha256
 
@@ -389,6 +391,51 @@ def test_patience_bears_so_many_epochs_and_one_more_stops(
     result = train.train(training(config, epochs=8, patience=patience, batch_size=200), None, heard)
     assert state_of(result.folder)["result"]["epochs"] == epochs
     assert any("stopping early" in line for line in heard.lines) == (epochs < 8)
+
+
+def test_an_evaluation_is_finished_though_the_time_is_up(
+    config: Config, no_report: None, unplanned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins anew when it is interrupted: with less time than it takes, no start would get past it."""
+    seconds = [0.0]
+
+    def evaluated(*arguments: Any) -> Evaluation:
+        seconds[0] = 1e9
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    with pytest.raises(TimeIsUp):
+        train.train(training(config, epochs=4), leaving=Leaving(1.0, lambda: seconds[0]))
+    (folder,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
+    assert [row.step for row in read_rows(folder)[0]] == [1]
+    assert state_of(folder)["status"] == "KILLED"
+
+
+def test_what_changed_while_a_run_was_interrupted_is_told_and_recorded(
+    config: Config, no_report: None, unplanned: None
+) -> None:
+    seconds = iter([0.0, *[1e9] * 9])
+    with pytest.raises(TimeIsUp):
+        train.train(config, leaving=Leaving(1.0, lambda: next(seconds)))
+    (folder,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
+    path = folder / "environment.json"
+    values = json.loads(path.read_text())
+    values["packages"]["torch"] = "2.0.0"
+    values["code_sha256"] = "0" * 64
+    values["host"] = "another one, which computes nothing"
+    path.write_text(json.dumps(values))
+    heard = Heard()
+    train.train(config, None, heard, folder)
+    state = state_of(folder)
+    (again,) = state["resumed"]
+    now = json.loads(path.read_text())
+    assert now == values, "it says on what the run began"
+    assert again["changed"].keys() == {"packages.torch", "code_sha256"}
+    assert again["changed"]["packages.torch"] == ["2.0.0", str(torch.__version__)]
+    (told,) = (line for line in heard.warnings if line.startswith("not as it was when the run began: "))
+    assert f"packages.torch 2.0.0 -> {torch.__version__}" in told
+    assert "code_sha256 000000000000 -> " in told
+    assert told in state["warnings"]
 
 
 def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
