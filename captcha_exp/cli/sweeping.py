@@ -73,10 +73,10 @@ def _checked(grid: Grid, machine: Machine) -> list[Point]:
             mistakes |= dict.fromkeys(error.lines)
             continue
         points.append(Point(number=number, swept=swept, choices=composed.choices, requested=config))
-    limits = dict.fromkeys(f"{point.requested.train.stop_after_minutes}" for point in points)
+    limits = dict.fromkeys(json.dumps(point.requested.train.stop_after_minutes) for point in points)
     if len(limits) > 1:
-        both = ",".join(limits)
-        mistakes[f"{LIMIT}={both}: is the time that the whole sweep may take; write one value"] = None
+        words = f"{LIMIT}={','.join(limits)}: is the time that the whole sweep may take; write one value"
+        mistakes[words] = None
     if mistakes:
         raise ConfigError(*mistakes)
     return points
