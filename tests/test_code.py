@@ -11,7 +11,7 @@ import pytest
 
 from captcha_exp import places
 from captcha_exp.record import Run, code
-from captcha_exp.record.environment import variables
+from captcha_exp.record.environment import cpu_name, variables
 
 
 @pytest.fixture
@@ -165,3 +165,23 @@ def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: p
     for name, value in (kept | others).items():
         monkeypatch.setenv(name, value)
     assert variables() == kept
+
+
+# -- the processor -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n\n"
+            "processor\t: 1\ncpu family\t: 9\nmodel\t\t: 9\nmodel name\t: another\nstepping\t: 9\n",
+            "AMD EPYC (family 25, model 17, stepping 1)",
+        ),
+        ("processor\t: 0\nmodel name\t: ARMv7 Processor rev 4 (v7l)\n", "ARMv7 Processor rev 4 (v7l)"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", None),
+        ("", None),
+    ],
+)
+def test_a_processor_is_told_from_others_of_its_name(cpuinfo: str, name: str | None) -> None:
+    assert cpu_name(cpuinfo) == name

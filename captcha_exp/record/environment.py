@@ -79,11 +79,22 @@ def variables() -> dict[str, str]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return cpu_name(Path("/proc/cpuinfo").read_text()) or platform.processor()
     except OSError:
         return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+
+
+def cpu_name(cpuinfo: str) -> str | None:
+    """What /proc/cpuinfo calls the first processor, with its numbers: a virtual machine may call all of a
+    maker's the same, and libraries choose their kernels by the numbers."""
+    facts: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name")
+    keys = ("cpu family", "model", "stepping")
+    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in keys if key in facts]
+    return f"{name} ({', '.join(numbers)})" if name and numbers else name
 
 
 def _cuda(device: str) -> dict[str, Any]:
