@@ -81,7 +81,7 @@ def epoch(config: Config, data: Dataset, device: torch.device) -> tuple[dict[str
     change = Changes(config, 1, len(data.images), device)
     state.model.train()
     for batch in training.batches(int(config.train.batch_size), training.shuffled(config.seed, 1)):
-        step = train_step(state, change(batch), config)  # noqa: F841 - lives until the next one, as in fit
+        _kept = train_step(state, change(batch), config)  # lives until the next one, as in fit
     trained = peaks(device)
     start(device)
     evaluate(state.model, validation, config)

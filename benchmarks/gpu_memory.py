@@ -257,7 +257,7 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
     state.model.train()
     order = splits[0].shuffled(config.seed, 1)
     for number, batch in enumerate(splits[0].batches(int(config.train.batch_size), order), 1):
-        step = train_step(state, batch, config)  # noqa: F841 - lives until the next one
+        _kept = train_step(state, batch, config)  # lives until the next one
         torch.cuda.synchronize(device)
         torch.cuda.memory._snapshot()
         names.append(f"step {number}")
@@ -365,7 +365,7 @@ def _three_steps(
     for _ in range(3):
         start(device)
         batch = next(batches)
-        step = train_step(state, batch, config)  # noqa: F841 - lives until the next one
+        _kept = train_step(state, batch, config)  # lives until the next one
         found.append(peaks(device))
     assert len(validation) == pictures["validation"]  # it lives on the device until here, as in a training
     return found, step_seconds(lambda: train_step(state, batch, config), steps, device)

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 AT_STEP = 2  # counted from 0, of the first epoch
+SECONDS_OF_A_SLOW_STEP = 16.0
 
 
 def planted(folder: Path, faults: Mapping[int, str]) -> dict[str, str]:
@@ -112,6 +113,8 @@ def _break(fault: str | None, state: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "nan":
             next(state.model.parameters()).data.fill_(float("nan"))
+        case "slow":
+            time.sleep(SECONDS_OF_A_SLOW_STEP)
         case "wait":
             Path(os.environ["WAITING"]).touch()
             time.sleep(600)

@@ -1110,22 +1110,22 @@ PLANTS = (
     Plant(
         "a run that began from another's state is reproduced from nothing later on",
         "reproduce/running.py",
-        '        links["continues"] = dict(original.began_with)\n',
+        '        links["continues"] = dict(original.continues)\n',
         "        pass\n",
         ("test_reproduce.py",),
     ),
     Plant(
         "each point of a sweep has the whole time",
         "sweep/supervise.py",
-        "    if record.is_elsewhere(sweep.state):\n        return time.time() +",
-        "    if True:\n        return time.time() +",
+        "if sweep.until is not None and record.is_elsewhere(sweep.state):",
+        "if sweep.until is not None:",
         ("test_sweeping.py",),
     ),
     Plant(
         "a sweep that is out of time counts as failed",
         "sweep/running.py",
-        "if minutes is not None and _wants_time(sweep):",
-        "if minutes is None and _wants_time(sweep):",
+        "if sweep.until is not None and _wants_time(",
+        "if not sweep.points and _wants_time(",
         ("test_sweeping.py",),
     ),
     Plant(

@@ -256,9 +256,6 @@ def test_names_and_values_are_what_mlflow_takes(finished: tuple[MlflowClient, Ml
 CUT_STORE = """
 import os
 import signal
-import subprocess
-import sys
-import signal
 import sys
 
 from sqlalchemy import event

@@ -83,7 +83,7 @@ class Original:
         Raises:
             UserError: that run is not there any more; the line says which.
         """
-        link = self.began_with
+        link = self.continues
         if link is None:
             return None
         found = linked(link, self.folder)
@@ -95,7 +95,7 @@ class Original:
         return found
 
     @property
-    def began_with(self) -> Mapping[str, Any] | None:
+    def continues(self) -> Mapping[str, Any] | None:
         """The link to the run from whose last state it began."""
         link = _mapping(self.state.get("links")).get("continues")
         return None if link is None else _mapping(link)
@@ -126,8 +126,8 @@ def original(folder: Path, store: str | None = None) -> Original:
             pair = trained.get(key, ABSENT), saved.get(key, ABSENT)
             if json.dumps(pair[0]) != json.dumps(pair[1]):
                 edits[key] = pair
-    began_with = _mapping(state.get("configs")).get("config.yaml")
-    began_otherwise = began_with is not None and began_with != sha256_of(folder / "config.yaml")
+    at_begin = _mapping(state.get("configs")).get("config.yaml")
+    began_otherwise = at_begin is not None and at_begin != sha256_of(folder / "config.yaml")
     config_file: ConfigFile = "as it was"
     if not edits and (began_otherwise or "config.yaml" in changed):
         # Where it is as it ended, the weights have the values of the changed one, and prove nothing.

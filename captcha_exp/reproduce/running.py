@@ -88,8 +88,8 @@ def reproduce(
         done.append(made)
 
     links: dict[str, Any] = {"reproduces": original.link}
-    if original.began_with is not None:
-        links["continues"] = dict(original.began_with)
+    if original.continues is not None:
+        links["continues"] = dict(original.continues)
     begin = original.began_from()
     try:
         train.train(config, tracker_of(config), display, links=links, at_end=at_end, start_from=begin)

@@ -99,6 +99,12 @@ class Sweep:
         until = None if minutes is None else datetime.now().astimezone() + timedelta(minutes=minutes)
         self.note(limit=None if until is None else {"minutes": minutes, "until": until.isoformat()})
 
+    @property
+    def until(self) -> float | None:
+        """Seconds since 1970 at which its time is up; None: it has no limit."""
+        limit = self.state.get("limit")
+        return None if limit is None else datetime.fromisoformat(limit["until"]).timestamp()
+
     def attempts(self, point: Point) -> list[Path]:
         """The folders of the point's runs so far, the last one last."""
         return [folder for folder, there in self._places(point) if there]

@@ -7,7 +7,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,7 @@ def run(
         sweep.limit(minutes)
         parent = _parent(sweep, found, display)
         _run_points(sweep, found, launch, display)
-        if minutes is not None and _wants_time(sweep):
+        if sweep.until is not None and _wants_time(sweep, sweep.until):
             raise TimeIsUp(
                 "train.stop_after_minutes: the time is up; what the points have reached is saved, and the "
                 "same command goes on"
@@ -124,9 +123,9 @@ def _run_points(sweep: Sweep, found: Sequence[Foretold], launch: Launch, display
         launch(sweep.folder, numbers)
 
 
-def _wants_time(sweep: Sweep) -> bool:
+def _wants_time(sweep: Sweep, until: float) -> bool:
     """Whether the time ended a point, or kept one from being begun."""
-    over = time.time() >= datetime.fromisoformat(sweep.state["limit"]["until"]).timestamp()
+    over = time.time() >= until
     return any(
         row.error == TimeIsUp.__name__ if row.became == "killed" else over and row.became == "not run"
         for row in rows(sweep)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +90,9 @@ def run_point(folder: Path, number: int) -> None:
 def _leave_at(sweep: Sweep) -> float | None:
     """When a point that starts now has to end: with the sweep, where its machine is the sweep's; elsewhere it
     may have waited for that machine, and has a time of its own."""
-    limit = sweep.state.get("limit")
-    if limit is None:
-        return None
-    if record.is_elsewhere(sweep.state):
-        return time.time() + 60 * float(limit["minutes"])
-    return datetime.fromisoformat(limit["until"]).timestamp()
+    if sweep.until is not None and record.is_elsewhere(sweep.state):
+        return time.time() + 60 * float(sweep.state["limit"]["minutes"])
+    return sweep.until
 
 
 def _last_of(sweep: Sweep, point: Point, requested: Config) -> record.Left | None:
