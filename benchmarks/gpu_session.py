@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gpu_judging
@@ -69,7 +70,7 @@ class Part(NamedTuple):
     act: Callable[..., Any]
     arguments: dict[str, Any]
     limit: int  # seconds
-    environment: dict[str, str] = {}  # noqa: RUF012 - nobody writes into it; of the part's process
+    environment: Mapping[str, str] = MappingProxyType({})  # of the part's process
 
 
 class Numbers:
