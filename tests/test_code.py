@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from captcha_exp import places
+from captcha_exp.config import Config
 from captcha_exp.record import Run, code
-from captcha_exp.record.environment import cpu_name, variables
+from captcha_exp.record.environment import cpu_name, environment, variables
 
 
 @pytest.fixture
@@ -185,3 +187,13 @@ def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: p
 )
 def test_a_processor_is_told_from_others_of_its_name(cpuinfo: str, name: str | None) -> None:
     assert cpu_name(cpuinfo) == name
+
+
+@pytest.mark.parametrize("build", ["2.13.0+cu130", "2.13.0+cpu", "2.13.0"])
+def test_the_version_of_torch_is_recorded_with_its_build(
+    monkeypatch: pytest.MonkeyPatch, tiny: Config, build: str
+) -> None:
+    """The metadata of the build that pip takes by default leave it out."""
+    monkeypatch.setattr(torch, "__version__", build)
+
+    assert environment(tiny)["packages"]["torch"] == build

@@ -61,7 +61,9 @@ def environment(config: Config) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, or None."""
+    """Return the installed version, or None; of torch with its build, which its metadata may lack."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:
