@@ -24,7 +24,16 @@ from captcha_exp.display import Bar
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory import calibrate as calibration
 from captcha_exp.memory import measuring
-from captcha_exp.memory.judging import MARGIN_MIB, Readings, Round, Stage, Transient, judge
+from captcha_exp.memory.judging import (
+    MARGIN_MIB,
+    Readings,
+    Round,
+    Stage,
+    Transient,
+    judge,
+    readings_from_json,
+    readings_to_json,
+)
 from captcha_exp.places import conf
 
 MIB = 2**20
@@ -180,6 +189,69 @@ def test_whatever_was_read_gives_a_card_that_holds_it(read: Readings) -> None:
         if stage.process_mib is not None:
             assert card.context_mib.most >= stage.process_mib - stage.reserved_mib + MARGIN_MIB
             assert bounds(card.others_mib)[1] >= stage.used_mib - stage.process_mib
+
+
+# -- readings as JSON ----------------------------------------------------------------------------------------
+
+
+def test_readings_survive_a_json_file() -> None:
+    text = json.dumps(readings_to_json(READINGS), allow_nan=False)
+    assert readings_from_json(json.loads(text)) == READINGS
+    assert judge(readings_from_json(json.loads(text)), GENERIC) == judge(READINGS, GENERIC)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """Return the readings as JSON with another value at a dotted path; `...` removes the key."""
+    values: Any = readings_to_json(READINGS)
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    inner = values
+    for part in parents:
+        inner = inner[part]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    assert isinstance(values, dict)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("name", "", "name: "),
+        ("name", 3, "name: "),
+        ("watts", 3, "watts: unexpected"),
+        ("stages.1.watts", 3, "stages.1.watts: unexpected"),
+        ("cublas_mib", ..., "cublas_mib: "),
+        ("stages.0.after", ..., "stages.0.after: "),
+        ("stages.2.used_mib", float("nan"), "stages.2.used_mib: .*finite"),
+        ("totals_mib.0", float("inf"), "totals_mib.0: "),
+        ("totals_mib", [], "totals_mib: "),
+        ("stages", [], "stages: "),
+        ("cublas_mib", -1, "cublas_mib: .*greater than or equal to 0"),
+        ("cublas_mib", "64", "cublas_mib: .*number"),
+        ("cublas_mib", True, "cublas_mib: .*number"),
+        ("deterministic", 1, "deterministic: .*boolean"),
+        ("transients.0.precision", "fp64", "transients.0.precision: .*'fp32'"),
+        ("transients.0.batch_size", 1.5, "transients.0.batch_size: .*integer"),
+        ("rounds.0.seconds.fp16", 0, "rounds.0.seconds.fp16: .*greater than 0"),
+        ("rounds.0.seconds.fp64", 1, "rounds.0.seconds.fp64"),
+        ("rounds.1.seconds.fp32", ..., "rounds.1.seconds: must have fp32"),
+        ("smallest", 4, "smallest: must be below the number of stages, 4"),
+        ("smallest", -1, "smallest: "),
+        ("smallest", True, "smallest: .*integer"),
+    ],
+)
+def test_readings_that_nothing_wrote_are_refused_in_one_line(path: str, value: Any, says: str) -> None:
+    with pytest.raises(UserError, match=rf"^readings of a GPU: {says}") as error:
+        readings_from_json(changed(path, value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [None, [], "it", 3, {}, {"name": {1, 2}}])
+def test_what_is_no_readings_at_all_is_refused(values: Any) -> None:
+    with pytest.raises(UserError, match=r"^readings of a GPU: "):
+        readings_from_json(values)
 
 
 # -- the file ------------------------------------------------------------------------------------------------
