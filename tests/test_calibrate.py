@@ -237,6 +237,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("rounds.0.seconds.fp16", 0, "rounds.0.seconds.fp16: .*greater than 0"),
         ("rounds.0.seconds.fp64", 1, "rounds.0.seconds.fp64"),
         ("rounds.1.seconds.fp32", ..., "rounds.1.seconds: must have fp32"),
+        ("compute_capability", "Turing", "compute_capability: "),
         ("smallest", 4, "smallest: must be below the number of stages, 4"),
         ("smallest", -1, "smallest: "),
         ("smallest", True, "smallest: .*integer"),
@@ -509,7 +510,9 @@ class Played:
             "reset_peak_memory_stats": self.reset,
             "synchronize": lambda _: None,
             "empty_cache": lambda: None,
-            "get_device_properties": lambda _: SimpleNamespace(name=GTX, total_memory=4001 * MIB),
+            "get_device_properties": lambda _: SimpleNamespace(
+                name=GTX, total_memory=4001 * MIB, major=7, minor=5
+            ),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(device, "nvml_bytes", lambda _: 600 * MIB)
@@ -557,6 +560,7 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
     assert {(s.used_mib, s.reserved_mib, s.process_mib) for s in read.stages} == {(1000, 2, 600)}
     assert read.stages[read.smallest].after == "the first convolution in fp32"
     assert list(read.totals_mib) == [4000, 4001]
+    assert judge(read, GENERIC).compute_capability == read.compute_capability == "7.5"
     assert [(t.precision, t.batch_size, t.mib) for t in read.transients] == [
         (precision, size, 0) for precision in ("fp32", "bf16", "fp16") for size in (2, 4, 8)
     ]

@@ -78,6 +78,7 @@ class Readings:
     transients: tuple[Transient, ...]
     deterministic: bool  # whether the convolutions had to be
     rounds: tuple[Round, ...]
+    compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
 
 
 def readings_to_json(readings: Readings) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def judge(read: Readings, known: Card) -> Card:
     others = _others(read, total)
     return Card(
         name=read.name,
+        compute_capability=read.compute_capability,
         total_mib=_mib(
             total, max(read.totals_mib), "torch reports it, by cudaMemGetInfo and by the properties"
         ),
