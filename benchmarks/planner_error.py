@@ -37,8 +37,8 @@ def _sentence(name: str, found: Mapping[str, Any]) -> str:
     fits = found["false_fits"]
     return (
         f"{found['card']}, {found['plans']} trainings: the middle of the predicted bounds is off the "
-        f"measured process peak by {median:.1%} (median) and {worst:.1%} (worst), {fits or 'no'} false *fits*, "
-        f"allocated bytes at most {abs(found['allocated_error_worst']):.1%} outside the bounds "
+        f"measured process peak by {median:.1%} (median) and {worst:.1%} (worst), "
+        f"{fits or 'no'} false *fits*, allocated bytes at most {abs(found['allocated_error_worst']):.1%} outside the bounds "
         f"(benchmarks/results/{name})."
     )
 
