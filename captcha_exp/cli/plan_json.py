@@ -10,10 +10,10 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from captcha_exp.config.card import STRICT, Card
+from captcha_exp.memory.between import Fits
 
 MiB = Annotated[float, Field(ge=0)]
 Range = tuple[float, float]  # the smallest and the largest value that is possible; a budget may be fractional
-Fits = Literal["fits", "unsure", "does not fit"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
