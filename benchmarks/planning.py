@@ -6,11 +6,20 @@ in fp32 on noise, and the ratio. All share a process and its threads, and each s
 plans. A plan and a step of a small batch come before those that count.
 
     python benchmarks/planning.py [--experiment article] [--sizes 25 50 100 200 400 800] [--runs 5]
+
+With `--cards all` (or a list) instead: wall-clock and processor seconds of the whole process
+`captcha-exp plan --card all experiment=article train.batch_size=100 --json`, the median of the runs and the
+smallest, and the number of GPUs.
+
+    python benchmarks/planning.py --cards all [--config-dir DIR] [--runs 5]
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -38,6 +47,33 @@ def planned(config: Config, size: int) -> Plan:
     return Planner(config, PICTURES).at(size)
 
 
+def cards(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the time of plans for several GPUs, each run a process of its own."""
+    command = [sys.executable, "-m", "captcha_exp", "plan", "--json", "--card", arguments.cards]
+    command += [f"experiment={arguments.experiment}", "train.batch_size=100"]
+    if arguments.config_dir:
+        command += ["--config-dir", arguments.config_dir]
+    wall, processor = [], []
+    for _ in range(arguments.runs):
+        began, before = time.perf_counter(), os.times()
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        wall.append(time.perf_counter() - began)
+        after = os.times()
+        processor.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    return {
+        "benchmark": "planning --cards",
+        "experiment": arguments.experiment,
+        "runs": arguments.runs,
+        "gpus": len(json.loads(done.stdout)["cards"]),
+        "seconds": round(statistics.median(wall), 2),
+        "min_seconds": round(min(wall), 2),
+        "processor_seconds": round(statistics.median(processor), 2),
+        "min_processor_seconds": round(min(processor), 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,7 +82,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[25, 50, 100, 200, 400, 800])
     parser.add_argument("--runs", type=int, default=5, help="plans of each size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cards", metavar="all|NAME,NAME", help="time a comparison of these GPUs instead")
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder with more files in card/")
     arguments = parser.parse_args()
+    if arguments.cards:
+        print(json.dumps(cards(arguments)))
+        return
     torch.set_num_threads(arguments.threads)
     device = torch.device("cpu")
     chosen = (f"experiment={arguments.experiment}", "device.name=cpu", "device.precision=fp32")

@@ -900,9 +900,30 @@ PLANTS = (
     Plant(
         "the largest batch may be one that is unsure",
         "memory/plan.py",
-        'self.at(batch).fits == "fits"',
-        'self.at(batch).fits != "does not fit"',
+        "room_mib = _limits(self.config.card, self.budget_mib)[0]",
+        "room_mib = _limits(self.config.card, self.budget_mib)[1]",
         ("test_plan.py",),
+    ),
+    Plant(
+        "a limit that the unlimited play passes is taken for one that it keeps",
+        "memory/plan.py",
+        "for usage in peaks.values()) <= int(limit_mib * MIB):",
+        "for usage in peaks.values()) >= int(limit_mib * MIB):",
+        ("test_plan.py",),
+    ),
+    Plant(
+        "a straight line of traces is believed without a third one",
+        "memory/traces.py",
+        "if line is not None and line.at(middle) == self.at(middle) else None",
+        "if line is not None else None",
+        ("test_traces.py",),
+    ),
+    Plant(
+        "a step in micro-batches lies on a straight line, too",
+        "memory/traces.py",
+        "self._most = 0 if in_parts else train_images // FIRST_STEPS",
+        "self._most = train_images // FIRST_STEPS",
+        ("test_traces.py",),
     ),
     Plant(
         "a small convolution takes all of cuDNN's workspace",

@@ -316,38 +316,31 @@ def test_few_plans_are_made_on_the_way_to_the_largest(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, most: int, everything: int
 ) -> None:
     """Also where the first guess is far below what fits, as with parts of a batch."""
-    some = planned(carded(tiny))
     made: list[int] = []
 
-    def at(self: Planner, size: int) -> Plan:
+    def fits(self: Planner, workspaces: object, size: int) -> bool:
         made.append(size)
-        needed = 2000.0 if size > 16 else 1.0  # as a part of 17 would
-        return replace(
-            some, batch_size=size, activations_mib=needed, fits="fits" if size <= most else "unsure"
-        )
+        return size <= most
 
-    monkeypatch.setattr(Planner, "at", at)
-    largest = Planner(budgeted(tiny, 1000), {"train": everything}).largest()
-    assert largest is not None
-    assert largest.batch_size == most
-    assert len(made) <= 30
+    monkeypatch.setattr(Planner, "_fits", fits)
+    monkeypatch.setattr(Planner, "_guess", lambda _: 1)
+    assert Planner(budgeted(tiny, 1000), {"train": everything}).largest_batch() == most
+    assert len(set(made)) <= 30
     assert all(1 <= size <= max(everything, 2 * min(32, everything)) for size in made)
 
 
 def test_a_guess_below_nothing_is_no_walk_from_one_size_to_the_next(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some, made = planned(carded(tiny)), set[int]()
+    made = set[int]()
 
-    def at(self: Planner, size: int) -> Plan:
+    def fits(self: Planner, workspaces: object, size: int) -> bool:
         made.add(size)
-        return replace(some, batch_size=size, fits="fits" if size <= 700 else "does not fit")
+        return size <= 700
 
-    monkeypatch.setattr(Planner, "at", at)
+    monkeypatch.setattr(Planner, "_fits", fits)
     monkeypatch.setattr(Planner, "_guess", lambda _: -1_000_000)
-    largest = Planner(budgeted(tiny, 1000), {"train": 1000}).largest()
-    assert largest is not None
-    assert largest.batch_size == 700
+    assert Planner(budgeted(tiny, 1000), {"train": 1000}).largest_batch() == 700
     assert len(made) <= 25
 
 

@@ -3,14 +3,16 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Call
+from pydantic import ValidationError
 from test_cli import shell as shell  # a fixture
 
 from captcha_exp import compose, load
-from captcha_exp.cli import planning
+from captcha_exp.cli import plan_json, planning
 from captcha_exp.config import to_dict
 from captcha_exp.memory.plan import Plan
 from captcha_exp.places import conf
@@ -100,7 +102,7 @@ def test_unsure_is_explained_where_it_occurs(call: Call) -> None:
 def test_sizes_are_those_that_were_asked_for_or_some_around_the_configs(
     text: str | None, batch_size: int | str, sizes: list[int]
 ) -> None:
-    assert planning._sizes(text, batch_size) == sizes
+    assert planning.sizes_of(text, batch_size) == sizes
 
 
 WRONG = ["", "0", "-8", "8,", ",8", "8;16", "8, 16", "8.0", "1e3", "eight", "1000001", "08", "8,0"]
@@ -289,3 +291,171 @@ def test_a_card_with_another_number_than_those_here_has_no_size(
     code, out, _ = call(*WORDS, "--batch-sizes", "8", "device.name=cuda:1", "--json")
     assert code == 0
     assert json.loads(out)["budget_mib"] is None
+
+
+# -- several cards -------------------------------------------------------------------------------------------
+
+MANY = ("plan", *TINY, "tracking=none", "train.batch_size=8")
+OTHERS = "card.others_mib.most=0"
+COMMITTED = conf().parent / "docs/plan.schema.json"
+
+
+def json_of(call: Call, *words: str) -> dict[str, Any]:
+    code, out, err = call(*MANY, "--json", *words)
+    assert (code, err) == (0, "")
+    plan_json.OUTPUT.validate_json(out)
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_all_is_every_card_but_the_generic_one(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "card").mkdir()
+    own = CARD_FILE.replace("NVIDIA GeForce GTX 1650", "mine")
+    (tmp_path / "card/mine.yaml").write_text(own)
+    names = {path.stem for path in (conf() / "card").glob("*.yaml")} - {"generic"}
+    assert {each["name"] for each in json_of(call, "--card", "all")["cards"]} == names
+    found = json_of(call, "--card", "all", "--config-dir", str(tmp_path))["cards"]
+    assert {each["name"] for each in found} == names | {"mine"}
+    order = [(each["memory_mib"][1], each["card"]["name"]) for each in found]
+    assert order == sorted(order)
+    (tmp_path / "card/gtx1650.yaml").write_text(own)  # hides the one of conf/
+    found = json_of(call, "--card", "gtx1650,h200", "--config-dir", str(tmp_path))["cards"]
+    assert [each["card"]["name"] for each in found] == ["mine", "NVIDIA H200"]
+
+
+def test_a_row_says_what_the_plan_of_one_card_says(call: Call, tmp_path: Path) -> None:
+    """Also with overrides of the card, of its precision and of the budget, and for a file."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(CARD_FILE.replace("NVIDIA GeForce GTX 1650", "mine"))
+    words = ("--batch-sizes", "8,16", "device.precision=bf16", "device.vram_budget_mib=420", OTHERS)
+    many = json_of(call, "--card", f"h200,{file},h200", *words)
+    assert [each["name"] for each in many["cards"]] == [str(file), "h200"]
+    assert many["precision"] == "bf16"
+    for each in many["cards"]:
+        one = json_of(call, "--card", each["name"], *words)
+        for plan in one["plans"]:
+            del plan["seconds"]
+        assert one["card"] == each["card"]
+        assert one["pictures"] == many["pictures"]
+        assert [one[key] for key in ("budget_mib", "plans", "largest_batch")] == [
+            each[key] for key in ("budget_mib", "plans", "largest_batch")
+        ]
+
+
+def test_several_cards_are_a_table(call: Call, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("--card", "h200,gtx1650", "device.precision=fp16")
+    code, out, err = call(*MANY, *words, "device.vram_budget_mib=40")
+    assert (code, err) == (0, "")
+    assert out.startswith("tiny in fp16\n")
+    rows = re.findall(r"│ (NVIDIA .*?) +│ +([\d,]+ to [\d,]+) │ +8 │.*│ (.*?) +│ +(\S+) │ (.*?) +│", out)
+    assert rows == [
+        ("NVIDIA GeForce GTX 1650", "3,707 to 3,911", "does not fit", "none", "0.12 to 1.1"),
+        ("NVIDIA H200", "143,073 to 143,771", "does not fit", "none", "0.7 to 2.8"),
+    ]
+    assert "NVIDIA GeForce GTX 1650: GTX 1660 Ti in training 0.13 to 0.22" in out
+    assert "unsure counts as no" in out
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--card", "gtx1650,,h200"], "--card=gtx1650,,h200: a name is empty; write names or files with "),
+        (
+            ["--card", "gtx1659,h200"],
+            "--card gtx1659: there is no such file in conf/card; did you mean gtx1650? ",
+        ),
+        (["--card", "all", "--advise"], "plan --advise: works for one GPU, but --card=all names several; "),
+        (["--card", "h200,none.yaml"], "none.yaml: there is no such file"),
+        (["--card", "all", "card.colour=red"], "card.colour=red: there is no such key"),
+        (["--card", "all", "--config-dir", "none"], "--config-dir=none: there is no such folder"),
+    ],
+)
+def test_a_mistake_in_a_list_of_cards_is_one_line(call: Call, words: list[str], line: str) -> None:
+    code, out, err = call(*MANY, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+@pytest.mark.parametrize(
+    ("words", "misfits"),
+    [
+        (("--card", "gtx1650", "device.vram_budget_mib=2000"), []),
+        (("--card", "gtx1650,h200"), []),
+        (("--card", "gtx1650", "device.vram_budget_mib=40"), ["8 on NVIDIA GeForce GTX 1650 (does not fit"]),
+        (("--card", "h200,gtx1650", "device.vram_budget_mib=600"), ["8 on NVIDIA H200 (unsure"]),
+        (
+            ("--card", "h200", "--batch-sizes", "4,8", "device.vram_budget_mib=600"),
+            ["4 on NVIDIA H200 (unsure", "8 on NVIDIA H200 (unsure"],
+        ),
+    ],
+)
+def test_must_fit_has_an_exit_code(
+    call: Call, words: tuple[str, ...], misfits: list[str], json_flag: tuple[str, ...]
+) -> None:
+    """What does not fit is one line, unsure counts as no, and the plan is printed all the same."""
+    code, out, err = call(*MANY, "--must-fit", *json_flag, *words)
+    assert code == (3 if misfits else 0)
+    assert re.findall(r"a batch of (\d+ on [^(]+\([^,]+)", err) == misfits
+    assert err.count("\n") == (1 if misfits else 0)
+    if json_flag:
+        plan_json.OUTPUT.validate_json(out)
+    else:
+        assert "verdict" in out
+    assert call(*MANY, *json_flag, *words)[0] == 0
+
+
+def test_must_fit_is_about_train_batch_size_where_no_sizes_are_given(call: Call) -> None:
+    words = ("--card", "gtx1650", "--must-fit", "device.vram_budget_mib=2000")
+    code, out, err = call(*MANY, *words, "--json")
+    assert (code, err) == (0, "")
+    assert [plan["batch_size"] for plan in json.loads(out)["plans"]] == [2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "plan --must-fit: the memory of any CUDA card is not known; add device.vram_budget_mib=MIB"),
+        (["--card", "gtx1650,generic"], "plan --must-fit: the memory of generic is not known; add "),
+        (
+            ["--card", "h200", "train.batch_size=auto"],
+            "plan --must-fit: train.batch_size=auto is not a number",
+        ),
+        (["--card", "h200", "--advise"], "plan --must-fit: is not for --advise"),
+    ],
+)
+def test_must_fit_without_an_answer_is_a_mistake(call: Call, words: list[str], line: str) -> None:
+    code, out, err = call(*MANY, "--must-fit", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+# -- the schema ----------------------------------------------------------------------------------------------
+
+
+def test_the_committed_schema_is_that_of_the_types() -> None:
+    assert json.loads(COMMITTED.read_text()) == json.loads(json.dumps(plan_json.schema()))
+
+
+def test_output_for_one_card_and_advice_are_valid(call: Call) -> None:
+    assert json_of(call, *SIZES)["largest_batch"] is None
+    assert json_of(call, *SIZES, "--card", "gtx1650")["largest_batch"] is not None
+    assert json_of(call, "--advise", "device.vram_budget_mib=4000")["advice"]
+
+
+def test_output_with_another_field_is_not_valid(call: Call) -> None:
+    values = json_of(call, "--card", "h200,gtx1650")
+    values["cards"][0]["plans"][0]["surprise"] = 1
+    with pytest.raises(ValidationError):
+        plan_json.OUTPUT.validate_json(json.dumps(values))
+
+
+def test_the_page_names_every_field() -> None:
+    page = (conf().parent / "docs/plan.md").read_text()
+    for name, definition in plan_json.schema()["$defs"].items():
+        for field in definition["properties"] if name != "Card" else []:
+            assert f"`{field}`" in page

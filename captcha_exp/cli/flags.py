@@ -70,10 +70,18 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     verb("data")
     plan = verb("plan")
     plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
-    what = "a file in conf/card/ by its name, or the path of another; card=NAME does the same"
+    what = (
+        "a file in conf/card/ by its name, or the path of another; card=NAME does the same. NAME,FILE,... or "
+        "all (every file of conf/card/ but generic) prints one row for each GPU"
+    )
     plan.add_argument("--card", metavar="NAME", help=what)
+    what = "exit with code 3 unless the verdict of train.batch_size, or of every --batch-sizes, is fits"
+    plan.add_argument("--must-fit", action="store_true", help=what)
     what = "name what makes train.batch_size fit, the cheapest in time first"
     plan.add_argument("--advise", action="store_true", help=what)
+    plan.epilog = (
+        "exit code: 0; 3 with --must-fit if a batch size does not fit or is unsure; 2 a mistake in the call"
+    )
     evaluate = verb("evaluate")
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     evaluate.add_argument("run", metavar="RUN", help=what)

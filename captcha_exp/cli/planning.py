@@ -1,4 +1,4 @@
-"""`captcha-exp plan`: what batch sizes need on a card, and what makes one fit; and how that is told."""
+"""`captcha-exp plan`: predict what batch sizes need on a GPU and what makes one fit, and print it."""
 
 import argparse
 import re
@@ -21,16 +21,21 @@ from captcha_exp.memory.between import Between
 from captcha_exp.memory.plan import Plan, Planner, budget
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
+MISFIT = 3  # exit code of --must-fit
 COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
 
 
-def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict[str, Any] | None:
-    """Plans as JSON values where they are asked for, else printed."""
-    wanted, config = config.train.batch_size, _planned_on(config)
-    sizes = _sizes(arguments.batch_sizes, wanted)
+def run(
+    config: Config, arguments: argparse.Namespace, display: Display
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
+    wanted, config = config.train.batch_size, planned_on(config)
+    sizes = sizes_of(arguments.batch_sizes, wanted)
     budget_mib = budget(config, total_mib := card_total_mib(config))
     if arguments.advise:
         _check_advisable(arguments, wanted, budget_mib)
+    if arguments.must_fit:
+        check_decidable(arguments, wanted, [] if budget_mib else [config.card.name])
     pictures = dataset.outline(config, display).counts
     about = {
         "card": to_dict(config.card),
@@ -41,9 +46,9 @@ def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict
     if arguments.advise:
         found = advise(config, pictures, total_mib, display)
         if arguments.json:
-            return about | {"batch_size": wanted, "advice": [each.to_json() for each in found]}
+            return about | {"batch_size": wanted, "advice": [each.to_json() for each in found]}, []
         _tell_advice(found, int(wanted), config, budget_mib)
-        return None
+        return None, []
     planner = Planner(config, pictures, total_mib)
     plans, seconds = [], []
     with display.bar("planning", len(sizes)) as bar:
@@ -52,12 +57,43 @@ def run(config: Config, arguments: argparse.Namespace, display: Display) -> dict
             plans.append(planner.at(size))
             seconds.append(time.perf_counter() - began)
             bar.advance(1)
-    largest = planner.largest()
+    largest = planner.largest_batch()
+    required = plans if arguments.batch_sizes else [plan for plan in plans if plan.batch_size == wanted]
+    misfits = misfits_of(required, config.card.name) if arguments.must_fit else []
     if arguments.json:
         timed = [plan.to_json() | {"seconds": each} for plan, each in zip(plans, seconds, strict=True)]
-        return about | {"plans": timed, "largest_batch": largest.batch_size if largest else None}
+        return about | {"plans": timed, "largest_batch": largest or None}, misfits
     _tell_plans(plans, largest, config, pictures)
-    return None
+    return None, misfits
+
+
+def check_decidable(arguments: argparse.Namespace, wanted: int | str, unknown: Sequence[str]) -> None:
+    """Check that --must-fit has an answer; `unknown` are GPUs whose memory size is not known.
+
+    Raises:
+        UserError: it has none; the line says what to add.
+    """
+    if arguments.advise:
+        raise UserError("plan --must-fit: is not for --advise, which searches for what fits; leave one out")
+    if unknown:
+        raise UserError(
+            f"plan --must-fit: the memory of {', '.join(unknown)} is not known; add "
+            "device.vram_budget_mib=MIB, or --card with a card whose size is known"
+        )
+    if wanted == "auto" and not arguments.batch_sizes:
+        raise UserError(
+            "plan --must-fit: train.batch_size=auto is not a number; add train.batch_size=NUMBER or "
+            "--batch-sizes"
+        )
+
+
+def misfits_of(plans: Sequence[Plan], card: str) -> list[str]:
+    """Return the plans whose verdict is not "fits", in words; unsure counts as no."""
+    return [
+        f"a batch of {plan.batch_size:,} on {card} ({plan.fits}, {plan.process_mib} of {plan.budget_mib} MiB)"
+        for plan in plans
+        if plan.fits != "fits"
+    ]
 
 
 def _check_advisable(arguments: argparse.Namespace, wanted: int | str, budget_mib: Between | None) -> None:
@@ -72,14 +108,14 @@ def _check_advisable(arguments: argparse.Namespace, wanted: int | str, budget_mi
         raise UserError("plan --advise: wants the batch as a number; add train.batch_size=NUMBER")
 
 
-def _planned_on(config: Config) -> Config:
+def planned_on(config: Config) -> Config:
     """The resolved config, whether or not its device is here: nothing runs on it."""
     # A batch that is to be found out is more than a part of it; sizes that are planned replace it.
     machine = this_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
     return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
 
 
-def _sizes(text: str | None, batch_size: int | str) -> list[int]:
+def sizes_of(text: str | None, batch_size: int | str) -> list[int]:
     if text is None:
         own = batch_size if isinstance(batch_size, int) else 64
         return sorted({max(1, int(own * factor)) for factor in FACTORS})
@@ -92,7 +128,7 @@ def _sizes(text: str | None, batch_size: int | str) -> list[int]:
 
 
 def _tell_plans(
-    plans: Sequence[Plan], largest: Plan | None, config: Config, pictures: Mapping[str, int]
+    plans: Sequence[Plan], largest: int | None, config: Config, pictures: Mapping[str, int]
 ) -> None:
     """A row for each batch size, and the largest that fits."""
     out = console()
@@ -126,12 +162,12 @@ def _tell_plans(
             "no verdict: how much memory there is nobody said; add device.vram_budget_mib=MIB or --card",
             markup=False,
         )
-    elif largest is None:
+    elif not largest:
         out.print("no batch size fits; captcha-exp plan --advise names what does", markup=False)
-    elif largest.batch_size == pictures["train"]:
-        out.print(f"the whole training split, {largest.batch_size:,} pictures, fits in one batch")
+    elif largest == pictures["train"]:
+        out.print(f"the whole training split, {largest:,} pictures, fits in one batch")
     else:
-        out.print(f"largest batch that fits: {largest.batch_size:,}", style="bold")
+        out.print(f"largest batch that fits: {largest:,}", style="bold")
     if any(plan.fits == "unsure" for plan in plans):
         out.print(
             "unsure counts as no: context and workspaces are known within bounds; on the card itself "

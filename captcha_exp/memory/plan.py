@@ -12,6 +12,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from captcha_exp.config import Card, Config
@@ -19,7 +20,9 @@ from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemo
 from captcha_exp.memory.between import Between, Fits
 from captcha_exp.memory.blocks import Block
 from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.search import largest_that
 from captcha_exp.memory.trace import Phase, Trace, trace
+from captcha_exp.memory.traces import Traces
 
 ERROR = (
     0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
@@ -92,22 +95,47 @@ class Plan:
         return values
 
 
+class Shared:
+    """What planners share whose configs differ in the GPU or the budget alone: no trace depends on those."""
+
+    def __init__(self, config: Config, pictures: Mapping[str, int]) -> None:
+        def traced(batch_size: int) -> Trace:
+            return trace(with_batch(config, batch_size), batch_size, pictures)
+
+        self.traces = Traces(traced, pictures["train"], config.train.micro_batch_size is not None)
+        self._plays: dict[int, _Plays] = {}
+
+    def plays(self, batch_size: int) -> "_Plays":
+        """Return the plays of the traced batch size, whose peaks without a limit are kept."""
+        if batch_size not in self._plays:
+            self._plays[batch_size] = _Plays(self.traces.at(batch_size))
+        return self._plays[batch_size]
+
+
 class Planner:
     """Plans of one resolved config, for so many pictures of each split."""
 
-    def __init__(self, config: Config, pictures: Mapping[str, int], total_mib: float | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pictures: Mapping[str, int],
+        total_mib: float | None = None,
+        shared: Shared | None = None,
+    ) -> None:
         """`total_mib` is what the device at hand has, if it is one that the card's file leaves open."""
         self.config = config
         self.pictures = dict(pictures)
         self.budget_mib = budget(config, total_mib)
+        self.shared = shared or Shared(config, pictures)
         self._known: dict[int, Plan] = {}
+        self._workspaces = _workspaces(config.card)
+        self._fitting: dict[tuple[int, _Workspaces], bool] = {}
 
     def at(self, batch_size: int) -> Plan:
         """The plan of a batch size."""
         if batch_size not in self._known:
-            self._known[batch_size] = _plan(
-                with_batch(self.config, batch_size), self.pictures, self.budget_mib
-            )
+            plays = self.shared.plays(batch_size)
+            self._known[batch_size] = _plan(plays, self.config.card, batch_size, self.budget_mib)
         return self._known[batch_size]
 
     def largest(self) -> Plan | None:
@@ -115,31 +143,44 @@ class Planner:
 
         At most the whole training split.
         """
+        batch_size = self.largest_batch()
+        return self.at(batch_size) if batch_size else None
+
+    def largest_batch(self) -> int | None:
+        """Return the batch size of `largest` without its plan: 0 if none fits; None without a budget."""
         if self.budget_mib is None:
             return None
-        everything = self.pictures["train"]
-        low, high = 0, everything + 1  # the one fits, the other does not
-        batch = min(max(self._guess(), 1), everything)
-        stride = batch // 32 + 1
-        while high - low > 1:
-            batch = min(max(batch, low + 1), high - 1)
-            low, high = (batch, high) if self.at(batch).fits == "fits" else (low, batch)
-            if low == 0 or high > everything:  # one end is still open
-                batch = low + stride if high > everything else high - stride
-                stride *= 2
-            else:
-                batch = (low + high) // 2
-        return self.at(low) if low else None
+        pilot = self._workspaces[-1]  # as a rule those that fail first
+        most = self.pictures["train"]
+        guess = min(max(self._guess(), 1), most)
+        while found := largest_that(partial(self._fits, pilot), most, guess):
+            failed = next((each for each in self._workspaces if not self._fits(each, found)), None)
+            if failed is None:
+                break
+            pilot, most, guess = failed, found - 1, found - 1
+            if not most:
+                return 0
+        return found
+
+    def _fits(self, workspaces: "_Workspaces", batch_size: int) -> bool:
+        """Return whether it fits with these workspaces, as it must with all. As a rule nothing is traced."""
+        assert self.budget_mib is not None
+        room_mib = _limits(self.config.card, self.budget_mib)[0]
+        key = batch_size, workspaces
+        if key not in self._fitting:
+            traced = self.shared.traces.near(batch_size)
+            self._fitting[key] = _play(traced, workspaces, room_mib) is not None
+        return self._fitting[key]
 
     def _guess(self) -> int:
         """A batch size near the largest: what is needed grows almost in a straight line."""
         assert self.budget_mib is not None
         few = min(32, self.pictures["train"])
-        one, two = self.at(few), self.at(2 * few)
-        each = (two.activations_mib - one.activations_mib) / few
-        most = self.config.card.context_mib.most + one.workspace_mib.most
-        room = (self.budget_mib.least - most) * 0.95 - one.state_mib - one.pictures_mib
-        return int((room - one.activations_mib) / each) + few if each > 0 else few
+        one, two = (self.shared.traces.near(size) for size in (few, 2 * few))
+        each = (_activations_mib(two) - _activations_mib(one)) / few
+        most = self.config.card.context_mib.most + self._workspaces[-1].most_mib(one)
+        room = (self.budget_mib.least - most) * 0.95 - _state_mib(one) - one.resident_bytes / MIB
+        return int((room - _activations_mib(one)) / each) + few if each > 0 else few
 
 
 def with_batch(config: Config, batch_size: int) -> Config:
@@ -181,31 +222,32 @@ class _Workspaces(NamedTuple):
         return (self.cublas_bytes + max(map(self.of, traced.convolutions))) / MIB
 
 
-def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | None) -> Plan:
-    traced = trace(config, int(config.train.batch_size), pictures)
-    context, workspaces = config.card.context_mib, _workspaces(config.card)
+def _limits(card: Card, budget_mib: Between) -> tuple[float, float]:
+    """Return the MiB that the allocator has with all that is against it at its most, and at its least."""
+    tight_mib = (budget_mib.least - card.context_mib.most) / (1 + ERROR)
+    return tight_mib, (budget_mib.most - card.context_mib.least) / (1 - ERROR)
+
+
+def _plan(plays: "_Plays", card: Card, batch_size: int, budget_mib: Between | None) -> Plan:
+    traced, context, workspaces = plays.traced, card.context_mib, _workspaces(card)
     limits: list[float | None] = [None]
     if budget_mib is not None:
         # At a limit the allocator gives its cache back before it gives up: a run may need less than it takes
         # where there is plenty.
-        tight_mib = (budget_mib.least - context.most) / (1 + ERROR)
-        wide_mib = (budget_mib.most - context.least) / (1 - ERROR)
-        limits = [tight_mib, wide_mib, None]
+        limits = [*_limits(card, budget_mib), None]
     peaks, within = [], []
     for each in workspaces:
-        played = ((limit, _play(traced, each, limit)) for limit in limits)
+        played = ((limit, plays.peaks(each, limit)) for limit in limits)
         limit, found = next((limit, found) for limit, found in played if found is not None)
         peaks.append(found)
         within.append(limits.index(limit))
     fits = None if budget_mib is None else _verdict(max(within) == 0, min(within) < 2)
-    tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
-    state_bytes = traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes
     reserved = _between(peaks, "reserved_bytes")
     return Plan(
-        batch_size=int(config.train.batch_size),
-        tensors_mib=tensors_bytes / MIB,
-        state_mib=state_bytes / MIB,
-        activations_mib=(tensors_bytes - state_bytes) / MIB,
+        batch_size=batch_size,
+        tensors_mib=(traced.peak_bytes("step") - traced.resident_bytes) / MIB,
+        state_mib=_state_mib(traced),
+        activations_mib=_activations_mib(traced),
         pictures_mib=traced.resident_bytes / MIB,
         workspace_mib=Between(workspaces[0].most_mib(traced), workspaces[-1].most_mib(traced)),
         training=_peak(peaks, _is_training),
@@ -217,6 +259,16 @@ def _plan(config: Config, pictures: Mapping[str, int], budget_mib: Between | Non
         budget_mib=budget_mib,
         fits=fits,
     )
+
+
+def _state_mib(traced: Trace) -> float:
+    return (traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes) / MIB
+
+
+def _activations_mib(traced: Trace) -> float:
+    """Return all tensors of a step but the state and the pictures that live on the device."""
+    tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
+    return (tensors_bytes - traced.parameters_bytes - traced.buffers_bytes - traced.optimizer_bytes) / MIB
 
 
 def _workspaces(card: Card) -> list[_Workspaces]:
@@ -235,6 +287,31 @@ def _verdict(fits_at_most: bool, fits_at_least: bool) -> Fits:
 
 
 _Peaks: TypeAlias = Mapping[str, Usage]  # phase -> the most of it
+
+
+class _Plays:
+    """What the allocator makes of one trace; without a limit each workspace is played once."""
+
+    def __init__(self, traced: Trace) -> None:
+        self.traced = traced
+        self._unlimited: dict[tuple[_Workspaces, bool], _Peaks] = {}
+
+    def peaks(self, workspaces: _Workspaces, limit_mib: float | None) -> _Peaks | None:
+        """Return what `_play` does.
+
+        A limit that is never met changes nothing; one below the tensors and workspaces cannot do.
+        """
+        key = workspaces, expandable_segments()
+        if key not in self._unlimited:
+            played = _play(self.traced, workspaces)
+            assert played is not None
+            self._unlimited[key] = played
+        peaks = self._unlimited[key]
+        if limit_mib is None or max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
+            return peaks
+        if max(usage.requested_bytes for usage in peaks.values()) > limit_mib * MIB:
+            return None
+        return _play(self.traced, workspaces, limit_mib)
 
 
 def _play(traced: Trace, workspaces: _Workspaces, limit_mib: float | None = None) -> _Peaks | None:

@@ -36,6 +36,7 @@ from captcha_exp.config import Config
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.evaluate import read
 from captcha_exp.memory.allocator import Event
+from captcha_exp.memory.compiler import without_compiler
 from captcha_exp.memory.recorder import DEVICE, HOST, Convolution, Recorder
 from captcha_exp.models import Recogniser
 from captcha_exp.step import state_of, train_step
@@ -79,23 +80,18 @@ def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace
     recorder = Recorder()
     with _without_collector():
         sizes = _run(config, pictures, recorder)
-    phases = _phases(recorder.events, recorder.marks)
+    phases = phases_of(recorder.events, recorder.marks)
     return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Where nothing waits for the collector, it would walk over all that torch has imported for nothing.
-
-    torch's operators and optimisers import torch._dynamo when they need it first. Frames that wait for
-    that import stay until the collector comes, with a model that one of them may have in its hands.
-    """
+    """Where nothing waits for the collector, it would walk over all that torch has imported for nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        import torch._dynamo  # noqa: F401 - nothing of it is used here
-
-        yield
+        with without_compiler():
+            yield
     finally:
         if was_enabled:
             gc.enable()
@@ -221,7 +217,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
 
 
-def _phases(events: Sequence[Event], marks: Sequence[tuple[str, int]]) -> list[Phase]:
+def phases_of(events: Sequence[Event], marks: Sequence[tuple[str, int]]) -> list[Phase]:
     """The phases that begin at these marks. What is there at the beginning counts to the peak."""
     phases, sizes, now = [], dict[int, int](), 0
     for (name, begin), (_, end) in pairwise([*marks, ("", len(events))]):

@@ -1,0 +1,156 @@
+"""The JSON of `captcha-exp plan --json`, as types; docs/plan.schema.json is made from them.
+
+python -m captcha_exp.cli.plan_json > docs/plan.schema.json
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from captcha_exp.config.card import STRICT, Card
+from captcha_exp.memory.between import Fits
+
+MiB = Annotated[float, Field(ge=0)]
+Range = tuple[float, float]  # the smallest and the largest value that is possible; a budget may be fractional
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Peak:
+    """The largest memory use of one kind of work."""
+
+    allocated_mib: Range
+    """torch.cuda.max_memory_allocated"""
+    reserved_mib: Range
+    """torch.cuda.max_memory_reserved"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class PlanOfGpus:
+    """What a batch size needs, in a comparison of GPUs."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    """images of a training step"""
+    tensors_mib: MiB
+    """tensors of a training step, without resident images"""
+    state_mib: MiB
+    """of these, weights, statistics of batch norms, and optimizer state"""
+    activations_mib: MiB
+    """of these, everything else at the peak: activations, gradients, the batch"""
+    pictures_mib: MiB
+    """images that stay on the device for the whole training"""
+    workspace_mib: Range
+    """memory of cuBLAS and cuDNN in use at one time, at most"""
+    training: Peak
+    """peak of the training steps"""
+    evaluation: Peak
+    """peak of the evaluations"""
+    reserved_mib: Range
+    """what torch's allocator takes from the driver over the whole run"""
+    process_mib: Range
+    """memory of the process: CUDA context and reserved memory"""
+    budget_mib: Range | None
+    """memory available to the process; null: unknown"""
+    fits: Fits | None
+    """the verdict; unsure counts as no; null: the available memory is unknown"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class PlanOfGpu(PlanOfGpus):
+    """What a batch size needs on one GPU."""
+
+    seconds: Annotated[float, Field(ge=0)]
+    """time that the plan took"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Advice:
+    """Overrides with which train.batch_size fits."""
+
+    overrides: list[str]
+    """words to add to the command; none: it fits without them"""
+    relative_time: Annotated[float, Field(gt=0)]
+    """estimated time of a step; 1: the config without changes"""
+    notes: list[str]
+    """side effects"""
+    plan: PlanOfGpus
+    """the plan with these overrides"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class _Call:
+    precision: Literal["fp32", "bf16", "fp16"]
+    """device.precision"""
+    pictures: dict[str, Annotated[int, Field(ge=0)]]
+    """images of each split"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class OneGpu(_Call):
+    """Output for one GPU."""
+
+    card: Card
+    """figures of the GPU, each with its source"""
+    budget_mib: Range | None
+    """memory available to the process; null: unknown"""
+    plans: list[PlanOfGpu]
+    """one plan for each batch size, in the order of the call"""
+    largest_batch: Annotated[int, Field(ge=1)] | None
+    """largest batch size that fits; null: none fits, or the available memory is unknown"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Gpu:
+    """A GPU of a comparison."""
+
+    name: str
+    """name or path of its file, as given to --card"""
+    card: Card
+    """figures of the GPU, each with its source"""
+    memory_mib: Range | None
+    """memory of the GPU; null: unknown"""
+    budget_mib: Range | None
+    """memory available to the process; null: unknown"""
+    plans: list[PlanOfGpus]
+    """one plan for each batch size, in the order of the call"""
+    largest_batch: Annotated[int, Field(ge=1)] | None
+    """largest batch size that fits; null: none fits, or the available memory is unknown"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SeveralGpus(_Call):
+    """Output of --card all, or of a list."""
+
+    cards: list[Gpu]
+    """the GPUs, by memory and then name"""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class AdviceForOneGpu(_Call):
+    """Output of --advise."""
+
+    card: Card
+    """figures of the GPU, each with its source"""
+    budget_mib: Range
+    """memory available to the process"""
+    batch_size: Annotated[int, Field(ge=1)]
+    """train.batch_size"""
+    advice: list[Advice]
+    """combinations that fit, the fastest first; none: nothing known makes it fit"""
+
+
+OUTPUT: TypeAdapter[OneGpu | SeveralGpus | AdviceForOneGpu] = TypeAdapter(
+    OneGpu | SeveralGpus | AdviceForOneGpu
+)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the output, draft 2020-12."""
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "captcha-exp plan --json"}
+    return title | OUTPUT.json_schema()
+
+
+def print_schema() -> None:
+    """Print the schema as the committed file has it."""
+    print(json.dumps(schema(), indent=2))

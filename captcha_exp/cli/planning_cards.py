@@ -1,0 +1,126 @@
+"""`captcha-exp plan --card all`: the same batch sizes on several GPUs, a row for each."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from captcha_exp import dataset
+from captcha_exp.cli.planning import COLOURS, check_decidable, misfits_of, planned_on, sizes_of
+from captcha_exp.cli.summary import console
+from captcha_exp.config import Config, Interval, to_dict
+from captcha_exp.display import Display
+from captcha_exp.memory.between import Between
+from captcha_exp.memory.plan import Plan, Planner, Shared, budget
+
+
+class Row(NamedTuple):
+    """A GPU with its plans."""
+
+    name: str  # of its file, or the file
+    config: Config
+    memory_mib: Between | None  # what the GPU has in all
+    plans: list[Plan]
+    largest: int | None  # 0: no batch size fits; None: memory unknown
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "name": self.name,
+            "card": to_dict(self.config.card),
+            "memory_mib": self.memory_mib,
+            "budget_mib": self.plans[0].budget_mib,
+            "plans": [plan.to_json() for plan in self.plans],
+            "largest_batch": self.largest or None,
+        }
+
+
+def run(
+    configs: Mapping[str, Config], arguments: argparse.Namespace, display: Display
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit.
+
+    The configs differ in the GPU alone.
+    """
+    first = next(iter(configs.values()))
+    wanted = first.train.batch_size
+    own = wanted if isinstance(wanted, int) else 64
+    sizes = sizes_of(arguments.batch_sizes or str(own), wanted)
+    resolved = {name: planned_on(config) for name, config in configs.items()}
+    if arguments.must_fit:
+        unknown = [name for name, config in resolved.items() if budget(config) is None]
+        check_decidable(arguments, wanted, unknown)
+    first = next(iter(resolved.values()))
+    pictures = dataset.outline(first, display).counts
+    rows = _rows(resolved, sizes, pictures, display)
+    misfits = []
+    if arguments.must_fit:
+        misfits = [text for row in rows for text in misfits_of(row.plans, row.config.card.name)]
+    if arguments.json:
+        about = {"precision": first.device.precision, "pictures": pictures}
+        return about | {"cards": [row.to_json() for row in rows]}, misfits
+    _print_rows(rows, first)
+    return None, misfits
+
+
+def _rows(
+    configs: Mapping[str, Config], sizes: Sequence[int], pictures: Mapping[str, int], display: Display
+) -> list[Row]:
+    """Return the GPUs with the least memory first, those of unknown memory last."""
+    shared = Shared(next(iter(configs.values())), pictures)
+    rows = []
+    with display.bar("planning", len(configs)) as bar:
+        for name, config in configs.items():
+            planner = Planner(config, pictures, shared=shared)
+            plans = [planner.at(size) for size in sizes]
+            total = config.card.total_mib
+            memory_mib = Between(total.least, total.most) if total else None
+            rows.append(Row(name, config, memory_mib, plans, planner.largest_batch()))
+            bar.advance(1)
+    return sorted(rows, key=_by_memory)
+
+
+def _by_memory(row: Row) -> tuple[bool, float, str]:
+    return (row.memory_mib is None, row.memory_mib.most if row.memory_mib else 0, row.config.card.name)
+
+
+def _print_rows(rows: Sequence[Row], config: Config) -> None:
+    """Print a row for each GPU and batch size, and what the columns mean."""
+    out = console()
+    out.print(f"{config.name} in {config.device.precision}", markup=False)
+    table = Table(
+        "GPU", "memory", "batch", "process", "verdict", "largest", title="MiB", title_justify="left"
+    )
+    if sixteen := config.device.precision != "fp32":
+        table.add_column("speed")
+    for column in (1, 2, 3, 5):
+        table.columns[column].justify = "right"
+    for row in rows:
+        for plan in row.plans:
+            table.add_row(
+                Text(row.config.card.name),
+                str(row.memory_mib or "unknown"),
+                f"{plan.batch_size:,}",
+                str(plan.process_mib),
+                Text(plan.fits or "unknown", COLOURS[plan.fits]),
+                "unknown" if row.largest is None else f"{row.largest:,}" if row.largest else "none",
+                *([f"{_speed(row).least:g} to {_speed(row).most:g}"] if sixteen else []),
+            )
+    out.print(table)
+    if sixteen:
+        out.print(f"speed is that of training in {config.device.precision}, times as fast as in fp32")
+        for row in rows:
+            if _speed(row).least < 1:
+                out.print(f"{row.config.card.name}: {_speed(row).source}", markup=False)
+    if config.device.vram_budget_mib is not None:
+        budget_mib = config.device.vram_budget_mib
+        out.print(f"the process may take {budget_mib:,} MiB where a GPU has as much (device.vram_budget_mib)")
+    out.print("largest is the largest batch that fits; unsure counts as no", markup=False)
+
+
+def _speed(row: Row) -> Interval:
+    """Return how fast this GPU trains in 16 bits, as its file says."""
+    card = row.config.card
+    return card.bf16_speed if row.config.device.precision == "bf16" else card.fp16_speed

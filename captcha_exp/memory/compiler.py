@@ -1,0 +1,61 @@
+"""Run torch's optimizers without importing torch's compiler, which takes longer than several traces.
+
+An optimizer's `step` imports `torch._dynamo` the first time it runs, only to exclude itself from compilation.
+Where nothing is compiled, as in a trace, a stand-in does.
+
+Source: torch/_compile.py, `_disable_dynamo`, and torch/optim/optimizer.py, `_use_grad_for_differentiable`.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+NAME = "torch._dynamo"
+
+
+class _StandIn(ModuleType):
+    """Has the two functions that an optimizer calls; any other attribute imports the real module."""
+
+    def __init__(self) -> None:
+        super().__init__(NAME)
+        self._excluded: list[Any] = []
+
+    def disable(self, function: Callable[..., Any], recursive: bool = True, **_: Any) -> Callable[..., Any]:
+        """Return the function itself: what is not compiled needs no exclusion."""
+        del recursive
+        self._excluded.append(function)
+        return function
+
+    def graph_break(self, *_: Any, **__: Any) -> None:
+        """Do nothing, as in code that is not compiled."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.remove()
+        return getattr(importlib.import_module(NAME), name)
+
+    def remove(self) -> None:
+        """Leave torch as it was: later calls import the real module."""
+        if sys.modules.get(NAME) is self:
+            del sys.modules[NAME]
+        for function in self._excluded:
+            if getattr(function, "__dynamo_disable", None) is function:
+                delattr(function, "__dynamo_disable")  # `del` would mangle the name
+        self._excluded.clear()
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Replace `torch._dynamo` by a stand-in unless the process has imported it already."""
+    if NAME in sys.modules:
+        yield
+        return
+    sys.modules[NAME] = stand_in = _StandIn()
+    try:
+        yield
+    finally:
+        stand_in.remove()
