@@ -79,7 +79,7 @@ def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace
     recorder = Recorder()
     with _without_collector():
         sizes = _run(config, pictures, recorder)
-    phases = _phases(recorder.events, recorder.marks)
+    phases = phases_of(recorder.events, recorder.marks)
     return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
@@ -221,7 +221,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
 
 
-def _phases(events: Sequence[Event], marks: Sequence[tuple[str, int]]) -> list[Phase]:
+def phases_of(events: Sequence[Event], marks: Sequence[tuple[str, int]]) -> list[Phase]:
     """The phases that begin at these marks. What is there at the beginning counts to the peak."""
     phases, sizes, now = [], dict[int, int](), 0
     for (name, begin), (_, end) in pairwise([*marks, ("", len(events))]):
