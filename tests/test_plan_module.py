@@ -59,6 +59,20 @@ def test_state_is_what_arithmetic_says() -> None:
     assert sum(event.requested_bytes is None for event in traced.events) == len(traced.events) / 2
 
 
+def test_adam_is_the_multi_tensor_one_unless_chosen_otherwise() -> None:
+    """Which holds one more copy of all weights while it steps."""
+    module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+
+    def of(**options: Any) -> int:
+        traced = trace_module(
+            module, torch.empty(2, 64), lambda p: torch.optim.Adam(p, **options), lambda x: x.mean()
+        )
+        return traced.peak_bytes("step")
+
+    assert of() == of(foreach=True)
+    assert of() - of(foreach=False) >= 5 * 4 * 64 * 64
+
+
 def test_dropout_keeps_a_byte_for_each_element_as_on_cuda() -> None:
     """Its input is freed, its output takes the place."""
 
@@ -178,7 +192,8 @@ def test_nothing_of_the_user_changes() -> None:
     dropped = nn.functional.dropout(batch, 0.5)
     torch.set_rng_state(states[0])
 
-    plan_module(module, batch, torch.optim.Adam, lambda x: x.mean() * torch.rand(()) * random.random())
+    noise = torch.zeros(3)  # draws from the real generator
+    plan_module(module, batch, torch.optim.Adam, lambda x: (x.mean(), noise.normal_(), random.random())[0])
 
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), torch._C._get_mkldnn_enabled()) == states[1:]
