@@ -6,6 +6,7 @@ the raw one with it: of one layer, and so much beside passes of fewer pictures
 than 32 (up to 11 %). The oracle is that of tests/test_trace.py.
 
     python benchmarks/oracle.py
+    python benchmarks/oracle.py --modules     plan_module on the four networks of tests/modules.py
 """
 
 import itertools
@@ -16,6 +17,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+import modules
 import torch
 from test_trace import HEADS, network, real_peaks, run_for_real
 
@@ -50,9 +52,14 @@ def compared(model: str, head: str, lever: str, size: int) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     found = []
-    for model, head, lever, size in itertools.product(("compact", "resnet18"), HEADS, LEVERS, SIZES):
-        found.append(compared(model, head, lever, size))
-        print(found[-1], file=sys.stderr)
+    if "--modules" in sys.argv[1:]:
+        for name, size in itertools.product(modules.CASES, (32, 48)):
+            found.append(modules.compared(name, size))
+            print(found[-1], file=sys.stderr)
+    else:
+        for model, head, lever, size in itertools.product(("compact", "resnet18"), HEADS, LEVERS, SIZES):
+            found.append(compared(model, head, lever, size))
+            print(found[-1], file=sys.stderr)
     worst = {key: max((abs(each[key]) for each in found), default=0.0) for key in ("error", "raw_error")}
     print(json.dumps({"benchmark": "oracle", "configs": len(found), "worst": worst, "all": found}))
 

@@ -196,18 +196,24 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
             train_epoch(state, sides[0], change, config, guard, keeper, bar)
         with record_function("evaluation"):
             evaluate(state.model, sides[1], config)
+    return moments_of(seen, ONEDNN)
+
+
+def moments_of(seen: profile, products: tuple[str, ...]) -> list[Moment]:
+    """Return all that the profiler saw come and go, by time; `products` are names of operators."""
     moments: list[Moment] = []
 
     def walk(node: Any, product: int | None, phase: str) -> None:
         kind, fields = node.typed
         if kind == _EventType.Allocation:
             moments.append(Moment(node.start_time_ns, fields.ptr, fields.alloc_size, product, phase))
-        if product is None and node.name.startswith(ONEDNN):
+        if product is None and node.name.startswith(products):
             product = node.id
         for child in node.children:
             walk(child, product, node.name if node.name in PHASES else phase)
 
     assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
     for root in seen.profiler.kineto_results.experimental_event_tree():
         walk(root, None, "")
     return sorted(moments)

@@ -27,3 +27,20 @@ Bounds of workspaces and contexts are measured, published by others, or estimate
 counted: what a GPU's kernels take outside torch's allocator beyond the context, fragmentation by other
 streams, cuDNN's search for the fastest engine (train.deterministic=false), which tries larger workspaces.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from captcha_exp.memory.module import ModulePlan as ModulePlan
+    from captcha_exp.memory.module import plan_module as plan_module
+
+__all__ = ["ModulePlan", "plan_module"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names at first use: torch takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module 'captcha_exp.memory' has no attribute {name!r}")
+    from captcha_exp.memory import module
+
+    return getattr(module, name)

@@ -219,7 +219,7 @@ class _Workspaces(NamedTuple):
 
     def most_mib(self, traced: Trace) -> float:
         """What is taken at one time, at most."""
-        return (self.cublas_bytes + max(map(self.of, traced.convolutions))) / MIB
+        return (self.cublas_bytes + max(map(self.of, traced.convolutions), default=0)) / MIB
 
 
 def _limits(card: Card, budget_mib: Between) -> tuple[float, float]:

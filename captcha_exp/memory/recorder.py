@@ -12,12 +12,13 @@ Source: torch/_subclasses/fake_tensor.py and torch/utils/_python_dispatch.py; fo
 aten/src/ATen/native/ConvUtils.h, mkldnn_conv_use_channels_last and cudnn_conv_suggest_memory_format.
 """
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captcha_exp.memory.allocator import Event
@@ -84,6 +85,15 @@ Answers = Answer | list["Answers"] | tuple["Answers", ...] | None
 _known: dict[tuple[Any, ...], Answers] = {}
 
 
+class Untraceable(NotImplementedError):
+    """An operator whose result depends on values, which a trace does not have."""
+
+    def __init__(self, operator: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{operator} {reason}; {remedy}")
+        self.operator, self.reason, self.remedy = operator, reason, remedy
+        self.module_path: str | None = None  # of the submodule that called it, where a tracer knows it
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Sees memory of the device come and go."""
 
@@ -92,14 +102,32 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self.events: list[Event] = []
         self.marks: list[tuple[str, int]] = []  # where phases begin
         self.convolutions: list[Convolution] = []
+        self.locate: Callable[[], str | None] = lambda: None  # returns the path of the submodule at work
         self._count = 0
+        self._reads_answered = False
 
     def begin(self, phase: str) -> None:
         """A phase begins, and the one before it ends."""
         self.marks.append((phase, len(self.events)))
 
+    @contextmanager
+    def reads_answered(self) -> Iterator[None]:
+        """Answer a read of a number with 1. For an optimizer, which reads how many steps it has made."""
+        self._reads_answered = True
+        try:
+            yield
+        finally:
+            self._reads_answered = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._dispatched(func, args, kwargs or {})
+        except Untraceable as error:
+            error.module_path = error.module_path or self.locate()
+            raise
+
+    def _dispatched(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what the operator gives."""
         given: list[DeviceTensor] = []
         devices: list[torch.device] = []
         question = [func, torch.is_inference_mode_enabled(), torch.get_default_dtype(), *kwargs]
@@ -107,11 +135,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         _describe(kwargs.values(), question, given, devices)
         if func is _aten.lift_fresh.default:  # of torch.tensor, which has just made it somewhere
             devices.append(args[0].device)
+        if func is _aten._local_scalar_dense.default and self._reads_answered:
+            return 1
         if not given and DEVICE not in devices:
-            return func(*args, **kwargs)
+            with _values_needed(func, args):
+                return func(*args, **kwargs)
         if (key := tuple(question)) not in _known:
             stand_ins = [_empty(each.form) for each in given]
-            result = _asked(func, args, kwargs, stand_ins)
+            with _values_needed(func, args):
+                result = _asked(func, args, kwargs, stand_ins)
             if HOST in devices:
                 return result
             if len(_known) >= KNOWN:
@@ -167,10 +199,35 @@ def _describe(
             into += (kind, value)  # 1 is not True, though they are equal
 
 
+@contextmanager
+def _values_needed(func: Any, args: Any) -> Iterator[None]:
+    """Raise Untraceable for an operator that needs values: to be read on the host, or for a shape."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, Untraceable):
+            raise
+        if torch.Tag.data_dependent_output in func.tags:
+            remedy = "remove .item(), bool(), tolist() and print from the step"
+            raise Untraceable(str(func), "reads a value on the host", remedy) from error
+        is_dynamic = torch.Tag.dynamic_output_shape in func.tags
+        if func is _aten.index.Tensor:  # by integers its shape is known
+            is_dynamic = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if is_dynamic:
+            remedy = "use a fixed shape (torch.where, masked_fill, topk)"
+            raise Untraceable(str(func), "has a result whose shape depends on values", remedy) from error
+        if isinstance(error, NotImplementedError):
+            remedy = "replace it by an operator that has one"
+            raise Untraceable(str(func), "has no implementation for device='meta'", remedy) from error
+        raise
+
+
 def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
     """What the kernel for `meta` gives."""
     if torch.Tag.inplace_view in func.tags:
-        raise NotImplementedError(f"{func} changes the form of a tensor")
+        raise Untraceable(
+            str(func), "changes the form of a tensor in place", "use the variant that returns a new tensor"
+        )
     if not func._schema.returns:
         return None  # it writes to what is there; that of fused SGD has no kernel for `meta`
     left = iter(stand_ins)
@@ -182,19 +239,21 @@ def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
             return HOST
         if isinstance(value, (list, tuple)):
             return type(value)(map(replaced, value))
-        if isinstance(value, Tensor) and value.device == HOST:
-            return torch.empty_like(value)  # for who is sent nowhere, as it is there, may come back itself
+        if isinstance(value, Tensor):
+            return torch.empty_like(value, device=HOST)  # else one that is sent nowhere comes back itself
         return value
 
     arguments = replaced(tuple(args))
     result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
-    if func in _CONVOLUTIONS:
+    # The kernel for `meta` looks at the input alone.
+    sides = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
+    if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in sides):
         result = _colours_last(result)
     return result
 
 
 def _colours_last(result: Any) -> Any:
-    """A convolution answers as its weight lies, and on a device all weights of a Recogniser lie so."""
+    """Return it with the channels last, as a convolution does if its input or its weight has them last."""
     if isinstance(result, tuple):
         return tuple(map(_colours_last, result))
     if isinstance(result, Tensor) and result.ndim == 4:
