@@ -24,7 +24,16 @@ from captcha_exp.display import Bar
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory import calibrate as calibration
 from captcha_exp.memory import measuring
-from captcha_exp.memory.judging import MARGIN_MIB, Readings, Round, Stage, Transient, judge
+from captcha_exp.memory.judging import (
+    MARGIN_MIB,
+    Readings,
+    Round,
+    Stage,
+    Transient,
+    judge,
+    readings_from_json,
+    readings_to_json,
+)
 from captcha_exp.places import conf
 
 MIB = 2**20
@@ -180,6 +189,70 @@ def test_whatever_was_read_gives_a_card_that_holds_it(read: Readings) -> None:
         if stage.process_mib is not None:
             assert card.context_mib.most >= stage.process_mib - stage.reserved_mib + MARGIN_MIB
             assert bounds(card.others_mib)[1] >= stage.used_mib - stage.process_mib
+
+
+# -- readings as JSON ----------------------------------------------------------------------------------------
+
+
+def test_readings_survive_a_json_file() -> None:
+    text = json.dumps(readings_to_json(READINGS), allow_nan=False)
+    assert readings_from_json(json.loads(text)) == READINGS
+    assert judge(readings_from_json(json.loads(text)), GENERIC) == judge(READINGS, GENERIC)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """Return the readings as JSON with another value at a dotted path; `...` removes the key."""
+    values: Any = readings_to_json(READINGS)
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    inner = values
+    for part in parents:
+        inner = inner[part]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    assert isinstance(values, dict)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("name", "", "name: "),
+        ("name", 3, "name: "),
+        ("watts", 3, "watts: unexpected"),
+        ("stages.1.watts", 3, "stages.1.watts: unexpected"),
+        ("cublas_mib", ..., "cublas_mib: "),
+        ("stages.0.after", ..., "stages.0.after: "),
+        ("stages.2.used_mib", float("nan"), "stages.2.used_mib: .*finite"),
+        ("totals_mib.0", float("inf"), "totals_mib.0: "),
+        ("totals_mib", [], "totals_mib: "),
+        ("stages", [], "stages: "),
+        ("cublas_mib", -1, "cublas_mib: .*greater than or equal to 0"),
+        ("cublas_mib", "64", "cublas_mib: .*number"),
+        ("cublas_mib", True, "cublas_mib: .*number"),
+        ("deterministic", 1, "deterministic: .*boolean"),
+        ("transients.0.precision", "fp64", "transients.0.precision: .*'fp32'"),
+        ("transients.0.batch_size", 1.5, "transients.0.batch_size: .*integer"),
+        ("rounds.0.seconds.fp16", 0, "rounds.0.seconds.fp16: .*greater than 0"),
+        ("rounds.0.seconds.fp64", 1, "rounds.0.seconds.fp64"),
+        ("rounds.1.seconds.fp32", ..., "rounds.1.seconds: must have fp32"),
+        ("compute_capability", "Turing", "compute_capability: "),
+        ("smallest", 4, "smallest: must be below the number of stages, 4"),
+        ("smallest", -1, "smallest: "),
+        ("smallest", True, "smallest: .*integer"),
+    ],
+)
+def test_readings_that_nothing_wrote_are_refused_in_one_line(path: str, value: Any, says: str) -> None:
+    with pytest.raises(UserError, match=rf"^readings of a GPU: {says}") as error:
+        readings_from_json(changed(path, value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [None, [], "it", 3, {}, {"name": {1, 2}}])
+def test_what_is_no_readings_at_all_is_refused(values: Any) -> None:
+    with pytest.raises(UserError, match=r"^readings of a GPU: "):
+        readings_from_json(values)
 
 
 # -- the file ------------------------------------------------------------------------------------------------
@@ -414,11 +487,158 @@ def test_mistakes_of_the_config_come_as_everywhere(call: Call, card_here: list[A
 @pytest.mark.parametrize(
     ("number", "version"), [(91002, "9.10.2"), (90100, "9.1.0"), (8902, "8.9.2"), (None, None)]
 )
-def test_the_version_of_cudnn(
-    monkeypatch: pytest.MonkeyPatch, number: int | None, version: str | None
+def test_the_version_of_cudnn(number: int | None, version: str | None) -> None:
+    assert calibration.cudnn_version(number) == version
+
+
+# -- from a session ------------------------------------------------------------------------------------------
+
+
+def session_of(**changes: Any) -> dict[str, Any]:
+    """Return a session of another machine, with a calibration; `parts` adds to its parts."""
+    parts = {
+        "doctor": {"error": "took more than 60 s"},
+        "calibration": {"figures": readings_to_json(READINGS)},
+    }
+    versions = {"torch": "2.11.0+cu130", "cuda": "13.0", "cudnn": 91002, "driver": "580.65.06"}
+    return {
+        "benchmark": "gpu_session",
+        "date": "2027-03-04",
+        "machine": {"card": GTX, **versions},
+        "parts": parts | changes.pop("parts", {}),
+        **changes,
+    }
+
+
+def held(context: Any, by: str = "NVML, this process") -> dict[str, Any]:
+    return {"figures": {"context_mib": context, "process_by": by}}
+
+
+def test_a_session_gives_the_file_that_measuring_gives(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "session.json"
+    file.write_text(json.dumps(session_of()))
+    code, out, err = call("--from", str(file), "--config-dir", str(tmp_path))
+    path = tmp_path / "card/nvidia-geforce-gtx-1650.yaml"
+    assert (code, err) == (0, "")
+    assert load_card(path) == judge(READINGS, GENERIC)
+    assert path.read_text().splitlines()[:3] == [
+        f"# {GTX}, measured on 2027-03-04 with torch 2.11.0+cu130, CUDA 13.0, cuDNN 9.10.2, driver 580.65.06",
+        "# Session: session.json",
+        f"# Command: captcha-exp calibrate --from {file} --config-dir {tmp_path}",
+    ]
+    assert out.endswith(f"use it with --config-dir {tmp_path} card=nvidia-geforce-gtx-1650\n")
+    assert load(compose("card=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).card == load_card(path)
+
+
+def test_a_session_s_file_has_a_name_and_is_kept_unless_forced(call: Call, tmp_path: Path) -> None:
+    file, path = tmp_path / "session.json", tmp_path / "card/mine.yaml"
+    file.write_text(json.dumps(session_of()))
+    words = ("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine", "--json")
+    code, out, _ = call(*words)
+    assert (code, json.loads(out)["path"]) == (0, str(path))
+    path.write_text("somebody's")
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert err == f"{path}: is there already; take --force to write over it, or another --name\n"
+    assert path.read_text() == "somebody's"
+    assert call(*words, "--force")[0] == 0
+    assert load_card(path).name == GTX
+
+
+def test_trainings_of_a_session_widen_the_context(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "session.json"
+    parts = {
+        "plan-a": held(141.5),
+        "plan-b": held(333.25),
+        "plan-c": {"error": "no"},
+        "plan-d": held(9000, "all that the card has in use"),
+        "plan-e": held(None),
+        "plan-f": held(float("nan")),
+        "plan-g": held(True),
+        "plan-h": {"figures": [3]},
+        "context-x": held(5000),
+    }
+    file.write_text(json.dumps(session_of(parts=parts)))
+    assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
+    card, plain_card = load_card(tmp_path / "card/mine.yaml"), judge(READINGS, GENERIC)
+    assert bounds(card.context_mib) == (141, 334 + MARGIN_MIB)
+    added = "; 2 trainings of the session held 142 to 333"
+    assert card.context_mib.source == plain_card.context_mib.source + added
+    assert replace(card, context_mib=plain_card.context_mib) == plain_card
+
+
+def test_trainings_within_the_context_change_no_bound(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "session.json"
+    file.write_text(json.dumps(session_of(parts={"plan-a": held(160)})))
+    assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
+    context = load_card(tmp_path / "card/mine.yaml").context_mib
+    assert bounds(context) == (150, 180 + MARGIN_MIB)
+    assert context.source.endswith("; 1 trainings of the session held 160")
+
+
+BROKEN = readings_to_json(READINGS) | {"cublas_mib": -1}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file or directory; give another --from"),
+        (
+            json.dumps(session_of())[:-400],
+            r"not a whole JSON file \(.+\); copy it again, or measure it with .+",
+        ),
+        (b"\xff\xfe\x00", r"not a whole JSON file \(.+\); copy it again, or .+"),
+        ("[" * 100_000, r"not a whole JSON file \(.+\); copy it again, or .+"),
+        ("[]", r"not a session of benchmarks/gpu_session\.py; measure it with .+"),
+        (session_of(benchmark="startup"), r"not a session of .+"),
+        (session_of(machine={"card": None}), "no GPU was measured, only a dry run or predictions; .+"),
+        (session_of(machine=3), "has no machine or no parts; .+"),
+        (session_of(parts={"calibration": None}), "has no part calibration; measure it with .+"),
+        (
+            session_of(parts={"calibration": {"error": "Traceback\n  line\nRunFailed: no room\n\n"}}),
+            "its part calibration failed: RunFailed: no room; measure it with .+",
+        ),
+        (session_of(parts={"calibration": {}}), "its part calibration failed: it has no figures; .+"),
+        (
+            session_of(parts={"calibration": {"error": ""}}),
+            "its part calibration failed: no reason is given; .+",
+        ),
+        (
+            session_of(parts={"calibration": {"figures": BROKEN}}),
+            "part calibration: readings of a GPU: cublas_mib: .+; measure it with .+",
+        ),
+        (
+            session_of(machine={"card": "NVIDIA H100 80GB HBM3"}),
+            f"part calibration is of '{GTX}', the session of 'NVIDIA H100 80GB HBM3'; measure it with .+",
+        ),
+    ],
+)
+def test_a_session_without_a_calibration_is_refused_in_one_line(
+    call: Call, tmp_path: Path, content: Any, says: str
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
-    assert calibration._cudnn_version() == version
+    file = tmp_path / "session.json"
+    if content is not None:
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, out, err = call("--from", str(file), "--config-dir", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"{re.escape(str(file))}: {says}\n", err)
+    assert not (tmp_path / "card").exists()
+
+
+def test_a_session_takes_no_overrides(call: Call, tmp_path: Path) -> None:
+    code, out, err = call("--from", "x.json", "--config-dir", str(tmp_path), "model=compact")
+    assert (code, out) == (2, "")
+    assert err == ("model=compact: calibrate --from takes no overrides, the session says what was measured\n")
+
+
+def test_a_session_without_versions_says_that_they_are_unknown(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "session.json"
+    file.write_text(json.dumps(session_of(machine={"card": GTX}, date="today\n- evil")))
+    assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
+    assert (tmp_path / "card/mine.yaml").read_text().splitlines()[0] == (
+        f"# {GTX}, measured on an unknown day with torch unknown, CUDA unknown, cuDNN unknown, driver unknown"
+    )
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -437,7 +657,9 @@ class Played:
             "reset_peak_memory_stats": self.reset,
             "synchronize": lambda _: None,
             "empty_cache": lambda: None,
-            "get_device_properties": lambda _: SimpleNamespace(name=GTX, total_memory=4001 * MIB),
+            "get_device_properties": lambda _: SimpleNamespace(
+                name=GTX, total_memory=4001 * MIB, major=7, minor=5
+            ),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(device, "nvml_bytes", lambda _: 600 * MIB)
@@ -485,6 +707,7 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
     assert {(s.used_mib, s.reserved_mib, s.process_mib) for s in read.stages} == {(1000, 2, 600)}
     assert read.stages[read.smallest].after == "the first convolution in fp32"
     assert list(read.totals_mib) == [4000, 4001]
+    assert judge(read, GENERIC).compute_capability == read.compute_capability == "7.5"
     assert [(t.precision, t.batch_size, t.mib) for t in read.transients] == [
         (precision, size, 0) for precision in ("fp32", "bf16", "fp16") for size in (2, 4, 8)
     ]

@@ -24,7 +24,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.leaving import TimeIsUp
 
 if TYPE_CHECKING:
-    from captcha_exp.config import Machine
+    from captcha_exp.config import Card, Machine
 
 OUTSIDE = {
     errno.ENOSPC: "make room and start again",
@@ -239,6 +239,24 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    options = {
+        "name": arguments.name,
+        "config_dir": arguments.config_dir,
+        "force": arguments.force,
+        "command": [PROGRAM, *sys.argv[1:]],
+    }
+    card, path = (_calibrated if arguments.session is None else _calibrated_from)(arguments, options)
+    from captcha_exp.cli import summary
+    from captcha_exp.config import to_dict
+
+    if arguments.json:
+        _print_json({"path": str(path), "card": to_dict(card)})
+    else:
+        summary.of_card(card, path, arguments.config_dir)
+    return 0
+
+
+def _calibrated(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[Card, Path]":
     # The article's network and this project's own, on the same pictures; an override goes before.
     asked = {text.partition("=")[0] for text in arguments.overrides}
     words = (("experiment=article",), ("experiment=article", "model=compact"))
@@ -247,25 +265,22 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         compose_checked([*several, *arguments.overrides], arguments.config_dir).checked(None)
         for several in dict.fromkeys(left)
     ]
-    from captcha_exp.cli import summary
-    from captcha_exp.config import to_dict
     from captcha_exp.display import Terminal
     from captcha_exp.memory.calibrate import calibrate
 
-    card, path = calibrate(
-        configs,
-        _machine(),
-        Terminal(),
-        name=arguments.name,
-        config_dir=arguments.config_dir,
-        force=arguments.force,
-        command=[PROGRAM, *sys.argv[1:]],
-    )
-    if arguments.json:
-        _print_json({"path": str(path), "card": to_dict(card)})
-    else:
-        summary.of_card(card, path, arguments.config_dir)
-    return 0
+    return calibrate(configs, _machine(), Terminal(), **options)
+
+
+def _calibrated_from(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[Card, Path]":
+    if arguments.overrides:
+        raise UserError(
+            f"{arguments.overrides[0]}: calibrate --from takes no overrides, "
+            "the session says what was measured"
+        )
+    known = compose_checked(["card=generic"], arguments.config_dir).checked(None).card
+    from captcha_exp.memory.calibrate import calibrate_from
+
+    return calibrate_from(Path(arguments.session), known, **options)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

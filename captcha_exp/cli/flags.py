@@ -93,6 +93,8 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     calibrate = verb("calibrate")
     calibrate.add_argument("--name", metavar="NAME", help="default: after the card, as in nvidia-h200")
     calibrate.add_argument("--force", action="store_true", help="write over a file that is there")
+    what = "a session of benchmarks/gpu_session.py: write its GPU's file; needs no GPU, takes no overrides"
+    calibrate.add_argument("--from", dest="session", metavar="FILE.json", help=what)
     verb("doctor")
     return parser
 

@@ -32,6 +32,8 @@ class Card:
 
     name: Annotated[str, Field(min_length=1)]
     """as its driver calls it"""
+    compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
+    """NVIDIA's number of its architecture, as in '8.6'; null: unknown, or several"""
     total_mib: Interval | None
     """MiB that programs can have of it; null: unknown, unless a run is on one"""
     others_mib: Interval

@@ -21,8 +21,9 @@ Known error: of the tensors at most 1.0 % against torch's profiler in 80 trainin
 its kernels take and give back inside one convolution, and at most 4.9 % with it, from passes of 32 pictures
 on (benchmarks/oracle.py; with fewer up to 11 %). plan.ERROR adds 2 % to all that is reserved.
 
-Not seen: a real card. Bounds of workspaces and contexts are what others have published, or estimates, and
-their files say which. Not counted: what a card's kernels take outside torch's allocator beyond the context,
-fragmentation by other streams, cuDNN's search for the fastest engine (train.deterministic=false), which tries
-larger workspaces.
+On a GPU: not measured yet.
+
+Bounds of workspaces and contexts are measured, published by others, or estimates; each file says which. Not
+counted: what a GPU's kernels take outside torch's allocator beyond the context, fragmentation by other
+streams, cuDNN's search for the fastest engine (train.deterministic=false), which tries larger workspaces.
 """

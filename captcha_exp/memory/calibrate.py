@@ -1,13 +1,14 @@
 """A card file of the CUDA card that is here: `measuring` reads its counters, `judging` makes a card of it.
 
-In a process that has not touched CUDA before: what is there already cannot be seen to come.
+In a process that has not touched CUDA before: what is there already cannot be seen to come. `calibrate_from`
+writes the file of a GPU that is elsewhere, from the readings in a session's file (`session`).
 """
 
 import re
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.memory.judging import judge
 from captcha_exp.memory.measuring import measure
+from captcha_exp.memory.session import card_of, read_session, versions_of
 from captcha_exp.places import checkout, conf
 from captcha_exp.record import write_atomically
 
@@ -48,9 +50,7 @@ def calibrate(
     free = devices.nvml_free_bytes()  # before this process takes any of it
     device = torch.device(device_name)
     properties = torch.cuda.get_device_properties(device)
-    path = folder / f"{name or slug(properties.name)}.yaml"
-    if path.exists() and not force:
-        raise UserError(f"{path}: is there already; take --force to write over it, or another --name")
+    path = _free_path(folder, name or slug(properties.name), force)
     chosen = [replace(c, device=replace(c.device, name=device_name, precision="fp32")) for c in configs]
     free_before = free.get(str(getattr(properties, "uuid", "")))
     display.line(f"{properties.name}: measuring; nothing else should use the card meanwhile")
@@ -61,8 +61,59 @@ def calibrate(
         display,
     )
     card = judge(readings, configs[0].card)
-    _write(path, card, command)
+    software = {
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "cuDNN": cudnn_version(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]  # as above
+        "driver": devices.driver_version(),
+    }
+    _write(path, card, [_measured(card, time.strftime("%Y-%m-%d"), software), _command(command)])
     return card, path
+
+
+def calibrate_from(
+    file: Path,
+    known: Card,
+    *,
+    name: str | None = None,
+    config_dir: str | None = None,
+    force: bool = False,
+    command: Sequence[str] = (),
+) -> tuple[Card, Path]:
+    """Write a GPU's file from a session of benchmarks/gpu_session.py; return the card and the file's path.
+
+    Needs no GPU. What the session did not measure keeps the bounds of the known card.
+
+    Raises:
+        UserError: the session has no calibration, or there is no place for the file; nothing is written.
+    """
+    folder = folder_of(config_dir)
+    if name is not None:
+        _check_name(name)
+    session = read_session(file)
+    card = card_of(session, known, file)
+    path = _free_path(folder, name or slug(card.name), force)
+    date, software = versions_of(session)
+    software["cuDNN"] = cudnn_version(software["cuDNN"])
+    _write(path, card, [_measured(card, date, software), f"Session: {file.name}", _command(command)])
+    return card, path
+
+
+def _free_path(folder: Path, stem: str, force: bool) -> Path:
+    path = folder / f"{stem}.yaml"
+    if path.exists() and not force:
+        raise UserError(f"{path}: is there already; take --force to write over it, or another --name")
+    return path
+
+
+def _measured(card: Card, date: str, software: Mapping[str, object]) -> str:
+    """Return the first line of a card file: the GPU, when it was measured, and with what."""
+    known = ", ".join(f"{part} {version or 'unknown'}" for part, version in software.items())
+    return f"{card.name}, measured on {date} with {known}"
+
+
+def _command(command: Sequence[str]) -> str:
+    return f"Command: {shlex.join(command)}"
 
 
 def _device(config: Config, machine: Machine) -> str:
@@ -113,19 +164,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _write(path: Path, card: Card, command: Sequence[str]) -> None:
-    """The card file, put in place when it has been read back as the same card."""
-    software = {
-        "torch": torch.__version__,
-        "CUDA": torch.version.cuda,
-        "cuDNN": _cudnn_version(),
-        "driver": devices.driver_version(),
-    }
-    known = ", ".join(f"{what} {number or 'unknown'}" for what, number in software.items())
-    head = (
-        f"{card.name}, measured on {time.strftime('%Y-%m-%d')} with {known}",
-        f"Command: {shlex.join(command)}",
-    )
+def _write(path: Path, card: Card, head: Sequence[str]) -> None:
+    """Write the card file under these lines of comment, once it has been read back as the same card."""
     text = "".join(f"# {' '.join(line.split())}\n" for line in head) + card_to_yaml(card)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
@@ -139,10 +179,9 @@ def _write(path: Path, card: Card, command: Sequence[str]) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def _cudnn_version() -> str | None:
-    """90100 is 9.1.0; 8902, as before version 9, is 8.9.2."""
-    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # as above
-    if number is None:
+def cudnn_version(number: object) -> str | None:
+    """Return the version in words: 90100 is 9.1.0; 8902, as before version 9, is 8.9.2."""
+    if not isinstance(number, int):
         return None
     major, rest = divmod(number, 10_000 if number >= 90_000 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"

@@ -3,23 +3,35 @@
 Nothing here touches a card, so that cards which nobody has can be played in a test.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from captcha_exp.config import Card, Interval, Precision
+from captcha_exp.errors import UserError
 
 MARGIN_MIB = 64  # on top of a measured context: kernels that a training loads and no try here did
+# Limits of readings from a file; a dataclass made in code is not checked.
+FROM_JSON = with_config(ConfigDict(extra="forbid", strict=True))
+Mib = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Words = Annotated[str, Field(min_length=1)]
 
 
+@FROM_JSON
 @dataclass(frozen=True)
 class Stage:
     """The memory of the card after something was done for the first time."""
 
-    after: str
-    used_mib: float  # by all processes
-    reserved_mib: float  # by torch's allocator in this one
-    process_mib: float | None  # this one's, by NVML; None where NVML does not know it
+    after: Words
+    used_mib: Mib  # by all processes
+    reserved_mib: Mib  # by torch's allocator in this one
+    process_mib: Mib | None  # this one's, by NVML; None where NVML does not know it
 
     @property
     def beside_mib(self) -> float:
@@ -27,42 +39,77 @@ class Stage:
         return max(0.0, self.used_mib - self.reserved_mib)
 
 
+@FROM_JSON
 @dataclass(frozen=True)
 class Transient:
     """The most that a convolution of a network took beside its tensors."""
 
-    network: str
+    network: Words
     precision: Precision
-    batch_size: int
-    mib: float
+    batch_size: Count
+    mib: Mib
 
     def __str__(self) -> str:
         return f"{self.mib:.0f} ({self.network}, {self.precision}, batch of {self.batch_size})"
 
 
+@FROM_JSON
 @dataclass(frozen=True)
 class Round:
     """Seconds of one training step of a network, in each precision in turn."""
 
-    network: str
-    batch_size: int
-    seconds: Mapping[Precision, float]
+    network: Words
+    batch_size: Count
+    seconds: Mapping[Precision, Seconds]
 
 
+@FROM_JSON
 @dataclass(frozen=True)
 class Readings:
     """All that was read on a card."""
 
-    name: str
-    totals_mib: tuple[float, ...]  # as torch tells it, in each of its ways
-    free_before_mib: float | None  # before this process came, by NVML
-    stages: tuple[Stage, ...]  # in order
-    smallest: int  # the stage at which every training has arrived
-    cublas_mib: float  # kept by the workspaces of the forward and of the backward thread
+    name: Words
+    totals_mib: Annotated[tuple[Mib, ...], Field(min_length=1)]  # as torch tells it, in each of its ways
+    free_before_mib: Mib | None  # before this process came, by NVML
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]  # in order
+    smallest: Count  # the stage at which every training has arrived
+    cublas_mib: Mib  # kept by the workspaces of the forward and of the backward thread
     cublas_config: str  # CUBLAS_WORKSPACE_CONFIG
     transients: tuple[Transient, ...]
     deterministic: bool  # whether the convolutions had to be
     rounds: tuple[Round, ...]
+    compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
+
+
+def readings_to_json(readings: Readings) -> dict[str, Any]:
+    """Return the readings as values that `json` can write; `readings_from_json` reads them back."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(readings), allow_nan=False))
+    return values
+
+
+def readings_from_json(values: Any) -> Readings:
+    """Return the readings that `readings_to_json` wrote.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has the wrong type, is not finite or is out of
+            range; the line names the first such key. Measure the GPU again, or correct the file.
+    """
+    try:  # as JSON, because strict validation of Python values would refuse a list for a tuple
+        readings = TypeAdapter(Readings).validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"readings of a GPU: {key}: {first['msg'].lower()}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"readings of a GPU: not JSON values: {error}") from None
+    if readings.smallest >= len(readings.stages):
+        raise UserError(
+            f"readings of a GPU: smallest: must be below the number of stages, {len(readings.stages)}"
+        )
+    for number, each in enumerate(readings.rounds):
+        if "fp32" not in each.seconds:
+            raise UserError(f"readings of a GPU: rounds.{number}.seconds: must have fp32")
+    return readings
 
 
 def judge(read: Readings, known: Card) -> Card:
@@ -71,6 +118,7 @@ def judge(read: Readings, known: Card) -> Card:
     others = _others(read, total)
     return Card(
         name=read.name,
+        compute_capability=read.compute_capability,
         total_mib=_mib(
             total, max(read.totals_mib), "torch reports it, by cudaMemGetInfo and by the properties"
         ),

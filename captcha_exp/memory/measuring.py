@@ -102,6 +102,7 @@ def measure(
         transients=tuple(transients),
         deterministic=configs[0].train.deterministic,
         rounds=tuple(rounds),
+        compute_capability=f"{properties.major}.{properties.minor}",
     )
 
 

@@ -1,0 +1,130 @@
+"""Fill README's table of time and memory beside the article's, from the committed GPU sessions.
+
+    python benchmarks/article_table.py            write it between the two markers in README.md
+    python benchmarks/article_table.py --check    exit code 1 if README.md is out of date
+
+Reads benchmarks/results/*.json, as benchmarks/gpu_session.py writes them; needs no GPU. Without a session the
+table has the article's own figures only.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+RESULTS = PROJECT / "benchmarks" / "results"
+README = PROJECT / "README.md"
+BEGIN, END = "<!-- article-table:begin -->", "<!-- article-table:end -->"
+HEAD = (
+    "| program | device | precision | seconds per 1,000 images | images/s, training | process, MiB |",
+    "|---|---|---|---|---|---|",
+)
+# Source: the article; see benchmarks/article_loop.py.
+ARTICLE = {"cpu_seconds_per_1000": 13.60, "gpu_seconds_per_1000": 1.90, "process_mib": 2915}
+PARTS = ("article-cpu", "ours-cpu-", "article-cuda", "ours-cuda-", "auto-cuda")  # in the table's order
+MEMORY = ("process_peak_mib", "process_mib", "peak_rss_mib")  # the first one that a part has
+
+
+def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Return file name -> session, for every file of a session on a GPU, the oldest name first.
+
+    Raises:
+        SystemExit: a JSON file cannot be read; the line names it. Restore it from version control.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            session = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise SystemExit(f"{file}: cannot be read: {reason}; restore it with git checkout") from None
+        if (
+            isinstance(session, dict)
+            and session.get("benchmark") == "gpu_session"
+            and session["machine"].get("card")
+        ):
+            found[file.name] = session
+    return found
+
+
+def block(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what belongs between the markers: the table, and a sentence about its sessions."""
+    cpu, gpu, mib = ARTICLE["cpu_seconds_per_1000"], ARTICLE["gpu_seconds_per_1000"], ARTICLE["process_mib"]
+    lines = [
+        *HEAD,
+        f"| the article | its CPU | fp32 | {cpu:.2f} | | |",
+        f"| the article | GTX 1650 | fp32 | {gpu:.2f} | | {mib:,} |",
+        *(line for session in found.values() for line in _rows(session)),
+    ]
+    if found:
+        each = "; ".join(_described(name, session) for name, session in found.items())
+        sentence = f"The rows below the article's are from {each}."
+    else:
+        sentence = "No GPU has been measured yet: these are the article's own figures."
+    return "\n".join([*lines, "", sentence])
+
+
+def _rows(session: Mapping[str, Any]) -> Iterator[str]:
+    for begin in PARTS:
+        for name, part in session["parts"].items():
+            figures = part.get("figures")
+            if name.startswith(begin) and isinstance(figures, dict) and "seconds_per_1000" in figures:
+                yield _row(name, figures, session["machine"])
+
+
+def _row(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    program = "the article's loop" if name.startswith("article-") else "captcha-exp"
+    device = f"{machine['cores']} CPU cores" if name.split("-")[1] == "cpu" else machine["card"]
+    precision = figures.get("precision", "fp32")
+    if name.startswith("auto-"):
+        precision += " (auto)"
+    memory = next((f"{figures[key]:,.0f}" for key in MEMORY if figures.get(key)), "unknown")
+    seconds, speed = figures["seconds_per_1000"], figures["training_pictures_per_second"]
+    return f"| {program} | {device} | {precision} | {seconds:.3f} | {speed:,.0f} | {memory} |"
+
+
+def _described(name: str, session: Mapping[str, Any]) -> str:
+    machine = session["machine"]
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    date = machine.get("date") or session["date"]
+    return f"`benchmarks/results/{name}` ({machine['card']}, {date}, torch {machine['torch']}{driver})"
+
+
+def filled(text: str, table: str) -> str:
+    """Return the README's text with the table between its markers.
+
+    Raises:
+        SystemExit: the markers are not there once each, in order. Put them back.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"README.md: must have {BEGIN} and then {END}, once each; put them back")
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the table, or check it; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the sessions")
+    parser.add_argument("--readme", type=Path, default=README, help="the file with the markers")
+    asked = parser.parse_args(arguments)
+    old = asked.readme.read_text(encoding="utf-8")
+    new = filled(old, block(sessions(asked.results)))
+    if old == new:
+        return 0
+    if asked.check:
+        print(f"{asked.readme.name}: out of date; run python benchmarks/article_table.py", file=sys.stderr)
+        return 1
+    asked.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
