@@ -144,7 +144,9 @@ def _child(
         os.environ.update(environment)
         perform(work.act, result)
         code = 0
-    except BaseException:  # SystemExit too: the exit code says whether there is a result
+    except SystemExit as ended:
+        print(ended.code, file=sys.stderr)
+    except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):

@@ -186,7 +186,9 @@ def ours(
     with _work() as folder:
         overrides = ("experiment=article", f"data.count={shards * shard}", f"train.epochs={epochs}")
         places = (f"device.name={device}", f"device.precision={precision}", f"train.batch_size={batch}")
-        result = train(load(compose(*overrides, *places, f"data.cache={folder}/cache", "tracking=none", *more)))
+        result = train(
+            load(compose(*overrides, *places, f"data.cache={folder}/cache", "tracking=none", *more))
+        )
         lines = (result.folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line)["metrics"] for line in lines]
         tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]
