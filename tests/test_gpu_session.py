@@ -223,7 +223,7 @@ def test_a_call_that_is_killed_loses_the_part_at_hand_and_the_next_one_runs_it(t
     out = tmp_path / "session.json"
     names = gpu_parts.call(3, gpu_session.all_parts(True), {})
     left = ("matrix-products", "doctor")
-    ready = {name: {"figures": {}} for name in names if name not in left}
+    ready: dict[str, Any] = {name: {"figures": {}} for name in names if name not in left}
     saved(out, ready | {"predictions": predicted()})
     before = out.read_text()
     words = [sys.executable, str(SCRIPT), "--dry-run", "--call", "3", "--out", str(out)]
@@ -371,12 +371,11 @@ def test_a_failed_part_or_test_is_exit_code_1(
         return original(name, *rest) if name == "machine-cpu" else part
 
     monkeypatch.setattr(sys.modules[__name__], "made_up_run", run)
-    for number, (record, words) in enumerate(
-        [
-            ({"error": "line\nTypeError: no"}, "TypeError: no"),
-            ({"figures": {"passed": 3, "failures": {"test_a[fp16]": "assert"}}}, "failed: test_a[fp16]"),
-        ]
-    ):
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"error": "line\nTypeError: no"}, "TypeError: no"),
+        ({"figures": {"passed": 3, "failures": {"test_a[fp16]": "assert"}}}, "failed: test_a[fp16]"),
+    ]
+    for number, (record, words) in enumerate(cases):
         part = {"wall_seconds": 1.0, **record}
         assert main("--dry-run", "--parts", "tests-1", "--out", str(tmp_path / f"{number}.json")) == 1
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -415,7 +414,7 @@ def test_each_call_has_its_parts_in_order_and_the_third_has_the_rest() -> None:
 
 
 def test_what_has_figures_is_left_out_and_what_failed_comes_last() -> None:
-    done = {"article-cuda": {"figures": {}}, "ours-cuda-fp32": {"error": "died"}}
+    done: dict[str, dict[str, Any]] = {"article-cuda": {"figures": {}}, "ours-cuda-fp32": {"error": "died"}}
     names = gpu_parts.call(2, gpu_session.all_parts(False), done)
 
     assert names[0] == "ours-cuda-bf16"
