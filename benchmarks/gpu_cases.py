@@ -5,10 +5,14 @@ Nothing here starts CUDA or draws a picture, and little is imported, as each par
 
 import functools
 import gc
+import hashlib
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from gpu_judging import PROJECT
 
 from captcha_exp import compose, load
 from captcha_exp import device as devices
@@ -19,7 +23,8 @@ from captcha_exp.evaluate import evaluate
 from captcha_exp.step import fresh_state, train_step
 
 MIB = 2**20
-CARD = "h200"  # the file in conf/card/ that predictions are made with
+CARD = "h200"  # the file in conf/card/ that a measured config names; nothing that is measured depends on it
+SENT = "device.resident_limit_mib=0"  # keeps pictures on the host: results do not depend on their number
 NETWORKS = {"resnet18": "experiment=article", "compact": "experiment=alnum"}
 VARIANTS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -152,6 +157,11 @@ class ProcessMeter:
         self.device = device
         self.free_before = None if device.type == "cpu" else _free_bytes()
 
+    @property
+    def free_before_mib(self) -> float | None:
+        """MiB of the GPU that were free before CUDA started here, by NVML."""
+        return None if self.free_before is None else self.free_before / MIB
+
     def now(self) -> dict[str, Any]:
         """MiB of the process now, who says so, and how many of them torch's allocator did not reserve.
 
@@ -175,7 +185,7 @@ class ProcessMeter:
             "process_by": by,
             "context_mib": (process - reserved) / MIB,
             "card_used_mib": used / MIB,
-            "card_free_before_mib": None if self.free_before is None else self.free_before / MIB,
+            "card_free_before_mib": self.free_before_mib,
         }
 
 
@@ -197,13 +207,27 @@ def _resident_mib() -> float:
     return devices.process_peak_mib(torch.device("cpu"))
 
 
+def step_seconds(act: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Return the median seconds of so many calls, each waited for."""
+    taken = []
+    for _ in range(steps):
+        wait(device)
+        began = time.perf_counter()
+        act()
+        wait(device)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all of its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @functools.cache
 def code_sha256() -> str:
     """SHA-256 over the code and the settings that a prediction depends on."""
-    import hashlib
-
-    from gpu_judging import PROJECT
-
     digest = hashlib.sha256()
     for file in sorted([*PROJECT.glob("captcha_exp/**/*.py"), *PROJECT.glob("conf/**/*.yaml")]):
         digest.update(f"{file.relative_to(PROJECT)}\n".encode() + file.read_bytes())

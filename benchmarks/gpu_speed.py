@@ -5,8 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_cases import NETWORKS, Case, attempt, clear, config_of, noise_batch, peaks, start
-from gpu_memory import step_seconds, wait
+from gpu_cases import (
+    NETWORKS,
+    Case,
+    attempt,
+    clear,
+    config_of,
+    noise_batch,
+    peaks,
+    start,
+    step_seconds,
+    wait,
+)
 
 from captcha_exp import device as devices
 from captcha_exp.config import Config

@@ -1,4 +1,4 @@
-"""What only a CUDA card can show. Run by `pytest -m gpu`."""
+"""Tests that need a CUDA GPU. Run by `pytest -m gpu`; `-m gpu_quick` runs the essential ones alone."""
 
 import json
 import math
@@ -65,6 +65,7 @@ def training_split(config: Config) -> Split:
 # -- a training ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu_quick
 def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
     result = train(cuda)
     rows = [
@@ -77,6 +78,7 @@ def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
             assert 0 < allocated <= row[f"memory/{phase}_peak_reserved_mib"] < row["memory/process_peak_mib"]
 
 
+@pytest.mark.gpu_quick
 @pytest.mark.parametrize("model", ["compact", "resnet18"])
 def test_what_a_plan_says_is_what_the_card_measures(cuda: Config, model: str) -> None:
     """With all that a small run leaves to fragments and workspaces, the bounds hold what was measured."""
@@ -130,6 +132,7 @@ def test_auto_takes_a_batch_size_that_fits_and_writes_down_what_it_saw(cuda: Con
     assert result.config.train.batch_size in [row["batch_size"] for row in tried if row["fits"]]
 
 
+@pytest.mark.gpu_quick
 @each_precision
 def test_the_same_bits_twice_and_whether_the_pictures_live_on_the_card_or_not(
     cuda: Config, precision: Precision
@@ -149,6 +152,7 @@ def test_changed_pictures_too_give_the_same_bits_wherever_they_live(cuda: Config
     assert digests[0] != train(cuda).weights_sha256
 
 
+@pytest.mark.gpu_quick
 @pytest.mark.parametrize("resident_limit_mib", [512, 0], ids=["resident", "sent"])
 @each_precision
 def test_a_step_never_waits_for_the_card(
@@ -175,6 +179,7 @@ def test_a_step_never_waits_for_the_card(
 # -- 16 bits -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu_quick
 def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(cuda: Config) -> None:
     result = train(on_the_card(cuda, precision="auto"))
     tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]
@@ -190,6 +195,7 @@ def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(c
     assert f"precision: {best['precision']}" in (result.folder / "config.yaml").read_text()
 
 
+@pytest.mark.gpu_quick
 def test_16_bits_point_where_32_do_on_every_card_since_ampere(cuda: Config) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("older cards may have no right 16 bits; auto finds out")
@@ -223,6 +229,7 @@ def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None
     assert all(bool(weight.isfinite().all()) for weight in state.model.state_dict().values())
 
 
+@pytest.mark.gpu_quick
 @each_precision
 def test_a_training_in_any_precision_has_finite_figures(cuda: Config, precision: Precision) -> None:
     result = train(on_the_card(cuda, precision=precision))
@@ -235,6 +242,7 @@ def test_a_training_in_any_precision_has_finite_figures(cuda: Config, precision:
 # -- changed pictures ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu_quick
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_card_changes_pictures_as_the_cpu_does_to_one_of_255(cuda: Config, channels: int) -> None:
     """Movements and colours; a share of one in a hundred may be rounded the other way."""
@@ -289,6 +297,7 @@ def too_little(cuda: Config) -> Config:
     return on_the_card(training(wide, batch_size=150), vram_budget_mib=640, resident_limit_mib=0)
 
 
+@pytest.mark.gpu_quick
 def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Config) -> None:
     with pytest.raises(
         OutOfMemory, match=r"out of memory in .+ MiB taken at most, .+ MiB foretold"
@@ -386,6 +395,7 @@ def test_predict_answers_as_evaluate(cuda: Config, precision: Precision, tmp_pat
         assert reading.confidences == pytest.approx(confidences, abs=1e-3)
 
 
+@pytest.mark.gpu_quick
 def test_what_was_trained_on_the_card_reads_the_same_on_the_cpu(cuda: Config) -> None:
     """In fp32, but for the few pictures on which the network is torn."""
     folder = train(cuda).folder

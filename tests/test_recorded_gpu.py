@@ -20,8 +20,8 @@ from captcha_exp.memory.trace import trace
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-import gpu_judging  # noqa: E402 - benchmarks/ is no package
-import gpu_memory  # noqa: E402
+import gpu_judging  # noqa: E402 - benchmarks/ is not a package
+import gpu_predictions  # noqa: E402
 from gpu_cases import Case, config_of  # noqa: E402
 
 RESERVED = 0.01  # a share of the recorded peak: so far our model of the allocator may be off
@@ -36,7 +36,9 @@ def sessions(folder: Path = BENCHMARKS / "results") -> dict[str, Session]:
     found = {}
     for file in sorted(folder.glob("*.json")):
         session = json.loads(file.read_text())
-        if session.get("machine", {}).get("card") and (recordings(session) or plans(session)):
+        if session.get("benchmark") != "gpu_session" or not session.get("machine", {}).get("card"):
+            continue
+        if recordings(session) or plans(session):
             found[file.name] = session
     return found
 
@@ -90,7 +92,9 @@ def test_todays_plans_are_what_a_card_showed() -> None:
         budgets = [int(budget) for budget in _budgets(session)]
         for part, measured in plans(session).items():
             case = Case(*measured["case"])
-            today = gpu_memory.foretell(case, measured["pictures"], budgets)
+            card = gpu_judging.card_of(session)
+            assert card is not None, f"{name}: no predictions for {session['machine']['card']}"
+            today = gpu_predictions.predict_case(case, measured["pictures"], budgets, [card])[card]
             mistakes = plan_mistakes(today["plan"], today["verdicts"], measured)
             assert mistakes == [], f"{name}: {part}"
 
@@ -100,12 +104,17 @@ def test_what_was_foretold_then_stood_in_the_file_before_it_was_measured() -> No
         parts = session["parts"]
         for part in plans(session):
             assert parts["predictions"]["began"] < parts[part]["began"], f"{name}: {part}"
-            assert part.removeprefix("plan-") in parts["predictions"]["figures"]["plans"], f"{name}: {part}"
+            card = gpu_judging.card_of(session)
+            assert card is not None, f"{name}: no predictions for {session['machine']['card']}"
+            predicted = parts["predictions"]["figures"]["plans"][card]
+            assert part.removeprefix("plan-") in predicted, f"{name}: {part}"
 
 
 def _budgets(session: Session) -> list[str]:
-    foretold = session["parts"]["predictions"]["figures"]["plans"].values()
-    return sorted({budget for plan in foretold for budget in plan["verdicts"]}, key=int)
+    cards = session["parts"]["predictions"]["figures"]["plans"].values()
+    return sorted(
+        {budget for plans in cards for plan in plans.values() for budget in plan["verdicts"]}, key=int
+    )
 
 
 # -- the reader ----------------------------------------------------------------------------------------------
@@ -277,7 +286,8 @@ def test_a_session_of_no_card_or_without_figures_is_left_alone(
         "older": {"machine": {"card": "NVIDIA H200"}, "parts": {"doctor": {"figures": []}}},
     }
     for name, session in written.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(session))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"benchmark": "gpu_session", **session}))
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "oracle", **written["card"]}))
     (tmp_path / "lines.jsonl").write_text("{}\n{}\n")
 
     found = sessions(tmp_path)
@@ -291,7 +301,8 @@ def test_todays_plan_of_a_case_is_made_from_what_its_figures_say() -> None:
     figures = json.loads(
         json.dumps({"case": Case("compact", "bf16", 16), "pictures": {"train": 48, "validation": 8}})
     )
-    plan = gpu_memory.foretell(Case(*figures["case"]), figures["pictures"], [300, 100_000])
+    case = Case(*figures["case"])
+    plan = gpu_predictions.predict_case(case, figures["pictures"], [300, 100_000], ["h200"])["h200"]
 
     assert plan["plan"]["batch_size"] == 16
     assert plan["verdicts"] == {"300": "does not fit", "100000": "fits"}

@@ -1,0 +1,206 @@
+"""The parts of gpu_session that train as users do, run the gpu tests, and describe the machine.
+
+Each function is the work of one part and runs in a process of its own.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_processes import WORK, keep_partial
+
+from captcha_exp import device as devices
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent / "tests" / "test_gpu.py"
+TEST_OUTPUT_CHARACTERS = 2000  # of each failed test
+QUICK = "gpu_quick"  # the marker of the gpu tests that guard the essentials and take seconds each
+
+
+# -- the machine ---------------------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the figures are measured on. The values about a GPU are None on the CPU.
+
+    Raises:
+        SystemExit: a GPU is asked for and torch finds none.
+    """
+    found: dict[str, Any] = {
+        "card": None,
+        "card_mib": None,
+        "compute_capability": None,
+        "driver": None,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch has no types for it
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+    if device == "cpu":
+        return found
+    if not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA GPU here; --dry-run runs every part on the CPU")
+    card = torch.cuda.get_device_properties(0)
+    return found | {
+        "card": card.name,
+        "card_mib": card.total_memory // 2**20,
+        "compute_capability": f"{card.major}.{card.minor}",
+        "driver": devices.driver_version(),
+    }
+
+
+def doctor(device: str) -> list[dict[str, Any]]:
+    """Return what `captcha-exp doctor` finds."""
+    from captcha_exp import compose, load
+    from captcha_exp.doctor import findings, gather
+
+    config = load(compose(f"device.name={device}"))
+    return [asdict(finding) for finding in findings(gather(config))]
+
+
+# -- the tests of the GPU ------------------------------------------------------------------------------------
+
+
+class Outcomes:
+    """A pytest plugin: the outcome and the seconds of each test, kept after each one."""
+
+    def __init__(self, group: int | None, groups: int) -> None:
+        self.group, self.groups = group, groups
+        self.outcomes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.failures: dict[str, str] = {}
+
+    def figures(self) -> dict[str, Any]:
+        """Return the counts, the names of the failed tests with the end of their output, and the seconds."""
+        counts = {
+            kind: sum(value == kind for value in self.outcomes.values())
+            for kind in ("passed", "failed", "skipped")
+        }
+        return {**counts, "failures": self.failures, "seconds": self.seconds}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if self.group is not None:
+            items[:] = [item for place, item in enumerate(items) if place % self.groups == self.group]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        name = report.nodeid.rpartition("::")[2]
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + report.duration, 2)
+        if report.failed:
+            self.outcomes[name] = "failed"
+            self.failures[name] = str(report.longreprtext)[-TEST_OUTPUT_CHARACTERS:]
+        elif report.skipped or report.when == "call":
+            self.outcomes.setdefault(name, report.outcome)
+        if report.when == "teardown":
+            keep_partial(self.figures())
+
+
+def tests(marks: str, group: int | None, groups: int, collect_only: bool) -> dict[str, Any]:
+    """Return how the chosen gpu tests end; without a GPU they are only collected.
+
+    `group` chooses every `groups`-th test, from this one on: a large set is split between several parts.
+
+    Raises:
+        SystemExit: pytest could not run, or found no test.
+    """
+    import pytest
+
+    os.chdir(HERE.parent)
+    plugin = Outcomes(group, groups)
+    arguments = ["-m", marks, "--tb=short", "-p", "no:cacheprovider", str(TESTS)]
+    code = int(pytest.main([*arguments, *(["--collect-only"] if collect_only else [])], plugins=[plugin]))
+    if code not in (0, 1):  # 1: tests failed, whose names are among the figures
+        raise SystemExit(f"pytest ended with exit code {code}")
+    return plugin.figures()
+
+
+# -- the article's pictures ----------------------------------------------------------------------------------
+
+
+def article_loop(device: str, shards: int, shard: int, epochs: int) -> dict[str, Any]:
+    """Return the figures of the article's program on files as it had them: GIFs with names ending in .png."""
+    import article_loop as loop
+
+    with _work() as folder:
+        work = Path(folder, f"shards-{shards}-{shard}")
+        if not work.exists():  # another part of this call may have prepared them
+            draw_files(Path(folder, "pictures"), shards * shard)
+            loop.prepare(Path(folder, "pictures"), Path(folder, "draft"), shard=shard)
+            Path(folder, "draft").rename(work)
+        figures = loop.measure(work, torch.device(device), epochs=epochs)
+    figures["seconds_per_1000"] = figures["seconds_per_shard"] * 1000 / shard
+    return figures
+
+
+@contextmanager
+def _work() -> Iterator[str]:
+    """Give the folder that the parts of a call share; without one, a folder of this part's own."""
+    if shared := os.environ.get(WORK):
+        yield shared
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+
+
+def draw_files(folder: Path, count: int) -> None:
+    """Draw pictures of experiment=article in files with the article's names and format, on all cores."""
+    workers = min(8, os.cpu_count() or 1, 1 + count // 100)
+    folder.mkdir(exist_ok=True)
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+
+    def start(worker: int) -> None:
+        numbers = map(str, (worker, workers, count))
+        command = [sys.executable, str(HERE / "gpu_drawing.py"), str(folder), *numbers]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
+
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(start, range(workers)))
+
+
+def ours(
+    device: str,
+    precision: str,
+    shards: int,
+    shard: int,
+    epochs: int,
+    batch: int,
+    more: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the figures of experiment=article with `more` overrides, trained by the package."""
+    from captcha_exp import compose, load
+    from captcha_exp.train import train
+
+    with _work() as folder:
+        overrides = ("experiment=article", f"data.count={shards * shard}", f"train.epochs={epochs}")
+        places = (f"device.name={device}", f"device.precision={precision}", f"train.batch_size={batch}")
+        result = train(
+            load(compose(*overrides, *places, f"data.cache={folder}/cache", "tracking=none", *more))
+        )
+        lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line)["metrics"] for line in lines]
+        tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]
+    rows = [row for row in rows if "speed/epoch_seconds" in row][1:]
+    return {
+        "precision": result.config.device.precision,
+        "precisions_tried": tried,
+        "batch_size": result.config.train.batch_size,
+        "epochs": epochs,
+        "seconds_per_1000": statistics.median(row["speed/epoch_seconds"] for row in rows)
+        / (shards * shard)
+        * 1000,
+        "training_pictures_per_second": statistics.median(row["speed/images_per_second"] for row in rows),
+        **{key.removeprefix("memory/"): max(row[key] for row in rows) for key in rows[0] if "memory/" in key},
+    }
