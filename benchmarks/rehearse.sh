@@ -7,8 +7,8 @@
 #   1. makes a virtual environment with torch (5 GB with its CUDA packages, which run on a CPU, too), or takes
 #      TORCH_ENV, and installs those packages of HAVE.txt that the project needs, in the list's versions or the lock's;
 #   2. collects the wheels for that Python, and checks them;
-#   3. runs the three calls of gpu_session.py with --dry-run through gpu_run.sh, without a network where
-#      `unshare --net` is allowed, and prints the wall time of each.
+#   3. predicts, and runs the three calls of gpu_session.py with --dry-run through gpu_run.sh, without a network
+#      where `unshare --net` is allowed, and prints the wall time of each.
 #
 # Settings, as environment variables:
 #   PYTHON=python3   the Python of the new environment: 3.11, 3.12 or 3.13
@@ -73,14 +73,18 @@ else
 fi
 "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)' 2>/dev/null
 
-code=0 total=0 out=$work/dry.json
+code=0 total=0 out=$work/dry.json predictions=$work/predictions.json
 : >"$work/times"
-rm -rf "$out" "$out".* "$work/site"
+rm -rf "$out" "$out".* "$predictions" "$work/site"
 export PYTHON=$python WHEELS=$wheels SITE=$work/site
+run() { "${offline[@]}" bash "$project/benchmarks/gpu_run.sh" "$@"; }
+run --parts predictions --dry-run --out "$predictions" || { echo "the predictions failed" >&2; exit 1; }
 for call in 1 2 3; do
+  arguments=(--call "$call" --seconds "$((call == 1 ? 240 : 150))" --dry-run --out "$out")
+  if [ "$call" -eq 1 ]; then arguments+=(--predictions "$predictions"); fi
   began=$(date +%s%N)
   result=0
-  "${offline[@]}" bash "$project/benchmarks/gpu_run.sh" --call "$call" --dry-run --out "$out" || result=$?
+  run "${arguments[@]}" || result=$?
   milliseconds=$((($(date +%s%N) - began) / 1000000))
   total=$((total + milliseconds))
   printf 'call %s: exit code %s, %s.%03d s\n' "$call" "$result" $((milliseconds / 1000)) $((milliseconds % 1000)) |
@@ -89,7 +93,7 @@ for call in 1 2 3; do
 done
 if [ -n "${TESTS:-}" ]; then
   read -ra tests <<<"$TESTS"
-  "${offline[@]}" bash "$project/benchmarks/gpu_run.sh" pytest "${tests[@]}" || code=1
+  run pytest "${tests[@]}" || code=1
 fi
 echo
 cat "$work/times"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ def test_a_signal_reaches_the_call_which_writes_what_it_has(copy: Copy, signum: 
     process = subprocess.Popen(command, env=copy.environment(), stdout=subprocess.PIPE, text=True)
     while not (copy.folder / "ready").exists():
         assert process.poll() is None
+        time.sleep(0.01)
 
     process.send_signal(signum)
     printed, _ = process.communicate()
@@ -246,9 +248,9 @@ def test_pytest_runs_with_the_wheels_and_its_exit_code(copy: Copy) -> None:
     test = "import carried, pytest\n@pytest.mark.gpu\ndef test_it():\n    assert carried.VERSION == {!r}\n"
 
     (copy.folder / "test_it.py").write_text(test.format("1.5"))
-    right = copy.run(WRITES, "pytest", "-m", "gpu")
+    right = copy.run(WRITES, "pytest", "-m", "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     (copy.folder / "test_it.py").write_text(test.format("9.99"))
-    wrong = copy.run(WRITES, "pytest", "-m", "gpu")
+    wrong = copy.run(WRITES, "pytest", "-m", "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
     assert right.returncode == 0, right.stdout + right.stderr
     assert wrong.returncode == 1
