@@ -123,9 +123,13 @@ if [ -n "$seconds" ]; then
   limit=$("$python" -c 'import sys; print(float(sys.argv[1]) + float(sys.argv[2]))' "$seconds" "$grace")
   command=(timeout --kill-after=10 "$limit" "${command[@]}")
 fi
-# In the background, so that a signal reaches it at once; the session then writes what it has.
-"${command[@]}" > >(tee -a "$log") 2> >(tee -a "$log" >&2) &
+# In the background, so that a signal reaches it at once; the session then writes what it has. Its output goes to a
+# file and is shown from there: a pipe would stay open as long as any process that the session left behind.
+shown=$(wc -c <"$log")
+"${command[@]}" >>"$log" 2>&1 &
 child=$!
+tail --quiet --bytes=+"$((shown + 1))" --follow --sleep-interval=0.2 --pid="$child" "$log" &
+display=$!
 received=0
 trap 'received=143; kill -TERM "$child" 2>/dev/null' TERM HUP
 trap 'received=130; kill -INT "$child" 2>/dev/null; kill -TERM "$child" 2>/dev/null' INT
@@ -133,6 +137,7 @@ code=0
 wait "$child" || code=$?
 while [ "$received" -ne 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap ends a wait
 if [ "$received" -ne 0 ]; then code=$received; fi
+wait "$display" || true
 
 echo
 table || failed "$code" "the call ended with exit code $code and left no session in $(basename "$out")"
