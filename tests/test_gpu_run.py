@@ -517,3 +517,13 @@ def test_an_incomplete_collection_has_exit_code_1(collection: Collection) -> Non
 
     assert done.returncode == 1
     assert "mlflow: missing" in done.stderr
+
+
+def test_torch_is_never_collected_even_where_the_machine_lacks_it(collection: Collection) -> None:
+    collection.set.have.remove("torch==2.11.0+cu130")
+
+    done = collection.run("one==1.0", "torch==2.13.0", "nvidia-cublas==1.0", "nvidia-ml-py==13.0")
+
+    assert done.returncode == 1
+    assert "torch: missing" in done.stderr
+    assert collection.files() == ["one-1.0-py3-none-any.whl"]
