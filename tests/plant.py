@@ -1275,6 +1275,34 @@ PLANTS = (
         "",
         ("test_code.py",),
     ),
+    Plant(
+        "a wheel's requirement with a marker of another Python is called missing",
+        "../benchmarks/check_wheels.py",
+        "requirement.marker is not None and not requirement.marker.evaluate(environment)",
+        "requirement.marker is not None and requirement.marker.evaluate(environment)",
+        ("test_gpu_run.py",),
+    ),
+    Plant(
+        "a carried wheel of the wrong version passes",
+        "../benchmarks/check_wheels.py",
+        "available = dict(have) | {name: wheel.version for name, wheel in gathered.items()}",
+        "available = dict(have) | dict.fromkeys(gathered)",
+        ("test_gpu_run.py",),
+    ),
+    Plant(
+        "a call that dies before it writes leaves no reason",
+        "../benchmarks/gpu_run.sh",
+        'table || failed "$code"',
+        'table || : "$code"',
+        ("test_gpu_run.py",),
+    ),
+    Plant(
+        "wheels that changed are not installed again",
+        "../benchmarks/gpu_run.sh",
+        '[ "$(cat "$site/.stamp")" = "$stamp" ]',
+        "true",
+        ("test_gpu_run.py",),
+    ),
 )
 
 
