@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from test_trace import ONEDNN, moments_of, real_peaks
+from test_trace import ONEDNN, moments_of, profiled, real_peaks
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from captcha_exp.memory.module_trace import trace_module
 
@@ -192,7 +192,7 @@ def train_for_real(
 ) -> tuple[int, int]:
     """Return the peak bytes of two steps on the CPU: without blocks inside one operator, and with them."""
     loss_function = nn.CrossEntropyLoss()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profiled() as seen:
         with record_function("state"):
             model = deepcopy(module)
             optimizer = optimizer_factory(model.parameters())

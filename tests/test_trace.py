@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
@@ -185,18 +186,23 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
     shape = (count, captcha.height, captcha.width, captcha.channels)
     targets = torch.randint(0, len(captcha.alphabet), (count, captcha.length))
     data = Dataset(torch.randint(0, 256, shape, dtype=torch.uint8), targets, ["?"] * count, members, {})
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with TemporaryDirectory() as folder, profiled() as seen:
         sides = [data.split(name, CPU, config.device.resident_limit_mib) for name in pictures]
         with record_function("state"):
             state = fresh_state(config, CPU)
         change = Changes(config, 1, count, CPU)
         guard = watch.Guard(sides[0], data.labels, config, lambda _: None)
         with record_function("step"), Silent().bar("", 1) as bar:
-            keeper = Keeper(Path("nowhere"), config, guard, Leaving(None), Silent())
+            keeper = Keeper(Path(folder), config, guard, Leaving(None), Silent())
             train_epoch(state, sides[0], change, config, guard, keeper, bar)
         with record_function("evaluation"):
             evaluate(state.model, sides[1], config)
     return moments_of(seen, ONEDNN)
+
+
+def profiled() -> profile:
+    """Return the profiler of the CPU's memory; torch 2.11 warns unless it is told to keep all events."""
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
 
 
 def moments_of(seen: profile, products: tuple[str, ...]) -> list[Moment]:
@@ -259,7 +265,9 @@ def compare(config: Config, size: int, record: Any) -> None:
         assert without[phase] == pytest.approx(foretold, rel=0.02), phase
         # What oneDNN reorders is of one layer: much beside a small batch of a small network.
         passed = config.train.micro_batch_size or size
-        if passed >= 32 and phase != "state":  # whose extra is what torch draws the weights in
+        # A CPU without bf16 instructions computes in fp32: its scratch then holds a layer twice as large.
+        native = config.device.precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if passed >= 32 and native and phase != "state":  # whose extra is what torch draws the weights in
             assert raw[phase] <= 1.05 * foretold, phase
 
 
@@ -471,7 +479,7 @@ def test_what_a_step_keeps_is_seen_to_the_byte(tiny: Config, monkeypatch: pytest
 
 def test_nothing_is_computed() -> None:
     config = configured("experiment=article")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profiled() as seen:
         traced = trace(config, 100, {"train": 50_000, "validation": 5_000})
     assert seen.profiler is not None
     found = [seen.profiler.kineto_results.experimental_event_tree()]
