@@ -1219,6 +1219,27 @@ PLANTS = (
         "",
         ("test_code.py",),
     ),
+    Plant(
+        "a session takes predictions of other code",
+        "../benchmarks/gpu_files.py",
+        "    if found != code_sha256:",
+        "    if False:",
+        ("test_gpu_session.py",),
+    ),
+    Plant(
+        "children of a part that hangs keep running",
+        "../benchmarks/gpu_processes.py",
+        "            os.killpg(pid, signal.SIGKILL)",
+        "            pass",
+        ("test_gpu_session.py",),
+    ),
+    Plant(
+        "an H100 is judged by the figures of the H200",
+        "../benchmarks/gpu_judging.py",
+        "if card in words)",
+        "if True)",
+        ("test_gpu_session.py",),
+    ),
 )
 
 
