@@ -1297,13 +1297,6 @@ PLANTS = (
         ("test_gpu_run.py",),
     ),
     Plant(
-        "the largest batch may be one that is unsure",
-        "memory/plan.py",
-        'self.at(batch).fits == "fits"',
-        'self.at(batch).fits != "does not fit"',
-        ("test_plan.py",),
-    ),
-    Plant(
         "a session takes predictions of other code",
         "../benchmarks/gpu_files.py",
         "    if found != code_sha256:",
