@@ -4,20 +4,17 @@ The predictions are made for several card files, as it may not be known which GP
 that matches the device's name is used (`gpu_judging.card_of`). They carry the hash of the code behind them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
-from unittest import mock
 
 import torch
 from gpu_cases import SENT, Case, code_sha256, config_of
 
 from captcha_exp.config import Config
-from captcha_exp.memory import plan as planning
-from captcha_exp.memory.trace import Trace, trace
+from captcha_exp.memory.plan import Planner, Shared
 from captcha_exp.places import conf
 
 Pictures = Mapping[str, int]
@@ -70,48 +67,37 @@ def predict_case(
 ) -> dict[str, dict[str, Any]]:
     """Return, for each card, the plan of a case as JSON and its verdict for each budget (MiB)."""
     case = Case(*case)
-    found = {}
-    with _traced_once():
-        for card in cards:
-            config = config_of(case, "cuda", card=card)
-            plan = planning.Planner(config, pictures).at(case.batch)
-            verdicts = {
-                str(budget): planning.Planner(_budgeted(config, budget), pictures).at(case.batch).fits
-                for budget in budgets
-            }
-            found[card] = {
-                "case": list(case),
-                "pictures": dict(pictures),
-                "plan": plan.to_json(),
-                "verdicts": verdicts,
-            }
+    shared, found = _shared(case, pictures), {}
+    for card in cards:
+        config = config_of(case, "cuda", card=card)
+        plan = Planner(config, pictures, shared=shared).at(case.batch)
+        verdicts = {
+            str(budget): Planner(_budgeted(config, budget), pictures, shared=shared).at(case.batch).fits
+            for budget in budgets
+        }
+        found[card] = {
+            "case": list(case),
+            "pictures": dict(pictures),
+            "plan": plan.to_json(),
+            "verdicts": verdicts,
+        }
     return found
 
 
 def predict_largest(variant: str, budget_mib: int, cards: Sequence[str]) -> dict[str, int | None]:
     """Return, for each card, the largest batch of the article's network that is predicted to fit."""
-    found: dict[str, int | None] = {}
-    with _traced_once():
-        for card in cards:
-            config = config_of(Case("resnet18", variant, 100), "cuda", SENT, card=card)
-            plan = planning.Planner(_budgeted(config, budget_mib), LARGEST_PICTURES).largest()
-            found[card] = plan.batch_size if plan else None
+    case = Case("resnet18", variant, 100)
+    shared, found = _shared(case, LARGEST_PICTURES, SENT), {}
+    for card in cards:
+        config = _budgeted(config_of(case, "cuda", SENT, card=card), budget_mib)
+        found[card] = Planner(config, LARGEST_PICTURES, shared=shared).largest_batch() or None
     return found
+
+
+def _shared(case: Case, pictures: Pictures, *more: str) -> Shared:
+    """Return the traces of a case: neither card nor budget changes what a training allocates."""
+    return Shared(config_of(case, "cuda", *more), pictures)
 
 
 def _budgeted(config: Config, budget_mib: int) -> Config:
     return replace(config, device=replace(config.device, vram_budget_mib=budget_mib))
-
-
-@contextmanager
-def _traced_once() -> Iterator[None]:
-    """Trace each batch size once: neither card nor budget changes what a training allocates."""
-    known = dict[int, Trace]()
-
-    def remembered(config: Config, batch_size: int, pictures: Pictures) -> Trace:
-        if batch_size not in known:
-            known[batch_size] = trace(config, batch_size, pictures)
-        return known[batch_size]
-
-    with mock.patch.object(planning, "trace", remembered):
-        yield

@@ -132,7 +132,7 @@ tail --quiet --bytes=+"$((shown + 1))" --follow --sleep-interval=0.2 --pid="$chi
 display=$!
 received=0
 trap 'received=143; kill -TERM "$child" 2>/dev/null' TERM HUP
-trap 'received=130; kill -INT "$child" 2>/dev/null; kill -TERM "$child" 2>/dev/null' INT
+trap 'received=130; kill -TERM "$child" 2>/dev/null' INT  # on SIGTERM the session writes what it has
 code=0
 wait "$child" || code=$?
 while [ "$received" -ne 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap ends a wait

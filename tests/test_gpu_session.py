@@ -671,7 +671,7 @@ def test_a_batch_is_traced_once_for_all_cards_and_budgets(monkeypatch: pytest.Mo
         traced.append(batch_size)
         return trace(config, batch_size, pictures)
 
-    monkeypatch.setattr("gpu_predictions.trace", counting)
+    monkeypatch.setattr("captcha_exp.memory.plan.trace", counting)
     cards, pictures = ["h200", "gtx1650"], {"train": 12, "validation": 6}
 
     found = gpu_predictions.predict_case(Case("compact", "fp32", 4), pictures, [600, 3000, 9000], cards)
