@@ -116,6 +116,20 @@ def test_an_lstm_keeps_at_least_gates_and_cells_of_each_time_step() -> None:
     assert 5 + 2 <= tensors <= 5 + 2 + 8  # and input and output; more is taken for a while
 
 
+@pytest.mark.parametrize("layer", [nn.GRU, nn.RNN, nn.LSTM])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_recurrent_layers_are_traced_with_the_batch_first_too(layer: Any, bidirectional: bool) -> None:
+    """torch transposes the output of some in place, of which a tensor without values is not capable."""
+    width, steps, size = 16, 12, 8
+    by_time = layer(width, 32, bidirectional=bidirectional)
+    by_image = layer(width, 32, bidirectional=bidirectional, batch_first=True)
+
+    expected = peak(by_time, torch.empty(steps, size, width), loss=_first)
+
+    found = peak(by_image, torch.empty(size, steps, width), loss=_first)
+    assert expected <= found <= expected + 2 * 4 * steps * size * width  # its input is copied, at most twice
+
+
 def _first(output: Any) -> Tensor:
     loss: Tensor = output[0].mean()
     return loss

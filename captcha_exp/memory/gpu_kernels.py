@@ -45,6 +45,8 @@ def cuda_operators() -> Iterator[None]:
         for key in ("AutogradCPU", "CPU"):
             library.impl("dropout", _dropout, key)
             library.impl("scaled_dot_product_attention", _attention, key)
+            for recurrent in ("gru", "rnn_tanh", "rnn_relu"):
+                library.impl(f"{recurrent}.input", _batch_second(recurrent), key)
         for name in _FP32_IN_AUTOCAST:
             library.impl(name, _in_fp32(name), "AutocastCPU")
         # Without oneDNN an LSTM is a loop over time steps. torch.backends.mkldnn.flags warns of TF32.
@@ -99,6 +101,18 @@ def _has_fused_kernel(query: Tensor, value: Tensor, mask: Tensor | None, enable_
     )
     same_heads = query.ndim == 4 and not enable_gqa
     return bool(allowed and aligned and same_heads and not (mask is not None and mask.requires_grad))
+
+
+def _batch_second(name: str) -> Callable[..., Any]:
+    """Return a recurrent layer that transposes its output out of place: torch's does so in place."""
+    operator = getattr(_aten, name).input
+
+    def kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *rest, batch_first = args
+        output, hidden = operator.decompose(x.transpose(0, 1) if batch_first else x, *rest, False)
+        return output.transpose(0, 1) if batch_first else output, hidden
+
+    return kernel
 
 
 def _in_fp32(name: str) -> Callable[..., Any]:
