@@ -24,6 +24,7 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 refuse() { echo "$1" >&2; exit 2; }
 canonical() { sed -E 's/[-_.]+/-/g' | tr '[:upper:]' '[:lower:]'; }
 
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then refuse "usage: rehearse.sh HAVE.txt [WORK]"; fi
 [ -f "$1" ] || refuse "$1: no such file; make it on the machine with: python3 -m pip list --format=freeze"
 have=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
