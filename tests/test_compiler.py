@@ -1,4 +1,4 @@
-"""The stand-in for torch's compiler leaves torch as it was; in processes of their own, which import it anew."""
+"""Test that the stand-in leaves torch as it was, each time in a process that has not imported the compiler."""
 
 import subprocess
 import sys
