@@ -34,7 +34,7 @@ from gpu_predictions import LARGEST_PICTURES, Pictures
 
 from captcha_exp import device as devices
 from captcha_exp.config import Config
-from captcha_exp.memory import plan as planning
+from captcha_exp.memory import plays
 from captcha_exp.memory.allocator import CachingAllocator, replay
 from captcha_exp.memory.trace import trace
 from captcha_exp.step import fresh_state, train_step
@@ -81,7 +81,7 @@ def _beyond_tensors(config: Config, steps: int, device: torch.device) -> dict[st
 def _tensors_alone(config: Config, pictures: Pictures) -> list[dict[str, float]]:
     """The peaks of the first steps that the trace and the model of the allocator give, without workspaces."""
     traced = trace(config, int(config.train.batch_size), pictures)
-    allocator, found = CachingAllocator(expandable=planning.expandable_segments()), []
+    allocator, found = CachingAllocator(expandable=plays.expandable_segments()), []
     live: dict[int, Any] = {}
     for phase in traced.phases:
         allocator.reset_peaks()

@@ -30,8 +30,7 @@ from gpu_judging import compacted, entries_of_model, replayed
 from captcha_exp import device as devices
 from captcha_exp.config import Config
 from captcha_exp.display import Silent
-from captcha_exp.memory import measuring
-from captcha_exp.memory import plan as planning
+from captcha_exp.memory import measuring, plays
 from captcha_exp.memory.allocator import CachingAllocator, replay
 from captcha_exp.memory.judging import Readings, Round, Stage, Transient, readings_to_json
 from captcha_exp.memory.trace import Trace, trace
@@ -189,7 +188,7 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
     entries = traces[torch.cuda.current_device()]
     return {
         "from": "card",
-        "expandable_segments": planning.expandable_segments(),
+        "expandable_segments": plays.expandable_segments(),
         "entries": len(entries),
         "reserved_before_bytes": before,
         "mark_names": names,

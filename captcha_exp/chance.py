@@ -6,6 +6,7 @@ repeat the draw alone. A seed for any generator is the first eight bytes of SHA-
 
 import hashlib
 import random
+from collections.abc import Callable, Iterable
 
 
 def derive(seed: int, purpose: str, *index: int) -> int:
@@ -14,9 +15,33 @@ def derive(seed: int, purpose: str, *index: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
+def seeds(seed: int, purpose: str) -> Callable[[int], int]:
+    """Return `derive` for one seed and purpose as a function of the index, hashing the prefix once."""
+    prefix = hashlib.sha256(f"{seed}:{purpose}:".encode())
+
+    def seed_of(index: int) -> int:
+        digest = prefix.copy()
+        digest.update(b"%d" % index)
+        return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+    return seed_of
+
+
 def stream(seed: int, purpose: str, *index: int) -> random.Random:
     """A stream of random numbers of its own for one purpose and index."""
     return random.Random(derive(seed, purpose, *index))
+
+
+def fractions(seed: int, purpose: str, texts: Iterable[str]) -> list[float]:
+    """Return `fraction` of every text, each distinct one hashed once."""
+    prefix, known, found = hashlib.sha256(f"{seed}:{purpose}:".encode()), dict[str, float](), []
+    for text in texts:
+        if (number := known.get(text)) is None:
+            digest = prefix.copy()
+            digest.update(text.encode())
+            number = known[text] = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        found.append(number)
+    return found
 
 
 def fraction(seed: int, purpose: str, text: str) -> float:

@@ -210,8 +210,7 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, Tensor]:
     """
     data = config.data
     members: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for number, label in enumerate(labels):
-        place = chance.fraction(data.split_seed, "split", label)
+    for number, place in enumerate(chance.fractions(data.split_seed, "split", labels)):
         if place < data.test_fraction:
             members["test"].append(number)
         elif place < data.test_fraction + data.validation_fraction:

@@ -49,8 +49,8 @@ PLANTS = (
     Plant(
         "the split looks at the picture, not at its label",
         "dataset.py",
-        'chance.fraction(data.split_seed, "split", label)',
-        'chance.fraction(data.split_seed, "split", str(number))',
+        'chance.fractions(data.split_seed, "split", labels)',
+        'chance.fractions(data.split_seed, "split", map(str, range(len(labels))))',
         ("test_dataset.py",),
     ),
     Plant(
@@ -788,8 +788,8 @@ PLANTS = (
     Plant(
         "the trace takes what stays on the host for the device's",
         "memory/trace.py",
-        "torch.device(HOST), _steps_counted_on_device(), recorder",
-        "torch.device(DEVICE), _steps_counted_on_device(), recorder",
+        "torch.device(HOST), steps_counted_on_device(), recorder",
+        "torch.device(DEVICE), steps_counted_on_device(), recorder",
         ("test_trace.py",),
     ),
     Plant(
@@ -900,13 +900,13 @@ PLANTS = (
     Plant(
         "the largest batch may be one that is unsure",
         "memory/plan.py",
-        "room_mib = _limits(self.config.card, self.budget_mib)[0]",
-        "room_mib = _limits(self.config.card, self.budget_mib)[1]",
+        "room_mib = limits(self.config.card, self.budget_mib)[0]",
+        "room_mib = limits(self.config.card, self.budget_mib)[1]",
         ("test_plan.py",),
     ),
     Plant(
         "a limit that the unlimited play passes is taken for one that it keeps",
-        "memory/plan.py",
+        "memory/plays.py",
         "for usage in peaks.values()) <= int(limit_mib * MIB):",
         "for usage in peaks.values()) >= int(limit_mib * MIB):",
         ("test_plan.py",),
@@ -927,14 +927,14 @@ PLANTS = (
     ),
     Plant(
         "a small convolution takes all of cuDNN's workspace",
-        "memory/plan.py",
+        "memory/workspaces.py",
         "min(self.cudnn_bytes, WORKSPACE_TIMES * convolution.fp32_bytes)",
         "self.cudnn_bytes",
         ("test_plan.py",),
     ),
     Plant(
         "a convolution at the end of a phase counts in the next one, too",
-        "memory/plan.py",
+        "memory/plays.py",
         "phase.begin, key=lambda each: each.place)",
         "phase.begin - 1, key=lambda each: each.place)",
         ("test_plan.py",),

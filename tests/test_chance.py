@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp.chance import derive, fraction, stream
+from captcha_exp.chance import derive, fraction, fractions, seeds, stream
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -74,3 +74,15 @@ def test_fractions_are_spread_evenly() -> None:
 def test_another_seed_splits_otherwise() -> None:
     chosen = [{n for n in range(1000) if fraction(seed, "split", str(n)) < 0.1} for seed in (0, 1)]
     assert len(chosen[0] & chosen[1]) < 30  # 10 are expected
+
+
+@given(st.integers(-(2**70), 2**70), st.text(max_size=5), st.integers(0, 10**9))
+def test_seeds_are_those_of_derive(seed: int, purpose: str, index: int) -> None:
+    assert seeds(seed, purpose)(index) == derive(seed, purpose, index)
+
+
+@given(st.integers(-(2**70), 2**70), st.lists(st.text(max_size=5)))
+def test_fractions_are_those_of_fraction(seed: int, texts: list[str]) -> None:
+    assert fractions(seed, "split", [*texts, *texts]) == [
+        fraction(seed, "split", text) for text in [*texts, *texts]
+    ]

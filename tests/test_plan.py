@@ -17,16 +17,16 @@ from captcha_exp.memory.allocator import MIB, Event
 from captcha_exp.memory.between import Between
 from captcha_exp.memory.plan import (
     ERROR,
-    WORKSPACE_TIMES,
     Peak,
     Plan,
     Planner,
     budget,
-    expandable_segments,
     with_batch,
 )
+from captcha_exp.memory.plays import expandable_segments
 from captcha_exp.memory.recorder import Convolution
 from captcha_exp.memory.trace import Phase, Trace
+from captcha_exp.memory.workspaces import WORKSPACE_TIMES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_expandable_segments")
 

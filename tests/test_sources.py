@@ -181,6 +181,15 @@ def test_labels_take_every_character_about_as_often(data: Generator) -> None:
     assert all(abs(n - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5 for n in counts.values())
 
 
+@each_source
+def test_labels_at_once_are_those_of_each_picture(data: Generator) -> None:
+    """A generator that is seeded again gives the stream of a new one."""
+    source = sources.source(data, CAPTCHA, Silent())
+    assert source.verdict(Silent()).labels == [
+        sources.label(data, CAPTCHA, index) for index in range(data.count)
+    ]
+
+
 def test_the_article_s_labels_are_written_as_the_alphabet_writes_them() -> None:
     """An alphabet in capitals has the same texts in capitals, under the same pictures."""
     small, large = (replace(CAPTCHA, alphabet=alphabet) for alphabet in ("34abcdef", "34ABCDEF"))

@@ -13,9 +13,11 @@ from captcha_exp.memory import plan as module
 from captcha_exp.memory.allocator import Event
 from captcha_exp.memory.between import Between
 from captcha_exp.memory.plan import Plan, Planner, Shared, with_batch
+from captcha_exp.memory.plays import play
 from captcha_exp.memory.recorder import Convolution
 from captcha_exp.memory.trace import Phase, Trace, trace
 from captcha_exp.memory.traces import Traces
+from captcha_exp.memory.workspaces import workspaces_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,10 +115,10 @@ def plainly(config: Config, size: int, budget: Between) -> str:
     context = config.card.context_mib
     tight = (budget.least - context.most) / (1 + module.ERROR)
     wide = (budget.most - context.least) / (1 - module.ERROR)
-    workspaces = module._workspaces(config.card)
-    if all(module._play(traced, each, tight) is not None for each in workspaces):
+    workspaces = workspaces_of(config.card)
+    if all(play(traced, each, tight) is not None for each in workspaces):
         return "fits"
-    tried = (module._play(traced, each, limit) for each in workspaces for limit in (tight, wide))
+    tried = (play(traced, each, limit) for each in workspaces for limit in (tight, wide))
     return "unsure" if any(found is not None for found in tried) else "does not fit"
 
 

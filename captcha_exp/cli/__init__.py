@@ -8,14 +8,12 @@ end.
 import argparse
 import contextlib
 import errno
-import gc
 import io
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -152,47 +150,14 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import cards
+    from captcha_exp.cli import plan_command
 
-    names = cards.names_of(arguments.card, arguments.config_dir) if arguments.card else None
-    with _without_collector():  # nothing here waits for it, and it would walk over all that torch imports
-        if names is not None:
-            if arguments.advise:
-                raise UserError(
-                    f"plan --advise: works for one GPU, but --card={arguments.card} names several; choose one"
-                )
-            configs = cards.configs_of(names, arguments.overrides, arguments.config_dir)
-        else:
-            # In quotes, as Hydra's grammar sees more than a path in some paths.
-            quoted = (arguments.card or "").replace("\\", "\\\\").replace("'", "\\'")
-            is_file = quoted.endswith((".yaml", ".yml"))
-            card = [f"card='{quoted}'" if is_file else f"card={arguments.card}"] if arguments.card else []
-            # Checked without the machine: what is planned for need not be here.
-            config = compose_checked([*arguments.overrides, *card], arguments.config_dir).checked(None)
-        from captcha_exp.cli import planning
-        from captcha_exp.display import Terminal
-    if names is not None:
-        from captcha_exp.cli import planning_cards
-
-        values, misfits = planning_cards.run(configs, arguments, Terminal())
-    else:
-        values, misfits = planning.run(config, arguments, Terminal())
+    values, misfits = plan_command.plan(arguments)
     _print_values(values)
     if misfits:
         print(f"plan --must-fit: does not fit: {'; '.join(misfits)}", file=sys.stderr)
-        return planning.MISFIT
+        return plan_command.MISFIT
     return 0
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Import without the collector of garbage, which never has to look at the imported objects again."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,6 @@ from captcha_exp.memory.between import Between
 from captcha_exp.memory.plan import Plan, Planner, budget
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
-MISFIT = 3  # exit code of --must-fit
 COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
 
 

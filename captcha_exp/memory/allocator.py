@@ -225,11 +225,12 @@ def replay(events: Iterable[Event], allocator: CachingAllocator, live: dict[int,
 
     OutOfMemory comes where it would on a GPU.
     """
+    allocate, free, pop = allocator.allocate, allocator.free, live.pop
     for tensor, requested_bytes in events:
         if requested_bytes is None:
-            allocator.free(live.pop(tensor))
+            free(pop(tensor))
         elif tensor in live:
             raise ValueError(f"tensor {tensor} is allocated twice")
         else:
-            live[tensor] = allocator.allocate(requested_bytes)
+            live[tensor] = allocate(requested_bytes)
     return allocator.peak

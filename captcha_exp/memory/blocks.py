@@ -70,15 +70,15 @@ class Pool:
 
     def add(self, block: Block) -> Block:
         """The free block that it becomes with its free neighbours. Source: try_merge_blocks."""
-        after, before = block.after, block.before
+        after, before, free = block.after, block.before, self.free
         if after is not None and after.mapped and not after.live:
-            self.remove(after)
+            del free[bisect_left(free, (after.size_bytes, after.address))]
             block.swallow(after)
         if before is not None and before.mapped and not before.live:
-            self.remove(before)
+            del free[bisect_left(free, (before.size_bytes, before.address))]
             before.swallow(block)
             block = before
-        insort(self.free, (block.size_bytes, block.address, block))
+        insort(free, (block.size_bytes, block.address, block))
         return block
 
     def remove(self, block: Block) -> None:

@@ -15,8 +15,10 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.allocator import MIB
 from captcha_exp.memory.between import Between, Fits
 from captcha_exp.memory.module_trace import DTYPES, Loss, ModulePrecision, OptimizerFactory, trace_module
-from captcha_exp.memory.plan import ERROR, _between, _play, _verdict, _workspaces
+from captcha_exp.memory.plan import ERROR, limits, verdict
+from captcha_exp.memory.plays import bounds_of, play
 from captcha_exp.memory.trace import Trace
+from captcha_exp.memory.workspaces import workspaces_of
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,15 @@ def _budget(card: Card, asked_mib: float | None) -> Between | None:
 
 def _plan_trace(traced: Trace, card: Card, budget_mib: Between | None) -> ModulePlan:
     """Return the plan of a trace."""
-    context, workspaces = card.context_mib, _workspaces(card)
-    peaks = [found for each in workspaces if (found := _play(traced, each)) is not None]
-    reserved = _between(peaks, "reserved_bytes")
+    context, workspaces = card.context_mib, workspaces_of(card)
+    peaks = [found for each in workspaces if (found := play(traced, each)) is not None]
+    reserved = bounds_of(peaks, "reserved_bytes")
     fits = None
     if budget_mib is not None:
-        tight_mib = (budget_mib.least - context.most) / (1 + ERROR)
-        wide_mib = (budget_mib.most - context.least) / (1 - ERROR)
-        fits = _verdict(
-            all(_play(traced, each, tight_mib) is not None for each in workspaces),
-            any(_play(traced, each, wide_mib) is not None for each in workspaces),
+        tight_mib, wide_mib = limits(card, budget_mib)
+        fits = verdict(
+            all(play(traced, each, tight_mib) is not None for each in workspaces),
+            any(play(traced, each, wide_mib) is not None for each in workspaces),
         )
     state_bytes = traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes
     tensors_bytes = traced.peak_bytes("step")

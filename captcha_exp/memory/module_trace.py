@@ -18,7 +18,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.gpu_kernels import cuda_operators
 from captcha_exp.memory.module_path import ModulePath
 from captcha_exp.memory.recorder import DEVICE, HOST, Recorder, Untraceable
-from captcha_exp.memory.trace import Trace, _steps_counted_on_device, _without_collector, phases_of
+from captcha_exp.memory.trace import Trace, phases_of, steps_counted_on_device, without_collector
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Loss: TypeAlias = Callable[..., Tensor]
@@ -43,10 +43,10 @@ def trace_module(
     recorder = Recorder()
     sizes: dict[str, int] = {}
     with (
-        _without_collector(),
+        without_collector(),
         _rng_state_kept(),
         torch.device(HOST),
-        _steps_counted_on_device(),
+        steps_counted_on_device(),
         cuda_operators(),
         recorder,
     ):

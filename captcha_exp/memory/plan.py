@@ -8,28 +8,23 @@ the answer is one. A batch *fits* if it does with all that is against it at its 
 does not with all at its least, and between the two it is *unsure*, which counts as no.
 """
 
-import os
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from captcha_exp.config import Card, Config
-from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
+from captcha_exp.memory.allocator import MIB
 from captcha_exp.memory.between import Between, Fits
-from captcha_exp.memory.blocks import Block
-from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.plays import Peaks, Plays, bounds_of, expandable_segments, play
 from captcha_exp.memory.search import largest_that
-from captcha_exp.memory.trace import Phase, Trace, trace
+from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import Traces
+from captcha_exp.memory.workspaces import Workspaces, workspaces_of
 
 ERROR = (
     0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
 )
-WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
-WORKSPACE_SHARES = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played
-_CUBLAS, _CUDNN = -1, -2  # workspaces among the events, where tensors count from 1
 
 
 class Peak(NamedTuple):
@@ -103,13 +98,22 @@ class Shared:
             return trace(with_batch(config, batch_size), batch_size, pictures)
 
         self.traces = Traces(traced, pictures["train"], config.train.micro_batch_size is not None)
-        self._plays: dict[int, _Plays] = {}
+        self._plays: dict[int, Plays] = {}
+        self._fitting: dict[tuple[int, Workspaces, float, bool], bool] = {}
 
-    def plays(self, batch_size: int) -> "_Plays":
+    def plays(self, batch_size: int) -> Plays:
         """Return the plays of the traced batch size, whose peaks without a limit are kept."""
         if batch_size not in self._plays:
-            self._plays[batch_size] = _Plays(self.traces.at(batch_size))
+            self._plays[batch_size] = Plays(self.traces.at(batch_size))
         return self._plays[batch_size]
+
+    def fits(self, batch_size: int, workspaces: Workspaces, room_mib: float) -> bool:
+        """Return whether the allocator has room; GPUs with equal figures share the answer."""
+        key = batch_size, workspaces, room_mib, expandable_segments()
+        if key not in self._fitting:
+            traced = self.traces.near(batch_size)
+            self._fitting[key] = play(traced, workspaces, room_mib) is not None
+        return self._fitting[key]
 
 
 class Planner:
@@ -128,8 +132,7 @@ class Planner:
         self.budget_mib = budget(config, total_mib)
         self.shared = shared or Shared(config, pictures)
         self._known: dict[int, Plan] = {}
-        self._workspaces = _workspaces(config.card)
-        self._fitting: dict[tuple[int, _Workspaces], bool] = {}
+        self._workspaces = workspaces_of(config.card)
 
     def at(self, batch_size: int) -> Plan:
         """The plan of a batch size."""
@@ -162,15 +165,11 @@ class Planner:
                 return 0
         return found
 
-    def _fits(self, workspaces: "_Workspaces", batch_size: int) -> bool:
-        """Return whether it fits with these workspaces, as it must with all. As a rule nothing is traced."""
+    def _fits(self, workspaces: Workspaces, batch_size: int) -> bool:
+        """Return whether it fits with these workspaces, as it must with all."""
         assert self.budget_mib is not None
-        room_mib = _limits(self.config.card, self.budget_mib)[0]
-        key = batch_size, workspaces
-        if key not in self._fitting:
-            traced = self.shared.traces.near(batch_size)
-            self._fitting[key] = _play(traced, workspaces, room_mib) is not None
-        return self._fitting[key]
+        room_mib = limits(self.config.card, self.budget_mib)[0]
+        return self.shared.fits(batch_size, workspaces, room_mib)
 
     def _guess(self) -> int:
         """A batch size near the largest: what is needed grows almost in a straight line."""
@@ -207,42 +206,34 @@ def budget(config: Config, total_mib: float | None = None) -> Between | None:
     return Between(max(0.0, least - card.others_mib.most), max(0.0, most - card.others_mib.least))
 
 
-class _Workspaces(NamedTuple):
-    """What libraries have torch's allocator give them."""
-
-    cublas_bytes: int  # from the first step on
-    cudnn_bytes: int  # while a convolution runs, at most
-
-    def of(self, convolution: Convolution) -> int:
-        """Bytes for this convolution."""
-        return min(self.cudnn_bytes, WORKSPACE_TIMES * convolution.fp32_bytes)
-
-    def most_mib(self, traced: Trace) -> float:
-        """What is taken at one time, at most."""
-        return (self.cublas_bytes + max(map(self.of, traced.convolutions), default=0)) / MIB
-
-
-def _limits(card: Card, budget_mib: Between) -> tuple[float, float]:
+def limits(card: Card, budget_mib: Between) -> tuple[float, float]:
     """Return the MiB that the allocator has with all that is against it at its most, and at its least."""
     tight_mib = (budget_mib.least - card.context_mib.most) / (1 + ERROR)
     return tight_mib, (budget_mib.most - card.context_mib.least) / (1 - ERROR)
 
 
-def _plan(plays: "_Plays", card: Card, batch_size: int, budget_mib: Between | None) -> Plan:
-    traced, context, workspaces = plays.traced, card.context_mib, _workspaces(card)
-    limits: list[float | None] = [None]
+def verdict(fits_at_most: bool, fits_at_least: bool) -> Fits:
+    """Return the verdict from whether it fits with the bounds at their most, and at their least."""
+    if fits_at_most:
+        return "fits"
+    return "unsure" if fits_at_least else "does not fit"
+
+
+def _plan(plays: Plays, card: Card, batch_size: int, budget_mib: Between | None) -> Plan:
+    traced, context, workspaces = plays.traced, card.context_mib, workspaces_of(card)
+    tried: list[float | None] = [None]
     if budget_mib is not None:
         # At a limit the allocator gives its cache back before it gives up: a run may need less than it takes
         # where there is plenty.
-        limits = [*_limits(card, budget_mib), None]
+        tried = [*limits(card, budget_mib), None]
     peaks, within = [], []
     for each in workspaces:
-        played = ((limit, plays.peaks(each, limit)) for limit in limits)
+        played = ((limit, plays.peaks(each, limit)) for limit in tried)
         limit, found = next((limit, found) for limit, found in played if found is not None)
         peaks.append(found)
-        within.append(limits.index(limit))
-    fits = None if budget_mib is None else _verdict(max(within) == 0, min(within) < 2)
-    reserved = _between(peaks, "reserved_bytes")
+        within.append(tried.index(limit))
+    fits = None if budget_mib is None else verdict(max(within) == 0, min(within) < 2)
+    reserved = bounds_of(peaks, "reserved_bytes")
     return Plan(
         batch_size=batch_size,
         tensors_mib=(traced.peak_bytes("step") - traced.resident_bytes) / MIB,
@@ -271,88 +262,6 @@ def _activations_mib(traced: Trace) -> float:
     return (tensors_bytes - traced.parameters_bytes - traced.buffers_bytes - traced.optimizer_bytes) / MIB
 
 
-def _workspaces(card: Card) -> list[_Workspaces]:
-    """From the least to the most; more workspace may leave more use of what is reserved, or less."""
-    cublas, cudnn = card.cublas_workspace_mib, card.cudnn_workspace_mib
-    return [
-        _Workspaces(*(int((each.least + share * (each.most - each.least)) * MIB) for each in (cublas, cudnn)))
-        for share in WORKSPACE_SHARES
-    ]
-
-
-def _verdict(fits_at_most: bool, fits_at_least: bool) -> Fits:
-    if fits_at_most:
-        return "fits"
-    return "unsure" if fits_at_least else "does not fit"
-
-
-_Peaks: TypeAlias = Mapping[str, Usage]  # phase -> the most of it
-
-
-class _Plays:
-    """What the allocator makes of one trace; without a limit each workspace is played once."""
-
-    def __init__(self, traced: Trace) -> None:
-        self.traced = traced
-        self._unlimited: dict[tuple[_Workspaces, bool], _Peaks] = {}
-
-    def peaks(self, workspaces: _Workspaces, limit_mib: float | None) -> _Peaks | None:
-        """Return what `_play` does.
-
-        A limit that is never met changes nothing; one below the tensors and workspaces cannot do.
-        """
-        key = workspaces, expandable_segments()
-        if key not in self._unlimited:
-            played = _play(self.traced, workspaces)
-            assert played is not None
-            self._unlimited[key] = played
-        peaks = self._unlimited[key]
-        if limit_mib is None or max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
-            return peaks
-        if max(usage.requested_bytes for usage in peaks.values()) > limit_mib * MIB:
-            return None
-        return _play(self.traced, workspaces, limit_mib)
-
-
-def _play(traced: Trace, workspaces: _Workspaces, limit_mib: float | None = None) -> _Peaks | None:
-    """The peaks of each phase; None where the memory does not do."""
-    if limit_mib is not None and limit_mib <= 0:
-        return None
-    limit_bytes = None if limit_mib is None else int(limit_mib * MIB)
-    allocator = CachingAllocator(limit_bytes, expandable_segments())
-    live: dict[int, Block] = {}
-    peaks = {}
-    try:
-        for phase in traced.phases:
-            allocator.reset_peaks()
-            peaks[phase.name] = replay(_events(traced, phase, workspaces), allocator, live)
-    except OutOfMemory:
-        return None
-    return peaks
-
-
-def _events(traced: Trace, phase: Phase, workspaces: _Workspaces) -> Iterator[Event]:
-    """The events of a phase, with those of the workspaces."""
-    if phase.name == "epoch 1: step 1":
-        yield Event(_CUBLAS, workspaces.cublas_bytes)
-    begin = phase.begin
-    first = bisect_right(traced.convolutions, phase.begin, key=lambda each: each.place)
-    for convolution in traced.convolutions[first:]:
-        if convolution.place > phase.end:
-            break
-        yield from traced.events[begin : convolution.place]
-        yield Event(_CUDNN, workspaces.of(convolution))
-        yield Event(_CUDNN, None)
-        begin = convolution.place
-    yield from traced.events[begin : phase.end]
-
-
-def expandable_segments() -> bool:
-    """Whether the environment asks torch's allocator for them."""
-    asked = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    return any("expandable_segments:true" in text.replace(" ", "").lower() for text in asked)
-
-
 def _is_training(phase: str) -> bool:
     return phase.startswith("epoch") and not phase.endswith("evaluation")
 
@@ -361,12 +270,7 @@ def _is_evaluation(phase: str) -> bool:
     return phase.startswith("epoch") and phase.endswith("evaluation")
 
 
-def _peak(played: Sequence[_Peaks], chosen: Callable[[str], bool]) -> Peak:
+def _peak(played: Sequence[Peaks], chosen: Callable[[str], bool]) -> Peak:
     """The peak of the chosen phases."""
     played = [{name: usage for name, usage in peaks.items() if chosen(name)} for peaks in played]
-    return Peak(_between(played, "allocated_bytes"), _between(played, "reserved_bytes"))
-
-
-def _between(played: Sequence[_Peaks], what: str) -> Between:
-    found = [max(getattr(usage, what) for usage in peaks.values()) / MIB for peaks in played]
-    return Between(min(found), max(found))
+    return Peak(bounds_of(played, "allocated_bytes"), bounds_of(played, "reserved_bytes"))

@@ -78,14 +78,14 @@ def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
     recorder = Recorder()
-    with _without_collector():
+    with without_collector():
         sizes = _run(config, pictures, recorder)
     phases = phases_of(recorder.events, recorder.marks)
     return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Where nothing waits for the collector, it would walk over all that torch has imported for nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -101,12 +101,12 @@ def _run(config: Config, pictures: Mapping[str, int], recorder: Recorder) -> dic
     """`_training`; with its end everything that it made is gone, and seen to go."""
     with torch.device(HOST):
         model = models.build(config.model, config.captcha)
-    with torch.device(HOST), _steps_counted_on_device(), recorder:
+    with torch.device(HOST), steps_counted_on_device(), recorder:
         return _training(model, config, pictures, recorder.begin)
 
 
 @contextmanager
-def _steps_counted_on_device() -> Iterator[None]:
+def steps_counted_on_device() -> Iterator[None]:
     """torch lets Adam count its steps on a card alone; here the CPU stands for one."""
     name = "_get_capturable_supported_devices"
     plain = getattr(adam, name)

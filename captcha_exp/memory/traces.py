@@ -6,13 +6,18 @@ between then needs no tracing. This is used only after a third trace has confirm
 micro-batch, or a batch that fills fewer than the traced steps, is always traced.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from captcha_exp.memory.allocator import Event
 from captcha_exp.memory.recorder import Convolution
-from captcha_exp.memory.trace import FIRST_STEPS, Trace, phases_of
+from captcha_exp.memory.trace import FIRST_STEPS, Phase, Trace
 
 MIN_BATCH = 2  # the strides of a single image are ambiguous
+MAX_CALCULATED = 32  # traces kept: about 0.5 MB each
 MIN_CHECKED = 64  # images: below it a straight line saves no trace
 
 
@@ -26,6 +31,7 @@ class Traces:
         self._most = 0 if in_parts else train_images // FIRST_STEPS
         self._line: _Line | None = None
         self._line_tried = False
+        self._calculated: OrderedDict[int, Trace] = OrderedDict()  # the last ones that were used
 
     def at(self, batch_size: int) -> Trace:
         """Return the trace of the training itself."""
@@ -41,7 +47,14 @@ class Traces:
             return self.at(batch_size)
         if not self._line_tried:
             self._line_tried, self._line = True, self._checked_line()
-        return self.at(batch_size) if self._line is None else self._line.at(batch_size)
+        if self._line is None:
+            return self.at(batch_size)
+        if batch_size not in self._calculated:
+            self._calculated[batch_size] = self._line.at(batch_size)
+            if len(self._calculated) > MAX_CALCULATED:
+                self._calculated.popitem(last=False)
+        self._calculated.move_to_end(batch_size)
+        return self._calculated[batch_size]
 
     def _checked_line(self) -> "_Line | None":
         """Return the line through the two ends if a trace between them lies on it."""
@@ -60,7 +73,7 @@ class _Line:
     def __init__(self, traced: Trace, events: list[tuple[int, int, int, int]], slopes: list[int], size: int):
         """`events` are those that grow: index, tensor, bytes at `size`, bytes for each image."""
         self._traced, self._events, self._slopes, self._size = traced, events, slopes, size
-        self._marks = [(phase.name, phase.begin) for phase in traced.phases]
+        self._deltas, self._growth = _deltas(traced.events, events)
 
     @classmethod
     def through(cls, size: int, low: Trace, other_size: int, high: Trace) -> "_Line | None":
@@ -89,7 +102,7 @@ class _Line:
             events[index] = Event(tensor, requested_bytes + slope * more)
         return Trace(
             events,
-            phases_of(events, self._marks),
+            self._phases(more),
             [
                 Convolution(each.place, each.fp32_bytes + slope * more)
                 for each, slope in zip(traced.convolutions, self._slopes, strict=True)
@@ -99,6 +112,33 @@ class _Line:
             traced.optimizer_bytes,
             traced.resident_bytes,
         )
+
+    def _phases(self, more: int) -> list[Phase]:
+        """Return the phases of a batch with this many images more; `phases_of` in one pass of NumPy."""
+        in_use = np.cumsum(self._deltas + self._growth * more)
+        found = []
+        for name, begin, end, _ in self._traced.phases:
+            peak = int(in_use[max(begin - 1, 0) : end].max(initial=0))
+            found.append(Phase(name, begin, end, peak))
+        return found
+
+
+def _deltas(
+    events: Sequence[Event], growing: Sequence[tuple[int, int, int, int]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the bytes (E,) that each event adds to the memory in use, and their growth (E,) per image."""
+    deltas, growth = np.zeros(len(events), np.int64), np.zeros(len(events), np.int64)
+    for index, _, _, slope in growing:
+        growth[index] = slope
+    begun: dict[int, int] = {}  # tensor -> event
+    for index, (tensor, requested_bytes) in enumerate(events):
+        if requested_bytes is None:
+            begin = begun.pop(tensor)
+            deltas[index], growth[index] = -deltas[begin], -growth[begin]
+        else:
+            begun[tensor] = index
+            deltas[index] = requested_bytes
+    return deltas, growth
 
 
 def _same_events(one: Trace, other: Trace) -> bool:

@@ -17,9 +17,9 @@ from captcha_exp.sources.drawing import draw as draw
 from captcha_exp.sources.generators import check_glyphs as check_glyphs
 from captcha_exp.sources.generators import font_files as font_files
 from captcha_exp.sources.generators import label as label
+from captcha_exp.sources.generators import labels
 from captcha_exp.sources.generators import library as library
 from captcha_exp.sources.generators import origin as origin
-from captcha_exp.sources.generators import stream
 
 INDIFFERENT = (  # what a picture does not depend on
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction"),
@@ -65,8 +65,7 @@ class _Drawn:
         self.others: list[str] = []
 
     def verdict(self, display: Display) -> Verdict:  # noqa: ARG002 - too quick for a bar
-        text = library(self._data).text
-        return Verdict([text(self._captcha, stream(self._data, n)) for n in range(self._data.count)])
+        return Verdict(labels(self._data, self._captcha))
 
     def pictures(self, display: Display) -> npt.NDArray[np.uint8]:
         return draw(self._data, self._captcha, range(self._data.count), display)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -87,6 +88,19 @@ def label(data: Generator, captcha: Captcha, index: int) -> str:
     return library(data).text(captcha, stream(data, index))
 
 
+def labels(data: Generator, captcha: Captcha) -> list[str]:
+    """Return the texts of all pictures, each equal to `label`.
+
+    One generator is seeded again for every picture, which gives the stream of a new one in less time.
+    """
+    text, rng, seed_of = library(data).text, random.Random(0), chance.seeds(data.seed, "picture")
+    found = []
+    for index in range(data.count):
+        rng.seed(seed_of(index))
+        found.append(text(captcha, rng))
+    return found
+
+
 def _any_text(captcha: Captcha, stream: random.Random) -> str:
     """Every character of the alphabet is as likely as any other."""
     return "".join(stream.choices(captcha.alphabet, k=captcha.length))
@@ -113,9 +127,10 @@ def font_files(data: Drawn) -> list[Path]:
     """
     if not data.fonts:
         return []
-    import matplotlib
-
-    free = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    spec = find_spec("matplotlib")  # importing it would take longer than all the rest
+    assert spec is not None
+    assert spec.origin is not None
+    free = Path(spec.origin).with_name("mpl-data") / "fonts" / "ttf"
     found = []
     for name in data.fonts:
         path = next((path for path in (Path(name).expanduser(), free / name) if path.is_file()), None)
