@@ -1,4 +1,4 @@
-"""Test that the stand-in leaves torch as it was, each time in a process that has not imported the compiler."""
+"""Test that the stand-in leaves torch as it was, in a process that has not imported the compiler."""
 
 import subprocess
 import sys
