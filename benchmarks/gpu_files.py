@@ -1,9 +1,14 @@
 """The JSON file of a GPU session: read, checked, and written after each part."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from captcha_exp.record import write_atomically
 
@@ -36,6 +41,33 @@ def read_session(path: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = session
     return found
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep the file to this session until the end of the block.
+
+    Raises:
+        Refused: the file cannot be written, or another session is writing it. Wait, or name another file.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise Refused(f"{path}: cannot be written: {reason}; name another file with --out") from None
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"gpu-session-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise Refused(
+            f"{path}: another session is writing it; wait for its end, or give another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_session(values: Any) -> bool:
@@ -95,6 +127,20 @@ def as_text(session: Mapping[str, Any]) -> str:
     return ",\n".join(["{\n" + lines[0], *lines[1:], '"parts": {\n' + ",\n".join(parts) + "\n}"]) + "\n}\n"
 
 
-def write_session(path: Path, session: Mapping[str, Any]) -> None:
-    """Write the session to its file, complete or not at all."""
-    write_atomically(path, as_text(session).encode())
+def write_session(path: Path, session: Mapping[str, Any]) -> str | None:
+    """Write the session to its file, complete or not at all; return what is wrong if that fails.
+
+    A full disk must not end a session whose next parts still have a GPU: the next call tries again.
+    """
+    try:
+        write_atomically(path, as_text(session).encode())
+    except OSError as error:
+        return f"{path}: cannot be written: {error.strerror or error}"
+    return None
+
+
+def save_elsewhere(session: Mapping[str, Any]) -> Path:
+    """Write the session to a new file in the folder for temporary files, and return it."""
+    with tempfile.NamedTemporaryFile(prefix="gpu-session-", suffix=".json", delete=False) as file:
+        file.write(as_text(session).encode())
+    return Path(file.name)

@@ -29,6 +29,8 @@ grace=${GRACE:-20} session=$project/benchmarks/gpu_session.py
 refuse() { echo "$1" >&2; exit 2; }
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+
 # Leave FILE.failed.json: why there is no session.
 failed() {
   [ -n "$out" ] || return 0
@@ -88,15 +90,25 @@ case "${1:-}" in
   pytest) tests=true; shift ;;
 esac
 if ! $tests; then
-  for argument in "$@"; do
-    case "$previous" in --out) out=$argument ;; --seconds) seconds=$argument ;; esac
-    case "$argument" in --out=*) out=${argument#*=} ;; --seconds=*) seconds=${argument#*=} ;; esac
+  words=()
+  for argument in "$@"; do  # paths are those of the caller's folder
+    case "$previous" in
+      --out) argument=$(absolute "$argument"); out=$argument ;;
+      --predictions) argument=$(absolute "$argument") ;;
+      --seconds) seconds=$argument ;;
+    esac
+    case "$argument" in
+      --out=*) out=$(absolute "${argument#*=}"); argument=--out=$out ;;
+      --predictions=*) argument=--predictions=$(absolute "${argument#*=}") ;;
+      --seconds=*) seconds=${argument#*=} ;;
+    esac
+    words+=("$argument")
     previous=$argument
   done
+  set -- "${words[@]}"
   [ -n "$out" ] || refuse "--out FILE is missing: where to write the session"
   case "$seconds" in *[!0-9.]* | *.*.* | .) refuse "--seconds $seconds: must be a number of seconds" ;; esac
   mkdir -p "$(dirname "$out")"
-  out=$(cd "$(dirname "$out")" && pwd)/$(basename "$out")
   rm -f "$out.failed.json"
 fi
 log=${out:+$out.log}

@@ -48,6 +48,7 @@ import argparse
 import functools
 import importlib
 import json
+import math
 import signal
 import tempfile
 from collections.abc import Callable, Mapping
@@ -63,7 +64,9 @@ from gpu_files import (
     Refused,
     carried_predictions,
     check_same_machine,
+    claimed,
     read_session,
+    save_elsewhere,
     write_session,
 )
 from gpu_parts import CALL_SECONDS, CALLS, PREDICTED, Numbers, Part, call, table
@@ -124,7 +127,8 @@ def measure(
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         done[name] = run(name, part, min(part.limit, left))
-        write_session(out, session)
+        if failed := write_session(out, session):
+            print(f"{failed}; tried again after the next part", file=sys.stderr, flush=True)
         text = done[name].get("error", "done").strip().splitlines()[-1]
         print(f"{name}: {text} ({done[name]['wall_seconds']:.1f} s)", file=sys.stderr, flush=True)
     return skipped
@@ -199,8 +203,13 @@ def run_session(arguments: argparse.Namespace, work: Path) -> int:
         Refused: a file or an argument does not fit; nothing has been written.
     """
     parts = all_parts(arguments.dry_run)
-    names = chosen_parts(arguments.parts, list(parts)) if arguments.parts else list(parts)
+    names = list(parts) if arguments.parts is None else chosen_parts(arguments.parts, list(parts))
+    if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
+        raise Refused(f"--seconds {arguments.seconds:g}: must be above 0")
     # Files are checked before anything slow happens.
+    if arguments.out is not None:
+        with claimed(arguments.out):
+            pass
     before = read_session(arguments.out) if arguments.out and arguments.out.exists() else None
     carried = None
     if arguments.predictions:
@@ -238,7 +247,10 @@ def run_session(arguments: argparse.Namespace, work: Path) -> int:
             session["parts"]["predictions"] = carried
     elif carried is not None:
         session["parts"]["predictions"] = carried
-    return _measure_and_report(session, arguments, names, parts, out, run)
+    with claimed(out):
+        if out.exists():  # another session may have ended since it was read
+            session["parts"] |= read_session(out)["parts"]
+        return _measure_and_report(session, arguments, names, parts, out, run)
 
 
 def _measure_and_report(
@@ -258,9 +270,10 @@ def _measure_and_report(
         names = ["predictions", *(name for name in names if name != "predictions")]
     seconds = arguments.seconds or CALL_SECONDS.get(number, 24 * 3600)
     skipped = measure(session, names, parts, out, BEGAN + seconds, run)
-    if not out.exists():  # nothing began, but what was carried is kept
-        write_session(out, session)
     missing = failures(session, names, skipped)
+    if failed := write_session(out, session):  # what was carried is kept although nothing began
+        missing[out.name] = f"{failed}; the session is in {save_elsewhere(session)}"
+        print(missing[out.name], file=sys.stderr, flush=True)
     print(gpu_tables.trainings(done), file=sys.stderr)
     print(f"\n{gpu_tables.tables(session)}", file=sys.stderr, flush=True)
     summary = {

@@ -361,6 +361,58 @@ def test_a_name_that_is_no_part_is_one_line(capsys: pytest.CaptureFixture[str]) 
     assert line.startswith("--parts: no part is named doctr; the parts are predictions, plan-")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--parts", ""), "--parts: no part is named ; the parts are predictions"),
+        (("--parts", "doctor", "--seconds", "-5"), "--seconds -5: must be above 0"),
+        (("--parts", "doctor", "--seconds", "nan"), "--seconds nan: must be above 0"),
+        (("--parts", "doctor", "--out", "no/such/x.json"), "no/such/x.json: cannot be written: No such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_part(
+    arguments: tuple[str, ...],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made_up_run", None)
+    assert main("--dry-run", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(words)
+
+
+def test_two_sessions_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.json"
+
+    with gpu_files.claimed(out):
+        assert main("--dry-run", "--parts", "doctor", "--out", str(out)) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{out}: another session is writing it; wait for its end, or give another --out"
+    assert not out.exists()
+    assert main("--dry-run", "--parts", "doctor", "--out", str(out)) == 0
+
+
+def test_a_full_disk_does_not_end_a_session(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpu_files.write_atomically", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    out = tmp_path / "x.json"
+
+    assert main("--dry-run", "--parts", "doctor,determinism-true", "--out", str(out)) == 1
+
+    printed = capsys.readouterr()
+    assert "cannot be written: No space left on device; tried again after the next part" in printed.err
+    (elsewhere,) = tmp_path.glob("gpu-session-*.json")
+    assert json.loads(elsewhere.read_text())["parts"].keys() == {"doctor", "determinism-true"}
+    assert str(elsewhere) in json.loads(printed.out.splitlines()[-1])["missing"]["x.json"]
+
+
 def test_a_failed_part_or_test_is_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
