@@ -41,11 +41,14 @@ def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise SystemExit(f"{file}: cannot be read: {reason}; restore it with git checkout") from None
-        if (
-            isinstance(session, dict)
-            and session.get("benchmark") == "gpu_session"
-            and session["machine"].get("card")
+        if not isinstance(session, dict) or session.get("benchmark") != "gpu_session":
+            continue
+        machine, parts = session.get("machine"), session.get("parts")
+        if not (
+            isinstance(machine, dict) and isinstance(parts, dict) and {"torch", "cores"} <= machine.keys()
         ):
+            raise SystemExit(f"{file}: has no machine or no parts of a session; restore it with git checkout")
+        if machine.get("card") and not session.get("dry_run"):
             found[file.name] = session
     return found
 
@@ -115,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the sessions")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the markers")
     asked = parser.parse_args(arguments)
+    if not asked.readme.is_file():
+        raise SystemExit(f"{asked.readme}: no such file; name the README with --readme")
     old = asked.readme.read_text(encoding="utf-8")
     new = filled(old, block(sessions(asked.results)))
     if old == new:

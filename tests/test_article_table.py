@@ -140,6 +140,20 @@ def test_a_cut_session_is_named(tmp_path: Path) -> None:
         article_table.sessions(folder)
 
 
+def test_a_session_without_its_machine_is_named_and_a_dry_run_left_out(tmp_path: Path) -> None:
+    folder = results(tmp_path, odd={**SESSION, "machine": {"card": "x"}})
+    with pytest.raises(SystemExit, match=r"odd\.json: has no machine or no parts of a session"):
+        article_table.sessions(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert article_table.sessions(results(other, dry={**SESSION, "dry_run": True})) == {}
+
+
+def test_a_readme_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"README\.md: no such file; name the README with --readme$"):
+        article_table.main(["--readme", str(tmp_path / "README.md")])
+
+
 # -- the planner's header ------------------------------------------------------------------------------------
 
 

@@ -420,7 +420,7 @@ def test_a_file_is_written_over_only_by_force(call: Call, card_here: list[Any], 
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", "1650", "null", "a.b", "", "a b", "-x", "é", "a" * 65, "a\n"]
+    "name", ["../x", "a/b", "1650", "null", "all", "a.b", "", "a b", "-x", "é", "a" * 65, "a\n"]
 )
 def test_a_name_that_could_be_no_choice_is_refused(
     call: Call, card_here: list[Any], tmp_path: Path, name: str

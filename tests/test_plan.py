@@ -17,6 +17,7 @@ from captcha_exp.memory.allocator import MIB, Event
 from captcha_exp.memory.between import Between
 from captcha_exp.memory.plan import (
     ERROR,
+    MAX_PASSES,
     Peak,
     Plan,
     Planner,
@@ -309,6 +310,14 @@ def test_the_largest_fits_and_one_more_does_not(tiny: Config, micro: int | None)
         assert largest.batch_size == max(size for size, fits in verdicts.items() if fits == "fits")
         assert largest.batch_size < 40
         assert few <= 12
+
+
+def test_the_largest_is_searched_up_to_so_many_micro_batches(tiny: Config) -> None:
+    """Each pass is traced, and memory hardly grows with their number: the search would take minutes."""
+    config = training(budgeted(carded(tiny), 100_000), micro_batch_size=2)
+    planner = Planner(config, {"train": 10_000, "validation": 2})
+
+    assert planner.largest_batch() == planner.max_batch == 2 * MAX_PASSES
 
 
 @pytest.mark.parametrize(("most", "everything"), [(1, 1000), (3, 1000), (700, 1000), (1000, 1000), (5, 7)])

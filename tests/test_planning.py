@@ -385,11 +385,11 @@ def test_a_mistake_in_a_list_of_cards_is_one_line(call: Call, words: list[str], 
     [
         (("--card", "gtx1650", "device.vram_budget_mib=2000"), []),
         (("--card", "gtx1650,h200"), []),
-        (("--card", "gtx1650", "device.vram_budget_mib=40"), ["8 on NVIDIA GeForce GTX 1650 (does not fit"]),
-        (("--card", "h200,gtx1650", "device.vram_budget_mib=600"), ["8 on NVIDIA H200 (unsure"]),
+        (("--card", "gtx1650", "device.vram_budget_mib=40"), ["8 on NVIDIA GeForce GTX 1650 (does not fit)"]),
+        (("--card", "h200,gtx1650", "device.vram_budget_mib=600"), ["8 on NVIDIA H200 (unsure)"]),
         (
             ("--card", "h200", "--batch-sizes", "4,8", "device.vram_budget_mib=600"),
-            ["4 on NVIDIA H200 (unsure", "8 on NVIDIA H200 (unsure"],
+            ["4 on NVIDIA H200 (unsure)", "8 on NVIDIA H200 (unsure)"],
         ),
     ],
 )
@@ -399,7 +399,8 @@ def test_must_fit_has_an_exit_code(
     """What does not fit is one line, unsure counts as no, and the plan is printed all the same."""
     code, out, err = call(*MANY, "--must-fit", *json_flag, *words)
     assert code == (3 if misfits else 0)
-    assert re.findall(r"a batch of (\d+ on [^(]+\([^,]+)", err) == misfits
+    found = re.findall(r"batch (\d+ on [^:]+): needs [^;(]+ available [^;(]+(\([^)]+\))", err)
+    assert [" ".join(each) for each in found] == misfits
     assert err.count("\n") == (1 if misfits else 0)
     if json_flag:
         plan_json.OUTPUT.validate_json(out)
@@ -432,6 +433,18 @@ def test_must_fit_without_an_answer_is_a_mistake(call: Call, words: list[str], l
     assert (code, out) == (2, "")
     assert err.startswith(line)
     assert err.count("\n") == 1
+
+
+def test_what_the_config_leaves_open_is_named(call: Call) -> None:
+    words = ("device.precision=auto", "train.micro_batch_size=2", "train.batch_size=auto")
+    code, out, _ = call("plan", "--card", "gtx1650,h200", *words, "--batch-sizes", "4,1000000")
+
+    assert code == 0
+    said = " ".join(out.split())
+    assert "device.precision=auto is planned as fp32, which needs the most memory" in said
+    assert "train.batch_size=auto is planned as the batch sizes above" in said
+    assert "a batch holds no more than the training split has" in said
+    assert "largest is searched up to 16 micro-batches, 32 images" in said
 
 
 # -- the schema ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from captcha_exp.display import Display
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advice import Advice, advise
 from captcha_exp.memory.between import Between
-from captcha_exp.memory.plan import Plan, Planner, budget
+from captcha_exp.memory.plan import MAX_PASSES, Plan, Planner, budget
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
 COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
@@ -89,7 +89,8 @@ def check_decidable(arguments: argparse.Namespace, wanted: int | str, unknown: S
 def misfits_of(plans: Sequence[Plan], card: str) -> list[str]:
     """Return the plans whose verdict is not "fits", in words; unsure counts as no."""
     return [
-        f"a batch of {plan.batch_size:,} on {card} ({plan.fits}, {plan.process_mib} of {plan.budget_mib} MiB)"
+        f"batch {plan.batch_size:,} on {card}: needs {plan.process_mib} MiB, available {plan.budget_mib} MiB "
+        f"({plan.fits})"
         for plan in plans
         if plan.fits != "fits"
     ]
@@ -126,6 +127,11 @@ def sizes_of(text: str | None, batch_size: int | str) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
+def micro_batches(config: Config) -> int:
+    """Return the images of MAX_PASSES micro-batches, up to which `largest` is searched; 0 without them."""
+    return MAX_PASSES * (config.train.micro_batch_size or 0)
+
+
 def _tell_plans(
     plans: Sequence[Plan], largest: int | None, config: Config, pictures: Mapping[str, int]
 ) -> None:
@@ -158,11 +164,13 @@ def _tell_plans(
         )
     if plans[0].budget_mib is None:
         out.print(
-            "no verdict: how much memory there is nobody said; add device.vram_budget_mib=MIB or --card",
+            "no verdict: the memory size is not known; add device.vram_budget_mib=MIB or --card",
             markup=False,
         )
     elif not largest:
         out.print("no batch size fits; captcha-exp plan --advise names what does", markup=False)
+    elif largest == micro_batches(config) < pictures["train"]:
+        out.print(f"batches up to {largest:,} fit, {MAX_PASSES} micro-batches; larger ones were not tried")
     elif largest == pictures["train"]:
         out.print(f"the whole training split, {largest:,} pictures, fits in one batch")
     else:
@@ -200,7 +208,7 @@ def _tell_advice(
             Text("\n".join(each.notes)),
         )
     out.print(table)
-    out.print("time is that of a step, estimated; 1 is the config as it stands, if it did fit")
+    out.print("time: of a step, estimated, relative to the unchanged config")
 
 
 def _headline(config: Config, budget_mib: Between | None) -> str:

@@ -8,12 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp import dataset
-from captcha_exp.cli.planning import COLOURS, check_decidable, misfits_of, planned_on, sizes_of
+from captcha_exp.cli.planning import COLOURS, check_decidable, micro_batches, misfits_of, planned_on, sizes_of
 from captcha_exp.cli.summary import console
 from captcha_exp.config import Config, Interval, to_dict
 from captcha_exp.display import Display
 from captcha_exp.memory.between import Between
-from captcha_exp.memory.plan import Plan, Planner, Shared, budget
+from captcha_exp.memory.plan import MAX_PASSES, Plan, Planner, Shared, budget
 
 
 class Row(NamedTuple):
@@ -62,6 +62,7 @@ def run(
         about = {"precision": first.device.precision, "pictures": pictures}
         return about | {"cards": [row.to_json() for row in rows]}, misfits
     _print_rows(rows, first)
+    _print_notes(rows, next(iter(configs.values())), pictures["train"])
     return None, misfits
 
 
@@ -117,7 +118,24 @@ def _print_rows(rows: Sequence[Row], config: Config) -> None:
     if config.device.vram_budget_mib is not None:
         budget_mib = config.device.vram_budget_mib
         out.print(f"the process may take {budget_mib:,} MiB where a GPU has as much (device.vram_budget_mib)")
-    out.print("largest is the largest batch that fits; unsure counts as no", markup=False)
+    out.print(
+        "largest is the largest batch that fits; unsure counts as no; a desktop and other programs may hold "
+        "some of the memory (others_mib in a GPU's file)",
+        markup=False,
+    )
+
+
+def _print_notes(rows: Sequence[Row], asked: Config, train_images: int) -> None:
+    """Print what the plans assume that the config leaves open."""
+    out = console()
+    if asked.device.precision == "auto":
+        out.print("device.precision=auto is planned as fp32, which needs the most memory")
+    if asked.train.batch_size == "auto":
+        out.print("train.batch_size=auto is planned as the batch sizes above; name others with --batch-sizes")
+    if max(plan.batch_size for row in rows for plan in row.plans) > train_images:
+        out.print(f"a batch holds no more than the training split has, {train_images:,} images")
+    if 0 < micro_batches(asked) < train_images:
+        out.print(f"largest is searched up to {MAX_PASSES} micro-batches, {micro_batches(asked):,} images")
 
 
 def _speed(row: Row) -> Interval:

@@ -25,7 +25,7 @@ from captcha_exp.places import checkout, conf
 from captcha_exp.record import write_atomically
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-NO_NAMES = {"null", "true", "false", "inf", "nan"}  # Hydra reads them as values
+NO_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values for Hydra; every GPU for plan --card
 
 
 def calibrate(

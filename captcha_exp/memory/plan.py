@@ -25,6 +25,7 @@ from captcha_exp.memory.workspaces import Workspaces, workspaces_of
 ERROR = (
     0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
 )
+MAX_PASSES = 16  # micro-batches of a step up to which the largest batch is searched
 
 
 class Peak(NamedTuple):
@@ -131,6 +132,9 @@ class Planner:
         self.pictures = dict(pictures)
         self.budget_mib = budget(config, total_mib)
         self.shared = shared or Shared(config, pictures)
+        micro = config.train.micro_batch_size
+        # Passes repeat, and each is traced: memory hardly grows with their number, but time does.
+        self.max_batch = min(pictures["train"], MAX_PASSES * micro) if micro else pictures["train"]
         self._known: dict[int, Plan] = {}
         self._workspaces = workspaces_of(config.card)
 
@@ -144,7 +148,7 @@ class Planner:
     def largest(self) -> Plan | None:
         """The plan of a batch that fits where one more picture would not; None if no batch does.
 
-        At most the whole training split.
+        At most `max_batch`: the whole training split, or MAX_PASSES micro-batches.
         """
         batch_size = self.largest_batch()
         return self.at(batch_size) if batch_size else None
@@ -154,7 +158,7 @@ class Planner:
         if self.budget_mib is None:
             return None
         pilot = self._workspaces[-1]  # as a rule those that fail first
-        most = self.pictures["train"]
+        most = self.max_batch
         guess = min(max(self._guess(), 1), most)
         while found := largest_that(partial(self._fits, pilot), most, guess):
             failed = next((each for each in self._workspaces if not self._fits(each, found)), None)

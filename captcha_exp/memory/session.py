@@ -17,6 +17,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.judging import MARGIN_MIB, judge, readings_from_json
 
 BENCHMARK = "gpu_session"
+MAX_MIB = 1e6  # more than any GPU has
 AGAIN = "measure it with python benchmarks/gpu_session.py --parts calibration --out FILE.json"
 
 
@@ -37,7 +38,7 @@ def read_session(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a session of benchmarks/gpu_session.py; {AGAIN}")
     if not isinstance(session.get("machine"), dict) or not isinstance(session.get("parts"), dict):
         raise UserError(f"{file}: has no machine or no parts; {AGAIN}")
-    if not session["machine"].get("card"):
+    if not session["machine"].get("card") or session.get("dry_run"):
         raise UserError(f"{file}: no GPU was measured, only a dry run or predictions; {AGAIN}")
     return session
 
@@ -89,7 +90,7 @@ def _contexts(parts: Mapping[str, Any]) -> Iterator[float]:
 
 
 def _is_mib(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_MIB
 
 
 def _widened(card: Card, contexts: list[float]) -> Card:
