@@ -793,6 +793,20 @@ PLANTS = (
         ("test_trace.py",),
     ),
     Plant(
+        "an optimizer reads the number of a first step",
+        "memory/recorder.py",
+        "LATE_STEP = 100",
+        "LATE_STEP = 1",
+        ("test_plan_optimizers.py",),
+    ),
+    Plant(
+        "a step may be counted on the device by Adam only",
+        "memory/trace.py",
+        'if path.startswith("torch.optim.")]',
+        'if path == "torch.optim.adam"]',
+        ("test_plan_optimizers.py",),
+    ),
+    Plant(
         "the trace forgets what an evaluation is sent and keeps",
         "memory/trace.py",
         "else 8 * length + 8)",

@@ -146,7 +146,7 @@ def _train(
             loss = loss_function(output) if targets is None else loss_function(output, targets)
         scaled = loss if loss_scale is None else loss * loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        with recorder.reads_answered():  # Adam reads its step count, which is a tensor of the host
+        with recorder.reads_answered():  # most read their step count, a tensor of the host
             optimizer.step()
     recorder.begin("end")
     kept = [value for values in optimizer.state.values() for value in values.values()]

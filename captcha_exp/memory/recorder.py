@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captcha_exp.memory.allocator import Event
 
 HOST, DEVICE = torch.device("meta"), torch.device("cpu")
+# The answer where an optimizer reads a number. Not 1: NAdam divides by 1 - product of its momenta, and RAdam
+# needs less memory in the first five steps.
+LATE_STEP = 100
 KNOWN = 50_000  # answers that are kept, of 800 bytes each; each batch size has a hundred of its own
 
 _aten = torch.ops.aten
@@ -112,7 +115,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     @contextmanager
     def reads_answered(self) -> Iterator[None]:
-        """Answer a read of a number with 1. For an optimizer, which reads how many steps it has made."""
+        """Answer a read of a number with LATE_STEP. An optimizer reads how many steps it has taken."""
         self._reads_answered = True
         try:
             yield
@@ -136,7 +139,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if func is _aten.lift_fresh.default:  # of torch.tensor, which has just made it somewhere
             devices.append(args[0].device)
         if func is _aten._local_scalar_dense.default and self._reads_answered:
-            return 1
+            return True if args[0].dtype == torch.bool else LATE_STEP
         if not given and DEVICE not in devices:
             with _values_needed(func, args):
                 return func(*args, **kwargs)
