@@ -68,6 +68,21 @@ class DeviceTensor(Tensor):
     ) -> Any:
         raise RuntimeError(f"{func}: a tensor without numbers outlived its Recorder")
 
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]
+        del tensor_contents
+        return f"DeviceTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise _reads_values("numpy.asarray")
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        """Raise Untraceable: there are no values."""
+        raise _reads_values("Tensor.numpy")
+
+    def tolist(self) -> Any:
+        """Raise Untraceable: there are no values."""
+        raise _reads_values("Tensor.tolist")
+
 
 class Convolution(NamedTuple):
     """A convolution, forward or backward, which may want a workspace while it runs."""
@@ -95,6 +110,11 @@ class Untraceable(NotImplementedError):
         super().__init__(f"{operator} {reason}; {remedy}")
         self.operator, self.reason, self.remedy = operator, reason, remedy
         self.module_path: str | None = None  # of the submodule that called it, where a tracer knows it
+
+
+def _reads_values(name: str) -> Untraceable:
+    """Return the error for a method that reads values."""
+    return Untraceable(name, "reads values on the host", f"remove {name.rpartition('.')[2]}() from the step")
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -211,7 +231,7 @@ def _values_needed(func: Any, args: Any) -> Iterator[None]:
         if isinstance(error, Untraceable):
             raise
         if torch.Tag.data_dependent_output in func.tags:
-            remedy = "remove .item(), bool(), tolist() and print from the step"
+            remedy = "remove .item(), bool(), tolist() and formatting from the step"
             raise Untraceable(str(func), "reads a value on the host", remedy) from error
         is_dynamic = torch.Tag.dynamic_output_shape in func.tags
         if func is _aten.index.Tensor:  # by integers its shape is known
@@ -248,6 +268,9 @@ def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
 
     arguments = replaced(tuple(args))
     result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
+    if isinstance(result, Tensor) and result.layout is not torch.strided:
+        remedy = "use dense tensors, e.g. nn.Embedding(..., sparse=False)"
+        raise Untraceable(str(func), "returns a sparse tensor", remedy)
     # The kernel for `meta` looks at the input alone.
     sides = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
     if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in sides):
