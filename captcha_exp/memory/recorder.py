@@ -30,6 +30,8 @@ LATE_STEP = 100
 KNOWN = 50_000  # answers that are kept, of 800 bytes each; each batch size has a hundred of its own
 
 _aten = torch.ops.aten
+_CTC = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor}
+_CTC_BACKWARD = {_aten._ctc_loss_backward.default, _aten._ctc_loss_backward.Tensor}
 _CONVOLUTIONS = {_aten.convolution.default, _aten.convolution_backward.default, _aten.conv2d.default}
 
 
@@ -267,6 +269,10 @@ def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
         return value
 
     arguments = replaced(tuple(args))
+    if func in _CTC:
+        return _ctc_loss(*arguments[:4])
+    if func in _CTC_BACKWARD:
+        return torch.empty_like(arguments[1])
     result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
     if isinstance(result, Tensor) and result.layout is not torch.strided:
         remedy = "use dense tensors, e.g. nn.Embedding(..., sparse=False)"
@@ -276,6 +282,20 @@ def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
     if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in sides):
         result = _colours_last(result)
     return result
+
+
+def _ctc_loss(
+    log_probs: Tensor, targets: Tensor, _: Any, lengths: Tensor | list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the losses (B,) and log_alpha (B, T, 2S + 1) for log_probs (T, B, C) and the longest target S.
+
+    Where lengths are a tensor, S is the most that the form of the targets allows.
+
+    Source: aten/src/ATen/native/LossCTC.cpp, ctc_loss_allocate_outputs.
+    """
+    longest = targets.shape[-1] if isinstance(lengths, Tensor) else max(lengths, default=0)
+    steps, size = log_probs.shape[:2]
+    return log_probs.new_empty(size), log_probs.new_empty(size, steps, 2 * longest + 1)
 
 
 def _colours_last(result: Any) -> Any:
