@@ -242,3 +242,9 @@ def test_a_scripted_module_is_named() -> None:
     part = torch.jit.trace(nn.Linear(8, 8), torch.rand(4, 8))  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match=r"^1: a TorchScript module cannot be traced"):
         traced(nn.Sequential(nn.Linear(8, 8), part))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
+def test_a_tensor_sent_to_cuda_is_not_said_to_fail_on_the_cpu() -> None:
+    with pytest.raises(UserError, match="use the device of the input, e"):
+        traced(nn.Linear(8, 8), loss=lambda output: output.cuda().mean())

@@ -170,9 +170,13 @@ def _errors_named(path: ModulePath) -> Iterator[None]:
             text = f"{where}: {cause.operator} {cause.reason}; {cause.remedy}"
         else:
             where = path.current() or "outside of the module (loss or optimizer)"
-            text = (
-                f"{where}: {type(error).__name__}: {_first_line(error)}; check that the step runs on the CPU"
+            no_cuda = "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error)
+            remedy = (
+                "use the device of the input, e.g. x.device, in place of 'cuda'"
+                if no_cuda
+                else "check that the step runs on the CPU"
             )
+            text = f"{where}: {type(error).__name__}: {_first_line(error)}; {remedy}"
         raise UserError(text) from error
 
 
