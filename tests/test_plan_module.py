@@ -262,7 +262,12 @@ UNTRACEABLE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "unique": (lambda x: x * torch.unique(x).sum(), "aten._unique2.default has a result"),
     "in place": (lambda x: x.t_(), "aten.t_.default changes the form"),
     "backward": (Reads.apply, "aten._local_scalar_dense.default reads a value"),
-    "numpy": (lambda x: x.detach().numpy(), "RuntimeError: .numpy()"),
+    "numpy": (lambda x: x.detach().numpy(), "Tensor.numpy reads values"),
+    "tolist": (lambda x: x.tolist(), "Tensor.tolist reads values"),
+    "sparse": (
+        lambda x: nn.functional.embedding(torch.zeros(4, dtype=torch.int64, device=x.device), x, sparse=True),
+        "aten._sparse_coo_tensor_with_dims_and_tensors.default returns a sparse tensor",
+    ),
     "a mistake": (lambda x: x @ torch.zeros(3, 3, device=x.device), "RuntimeError: a and b must have"),
 }
 

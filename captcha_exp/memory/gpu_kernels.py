@@ -9,11 +9,15 @@ tensors for the backward pass than its CUDA code:
 - autocast runs normalizations, softmax and losses in fp32 on CUDA and in 16 bits on the CPU
 - an LSTM or GRU is one oneDNN call on the CPU and one cuDNN call on CUDA, whose sizes neither library
   documents. Here it is torch's loop over the time steps (see docs/plan_module.md)
+- ctc_loss reads the lengths, which a trace may not know
+- torch.autocast("cuda") does nothing without CUDA
 
 Source: torch 2.13, aten/src/ATen/native/Dropout.cpp, transformers/attention.cpp and cuda/sdp_utils.cpp (which
-kernel), aten/src/ATen/autocast_mode.h (which operators in fp32), aten/src/ATen/native/RNN.cpp.
+kernel), aten/src/ATen/autocast_mode.h (which operators in fp32), aten/src/ATen/native/RNN.cpp,
+LossCTC.cpp.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,11 +44,17 @@ _FP32_IN_AUTOCAST = (
 def cuda_operators() -> Iterator[None]:
     """Apply the choices of the header to tensors of the CPU until the end of the block."""
     # torch has no types for a Library.
-    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        warnings.catch_warnings(),
+        _cuda_autocast(),
+    ):
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for key in ("AutogradCPU", "CPU"):
             library.impl("dropout", _dropout, key)
             library.impl("scaled_dot_product_attention", _attention, key)
+            library.impl("ctc_loss.IntList", _ctc_loss, key)
+            library.impl("ctc_loss.Tensor", _ctc_loss, key)
             for recurrent in ("gru", "rnn_tanh", "rnn_relu"):
                 library.impl(f"{recurrent}.input", _batch_second(recurrent), key)
         for name in _FP32_IN_AUTOCAST:
@@ -56,6 +66,51 @@ def cuda_operators() -> Iterator[None]:
             yield
         finally:
             torch._C._set_mkldnn_enabled(was_enabled)
+
+
+@contextmanager
+def _cuda_autocast() -> Iterator[None]:
+    """Apply torch.autocast("cuda") of this thread to the traced device, with the default dtype of CUDA."""
+    plain, thread = torch.autocast.__init__, threading.get_ident()
+
+    def init(self: torch.autocast, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+        if device_type == "cuda" and threading.get_ident() == thread:
+            device_type, dtype = "cpu", dtype or torch.float16
+        plain(self, device_type, dtype, *args, **kwargs)
+
+    setattr(torch.autocast, "__init__", init)  # noqa: B010 - mypy refuses an assignment to a method
+    try:
+        yield
+    finally:
+        setattr(torch.autocast, "__init__", plain)  # noqa: B010
+
+
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Return the CTC loss by the operators of torch's own, without a look at the lengths."""
+    is_batched = log_probs.ndim == 3
+    if not is_batched:
+        log_probs, targets = log_probs.unsqueeze(1), targets.unsqueeze(0)
+        if isinstance(target_lengths, Tensor):
+            input_lengths, target_lengths = input_lengths.reshape(1), target_lengths.reshape(1)
+    result: Tensor
+    operator = _aten._ctc_loss.Tensor if isinstance(target_lengths, Tensor) else _aten._ctc_loss.default
+    result = operator(log_probs, targets, input_lengths, target_lengths, blank, zero_infinity)[0]
+    if zero_infinity:
+        result = torch.where(result == float("inf"), torch.zeros((), device=result.device), result)
+    if reduction == 1:
+        lengths = torch.as_tensor(target_lengths, device=result.device).clamp_min(1).to(result.dtype)
+        return (result / lengths).mean()
+    if reduction == 2:
+        return result.sum()
+    return result if is_batched else result.squeeze(0)
 
 
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:

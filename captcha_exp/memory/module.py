@@ -14,6 +14,7 @@ from captcha_exp.config import Card, load_card
 from captcha_exp.errors import UserError
 from captcha_exp.memory.allocator import MIB
 from captcha_exp.memory.between import Between, Fits
+from captcha_exp.memory.module_checks import check_numbers
 from captcha_exp.memory.module_trace import DTYPES, Loss, ModulePrecision, OptimizerFactory, trace_module
 from captcha_exp.memory.plan import ERROR, limits, verdict
 from captcha_exp.memory.plays import bounds_of, play
@@ -69,12 +70,7 @@ def plan_module(
     """
     if precision not in ("fp32", *DTYPES):
         raise UserError(f"precision={precision!r}: must be one of fp32, bf16, fp16")
-    if steps < 2:
-        raise UserError(
-            f"steps={steps}: must be at least 2; the optimizer's state exists from the second step on"
-        )
-    if budget_mib is not None and not budget_mib > 0:
-        raise UserError(f"budget_mib={budget_mib:g}: must be above 0")
+    check_numbers(budget_mib, steps)
     known = card if isinstance(card, Card) else load_card(_card_path(card))
     traced = trace_module(
         module, example_batch, optimizer, loss, targets=targets, precision=precision, steps=steps

@@ -4,10 +4,8 @@ As `trace` does for a training of this project: a copy of the module whose param
 and no values takes a few steps of the usual training loop, and `recorder` sees memory come and go.
 """
 
-import copy
-import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,6 +14,14 @@ from torch.utils._pytree import tree_map
 
 from captcha_exp.errors import UserError
 from captcha_exp.memory.gpu_kernels import cuda_operators
+from captcha_exp.memory.module_checks import (
+    check_factory,
+    check_loss,
+    check_module,
+    check_optimizer,
+    check_result,
+)
+from captcha_exp.memory.module_copy import CallersGrads, copied, global_state_kept, sent
 from captcha_exp.memory.module_path import ModulePath
 from captcha_exp.memory.recorder import DEVICE, HOST, Recorder, Untraceable
 from captcha_exp.memory.trace import Trace, phases_of, steps_counted_on_device, without_collector
@@ -40,11 +46,14 @@ def trace_module(
 
     Raises: UserError for a module that cannot be traced; it names the operator, the submodule and a remedy.
     """
+    check_module(module)
+    check_factory(optimizer)
+    check_loss(loss, targets is not None)
     recorder = Recorder()
     sizes: dict[str, int] = {}
     with (
+        global_state_kept(),
         without_collector(),
-        _rng_state_kept(),
         torch.device(HOST),
         steps_counted_on_device(),
         cuda_operators(),
@@ -72,52 +81,22 @@ def _run(
     sizes: dict[str, int],
 ) -> None:
     """Train a copy, which is freed at the end."""
-    on_device = _copy(module)
-    path = ModulePath(on_device)
-    recorder.locate = path.current
-    with _errors_named(path):
-        _train(on_device, example, optimizer, loss, precision, steps, recorder, path, sizes)
-
-
-@contextmanager
-def _rng_state_kept() -> Iterator[None]:
-    """Put the states of torch's and Python's generators back, which the module's own code may advance."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """Return a copy of the module with parameters and buffers of the device.
-
-    No value is copied. Tied parameters stay tied.
-    """
     memo: dict[int, Any] = {}
-    for name, parameter in module.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise UserError(f"{name}: the shape of a lazy parameter is unknown; call the module once before")
-        memo[id(parameter)] = nn.Parameter(_sent(parameter), parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = _sent(buffer)
+    on_device = copied(module, memo)
+    if isinstance(loss, nn.Module):
+        loss = copied(loss, memo)
+    memo.clear()  # it keeps the originals
+    path, grads = ModulePath(on_device), CallersGrads()
+    recorder.locate = path.current
     try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise UserError(
-            f"{type(module).__name__}: copy.deepcopy cannot copy it ({_first_line(error)})"
-        ) from error
-
-
-def _sent(tensor: Tensor) -> Tensor:
-    """Return a tensor of the device with this shape, as `tensor.to(device)`."""
-    here = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=HOST)
-    return here.to(DEVICE)
+        with _errors_named(path):
+            _train(on_device, example, optimizer, loss, precision, steps, recorder, path, grads, sizes)
+    finally:
+        grads.restore()
 
 
 def _batch_on_device(batch: Any) -> Any:
-    return tree_map(lambda each: _sent(each) if isinstance(each, Tensor) else each, batch)
+    return tree_map(lambda each: sent(each) if isinstance(each, Tensor) else each, batch)
 
 
 def _train(
@@ -129,29 +108,33 @@ def _train(
     steps: int,
     recorder: Recorder,
     path: ModulePath,
+    grads: CallersGrads,
     sizes: dict[str, int],
 ) -> None:
     """Take the steps of the usual loop. Batch, output and loss live until the next ones replace them."""
     loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
     optimizer = optimizer_factory(module.parameters())
+    check_optimizer(optimizer, module)
     _use_foreach(optimizer)
     for number in range(1, steps + 1):
         recorder.begin(f"epoch 1: step {number}")
         path.begin_step()
         batch, targets = _batch_on_device(example)
         optimizer.zero_grad()
-        autocast = torch.autocast("cpu", DTYPES[precision]) if precision != "fp32" else nullcontext()
-        with autocast:
+        with torch.autocast("cpu", DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
             output = _call(module, batch)
             loss = loss_function(output) if targets is None else loss_function(output, targets)
+        check_result(loss)
+        grads.keep(loss)
         scaled = loss if loss_scale is None else loss * loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        with recorder.reads_answered():  # Adam reads its step count, which is a tensor of the host
+        with recorder.reads_answered():  # most read their step count, a tensor of the host
             optimizer.step()
     recorder.begin("end")
     kept = [value for values in optimizer.state.values() for value in values.values()]
-    sizes["parameters_bytes"] = _bytes(module.parameters())
-    sizes["buffers_bytes"] = _bytes(module.buffers())
+    parts = nn.ModuleList([module, *([loss_function] if isinstance(loss_function, nn.Module) else [])])
+    sizes["parameters_bytes"] = _bytes(parts.parameters())
+    sizes["buffers_bytes"] = _bytes(parts.buffers())
     sizes["optimizer_bytes"] = _bytes(value for value in kept if isinstance(value, Tensor))
 
 
@@ -187,9 +170,13 @@ def _errors_named(path: ModulePath) -> Iterator[None]:
             text = f"{where}: {cause.operator} {cause.reason}; {cause.remedy}"
         else:
             where = path.current() or "outside of the module (loss or optimizer)"
-            text = (
-                f"{where}: {type(error).__name__}: {_first_line(error)}; check that the step runs on the CPU"
+            no_cuda = "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error)
+            remedy = (
+                "use the device of the input, e.g. x.device, in place of 'cuda'"
+                if no_cuda
+                else "check that the step runs on the CPU"
             )
+            text = f"{where}: {type(error).__name__}: {_first_line(error)}; {remedy}"
         raise UserError(text) from error
 
 

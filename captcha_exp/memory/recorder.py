@@ -24,9 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captcha_exp.memory.allocator import Event
 
 HOST, DEVICE = torch.device("meta"), torch.device("cpu")
+# The answer where an optimizer reads a number. Not 1: NAdam divides by 1 - product of its momenta, and RAdam
+# needs less memory in the first five steps.
+LATE_STEP = 100
 KNOWN = 50_000  # answers that are kept, of 800 bytes each; each batch size has a hundred of its own
 
 _aten = torch.ops.aten
+_CTC = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor}
+_CTC_BACKWARD = {_aten._ctc_loss_backward.default, _aten._ctc_loss_backward.Tensor}
 _CONVOLUTIONS = {_aten.convolution.default, _aten.convolution_backward.default, _aten.conv2d.default}
 
 
@@ -65,6 +70,21 @@ class DeviceTensor(Tensor):
     ) -> Any:
         raise RuntimeError(f"{func}: a tensor without numbers outlived its Recorder")
 
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]
+        del tensor_contents
+        return f"DeviceTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise _reads_values("numpy.asarray")
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        """Raise Untraceable: there are no values."""
+        raise _reads_values("Tensor.numpy")
+
+    def tolist(self) -> Any:
+        """Raise Untraceable: there are no values."""
+        raise _reads_values("Tensor.tolist")
+
 
 class Convolution(NamedTuple):
     """A convolution, forward or backward, which may want a workspace while it runs."""
@@ -94,6 +114,11 @@ class Untraceable(NotImplementedError):
         self.module_path: str | None = None  # of the submodule that called it, where a tracer knows it
 
 
+def _reads_values(name: str) -> Untraceable:
+    """Return the error for a method that reads values."""
+    return Untraceable(name, "reads values on the host", f"remove {name.rpartition('.')[2]}() from the step")
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Sees memory of the device come and go."""
 
@@ -112,7 +137,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     @contextmanager
     def reads_answered(self) -> Iterator[None]:
-        """Answer a read of a number with 1. For an optimizer, which reads how many steps it has made."""
+        """Answer a read of a number with LATE_STEP. An optimizer reads how many steps it has taken."""
         self._reads_answered = True
         try:
             yield
@@ -136,7 +161,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if func is _aten.lift_fresh.default:  # of torch.tensor, which has just made it somewhere
             devices.append(args[0].device)
         if func is _aten._local_scalar_dense.default and self._reads_answered:
-            return 1
+            return True if args[0].dtype == torch.bool else LATE_STEP
         if not given and DEVICE not in devices:
             with _values_needed(func, args):
                 return func(*args, **kwargs)
@@ -208,7 +233,7 @@ def _values_needed(func: Any, args: Any) -> Iterator[None]:
         if isinstance(error, Untraceable):
             raise
         if torch.Tag.data_dependent_output in func.tags:
-            remedy = "remove .item(), bool(), tolist() and print from the step"
+            remedy = "remove .item(), bool(), tolist() and formatting from the step"
             raise Untraceable(str(func), "reads a value on the host", remedy) from error
         is_dynamic = torch.Tag.dynamic_output_shape in func.tags
         if func is _aten.index.Tensor:  # by integers its shape is known
@@ -244,12 +269,33 @@ def _asked(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
         return value
 
     arguments = replaced(tuple(args))
+    if func in _CTC:
+        return _ctc_loss(*arguments[:4])
+    if func in _CTC_BACKWARD:
+        return torch.empty_like(arguments[1])
     result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
+    if isinstance(result, Tensor) and result.layout is not torch.strided:
+        remedy = "use dense tensors, e.g. nn.Embedding(..., sparse=False)"
+        raise Untraceable(str(func), "returns a sparse tensor", remedy)
     # The kernel for `meta` looks at the input alone.
     sides = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
     if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in sides):
         result = _colours_last(result)
     return result
+
+
+def _ctc_loss(
+    log_probs: Tensor, targets: Tensor, _: Any, lengths: Tensor | list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the losses (B,) and log_alpha (B, T, 2S + 1) for log_probs (T, B, C) and the longest target S.
+
+    Where lengths are a tensor, S is the most that the form of the targets allows.
+
+    Source: aten/src/ATen/native/LossCTC.cpp, ctc_loss_allocate_outputs.
+    """
+    longest = targets.shape[-1] if isinstance(lengths, Tensor) else max(lengths, default=0)
+    steps, size = log_probs.shape[:2]
+    return log_probs.new_empty(size), log_probs.new_empty(size, steps, 2 * longest + 1)
 
 
 def _colours_last(result: Any) -> Any:

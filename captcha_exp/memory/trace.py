@@ -19,15 +19,16 @@ Not seen, since no tensor of a dispatched operator holds it:
 """
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import adam
+from torch.optim import Optimizer
 
 from captcha_exp import models
 from captcha_exp.augment import Changes, is_off
@@ -107,14 +108,40 @@ def _run(config: Config, pictures: Mapping[str, int], recorder: Recorder) -> dic
 
 @contextmanager
 def steps_counted_on_device() -> Iterator[None]:
-    """torch lets Adam count its steps on a card alone; here the CPU stands for one."""
+    """Let torch's optimizers count steps on the device or on the host, which are not CUDA and CPU here.
+
+    Each module of torch.optim imports the list of devices that may count steps, which lacks the CPU. And
+    torch groups the tensors of a multi-tensor step only if each is on its parameter's device or the CPU.
+    """
     name = "_get_capturable_supported_devices"
-    plain = getattr(adam, name)
-    setattr(adam, name, lambda **_: [DEVICE.type])
+    modules = [each for path, each in sorted(sys.modules.items()) if path.startswith("torch.optim.")]
+    plain = {each: getattr(each, name) for each in modules if hasattr(each, name)}
+    grouped = Optimizer.__dict__["_group_tensors_by_device_and_dtype"]
+    for each in plain:
+        setattr(each, name, lambda *_, **__: [DEVICE.type])
+    Optimizer._group_tensors_by_device_and_dtype = staticmethod(_grouped)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        setattr(adam, name, plain)
+        Optimizer._group_tensors_by_device_and_dtype = grouped  # type: ignore[method-assign]
+        for each, function in plain.items():
+            setattr(each, name, function)
+
+
+def _grouped(tensors: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
+    """Return the lists of tensors, by device and dtype of the first list's, and the indices if asked.
+
+    Source: torch/csrc/Module.cpp and aten/src/ATen/native/ForeachUtils.h, without their checks of devices.
+    """
+    groups: dict[Any, tuple[list[list[Any]], list[int]]] = {}
+    for index, first in enumerate(tensors[0]):
+        lists, indices = groups.setdefault((first.device, first.dtype), ([[] for _ in tensors], []))
+        for group, values in zip(lists, tensors, strict=True):
+            if values:
+                group.append(values[index])
+        if with_indices:
+            indices.append(index)
+    return groups
 
 
 def _training(

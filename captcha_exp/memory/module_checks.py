@@ -1,0 +1,121 @@
+"""Check the arguments of `plan_module` and what the caller's functions return, one line for each mistake."""
+
+import inspect
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captcha_exp.errors import UserError
+
+_OPTIMIZER = "optimizer: must be callable with the parameters, e.g. torch.optim.AdamW, "
+
+
+def check_numbers(budget_mib: Any, steps: Any) -> None:
+    """Raise UserError for a budget or a number of steps that cannot be."""
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 2:
+        raise UserError(
+            f"steps={steps!r}: must be at least 2, as an integer; the optimizer's state exists from the "
+            "second step on"
+        )
+    if budget_mib is None:
+        return
+    if isinstance(budget_mib, bool) or not isinstance(budget_mib, Real):
+        raise UserError(f"budget_mib={budget_mib!r}: must be a number of MiB or None")
+    if not (float(budget_mib) > 0 and math.isfinite(budget_mib)):
+        raise UserError(f"budget_mib={float(budget_mib):g}: must be above 0 and finite")
+
+
+def check_module(module: Any) -> None:
+    """Raise UserError for what is not a module, or one of which nothing can be trained."""
+    if not isinstance(module, nn.Module):
+        raise UserError(f"module: must be a torch.nn.Module, not {_kind(module)}")
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UserError(
+                f"{name or 'module'}: a TorchScript module cannot be traced; pass the original nn.Module"
+            )
+    if not any(True for _ in module.parameters()):
+        raise UserError(f"module: {type(module).__name__} has no parameters to train")
+    if not any(each.requires_grad for each in module.parameters()):
+        raise UserError(
+            f"module: all parameters of {type(module).__name__} are frozen; set requires_grad of some"
+        )
+
+
+def check_factory(factory: Any) -> None:
+    """Raise UserError for an optimizer in place of a function that makes one."""
+    if isinstance(factory, torch.optim.Optimizer):
+        raise UserError(f"{_OPTIMIZER}not an instance")
+    if not callable(factory):
+        raise UserError(f"{_OPTIMIZER}not {_kind(factory)}")
+
+
+def check_optimizer(optimizer: Any, module: nn.Module) -> None:
+    """Raise UserError unless this is an optimizer of the module's parameters that steps without a closure."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimizer: must return a torch.optim.Optimizer, not {_kind(optimizer)}")
+    given = {id(each) for each in module.parameters()}
+    if any(id(each) not in given for group in optimizer.param_groups for each in group["params"]):
+        raise UserError(
+            "optimizer: returns an optimizer of parameters other than those it is called with; use "
+            "lambda parameters: torch.optim.AdamW(parameters)"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError(
+            "optimizer: SparseAdam needs sparse gradients, which are not supported; use torch.optim.Adam"
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        name = type(optimizer).__name__
+        raise UserError(
+            f"optimizer: {name}.step needs a closure, which is not supported; use one that needs none, e.g. "
+            "torch.optim.AdamW"
+        )
+
+
+def check_loss(loss: Any, has_targets: bool) -> None:
+    """Raise UserError for a loss that cannot be called with the output, or with the output and targets."""
+    if not callable(loss):
+        raise UserError(f"loss: must be callable with the output, not {_kind(loss)}")
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # a function of C
+        return
+    one, two = (_takes(signature, count) for count in (1, 2))
+    if not has_targets and not one and two:
+        second = list(signature.parameters)[1]
+        raise UserError(
+            f"loss: missing its argument {second!r}; pass targets=..., of which the shape is used"
+        )
+    if has_targets and one and not two:
+        raise UserError("loss: takes the output only; leave targets out, or take them as a second argument")
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def check_result(result: Any) -> None:
+    """Raise UserError for a loss whose result has no gradient for the parameters."""
+    if not isinstance(result, Tensor):
+        raise UserError(f"loss: must return a tensor, not {_kind(result)}")
+    if result.numel() != 1:
+        raise UserError(
+            f"loss: must return one number, not shape {tuple(result.shape)}; reduce it, e.g. with .mean()"
+        )
+    if not result.requires_grad:
+        raise UserError(
+            "loss: does not depend on a parameter that requires a gradient; check .detach(), torch.no_grad() "
+            "and requires_grad"
+        )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__

@@ -1,0 +1,132 @@
+"""Copy a module to the device of a trace, and keep the caller's own objects as they are."""
+
+import copy
+import random
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from captcha_exp.errors import UserError
+from captcha_exp.memory.recorder import DEVICE, HOST, DeviceTensor
+
+Copied = TypeVar("Copied")
+_lock = threading.RLock()  # a trace replaces operators and settings of the whole process
+
+
+@contextmanager
+def global_state_kept() -> Iterator[None]:
+    """Trace in one thread at a time, and restore what the module's own code may set.
+
+    These are the random states of torch and Python and the default dtype. The caller's no_grad,
+    inference_mode and autocast do not apply inside.
+    """
+    with (
+        _lock,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
+        state, dtype = random.getstate(), torch.get_default_dtype()
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            random.setstate(state)
+
+
+def sent(tensor: Tensor) -> Tensor:
+    """Return a tensor of the device with this shape, as `tensor.to(device)`."""
+    here = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=HOST)
+    return here.to(DEVICE)
+
+
+def sent_parameter(parameter: Tensor) -> nn.Parameter:
+    """Return a parameter of the device with this shape."""
+    return nn.Parameter(sent(parameter), parameter.requires_grad)
+
+
+def copied(original: Copied, memo: dict[int, Any]) -> Copied:
+    """Return a copy of a module whose parameters, buffers and other tensors are of the device.
+
+    No value is copied. Tied parameters stay tied, also with modules that were copied with the same `memo`.
+    """
+    if isinstance(original, nn.Module):
+        for name, parameter in original.named_parameters():
+            if nn.parameter.is_lazy(parameter):
+                raise UserError(
+                    f"{name}: the shape of a lazy parameter is unknown; call the module once before"
+                )
+    try:
+        with _tensors_sent():
+            return copy.deepcopy(original, memo)
+    except Exception as error:
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise UserError(f"{type(original).__name__}: copy.deepcopy cannot copy it ({text})") from error
+
+
+@contextmanager
+def _tensors_sent() -> Iterator[None]:
+    """Make copy.deepcopy send tensors instead, also attributes that are neither parameter nor buffer."""
+    plain = {each: each.__dict__["__deepcopy__"] for each in (Tensor, nn.Parameter)}
+
+    def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if id(tensor) not in memo:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = sent_parameter(tensor) if is_parameter else _sent_tensor(tensor)
+        found: Tensor = memo[id(tensor)]
+        return found
+
+    for each in plain:
+        setattr(each, "__deepcopy__", deepcopy)  # noqa: B010 - mypy refuses an assignment to a method
+    try:
+        yield
+    finally:
+        for each, function in plain.items():
+            setattr(each, "__deepcopy__", function)  # noqa: B010
+
+
+def _sent_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor of the device with this shape; a leaf that requires a gradient still does."""
+    return sent(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+class CallersGrads:
+    """Keeps the gradients of the caller's own tensors, such as a parameter that a loss closes over."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def keep(self, loss: Tensor) -> None:
+        """Set aside the gradient of each leaf of the loss that the trace did not make."""
+        for leaf in _leaves(loss):
+            if not isinstance(leaf, DeviceTensor) and id(leaf) not in self._kept:
+                self._kept[id(leaf)] = leaf, leaf.grad
+                leaf.grad = None
+
+    def restore(self) -> None:
+        """Put the gradients back."""
+        for leaf, gradient in self._kept.values():
+            leaf.grad = gradient
+        self._kept.clear()
+
+
+def _leaves(loss: Tensor) -> Iterable[Tensor]:
+    """Return the tensors whose gradient `loss.backward()` accumulates."""
+    if loss.grad_fn is None:
+        return [loss]
+    left, seen, found = [loss.grad_fn], {loss.grad_fn}, []
+    while left:
+        node = left.pop()
+        variable = getattr(node, "variable", None)  # of an AccumulateGrad
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                left.append(following)
+    return found

@@ -1,0 +1,102 @@
+"""The operators that a trace replaces: with real numbers, they give what torch's own give."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captcha_exp.memory.gpu_kernels import cuda_operators
+from captcha_exp.memory.module_trace import trace_module
+from captcha_exp.memory.recorder import DEVICE, HOST, Recorder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS, SIZE, CLASSES, LENGTH = 20, 4, 8, 6
+LENGTHS = ([STEPS] * SIZE, [6, 3, 1, 2])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("zero_infinity", [False, True])
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("steps", [STEPS, 4])  # in 4 steps there is no path for a target of 6
+def test_the_ctc_loss_is_that_of_torch(
+    reduction: str, zero_infinity: bool, as_tensors: bool, steps: int
+) -> None:
+    log_probs = torch.randn(steps, SIZE, CLASSES).log_softmax(-1)
+    targets = torch.randint(1, CLASSES, (SIZE, LENGTH))
+    lengths: Any = [steps] * SIZE, LENGTHS[1]
+    if as_tensors:
+        lengths = tuple(map(torch.tensor, lengths))
+
+    def loss() -> Tensor:
+        return F.ctc_loss(
+            log_probs, targets, lengths[0], lengths[1], reduction=reduction, zero_infinity=zero_infinity
+        )
+
+    expected = loss()
+    with cuda_operators():
+        found = loss()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_the_ctc_loss_of_one_sequence_is_that_of_torch(as_tensors: bool) -> None:
+    log_probs, targets = torch.randn(STEPS, CLASSES).log_softmax(-1), torch.tensor([1, 2, 3])
+    lengths: Any = (torch.tensor(STEPS), torch.tensor(3)) if as_tensors else ((STEPS,), (3,))
+    expected = F.ctc_loss(log_probs, targets, lengths[0], lengths[1], reduction="none")
+    with cuda_operators():
+        torch.testing.assert_close(
+            F.ctc_loss(log_probs, targets, lengths[0], lengths[1], reduction="none"), expected
+        )
+
+
+def test_a_traced_ctc_loss_has_the_form_of_a_real_one() -> None:
+    targets = torch.randint(1, CLASSES, (SIZE, LENGTH))
+    real = torch._ctc_loss(torch.randn(STEPS, SIZE, CLASSES).log_softmax(-1), targets, *LENGTHS)
+    with torch.device(HOST), Recorder():
+        log_probs = torch.zeros(STEPS, SIZE, CLASSES, device=DEVICE)
+        there = torch.zeros(SIZE, LENGTH, dtype=torch.int64, device=DEVICE)
+        for lengths in (LENGTHS, tuple(map(torch.tensor, LENGTHS))):
+            found = torch._ctc_loss(log_probs, there, *lengths)
+            assert [x.shape for x in found] == [x.shape for x in real]
+            assert [x.dtype for x in found] == [x.dtype for x in real]
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_a_training_with_ctc_is_traced(as_tensors: bool) -> None:
+    def peak(length: int) -> int:
+        lengths: Any = [STEPS] * SIZE, [length] * SIZE
+        if as_tensors:
+            lengths = tuple(map(torch.tensor, lengths))
+        traced = trace_module(
+            nn.Linear(CLASSES, CLASSES),
+            torch.empty(STEPS, SIZE, CLASSES),
+            torch.optim.SGD,
+            lambda output, targets: F.ctc_loss(output.log_softmax(-1), targets, *lengths),
+            targets=torch.zeros(SIZE, length, dtype=torch.int64),
+        )
+        return traced.peak_bytes("step")
+
+    log_alpha, targets = SIZE * STEPS * 2 * 100 * 4, SIZE * 100 * 8
+    assert peak(202) - peak(102) == log_alpha + targets
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), torch.float16), ((torch.bfloat16,), torch.bfloat16)])
+def test_autocast_of_cuda_inside_of_a_module_applies(given: Any, expected: torch.dtype) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cuda", *given):
+                y: Tensor = self.layer(x)
+            dtypes.append(y.dtype)
+            return y
+
+    dtypes: list[torch.dtype] = []
+    plain = torch.autocast.__init__
+    trace_module(Own(), torch.empty(4, 8), torch.optim.SGD, lambda y: y.float().mean())
+    assert set(dtypes) == {expected}
+    assert torch.autocast.__init__ is plain

@@ -1,0 +1,250 @@
+"""What a caller may pass to plan_module, what stays as it was, and the line that names a mistake."""
+
+import random
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captcha_exp.errors import UserError
+from captcha_exp.memory import plan_module
+from captcha_exp.memory.module_trace import trace_module
+from captcha_exp.memory.trace import Trace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BATCH = torch.empty(4, 8)
+
+
+def mean(output: Tensor) -> Tensor:
+    return output.float().mean()
+
+
+def traced(module: nn.Module, **arguments: Any) -> Trace:
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "loss": mean, **arguments}
+    return trace_module(module, options.pop("batch", BATCH), **options)
+
+
+# -- tensors that are no parameters and no buffers -----------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """Has a tensor that is no buffer, and keeps its last output."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.layer, self.positions, self.kept = nn.Linear(8, 8), torch.zeros(size, 8), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.positions += 1
+        y: Tensor = self.layer(x) + self.positions[0]
+        self.last, self.kept = y, [y.detach()]
+        return y
+
+
+def test_a_plain_tensor_attribute_is_counted() -> None:
+    small, large = (traced(Keeps(size)).peak_bytes("step") for size in (8, 1008))
+    assert large - small == 1000 * 8 * 4
+
+
+def test_a_module_may_keep_its_last_output() -> None:
+    module = Keeps()
+    output = module(torch.rand(4, 8))
+    positions = module.positions.clone()
+
+    assert traced(module).peak_bytes("step") > 0
+
+    assert module.last is output
+    assert torch.equal(module.positions, positions)
+    assert type(module.kept[0]) is Tensor
+
+
+# -- the caller's objects ------------------------------------------------------------------------------
+
+
+def test_an_optimizer_of_other_parameters_is_refused_unchanged() -> None:
+    module = nn.Linear(8, 8)
+    module(torch.rand(4, 8)).sum().backward()
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    gradient = module.weight.grad
+
+    with pytest.raises(UserError, match="optimizer: returns an optimizer of parameters other than those"):
+        traced(module, optimizer=lambda _: optimizer)
+
+    assert module.weight.grad is gradient
+    assert optimizer.param_groups[0]["foreach"] is None
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_of_a_closure_keep_their_gradients(fails: bool) -> None:
+    critic = nn.Linear(8, 8)
+    critic.weight.grad = kept = torch.ones(8, 8)
+    critic.weight.grad.requires_grad_(False)
+    calls = []
+
+    def loss(output: Tensor) -> Tensor:
+        calls.append(output.shape)
+        if fails and len(calls) == 2:
+            raise ValueError("second step")
+        result: Tensor = critic(output).sum()
+        return result
+
+    if fails:
+        with pytest.raises(UserError, match="second step"):
+            traced(nn.Linear(8, 8), loss=loss)
+    else:
+        traced(nn.Linear(8, 8), loss=loss)
+    assert critic.weight.grad is kept
+    assert torch.equal(kept, torch.ones(8, 8))
+    assert critic.bias.grad is None
+
+
+def test_a_loss_with_parameters_is_copied_and_counted() -> None:
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.calls = 0
+
+        def forward(self, output: Tensor) -> Tensor:
+            self.calls += 1
+            result: Tensor = self.layer(output).sum()
+            return result
+
+    critic = Critic()
+    found = traced(nn.Linear(8, 8), loss=critic)
+    assert found.parameters_bytes == 2 * 4 * (8 * 8 + 8)
+    assert critic.layer.weight.grad is None
+    assert critic.calls == 0
+
+
+def test_a_loss_shares_parameters_with_the_module() -> None:
+    module = nn.Linear(8, 8)
+
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = module
+
+        def forward(self, output: Tensor) -> Tensor:
+            return output.sum() + self.of.weight.square().sum()
+
+    assert traced(module, loss=Decay()).parameters_bytes == 4 * (8 * 8 + 8)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_settings_of_the_process_are_restored(fails: bool) -> None:
+    def loss(output: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        random.random()
+        if fails:
+            raise ValueError("a mistake")
+        return output.mean()
+
+    state, deepcopy = random.getstate(), Tensor.__deepcopy__
+    try:
+        if fails:
+            with pytest.raises(UserError, match="a mistake"):
+                traced(nn.Linear(8, 8), loss=loss)
+        else:
+            traced(nn.Linear(8, 8), loss=loss)
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert random.getstate() == state
+    assert Tensor.__deepcopy__ is deepcopy
+
+
+def test_traces_of_several_threads_take_turns() -> None:
+    """Two traces would each restore what the other one had set."""
+    inside: list[int] = []
+    peaks: list[int] = []
+
+    def loss(output: Tensor) -> Tensor:
+        inside.append(threading.get_ident())
+        return output.mean()
+
+    def plan() -> None:
+        barrier.wait(timeout=60)
+        peaks.append(traced(nn.Sequential(nn.Linear(8, 8), nn.Dropout()), loss=loss, steps=20).peak_bytes())
+
+    onednn, count = torch._C._get_mkldnn_enabled(), 4
+    barrier = threading.Barrier(count)
+    threads = [threading.Thread(target=plan) for _ in range(count)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(timeout=60)
+    assert len(set(peaks)) == 1
+    assert len(peaks) == count
+    assert [a != b for a, b in pairwise(inside)].count(True) == count - 1
+    assert torch._C._get_mkldnn_enabled() == onednn
+
+
+def test_modes_of_the_caller_do_not_apply() -> None:
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    batch = torch.empty(256, 64)
+    expected = traced(module, batch=batch).peak_bytes("step")
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            assert traced(module, batch=batch).peak_bytes("step") == expected
+
+
+def test_a_loss_may_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    traced(nn.Linear(8, 8), loss=lambda output: (print(output), output.mean())[1])  # noqa: T201
+    assert "DeviceTensor(shape=(4, 8), dtype=torch.float32)" in capsys.readouterr().out
+
+
+# -- mistakes ------------------------------------------------------------------------------------------
+
+
+MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "infinite budget": (lambda: {"budget_mib": float("inf")}, "budget_mib=inf: must be above 0 and finite"),
+    "text budget": (lambda: {"budget_mib": "4000"}, "budget_mib='4000': must be a number of MiB"),
+    "half a step": (lambda: {"steps": 2.5}, "steps=2.5: must be at least 2, as an integer"),
+    "function": (lambda: {"module": mean}, "module: must be a torch.nn.Module, not function"),
+    "no parameters": (lambda: {"module": nn.ReLU()}, "module: ReLU has no parameters"),
+    "frozen": (lambda: {"module": nn.Linear(8, 8).requires_grad_(False)}, "module: all parameters of Linear"),
+    "instance": (
+        lambda: {"optimizer": torch.optim.SGD(nn.Linear(8, 8).parameters())},
+        "optimizer: must be callable with the parameters, e.g. torch.optim.AdamW, not an instance",
+    ),
+    "name": (lambda: {"optimizer": "adam"}, "optimizer: must be callable with the parameters, "),
+    "nothing": (lambda: {"optimizer": lambda _: None}, "optimizer: must return a torch.optim.Optimizer, not"),
+    "closure": (lambda: {"optimizer": torch.optim.LBFGS}, "optimizer: LBFGS.step needs a closure"),
+    "sparse": (lambda: {"optimizer": torch.optim.SparseAdam}, "optimizer: SparseAdam needs sparse gradients"),
+    "no targets": (lambda: {"loss": nn.MSELoss()}, "loss: missing its argument 'target'; pass targets="),
+    "targets": (lambda: {"targets": BATCH}, "loss: takes the output only"),
+    "no loss": (lambda: {"loss": None}, "loss: must be callable with the output, not None"),
+    "many losses": (lambda: {"loss": lambda x: x}, "loss: must return one number, not shape (4, 8)"),
+    "number": (lambda: {"loss": lambda x: 1.0}, "loss: must return a tensor, not float"),
+    "detached": (lambda: {"loss": lambda x: x.detach().sum()}, "loss: does not depend on a parameter"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named_in_one_line(name: str) -> None:
+    changed, message = MISTAKES[name]
+    options = {"module": nn.Linear(8, 8), "optimizer": torch.optim.SGD, "loss": mean, **changed()}
+    with pytest.raises(UserError) as raised:
+        plan_module(options.pop("module"), BATCH, **options)
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+    assert "check that the step runs" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_named() -> None:
+    part = torch.jit.trace(nn.Linear(8, 8), torch.rand(4, 8))  # type: ignore[no-untyped-call]
+    with pytest.raises(UserError, match=r"^1: a TorchScript module cannot be traced"):
+        traced(nn.Sequential(nn.Linear(8, 8), part))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
+def test_a_tensor_sent_to_cuda_is_not_said_to_fail_on_the_cpu() -> None:
+    with pytest.raises(UserError, match="use the device of the input, e"):
+        traced(nn.Linear(8, 8), loss=lambda output: output.cuda().mean())
