@@ -506,6 +506,7 @@ def test_the_quick_tests_are_marked_and_the_rest_is_split() -> None:
             text=True,
             check=False,
             cwd=SCRIPT.parents[1],
+            env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
         )
         return [line for line in done.stdout.splitlines() if ".py" in line]
 
