@@ -1,6 +1,7 @@
 """A GPU session runs whole without a GPU, and loses one part at most when it fails or is cut."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
