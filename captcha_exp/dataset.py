@@ -5,8 +5,7 @@ generator is another file, and the same question finds the same one. It is writt
 others wait, checked by its SHA-256 and mapped into memory. Normalising happens on the device, per batch: a
 picture is bytes here.
 
-Which split a picture belongs to is a hash of its label: no label is on both sides, and adding pictures moves
-none.
+Which split a picture belongs to is decided in `splits`.
 """
 
 import hashlib
@@ -31,11 +30,10 @@ from captcha_exp.errors import UserError
 from captcha_exp.places import root
 from captcha_exp.record import sha256_of, write_atomically
 from captcha_exp.sources import Verdict
+from captcha_exp.splits import split_by_label
 
 FORMAT = 3  # of the cache file; raised when it would hold something else for the same question
 REFUSED_SHOWN = 50  # rows of the table of pictures that cannot be used
-
-SPLITS = ("train", "validation", "test")
 
 
 class Batch(NamedTuple):
@@ -159,7 +157,10 @@ def outline(config: Config, display: Display) -> Outline:
     known = _known_verdict(path) if isinstance(config.data, Folder) else None
     verdict = known or source.verdict(display)
     _tell(verdict, source.others, config.data, display)
-    return Outline(source, verdict, split_by_label(verdict.labels, config), made_from)
+    members = {
+        name: torch.tensor(numbers) for name, numbers in split_by_label(verdict.labels, config).items()
+    }
+    return Outline(source, verdict, members, made_from)
 
 
 def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
@@ -200,31 +201,6 @@ def prepare(outline: Outline, config: Config, display: Display) -> Dataset:
         "others": outline.source.others,
     }
     return Dataset(images, targets, labels, outline.members, manifest)
-
-
-def split_by_label(labels: list[str], config: Config) -> dict[str, Tensor]:
-    """Split -> numbers of its pictures (n,) int64, in order.
-
-    Raises:
-        UserError: a split is empty; the line says what to change.
-    """
-    data = config.data
-    members: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for number, place in enumerate(chance.fractions(data.split_seed, "split", labels)):
-        if place < data.test_fraction:
-            members["test"].append(number)
-        elif place < data.test_fraction + data.validation_fraction:
-            members["validation"].append(number)
-        else:
-            members["train"].append(number)
-    for name, numbers in members.items():
-        if not numbers:
-            which = f"data.path={data.path}" if isinstance(data, Folder) else f"data.count={data.count}"
-            raise UserError(
-                f"{which}: {len(set(labels))} different labels leave the {name} split empty; "
-                f"take more pictures, or change data.validation_fraction and data.test_fraction"
-            )
-    return {name: torch.tensor(numbers) for name, numbers in members.items()}
 
 
 def _key(made_from: Mapping[str, Any]) -> str:

@@ -47,8 +47,22 @@ PLANTS = (
         ("test_dataset.py",),
     ),
     Plant(
+        "the value of a lost child is missing",
+        "cli/child.py",
+        "        return function()\n",
+        "        return None\n",
+        ("test_child.py",),
+    ),
+    Plant(
+        "a process with threads forks",
+        "cli/child.py",
+        "or threading.active_count() > 1",
+        "or False",
+        ("test_child.py",),
+    ),
+    Plant(
         "the split looks at the picture, not at its label",
-        "dataset.py",
+        "splits.py",
         'chance.fractions(data.split_seed, "split", labels)',
         'chance.fractions(data.split_seed, "split", map(str, range(len(labels))))',
         ("test_dataset.py",),

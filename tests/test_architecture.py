@@ -20,7 +20,7 @@ Rule = Callable[[Sources], list[str]]
 
 LAYERS = (
     {"errors", "places", "chance", "alphabet", "config", "display", "leaving"},
-    {"record", "pixels", "sources", "dataset", "models", "optim", "device"},
+    {"record", "pixels", "sources", "splits", "dataset", "models", "optim", "device"},
     {
         "augment",
         "checkpoint",
@@ -50,7 +50,7 @@ HOMES = {
     "captcha": {"sources"},
     "wheezy": {"sources"},
 }
-WITHOUT_TORCH = {"errors", "places", "chance", "alphabet", "config", "display", "leaving", "pixels"}
+WITHOUT_TORCH = {"errors", "places", "chance", "alphabet", "config", "display", "leaving", "pixels", "splits"}
 # Modules of a part that has torch elsewhere.
 WITHOUT_TORCH |= {"memory.allocator", "memory.blocks", "memory.judging"}
 SHAPELESS = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from captcha_exp import dataset, sources
+from captcha_exp import dataset, sources, splits
 from captcha_exp.config import Config, to_dict
 from captcha_exp.dataset import Dataset, Split
 from captcha_exp.display import Silent
@@ -59,7 +59,7 @@ def prepare(config: Config, display: Silent | None = None) -> Dataset:
 
 
 def members(config: Config, labels: list[str]) -> dict[str, list[int]]:
-    return {name: rows.tolist() for name, rows in dataset.split_by_label(labels, config).items()}
+    return splits.split_by_label(labels, config)
 
 
 LABELS = [f"{n:04}" for n in range(4000)]
@@ -145,7 +145,7 @@ def test_the_classes_are_in_the_order_of_the_alphabet(config: Config, drawings: 
 
 def test_a_side_holds_its_own_pictures(config: Config, drawings: list[int]) -> None:
     data = prepare(config)
-    for name in dataset.SPLITS:
+    for name in splits.SPLITS:
         side = data.split(name, CPU, 512)
         assert len(side) == len(side.images) == len(side.targets) == len(side.rows)
         assert torch.equal(side.images, data.images[side.rows])

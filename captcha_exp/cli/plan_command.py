@@ -6,12 +6,16 @@ This module is imported before torch, so that a mistake in the config is reporte
 import argparse
 import contextlib
 import gc
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from captcha_exp.cli import cards
+from captcha_exp.cli import cards, child
 from captcha_exp.cli.composing import compose_checked
 from captcha_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from captcha_exp.config import Config
 
 MISFIT = 3  # exit code of --must-fit
 
@@ -26,15 +30,39 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
     with _without_collector():
         if names is not None:
             configs = cards.configs_of(names, arguments.overrides, arguments.config_dir)
+            config = next(iter(configs.values()))  # they differ in the GPU alone
         else:
             # Checked without the machine: what is planned for need not be here.
             words = [*arguments.overrides, *_card_override(arguments.card)]
             config = compose_checked(words, arguments.config_dir).checked(None)
+        count = _counter(config)
         from captcha_exp.cli import planning, planning_cards
         from captcha_exp.display import Terminal
     if names is not None:
-        return planning_cards.run(configs, arguments, Terminal())
-    return planning.run(config, arguments, Terminal())
+        return planning_cards.run(configs, arguments, count, Terminal())
+    return planning.run(config, arguments, count, Terminal())
+
+
+def _counter(config: "Config") -> Callable[["Config"], dict[str, int]]:
+    """Return a function of the resolved config that counts the images of each split.
+
+    Drawn images are counted in a child process while this one imports torch, which takes as long. A folder is
+    read with progress and warnings, which belong here.
+    """
+    from captcha_exp.config import Folder
+    from captcha_exp.splits import generated_counts
+
+    if not isinstance(config.data, Folder):
+        wait = child.start(partial(generated_counts, config))
+        return lambda _: wait()
+
+    def count(resolved: "Config") -> dict[str, int]:
+        from captcha_exp import dataset
+        from captcha_exp.display import Terminal
+
+        return dataset.outline(resolved, Terminal()).counts
+
+    return count
 
 
 def _card_override(card: str | None) -> list[str]:

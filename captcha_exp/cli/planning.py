@@ -3,14 +3,13 @@
 import argparse
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from captcha_exp import dataset
 from captcha_exp.cli.summary import console
 from captcha_exp.config import Config, resolve, to_dict
 from captcha_exp.device import card_total_mib, this_machine
@@ -25,7 +24,10 @@ COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
 
 
 def run(
-    config: Config, arguments: argparse.Namespace, display: Display
+    config: Config,
+    arguments: argparse.Namespace,
+    count: Callable[[Config], dict[str, int]],
+    display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
     wanted, config = config.train.batch_size, planned_on(config)
@@ -35,7 +37,7 @@ def run(
         _check_advisable(arguments, wanted, budget_mib)
     if arguments.must_fit:
         check_decidable(arguments, wanted, [] if budget_mib else [config.card.name])
-    pictures = dataset.outline(config, display).counts
+    pictures = count(config)
     about = {
         "card": to_dict(config.card),
         "precision": config.device.precision,

@@ -1,13 +1,14 @@
 """`captcha-exp plan --card all`: the same batch sizes on several GPUs, a row for each."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from captcha_exp import dataset
+from captcha_exp.cli import child
 from captcha_exp.cli.planning import COLOURS, check_decidable, micro_batches, misfits_of, planned_on, sizes_of
 from captcha_exp.cli.summary import console
 from captcha_exp.config import Config, Interval, to_dict
@@ -38,7 +39,10 @@ class Row(NamedTuple):
 
 
 def run(
-    configs: Mapping[str, Config], arguments: argparse.Namespace, display: Display
+    configs: Mapping[str, Config],
+    arguments: argparse.Namespace,
+    count: Callable[[Config], dict[str, int]],
+    display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit.
 
@@ -53,7 +57,7 @@ def run(
         unknown = [name for name, config in resolved.items() if budget(config) is None]
         check_decidable(arguments, wanted, unknown)
     first = next(iter(resolved.values()))
-    pictures = dataset.outline(first, display).counts
+    pictures = count(first)
     rows = _rows(resolved, sizes, pictures, display)
     misfits = []
     if arguments.must_fit:
@@ -71,15 +75,28 @@ def _rows(
 ) -> list[Row]:
     """Return the GPUs with the least memory first, those of unknown memory last."""
     shared = Shared(next(iter(configs.values())), pictures)
-    rows = []
-    with display.bar("planning", len(configs)) as bar:
-        for name, config in configs.items():
-            planner = Planner(config, pictures, shared=shared)
-            plans = [planner.at(size) for size in sizes]
-            total = config.card.total_mib
-            memory_mib = Between(total.least, total.most) if total else None
-            rows.append(Row(name, config, memory_mib, plans, planner.largest_batch()))
+    planners = {name: Planner(config, pictures, shared=shared) for name, config in configs.items()}
+    names = list(planners)
+
+    def largest_batches(of: Sequence[str]) -> dict[str, int | None]:
+        return {name: planners[name].largest_batch() for name in of}
+
+    # Each of two processes searches for half of the GPUs, once what both need has been traced.
+    others = partial(largest_batches, names[1::2])
+    wait = child.start(others) if shared.traces.calculates() else others
+    plans, largest = {}, dict[str, int | None]()
+    with display.bar("planning", len(names)) as bar:
+        for number, name in enumerate(names):
+            plans[name] = [planners[name].at(size) for size in sizes]
+            if number % 2 == 0:
+                largest |= largest_batches([name])
             bar.advance(1)
+        largest |= wait()
+    rows = []
+    for name, config in configs.items():
+        total = config.card.total_mib
+        memory_mib = Between(total.least, total.most) if total else None
+        rows.append(Row(name, config, memory_mib, plans[name], largest[name]))
     return sorted(rows, key=_by_memory)
 
 

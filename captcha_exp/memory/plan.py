@@ -181,9 +181,15 @@ class Planner:
         few = min(32, self.pictures["train"])
         one, two = (self.shared.traces.near(size) for size in (few, 2 * few))
         each = (_activations_mib(two) - _activations_mib(one)) / few
-        most = self.config.card.context_mib.most + self._workspaces[-1].most_mib(one)
-        room = (self.budget_mib.least - most) * 0.95 - _state_mib(one) - one.resident_bytes / MIB
-        return int((room - _activations_mib(one)) / each) + few if each > 0 else few
+        if each <= 0:
+            return few
+        free = self.budget_mib.least - self.config.card.context_mib.most
+        size = few
+        for _ in range(2):  # workspaces grow with the batch
+            room = (free - self._workspaces[-1].most_mib(self.shared.traces.near(size))) * 0.95
+            room -= _state_mib(one) + one.resident_bytes / MIB + _activations_mib(one)
+            size = min(max(int(room / each) + few, 1), self.max_batch)
+        return size
 
 
 def with_batch(config: Config, batch_size: int) -> Config:

@@ -43,18 +43,22 @@ class Traces:
         """Return an equal trace, calculated from those of other batch sizes where that is exact."""
         if batch_size in self._known:
             return self._known[batch_size]
-        if not MIN_BATCH <= batch_size <= self._most or self._most < MIN_CHECKED:
+        if not MIN_BATCH <= batch_size <= self._most or not self.calculates():
             return self.at(batch_size)
-        if not self._line_tried:
-            self._line_tried, self._line = True, self._checked_line()
-        if self._line is None:
-            return self.at(batch_size)
+        assert self._line is not None
         if batch_size not in self._calculated:
             self._calculated[batch_size] = self._line.at(batch_size)
             if len(self._calculated) > MAX_CALCULATED:
                 self._calculated.popitem(last=False)
         self._calculated.move_to_end(batch_size)
         return self._calculated[batch_size]
+
+    def calculates(self) -> bool:
+        """Return whether `near` calculates instead of tracing, once three traces have been made."""
+        if not self._line_tried:
+            self._line_tried = True
+            self._line = self._checked_line() if self._most >= MIN_CHECKED else None
+        return self._line is not None
 
     def _checked_line(self) -> "_Line | None":
         """Return the line through the two ends if a trace between them lies on it."""

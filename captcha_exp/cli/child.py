@@ -1,0 +1,51 @@
+"""Compute a value in a child process, so that a command uses a second core."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def start(function: Callable[[], T]) -> Callable[[], T]:
+    """Start a function, and return one that waits for its value, which JSON must be able to hold.
+
+    The child is a fork. Without a second core, or where a fork is not safe, the function runs when its value
+    is asked for; so it does after a failure in the child, so that its error is raised here.
+    """
+    if not _may_fork():
+        return function
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    # A daemon ends with this process, also where nobody waits for its value.
+    context.Process(target=_send, args=(function, sender), daemon=True).start()
+    sender.close()
+
+    def wait() -> T:
+        with contextlib.suppress(EOFError), receiver:
+            value: T = json.loads(receiver.recv_bytes())
+            return value
+        return function()
+
+    return wait
+
+
+def _may_fork() -> bool:
+    """Return whether there is another core, and no thread of this process that a child would lack."""
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return False
+    return len(os.sched_getaffinity(0)) > 1
+
+
+def _send(function: Callable[[], T], sender: Connection) -> None:
+    """Send the value of the function; in the child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent, which ends this process
+    with contextlib.suppress(Exception):
+        sender.send_bytes(json.dumps(function()).encode())

@@ -1,0 +1,95 @@
+"""Test that a value from a child process is the value of the function, whatever becomes of the child."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from captcha_exp.cli import child
+
+ROOT = Path(__file__).resolve().parents[1]
+two_cores = pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and a second core"
+)
+
+
+def run(code: str) -> str:
+    """Return what a new process prints, which has one thread and so may fork."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, signal, time\nfrom captcha_exp.cli import child\n" + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert not done.stderr
+    return done.stdout.strip()
+
+
+@two_cores
+def test_the_value_comes_from_a_child() -> None:
+    code = """
+    wait = child.start(lambda: {"pid": os.getpid(), "none": None})
+    value = wait()
+    print(value["pid"] != os.getpid(), value["none"])
+    """
+    assert run(textwrap.dedent(code)) == "True None"
+
+
+def test_the_error_of_a_child_is_raised_where_its_value_is_asked_for() -> None:
+    code = """
+    def fail():
+        raise ValueError("as here")
+    wait = child.start(fail)
+    try:
+        wait()
+    except ValueError as error:
+        print(error)
+    """
+    assert run(textwrap.dedent(code)) == "as here"
+
+
+@two_cores
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_the_value_of_a_lost_child_is_computed_again(end: str) -> None:
+    code = f"""
+    parent = os.getpid()
+    def value():
+        if os.getpid() != parent:
+            {end}
+        return 7
+    print(child.start(value)())
+    """
+    assert run(textwrap.dedent(code)) == "7"
+
+
+@two_cores
+def test_a_child_whose_value_nobody_asks_for_ends_with_its_parent() -> None:
+    code = """
+    read, write = os.pipe()
+    def forever():
+        os.write(write, b"%d" % os.getpid())
+        time.sleep(600)
+    child.start(forever)
+    print(os.read(read, 20).decode())
+    """
+    pid = int(run(textwrap.dedent(code)))
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def test_a_process_with_threads_does_not_fork() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        assert child.start(os.getpid)() == os.getpid()
+    finally:
+        stop.set()
+        thread.join()
