@@ -1,7 +1,6 @@
 """Test that a value from a child process is the value of the function, whatever becomes of the child."""
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -33,24 +32,25 @@ def run(code: str) -> str:
 
 
 @two_cores
-def test_the_value_comes_from_a_child() -> None:
+def test_the_value_comes_from_a_child_that_has_ended_afterwards() -> None:
     code = """
-    wait = child.start(lambda: {"pid": os.getpid(), "none": None})
-    value = wait()
-    print(value["pid"] != os.getpid(), value["none"])
+    import psutil
+    with child.started(lambda: {"pid": os.getpid(), "none": None}) as wait:
+        value = wait()
+    print(value["pid"] != os.getpid(), value["none"], psutil.pid_exists(value["pid"]))
     """
-    assert run(textwrap.dedent(code)) == "True None"
+    assert run(textwrap.dedent(code)) == "True None False"
 
 
 def test_the_error_of_a_child_is_raised_where_its_value_is_asked_for() -> None:
     code = """
     def fail():
         raise ValueError("as here")
-    wait = child.start(fail)
-    try:
-        wait()
-    except ValueError as error:
-        print(error)
+    with child.started(fail) as wait:
+        try:
+            wait()
+        except ValueError as error:
+            print(error)
     """
     assert run(textwrap.dedent(code)) == "as here"
 
@@ -64,24 +64,31 @@ def test_the_value_of_a_lost_child_is_computed_again(end: str) -> None:
         if os.getpid() != parent:
             {end}
         return 7
-    print(child.start(value)())
+    with child.started(value) as wait:
+        print(wait())
     """
     assert run(textwrap.dedent(code)) == "7"
 
 
 @two_cores
-def test_a_child_whose_value_nobody_asks_for_ends_with_its_parent() -> None:
-    code = """
+@pytest.mark.parametrize("error", [False, True])
+def test_a_child_whose_value_nobody_asks_for_ends_with_its_context(error: bool) -> None:
+    code = f"""
+    import psutil
     read, write = os.pipe()
     def forever():
         os.write(write, b"%d" % os.getpid())
         time.sleep(600)
-    child.start(forever)
-    print(os.read(read, 20).decode())
+    try:
+        with child.started(forever):
+            pid = int(os.read(read, 20))
+            if {error}:
+                raise KeyError
+    except KeyError:
+        pass
+    print(psutil.pid_exists(pid))
     """
-    pid = int(run(textwrap.dedent(code)))
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+    assert run(textwrap.dedent(code)) == "False"
 
 
 def test_a_process_with_threads_does_not_fork() -> None:
@@ -89,7 +96,8 @@ def test_a_process_with_threads_does_not_fork() -> None:
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        assert child.start(os.getpid)() == os.getpid()
+        with child.started(os.getpid) as wait:
+            assert wait() == os.getpid()
     finally:
         stop.set()
         thread.join()

@@ -7,34 +7,43 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def start(function: Callable[[], T]) -> Callable[[], T]:
-    """Start a function, and return one that waits for its value, which JSON must be able to hold.
+@contextlib.contextmanager
+def started(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Start a function, and yield one that waits for its value, which JSON must be able to hold.
 
-    The child is a fork. Without a second core, or where a fork is not safe, the function runs when its value
-    is asked for; so it does after a failure in the child, so that its error is raised here.
+    The child is a fork, and has ended when the context does. Without a second core, or where a fork is not
+    safe, the function runs when its value is asked for; so it does after a failure in the child, so that its
+    error is raised here.
     """
     if not _may_fork():
-        return function
+        yield function
+        return
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    # A daemon ends with this process, also where nobody waits for its value.
-    context.Process(target=_send, args=(function, sender), daemon=True).start()
+    process = context.Process(target=_send, args=(function, sender), daemon=True)
+    process.start()
     sender.close()
 
     def wait() -> T:
-        with contextlib.suppress(EOFError), receiver:
+        with contextlib.suppress(EOFError):
             value: T = json.loads(receiver.recv_bytes())
             return value
         return function()
 
-    return wait
+    try:
+        yield wait
+    finally:
+        receiver.close()
+        process.kill()  # it holds nothing: its value has been read, or nobody needs it
+        process.join()
+        process.close()
 
 
 def _may_fork() -> bool:

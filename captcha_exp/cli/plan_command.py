@@ -27,24 +27,26 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
         raise UserError(
             f"plan --advise: works for one GPU, but --card={arguments.card} names several; choose one"
         )
-    with _without_collector():
+    with contextlib.ExitStack() as stack:
+        with _without_collector():
+            if names is not None:
+                configs = cards.configs_of(names, arguments.overrides, arguments.config_dir)
+                config = next(iter(configs.values()))  # they differ in the GPU alone
+            else:
+                # Checked without the machine: what is planned for need not be here.
+                words = [*arguments.overrides, *_card_override(arguments.card)]
+                config = compose_checked(words, arguments.config_dir).checked(None)
+            count = stack.enter_context(_counter(config))
+            from captcha_exp.cli import planning, planning_cards
+            from captcha_exp.display import Terminal
         if names is not None:
-            configs = cards.configs_of(names, arguments.overrides, arguments.config_dir)
-            config = next(iter(configs.values()))  # they differ in the GPU alone
-        else:
-            # Checked without the machine: what is planned for need not be here.
-            words = [*arguments.overrides, *_card_override(arguments.card)]
-            config = compose_checked(words, arguments.config_dir).checked(None)
-        count = _counter(config)
-        from captcha_exp.cli import planning, planning_cards
-        from captcha_exp.display import Terminal
-    if names is not None:
-        return planning_cards.run(configs, arguments, count, Terminal())
-    return planning.run(config, arguments, count, Terminal())
+            return planning_cards.run(configs, arguments, count, Terminal())
+        return planning.run(config, arguments, count, Terminal())
 
 
-def _counter(config: "Config") -> Callable[["Config"], dict[str, int]]:
-    """Return a function of the resolved config that counts the images of each split.
+@contextlib.contextmanager
+def _counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, int]]]:
+    """Yield a function of the resolved config that counts the images of each split.
 
     Drawn images are counted in a child process while this one imports torch, which takes as long. A folder is
     read with progress and warnings, which belong here.
@@ -53,8 +55,9 @@ def _counter(config: "Config") -> Callable[["Config"], dict[str, int]]:
     from captcha_exp.splits import generated_counts
 
     if not isinstance(config.data, Folder):
-        wait = child.start(partial(generated_counts, config))
-        return lambda _: wait()
+        with child.started(partial(generated_counts, config)) as wait:
+            yield lambda _: wait()
+        return
 
     def count(resolved: "Config") -> dict[str, int]:
         from captcha_exp import dataset
@@ -62,7 +65,7 @@ def _counter(config: "Config") -> Callable[["Config"], dict[str, int]]:
 
         return dataset.outline(resolved, Terminal()).counts
 
-    return count
+    yield count
 
 
 def _card_override(card: str | None) -> list[str]:

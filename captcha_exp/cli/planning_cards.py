@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,9 +84,9 @@ def _rows(
 
     # Each of two processes searches for half of the GPUs, once what both need has been traced.
     others = partial(largest_batches, names[1::2])
-    wait = child.start(others) if shared.traces.calculates() else others
+    start = child.started if shared.traces.calculates() else nullcontext
     plans, largest = {}, dict[str, int | None]()
-    with display.bar("planning", len(names)) as bar:
+    with start(others) as wait, display.bar("planning", len(names)) as bar:
         for number, name in enumerate(names):
             plans[name] = [planners[name].at(size) for size in sizes]
             if number % 2 == 0:
