@@ -41,7 +41,7 @@ def started(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
         yield wait
     finally:
         receiver.close()
-        process.kill()  # it holds nothing: its value has been read, or nobody needs it
+        process.kill()  # its value has been received, or is not needed
         process.join()
         process.close()
 
