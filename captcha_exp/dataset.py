@@ -84,7 +84,9 @@ class Split:
             yield Batch(*map(self._on_device, (images, targets, rows)))
 
     def _on_device(self, part: Tensor) -> Tensor:
-        if self.device.type == "cuda" and part.device != self.device:
+        if (
+            self.device.type == "cuda" and part.is_cpu
+        ):  # "cuda" is not equal to "cuda:0", where resident parts are
             part = part.pin_memory()  # from there the copy runs beside the step
         return part.to(self.device, non_blocking=True)
 

@@ -216,6 +216,34 @@ def test_a_split_too_large_for_the_device_gives_the_same_batches(config: Config,
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_a_part_that_is_on_the_gpu_is_not_pinned_and_one_in_memory_is() -> None:
+    """`cuda` is not equal to `cuda:0`, the device of a tensor that was sent to it."""
+
+    class Part:
+        is_cpu = False
+        device = torch.device("cuda:0")
+
+        def pin_memory(self) -> "Part":
+            if not self.is_cpu:
+                raise RuntimeError("only dense CPU tensors can be pinned")
+            self.pinned = True
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool) -> "Part":
+            self.sent = (device.type, non_blocking)
+            return self
+
+    split = Split(*[torch.zeros(0)] * 3, device=torch.device("cuda"))
+    resident, in_memory = Part(), Part()
+    in_memory.is_cpu = True
+    for part in (resident, in_memory):
+        split._on_device(part)  # type: ignore[arg-type]
+
+    assert not hasattr(resident, "pinned")
+    assert in_memory.pinned
+    assert in_memory.sent == ("cuda", True)
+
+
 def test_all_of_a_batch_is_on_the_device(config: Config, drawings: list[int]) -> None:
     """The numbers too: looking up with numbers that are elsewhere, a step would wait for their way."""
     for limit in (512, 0):

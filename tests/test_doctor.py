@@ -203,6 +203,21 @@ def test_builds_are_not_known_of_every_release_of_torch() -> None:
     assert only(facts).remedy == "install torch built for CUDA 12.x (pytorch.org, 'Get started')"
 
 
+@pytest.mark.parametrize(
+    "known",
+    [{"12.6": {86, 75}}, {"12.6": {"x86_64": {86, 75}, "aarch64": {86, 75}}}],
+    ids=["up to torch 2.11", "later"],
+)
+def test_both_forms_of_torchs_table_of_builds_are_read(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, known: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "PYTORCH_RELEASES_CODE_CC", known, raising=False)
+    seen = gather(tiny)
+
+    assert seen.torch is not None, seen.torch_error
+    assert seen.torch.releases == {"12.6": (75, 86)}
+
+
 def test_no_remedy_names_an_index_of_packages() -> None:
     facts = replace(NO_CARD, driver=Driver("550.54.14", (12, 4)), cards=(replace(ADA, device=None),))
     remedies = " ".join(finding.remedy for finding in findings(facts))

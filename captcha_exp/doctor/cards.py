@@ -91,8 +91,6 @@ def torch_build() -> Torch:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         works = torch.cuda.is_available()
-    known: dict[str, dict[str, set[int]]] = getattr(torch.cuda, "PYTORCH_RELEASES_CODE_CC", {})
-    processor = "aarch64" if platform.machine().lower() in ("aarch64", "arm64") else "x86_64"
     return Torch(
         version=torch.__version__,
         cuda=torch.version.cuda,
@@ -100,10 +98,22 @@ def torch_build() -> Torch:
         mps=torch.backends.mps.is_built(),
         works=works,
         archs=tuple(torch.cuda.get_arch_list()),
-        releases={cuda: tuple(sorted(built.get(processor, ()))) for cuda, built in known.items()},
+        releases=_releases(getattr(torch.cuda, "PYTORCH_RELEASES_CODE_CC", {})),
         says=" ".join(str(said[0].message).split()) if said else "",
         cpu=torch.backends.cpu.get_cpu_capability(),
     )
+
+
+def _releases(known: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the capabilities that torch's releases are built for, by CUDA version.
+
+    Up to torch 2.11 the table has a set for each version; later, a set for each processor of each version.
+    """
+    processor = "aarch64" if platform.machine().lower() in ("aarch64", "arm64") else "x86_64"
+    sets = {
+        cuda: built.get(processor, ()) if isinstance(built, dict) else built for cuda, built in known.items()
+    }
+    return {cuda: tuple(sorted(capabilities)) for cuda, capabilities in sets.items()}
 
 
 def torch_cards(cards: dict[str, Card]) -> tuple[Card, ...]:
