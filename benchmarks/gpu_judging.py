@@ -25,6 +25,7 @@ def compacted(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     events    [1, number, bytes]: it gave a block; [-1, number]: it got it back
     segments  [place, bytes]: before events[place] the driver gave so much; less than 0: got it back
+    addresses the driver's address of each of these segments
     marks     places at which a snapshot was taken
 
     A block counts as free when its memory can be used again. One that was there before the recording began
@@ -32,6 +33,7 @@ def compacted(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     events: list[list[int]] = []
     segments: list[list[int]] = []
+    addresses: list[int] = []
     marks: list[int] = []
     live: dict[int, int] = {}
     number = 0
@@ -45,11 +47,13 @@ def compacted(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             events.append([-1, live.pop(entry["addr"])])
         elif action in ("segment_alloc", "segment_map"):
             segments.append([len(events), entry["size"]])
+            addresses.append(entry["addr"])
         elif action in ("segment_free", "segment_unmap"):
             segments.append([len(events), -entry["size"]])
+            addresses.append(entry["addr"])
         elif action == "snapshot":
             marks.append(len(events))
-    return {"events": events, "segments": segments, "marks": marks}
+    return {"events": events, "segments": segments, "addresses": addresses, "marks": marks}
 
 
 def entries_of_model(phases: Iterable[Iterable[Event]]) -> Iterator[dict[str, Any]]:

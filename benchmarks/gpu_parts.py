@@ -185,6 +185,13 @@ class Numbers:
                     **device,
                 }
                 parts[f"speed-{network}-{variant}"] = Part(gpu_speed.speed, arguments, 60, START + 9)
+        if not dry:
+            arguments = {
+                "batches": {"resnet18": 100, "compact": 128},
+                "variants": ["fp32", "bf16"],
+                "steps": 30,
+            }
+            parts["graphs"] = Part(gpu_speed.graphs, arguments | device, 60, START + 9)
         return parts
 
     def _trainings(self) -> dict[str, Part]:
@@ -199,7 +206,7 @@ class Numbers:
         parts["tests-quick"] = Part(gpu_trainings.tests, arguments, 80, START + 37)
         for number in range(TEST_GROUPS):
             arguments = {"marks": others, "group": number, "groups": TEST_GROUPS, "collect_only": dry}
-            parts[f"tests-{number + 1}"] = Part(gpu_trainings.tests, arguments, 60, START + 15)
+            parts[f"tests-{number + 1}"] = Part(gpu_trainings.tests, arguments, 120, START + 45)
         parts["article-cpu"] = Part(gpu_trainings.article_loop, {"device": "cpu", **few}, 120, 15)
         arguments = {"device": "cpu", "precision": "fp32", **few, **batch}
         parts["ours-cpu-fp32"] = Part(gpu_trainings.ours, arguments, 120, 15)

@@ -1,6 +1,7 @@
 """The parts of gpu_session about time: pictures per second, matrix products, the price of determinism."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,3 +104,37 @@ def determinism(deterministic: bool, batches: dict[str, int], steps: int, device
         found[network] = step_seconds(step, steps, place)
         clear(place)
     return {"deterministic": deterministic, "batches": batches, "step_seconds": found}
+
+
+def graphs(batches: dict[str, int], variants: Sequence[str], steps: int, device: str) -> dict[str, Any]:
+    """Return the median seconds of a step launched kernel by kernel, and replayed as one CUDA graph.
+
+    The learning rate is part of the graph, so this is a measurement, not a training.
+    """
+    place = torch.device(device)
+    found = {}
+    for network, batch_size in batches.items():
+        for variant in variants:
+            config = config_of(Case(network, variant, batch_size), device)
+            devices.set_up(config)
+            state, batch = fresh_state(config, place), noise_batch(config, place)
+            state.model.train()
+            for group in state.optimizer.param_groups:
+                group["capturable"] = True
+
+            def step(config: Config = config, state: Any = state, batch: Any = batch) -> object:
+                return train_step(state, batch, config)
+
+            stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]  # no capture on the default one
+            stream.wait_stream(torch.cuda.current_stream(place))
+            with torch.cuda.stream(stream):
+                step_seconds(step, 5, place)
+                eager = step_seconds(step, steps, place)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    step()
+                replayed = step_seconds(graph.replay, steps, place)
+            found[f"{network}-{variant}-{batch_size}"] = {"eager": eager, "graph": replayed}
+            del graph
+            clear(place)
+    return {"step_seconds": found}

@@ -233,11 +233,12 @@ def test_a_part_that_is_on_the_gpu_is_not_pinned_and_one_in_memory_is() -> None:
             self.sent = (device.type, non_blocking)
             return self
 
-    split = Split(*[torch.zeros(0)] * 3, device=torch.device("cuda"))
+    nothing = torch.zeros(0)
+    split = Split(nothing, nothing, nothing, torch.device("cuda"))
     resident, in_memory = Part(), Part()
     in_memory.is_cpu = True
     for part in (resident, in_memory):
-        split._on_device(part)  # type: ignore[arg-type]
+        split._on_device(part)  # type: ignore[arg-type]  # has what the method uses
 
     assert not hasattr(resident, "pinned")
     assert in_memory.pinned
