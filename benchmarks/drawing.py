@@ -11,10 +11,11 @@ import dataclasses
 import json
 import time
 
-from captcha_exp import compose, load, sources
+from captcha_exp import compose, load
 from captcha_exp.config import CaptchaLibrary, Config, WheezyLibrary
-from captcha_exp.device import this_machine
-from captcha_exp.display import Silent
+from captcha_exp.data import sources
+from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.device import this_machine
 
 
 def pictures_per_second(config: Config, workers: int, count: int) -> float:

@@ -49,22 +49,22 @@ class Place(NamedTuple):
 
 
 PHASES = {
-    "beginning": Place("captcha_exp.record.beginning:create"),
+    "beginning": Place("captcha_exp.runs.create:create"),
     "store": Place("captcha_exp.tracking.tracker:MlflowTracker.start"),
-    "drawing": Place("captcha_exp.sources.drawing:draw"),
-    "caching": Place("captcha_exp.record.files:write_atomically", "/cache/"),
-    "training": Place("captcha_exp.train:train_epoch"),
-    "checkpointing": Place("captcha_exp.checkpoint:save"),
-    "evaluation": Place("captcha_exp.evaluate:evaluate"),
+    "drawing": Place("captcha_exp.data.sources.rendering:draw"),
+    "caching": Place("captcha_exp.runtime.files:write_atomically", "/cache/"),
+    "training": Place("captcha_exp.training.train:train_epoch"),
+    "checkpointing": Place("captcha_exp.model.state:save"),
+    "evaluation": Place("captcha_exp.model.evaluate:evaluate"),
     "logging": Place("captcha_exp.tracking.tracker:MlflowTracker.log"),
-    "best": Place("captcha_exp.record.run:Run.write", "model.safetensors"),
-    "report": Place("captcha_exp.recording:record_test"),
-    "closing": Place("captcha_exp.record.run:Run.close"),
+    "best": Place("captcha_exp.runs.run:Run.write", "model.safetensors"),
+    "report": Place("captcha_exp.training.recorder:record_test"),
+    "closing": Place("captcha_exp.runs.run:Run.close"),
     "sending": Place("captcha_exp.tracking.tracker:MlflowTracker.finish"),
 }
 """What a training does, in the order in which it first does it; what lies between has no name"""
 
-AFTER_STEP = Place("captcha_exp.watch:Guard.note")
+AFTER_STEP = Place("captcha_exp.training.sanity:Guard.note")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _become(order: Mapping[str, Any], interruption: Interruption | None, note: N
     if interruption is not None and interruption.place is not None:
         _plant(interruption, interruption.place, told)
 
-    from captcha_exp.cli import main
+    from captcha_exp.cli.main import main
 
     sys.argv = ["captcha-exp", *order["words"]]
     main()

@@ -15,12 +15,12 @@ import torch
 from gpu_judging import PROJECT
 
 from captcha_exp import compose, load
-from captcha_exp import device as devices
-from captcha_exp.augment import Changes
 from captcha_exp.config import Config
-from captcha_exp.dataset import Batch, Dataset
-from captcha_exp.evaluate import evaluate
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.data.augment import Changes
+from captcha_exp.data.dataset import Batch, Dataset
+from captcha_exp.model.evaluate import evaluate
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.runtime import device as devices
 
 MIB = 2**20
 CARD = "h200"  # the file in conf/card/ that a measured config names; nothing that is measured depends on it

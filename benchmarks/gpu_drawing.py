@@ -9,8 +9,9 @@ import random
 import sys
 from pathlib import Path
 
-from captcha_exp import compose, load, sources
+from captcha_exp import compose, load
 from captcha_exp.config import Article
+from captcha_exp.data import sources
 
 
 def draw(folder: Path, worker: int, workers: int, count: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import filelock
 
-from captcha_exp.record import write_atomically
+from captcha_exp.runtime.files import write_atomically
 
 BENCHMARK = "gpu_session"
 PREDICT = "python benchmarks/gpu_session.py --parts predictions --out NEW.json"

@@ -32,12 +32,12 @@ from gpu_cases import (
 )
 from gpu_predictions import LARGEST_PICTURES, Pictures
 
-from captcha_exp import device as devices
 from captcha_exp.config import Config
-from captcha_exp.memory import plays
+from captcha_exp.memory import replay as plays
 from captcha_exp.memory.allocator import CachingAllocator, replay
 from captcha_exp.memory.trace import trace
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.runtime import device as devices
 
 # -- workspaces ----------------------------------------------------------------------------------------------
 

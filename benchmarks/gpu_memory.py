@@ -27,14 +27,15 @@ from gpu_cases import (
 )
 from gpu_judging import compacted, entries_of_model, replayed
 
-from captcha_exp import device as devices
 from captcha_exp.config import Config
-from captcha_exp.display import Silent
-from captcha_exp.memory import measuring, plays
+from captcha_exp.memory import gpu_probe
+from captcha_exp.memory import replay as plays
 from captcha_exp.memory.allocator import CachingAllocator, replay
-from captcha_exp.memory.judging import Readings, Round, Stage, Transient, readings_to_json
+from captcha_exp.memory.gpu_profile import Readings, Round, Stage, Transient, readings_to_json
 from captcha_exp.memory.trace import Trace, trace
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.runtime import device as devices
+from captcha_exp.runtime.console import Silent
 
 Pictures = Mapping[str, int]
 MOST_ENTRIES = 200_000  # of a recording; two steps take some thousand
@@ -97,7 +98,7 @@ def calibration(batches: Mapping[str, int], device: str) -> dict[str, Any]:
         return readings_to_json(_made_up())
     free = ProcessMeter(place).free_before_mib  # before this process takes any of it
     configs = [config_of(Case(network, "fp32", batches[network]), device) for network in NETWORKS]
-    return readings_to_json(measuring.measure(configs, place, free, Silent()))
+    return readings_to_json(gpu_probe.measure(configs, place, free, Silent()))
 
 
 def _made_up() -> Readings:

@@ -15,7 +15,7 @@ from gpu_cases import SENT, Case, code_sha256, config_of
 
 from captcha_exp.config import Config
 from captcha_exp.memory.plan import Planner, Shared
-from captcha_exp.places import conf
+from captcha_exp.runtime.paths import conf
 
 Pictures = Mapping[str, int]
 LARGEST_PICTURES = {"train": 12_288, "validation": 250}

@@ -76,8 +76,8 @@ from gpu_tables import ARTICLE
 LEAST_SECONDS = 8  # a part with less cannot start and measure
 IMPORTED = (  # what parts import late; imported once here, before the first fork
     "captcha.image",
-    "captcha_exp.doctor.looking",
-    "captcha_exp.train",
+    "captcha_exp.doctor.collect",
+    "captcha_exp.training.train",
     "matplotlib.backends.backend_agg",
     "torch._dynamo",
 )

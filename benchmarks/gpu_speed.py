@@ -19,9 +19,9 @@ from gpu_cases import (
     wait,
 )
 
-from captcha_exp import device as devices
 from captcha_exp.config import Config
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.runtime import device as devices
 
 
 def speed(network: str, variant: str, most: int, seconds: float, device: str) -> dict[str, Any]:

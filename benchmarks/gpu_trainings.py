@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from gpu_processes import WORK, keep_partial
 
-from captcha_exp import device as devices
+from captcha_exp.runtime import device as devices
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "test_gpu.py"
@@ -181,7 +181,7 @@ def ours(
 ) -> dict[str, Any]:
     """Return the figures of experiment=article with `more` overrides, trained by the package."""
     from captcha_exp import compose, load
-    from captcha_exp.train import train
+    from captcha_exp.training.train import train
 
     with _work() as folder:
         overrides = ("experiment=article", f"data.count={shards * shard}", f"train.epochs={epochs}")

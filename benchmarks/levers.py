@@ -17,11 +17,11 @@ import torch
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config, resolve
-from captcha_exp.dataset import Batch, noise
-from captcha_exp.device import set_up, this_machine
-from captcha_exp.memory.advice import relative_time
+from captcha_exp.data.dataset import Batch, noise
+from captcha_exp.memory.advisor import relative_time
 from captcha_exp.memory.plan import Planner
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.runtime.device import set_up, this_machine
 
 LEVERS = {
     "checkpointing": ["train.activation_checkpointing=true"],

@@ -27,9 +27,9 @@ import torch
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
-from captcha_exp.dataset import noise
+from captcha_exp.data.dataset import noise
 from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.model.step import fresh_state, train_step
 
 WARM_UP = 8  # pictures in a batch
 PICTURES = {"train": 80_000, "validation": 10_000, "test": 10_000}

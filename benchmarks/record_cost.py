@@ -22,16 +22,17 @@ from pathlib import Path
 
 import torch
 
-from captcha_exp import checkpoint, compose, load
-from captcha_exp import dataset as datasets
-from captcha_exp.checkpoint import TrainState
+from captcha_exp import compose, load
 from captcha_exp.config import Config, resolve
-from captcha_exp.device import set_up, this_machine
-from captcha_exp.display import Silent
-from captcha_exp.places import root
-from captcha_exp.record import sha256_of
-from captcha_exp.step import fresh_state, train_step
-from captcha_exp.weights import weights_sha256, weights_to_bytes
+from captcha_exp.data import dataset as datasets
+from captcha_exp.model import state
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.weights import weights_sha256, weights_to_bytes
+from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.device import set_up, this_machine
+from captcha_exp.runtime.files import sha256_of
+from captcha_exp.runtime.paths import root
 
 HASHED_BYTES = 64 * 2**20  # of a file that is hashed over and over; the cache file is taken for so many of it
 RESAMPLES = 2000
@@ -91,7 +92,7 @@ def measured(config: Config, arguments: argparse.Namespace, folder: Path) -> dic
         order = (True, False) if number % 2 else (False, True)
         pairs.append({which: steps.seconds(which, arguments.steps) for which in order})
     steps.state.keep_if_better(0.5, 1.0)
-    saves = seconds_of(lambda: checkpoint.save(folder / "checkpoint", steps.state), arguments.saves)
+    saves = seconds_of(lambda: state.save(folder / "checkpoint", steps.state), arguments.saves)
     block = folder / "block"
     block.write_bytes(os.urandom(HASHED_BYTES))
     blocks = seconds_of(lambda: sha256_of(block), arguments.saves)

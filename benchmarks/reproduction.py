@@ -137,7 +137,7 @@ def planted(bench: Bench, folder: Path, pictured: Path, there: Path) -> int:
     seen += _caused(bench, "CPU capability", made, "cause: CPU capability ")
     home = _other_code(bench, "line", 'config.seed, "weights"))', 'config.seed, "weight"))')
     made = bench.command("reproduce", str(folder), home=home)
-    seen += _caused(bench, "a line of code", made, "cause: code (captcha_exp/step.py)")
+    seen += _caused(bench, "a line of code", made, "cause: code (captcha_exp/model/step.py)")
     seen += _of_pictures(bench, pictured, there)
 
     copy = bench.copied(folder, "version")
@@ -147,7 +147,7 @@ def planted(bench: Bench, folder: Path, pictured: Path, there: Path) -> int:
     seen += bench.check("a version in the record", made, well)
     home = _other_code(bench, "comment", '"weights"))', '"weights"))  # why')
     made = bench.command("reproduce", str(folder), home=home)
-    well = made["sentence"].startswith("identical, but code (captcha_exp/step.py)")
+    well = made["sentence"].startswith("identical, but code (captcha_exp/model/step.py)")
     return seen + bench.check("a comment in the code", made, well)
 
 

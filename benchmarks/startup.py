@@ -21,7 +21,7 @@ from pathlib import Path
 
 FIRST_STEP = """
 import sys, time
-import captcha_exp.train as train
+import captcha_exp.training.train as train
 def first_step(*arguments):
     print("first step", time.time())
     raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
-    from captcha_exp.cli import compose as compose
+    from captcha_exp.cli.main import compose as compose
     from captcha_exp.config import load as load
 
 __all__ = ["compose", "load"]
@@ -27,7 +27,7 @@ __all__ = ["compose", "load"]
 def __getattr__(name: str) -> object:
     match name:
         case "compose":
-            from captcha_exp.cli import compose
+            from captcha_exp.cli.main import compose
 
             return compose
         case "load":

@@ -1,5 +1,5 @@
 """`python -m captcha_exp` is `captcha-exp`."""
 
-from captcha_exp.cli import main
+from captcha_exp.cli.main import main
 
 main()

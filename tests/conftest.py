@@ -11,12 +11,14 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from captcha_exp import cli, compose, load, watch
+from captcha_exp import compose, load
+from captcha_exp.cli import main
 from captcha_exp.config import CaptchaLibrary, Config
-from captcha_exp.dataset import Batch, Split
-from captcha_exp.display import Silent
-from captcha_exp.memory.between import Between
+from captcha_exp.data.dataset import Batch, Split
+from captcha_exp.memory.interval import Between
 from captcha_exp.memory.plan import Peak, Plan, Planner
+from captcha_exp.runtime.console import Silent
+from captcha_exp.training import sanity
 
 TINY = (
     "name=tiny",
@@ -93,13 +95,13 @@ def batch_of(config: Config, count: int = 8) -> Batch:
     return Batch(images, targets, torch.arange(count))
 
 
-def guarding(config: Config, batch: Batch) -> watch.Guard:
+def guarding(config: Config, batch: Batch) -> sanity.Guard:
     """A guard of a training on this one batch, that is to have nothing to tell."""
 
     def tell(trouble: str) -> None:
         raise AssertionError(trouble)
 
-    return watch.Guard(Split(*batch, CPU), ["01"] * len(batch.rows), config, tell)
+    return sanity.Guard(Split(*batch, CPU), ["01"] * len(batch.rows), config, tell)
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
     return run

@@ -1,8 +1,8 @@
 """Faults for the process of a point: what the product has no switch for.
 
 A folder with a sitecustomize.py that imports this module stands on PYTHONPATH (`planted` makes the
-environment). Python reads it at the start of each process; it waits until captcha_exp.train has been imported
-and then plants, in processes of points alone, what FAULTS says: batch size -> fault.
+environment). Python reads it at the start of each process; it waits until captcha_exp.training.train has been
+imported and then plants, in processes of points alone, what FAULTS says: batch size -> fault.
 """
 
 import importlib.util
@@ -29,10 +29,10 @@ def planted(folder: Path, faults: Mapping[int, str]) -> dict[str, str]:
 
 
 class _Finder:
-    """Finds captcha_exp.train as it is found without it, and plants the faults once it has been read."""
+    """Find captcha_exp.training.train as Python does, and plant the faults once it has been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "captcha_exp.train":
+        if name != "captcha_exp.training.train":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -57,7 +57,7 @@ def _plant(faults: Mapping[str, str]) -> None:
     import torch
     from torch._subclasses import FakeTensor
 
-    from captcha_exp import evaluate, optim, step
+    from captcha_exp.model import evaluate, optim, step
 
     forward_and_backward, optimise, read = step.forward_and_backward, optim.step, evaluate.read
     due: list[str] = []  # what the optimiser's step is to do

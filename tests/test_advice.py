@@ -11,10 +11,10 @@ from test_trace import real_peaks, run_for_real
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
-from captcha_exp.display import Silent
-from captcha_exp.memory import advice
-from captcha_exp.memory.advice import PASSES, Advice, advise
+from captcha_exp.memory import advisor
+from captcha_exp.memory.advisor import PASSES, Advice, advise
 from captcha_exp.memory.plan import Plan, Planner
+from captcha_exp.runtime.console import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,14 +54,14 @@ def keys(advice: Advice) -> set[str]:
 def article() -> list[Advice]:
     """What is said of batches of 1000 in the article's memory, once: it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advice, "PASSES", FEW_PASSES)
+        patch.setattr(advisor, "PASSES", FEW_PASSES)
         return advised(*ARTICLE, pictures=PICTURES)
 
 
 @pytest.fixture(scope="module")
 def small() -> list[Advice]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advice, "PASSES", FEW_PASSES)
+        patch.setattr(advisor, "PASSES", FEW_PASSES)
         return advised(*SMALL, f"device.vram_budget_mib={BUDGET}")
 
 
@@ -151,7 +151,7 @@ def test_what_fits_as_it_stands_is_said_first(card: str) -> None:
 
 
 def test_where_nothing_helps_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "PASSES", (1, 2))  # more take long
+    monkeypatch.setattr(advisor, "PASSES", (1, 2))  # more take long
     assert advised(*SMALL, "device.vram_budget_mib=21") == []
 
 
@@ -164,7 +164,7 @@ def test_a_precision_of_16_bits_is_left_as_it_is() -> None:
 
 
 def test_parts_that_were_asked_for_are_not_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "PASSES", FEW_PASSES)
+    monkeypatch.setattr(advisor, "PASSES", FEW_PASSES)
     base = (*SMALL, "train.micro_batch_size=90", f"device.vram_budget_mib={BUDGET}")
     found = advised(*base)
     assert found
@@ -177,7 +177,7 @@ def test_parts_that_were_asked_for_are_not_made_larger(monkeypatch: pytest.Monke
 def test_a_card_that_is_said_to_be_no_times_as_fast_in_16_bits_is_no_crash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(advice, "PASSES", FEW_PASSES)
+    monkeypatch.setattr(advisor, "PASSES", FEW_PASSES)
     none = ("card.fp16_speed.least=0", "card.bf16_speed.least=0")
     found = advised(*SMALL, f"device.vram_budget_mib={BUDGET}", *none)
     assert found

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp.alphabet import Alphabet, alphabet_mistake
+from captcha_exp.config.validators import alphabet_mistake
+from captcha_exp.data.alphabet import Alphabet
 
 DIGITS = Alphabet("0123456789")
 VISIBLE = st.characters(categories=["L", "N", "P", "S"])

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import captcha_exp
-from captcha_exp.places import conf
+from captcha_exp.runtime.paths import conf
 
 Sources = Mapping[str, str]
 Rule = Callable[[Sources], list[str]]
@@ -285,54 +285,57 @@ def test_no_file_of_conf_names_code(path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "broken"),
     [
-        (imports_go_one_way, {"captcha_exp.config": "from captcha_exp.train import train"}),
-        (imports_go_one_way, {"captcha_exp.train": "def f():\n    from captcha_exp import tracking"}),
-        (imports_go_one_way, {"captcha_exp.record.run": "import captcha_exp.evaluate as e"}),
-        (imports_go_one_way, {"captcha_exp.models": "from captcha_exp import load"}),
-        (imports_go_one_way, {"captcha_exp.models": "from . import train"}),
+        (imports_go_one_way, {"captcha_exp.config": "from captcha_exp.training.train import train"}),
+        (
+            imports_go_one_way,
+            {"captcha_exp.training.train": "def f():\n    from captcha_exp import tracking"},
+        ),
+        (imports_go_one_way, {"captcha_exp.runs.run": "import captcha_exp.model.evaluate as e"}),
+        (imports_go_one_way, {"captcha_exp.model.networks": "from captcha_exp import load"}),
+        (imports_go_one_way, {"captcha_exp.model.networks": "from . import train"}),
         (imports_go_one_way, {"captcha_exp.novelty": ""}),
         (
             there_are_no_cycles,
             {
-                "captcha_exp.models": "from captcha_exp import optim",
-                "captcha_exp.optim": "def f():\n    import captcha_exp.models",
+                "captcha_exp.model.networks": "from captcha_exp import optim",
+                "captcha_exp.model.optim": "def f():\n    import captcha_exp.model.networks",
             },
         ),
         (
             there_are_no_cycles,
             {
-                "captcha_exp.record.run": "from captcha_exp.record.files import a",
-                "captcha_exp.record.files": "from captcha_exp.record import run",
+                "captcha_exp.runs.run": "from captcha_exp.runtime.files import a",
+                "captcha_exp.runtime.files": "from captcha_exp.runs import run",
             },
         ),
         (
             there_are_no_cycles,  # between parts, though no two modules import each other
             {
-                "captcha_exp.record.run": "import captcha_exp.models",
-                "captcha_exp.record.files": "",
-                "captcha_exp.models": "import captcha_exp.record.files",
+                "captcha_exp.runs.run": "import captcha_exp.model.networks",
+                "captcha_exp.runtime.files": "",
+                "captcha_exp.model.networks": "import captcha_exp.runtime.files",
             },
         ),
         (each_framework_has_one_home, {"captcha_exp.config": "def f():\n    import hydra"}),
         (each_framework_has_one_home, {"captcha_exp.cli": "from mlflow import MlflowClient"}),
-        (each_framework_has_one_home, {"captcha_exp.record.run": "import omegaconf"}),
+        (each_framework_has_one_home, {"captcha_exp.runs.run": "import omegaconf"}),
         (each_framework_has_one_home, {"captcha_exp.cli": "from omegaconf import OmegaConf"}),
-        (each_framework_has_one_home, {"captcha_exp.dataset": "import captcha.image"}),
-        (each_framework_has_one_home, {"captcha_exp.pixels": "from wheezy.captcha import image"}),
-        (light_modules_import_no_torch, {"captcha_exp.pixels": "import torch.nn.functional as F"}),
+        (each_framework_has_one_home, {"captcha_exp.data.dataset": "import captcha.image"}),
+        (each_framework_has_one_home, {"captcha_exp.data.images": "from wheezy.captcha import image"}),
+        (light_modules_import_no_torch, {"captcha_exp.data.images": "import torch.nn.functional as F"}),
         (light_modules_import_no_torch, {"captcha_exp.memory.blocks": "import torch"}),
         (
             light_modules_import_no_torch,
-            {"captcha_exp.config": "import captcha_exp.record", "captcha_exp.record": "import torch"},
+            {"captcha_exp.config": "import captcha_exp.runs", "captcha_exp.runs": "import torch"},
         ),
-        (train_knows_neither_mlflow_nor_hydra, {"captcha_exp.train": "def f():\n    import mlflow"}),
+        (train_knows_neither_mlflow_nor_hydra, {"captcha_exp.training.train": "def f():\n    import mlflow"}),
         (
             train_knows_neither_mlflow_nor_hydra,
-            {"captcha_exp.train.loop": "import captcha_exp.tracking"},
+            {"captcha_exp.training.train.loop": "import captcha_exp.tracking"},
         ),
         (no_module_has_a_shapeless_name, {"captcha_exp.utils": ""}),
-        (no_module_has_a_shapeless_name, {"captcha_exp.record.common": ""}),
-        (no_module_is_longer_than_350_lines, {"captcha_exp.train": "x = 1\n" * 351}),
+        (no_module_has_a_shapeless_name, {"captcha_exp.runs.common": ""}),
+        (no_module_is_longer_than_350_lines, {"captcha_exp.training.train": "x = 1\n" * 351}),
         (nothing_read_back_can_run_code, {"m": "import pickle"}),
         (nothing_read_back_can_run_code, {"m": "from pickle import loads"}),
         (nothing_read_back_can_run_code, {"m": "numpy.load(path, allow_pickle=True)"}),

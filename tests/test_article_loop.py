@@ -20,12 +20,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captcha_exp import compose, dataset, load, report, train
-from captcha_exp.checkpoint import TrainState
+from captcha_exp import compose, load
 from captcha_exp.config import Config
-from captcha_exp.dataset import Dataset, Split
-from captcha_exp.evaluate import Evaluation
-from captcha_exp.step import Step, fresh_state, state_of, train_step
+from captcha_exp.data import dataset
+from captcha_exp.data.dataset import Dataset, Split
+from captcha_exp.model.evaluate import Evaluation
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import Step, fresh_state, state_of, train_step
+from captcha_exp.report import figures
+from captcha_exp.training import train
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -503,8 +506,8 @@ def test_our_training_ends_where_the_article_s_does(
     monkeypatch.setattr(Dataset, "split", opened)
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train, "evaluate", scripted)
-    monkeypatch.setattr(report, "curves", lambda rows, path: None)
-    monkeypatch.setattr(report, "confusion", lambda evaluation, alphabet, path: None)
+    monkeypatch.setattr(figures, "curves", lambda rows, path: None)
+    monkeypatch.setattr(figures, "confusion", lambda evaluation, alphabet, path: None)
     chosen = [text for text in TINY if not text.startswith("train.")]
     config = load(
         compose(*chosen, f"data.cache={cache}", "tracking=none", "train=constant", "device.threads=1")

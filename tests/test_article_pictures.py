@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import ImageColor
 
-from captcha_exp.sources import article
+from captcha_exp.data.sources import article
 
 FONTS = [
     Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name

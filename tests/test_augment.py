@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from captcha_exp import augment, train
-from captcha_exp.augment import NUMBERS, Changes, at_epoch, table
 from captcha_exp.config import Augment, Config
-from captcha_exp.dataset import Batch
+from captcha_exp.data import augment
+from captcha_exp.data.augment import NUMBERS, Changes, at_epoch, table
+from captcha_exp.data.dataset import Batch
+from captcha_exp.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

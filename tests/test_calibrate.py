@@ -18,13 +18,13 @@ from conftest import CPU, Heard, batch_of, training
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp import cli, compose, device, load
+from captcha_exp import compose, load
+from captcha_exp.cli import main
 from captcha_exp.config import Card, Config, Interval, Machine, Precision, card_to_yaml, load_card
-from captcha_exp.display import Bar
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory import calibrate as calibration
-from captcha_exp.memory import measuring
-from captcha_exp.memory.judging import (
+from captcha_exp.memory import gpu_probe
+from captcha_exp.memory.gpu_profile import (
     MARGIN_MIB,
     Readings,
     Round,
@@ -34,7 +34,9 @@ from captcha_exp.memory.judging import (
     readings_from_json,
     readings_to_json,
 )
-from captcha_exp.places import conf
+from captcha_exp.runtime import device
+from captcha_exp.runtime.console import Bar
+from captcha_exp.runtime.paths import conf
 
 MIB = 2**20
 GTX = "NVIDIA GeForce GTX 1650"
@@ -339,7 +341,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["captcha-exp", "calibrate", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
     return run
@@ -674,7 +676,7 @@ class Played:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Played:
-    monkeypatch.setattr(measuring, "BATCH_SIZES", (2, 4, 8))
+    monkeypatch.setattr(gpu_probe, "BATCH_SIZES", (2, 4, 8))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return Played(monkeypatch)
 
@@ -695,7 +697,7 @@ class Counted(Heard):
 def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Played, one_thread: None) -> None:
     display = Counted()
     config = replace(tiny, device=replace(tiny.device, threads=1))
-    read = measuring.measure([training(config, batch_size=8)], CPU, 3500.0, display)
+    read = gpu_probe.measure([training(config, batch_size=8)], CPU, 3500.0, display)
     assert [stage.after for stage in read.stages] == [
         "the first tensor",
         "the first matrix products",
@@ -713,7 +715,7 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
     ]
     assert [(each.batch_size, set(each.seconds)) for each in read.rounds] == [
         (8, {"fp32", "bf16", "fp16"})
-    ] * measuring.ROUNDS
+    ] * gpu_probe.ROUNDS
     assert display.done == display.total
     assert (display.warnings, len(display.lines)) == ([], len(read.stages))
     assert bounds(judge(read, GENERIC).context_mib) == (598, 598 + MARGIN_MIB)
@@ -723,11 +725,11 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
 def test_what_a_deterministic_training_gives_cublas_is_the_upper_bound(
     tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, deterministic: bool, one_thread: None
 ) -> None:
-    monkeypatch.setattr(measuring, "_transients", lambda *_: [])
-    monkeypatch.setattr(measuring, "_rounds", lambda *_: [])
+    monkeypatch.setattr(gpu_probe, "_transients", lambda *_: [])
+    monkeypatch.setattr(gpu_probe, "_rounds", lambda *_: [])
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     config = training(tiny, deterministic=deterministic)
-    read = measuring.measure([config], CPU, None, Heard())
+    read = gpu_probe.measure([config], CPU, None, Heard())
     assert read.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert read.deterministic == deterministic
     device.set_up(tiny)
@@ -738,21 +740,21 @@ def test_what_products_leave_allocated_is_their_workspace(
 ) -> None:
     card.take(10)
     monkeypatch.setattr(
-        measuring, "_product", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
+        gpu_probe, "_product", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
     )
-    assert measuring._kept_by_products(CPU, Heard()) == 65
+    assert gpu_probe._kept_by_products(CPU, Heard()) == 65
 
 
 def test_a_product_goes_forward_and_backward_and_leaves_no_tensor() -> None:
-    measuring._product(torch.float32, CPU)
+    gpu_probe._product(torch.float32, CPU)
 
 
 def test_the_convolutions_of_both_networks_each_once() -> None:
-    article = measuring.convolutions(load(compose("experiment=article")))
+    article = gpu_probe.convolutions(load(compose("experiment=article")))
     assert [conv.inner for conv in article] == [False] + [True] * 10
     assert [tuple(conv.sees) for conv in article[:2]] == [(3, 24, 56), (64, 24, 56)]
     assert [tuple(conv.sees) for conv in article].count((512, 3, 7)) == 1
-    compact = measuring.convolutions(load(compose("experiment=article", "model=compact")))
+    compact = gpu_probe.convolutions(load(compose("experiment=article", "model=compact")))
     assert [type(conv.layer).__name__ for conv in compact] == ["Conv2d"] * 6 + ["Conv1d"]
 
 
@@ -766,7 +768,7 @@ def test_the_room_of_a_work_is_its_peak_less_what_it_leaves(card: Played) -> Non
         card.take(-70)
         return "given"
 
-    assert measuring._beside(work, CPU) == ("given", 70 * MIB)
+    assert gpu_probe._beside(work, CPU) == ("given", 70 * MIB)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -780,14 +782,14 @@ def test_a_convolution_is_asked_for_its_result_and_for_each_gradient_alone(
         given.append(work())
         return given[-1], next(room)
 
-    monkeypatch.setattr(measuring, "_beside", beside)
-    stem, second = measuring.convolutions(tiny)[:2]
-    assert measuring._taken(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
+    monkeypatch.setattr(gpu_probe, "_beside", beside)
+    stem, second = gpu_probe.convolutions(tiny)[:2]
+    assert gpu_probe._taken(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
     out, (weight,) = given
     assert (out.shape, weight.shape, out.dtype) == ((3, 4, 8, 16), stem.layer.weight.shape, dtype)
     assert out.is_contiguous(memory_format=torch.channels_last)
     given.clear()
-    assert measuring._taken(second, 3, dtype, CPU) == 5
+    assert gpu_probe._taken(second, 3, dtype, CPU) == 5
     _, (weight,), (seen,) = given
     assert (weight.shape, seen.shape) == (second.layer.weight.shape, (3, *second.sees))
     assert second.layer.weight.dtype == torch.float32  # what was measured was a copy
@@ -803,9 +805,9 @@ def test_a_batch_that_does_not_fit_ends_the_batches_of_its_precision(
     def hungriest(convs: Any, size: int, dtype: torch.dtype, on: torch.device) -> float:
         return no_room() if size * dtype.itemsize >= 16 else float(size)
 
-    monkeypatch.setattr(measuring, "_hungriest", hungriest)
+    monkeypatch.setattr(gpu_probe, "_hungriest", hungriest)
     display = Counted()
-    found = list(measuring._transients(tiny, [], CPU, display, display))
+    found = list(gpu_probe._transients(tiny, [], CPU, display, display))
     seen: list[tuple[Precision, int]] = [(t.precision, t.batch_size) for t in found]
     assert seen == [("fp32", 2), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp16", 4)]
     assert (display.done, display.warnings) == (9, [])
@@ -819,12 +821,12 @@ def test_a_precision_that_the_card_cannot_do_is_told_and_left_out(
             raise RuntimeError("no\nengine")
         return {"fp32": 0.3, "fp16": 0.1}[config.device.precision]
 
-    monkeypatch.setattr(measuring, "_seconds", seconds)
+    monkeypatch.setattr(gpu_probe, "_seconds", seconds)
     display = Counted()
-    found = list(measuring._rounds(training(tiny, batch_size=4), CPU, display, display))
-    assert found == [Round("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * measuring.ROUNDS
-    assert display.warnings == ["compact, bf16, training steps of 4 fails: no engine"] * measuring.ROUNDS
-    assert display.done == 3 * measuring.ROUNDS
+    found = list(gpu_probe._rounds(training(tiny, batch_size=4), CPU, display, display))
+    assert found == [Round("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.ROUNDS
+    assert display.warnings == ["compact, bf16, training steps of 4 fails: no engine"] * gpu_probe.ROUNDS
+    assert display.done == 3 * gpu_probe.ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -836,8 +838,8 @@ def test_a_batch_is_halved_until_it_fits(
     def seconds(_: Config, batch: Any) -> float:
         return no_room() if len(batch.rows) > limit else 0.1
 
-    monkeypatch.setattr(measuring, "_seconds", seconds)
-    batch = measuring._fitting(training(tiny, batch_size=batch_size), CPU)
+    monkeypatch.setattr(gpu_probe, "_seconds", seconds)
+    batch = gpu_probe._fitting(training(tiny, batch_size=batch_size), CPU)
     assert {len(part) for part in batch} == {fits}
     assert batch.images.shape[1:] == (16, 32, 3)
     assert int(batch.targets.max()) < 5
@@ -846,11 +848,11 @@ def test_a_batch_is_halved_until_it_fits(
 def test_a_card_without_room_for_one_picture_fails_in_one_line(
     tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "_seconds", no_room)
+    monkeypatch.setattr(gpu_probe, "_seconds", no_room)
     with pytest.raises(
         RunFailed, match=r"^no room on this card for one picture of compact; .+ who holds it$"
     ):
-        measuring._fitting(tiny, CPU)
+        gpu_probe._fitting(tiny, CPU)
 
 
 @pytest.mark.parametrize("broken", ["_taken", "_seconds"])
@@ -860,9 +862,9 @@ def test_a_card_that_cannot_do_fp32_fails_in_one_line(
     def fails(*_: Any) -> Any:
         raise RuntimeError("CUDA error:\nno kernel image is available")
 
-    monkeypatch.setattr(measuring, broken, fails)
+    monkeypatch.setattr(gpu_probe, broken, fails)
     with pytest.raises(RunFailed, match=r"in fp32 fails on this card") as error:
-        measuring.measure([tiny], CPU, None, Heard())
+        gpu_probe.measure([tiny], CPU, None, Heard())
     assert len(error.value.lines) == 1
     assert "\n" not in error.value.lines[0]
     device.set_up(tiny)
@@ -874,8 +876,8 @@ def test_a_step_s_time_is_the_median_of_the_warm_ones(
     """Cold steps of 100 and 90 s, then 5, 1, 4, 2, 30."""
     lasts = [100, 90, 5, 1, 4, 2, 30]
     clock = iter([0.0] + [float(sum(lasts[: n // 2 + n % 2])) for n in range(1, 2 * len(lasts))])
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert measuring._seconds(tiny, batch_of(tiny, 4)) == 4
+    monkeypatch.setattr(gpu_probe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert gpu_probe._seconds(tiny, batch_of(tiny, 4)) == 4
 
 
 def test_a_card_that_reads_back_as_another_is_not_written(

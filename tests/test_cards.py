@@ -5,7 +5,7 @@ import re
 import pytest
 
 from captcha_exp.config import Card, Interval, load_card
-from captcha_exp.places import conf
+from captcha_exp.runtime.paths import conf
 
 FILES = sorted((conf() / "card").glob("*.yaml"))
 CARDS = {path.stem: load_card(path) for path in FILES}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp.chance import derive, fraction, fractions, seeds, stream
+from captcha_exp.runtime.seeding import derive, fraction, fractions, seeds, stream
 
 SEEDS = st.integers(0, 2**63 - 1)
 

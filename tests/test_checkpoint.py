@@ -12,12 +12,13 @@ import torch
 from conftest import CPU, OPTIMIZERS, Optimizer, batch_of, training
 from torch import Tensor
 
-from captcha_exp import checkpoint, models
-from captcha_exp.checkpoint import Progress, Rhythm, TrainState
 from captcha_exp.config import Config, Precision
 from captcha_exp.errors import UserError
-from captcha_exp.models import Recogniser
-from captcha_exp.step import fresh_state, train_step
+from captcha_exp.model import networks
+from captcha_exp.model import state as checkpoint
+from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.state import Progress, Rhythm, TrainState
+from captcha_exp.model.step import fresh_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,7 +241,7 @@ def due(every: str | None, places: list[tuple[int, int, bool]]) -> list[bool]:
     """Whether it is, after (step, epoch, whether the epoch has ended); each look at the clock is a minute."""
     clock = iter(range(0, 60_000, 60))
     rhythm = Rhythm(every, lambda: next(clock))
-    model = models.Recogniser.__new__(Recogniser)
+    model = networks.Recogniser.__new__(Recogniser)
     found = []
     for step, epoch, ended in places:
         progress = None if ended else Progress.none(CPU)
@@ -274,7 +275,7 @@ def test_the_rhythm(every: str | None, expected: list[bool]) -> None:
 
 
 def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
-    model = models.place(models.build(tiny.model, tiny.captcha), CPU)
+    model = networks.place(networks.build(tiny.model, tiny.captcha), CPU)
     state = TrainState(model, torch.optim.SGD(model.parameters()), None)
 
     def move() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from captcha_exp.cli import child
+from captcha_exp.runtime import fork
 
 ROOT = Path(__file__).resolve().parents[1]
 two_cores = pytest.mark.skipif(
@@ -20,7 +20,11 @@ two_cores = pytest.mark.skipif(
 def run(code: str) -> str:
     """Return what a new process prints, which has one thread and so may fork."""
     done = subprocess.run(
-        [sys.executable, "-c", "import os, signal, time\nfrom captcha_exp.cli import child\n" + code],
+        [
+            sys.executable,
+            "-c",
+            "import os, signal, time\nfrom captcha_exp.runtime import fork as child\n" + code,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -96,7 +100,7 @@ def test_a_process_with_threads_does_not_fork() -> None:
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        with child.started(os.getpid) as wait:
+        with fork.started(os.getpid) as wait:
             assert wait() == os.getpid()
     finally:
         stop.set()

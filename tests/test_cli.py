@@ -192,7 +192,7 @@ def test_the_completion_that_bash_installs_calls_this_command(shell: Call) -> No
     ("code", "unwanted"),
     [
         ("import captcha_exp", "torch mlflow hydra matplotlib omegaconf pydantic numpy PIL"),
-        ("import captcha_exp.cli", "torch mlflow hydra matplotlib omegaconf pydantic numpy PIL"),
+        ("import captcha_exp.cli.main", "torch mlflow hydra matplotlib omegaconf pydantic numpy PIL"),
         (
             "import sys, contextlib, captcha_exp.cli\n"
             "sys.argv = ['captcha-exp', '--help']\n"
@@ -201,9 +201,9 @@ def test_the_completion_that_bash_installs_calls_this_command(shell: Call) -> No
         ),
         ("from captcha_exp import compose; compose()", "torch mlflow matplotlib numpy"),
         ("import captcha_exp.config", "torch mlflow hydra matplotlib"),
-        ("import captcha_exp.alphabet", "torch mlflow hydra matplotlib omegaconf pydantic"),
-        ("import captcha_exp.pixels", "torch mlflow hydra matplotlib"),
-        ("import captcha_exp.train", "mlflow hydra"),
+        ("import captcha_exp.data.alphabet", "torch mlflow hydra matplotlib omegaconf pydantic"),
+        ("import captcha_exp.data.images", "torch mlflow hydra matplotlib"),
+        ("import captcha_exp.training.train", "mlflow hydra"),
     ],
 )
 def test_the_front_door_is_cheap(code: str, unwanted: str) -> None:

@@ -19,12 +19,13 @@ import pytest
 from conftest import TINY, Heard
 from mlflow import MlflowClient
 
-from captcha_exp import cli, record
+from captcha_exp import runs as record
+from captcha_exp.cli import main
 from captcha_exp.config import Config, Mlflow
-from captcha_exp.display import Silent, Terminal
-from captcha_exp.evaluate import evaluate_run
-from captcha_exp.record import MetricsRow, Run
-from captcha_exp.record.files import write_json
+from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.runs import MetricsRow, Run
+from captcha_exp.runtime.console import Silent, Terminal
+from captcha_exp.runtime.files import write_json
 from captcha_exp.tracking import MlflowTracker, close_dead
 from captcha_exp.tracking.store import open_store
 
@@ -182,7 +183,7 @@ def test_a_folder_that_cannot_be_closed_hides_no_other(tiny: Config, monkeypatch
             raise OSError(28, "No space left on device")
         write_json(path, content)
 
-    monkeypatch.setattr("captcha_exp.record.closing.write_json", disk_full)
+    monkeypatch.setattr("captcha_exp.runs.stale.write_json", disk_full)
     display = Heard()
 
     assert sorted(close_dead(display)) == sorted([runs[0].folder, runs[2].folder])
@@ -313,7 +314,7 @@ def test_of_eight_that_close_at_once_one_closes_each_run(tiny: Config) -> None:
 
 def test_a_closer_that_works_long_is_not_waited_for(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = died(record.create(tiny, tiny))
-    monkeypatch.setattr("captcha_exp.record.closing.SECONDS_FOR_THE_LOCK", 0.05)
+    monkeypatch.setattr("captcha_exp.runs.stale.SECONDS_FOR_THE_LOCK", 0.05)
     display = Heard()
     with record.alone() as granted, ThreadPoolExecutor(1) as pool:
         assert granted
@@ -330,7 +331,7 @@ def test_a_run_that_ends_just_now_keeps_its_own_end(tiny: Config, monkeypatch: p
             run.close("FINISHED")
         return False
 
-    monkeypatch.setattr("captcha_exp.record.closing.is_alive", ends_when_asked)
+    monkeypatch.setattr("captcha_exp.runs.stale.is_alive", ends_when_asked)
 
     assert close_dead(Silent()) == []
     assert state_of(run.folder)["status"] == "FINISHED"
@@ -605,7 +606,7 @@ def test_runs_closes_what_it_lists(
     died(record.create(tiny, tiny))
     monkeypatch.setattr(sys, "argv", ["captcha-exp", "runs", "--json"])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        main.main()
     said = capsys.readouterr()
     assert [run["status"] for run in json.loads(said.out)] == ["KILLED"]
     assert "closed as KILLED" in said.err
@@ -614,7 +615,8 @@ def test_runs_closes_what_it_lists(
 def test_closing_a_folder_imports_neither_torch_nor_mlflow(tiny: Config, root: Path) -> None:
     died(record.create(tiny, tiny))
     script = (
-        "import sys; from captcha_exp.display import Silent; from captcha_exp.tracking import close_dead;"
+        "import sys; from captcha_exp.runtime.console import Silent;"
+        "from captcha_exp.tracking import close_dead;"
         "print(len(close_dead(Silent())), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from captcha_exp import places
 from captcha_exp.config import Config
-from captcha_exp.record import Run, code
-from captcha_exp.record.environment import cpu_name, environment, variables
+from captcha_exp.runs import Run, source_code
+from captcha_exp.runs.environment import cpu_name, environment, variables
+from captcha_exp.runtime import paths
 
 
 @pytest.fixture
@@ -25,28 +25,32 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "__init__.py").write_bytes(b"x = 1\n")
     (home / "record" / "code.py").write_bytes(b"y = 2\n")
     (tmp_path / "conf" / "data" / "a.yaml").write_bytes(b"a: 1\n")
-    monkeypatch.setattr(code, "__file__", str(home / "record" / "code.py"))
-    monkeypatch.setattr(places, "_PACKAGE", home)
+    monkeypatch.setattr(source_code, "__file__", str(home / "record" / "code.py"))
+    monkeypatch.setattr(paths, "_PACKAGE", home)
     return home
 
 
 def test_each_source_file_is_there_by_name(package: Path) -> None:
-    found = code.source_files()
-    assert list(found) == ["captcha_exp/__init__.py", "captcha_exp/record/code.py", "conf/data/a.yaml"]
+    found = source_code.source_files()
+    assert list(found) == ["captcha_exp/__init__.py", "captcha_exp/runs/source_code.py", "conf/data/a.yaml"]
     assert found["captcha_exp/__init__.py"] == hashlib.sha256(b"x = 1\n").hexdigest()
 
 
 def test_this_package_has_its_code_and_its_configs() -> None:
-    found = code.source_files()
-    assert {"captcha_exp/train.py", "captcha_exp/record/code.py", "conf/config.yaml"} <= found.keys()
+    found = source_code.source_files()
+    assert {
+        "captcha_exp/training/train.py",
+        "captcha_exp/runs/source_code.py",
+        "conf/config.yaml",
+    } <= found.keys()
     assert not any("__pycache__" in name or name.startswith("tests/") for name in found)
 
 
 def test_an_installed_package_has_the_names_of_a_checkout(package: Path) -> None:
-    before = code.source_files()
+    before = source_code.source_files()
     shutil.move(package.parent / "conf", package / "conf")
-    assert places.conf() == package / "conf"
-    assert code.source_files() == before
+    assert paths.conf() == package / "conf"
+    assert source_code.source_files() == before
 
 
 @pytest.mark.parametrize(
@@ -60,25 +64,25 @@ def test_an_installed_package_has_the_names_of_a_checkout(package: Path) -> None
     ],
 )
 def test_any_change_is_another_sha256(package: Path, name: str, text: str) -> None:
-    before = code.code_sha256()
+    before = source_code.code_sha256()
     (package.parent / name).write_text(text)
-    assert code.code_sha256() != before
+    assert source_code.code_sha256() != before
 
 
 @pytest.mark.parametrize(
     "name", ["notes.txt", "captcha_exp/__pycache__/x.pyc", "conf/README.md", "conf/b.yaml"]
 )
 def test_what_is_no_source_does_not_count(package: Path, name: str) -> None:
-    before = code.code_sha256()
+    before = source_code.code_sha256()
     (package.parent / name).parent.mkdir(exist_ok=True)
     (package.parent / name).write_text("other")
-    assert code.code_sha256() == before
+    assert source_code.code_sha256() == before
 
 
 def test_how_a_line_ends_does_not_count(package: Path) -> None:
-    before = code.code_sha256()
+    before = source_code.code_sha256()
     (package / "__init__.py").write_bytes(b"x = 1\r\n")
-    assert code.code_sha256() == before
+    assert source_code.code_sha256() == before
 
 
 # -- git -----------------------------------------------------------------------------------------------------
@@ -103,17 +107,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def written(run: Run) -> list[str]:
     """The troubles that it told."""
     told: list[str] = []
-    code.write_code(run, told.append)
+    source_code.write_code(run, told.append)
     return told
 
 
 def test_a_clean_checkout_has_a_commit_and_no_diff(checkout: Path, run: Run) -> None:
-    found = code.git()
+    found = source_code.git()
     assert found is not None
     assert len(found["commit"]) == 40
     assert (found["dirty"], found["diff_sha256"]) == (False, None)
     assert written(run) == []
-    assert json.loads((run.folder / "code.json").read_text()) == code.source_files()
+    assert json.loads((run.folder / "code.json").read_text()) == source_code.source_files()
     assert not (run.folder / "code.diff").exists()
 
 
@@ -124,20 +128,20 @@ def test_the_diff_makes_the_code_of_its_commit_again(checkout: Path, run: Run, t
     for key, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false")):
         subprocess.run(["git", "config", key, value], cwd=checkout, check=True)
     assert written(run) == []
-    found = code.git()
+    found = source_code.git()
     assert found is not None
     assert found["dirty"]
     assert found["diff_sha256"] == hashlib.sha256((run.folder / "code.diff").read_bytes()).hexdigest()
-    changed = code.source_files()
+    changed = source_code.source_files()
     for words in (("stash", "-qu"), ("apply", str(run.folder / "code.diff"))):
         subprocess.run([*GIT, *words], cwd=checkout, check=True)
-    assert code.source_files() == changed
+    assert source_code.source_files() == changed
 
 
 def test_a_diff_too_large_is_told_and_left_out(
     checkout: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(code, "LARGEST_DIFF", 100)
+    monkeypatch.setattr(source_code, "LARGEST_DIFF", 100)
     (checkout / "captcha_exp" / "__init__.py").write_text("x = 3\n" * 50)
     (told,) = written(run)
     assert "too much for the run's record: commit them" in told
@@ -145,7 +149,7 @@ def test_a_diff_too_large_is_told_and_left_out(
 
 
 def test_without_git_there_are_the_files_alone(package: Path, run: Run) -> None:
-    assert code.git() is None
+    assert source_code.git() is None
     assert written(run) == []
     assert sorted(path.name for path in run.folder.iterdir()) == ["code.json", "run.json"]
 

@@ -13,10 +13,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from captcha_exp import compose, load
-from captcha_exp.cli.composing import compose_checked
+from captcha_exp.cli.hydra_config import compose_checked
 from captcha_exp.config import Card, Machine, Mlflow, leaves, load_card, resolve, to_dict, to_yaml
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.places import conf
+from captcha_exp.runtime.paths import conf
 
 NO_CARD = Machine(
     devices=("cpu",), cores=3, root=Path("/somewhere"), why_not={"cuda": "no card", "mps": "no Mac"}

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from captcha_exp import dataset, sources, splits
 from captcha_exp.config import Config, to_dict
-from captcha_exp.dataset import Dataset, Split
-from captcha_exp.display import Silent
+from captcha_exp.data import dataset, sources, splits
+from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.errors import UserError
+from captcha_exp.runtime.console import Silent
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import drawn, training
 
-from captcha_exp import device
 from captcha_exp.config import Config, Machine, resolve
 from captcha_exp.errors import ConfigError
+from captcha_exp.runtime import device
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 2**20

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from captcha_exp.display import Terminal
+from captcha_exp.runtime.console import Terminal
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("captcha_exp.display.time.monotonic", clock)
+    monkeypatch.setattr("captcha_exp.runtime.console.time.monotonic", clock)
     return clock
 
 

@@ -22,11 +22,12 @@ import pytest
 import torch
 from conftest import drawn
 
-from captcha_exp import cli, device, record
-from captcha_exp.cli import summary
+from captcha_exp import runs
+from captcha_exp.cli import main, output
 from captcha_exp.config import Config, Mlflow
 from captcha_exp.doctor import Facts, Finding, findings, gather
-from captcha_exp.doctor.facts import Card, Driver, Folder, Git, Holder, Package, Store, Torch
+from captcha_exp.doctor.machine_info import Card, Driver, Folder, Git, Holder, Package, Store, Torch
+from captcha_exp.runtime import device
 from captcha_exp.tracking.store import look_at_store, open_store
 
 MIB, GIB = 2**20, 2**30
@@ -872,8 +873,8 @@ def test_versions_come_from_the_installed_project(tiny: Config) -> None:
 
 def test_versions_that_do_not_fit(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["torch>99", "numpy>=2", "nosuchpackage>=1", 'other>=1; extra == "dev"']
-    monkeypatch.setattr("captcha_exp.doctor.looking.requires", lambda _: asked)
-    monkeypatch.setattr("captcha_exp.doctor.looking.metadata", lambda _: {"Requires-Python": "<3"})
+    monkeypatch.setattr("captcha_exp.doctor.collect.requires", lambda _: asked)
+    monkeypatch.setattr("captcha_exp.doctor.collect.metadata", lambda _: {"Requires-Python": "<3"})
     facts = gather(tiny)
     assert [(package.name, package.fits) for package in facts.packages] == [
         ("torch", False),
@@ -906,7 +907,7 @@ def test_a_folder_without_permission(root: Path, tiny: Config) -> None:
 
 
 def test_runs_whose_process_is_gone(root: Path, tiny: Config) -> None:
-    alive, died, ended = (record.create(tiny, tiny) for _ in range(3))
+    alive, died, ended = (runs.create(tiny, tiny) for _ in range(3))
     died.note(process_started=1.0)
     ended.close("FINISHED")
     (root / "outputs/2026-01-01/x").mkdir(parents=True)
@@ -1136,14 +1137,14 @@ def test_a_config_that_cannot_be_composed_is_the_usual_mistake(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["captcha-exp", "doctor", "captcha.widht=56"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2
     assert "did you mean captcha.width?" in capsys.readouterr().err
 
 
 def test_a_line_stays_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     long = Finding("problem", f"[red]{'long ' * 99}", "mend [it]")
-    summary.of_findings([long, Finding("ok", "fi\nne")])
+    output.of_findings([long, Finding("ok", "fi\nne")])
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"problem [red]{'long ' * 99} -> mend [it]"
     assert second == "ok      fi ne"

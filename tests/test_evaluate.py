@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from captcha_exp import models
-from captcha_exp.alphabet import Alphabet
-from captcha_exp.cli import summary
+from captcha_exp.cli import output
 from captcha_exp.config import Config
-from captcha_exp.dataset import Dataset, Split
-from captcha_exp.evaluate import Evaluation, evaluate, wilson
-from captcha_exp.models import PositionHead, Recogniser
+from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.dataset import Dataset, Split
+from captcha_exp.model import networks
+from captcha_exp.model.evaluate import Evaluation, evaluate, wilson
+from captcha_exp.model.networks import PositionHead, Recogniser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,10 +139,10 @@ def test_chance_is_the_best_that_one_fixed_text_reaches(reading: tuple[Texts, Te
 
 @given(readings())
 def test_the_summary_is_plain_json(reading: tuple[Texts, Texts]) -> None:
-    summary = evaluation(*reading).summary(drawn_with("bac"))
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["pictures"] == len(reading[0])
-    assert summary["accuracy_low"] <= summary["accuracy"] <= summary["accuracy_high"]
+    output = evaluation(*reading).summary(drawn_with("bac"))
+    assert json.loads(json.dumps(output, allow_nan=False)) == output
+    assert output["pictures"] == len(reading[0])
+    assert output["accuracy_low"] <= output["accuracy"] <= output["accuracy_high"]
 
 
 def test_rows_are_what_stands_there_and_columns_what_was_read() -> None:
@@ -167,9 +167,9 @@ def test_the_summary_names_the_twenty_most_frequent_confusions() -> None:
     pairs = [(t, p) for t in range(8) for p in range(8) if t != p]
     made = evaluation([[t] for t, _ in pairs], [[p] for _, p in pairs])
     assert len(made.confusions(alphabet)) == 56
-    summary = made.summary(drawn_with("abcdefgh"))
-    assert len(summary["confusions"]) == 20
-    assert summary["confusions"][0] == {"label": "a", "read": "b", "count": 1}
+    output = made.summary(drawn_with("abcdefgh"))
+    assert len(output["confusions"]) == 20
+    assert output["confusions"][0] == {"label": "a", "read": "b", "count": 1}
 
 
 @pytest.mark.parametrize("label", ["[b]", "[/b]"])
@@ -177,7 +177,7 @@ def test_a_label_in_brackets_is_shown_as_it_is(label: str, capsys: pytest.Captur
     """Not as a colour: `[b]` would be lost, and `[/b]` would end the command."""
     alphabet = Alphabet("[/]b")
     wrong = evaluation([alphabet.encode(label)], [alphabet.encode(label[::-1])])
-    summary.of_evaluation(wrong, drawn_with("[/]b"), Path("run"), "test")
+    output.of_evaluation(wrong, drawn_with("[/]b"), Path("run"), "test")
     row = capsys.readouterr().out.splitlines()[-2]
     assert row.split("│")[2:4] == [f" {label:<5} ", f" {label[::-1]:<4} "]
 
@@ -202,7 +202,7 @@ def test_errors_name_the_picture_and_stand_in_the_order_of_how_sure_the_head_was
 @pytest.fixture
 def model(tiny: Config) -> Recogniser:
     torch.manual_seed(0)
-    return models.build(tiny.model, tiny.captcha)
+    return networks.build(tiny.model, tiny.captcha)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def project(tmp_path: Path) -> Copy:
 
 def test_a_network(project: Copy) -> None:
     project.insert(
-        "captcha_exp/models.py",
+        "captcha_exp/model/networks.py",
         "class Recogniser(",
         "class Columns(nn.Module):\n"
         "    def __init__(self, rows: int) -> None:\n"
@@ -74,12 +74,12 @@ def test_a_network(project: Copy) -> None:
         "        return self.pool(images.movedim(-1, 1).float() / 255).flatten(1, 2)\n\n\n",
     )
     project.insert(
-        "captcha_exp/models.py",
+        "captcha_exp/model/networks.py",
         "        case _:\n            assert_never(model)",
         "        case Columns_():\n            network = Columns(model.rows)\n",
     )
     project.replace(
-        "captcha_exp/models.py",
+        "captcha_exp/model/networks.py",
         "from captcha_exp.config import ",
         "from captcha_exp.config.schema import Columns as Columns_\nfrom captcha_exp.config import ",
     )
@@ -101,14 +101,14 @@ def test_a_network(project: Copy) -> None:
 
 def test_a_head(project: Copy) -> None:
     project.insert(
-        "captcha_exp/models.py",
+        "captcha_exp/model/networks.py",
         "def conv(",
         "class CalmHead(PositionHead):\n"
         "    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:\n"
         "        return super().loss(logits / 2, targets, smoothing)\n\n\n",
     )
     project.insert(
-        "captcha_exp/models.py",
+        "captcha_exp/model/networks.py",
         "        case _:\n            assert_never(model.head)",
         '        case "calm":\n'
         "            head = CalmHead(features, places, captcha.length, len(captcha.alphabet))\n",
@@ -120,7 +120,7 @@ def test_a_head(project: Copy) -> None:
 
 def test_a_source(project: Copy) -> None:
     project.insert(
-        "captcha_exp/sources/generators.py",
+        "captcha_exp/data/sources/generators.py",
         "def _captcha(",
         "def _plain(data: Drawn) -> Draw:\n"
         "    def draw_one(text: str, stream: random.Random) -> Image.Image:\n"
@@ -130,15 +130,17 @@ def test_a_source(project: Copy) -> None:
         "    return draw_one\n\n\n",
     )
     project.insert(
-        "captcha_exp/sources/generators.py",
+        "captcha_exp/data/sources/generators.py",
         "        case _:\n            assert_never(data)",
         '        case Plain():\n            return Library("pillow", [], lambda: _plain(data), _any_text)\n',
     )
     project.replace(
-        "captcha_exp/sources/generators.py", "import Image, ImageFont", "import Image, ImageDraw, ImageFont"
+        "captcha_exp/data/sources/generators.py",
+        "import Image, ImageFont",
+        "import Image, ImageDraw, ImageFont",
     )
     project.replace(
-        "captcha_exp/sources/generators.py",
+        "captcha_exp/data/sources/generators.py",
         "from captcha_exp.config import ",
         "from captcha_exp.config.schema import Plain\nfrom captcha_exp.config import ",
     )

@@ -20,17 +20,19 @@ from conftest import TINY, Heard
 from pictures import Bytes, bomb, noise, page, saved
 from PIL import Image
 
-from captcha_exp import cli, compose, dataset, load, sources
+from captcha_exp import compose, load
+from captcha_exp.cli import main
 from captcha_exp.config import Config, resolve
-from captcha_exp.dataset import Dataset, Outline
-from captcha_exp.device import this_machine
-from captcha_exp.display import Silent, shown
+from captcha_exp.data import dataset, sources
+from captcha_exp.data.dataset import Dataset, Outline
+from captcha_exp.data.images import resize
+from captcha_exp.data.sources import Verdict
+from captcha_exp.data.sources.folder import ENDINGS
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.evaluate import evaluate_run
-from captcha_exp.pixels import resize
-from captcha_exp.sources import Verdict
-from captcha_exp.sources.folder import ENDINGS
-from captcha_exp.train import train
+from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.runtime.console import Silent, shown
+from captcha_exp.runtime.device import this_machine
+from captcha_exp.training.train import train
 
 OF_FOLDERS = (
     *(text for text in TINY if text.split("=")[0] not in ("data.count", "data.workers", "captcha.alphabet")),
@@ -942,7 +944,7 @@ def test_data_lists_everything_as_json(
     words = ["data", "--json", *OF_FOLDERS, f"data.path={spoilt.path}", "data.on_bad=skip"]
     monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 0
     said = json.loads(capsys.readouterr().out)
     assert {bad["file"]: bad["reason"] for bad in said["refused"]}.keys() == spoilt.bad.keys()

@@ -16,20 +16,22 @@ import torch
 from conftest import TINY, batch_of, drawn, training
 from PIL import Image
 
-from captcha_exp import compose, dataset, load, probe
-from captcha_exp.augment import NUMBERS, Changes, augment, table
+from captcha_exp import compose, load
 from captcha_exp.config import Augment, Config, Precision, ResNet18, to_dict
-from captcha_exp.dataset import Split
-from captcha_exp.device import half_precisions, hold_to_budget, set_up
-from captcha_exp.display import Silent
+from captcha_exp.data import dataset
+from captcha_exp.data.augment import NUMBERS, Changes, augment, table
+from captcha_exp.data.dataset import Split
 from captcha_exp.doctor import findings, gather
-from captcha_exp.evaluate import evaluate_run
-from captcha_exp.oom import OutOfMemory
-from captcha_exp.predict import Reader
-from captcha_exp.record import find, new_folder
-from captcha_exp.step import fresh_state, train_step
-from captcha_exp.sweep.supervise import Order, train_until_it_fits
-from captcha_exp.train import train
+from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.model.predict import Reader
+from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.runs import find, new_folder
+from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.device import half_precisions, hold_to_budget, set_up
+from captcha_exp.sweep.supervisor import Order, train_until_it_fits
+from captcha_exp.training import autotune
+from captcha_exp.training.oom import OutOfMemory
+from captcha_exp.training.train import train
 
 pytestmark = pytest.mark.gpu
 
@@ -187,8 +189,8 @@ def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(c
     plain = tried[0]
     assert [row["precision"] for row in tried] == ["fp32", *half_precisions(torch.device("cuda"))]
     assert (plain["finite"], plain["cosine"]) == (True, 1.0)
-    enough = plain["step_seconds"] / probe.LEAST_GAIN
-    right = [row for row in tried[1:] if row["finite"] and row["cosine"] >= probe.LEAST_COSINE]
+    enough = plain["step_seconds"] / autotune.LEAST_GAIN
+    right = [row for row in tried[1:] if row["finite"] and row["cosine"] >= autotune.LEAST_COSINE]
     good = [row for row in right if row["step_seconds"] <= enough]
     best = min(good, key=lambda row: float(row["step_seconds"]), default=plain)
     assert result.config.device.precision == best["precision"]
@@ -199,13 +201,13 @@ def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(c
 def test_16_bits_point_where_32_do_on_every_card_since_ampere(cuda: Config) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("older cards may have no right 16 bits; auto finds out")
-    _, tried = probe.precision(on_the_card(cuda, precision="auto"), Silent())
+    _, tried = autotune.precision(on_the_card(cuda, precision="auto"), Silent())
 
     assert [row["precision"] for row in tried] == ["fp32", "bf16", "fp16"]
     for row in tried:
         assert row["finite"], row
         assert isinstance(row["cosine"], float)
-        assert row["cosine"] >= probe.LEAST_COSINE, row
+        assert row["cosine"] >= autotune.LEAST_COSINE, row
 
 
 def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None:

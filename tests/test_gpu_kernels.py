@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captcha_exp.memory.fake_device import DEVICE, HOST, Recorder
 from captcha_exp.memory.gpu_kernels import cuda_operators
 from captcha_exp.memory.module_trace import trace_module
-from captcha_exp.memory.recorder import DEVICE, HOST, Recorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, SIZE, CLASSES, LENGTH = 20, 4, 8, 6

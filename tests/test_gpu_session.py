@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 
-from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.judging import readings_from_json
+from captcha_exp.memory.gpu_profile import readings_from_json
 from captcha_exp.memory.trace import Trace, trace
-from captcha_exp.step import fresh_state
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import fresh_state
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_session.py"
 sys.path.append(str(SCRIPT.parent))
@@ -695,7 +695,7 @@ def test_calibration_measures_both_networks_in_a_process_that_has_done_nothing(
         asked.extend([[config.model.name for config in configs], device.type, free])
         return readings
 
-    monkeypatch.setattr("captcha_exp.memory.measuring.measure", measure)
+    monkeypatch.setattr("captcha_exp.memory.gpu_probe.measure", measure)
     monkeypatch.setattr(gpu_cases, "_free_bytes", lambda: 500 * MIB)
     found = small(gpu_memory.calibration, {"resnet18": 100, "compact": 128}, "cuda")
 
@@ -976,7 +976,7 @@ def test_a_process_is_measured_by_whoever_knows(
     card = torch.device("cuda")
     answers = iter(free)
     monkeypatch.setattr(gpu_cases, "_free_bytes", lambda: mib(next(answers)))
-    monkeypatch.setattr("captcha_exp.device.nvml_bytes", lambda _: mib(own))
+    monkeypatch.setattr("captcha_exp.runtime.device.nvml_bytes", lambda _: mib(own))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300 * MIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8900 * MIB, 10_000 * MIB))
@@ -1015,7 +1015,7 @@ class MadeUpCard:
         monkeypatch.setattr("gpu_cases.clear", lambda _: None)
         monkeypatch.setattr("gpu_limits.start", lambda _: None)
         monkeypatch.setattr("gpu_limits.peaks", lambda _: dict(self.peak))
-        monkeypatch.setattr("captcha_exp.device.set_up", lambda _: None)
+        monkeypatch.setattr("captcha_exp.runtime.device.set_up", lambda _: None)
 
     def now(self) -> dict[str, Any]:
         process = self.context_mib + self.peak["reserved_mib"]

@@ -25,24 +25,24 @@ from forking import AFTER_STEP, PHASES, ForkServer, Interruption, Place  # noqa:
 from kill_storm import TINY, Storm, Training, new_store  # noqa: E402
 from leavings import differences, reached  # noqa: E402
 
-WRITE = "captcha_exp.record.files:write_atomically"
+WRITE = "captcha_exp.runtime.files:write_atomically"
 PLACES = {
     "before the first step": Interruption(AFTER_STEP, 1),
     "amid an epoch": Interruption(AFTER_STEP, 17, "after"),
     "between a step and its checkpoint": Interruption(PHASES["checkpointing"], 3),
     "while a checkpoint is written": Interruption(Place(WRITE, "/checkpoint/"), 4, "within"),
-    "between a checkpoint and the end of an old one": Interruption(Place("captcha_exp.checkpoint:keep"), 4),
+    "between a checkpoint and the end of an old one": Interruption(Place("captcha_exp.model.state:keep"), 4),
     "before an evaluation": Interruption(PHASES["evaluation"], 2),
     "between an evaluation and its row": Interruption(PHASES["evaluation"], 3, "after"),
     "between the row and the best weights": Interruption(
-        Place("captcha_exp.checkpoint:TrainState.keep_if_better")
+        Place("captcha_exp.model.state:TrainState.keep_if_better")
     ),
     "while the best weights are written": Interruption(Place(WRITE, "model.safetensors"), 1, "within"),
     "after the best weights": Interruption(PHASES["best"], 1, "after"),
-    "between epochs": Interruption(Place("captcha_exp.watch:Guard.look_at"), 2, "after"),
+    "between epochs": Interruption(Place("captcha_exp.training.sanity:Guard.look_at"), 2, "after"),
     "in the last epoch": Interruption(AFTER_STEP, 40, "after"),
     "before the test": Interruption(PHASES["evaluation"], 5),
-    "in the report": Interruption(Place("captcha_exp.report:confusion")),
+    "in the report": Interruption(Place("captcha_exp.report.figures:confusion")),
     "before its end is written": Interruption(PHASES["closing"]),
 }
 RHYTHMS = ("'1 epoch'", "null")
@@ -51,7 +51,7 @@ RHYTHMS = ("'1 epoch'", "null")
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
     """Children that draw no sheet of pictures, which takes longer than all the rest."""
-    with ForkServer(without=["captcha_exp.report:_sheet"]) as server:
+    with ForkServer(without=["captcha_exp.report.figures:_sheet"]) as server:
         yield server
 
 

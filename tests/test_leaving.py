@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from captcha_exp.leaving import Asked, Leaving, TimeIsUp, undisturbed
+from captcha_exp.runtime.shutdown import Asked, Leaving, TimeIsUp, undisturbed
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from captcha_exp import record
-from captcha_exp.cli.comparing import difference, same
-from captcha_exp.cli.looking import Condition, number, tidy
+from captcha_exp import runs as record
+from captcha_exp.cli.diff import difference, same
+from captcha_exp.cli.runs import Condition, number, tidy
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
-from captcha_exp.record import MetricsRow, Run
-from captcha_exp.record.facts import Facts
+from captcha_exp.runs import MetricsRow, Run
+from captcha_exp.runs.fields import Facts
 
 Make = Callable[..., Run]
 
@@ -396,7 +396,7 @@ def test_a_narrow_terminal_gets_whole_lines_without_a_frame(
 ) -> None:
     run = make(error="too little " * 3)
     out = Console(file=StringIO(), force_terminal=True, color_system=None, width=width, soft_wrap=True)
-    monkeypatch.setattr("captcha_exp.cli.looking.console", lambda: out)
+    monkeypatch.setattr("captcha_exp.cli.runs.console", lambda: out)
     call("runs", "--columns", "error")
     assert isinstance(out.file, StringIO)
     lines = out.file.getvalue().splitlines()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captcha_exp import models
 from captcha_exp.config import Captcha, Compact, ResNet18
-from captcha_exp.models import GroupedSoftmaxHead, PositionHead, Recogniser
+from captcha_exp.model import networks
+from captcha_exp.model.networks import GroupedSoftmaxHead, PositionHead, Recogniser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def pictures(asked: Captcha, count: int = 3) -> Tensor:
 
 def build(model: Compact | ResNet18, asked: Captcha) -> Recogniser:
     torch.manual_seed(0)
-    return models.build(model, asked)
+    return networks.build(model, asked)
 
 
 def parameters(module: nn.Module) -> int:
@@ -140,7 +140,7 @@ def test_resnet18_takes_1458_mflop_forward() -> None:
 def test_a_block_adds_its_short_cut_before_the_last_relu() -> None:
     """Against the textbook's formula, with batch norms in evaluation mode."""
     torch.manual_seed(0)
-    block = models.BasicBlock(4, 6, 2).eval()
+    block = networks.BasicBlock(4, 6, 2).eval()
     x = torch.randn(2, 4, 8, 8)
     convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
     first, second = (c.weight for c in convolutions if c.kernel_size == (3, 3))
@@ -249,7 +249,7 @@ def test_evaluation_leaves_the_statistics_alone(model: Compact | ResNet18) -> No
 def test_colours_last_in_memory_changes_no_value() -> None:
     asked = captcha()
     plain, placed = build(SMALL, asked), build(SMALL, asked)
-    models.place(placed, torch.device("cpu"))
+    networks.place(placed, torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), placed.parameters(), strict=True))
     with torch.no_grad():
         images = pictures(asked)
@@ -259,7 +259,7 @@ def test_colours_last_in_memory_changes_no_value() -> None:
 def test_the_same_chance_builds_the_same_weights() -> None:
     one, two = build(SMALL, captcha()), build(SMALL, captcha())
     torch.manual_seed(1)
-    other = models.build(SMALL, captcha())
+    other = networks.build(SMALL, captcha())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import Heard, training
 
-from captcha_exp import device as devices
-from captcha_exp import oom, record, train
+from captcha_exp import runs
 from captcha_exp.config import Config
 from captcha_exp.memory.plan import Planner
-from captcha_exp.record import find, read_rows
-from captcha_exp.sweep.supervise import _in_smaller_parts
+from captcha_exp.runs import find, read_rows
+from captcha_exp.runtime import device as devices
+from captcha_exp.sweep.supervisor import _in_smaller_parts
+from captcha_exp.training import oom, train
 
 PICTURES = {"train": 150, "validation": 75, "test": 75}
 
@@ -172,7 +173,7 @@ def test_where_nothing_helps_it_says_so() -> None:
 
 def again(config: Config, during: str) -> Config | None:
     """What is tried after a run of this config was short of memory."""
-    run = record.create(config, config)
+    run = runs.create(config, config)
     run.write_json("dataset.json", {"splits": PICTURES})
     run.note(oom={"during": during})
     return _in_smaller_parts(config, run.folder)
@@ -215,7 +216,7 @@ def test_it_starts_again_only_if_asked(tiny: Config, on_oom: str) -> None:
 def test_what_was_measured_the_first_time_is_kept_the_second(tiny: Config) -> None:
     """train.batch_size=auto may come out otherwise in another run."""
     asked = training(tiny, on_oom="split", batch_size="auto")
-    run = record.create(training(asked, batch_size=48), asked)
+    run = runs.create(training(asked, batch_size=48), asked)
     run.write_json("dataset.json", {"splits": PICTURES})
     run.note(oom={"during": "training"})
     smaller = _in_smaller_parts(asked, run.folder)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from captcha_exp.config import Train
-from captcha_exp.optim import learning_rate, optimizer
+from captcha_exp.model.optim import learning_rate, optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

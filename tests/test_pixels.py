@@ -12,7 +12,7 @@ import torch
 from pictures import Bytes, bomb, chunk, gif_with_a_margin, interlaced, noise, png, saved
 from PIL import Image, ImageDraw, ImageFile, ImageFont
 
-from captcha_exp.pixels import FORMATS, UNIT, Unusable, decode, resize, resize_weights, to_array
+from captcha_exp.data.images import FORMATS, UNIT, Unusable, decode, resize, resize_weights, to_array
 
 # source height, source width, target height, target width
 SHAPES = [(60, 160, 24, 56), (50, 120, 24, 56), (37, 91, 16, 17), (24, 56, 48, 100), (16, 16, 16, 33)]

@@ -14,18 +14,10 @@ from captcha_exp import compose, load
 from captcha_exp.config import Config, Interval
 from captcha_exp.memory import plan as module
 from captcha_exp.memory.allocator import MIB, Event
-from captcha_exp.memory.between import Between
-from captcha_exp.memory.plan import (
-    ERROR,
-    MAX_PASSES,
-    Peak,
-    Plan,
-    Planner,
-    budget,
-    with_batch,
-)
-from captcha_exp.memory.plays import expandable_segments
-from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.fake_device import Convolution
+from captcha_exp.memory.interval import Between
+from captcha_exp.memory.plan import ERROR, MAX_PASSES, Peak, Plan, Planner, budget, with_batch
+from captcha_exp.memory.replay import expandable_segments
 from captcha_exp.memory.trace import Phase, Trace
 from captcha_exp.memory.workspaces import WORKSPACE_TIMES
 

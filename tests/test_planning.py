@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from test_cli import shell as shell  # a fixture
 
 from captcha_exp import compose, load
-from captcha_exp.cli import plan_json, planning
+from captcha_exp.cli import plan_json, plan_report
 from captcha_exp.config import to_dict
 from captcha_exp.memory.plan import Plan
-from captcha_exp.places import conf
+from captcha_exp.runtime.paths import conf
 
 WORDS = ("plan", *TINY, "tracking=none")
 SIZES = ("--batch-sizes", "8,16")
@@ -102,7 +102,7 @@ def test_unsure_is_explained_where_it_occurs(call: Call) -> None:
 def test_sizes_are_those_that_were_asked_for_or_some_around_the_configs(
     text: str | None, batch_size: int | str, sizes: list[int]
 ) -> None:
-    assert planning.sizes_of(text, batch_size) == sizes
+    assert plan_report.sizes_of(text, batch_size) == sizes
 
 
 WRONG = ["", "0", "-8", "8,", ",8", "8;16", "8, 16", "8.0", "1e3", "eight", "1000001", "08", "8,0"]
@@ -285,7 +285,7 @@ def test_a_card_with_another_number_than_those_here_has_no_size(
     def properties(device: torch.device) -> None:
         raise AssertionError("Invalid device id")
 
-    monkeypatch.setattr("captcha_exp.device._cuda_works", lambda: True)
+    monkeypatch.setattr("captcha_exp.runtime.device._cuda_works", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     code, out, _ = call(*WORDS, "--batch-sizes", "8", "device.name=cuda:1", "--json")

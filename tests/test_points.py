@@ -10,12 +10,12 @@ from conftest import Heard, training
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
-from captcha_exp.memory.between import Fits
-from captcha_exp.record import MetricsRow
-from captcha_exp.record import create as new_run
-from captcha_exp.sweep.foretelling import Foretold, foretell
-from captcha_exp.sweep.points import Point, Sweep, create, find, is_running, same_points, sweeps
-from captcha_exp.sweep.rows import rows
+from captcha_exp.memory.interval import Fits
+from captcha_exp.runs import MetricsRow
+from captcha_exp.runs import create as new_run
+from captcha_exp.sweep.forecast import Foretold, foretell
+from captcha_exp.sweep.record import Point, Sweep, create, find, is_running, same_points, sweeps
+from captcha_exp.sweep.results import rows
 
 
 def point(tiny: Config, swept: Mapping[str, str] | None = None, number: int = 1) -> Point:

@@ -13,11 +13,11 @@ from conftest import TINY, Heard
 from PIL import Image
 
 from captcha_exp import compose, load
-from captcha_exp.cli import asking
+from captcha_exp.cli import interactive
 from captcha_exp.errors import UserError
-from captcha_exp.evaluate import evaluate_run
-from captcha_exp.predict import Reader, files_of, weights_of
-from captcha_exp.train import train
+from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.model.predict import Reader, files_of, weights_of
+from captcha_exp.training.train import train
 
 FOLDER = [text for text in TINY if not text.startswith(("data.count", "data.workers"))]
 
@@ -229,7 +229,7 @@ def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
 
-    asking.ask(reader, as_json=False)
+    interactive.ask(reader, as_json=False)
 
     printed = capsys.readouterr()
     assert prompts == ["picture: ", "picture: "]
@@ -239,7 +239,7 @@ def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
 
 def test_a_home_directory_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert asking.path_of("~/x.png") == tmp_path / "x.png"
+    assert interactive.path_of("~/x.png") == tmp_path / "x.png"
     (tmp_path / "x.png").write_bytes(b"")
     assert files_of(["~/x.png"]) == [tmp_path / "x.png"]
 
@@ -247,7 +247,7 @@ def test_a_home_directory_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody_of_this_name/x.png", "file://["])
 def test_a_name_that_no_file_can_have_is_a_picture_that_cannot_be_read(reader: Reader, name: str) -> None:
     """To the loop as to the command; neither may end at it."""
-    path = asking.path_of(name)
+    path = interactive.path_of(name)
     assert path is not None
     for reading in reader.read([path, *files_of([name])]):
         assert reading.error.startswith("cannot be read: ")

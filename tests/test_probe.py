@@ -11,18 +11,19 @@ import pytest
 import torch
 from conftest import CPU, Heard, training
 
-from captcha_exp import load, probe, train
+from captcha_exp import load
 from captcha_exp.config import Config, Precision, resolve, to_dict
-from captcha_exp.device import this_machine
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.record.files import sha256_of
-from captcha_exp.step import Step, fresh_state, train_step
+from captcha_exp.model.step import Step, fresh_state, train_step
+from captcha_exp.runtime.device import this_machine
+from captcha_exp.runtime.files import sha256_of
+from captcha_exp.training import autotune, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tried(precision: Precision, finite: bool, cosine: float, seconds: float) -> probe.Tried:
-    return probe.Tried(precision, finite, cosine, seconds)
+def tried(precision: Precision, finite: bool, cosine: float, seconds: float) -> autotune.Tried:
+    return autotune.Tried(precision, finite, cosine, seconds)
 
 
 PLAIN = tried("fp32", True, 1.0, 1.0)
@@ -40,14 +41,14 @@ PLAIN = tried("fp32", True, 1.0, 1.0)
     ids=["the faster", "the faster, turned", "not finite", "points elsewhere", "does not pay"],
 )
 def test_the_fastest_that_is_right_is_taken(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, bf16: probe.Tried, fp16: probe.Tried, chosen: str
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, bf16: autotune.Tried, fp16: autotune.Tried, chosen: str
 ) -> None:
     outcomes = {"fp32": PLAIN, "bf16": bf16, "fp16": fp16}
-    monkeypatch.setattr("captcha_exp.device.half_precisions", lambda _: ("bf16", "fp16"))
-    monkeypatch.setattr(probe, "_try", lambda name, *_: (outcomes[name], torch.zeros(1)))
+    monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16", "fp16"))
+    monkeypatch.setattr(autotune, "_try", lambda name, *_: (outcomes[name], torch.zeros(1)))
     heard = Heard()
 
-    precision, seen = probe.precision(tiny, heard)
+    precision, seen = autotune.precision(tiny, heard)
 
     assert precision == chosen
     assert [row["precision"] for row in seen] == ["fp32", "bf16", "fp16"]
@@ -55,7 +56,7 @@ def test_the_fastest_that_is_right_is_taken(
 
 
 def test_bf16_on_this_cpu_points_where_fp32_does(tiny: Config) -> None:
-    _, seen = probe.precision(tiny, Heard())
+    _, seen = autotune.precision(tiny, Heard())
 
     plain, half = seen
     assert plain["cosine"] == 1.0
@@ -72,10 +73,10 @@ def test_numbers_that_are_not_finite_are_seen(tiny: Config, monkeypatch: pytest.
         done = train_step(state, batch, config)
         return done._replace(finite=torch.tensor(config.device.precision == "fp32"))
 
-    monkeypatch.setattr(probe, "train_step", step)
+    monkeypatch.setattr(autotune, "train_step", step)
     heard = Heard()
 
-    assert probe.precision(tiny, heard)[0] == "fp32"
+    assert autotune.precision(tiny, heard)[0] == "fp32"
     assert heard.lines == ["precision fp32: bf16 is not finite here"]
 
 
@@ -83,8 +84,8 @@ def test_auto_becomes_a_value_and_leaves_the_weights_alone(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained with auto and with what it became: the same weights, and the table is in the record."""
-    monkeypatch.setattr(probe, "LEAST_GAIN", 0.0)  # whatever it costs: the test is not about speed
-    monkeypatch.setattr("captcha_exp.probe.devices.half_precisions", lambda _: ("bf16",))
+    monkeypatch.setattr(autotune, "LEAST_GAIN", 0.0)  # whatever it costs: the test is not about speed
+    monkeypatch.setattr("captcha_exp.training.autotune.devices.half_precisions", lambda _: ("bf16",))
     asked = replace(tiny, device=replace(tiny.device, precision="auto"))
 
     result = train.train(asked)
@@ -100,7 +101,7 @@ def test_auto_becomes_a_value_and_leaves_the_weights_alone(
 
 def test_the_probe_draws_from_its_own_chance(tiny: Config) -> None:
     before = fresh_state(tiny, torch.device("cpu")).model.state_dict()
-    probe.precision(tiny, Heard())
+    autotune.precision(tiny, Heard())
     after = fresh_state(tiny, torch.device("cpu")).model.state_dict()
 
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -127,7 +128,7 @@ def playing(
             clock.append(clock[-1] + 25.0)
         return speeds[tried[-1]]
 
-    monkeypatch.setattr(probe, "_pictures_per_second", speed)
+    monkeypatch.setattr(autotune, "_pictures_per_second", speed)
     return tried
 
 
@@ -150,7 +151,7 @@ def test_the_smallest_batch_near_the_best_is_taken(
     sizes = playing(monkeypatch, speeds)
     heard = Heard()
 
-    found, table = probe.batch_size(auto(tiny), ALL, heard)
+    found, table = autotune.batch_size(auto(tiny), ALL, heard)
 
     assert found == chosen
     assert sizes == list(speeds)
@@ -165,17 +166,17 @@ def test_no_batch_is_larger_than_the_training_split(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, pictures: int, sizes: list[int]
 ) -> None:
     tried = playing(monkeypatch, {size: float(size) for size in (5, 8, 16, 32, 64)})
-    assert probe.batch_size(auto(tiny), ALL | {"train": pictures}, Heard())[0] == sizes[-1]
+    assert autotune.batch_size(auto(tiny), ALL | {"train": pictures}, Heard())[0] == sizes[-1]
     assert tried == sizes
 
 
 def test_what_does_not_fit_is_recorded_and_not_tried(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the plan says, and so what comes after it is not tried either."""
     tried = playing(monkeypatch, {8: 10.0, 16: 20.0, 64: 80.0})
-    monkeypatch.setattr(probe, "_room", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32))
+    monkeypatch.setattr(autotune, "_room", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32))
     heard = Heard()
 
-    found, table = probe.batch_size(auto(tiny), ALL, heard)
+    found, table = autotune.batch_size(auto(tiny), ALL, heard)
 
     assert (found, tried) == (16, [8, 16])
     assert table[-1] == {
@@ -192,31 +193,31 @@ def test_a_budget_holds_in_the_probe_too(tiny: Config, monkeypatch: pytest.Monke
     playing(monkeypatch, {8: 10.0})
     small = replace(tiny, device=replace(tiny.device, vram_budget_mib=30))
     with pytest.raises(UserError, match=r"not even 8 pictures fit; they need .+ MiB") as caught:
-        probe.batch_size(auto(small), ALL, Heard())
+        autotune.batch_size(auto(small), ALL, Heard())
     assert len(caught.value.lines) == 1
 
 
 def test_out_of_memory_at_the_first_size_is_a_line(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     playing(monkeypatch, {8: None})
     with pytest.raises(UserError, match=r"train\.batch_size=auto: not even 8 pictures fit"):
-        probe.batch_size(auto(tiny), ALL, Heard())
+        autotune.batch_size(auto(tiny), ALL, Heard())
 
 
 def test_a_step_without_memory_has_no_speed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: object) -> None:
         raise torch.OutOfMemoryError("played")
 
-    assert probe._pictures_per_second(tiny, CPU) is not None
-    monkeypatch.setattr(probe, "train_step", step)
-    assert probe._pictures_per_second(tiny, CPU) is None
+    assert autotune._pictures_per_second(tiny, CPU) is not None
+    monkeypatch.setattr(autotune, "train_step", step)
+    assert autotune._pictures_per_second(tiny, CPU) is None
 
 
 def test_the_probe_has_its_time(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """25 seconds for each size end it after the third; the best of them is taken."""
     clock = [0.0]
     tried = playing(monkeypatch, {8 * 2**n: 2.0**n for n in range(5)}, clock)
-    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
-    assert probe.batch_size(auto(tiny), ALL, Heard())[0] == 32
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
+    assert autotune.batch_size(auto(tiny), ALL, Heard())[0] == 32
     assert tried == [8, 16, 32]
 
 
@@ -224,8 +225,8 @@ def test_a_batch_size_that_was_found_trains_as_one_that_was_written(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For real, with parts that are larger than what was found: they are then none."""
-    monkeypatch.setattr(probe, "TIMED_SECONDS", 0.01)
-    monkeypatch.setattr(probe, "ENOUGH", 0.0)  # the smallest: the test is not about speed
+    monkeypatch.setattr(autotune, "TIMED_SECONDS", 0.01)
+    monkeypatch.setattr(autotune, "ENOUGH", 0.0)  # the smallest: the test is not about speed
     tiny = replace(tiny, device=replace(tiny.device, threads=1))
     asked = training(tiny, batch_size="auto", micro_batch_size=10, epochs=1)
 
@@ -253,7 +254,7 @@ def test_only_who_trains_can_find_a_batch_size(tiny: Config) -> None:
 def test_a_card_that_is_not_here_is_told_before_anything_is_tried(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    monkeypatch.setattr("captcha_exp.device._cuda_works", lambda: False)
+    monkeypatch.setattr("captcha_exp.runtime.device._cuda_works", lambda: False)
     on_card = replace(tiny, device=replace(tiny.device, name="cuda"))
     with pytest.raises(ConfigError, match=r"^device\.name=cuda: .+; available here: auto, "):
         train.train(auto(on_card))

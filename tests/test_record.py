@@ -19,11 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp import record
+from captcha_exp import runs
 from captcha_exp.config import Config, load
 from captcha_exp.errors import UserError
-from captcha_exp.places import root as root_of_runs
-from captcha_exp.record import MetricsRow, Run, unfinished, write_atomically
+from captcha_exp.runs import MetricsRow, Run, resume
+from captcha_exp.runtime.files import write_atomically
+from captcha_exp.runtime.paths import root as root_of_runs
+from captcha_exp.runtime.process import identity, is_alive
 
 
 class OneSecond(datetime):
@@ -36,12 +38,12 @@ class OneSecond(datetime):
 
 @pytest.fixture
 def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.record.beginning.datetime", OneSecond)
+    monkeypatch.setattr("captcha_exp.runs.create.datetime", OneSecond)
 
 
 @pytest.fixture
 def run(tiny: Config) -> Run:
-    return record.create(tiny, tiny)
+    return runs.create(tiny, tiny)
 
 
 # -- folders -------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ def run(tiny: Config) -> Run:
 @pytest.mark.usefixtures("one_second")
 def test_runs_of_the_same_second_have_folders_of_their_own(tiny: Config, root: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: record.create(tiny, tiny).folder, range(8)))
+        made = list(pool.map(lambda _: runs.create(tiny, tiny).folder, range(8)))
     names = ["123045-tiny", *(f"123045-tiny-{number}" for number in range(2, 9))]
     assert sorted(made) == [root / "outputs/2026-03-01" / name for name in names]
 
@@ -223,7 +225,7 @@ def test_a_failed_run_says_why(run: Run) -> None:
 def test_a_run_is_found_by_folder_by_date_and_time_and_by_the_start_of_its_id(
     tiny: Config, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = record.create(tiny, tiny), record.create(tiny, tiny)
+    first, second = runs.create(tiny, tiny), runs.create(tiny, tiny)
     first.note(mlflow={"run_id": "abc123"})
     second.note(mlflow={"run_id": "abd456"})
     monkeypatch.chdir(root / "outputs")
@@ -234,36 +236,36 @@ def test_a_run_is_found_by_folder_by_date_and_time_and_by_the_start_of_its_id(
         "abc123",
         "abc",
     ):
-        assert record.find(name) == first.folder
-    assert record.find("abd") == second.folder
+        assert runs.find(name) == first.folder
+    assert runs.find("abd") == second.folder
 
 
 def test_an_ambiguous_beginning_is_refused(tiny: Config) -> None:
     for run_id in ("abc123", "abd456"):
-        record.create(tiny, tiny).note(mlflow={"run_id": run_id})
+        runs.create(tiny, tiny).note(mlflow={"run_id": run_id})
     with pytest.raises(UserError, match=r"^'ab' begins the ids of 2 runs; give more of it$"):
-        record.find("ab")
+        runs.find("ab")
 
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("name", ["nosuchrun", "", "None", "ab"])
 def test_what_is_no_run_is_refused_with_the_ways_to_name_one(name: str) -> None:
     with pytest.raises(UserError, match=r"is no run: .*captcha-exp runs lists them"):
-        record.find(name)
+        runs.find(name)
 
 
 def test_latest_is_refused_while_there_is_no_run(root: Path) -> None:
     with pytest.raises(UserError, match=r"^latest: no run in .*outputs yet; captcha-exp train makes one$"):
-        record.find("latest")
+        runs.find("latest")
 
 
 def test_latest_is_the_run_that_began_last_by_the_clock_of_the_world(tiny: Config) -> None:
     """When summer time ends, the wall clock shows the same hour twice."""
     summer, winter = (timezone(timedelta(hours=hours)) for hours in (2, 1))
-    older, newer = record.create(tiny, tiny), record.create(tiny, tiny)
+    older, newer = runs.create(tiny, tiny), runs.create(tiny, tiny)
     older.note(started=datetime(2026, 10, 25, 2, 50, tzinfo=summer).isoformat())
     newer.note(started=datetime(2026, 10, 25, 2, 10, tzinfo=winter).isoformat())
-    assert record.find("latest") == newer.folder
+    assert runs.find("latest") == newer.folder
 
 
 def test_latest_is_the_run_that_began_last_also_within_a_second(
@@ -276,18 +278,18 @@ def test_latest_is_the_run_that_began_last_also_within_a_second(
         def now(cls, tz: tzinfo | None = None) -> "Ticking":
             return cls(2026, 3, 1, 12, 30, 45, next(clock))
 
-    monkeypatch.setattr("captcha_exp.record.run.datetime", Ticking)
+    monkeypatch.setattr("captcha_exp.runs.run.datetime", Ticking)
     for number in range(1, 12):  # an alphabet puts -10 before -2
-        newest = record.create(tiny, tiny)
-        assert record.find("latest") == newest.folder, f"run {number} of this second"
+        newest = runs.create(tiny, tiny)
+        assert runs.find("latest") == newest.folder, f"run {number} of this second"
 
 
 def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Config) -> None:
-    damaged, good = record.create(tiny, tiny), record.create(tiny, tiny)
+    damaged, good = runs.create(tiny, tiny), runs.create(tiny, tiny)
     (damaged.folder / "run.json").write_text("{")
-    assert [folder for folder, _ in record.runs()] == [good.folder]
+    assert [folder for folder, _ in runs.runs()] == [good.folder]
     with pytest.raises(UserError, match=r"run\.json: cannot be read as the record of a run"):
-        record.find(str(damaged.folder))
+        runs.find(str(damaged.folder))
 
 
 @pytest.mark.parametrize(
@@ -302,28 +304,28 @@ def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Confi
     ],
 )
 def test_a_record_of_another_shape_is_one_line(tiny: Config, key: str, value: object, words: str) -> None:
-    run = record.create(tiny, tiny)
+    run = runs.create(tiny, tiny)
     run.note(**{key: value})
     with pytest.raises(UserError, match=rf"run\.json: is not the record of a run: {words} is nothing that"):
-        record.find(str(run.folder))
+        runs.find(str(run.folder))
     told: list[str] = []
-    assert record.runs(told.append) == []
+    assert runs.runs(told.append) == []
     assert len(told) == 1
 
 
 def test_an_id_that_is_no_text_ends_no_search(tiny: Config) -> None:
-    run = record.create(tiny, tiny)
+    run = runs.create(tiny, tiny)
     run.note(mlflow={"run_id": 12})
     with pytest.raises(UserError, match="is no run"):
-        record.find("ab")
+        runs.find("ab")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x\0y", "a/" * 3000])
 def test_a_name_that_no_file_has_is_no_run(name: str, root: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
-        record.find(name)
+        runs.find(name)
     with pytest.raises(UserError, match="is no run"):
-        unfinished.named(name)
+        resume.named(name)
 
 
 # -- gone on with --------------------------------------------------------------------------------------------
@@ -334,7 +336,7 @@ def test_an_edited_config_is_refused_and_the_key_named(run: Run, name: str) -> N
     path = run.folder / name
     path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 32"))
     with pytest.raises(UserError, match=rf"{name}: was changed since .*\(train.batch_size=\d+, asked for as"):
-        record.reopen(run.folder)
+        runs.reopen(run.folder)
     assert run.state["status"] == "RUNNING"
 
 
@@ -344,31 +346,31 @@ def test_a_line_that_is_no_row_is_set_aside_with_the_file(run: Run) -> None:
     damaged = f"{first}{second[:9]}#{second[10:]}{third}"
     (run.folder / "metrics.jsonl").write_text(damaged + first[:7])
 
-    again = record.reopen(run.folder)
+    again = runs.reopen(run.folder)
     assert again.rows() == [rows[0], rows[2]]
     assert (run.folder / "metrics.jsonl").read_text() == first + third
     assert (run.folder / "metrics.jsonl.damaged").read_text() == damaged
     again.log(rows[1])
-    assert record.read_rows(run.folder) == (rows, [])
+    assert runs.read_rows(run.folder) == (rows, [])
 
 
 # -- alive or dead -------------------------------------------------------------------------------------------
 
 
 def state_of(process: psutil.Process) -> dict[str, Any]:
-    return record.identity(process.pid)
+    return identity(process.pid)
 
 
 def test_a_run_of_this_process_is_alive(run: Run) -> None:
-    assert record.is_alive(run.state)
+    assert is_alive(run.state)
 
 
 def test_a_run_whose_process_has_ended_is_dead() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     state = state_of(psutil.Process(child.pid))
-    assert record.is_alive(state)
+    assert is_alive(state)
     child.communicate()
-    assert not record.is_alive(state)
+    assert not is_alive(state)
 
 
 def test_a_run_whose_process_has_ended_is_dead_even_if_nobody_has_asked_how() -> None:
@@ -381,33 +383,33 @@ def test_a_run_whose_process_has_ended_is_dead_even_if_nobody_has_asked_how() ->
         while process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
     try:
-        assert not record.is_alive(state)
+        assert not is_alive(state)
     finally:
         child.communicate()
 
 
 def test_a_process_that_only_has_the_same_number_is_not_the_run(run: Run) -> None:
-    assert not record.is_alive({**run.state, "process_started": run.state["process_started"] - 3600})
+    assert not is_alive({**run.state, "process_started": run.state["process_started"] - 3600})
 
 
 def test_a_run_of_another_machine_is_not_called_dead(run: Run) -> None:
-    assert record.is_alive({**run.state, "host": "another", "pid": -1})
+    assert is_alive({**run.state, "host": "another", "pid": -1})
 
 
 def test_a_run_of_a_container_with_the_machines_name_is_not_called_dead(run: Run) -> None:
     """`docker run --net=host`: the same host and folder, and numbers of its own."""
-    assert record.is_alive({**run.state, "pid_namespace": "pid:[1]", "pid": 2**22 + 1})
+    assert is_alive({**run.state, "pid_namespace": "pid:[1]", "pid": 2**22 + 1})
 
 
 def test_a_run_before_the_machine_was_started_again_is_dead(run: Run) -> None:
-    assert not record.is_alive({**run.state, "boot_id": "before", "pid_namespace": "pid:[1]"})
+    assert not is_alive({**run.state, "boot_id": "before", "pid_namespace": "pid:[1]"})
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux counts from the machine's start")
 def test_a_clock_that_is_set_ends_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() + 3600)
-    assert record.is_alive(run.state)
-    assert record.identity() == {key: run.state[key] for key in record.identity()}
+    assert is_alive(run.state)
+    assert identity() == {key: run.state[key] for key in identity()}
 
 
 def test_a_process_may_have_any_name(tmp_path: Path) -> None:
@@ -416,34 +418,34 @@ def test_a_process_may_have_any_name(tmp_path: Path) -> None:
     odd.symlink_to(sys.executable)
     child = subprocess.Popen([odd, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        state = record.identity(child.pid)
-        assert state["process_started"] >= record.identity()["process_started"]
-        assert record.is_alive(state)
+        state = identity(child.pid)
+        assert state["process_started"] >= identity()["process_started"]
+        assert is_alive(state)
     finally:
         child.communicate()
 
 
 def test_a_file_that_has_changed_since_the_run_ended_is_refused(tiny: Config) -> None:
-    run = record.create(tiny, tiny)
+    run = runs.create(tiny, tiny)
     run.write("model.safetensors", b"weights")
-    record.check_file(run.folder, "model.safetensors")  # the run goes on: nothing is promised yet
+    runs.check_file(run.folder, "model.safetensors")  # the run goes on: nothing is promised yet
     run.close("FINISHED")
-    record.check_file(run.folder, "model.safetensors")
+    runs.check_file(run.folder, "model.safetensors")
     (run.folder / "model.safetensors").write_bytes(b"weightz")
 
     with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
-        record.check_file(run.folder, "model.safetensors")
+        runs.check_file(run.folder, "model.safetensors")
     (run.folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
-        record.check_file(run.folder, "model.safetensors")
+        runs.check_file(run.folder, "model.safetensors")
 
 
 def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Config) -> None:
-    whole, broken = record.create(tiny, tiny), record.create(tiny, tiny)
+    whole, broken = runs.create(tiny, tiny), runs.create(tiny, tiny)
     (broken.folder / "run.json").write_text("{")
     told: list[str] = []
 
-    assert [folder for folder, _ in record.runs(told.append)] == [whole.folder]
+    assert [folder for folder, _ in runs.runs(told.append)] == [whole.folder]
     assert len(told) == 1
     assert told[0].startswith(str(broken.folder / "run.json"))
 
@@ -452,12 +454,12 @@ def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Confi
 def test_a_record_with_an_odd_time_does_not_keep_the_others_from_being_found(
     tiny: Config, started: str
 ) -> None:
-    odd, good = record.create(tiny, tiny), record.create(tiny, tiny)
+    odd, good = runs.create(tiny, tiny), runs.create(tiny, tiny)
     odd.note(started=started)
 
     told: list[str] = []
-    assert [folder for folder, _ in record.runs(told.append)] == [good.folder]
+    assert [folder for folder, _ in runs.runs(told.append)] == [good.folder]
     assert told == [
         f"{odd.folder / 'run.json'}: started={started!r} is no time with a zone, as a run writes it"
     ]
-    assert record.find("latest") == good.folder
+    assert runs.find("latest") == good.folder

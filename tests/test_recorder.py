@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from captcha_exp.memory import recorder as module
+from captcha_exp.memory import fake_device as module
 from captcha_exp.memory.allocator import Event
-from captcha_exp.memory.recorder import DEVICE, HOST, DeviceTensor, Recorder
+from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor, Recorder
 
 
 @pytest.fixture

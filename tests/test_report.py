@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from captcha_exp import report
-from captcha_exp.alphabet import Alphabet
 from captcha_exp.config import Config
-from captcha_exp.dataset import Dataset
-from captcha_exp.evaluate import Evaluation
-from captcha_exp.record import MetricsRow
-from captcha_exp.train import train
+from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.dataset import Dataset
+from captcha_exp.model.evaluate import Evaluation
+from captcha_exp.report import figures as report
+from captcha_exp.runs import MetricsRow
+from captcha_exp.training.train import train
 
 ODD = [
     "$_^",

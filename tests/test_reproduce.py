@@ -17,20 +17,22 @@ from omegaconf import DictConfig
 from pictures import page, saved
 from PIL import Image
 
-from captcha_exp import load, report
-from captcha_exp.cli.composing import overridden
+from captcha_exp import load
+from captcha_exp.cli.hydra_config import overridden
 from captcha_exp.config import Config
-from captcha_exp.display import Silent
 from captcha_exp.errors import UserError
-from captcha_exp.record import linked, sha256_of
-from captcha_exp.record.files import write_json
-from captcha_exp.recording import NoTracker
-from captcha_exp.reproduce import drift, results
-from captcha_exp.reproduce.drift import Drift
-from captcha_exp.reproduce.judging import judge, sentence
-from captcha_exp.reproduce.original import Outcome, original
-from captcha_exp.reproduce.running import Reproduction, reproduce
-from captcha_exp.train import train
+from captcha_exp.report import figures
+from captcha_exp.reproduce import changes as drift
+from captcha_exp.reproduce import compare
+from captcha_exp.reproduce.causes import judge, sentence
+from captcha_exp.reproduce.changes import Drift
+from captcha_exp.reproduce.reference import Outcome, original
+from captcha_exp.reproduce.rerun import Reproduction, reproduce
+from captcha_exp.runs import linked
+from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.files import sha256_of, write_json
+from captcha_exp.training.recorder import NoTracker
+from captcha_exp.training.train import train
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +41,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures: they take longer than the training."""
     for name in ("curves", "confusion", "errors", "samples"):
-        monkeypatch.setattr(report, name, lambda *_: None)
+        monkeypatch.setattr(figures, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def run(trained: Path, tmp_path: Path, root: Path) -> Path:
 
 
 def again(folder: Path, *overrides: str, display: Silent | None = None) -> Reproduction:
-    from captcha_exp.device import this_machine
+    from captcha_exp.runtime.device import this_machine
 
     first = original(folder)
     wanted = overridden(first.config, overrides)
@@ -235,7 +237,7 @@ def test_a_metric_that_somebody_changed_is_not_called_the_same(run: Path) -> Non
 
 
 def results_row(line: str) -> Any:
-    from captcha_exp.record import MetricsRow
+    from captcha_exp.runs import MetricsRow
 
     return MetricsRow.from_line(line)
 
@@ -299,7 +301,7 @@ def test_a_missing_and_a_new_picture_are_named(pictured: tuple[Path, Path]) -> N
 
 
 def test_code_that_was_changed_is_told_before_with_how_to_get_the_old(run: Path) -> None:
-    edit_json(run / "code.json", lambda found: found.update({"captcha_exp/step.py": "0" * 64}))
+    edit_json(run / "code.json", lambda found: found.update({"captcha_exp/model/step.py": "0" * 64}))
     edit_json(
         run / "environment.json",
         lambda found: found.update(git={"commit": "a1" * 20, "branch": "main", "dirty": True}),
@@ -309,15 +311,18 @@ def test_code_that_was_changed_is_told_before_with_how_to_get_the_old(run: Path)
     made = again(run, display=heard)
     told = next(line for line in heard.warnings if "code is not" in line)
     assert told.startswith(
-        "today's code is not that of the run (a1a1a1a1 with changes): captcha_exp/step.py; to have the old "
+        "today's code is not that of the run (a1a1a1a1 with changes): captcha_exp/model/step.py; "
+        "to have the old "
     )
     assert f"../captcha_exp-a1a1a1a1 {'a1' * 20}" in told or "git clone" in told
     assert told.endswith(f"and in there git apply '{run / 'code.diff'}'")
-    assert made.sentence.startswith("identical, but code (captcha_exp/step.py) a1a1a1a1 with changes -> ")
+    assert made.sentence.startswith(
+        "identical, but code (captcha_exp/model/step.py) a1a1a1a1 with changes -> "
+    )
 
 
 def test_a_commit_that_is_no_commit_is_never_part_of_a_command(run: Path) -> None:
-    edit_json(run / "code.json", lambda found: found.update({"captcha_exp/step.py": "0" * 64}))
+    edit_json(run / "code.json", lambda found: found.update({"captcha_exp/model/step.py": "0" * 64}))
     edit_json(run / "environment.json", lambda found: found.update(git={"commit": "$(rm -rf ~)"}))
     heard = Heard()
     again(run, display=heard)
@@ -332,7 +337,7 @@ def test_equal_code_at_another_commit_is_no_news(run: Path) -> None:
     assert roles(made) == {"commit": "cleared"}
 
 
-SMALL = "import sys; from captcha_exp.cli import main; sys.argv[0] = 'captcha-exp'; main()"
+SMALL = "import sys; from captcha_exp.cli.main import main; sys.argv[0] = 'captcha-exp'; main()"
 
 
 def in_a_process(home: Path, root: Path, *words: str, **variables: str) -> dict[str, Any]:
@@ -375,7 +380,11 @@ def test_a_changed_line_of_code_is_the_cause_and_a_comment_is_not(
     path.write_text(path.read_text().replace(healthy, other))
     made = in_a_process(home, root, "reproduce", str(run))
     assert made["verdict"] in verdicts
-    told = "identical, but code (captcha_exp/step.py)" if "identical" in verdicts else "cause: code (captcha"
+    told = (
+        "identical, but code (captcha_exp/model/step.py)"
+        if "identical" in verdicts
+        else "cause: code (captcha"
+    )
     assert told in made["sentence"]
 
 
@@ -434,7 +443,7 @@ def test_a_manifest_of_other_things_is_one_line(run: Path, name: str, change: di
 
 
 def test_metrics_that_are_no_numbers_are_one_line(run: Path) -> None:
-    from captcha_exp.record import MetricsRow
+    from captcha_exp.runs import MetricsRow
 
     for metrics in ([0.5], {"train/loss": "a"}):
         row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # somebody else wrote it
@@ -468,7 +477,7 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     tiny: Config, root: Path, call: Call, composed: DictConfig
 ) -> None:
     from captcha_exp.config import Mlflow
-    from captcha_exp.display import Silent
+    from captcha_exp.runtime.console import Silent
     from captcha_exp.tracking import tracker_of
 
     store = Mlflow(backend="mlflow", uri=f"sqlite:///{root / 'mlruns' / 'mlflow.db'}", experiment="e")
@@ -557,14 +566,14 @@ def outcome(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights
     ],
 )
 def test_equivalent_is_what_the_tolerances_say(now: Outcome, expected: str) -> None:
-    assert results.verdict(outcome(), now) == expected
+    assert compare.verdict(outcome(), now) == expected
 
 
 def test_speed_and_memory_are_never_compared_and_minus_zero_is_another_number() -> None:
     fast = outcome()
     fast.epochs[1]["speed/epoch_seconds"] = 9.0  # type: ignore[index]
-    assert results.differences(outcome(), fast) == []
-    (only,) = results.differences(outcome(loss=0.0), outcome(loss=-0.0))
+    assert compare.differences(outcome(), fast) == []
+    (only,) = compare.differences(outcome(loss=0.0), outcome(loss=-0.0))
     assert only.words() == "epoch 1, train/loss 0.0 -> -0.0"
 
 
@@ -595,7 +604,7 @@ def test_a_cause_is_what_ran_otherwise_or_the_only_one_that_can_be(
 
 
 def test_a_difference_without_any_drift_is_told_plainly() -> None:
-    (first,) = results.differences(outcome(), outcome(loss=2.5))
+    (first,) = compare.differences(outcome(), outcome(loss=2.5))
     line = sentence("different", first, [], repeatable=True)
     assert line.startswith("different: first in epoch 1, train/loss 2.0 -> 2.5; nothing that is recorded")
     assert sentence("different", first, [], repeatable=False).endswith("no two trainings are the same")

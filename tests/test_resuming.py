@@ -17,13 +17,14 @@ import torch
 from conftest import TINY, Call
 from mlflow import MlflowClient
 
-from captcha_exp import checkpoint, compose, load, record
-from captcha_exp import train as training
-from captcha_exp.cli import resuming
-from captcha_exp.cli.composing import overridden
+from captcha_exp import compose, load, runs
+from captcha_exp.cli import resume
+from captcha_exp.cli.hydra_config import overridden
 from captcha_exp.config import Config, leaves
 from captcha_exp.errors import ConfigError
-from captcha_exp.record import code_sha256
+from captcha_exp.model import state as checkpoint
+from captcha_exp.runs import code_sha256
+from captcha_exp.training import train as training
 
 NOBODY = {"pid": 2**22 + 1, "process_started": 1.0}
 
@@ -48,7 +49,7 @@ class Trained:
             {"requested": requested, "folder": folder, "links": dict(links or {}), "start_from": start_from}
         )
         if folder is None:
-            folder = record.create(requested, requested, None, links).folder
+            folder = runs.create(requested, requested, None, links).folder
         state = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
         return SimpleNamespace(folder=folder)
@@ -70,7 +71,7 @@ def words(cache: Path) -> list[str]:
 def left(words: list[str], status: str = "KILLED", code: str | None = None, **state: Any) -> Path:
     """A run of these overrides that a process has left."""
     config = load(compose(*words))
-    run = record.create(config, config)
+    run = runs.create(config, config)
     run.write_json("environment.json", {"code_sha256": code or code_sha256()})
     (run.folder / "checkpoint").mkdir()
     run.note(**{"status": status, **NOBODY, **state})
@@ -231,7 +232,7 @@ def test_a_named_run_that_finishes_just_then_is_not_gone_on_with(
         (folder / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
         return {}
 
-    monkeypatch.setattr(resuming, "_other_keys", other_keys)
+    monkeypatch.setattr(resume, "_other_keys", other_keys)
     code, _, err = call("train", f"--resume={folder}")
     assert (code, trained.calls) == (2, [])
     assert err == f"--resume={folder}: has finished just now; train.epochs=N beside it gives it more\n"
@@ -445,7 +446,7 @@ def said(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 
 def figures(folder: Path) -> list[tuple[int, dict[str, float]]]:
     """Metrics by step, without those of time and memory."""
-    rows, broken = record.read_rows(folder)
+    rows, broken = runs.read_rows(folder)
     assert broken == []
     return [
         (row.step, {key: v for key, v in row.metrics.items() if not key.startswith(("memory/", "speed/"))})
@@ -480,7 +481,7 @@ def test_the_same_command_goes_on_after_kill_9(root: Path, words: list[str], tmp
 
 def assert_same_state(folder: Path, other: Path) -> None:
     """The last checkpoints of two runs have every tensor in common; the best weights may be of any epoch."""
-    one, two = (checkpoint.newest(each / record.CHECKPOINTS, pytest.fail) for each in (folder, other))
+    one, two = (checkpoint.newest(each / runs.CHECKPOINTS, pytest.fail) for each in (folder, other))
     assert one is not None
     assert two is not None
     assert one.path.name == two.path.name
@@ -520,7 +521,7 @@ def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
     first = json.loads(call("train", *words, "--json")[1])
     config = load(compose(*words[:-1], "train.epochs=3"))
     links = {"continues": {"folder": first["folder"], "run_id": None}}
-    begun = record.create(config, config, None, links)
+    begun = runs.create(config, config, None, links)
     begun.note(status="KILLED", **NOBODY)
 
     trained: list[int] = []

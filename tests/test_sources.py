@@ -21,11 +21,12 @@ import psutil
 import pytest
 from PIL import features
 
-from captcha_exp import chance, pixels, sources
 from captcha_exp.config import Article, Captcha, CaptchaLibrary, Generator, WheezyLibrary
-from captcha_exp.display import Bar, Display, Silent
+from captcha_exp.data import images, sources
+from captcha_exp.data.sources import article
 from captcha_exp.errors import RunFailed, UserError
-from captcha_exp.sources import article
+from captcha_exp.runtime import seeding
+from captcha_exp.runtime.console import Bar, Display, Silent
 
 CAPTCHA = Captcha(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
 
@@ -43,13 +44,13 @@ def draw(data: Generator, indices: Sequence[int], display: Display | None = None
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "captcha_exp.sources" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "captcha_exp.data.sources" in " ".join(p.cmdline())]
 
 
 @pytest.fixture
 def sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that several workers have something to do."""
-    monkeypatch.setattr(sources.drawing, "BLOCK", 16)
+    monkeypatch.setattr(sources.rendering, "BLOCK", 16)
 
 
 @pytest.fixture
@@ -164,10 +165,10 @@ def test_the_label_is_the_text_that_the_worker_draws(
     library = sources.library(data)
     draw_one = library.make()
     for index in range(6):
-        stream = chance.stream(data.seed, "picture", index)
+        stream = seeding.stream(data.seed, "picture", index)
         library.text(CAPTCHA, stream)  # the text comes first out of the stream
         image = draw_one(sources.label(data, CAPTCHA, index), stream)
-        ours = pixels.resize(pixels.to_array(image, 3)[None], 16, 32)[0]
+        ours = images.resize(images.to_array(image, 3)[None], 16, 32)[0]
         assert (ours == by_worker[index]).all()
 
 

@@ -15,13 +15,14 @@ from conftest import CPU, OPTIMIZERS, Optimizer, batch_of, guarding, training
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from captcha_exp import compose, load, models, optim
-from captcha_exp.checkpoint import TrainState
+from captcha_exp import compose, load
 from captcha_exp.config import Config, Precision
-from captcha_exp.dataset import Batch, Split
-from captcha_exp.evaluate import evaluate
-from captcha_exp.optim import LossScale
-from captcha_exp.step import forward_and_backward, fresh_state, train_step
+from captcha_exp.data.dataset import Batch, Split
+from captcha_exp.model import networks, optim
+from captcha_exp.model.evaluate import evaluate
+from captcha_exp.model.optim import LossScale
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import forward_and_backward, fresh_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +66,7 @@ def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: 
     config = load(
         compose(f"model={model}", f"model.head={head}", f"train.optimizer={kind}", "device.name=cpu")
     )
-    recogniser = models.build(config.model, config.captcha)
+    recogniser = networks.build(config.model, config.captcha)
     fake = FakeTensorMode()
     for module in recogniser.modules():
         for name, weight in list(module.named_parameters(recurse=False)):

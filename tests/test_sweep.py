@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from captcha_exp import compose, load
-from captcha_exp.train import train
+from captcha_exp.training.train import train
 
 SECONDS_TO_END = 2.0  # of every process, after the one that they serve
 

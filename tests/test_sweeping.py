@@ -20,21 +20,23 @@ import pytest
 from conftest import TINY, Heard
 from faults import planted
 
-from captcha_exp import cli, oom, record
-from captcha_exp.cli import sweeping
+from captcha_exp import runs
+from captcha_exp.cli import main
+from captcha_exp.cli import sweep as sweeping
 from captcha_exp.config import Config, Mlflow
-from captcha_exp.device import this_machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError
-from captcha_exp.leaving import TimeIsUp, undisturbed
-from captcha_exp.memory.between import Between
-from captcha_exp.sweep import points as recorded
-from captcha_exp.sweep import supervise
-from captcha_exp.sweep.foretelling import foretell
-from captcha_exp.sweep.points import Point, Sweep
-from captcha_exp.sweep.rows import Became, rows
-from captcha_exp.sweep.running import run
-from captcha_exp.sweep.verdict import Verdict
+from captcha_exp.memory.interval import Between
+from captcha_exp.runtime.device import this_machine
+from captcha_exp.runtime.shutdown import TimeIsUp, undisturbed
+from captcha_exp.sweep import record as recorded
+from captcha_exp.sweep import supervisor
+from captcha_exp.sweep.forecast import foretell
+from captcha_exp.sweep.record import Point, Sweep
+from captcha_exp.sweep.results import Became, rows
+from captcha_exp.sweep.runner import run
+from captcha_exp.sweep.summary import Verdict
 from captcha_exp.tracking import Parent
+from captcha_exp.training import oom
 
 Launch = Callable[[Path, Sequence[int]], None]
 
@@ -59,9 +61,9 @@ def recording(became: Became = "finished", launched: list[int] | None = None) ->
     return launch
 
 
-def record_of(sweep: Sweep, number: int, became: Became) -> record.Run:
+def record_of(sweep: Sweep, number: int, became: Became) -> runs.Run:
     point = sweep.points[number - 1]
-    run = record.create(point.requested, point.requested, sweep.new_attempt(point))
+    run = runs.create(point.requested, point.requested, sweep.new_attempt(point))
     match became:
         case "killed":
             run.note(pid=2**22 + 1)  # no process has it
@@ -189,23 +191,23 @@ def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
     """The first point ends in time, the second is ended by it, the third is not begun."""
     begun: list[tuple[str, float]] = []
 
-    def train(order: supervise.Order, folder: Path, _: object) -> None:
+    def train(order: supervisor.Order, folder: Path, _: object) -> None:
         assert order.leave_at is not None
         begun.append((order.name or "", order.leave_at))
         run = (
-            record.reopen(folder)
+            runs.reopen(folder)
             if (folder / "run.json").exists()
-            else record.create(order.requested, order.requested, folder)
+            else runs.create(order.requested, order.requested, folder)
         )
-        run.write_json("environment.json", {"code_sha256": record.code_sha256()})
+        run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
         time.sleep(max(0.0, order.leave_at - time.time()) if len(begun) == 2 else 0.0)
         run.close(*(("KILLED", "TimeIsUp") if len(begun) == 2 else ("FINISHED", None)))
 
     def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
         for number in numbers:
-            supervise.run_point(folder, number)
+            supervisor.run_point(folder, number)
 
-    monkeypatch.setattr(supervise, "_train", train)
+    monkeypatch.setattr(supervisor, "_train", train)
     monkeypatch.setattr(sweeping, "_launch", launch)
     words = (*TINY, "tracking=none", "seed=1,2,3")
     with pytest.raises(TimeIsUp, match="the same command goes on") as caught:
@@ -228,14 +230,14 @@ def test_a_point_on_another_machine_has_a_time_of_its_own(root: Path, launched: 
     assert train_all(*GRID, "train.stop_after_minutes=2") == 0
     sweep = Sweep(next((root / "outputs").glob("*/*/sweep.json")).parent)
     until = datetime.fromisoformat(sweep.state["limit"]["until"]).timestamp()
-    assert supervise._leave_at(sweep) == until
+    assert supervisor._leave_at(sweep) == until
     sweep.state["limit"]["until"] = "2000-01-01T00:00:00+00:00"
     sweep.state["host"] = "elsewhere"
-    leave_at = supervise._leave_at(sweep)
+    leave_at = supervisor._leave_at(sweep)
     assert leave_at is not None
     assert time.time() + 100 < leave_at < time.time() + 121
     del sweep.state["limit"]  # a record of before
-    assert supervise._leave_at(sweep) is None
+    assert supervisor._leave_at(sweep) is None
 
 
 def test_a_sweep_has_one_limit_of_time(root: Path) -> None:
@@ -385,7 +387,7 @@ def test_a_sweep_is_gone_on_with_as_a_sweep(root: Path, launched: list[Any]) -> 
     assert train_all(*GRID) == 0
     folder = cut(root)
     with pytest.raises(UserError, match=f"--resume={re.escape(str(folder))}: is a sweep; add -m"):
-        cli._dispatch(["train", "--resume", str(folder)])
+        main._dispatch(["train", "--resume", str(folder)])
     assert len(launched) == 1
 
 
@@ -491,7 +493,7 @@ def process_of(script: str, folder: Path, listen: Callable[[str], None], monkeyp
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
-    return supervise._Process(folder / "gone" / "1-x", listen)
+    return supervisor._Process(folder / "gone" / "1-x", listen)
 
 
 def test_neither_a_log_nor_a_terminal_that_is_gone_stops_a_process(
@@ -520,7 +522,7 @@ def test_last_words_are_kept_short(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_process_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "SECONDS_TO_STOP", 0.1)
+    monkeypatch.setattr(supervisor, "SECONDS_TO_STOP", 0.1)
     with process_of("trap '' TERM INT; exec sleep 100", tmp_path, print, monkeypatch) as process:
         pass
     assert process.how_it_ended() == "it did not stop when it was asked to, and was made to"

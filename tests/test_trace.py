@@ -23,21 +23,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from captcha_exp import compose, load, watch
-from captcha_exp.augment import NUMBERS, Changes
-from captcha_exp.checkpoint import TrainState
+from captcha_exp import compose, load
 from captcha_exp.config import Config, Precision
-from captcha_exp.dataset import Batch, Dataset
-from captcha_exp.display import Silent
-from captcha_exp.evaluate import evaluate
-from captcha_exp.leaving import Leaving
+from captcha_exp.data.augment import NUMBERS, Changes
+from captcha_exp.data.dataset import Batch, Dataset
 from captcha_exp.memory import trace as module
 from captcha_exp.memory.allocator import CachingAllocator, Event, replay
+from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, DeviceTensor, Recorder
 from captcha_exp.memory.plan import with_batch
-from captcha_exp.memory.recorder import DEVICE, HOST, Convolution, DeviceTensor, Recorder
 from captcha_exp.memory.trace import Trace, trace
-from captcha_exp.step import Step, fresh_state, train_step
-from captcha_exp.train import Keeper, train_epoch
+from captcha_exp.model.evaluate import evaluate
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import Step, fresh_state, train_step
+from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.shutdown import Leaving
+from captcha_exp.training import sanity
+from captcha_exp.training.train import Keeper, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +192,7 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
         with record_function("state"):
             state = fresh_state(config, CPU)
         change = Changes(config, 1, count, CPU)
-        guard = watch.Guard(sides[0], data.labels, config, lambda _: None)
+        guard = sanity.Guard(sides[0], data.labels, config, lambda _: None)
         with record_function("step"), Silent().bar("", 1) as bar:
             keeper = Keeper(Path(folder), config, guard, Leaving(None), Silent())
             train_epoch(state, sides[0], change, config, guard, keeper, bar)

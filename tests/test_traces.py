@@ -11,10 +11,10 @@ from captcha_exp import compose, load
 from captcha_exp.config import Config
 from captcha_exp.memory import plan as module
 from captcha_exp.memory.allocator import Event
-from captcha_exp.memory.between import Between
+from captcha_exp.memory.fake_device import Convolution
+from captcha_exp.memory.interval import Between
 from captcha_exp.memory.plan import Plan, Planner, Shared, with_batch
-from captcha_exp.memory.plays import play
-from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.replay import play
 from captcha_exp.memory.trace import Phase, Trace, trace
 from captcha_exp.memory.traces import Traces
 from captcha_exp.memory.workspaces import workspaces_of

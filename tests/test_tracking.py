@@ -17,14 +17,14 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from captcha_exp import compose, load, record
+from captcha_exp import compose, load, runs
 from captcha_exp.config import Config, Mlflow, leaves
-from captcha_exp.display import Silent
 from captcha_exp.errors import RunFailed
+from captcha_exp.model.weights import load_weights
+from captcha_exp.runtime.console import Silent
 from captcha_exp.tracking import MlflowTracker, serve_ui
 from captcha_exp.tracking.store import open_store
-from captcha_exp.train import train
-from captcha_exp.weights import load_weights
+from captcha_exp.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def _last(folder: Path) -> tuple[MlflowClient, MlflowRun]:
 
 
 def _newest() -> Path:
-    return record.find("latest")
+    return runs.find("latest")
 
 
 def test_every_metric_stands_at_every_epoch(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
@@ -155,7 +155,7 @@ def test_a_run_that_is_cut_short_says_how(
     def broken(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("captcha_exp.train.fit", broken)
+    monkeypatch.setattr("captcha_exp.training.train.fit", broken)
     with pytest.raises(type(raised)):
         train(tracked, MlflowTracker(Silent()))
 
@@ -199,7 +199,7 @@ def test_a_store_that_is_never_there_again_leaves_the_folder_complete(
     def away(*_: object, **named: object) -> None:
         raise ConnectionError("the store is away")
 
-    def start_and_leave(run: record.Run, config: Config) -> None:
+    def start_and_leave(run: runs.Run, config: Config) -> None:
         MlflowTracker.start(tracker, run, config)
         for name in ("log_batch", "log_inputs", "log_artifacts", "set_terminated"):
             monkeypatch.setattr(MlflowClient, name, away)
@@ -232,7 +232,7 @@ def test_rows_sent_twice_stay_one(tracked: Config, finished: tuple[MlflowClient,
     tracker._client, tracker._run_id = client, run.info.run_id
 
     for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):
-        tracker.log(record.MetricsRow.from_line(line))
+        tracker.log(runs.MetricsRow.from_line(line))
 
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == [1, 2]
 

@@ -27,20 +27,24 @@ from conftest import (
     training,
 )
 
-from captcha_exp import compose, dataset, load, models, report, sources, train, watch
-from captcha_exp.checkpoint import TrainState
+from captcha_exp import compose, load
 from captcha_exp.config import Config, Mlflow, to_dict
-from captcha_exp.dataset import Batch, Dataset, Split
-from captcha_exp.device import MemoryMeter
-from captcha_exp.display import Silent
+from captcha_exp.data import dataset, sources
+from captcha_exp.data.dataset import Batch, Dataset, Split
 from captcha_exp.errors import RunFailed, UserError
-from captcha_exp.evaluate import Evaluation, evaluate
-from captcha_exp.leaving import Leaving, TimeIsUp
 from captcha_exp.memory.plan import Planner
-from captcha_exp.places import root as root_of_runs
-from captcha_exp.record import MetricsRow, Run, Status, read_rows
-from captcha_exp.step import Step, fresh_state, train_step
-from captcha_exp.weights import load_weights, weights_sha256
+from captcha_exp.model import networks
+from captcha_exp.model.evaluate import Evaluation, evaluate
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import Step, fresh_state, train_step
+from captcha_exp.model.weights import load_weights, weights_sha256
+from captcha_exp.report import figures
+from captcha_exp.runs import MetricsRow, Run, Status, read_rows
+from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.device import MemoryMeter
+from captcha_exp.runtime.paths import root as root_of_runs
+from captcha_exp.runtime.shutdown import Leaving, TimeIsUp
+from captcha_exp.training import sanity, train
 
 
 class Notes:
@@ -88,7 +92,7 @@ def config(tiny: Config) -> Config:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pictures of the report take longer than this training."""
     for name in ("curves", "confusion", "errors", "samples"):
-        monkeypatch.setattr(report, name, lambda *args: None)
+        monkeypatch.setattr(figures, name, lambda *args: None)
 
 
 # -- numbers that are no numbers -----------------------------------------------------------------------------
@@ -195,7 +199,7 @@ def test_the_first_loss_of_fresh_weights_is_at_chance(
     config = replace(config, model=replace(config.model, head=head))
     state = fresh_state(config, CPU)
     step = train_step(state, batch_of(config, 32), config)
-    assert watch.check_first_loss(float(step.loss), state.model) is None
+    assert sanity.check_first_loss(float(step.loss), state.model) is None
 
 
 @pytest.mark.parametrize(
@@ -203,7 +207,7 @@ def test_the_first_loss_of_fresh_weights_is_at_chance(
 )
 def test_a_first_loss_far_from_chance_is_said(config: Config, loss: float, trouble: bool) -> None:
     """ln 5 is 1.609; half and twice of it are borne."""
-    text = watch.check_first_loss(loss, fresh_state(config, CPU).model)
+    text = sanity.check_first_loss(loss, fresh_state(config, CPU).model)
     assert (text is not None) == trouble
     if text:
         assert f"the first loss is {loss:.3f}, but a head that knows nothing has 1.609" in text
@@ -212,14 +216,14 @@ def test_a_first_loss_far_from_chance_is_said(config: Config, loss: float, troub
 def test_a_first_loss_far_from_chance_is_in_the_record(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = models.build
+    plain = networks.build
 
-    def large(*args: Any) -> models.Recogniser:
+    def large(*args: Any) -> networks.Recogniser:
         model = plain(*args)
         torch.nn.init.normal_(model.head.read.weight, std=100)  # type: ignore[union-attr, arg-type]
         return model
 
-    monkeypatch.setattr(models, "build", large)
+    monkeypatch.setattr(networks, "build", large)
     heard = Heard()
     result = train.train(config, None, heard)
     (warning,) = state_of(result.folder)["warnings"]
@@ -265,8 +269,8 @@ def test_a_training_that_learns_is_not_warned(learnable: Config, no_report: None
 def test_chance_is_not_judged_before_its_time(config: Config) -> None:
     targets = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
     blind = Evaluation(1.0, np.zeros_like(targets), targets, np.ones((100, 2), np.float32), np.arange(100))
-    assert watch.check_moving(blind, config, config.train.chance_after_steps - 1) is None
-    assert watch.check_moving(blind, config, config.train.chance_after_steps) is not None
+    assert sanity.check_moving(blind, config, config.train.chance_after_steps - 1) is None
+    assert sanity.check_moving(blind, config, config.train.chance_after_steps) is not None
 
 
 # -- the same again ------------------------------------------------------------------------------------------
@@ -323,7 +327,7 @@ def test_the_digest_sees_names_shapes_values_and_statistics(config: Config) -> N
     model = fresh_state(config, CPU).model
     before = digest()
     assert weights_sha256(fresh_state(config, CPU).model) == before
-    plain = models.build(config.model, config.captcha)
+    plain = networks.build(config.model, config.captcha)
     plain.load_state_dict(model.state_dict())
     assert weights_sha256(plain) == before  # another layout in memory
     with torch.no_grad():
@@ -338,7 +342,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[t
     """Gives validation these accuracies; returns (pictures, digest of the weights) of each evaluation."""
     seen: list[tuple[int, str]] = []
 
-    def chosen(model: models.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
+    def chosen(model: networks.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
         number = len(seen)
         seen.append((len(split), weights_sha256(model)))
         made = evaluate(model, split, config)
@@ -448,7 +452,7 @@ def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
         events.append(f"open {name}")
         return plain_split(self, name, device, limit)
 
-    def evaluated(model: models.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
+    def evaluated(model: networks.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
         made = evaluate(model, split, config)
         (side,) = (name for name, rows in data.members.items() if set(made.rows) <= set(rows.tolist()))
         assert sorted(made.rows) == data.members[side].tolist()

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 from rich.console import Console
 
-from captcha_exp.cli import summary
-from captcha_exp.memory.between import Between
-from captcha_exp.sweep.groups import SEEDS, fits_of, mean, short_names, shortened, status_of
-from captcha_exp.sweep.picture import draw
-from captcha_exp.sweep.rows import Became, Row
-from captcha_exp.sweep.verdict import Verdict
+from captcha_exp.cli import output
+from captcha_exp.memory.interval import Between
+from captcha_exp.sweep.aggregate import SEEDS, fits_of, mean, short_names, shortened, status_of
+from captcha_exp.sweep.figure import draw
+from captcha_exp.sweep.results import Became, Row
+from captcha_exp.sweep.summary import Verdict
 
 BATCH = "train.batch_size"
 NOTHING: dict[str, Any] = {
@@ -511,7 +511,7 @@ def test_json_says_what_became_of_each_group() -> None:
 
 
 def printed(verdict: Verdict, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    summary.of_sweep(verdict)
+    output.of_sweep(verdict)
     return capsys.readouterr().out.splitlines()
 
 
@@ -550,8 +550,8 @@ def test_what_failed_is_told_whole_and_wide_values_break_no_table(capsys: pytest
 
 def test_a_narrow_terminal_keeps_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, soft_wrap=True)
-    monkeypatch.setattr(summary, "console", lambda: out)
-    summary.of_sweep(Verdict([at(25, 10.0, 0.9, also={"data.path": "中" * 100 + "/x" * 50})]))
+    monkeypatch.setattr(output, "console", lambda: out)
+    output.of_sweep(Verdict([at(25, 10.0, 0.9, also={"data.path": "中" * 100 + "/x" * 50})]))
     text = out.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert {len(line) for line in text.splitlines() if line[:1] in "┏┡└"} == {80}
 

@@ -9,11 +9,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from captcha_exp import models
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
-from captcha_exp.models import Recogniser
-from captcha_exp.weights import load_weights, weights_to_bytes
+from captcha_exp.model import networks
+from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.weights import load_weights, weights_to_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def trained(config: Config, seed: int = 0) -> Recogniser:
     """Weights and statistics that no fresh model has."""
     torch.manual_seed(seed)
-    model = models.place(models.build(config.model, config.captcha), CPU)
+    model = networks.place(networks.build(config.model, config.captcha), CPU)
     with torch.no_grad():
         for value in model.state_dict().values():
             value += torch.rand(value.shape) if value.is_floating_point() else 3
@@ -69,7 +69,7 @@ def test_the_file_can_be_read_without_this_project(tiny: Config, file: Path) -> 
 
 def test_the_same_model_is_the_same_file_whatever_its_layout_in_memory(tiny: Config) -> None:
     placed = trained(tiny)
-    plain = models.build(tiny.model, tiny.captcha)
+    plain = networks.build(tiny.model, tiny.captcha)
     plain.load_state_dict(placed.state_dict())
     assert weights_to_bytes(plain, tiny) == weights_to_bytes(placed, tiny) == weights_to_bytes(placed, tiny)
     assert weights_to_bytes(trained(tiny, seed=1), tiny) != weights_to_bytes(placed, tiny)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from captcha_exp.cli.composing import Composed, compose_words, groups_of, opened
+from captcha_exp.cli.hydra_config import Composed, compose_words, groups_of, opened
 from captcha_exp.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from captcha_exp.config.card import STRICT, Card
-from captcha_exp.memory.between import Fits
+from captcha_exp.config.gpu import STRICT, Card
+from captcha_exp.memory.interval import Fits
 
 MiB = Annotated[float, Field(ge=0)]
 Range = tuple[float, float]  # the smallest and the largest value that is possible; a budget may be fractional

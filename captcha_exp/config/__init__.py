@@ -1,7 +1,7 @@
 """What can be set (`schema`), and how it is read and checked (`loading`, `mistakes`)."""
 
-from captcha_exp.config.card import Card as Card
-from captcha_exp.config.card import Interval as Interval
+from captcha_exp.config.gpu import Card as Card
+from captcha_exp.config.gpu import Interval as Interval
 from captcha_exp.config.loading import Machine as Machine
 from captcha_exp.config.loading import card_to_yaml as card_to_yaml
 from captcha_exp.config.loading import data_from_json as data_from_json
@@ -31,6 +31,6 @@ from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18 as ResNet18
 from captcha_exp.config.schema import Sweep as Sweep
 from captcha_exp.config.schema import WheezyLibrary as WheezyLibrary
-from captcha_exp.config.training import RHYTHM as RHYTHM
-from captcha_exp.config.training import Augment as Augment
-from captcha_exp.config.training import Train as Train
+from captcha_exp.config.train import RHYTHM as RHYTHM
+from captcha_exp.config.train import Augment as Augment
+from captcha_exp.config.train import Train as Train

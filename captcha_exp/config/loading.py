@@ -19,8 +19,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from captcha_exp.config import schema
-from captcha_exp.config.card import Card
-from captcha_exp.config.mistakes import explain
+from captcha_exp.config.gpu import Card
+from captcha_exp.config.messages import explain
 from captcha_exp.config.schema import Config, Data, Folder, Mlflow, Precision
 from captcha_exp.errors import ConfigError
 

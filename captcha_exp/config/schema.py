@@ -13,10 +13,10 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from captcha_exp.alphabet import alphabet_mistake
-from captcha_exp.config.card import STRICT, Card
-from captcha_exp.config.card import Interval as Interval  # found here by its name, as all of the schema
-from captcha_exp.config.training import Augment, Auto, Fraction, Train
+from captcha_exp.config.gpu import STRICT, Card
+from captcha_exp.config.gpu import Interval as Interval  # found here by its name, as all of the schema
+from captcha_exp.config.train import Augment, Auto, Fraction, Train
+from captcha_exp.config.validators import alphabet_mistake
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from captcha_exp import device as devices
 from captcha_exp.config import Card, Config, Machine, card_to_yaml, load_card, resolve
-from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed, UserError
-from captcha_exp.memory.judging import judge
-from captcha_exp.memory.measuring import measure
+from captcha_exp.memory.gpu_probe import measure
+from captcha_exp.memory.gpu_profile import judge
 from captcha_exp.memory.session import card_of, read_session, versions_of
-from captcha_exp.places import checkout, conf
-from captcha_exp.record import write_atomically
+from captcha_exp.runtime import device as devices
+from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.files import write_atomically
+from captcha_exp.runtime.paths import checkout, conf
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 NO_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values for Hydra; every GPU for plan --card

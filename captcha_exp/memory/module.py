@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from captcha_exp import places
 from captcha_exp.config import Card, load_card
 from captcha_exp.errors import UserError
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.between import Between, Fits
+from captcha_exp.memory.interval import Between, Fits
 from captcha_exp.memory.module_checks import check_numbers
 from captcha_exp.memory.module_trace import DTYPES, Loss, ModulePrecision, OptimizerFactory, trace_module
 from captcha_exp.memory.plan import ERROR, limits, verdict
-from captcha_exp.memory.plays import bounds_of, play
+from captcha_exp.memory.replay import bounds_of, play
 from captcha_exp.memory.trace import Trace
 from captcha_exp.memory.workspaces import workspaces_of
+from captcha_exp.runtime import paths
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def plan_module(
 
 
 def _card_path(card: str | Path) -> Path:
-    path = Path(card) if str(card).endswith((".yaml", ".yml")) else places.conf() / "card" / f"{card}.yaml"
+    path = Path(card) if str(card).endswith((".yaml", ".yml")) else paths.conf() / "card" / f"{card}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(each.stem for each in (places.conf() / "card").glob("*.yaml")))
+        names = ", ".join(sorted(each.stem for each in (paths.conf() / "card").glob("*.yaml")))
         raise UserError(
             f"card={str(card)!r}: no such file; must be one of {names}, or the path of a YAML file"
         )

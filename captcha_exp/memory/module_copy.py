@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captcha_exp.errors import UserError
-from captcha_exp.memory.recorder import DEVICE, HOST, DeviceTensor
+from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor
 
 Copied = TypeVar("Copied")
 _lock = threading.RLock()  # a trace replaces operators and settings of the whole process

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from captcha_exp.errors import UserError
+from captcha_exp.memory.fake_device import DEVICE, HOST, Recorder, Untraceable
 from captcha_exp.memory.gpu_kernels import cuda_operators
 from captcha_exp.memory.module_checks import (
     check_factory,
@@ -23,7 +24,6 @@ from captcha_exp.memory.module_checks import (
 )
 from captcha_exp.memory.module_copy import CallersGrads, copied, global_state_kept, sent
 from captcha_exp.memory.module_path import ModulePath
-from captcha_exp.memory.recorder import DEVICE, HOST, Recorder, Untraceable
 from captcha_exp.memory.trace import Trace, phases_of, steps_counted_on_device, without_collector
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from captcha_exp.config import Card, Config
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.between import Between, Fits
-from captcha_exp.memory.plays import Peaks, Plays, bounds_of, expandable_segments, play
+from captcha_exp.memory.interval import Between, Fits
+from captcha_exp.memory.replay import Peaks, Plays, bounds_of, expandable_segments, play
 from captcha_exp.memory.search import largest_that
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import Traces

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from captcha_exp.config import Card
 from captcha_exp.errors import UserError
-from captcha_exp.memory.judging import MARGIN_MIB, judge, readings_from_json
+from captcha_exp.memory.gpu_profile import MARGIN_MIB, judge, readings_from_json
 
 BENCHMARK = "gpu_session"
 MAX_MIB = 1e6  # more than any GPU has

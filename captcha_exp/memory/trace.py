@@ -30,17 +30,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from captcha_exp import models
-from captcha_exp.augment import Changes, is_off
-from captcha_exp.checkpoint import TrainState
 from captcha_exp.config import Config
-from captcha_exp.dataset import Dataset, Split
-from captcha_exp.evaluate import read
+from captcha_exp.data.augment import Changes, is_off
+from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.memory.allocator import Event
 from captcha_exp.memory.compiler import without_compiler
-from captcha_exp.memory.recorder import DEVICE, HOST, Convolution, Recorder
-from captcha_exp.models import Recogniser
-from captcha_exp.step import state_of, train_step
+from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, Recorder
+from captcha_exp.model import networks
+from captcha_exp.model.evaluate import read
+from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import state_of, train_step
 
 FIRST_STEPS, STEPS = 3, 1  # of the first epoch, and of a later one
 READ_BATCHES = 2  # whole ones of an evaluation
@@ -101,7 +101,7 @@ def without_collector() -> Iterator[None]:
 def _run(config: Config, pictures: Mapping[str, int], recorder: Recorder) -> dict[str, int]:
     """`_training`; with its end everything that it made is gone, and seen to go."""
     with torch.device(HOST):
-        model = models.build(config.model, config.captcha)
+        model = networks.build(config.model, config.captcha)
     with torch.device(HOST), steps_counted_on_device(), recorder:
         return _training(model, config, pictures, recorder.begin)
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captcha_exp.memory.allocator import Event
-from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.fake_device import Convolution
 from captcha_exp.memory.trace import FIRST_STEPS, Phase, Trace
 
 MIN_BATCH = 2  # the strides of a single image are ambiguous

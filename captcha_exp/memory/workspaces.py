@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from captcha_exp.config import Card
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.recorder import Convolution
+from captcha_exp.memory.fake_device import Convolution
 from captcha_exp.memory.trace import Trace
 
 WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from captcha_exp.display import shown
-from captcha_exp.memory.between import Between
-from captcha_exp.sweep.groups import SEEDS, Group, Mean, short_names, shortened
-from captcha_exp.sweep.rows import Row
+from captcha_exp.memory.interval import Between
+from captcha_exp.runtime.console import shown
+from captcha_exp.sweep.aggregate import SEEDS, Group, Mean, short_names, shortened
+from captcha_exp.sweep.results import Row
 
 HEADS = ("predicted MiB", "measured MiB", "fits", "pictures/s", "validation", "seconds to it", "status")
 """of what a person reads, behind what was swept"""

@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from captcha_exp.config import Config
-    from captcha_exp.display import Display
-    from captcha_exp.recording import Tracker
-    from captcha_exp.tracking.closing import close_dead as close_dead
-    from captcha_exp.tracking.closing import close_left as close_left
-    from captcha_exp.tracking.fetching import fetch as fetch
-    from captcha_exp.tracking.parent import Parent as Parent
-    from captcha_exp.tracking.parent import server_of as server_of
+    from captcha_exp.runtime.console import Display
+    from captcha_exp.tracking.download import fetch as fetch
+    from captcha_exp.tracking.parent_run import Parent as Parent
+    from captcha_exp.tracking.parent_run import server_of as server_of
     from captcha_exp.tracking.server import serve_ui as serve_ui
+    from captcha_exp.tracking.sync import close_dead as close_dead
+    from captcha_exp.tracking.sync import close_left as close_left
     from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
     from captcha_exp.tracking.views import compare_address as compare_address
+    from captcha_exp.training.recorder import Tracker
 
 _HOMES = {
     "MlflowTracker": "tracker",
-    "Parent": "parent",
-    "close_dead": "closing",
-    "close_left": "closing",
+    "Parent": "parent_run",
+    "close_dead": "sync",
+    "close_left": "sync",
     "compare_address": "views",
-    "fetch": "fetching",
+    "fetch": "download",
     "serve_ui": "server",
-    "server_of": "parent",
+    "server_of": "parent_run",
 }
 
 
@@ -50,7 +50,7 @@ def tracker_of(
 ) -> "Tracker":
     """The tracker that the config asks for; the rest is as MlflowTracker has it."""
     from captcha_exp.config import Mlflow
-    from captcha_exp.recording import NoTracker
+    from captcha_exp.training.recorder import NoTracker
 
     if not isinstance(config.tracking, Mlflow):
         return NoTracker()

@@ -16,8 +16,8 @@ import psutil
 from mlflow import MlflowClient
 
 from captcha_exp.config import Mlflow
-from captcha_exp.display import Display
 from captcha_exp.errors import UserError
+from captcha_exp.runtime.console import Display
 from captcha_exp.tracking import views
 from captcha_exp.tracking.store import first_line, open_store
 from captcha_exp.tracking.uri import sqlite_file

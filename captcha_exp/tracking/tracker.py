@@ -16,9 +16,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from captcha_exp.config import Config, Mlflow, leaves
-from captcha_exp.display import Display
 from captcha_exp.errors import RunFailed
-from captcha_exp.record import CHECKPOINTS, MetricsRow, Run, Status
+from captcha_exp.runs import CHECKPOINTS, MetricsRow, Run, Status
+from captcha_exp.runtime.console import Display
 from captcha_exp.tracking.store import experiment_id, first_line, is_there, open_store
 
 BATCH = 100  # params or tags that MLflow takes at once

@@ -1,0 +1,88 @@
+"""`captcha-exp plan`: which module plans, one GPU (`planning`) or several (`planning_cards`).
+
+This module is imported before torch, so that a mistake in the config is reported without waiting for it.
+"""
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from captcha_exp.cli import gpu_specs
+from captcha_exp.cli.hydra_config import compose_checked
+from captcha_exp.errors import UserError
+from captcha_exp.runtime import fork
+
+if TYPE_CHECKING:
+    from captcha_exp.config import Config
+
+MISFIT = 3  # exit code of --must-fit
+
+
+def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
+    names = gpu_specs.names_of(arguments.card, arguments.config_dir) if arguments.card else None
+    if names is not None and arguments.advise:
+        raise UserError(
+            f"plan --advise: works for one GPU, but --card={arguments.card} names several; choose one"
+        )
+    with contextlib.ExitStack() as stack:
+        with _without_collector():
+            if names is not None:
+                configs = gpu_specs.configs_of(names, arguments.overrides, arguments.config_dir)
+                config = next(iter(configs.values()))  # they differ in the GPU alone
+            else:
+                # Checked without the machine: what is planned for need not be here.
+                words = [*arguments.overrides, *_card_override(arguments.card)]
+                config = compose_checked(words, arguments.config_dir).checked(None)
+            count = stack.enter_context(_counter(config))
+            from captcha_exp.cli import plan_gpus, plan_report
+            from captcha_exp.runtime.console import Terminal
+        if names is not None:
+            return plan_gpus.run(configs, arguments, count, Terminal())
+        return plan_report.run(config, arguments, count, Terminal())
+
+
+@contextlib.contextmanager
+def _counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, int]]]:
+    """Yield a function of the resolved config that counts the images of each split.
+
+    Drawn images are counted in a child process while this one imports torch, which takes as long. A folder is
+    read with progress and warnings, which belong here.
+    """
+    from captcha_exp.config import Folder
+    from captcha_exp.data.splits import generated_counts
+
+    if not isinstance(config.data, Folder):
+        with fork.started(partial(generated_counts, config)) as wait:
+            yield lambda _: wait()
+        return
+
+    def count(resolved: "Config") -> dict[str, int]:
+        from captcha_exp.data import dataset
+        from captcha_exp.runtime.console import Terminal
+
+        return dataset.outline(resolved, Terminal()).counts
+
+    yield count
+
+
+def _card_override(card: str | None) -> list[str]:
+    if not card:
+        return []
+    # In quotes, as Hydra's grammar sees more than a path in some paths.
+    quoted = card.replace("\\", "\\\\").replace("'", "\\'")
+    return [f"card='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"card={card}"]
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Import without the garbage collector, which would traverse all objects of torch to free none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

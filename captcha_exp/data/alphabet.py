@@ -1,0 +1,46 @@
+"""Text <-> class ids. The order of the alphabet is the order of the classes, and part of every trained
+model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from captcha_exp.config.validators import alphabet_mistake
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The characters of the labels, in class order: the class id of `characters[k]` is k."""
+
+    characters: str
+
+    def __post_init__(self) -> None:
+        if mistake := alphabet_mistake(self.characters):
+            raise ValueError(f"alphabet {self.characters!r}: {mistake}")
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> list[int]:
+        """Class ids of a text.
+
+        Raises:
+            ValueError: a character is not in the alphabet; add it to captcha.alphabet, or mend the label.
+        """
+        ids = [self.characters.find(character) for character in text]
+        if -1 in ids:
+            stranger = text[ids.index(-1)]
+            raise ValueError(f"{stranger!r} in {text!r} is not in the alphabet {self.characters!r}")
+        return ids
+
+    def fold(self, text: str) -> str:
+        """The text with each letter that the alphabet has in the other case alone in that case."""
+        return "".join(
+            c
+            if c in self.characters
+            else next((o for o in (c.lower(), c.upper()) if o in set(self.characters)), c)
+            for c in text
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that the class ids spell."""
+        return "".join(self.characters[k] for k in ids)

@@ -1,0 +1,5 @@
+"""A drawing process; `drawing` starts it and talks to it."""
+
+from captcha_exp.data.sources.rendering import serve
+
+serve()
