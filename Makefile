@@ -19,6 +19,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 ui: .venv/installed
 	$(BIN)/captcha-exp ui
