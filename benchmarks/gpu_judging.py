@@ -1,6 +1,6 @@
 """Compare predictions with what a GPU showed; read from a session's file, without a GPU.
 
-Used by gpu_session for its tables and by tests/test_recorded_gpu.py for every session that is committed.
+Used by gpu_session for its tables, and by tests/benchmarks/test_recorded_gpu.py for every committed session.
 """
 
 import statistics

@@ -22,8 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from forking import PHASES, Ended, ForkServer, Interruption
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
 from leavings import differences, leavings, reached
+from support.fork_server import PHASES, Ended, ForkServer, Interruption
 
 TINY = (
     "name=storm",

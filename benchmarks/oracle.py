@@ -3,10 +3,10 @@
 Prints one JSON line: the worst errors, then for each network, head, lever and batch size the bytes that are
 foretold of a training step, the error without what oneDNN takes and gives back inside one convolution, and
 the raw one with it: of one layer, and so much beside passes of fewer pictures
-than 32 (up to 11 %). The oracle is that of tests/test_trace.py.
+than 32 (up to 11 %). The oracle is that of tests/memory/test_trace.py.
 
     python benchmarks/oracle.py
-    python benchmarks/oracle.py --modules     plan_module on the four networks of tests/modules.py
+    python benchmarks/oracle.py --modules     plan_module on the four networks of tests/support/networks.py
 """
 
 import itertools
@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-import modules
 import torch
-from test_trace import HEADS, network, real_peaks, run_for_real
+from support import networks as modules
+from support.profiling import HEADS, network, real_peaks, run_for_real
 
 from captcha_exp.memory.plan import with_batch
 from captcha_exp.memory.trace import trace

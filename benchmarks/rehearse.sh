@@ -15,7 +15,7 @@
 #   TORCH=2.11.0     the version of torch in it
 #   TORCH_ENV=DIR    a virtual environment that has torch, used as it is instead of a new one (packages are added)
 #   WHEELS=DIR       wheels that were collected before, instead of step 2
-#   TESTS="..."      tests to run as well, without a network, e.g. TESTS="tests/test_trace.py tests/test_step.py"
+#   TESTS="..."      tests to run as well, without a network, e.g. TESTS="tests/memory/test_trace.py tests/model/test_step.py"
 #
 # Exit code: 0 if every call ended with 0; 1 if a step failed; 2 for a wrong argument.
 set -euo pipefail

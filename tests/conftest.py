@@ -1,6 +1,8 @@
 """What the tests share: a root of their own, and a tiny config that trains in a second."""
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -168,5 +170,22 @@ def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit) as ended:
             main.main()
         return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def shell(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Call:
+    """The real command, in an empty working directory."""
+
+    def run(*words: str, **environment: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "captcha_exp", *words],
+            cwd=tmp_path_factory.mktemp("cwd"),
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, done.stderr
 
     return run

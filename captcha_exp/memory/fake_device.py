@@ -4,12 +4,9 @@ A tensor of the device has a shape and no numbers. What an operator gives is ask
 `meta`, once for each kind of arguments: a training asks the same thousands of times, and the next trace
 knows the answers too. Tensors of the host are torch's own of `meta`, and nobody looks at them.
 
-torch's FakeTensorMode does this for a compiler, and takes five times as long. tests/test_trace.py has it say
-the same, but that the mean and the deviation of a batch norm have 32 bits where the pictures have 16: so it
-is on the CPU and on CUDA.
-
-Source: torch/_subclasses/fake_tensor.py and torch/utils/_python_dispatch.py; for the layout of convolutions
-aten/src/ATen/native/ConvUtils.h, mkldnn_conv_use_channels_last and cudnn_conv_suggest_memory_format.
+torch's FakeTensorMode does the same for a compiler and takes five times as long. tests/memory/test_trace.py
+compares the two: they differ only in the mean and deviation of a batch norm, which have 32 bits where the
+images have 16, as they do on the CPU and on CUDA.
 """
 
 from collections.abc import Callable, Iterable, Iterator

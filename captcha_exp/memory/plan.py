@@ -22,9 +22,7 @@ from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import Traces
 from captcha_exp.memory.workspaces import Workspaces, workspaces_of
 
-ERROR = (
-    0.02  # of what is reserved: as far as the trace has been seen to be off (tests/test_trace.py), and more
-)
+ERROR = 0.02  # of what is reserved: the largest error of a trace (tests/memory/test_trace.py), and a margin
 MAX_PASSES = 16  # micro-batches of a step up to which the largest batch is searched
 
 

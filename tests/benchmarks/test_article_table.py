@@ -1,0 +1,214 @@
+"""README's table and the planner's header, from committed GPU sessions and from ones that are made up."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import article_table
+import planner_error
+import pytest
+
+from captcha_exp import memory
+
+PROJECT = Path(__file__).parents[2]
+
+H200 = "NVIDIA H200"
+
+
+def trained(seconds: float, speed: float, **more: Any) -> dict[str, Any]:
+    return {"figures": {"seconds_per_1000": seconds, "training_pictures_per_second": speed, **more}}
+
+
+def session(card: str | None = H200, **parts: Any) -> dict[str, Any]:
+    return {
+        "benchmark": "gpu_session",
+        "date": "2027-01-01",
+        "machine": {
+            "card": card,
+            "cores": 16,
+            "torch": "2.11.0+cu130",
+            "driver": "580.65",
+            "date": "2027-01-02",
+        },
+        "parts": {name.replace("_", "-"): part for name, part in parts.items()},
+    }
+
+
+SESSION = session(
+    auto_cuda=trained(0.0512, 30_000, precision="bf16", process_peak_mib=1200.4),
+    ours_cuda_bf16=trained(0.05, 31_234.5, precision="bf16", process_peak_mib=1100),
+    ours_cuda_fp16={"error": "took more than 120 s"},
+    article_cuda=trained(0.4, 2500, process_mib=None),
+    ours_cpu_fp32=trained(4.0, 210, precision="fp32", process_peak_mib=900.6),
+    article_cpu=trained(5.0, 180, peak_rss_mib=1500),
+    speed_compact_fp32={"figures": {"rows": []}},
+)
+ROWS = [
+    "| the article | its CPU | fp32 | 13.60 | | |",
+    "| the article | GTX 1650 | fp32 | 1.90 | | 2,915 |",
+    "| the article's loop | 16 CPU cores | fp32 | 5.000 | 180 | 1,500 |",
+    "| captcha-exp | 16 CPU cores | fp32 | 4.000 | 210 | 901 |",
+    "| the article's loop | NVIDIA H200 | fp32 | 0.400 | 2,500 | unknown |",
+    "| captcha-exp | NVIDIA H200 | bf16 | 0.050 | 31,234 | 1,100 |",
+    "| captcha-exp | NVIDIA H200 | bf16 (auto) | 0.051 | 30,000 | 1,200 |",
+]
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{article_table.BEGIN}\nold\n{article_table.END}\nafter\n")
+    return path
+
+
+def results(folder: Path, **files: Any) -> Path:
+    made = folder / "results"
+    made.mkdir()
+    for name, content in files.items():
+        (made / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return made
+
+
+def test_readme_s_table_is_that_of_the_committed_sessions() -> None:
+    assert article_table.main(["--check"]) == 0
+
+
+def test_the_table_has_a_row_for_each_training_in_order(tmp_path: Path, readme: Path) -> None:
+    folder = results(
+        tmp_path, one=SESSION, dry=session(None, article_cpu=trained(1, 1)), other={"benchmark": "x"}
+    )
+    words = ["--results", str(folder), "--readme", str(readme)]
+    before = readme.read_text()
+    assert article_table.main([*words, "--check"]) == 1
+    assert readme.read_text() == before
+    assert article_table.main(words) == 0
+    lines = readme.read_text().splitlines()
+    assert lines[:2] == ["before", article_table.BEGIN]
+    assert lines[4:11] == ROWS
+    assert lines[11:] == [
+        "",
+        "The rows below the article's are from `benchmarks/results/one.json` "
+        "(NVIDIA H200, 2027-01-02, torch 2.11.0+cu130, driver 580.65).",
+        article_table.END,
+        "after",
+    ]
+    assert article_table.main([*words, "--check"]) == 0
+    readme.write_text(readme.read_text().replace("0.400", "0.300"))
+    assert article_table.main([*words, "--check"]) == 1
+
+
+def test_without_a_session_only_the_article_s_own_figures_are_there(tmp_path: Path, readme: Path) -> None:
+    assert article_table.main(["--results", str(results(tmp_path)), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert ROWS[:2] == [line for line in text.splitlines() if line.startswith("| the article")]
+    assert "No GPU has been measured yet" in text
+    assert "captcha-exp" not in text
+
+
+def test_two_sessions_stand_one_below_the_other_by_the_names_of_their_files(tmp_path: Path) -> None:
+    h100 = session("NVIDIA H100 80GB HBM3", article_cuda=trained(1, 1000, process_mib=3000))
+    found = article_table.sessions(results(tmp_path, b=SESSION, a=h100))
+    assert list(found) == ["a.json", "b.json"]
+    lines = article_table.block(found).splitlines()
+    assert "NVIDIA H100 80GB HBM3" in lines[4]
+    assert lines[5:10] == ROWS[2:]
+    assert "a.json" in lines[-1]
+    assert "; `benchmarks/results/b.json`" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nothing",
+        article_table.BEGIN,
+        f"{article_table.END}{article_table.BEGIN}",
+        f"{article_table.BEGIN}{article_table.END}{article_table.END}",
+    ],
+)
+def test_a_readme_without_its_markers_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(SystemExit, match=r"^README\.md: must have <!-- .+ once each; put them back$"):
+        article_table.filled(text, "table")
+
+
+def test_a_cut_session_is_named(tmp_path: Path) -> None:
+    folder = results(tmp_path, cut=json.dumps(SESSION)[:-9])
+    with pytest.raises(SystemExit, match=r"cut\.json: cannot be read: .+; restore it with git checkout$"):
+        article_table.sessions(folder)
+
+
+def test_a_session_without_its_machine_is_named_and_a_dry_run_left_out(tmp_path: Path) -> None:
+    folder = results(tmp_path, odd={**SESSION, "machine": {"card": "x"}})
+    with pytest.raises(SystemExit, match=r"odd\.json: has no machine or no parts of a session"):
+        article_table.sessions(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert article_table.sessions(results(other, dry={**SESSION, "dry_run": True})) == {}
+
+
+def test_a_readme_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"README\.md: no such file; name the README with --readme$"):
+        article_table.main(["--readme", str(tmp_path / "README.md")])
+
+
+# -- the planner's header ------------------------------------------------------------------------------------
+
+
+def judged(**more: Any) -> dict[str, Any]:
+    return {
+        "card": H200,
+        "plans": 12,
+        "process_error_median": 0.0123,
+        "process_error_worst": 0.0456,
+        "allocated_error_worst": -0.0031,
+        "false_fits": 0,
+    } | more
+
+
+def test_the_header_states_the_errors_of_the_committed_sessions() -> None:
+    assert planner_error.main(["--check"]) == 0
+    assert memory.__doc__ is not None
+    assert planner_error.stated(memory.__doc__) == planner_error.measured()
+
+
+def test_without_a_judged_plan_the_header_says_so() -> None:
+    for summaries in ({}, {"a.json": None}, {"a.json": {"plans": 0}}):
+        assert planner_error.paragraph(summaries) == "On a GPU: not measured yet."
+
+
+def test_the_paragraph_names_gpu_number_of_trainings_errors_and_file() -> None:
+    summaries = {"a.json": judged(), "b.json": None, "c.json": judged(card="X", false_fits=2)}
+    first, second = planner_error.paragraph(summaries).split(" X, ")
+    assert first == (
+        "On a GPU: NVIDIA H200, 12 trainings: the middle of the predicted bounds is off the measured process "
+        "peak by 1.2% (median) and 4.6% (worst), no false *fits*, allocated bytes at most 0.3% outside the "
+        "bounds (benchmarks/results/a.json)."
+    )
+    assert "2 false *fits*" in second
+    assert second.endswith("(benchmarks/results/c.json).")
+
+
+def test_the_header_is_written_and_then_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = tmp_path / "header.py"
+    shutil.copy(planner_error.HEADER, header)
+    text = planner_error.paragraph({"a.json": judged()})
+    monkeypatch.setattr(planner_error, "measured", lambda _: text)
+    words = ["--header", str(header)]
+    assert planner_error.main([*words, "--check"]) == 1
+    assert planner_error.main([*words, "--write"]) == 0
+    assert planner_error.main([*words, "--check"]) == 0
+    assert planner_error.main(words) == 0
+    assert capsys.readouterr().out == f"{text}\n"
+    written = header.read_text()
+    assert max(map(len, written.splitlines())) <= 110
+    assert planner_error.stated(written) == text
+    old = planner_error.HEADER.read_text()
+    assert written.split("On a GPU")[0] == old.split("On a GPU")[0]
+    assert written.split("Bounds of workspaces")[1] == old.split("Bounds of workspaces")[1]
+
+
+def test_a_header_without_the_paragraph_is_refused() -> None:
+    with pytest.raises(SystemExit, match="put it back"):
+        planner_error.stated('"""Nothing."""')

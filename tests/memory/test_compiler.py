@@ -1,0 +1,90 @@
+"""Test that the stand-in leaves torch as it was, in a process that has not imported the compiler."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP = """
+import sys
+import torch
+from captcha_exp.memory.compiler import NAME, without_compiler
+
+def step():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.sum().backward()
+    optimizer.step()
+    return weight
+"""
+
+
+def run(code: str) -> str:
+    """Return what a new process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEP + code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_step_inside_imports_no_compiler() -> None:
+    code = "with without_compiler():\n    step()\nprint(NAME in sys.modules, 'sympy' in sys.modules)"
+    assert run(code) == "False False"
+
+
+def test_afterwards_the_real_compiler_is_imported_and_excludes_the_optimizer() -> None:
+    code = """
+with without_compiler():
+    step()
+step()
+import torch._dynamo
+print(sys.modules[NAME].__file__.endswith("__init__.py"))
+excluded = torch.compiler.disable(step)
+print(excluded is not step, getattr(excluded, "_torchdynamo_disable", False))
+inner = torch.optim.AdamW.step.__wrapped__ if hasattr(torch.optim.AdamW.step, "__wrapped__") else None
+held = [getattr(each, "__dynamo_disable", None) for each in vars(torch.optim.Optimizer).values()]
+print(all(getattr(each, "_torchdynamo_disable", False) for each in held if each is not None))
+weight = step()
+print(float(weight.detach()[0]) < 1)
+"""
+    assert run(code).splitlines() == ["True", "True True", "True", "True"]
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_nothing_of_the_stand_in_stays(error: bool) -> None:
+    code = f"""
+function = lambda: None
+try:
+    with without_compiler():
+        wrapped = torch._compile._disable_dynamo(function)
+        wrapped()
+        marked = hasattr(function, "__dynamo_disable")
+        if {error}:
+            raise KeyError
+except KeyError:
+    pass
+print(marked, hasattr(function, "__dynamo_disable"), NAME in sys.modules)
+"""
+    assert run(code) == "True False False"
+
+
+def test_an_imported_compiler_is_left_alone() -> None:
+    code = """
+import torch._dynamo
+with without_compiler():
+    print(sys.modules[NAME] is torch._dynamo)
+print(sys.modules[NAME] is torch._dynamo)
+"""
+    assert run(code).split() == ["True", "True"]
+
+
+def test_another_attribute_imports_the_real_one() -> None:
+    code = """
+with without_compiler():
+    print(sys.modules[NAME].is_compiling.__module__ != "captcha_exp.memory.compiler")
+print(NAME in sys.modules)
+"""
+    assert run(code).split() == ["True", "True"]

@@ -1,0 +1,456 @@
+"""What a training allocates: against arithmetic, and against torch's profiler on the same training run
+for real on the CPU; and what a trace leaves alone."""
+
+import gc
+import itertools
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, training
+from support.profiling import (
+    HEADS,
+    PHASES,
+    configured,
+    network,
+    profiled,
+    real_peaks,
+    run_for_real,
+)
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from captcha_exp.config import Config, Precision
+from captcha_exp.data.augment import NUMBERS
+from captcha_exp.data.dataset import Batch
+from captcha_exp.memory import trace as module
+from captcha_exp.memory.allocator import CachingAllocator, Event, replay
+from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, DeviceTensor, Recorder
+from captcha_exp.memory.plan import with_batch
+from captcha_exp.memory.trace import Trace, trace
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import Step, fresh_state, train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MIB = 2**20
+PICTURES = {"train": 200, "validation": 80}
+
+
+def on_device(config: Config, **values: Any) -> Config:
+    return replace(config, device=replace(config.device, **values))
+
+
+def peaks(traced: Trace) -> dict[str, int]:
+    return {phase.name: phase.peak_bytes for phase in traced.phases}
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------
+
+
+def resnet18_sizes() -> tuple[list[int], int]:
+    """Numbers in each parameter of the article's network, from He et al.; and all channels of norms."""
+    convolutions = [(3, 64, 3)]
+    inputs = 64
+    for width in (64, 128, 256, 512):
+        convolutions += [(inputs, width, 3), *[(width, width, 3)] * 3]
+        convolutions += [(inputs, width, 1)] if width != inputs else []
+        inputs = width
+    norms = [outputs for _, outputs, _ in convolutions]
+    weights = [a * b * kernel * kernel for a, b, kernel in convolutions]
+    return [*weights, *norms, *norms, 512 * 4 * 36, 4 * 36], sum(norms)
+
+
+def test_the_articles_training_is_what_arithmetic_and_earlier_measurements_say() -> None:
+    config = configured("experiment=article", "device.resident_limit_mib=0")
+
+    traced = trace(config, 100, {"train": 300, "validation": 200})
+
+    parameters, channels = resnet18_sizes()
+    assert traced.parameters_bytes == 4 * sum(parameters)
+    assert traced.buffers_bytes == 2 * 4 * channels + 8 * 20  # mean and variance; steps seen by 20 norms
+    steps = 4 * len(parameters)  # Adam counts them for each
+    assert traced.optimizer_bytes == 2 * traced.parameters_bytes + steps
+    assert traced.resident_bytes == 0
+    assert traced.peak_bytes("epoch 1: step") / MIB == pytest.approx(736.8, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("adam", 2), ("adamw", 2), ("sgd", 1)])
+def test_an_optimiser_has_its_copies_of_the_weights(tiny: Config, kind: str, copies: int) -> None:
+    traced = trace(training(tiny, optimizer=kind), 16, PICTURES)
+
+    scalars = 4 * len(list(fresh_state(tiny, CPU).model.parameters())) if kind != "sgd" else 0
+    assert traced.optimizer_bytes == copies * traced.parameters_bytes + scalars
+
+
+def test_a_split_that_is_sent_takes_no_more_than_its_batch(tiny: Config) -> None:
+    """Else it lies on the device, and so does the order of an epoch."""
+    resident = trace(tiny, 16, PICTURES)
+    sent = trace(on_device(tiny, resident_limit_mib=0), 16, PICTURES)
+
+    of_one = 16 * 32 * 3 + 2 * 8 + 8  # pixels, class ids, number
+    assert resident.resident_bytes == 280 * of_one
+    assert sent.resident_bytes == 0
+    for number in (1, 2, 3):
+        step = f"epoch 1: step {number}"
+        assert peaks(resident)[step] - peaks(sent)[step] == 280 * of_one + 200 * 8
+    assert peaks(sent)["validation split"] == 0
+
+
+def test_all_steps_but_the_first_need_the_same(tiny: Config) -> None:
+    """In which nothing is left yet of a step before it."""
+    peak = peaks(trace(training(tiny, epochs=9), 16, PICTURES))
+
+    scalars = 4 + 8 + 1 + 1 + 4  # loss, pictures read right, finite, broken; the optimiser's found_inf
+    assert peak["epoch 1: step 2"] - peak["epoch 1: step 1"] == scalars
+    assert peak["epoch 1: step 3"] == peak["epoch 1: step 2"]
+    assert not any("epoch 2" in phase for phase in peak)  # it would be the same
+
+
+def test_the_table_of_changes_is_there_where_pictures_are_changed(tiny: Config) -> None:
+    """Along a ramp the first epoch changes nothing. The old table goes when the new one has come."""
+    grown = replace(tiny, augment=replace(tiny.augment, shift=0.1, ramp=0.5))
+    table = sum(PICTURES.values()) * NUMBERS * 4
+
+    plain, changed = (trace(training(config, epochs=9), 16, PICTURES) for config in (tiny, grown))
+
+    assert peaks(changed)["epoch 1: step 3"] == peaks(plain)["epoch 1: step 3"]
+    assert peaks(changed)["epoch 1: evaluation"] == peaks(plain)["epoch 1: evaluation"]
+    assert peaks(changed)["epoch 2: evaluation"] - peaks(plain)["epoch 1: evaluation"] == table
+    order = 200 * 8  # comes later, when the old table has gone
+    assert peaks(changed)["epoch 9: start"] - peaks(changed)["epoch 2: start"] == table - order
+
+
+def test_only_fp16_has_a_loss_scale(tiny: Config) -> None:
+    def state(precision: Precision) -> Counter[int | None]:
+        traced = trace(on_device(tiny, precision=precision), 16, PICTURES)
+        phase = next(each for each in traced.phases if each.name == "state")
+        return Counter(event.requested_bytes for event in traced.events[phase.begin : phase.end])
+
+    assert state("fp16") - state("fp32") == Counter([4, 8])
+
+
+@pytest.mark.parametrize("limit_mib", [0, 512])
+def test_a_shortened_evaluation_needs_what_the_whole_one_needs(
+    tiny: Config, limit_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on_device(training(tiny, evaluation_batch_size=8), resident_limit_mib=limit_mib)
+    pictures = PICTURES | {"test": 80}
+    short = trace(config, 16, pictures)
+    monkeypatch.setattr(module, "READ_BATCHES", 1000)
+    whole = trace(config, 16, pictures)
+
+    assert len(whole.events) > len(short.events)
+    assert peaks(whole) == peaks(short)
+
+
+def test_an_epoch_has_no_more_batches_than_pictures(tiny: Config) -> None:
+    traced = trace(training(tiny, epochs=1), 64, {"train": 100, "validation": 10})
+
+    steps = [phase.name for phase in traced.phases if "step" in phase.name]
+    assert steps == ["epoch 1: step 1", "epoch 1: step 2"]
+
+
+# -- the same training for real -------------------------------------------------------------------------
+
+
+def compare(config: Config, size: int, record: Any) -> None:
+    config = training(with_batch(config, size), evaluation_batch_size=size, epochs=1)
+    pictures = {"train": 2 * size, "validation": 2 * size}
+    moments = run_for_real(config, pictures)
+    traced = trace(config, size, pictures)
+    raw, without = real_peaks(moments, True), real_peaks(moments, False)
+    for phase in PHASES:
+        foretold = traced.peak_bytes(phase)
+        record(f"{phase} raw", f"{raw[phase] / foretold - 1:+.4f}")
+        record(phase, f"{without[phase] / foretold - 1:+.4f}")
+        assert without[phase] == pytest.approx(foretold, rel=0.02), phase
+        # What oneDNN reorders is of one layer: much beside a small batch of a small network.
+        passed = config.train.micro_batch_size or size
+        # A CPU without bf16 instructions computes in fp32: its scratch then holds a layer twice as large.
+        native = config.device.precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if passed >= 32 and native and phase != "state":  # whose extra is what torch draws the weights in
+            assert raw[phase] <= 1.05 * foretold, phase
+
+
+NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16")))
+QUICK = [
+    *[(*case, size) for case in NETWORKS[:4] for size in (4, 32)],  # compact
+    ("resnet18", "position", "fp32", 8),
+    ("resnet18", "grouped_softmax", "bf16", 8),
+]
+WHOLE = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
+
+
+@pytest.mark.parametrize(("model", "head", "precision", "size"), QUICK)
+def test_peaks_are_those_of_a_training(
+    model: str, head: str, precision: str, size: int, record_property: Any
+) -> None:
+    compare(network(model, head, precision), size, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "head", "precision", "size"), WHOLE)
+def test_peaks_are_those_of_a_training_in_all_sizes(
+    model: str, head: str, precision: str, size: int, record_property: Any
+) -> None:
+    compare(network(model, head, precision), size, record_property)
+
+
+LEVERS = [
+    (model, head, levers, size)
+    for (model, head), (levers, size) in itertools.product(
+        itertools.product(("compact", "resnet18"), HEADS),
+        [
+            (("train.activation_checkpointing=true",), 32),
+            (("train.activation_checkpointing=true", "device.precision=bf16"), 16),
+            (("train.micro_batch_size=8",), 24),
+            (("train.micro_batch_size=32", "train.activation_checkpointing=true"), 64),
+        ],
+    )
+]
+KERNELS = [
+    (f"train.optimizer_kernel={kernel}", f"train.optimizer={kind}")
+    for kernel in ("fused", "foreach", "loop")
+    for kind in ("adam", "sgd")
+]
+
+
+@pytest.mark.parametrize(("model", "head", "levers", "size"), LEVERS[:8])
+def test_peaks_are_those_of_a_training_that_spares_memory(
+    model: str, head: str, levers: tuple[str, ...], size: int, record_property: Any
+) -> None:
+    compare(network(model, head, "fp32", *levers), size, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "head", "levers", "size"), LEVERS[8:])
+def test_peaks_are_those_of_a_large_training_that_spares_memory(
+    model: str, head: str, levers: tuple[str, ...], size: int, record_property: Any
+) -> None:
+    compare(network(model, head, "fp32", *levers), size, record_property)
+
+
+@pytest.mark.parametrize("levers", KERNELS, ids=" ".join)
+def test_peaks_are_those_of_each_kernel_of_an_optimiser(
+    levers: tuple[str, ...], record_property: Any
+) -> None:
+    """With a batch so small that the step of the optimiser is the peak."""
+    compare(network("resnet18", "grouped_softmax", "fp32", *levers), 2, record_property)
+
+
+def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property: Any) -> None:
+    compare(configured("augment=mild", "augment.ramp=0"), 32, record_property)
+
+
+# -- torch's own fake tensors ---------------------------------------------------------------------------
+
+
+class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """What a Recorder says, with torch's FakeTensorMode below it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.events: list[Event] = []
+        self.marks: list[tuple[str, int]] = []
+        self.convolutions: list[Convolution] = []
+        self.begin = Recorder.begin.__get__(self)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._count = 0
+
+    def __enter__(self) -> Any:
+        self._fake.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._fake.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.native_batch_norm.default:  # whose kernels keep 32 bits; see test_recorder
+            result = (result[0], *(each.float() for each in result[1:]))
+        for value in tree_leaves(result):
+            if getattr(value, "fake_device", HOST) == DEVICE:
+                self._see(value.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        place = storage._cdata
+        if place in self._live:
+            return
+        number = self._count = self._count + 1
+        events, live = self.events, self._live
+
+        def gone(_: object) -> None:
+            del live[place]
+            events.append(Event(number, None))
+
+        live[place] = weakref.ref(storage, gone)
+        events.append(Event(number, storage.nbytes()))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("augment=mild",),
+        ("device.precision=fp16", "augment=mild", "augment.ramp=0"),
+        ("captcha=alnum", "model.head=grouped_softmax", "train.optimizer=sgd", "train.label_smoothing=0.1"),
+        ("model=resnet18", "train.epochs=2", "train.optimizer=adamw", "device.resident_limit_mib=0"),
+        ("experiment=article", "device.precision=bf16"),
+        ("experiment=article", "train.activation_checkpointing=true", "train.micro_batch_size=20"),
+        ("train.activation_checkpointing=true", "device.precision=bf16", "train.optimizer_kernel=foreach"),
+        ("train.optimizer=adam", "train.optimizer_kernel=loop", "train.micro_batch_size=48"),
+    ],
+    ids=" ".join,
+)
+def test_torchs_own_fake_tensors_say_the_same(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every event in its place; but autocast forgets its weights in the order of their addresses."""
+    config, pictures = configured(*overrides), PICTURES | {"test": 90}
+    found = trace(config, 48, pictures)
+
+    monkeypatch.setattr(module, "Recorder", FakeRecorder)
+
+    expected = trace(config, 48, pictures)
+    assert in_order(found.events) == in_order(expected.events)
+    assert replace(found, convolutions=[], events=[]) == replace(expected, events=[])
+
+
+def in_order(events: list[Event]) -> list[Event]:
+    """What is freed without anything made in between, by its number."""
+    runs = itertools.groupby(events, lambda event: event.requested_bytes is None)
+    return [event for frees, run in runs for event in (sorted(run) if frees else run)]
+
+
+# -- as a function of the batch -------------------------------------------------------------------------
+
+
+def check_convex(config: Config, sizes: list[int]) -> None:
+    config = training(config, epochs=1)
+    pictures = {"train": 3 * sizes[-1], "validation": 2}
+    steps = [trace(config, size, pictures).peak_bytes("step") for size in sizes]
+    slopes = [
+        (after - before) / (larger - smaller)
+        for (before, after), (smaller, larger) in zip(
+            itertools.pairwise(steps), itertools.pairwise(sizes), strict=True
+        )
+    ]
+    assert all(slope > 0 for slope in slopes)
+    assert all(flat <= steep for flat, steep in itertools.pairwise(slopes))
+
+
+def test_the_peak_is_monotone_and_convex_in_the_batch(tiny: Config) -> None:
+    check_convex(tiny, [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["article", "quickstart"])
+def test_the_peak_is_monotone_and_convex_in_many_batches(name: str) -> None:
+    config = configured(f"experiment={name}", "device.resident_limit_mib=0")
+    check_convex(config, [*range(1, 21), *range(24, 104, 4)])
+
+
+def test_what_a_step_keeps_is_seen_to_the_byte(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trace(tiny, 16, PICTURES)
+
+    def hoarding(state: TrainState, batch: Batch, config: Config) -> Step:
+        hoard = batch.images.new_empty(12345)
+        step = train_step(state, batch, config)
+        del hoard
+        return step
+
+    monkeypatch.setattr(module, "train_step", hoarding)
+    hoarded = trace(tiny, 16, PICTURES)
+
+    for phase in plain.phases:
+        more = 12345 if "step" in phase.name else 0
+        assert peaks(hoarded)[phase.name] == phase.peak_bytes + more
+
+
+# -- what a trace leaves alone --------------------------------------------------------------------------
+
+
+def test_nothing_is_computed() -> None:
+    config = configured("experiment=article")
+    with profiled() as seen:
+        traced = trace(config, 100, {"train": 50_000, "validation": 5_000})
+    assert seen.profiler is not None
+    found = [seen.profiler.kineto_results.experimental_event_tree()]
+    largest = 0
+    while found:
+        for node in found.pop():
+            found.append(node.children)
+            if node.typed[0] == _EventType.Allocation:
+                largest = max(largest, node.typed[1].alloc_size)
+    assert traced.peak_bytes() > 900 * MIB
+    assert largest < 4096
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_a_trace_is_the_same_again_and_leaves_nothing(tiny: Config, collecting: bool) -> None:
+    first = trace(tiny, 16, PICTURES)
+    chance = torch.get_rng_state()
+    gc.collect()
+    if not collecting:
+        gc.disable()
+    try:
+        second = trace(tiny, 16, PICTURES)
+        left: list[Tensor] = [each for each in gc.get_objects() if type(each) is DeviceTensor]
+    finally:
+        gc.enable()
+    assert second == first
+    assert left == []
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+FIRST = """
+import gc, torch
+from captcha_exp import compose, load
+from captcha_exp.memory.recorder import DeviceTensor, Convolution
+from captcha_exp.memory.trace import trace
+config = load(compose("device.name=cpu", "device.precision=fp32"))
+gc.disable()
+first = trace(config, 16, {"train": 200, "validation": 80})
+assert not [each for each in gc.get_objects() if type(each) is DeviceTensor]
+assert first == trace(config, 16, {"train": 200, "validation": 80})
+"""
+
+
+def test_the_first_trace_of_a_process_is_like_all_others() -> None:
+    """Though torch imports much of itself on the way."""
+    subprocess.run([sys.executable, "-c", FIRST], check=True)
+
+
+def test_deterministic_algorithms_are_traced_too(tiny: Config) -> None:
+    first = trace(tiny, 16, PICTURES)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert trace(tiny, 16, PICTURES) == first
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("test", [{}, {"test": 50}])
+def test_a_trace_can_be_played_to_the_allocator(tiny: Config, test: dict[str, int]) -> None:
+    traced = trace(tiny, 16, PICTURES | test)
+    allocator = CachingAllocator()
+
+    usage = replay(traced.events, allocator, {})
+
+    assert usage.requested_bytes == traced.peak_bytes()
+    assert allocator.usage.requested_bytes == 0  # all that came has gone
+    assert [phase.begin for phase in traced.phases[1:]] == [phase.end for phase in traced.phases[:-1]]
+    assert (traced.phases[0].begin, traced.phases[-1].end) == (0, len(traced.events))
+    assert ("test evaluation" in peaks(traced)) == bool(test)

@@ -1,0 +1,164 @@
+"""A training that is interrupted, wherever that is, and started again ends as one that nobody disturbed.
+
+Through the real command, in processes that a fork server makes; what the trainings leave is compared as a
+whole: every tensor and counter of the last checkpoint, weights, metrics, the run in MLflow, files.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("forks, and asks Linux for a process's end", allow_module_level=True)
+
+from kill_storm import TINY, Storm, Training, new_store
+from leavings import differences, reached
+from support.fork_server import AFTER_STEP, PHASES, ForkServer, Interruption, Place
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+WRITE = "captcha_exp.runtime.files:write_atomically"
+PLACES = {
+    "before the first step": Interruption(AFTER_STEP, 1),
+    "amid an epoch": Interruption(AFTER_STEP, 17, "after"),
+    "between a step and its checkpoint": Interruption(PHASES["checkpointing"], 3),
+    "while a checkpoint is written": Interruption(Place(WRITE, "/checkpoint/"), 4, "within"),
+    "between a checkpoint and the end of an old one": Interruption(Place("captcha_exp.model.state:keep"), 4),
+    "before an evaluation": Interruption(PHASES["evaluation"], 2),
+    "between an evaluation and its row": Interruption(PHASES["evaluation"], 3, "after"),
+    "between the row and the best weights": Interruption(
+        Place("captcha_exp.model.state:TrainState.keep_if_better")
+    ),
+    "while the best weights are written": Interruption(Place(WRITE, "model.safetensors"), 1, "within"),
+    "after the best weights": Interruption(PHASES["best"], 1, "after"),
+    "between epochs": Interruption(Place("captcha_exp.training.sanity:Guard.look_at"), 2, "after"),
+    "in the last epoch": Interruption(AFTER_STEP, 40, "after"),
+    "before the test": Interruption(PHASES["evaluation"], 5),
+    "in the report": Interruption(Place("captcha_exp.report.figures:confusion")),
+    "before its end is written": Interruption(PHASES["closing"]),
+}
+RHYTHMS = ("'1 epoch'", "null")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """Children that draw no sheet of pictures, which takes longer than all the rest."""
+    with ForkServer(without=["captcha_exp.report.figures:_sheet"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return new_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: ForkServer, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a training leaves that nobody disturbs; by then nobody sees how often it saved what it had
+    reached."""
+    training = Training(server, tmp_path_factory.mktemp("undisturbed") / "root", (), store)
+    assert training.start().code == 0
+    return training.leavings()
+
+
+@pytest.fixture
+def training(server: ForkServer, store: Path, tmp_path: Path) -> Training:
+    return Training(server, tmp_path / "root", (), store)
+
+
+def test_a_forked_training_is_what_a_fresh_process_is(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "captcha_exp", "train", *TINY, "tracking=none", "--json"]
+    environment = os.environ | {"CAPTCHA_EXP_ROOT": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    expected = undisturbed["runs"][0]["result"]["weights_sha256"]
+    assert json.loads(done.stdout)["weights_sha256"] == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "rhythm"),
+    [
+        *((place, "'3 steps'") for place in PLACES),
+        *(("amid an epoch", rhythm) for rhythm in RHYTHMS),
+        *(("between epochs", rhythm) for rhythm in RHYTHMS),
+    ],
+)
+def test_nothing_that_a_training_has_reached_is_another_for_an_interruption(
+    training: Training, cache: Path, undisturbed: dict[str, Any], place: str, rhythm: str
+) -> None:
+    training.words += [f"train.checkpoint_every={rhythm}", "tracking=none", f"data.cache={cache}"]
+    ended = training.start(PLACES[place])
+    assert (ended.code, ended.signalled) == (-signal.SIGKILL, True), ended.output
+
+    ended = training.start()
+
+    assert ended.code == 0, ended.output
+    assert differences(undisturbed["runs"], training.leavings()["runs"]) == []
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_after_25_kills_and_damaged_checkpoints_it_ends_as_if_nothing_had_happened(
+    server: ForkServer, tmp_path: Path, seed: int
+) -> None:
+    storm = Storm(server, tmp_path, seed)
+    while storm.kills.total() < 25:
+        storm.kill("onecycle" if storm.kills.total() < 12 else "patience")
+
+    assert storm.faults == []
+
+
+@pytest.mark.parametrize("phase", ["store", "drawing", "evaluation", "closing"])
+def test_asked_to_end_it_saves_and_says_so_and_goes_on(
+    server: ForkServer, training: Training, undisturbed: dict[str, Any], phase: str
+) -> None:
+    aim = Interruption(PHASES[phase], after_seconds=0.001, signals=(signal.SIGTERM,))
+
+    ended = training.start(aim, limit_seconds=10)
+
+    assert not ended.late
+    assert ended.code == 128 + signal.SIGTERM, ended.output
+    assert training.status() in ("KILLED", "FINISHED")
+    saved = max((reached(path.stem) for path in training.root.rglob("step-*")), default=0)
+    assert ended.steps_done - saved <= 1
+    training.next_start()
+    statuses = set(training.leavings()["MLflow"].get("runs", ()))
+    assert statuses <= {training.status()}
+    assert training.finish().code == 0
+    assert differences(undisturbed, training.leavings()) == []
+
+
+def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(
+    training: Training, undisturbed: dict[str, Any]
+) -> None:
+    once = Interruption(AFTER_STEP, 5, signals=(signal.SIGINT,))
+    ended = training.start(once)
+    assert (ended.code, training.status()) == (130, "KILLED"), ended.output
+    assert max(reached(path.stem) for path in training.root.rglob("step-*")) == ended.steps_done
+
+    ended = training.start(Interruption(AFTER_STEP, 5, signals=(signal.SIGINT, signal.SIGINT)))
+    assert (ended.code, training.status()) == (-signal.SIGINT, "RUNNING"), ended.output
+    assert "RUNNING" not in training.next_start().output
+
+    assert training.finish().code == 0
+    assert differences(undisturbed, training.leavings()) == []
+
+
+def test_when_its_time_is_up_it_ends_and_the_same_command_goes_on(
+    training: Training, undisturbed: dict[str, Any]
+) -> None:
+    training.words.append("train.stop_after_minutes=0.012")
+    codes: list[int] = []
+    while not codes or (codes[-1] and len(codes) < 45):
+        codes.append(training.start().code)
+        assert training.status() == ("KILLED" if codes[-1] else "FINISHED")
+
+    assert set(codes[:-1]) == {75}
+    assert codes[-1] == 0
+    assert differences(undisturbed, training.leavings()) == []
