@@ -793,6 +793,20 @@ PLANTS = (
         ("test_allocator.py",),
     ),
     Plant(
+        "new segments lie above the earlier ones",
+        "memory/blocks.py",
+        "self.downward = downward and not expandable",
+        "self.downward = False",
+        ("test_recorded_gpu.py",),
+    ),
+    Plant(
+        "plans play one order of the segments",
+        "memory/workspaces.py",
+        "each._replace(downward=False)",
+        "each._replace(downward=True)",
+        ("test_plan.py",),
+    ),
+    Plant(
         "a freed block does not join the one below it",
         "memory/blocks.py",
         "if before is not None and before.mapped and not before.live:",
