@@ -6,6 +6,7 @@ Used by gpu_session for its tables, and by tests/benchmarks/test_recorded_gpu.py
 import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,14 @@ def reserved_of(segments: Iterable[Sequence[int]]) -> int:
 def replayed(recording: Mapping[str, Any]) -> dict[str, Any]:
     """Our model's peaks for a recording's events, and how far they are off: shares of what was measured.
 
-    `first_other_segment` is the event at which the driver's memory is first another than the card's.
+    `first_other_segment` is the event at which the driver's memory is first another than the card's. Segments
+    lie where the driver placed them; in a recording without addresses, each below the earlier ones.
     """
-    allocator = CachingAllocator(expandable=recording["expandable_segments"])
-    live: dict[int, Block] = {}
     segments = recording["segments"]
+    kept = takewhile(lambda segment: segment[1] > 0, segments)  # an address may come again after that
+    addresses = [address for _, address in zip(kept, recording.get("addresses", ()), strict=False)]
+    allocator = CachingAllocator(expandable=recording["expandable_segments"], addresses=addresses)
+    live: dict[int, Block] = {}
     places = [place for place, _ in segments]
     theirs, first_other = 0, None
     known = 0

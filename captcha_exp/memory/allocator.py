@@ -13,10 +13,13 @@ asked for. Left out, since it goes past the allocator: the CUDA context, what li
 themselves, other programs; take that off the limit. Workspaces that torch allocates for cuBLAS and cuDNN
 are events like tensors.
 
-Unknown here are the addresses that the driver chooses: a new segment lies above all others, which
-matters between free blocks of equal size. The limit is what the driver has, to the byte. A limit by
-`set_per_process_memory_fraction` is the same, but with expandable segments torch holds it against the
-request and not the pages: it may be passed by less than a page, or be met though free pages would do.
+Unknown here are the addresses that the driver chooses, which matter between free blocks of equal size: the
+lowest is taken. On an H200 most new segments lay below the earlier ones and some filled holes above them;
+replayed with each below, the recorded events reserve what the GPU reserved, to the byte, and with each above
+5.2 % less (tests/test_recorded_gpu.py). So downward is the default, and plans play both. The limit is what
+the driver has, to the byte. A limit by `set_per_process_memory_fraction` is the same, but with expandable
+segments torch holds it against the request and not the pages: it may be passed by less than a page, or be met
+though free pages would do.
 """
 
 from bisect import bisect_left, insort
@@ -66,14 +69,27 @@ class OutOfMemory(Exception):
 class CachingAllocator:
     """The allocator of one GPU, for one stream."""
 
-    def __init__(self, limit_bytes: int | None = None, expandable: bool = False) -> None:
-        """With what the driver has to give; `expandable` is torch's option expandable_segments."""
+    def __init__(
+        self,
+        limit_bytes: int | None = None,
+        expandable: bool = False,
+        *,
+        downward: bool = True,
+        addresses: Iterable[int] = (),
+    ) -> None:
+        """With what the driver has to give; `expandable` is torch's option expandable_segments.
+
+        A new segment lies below all earlier ones of its pool if `downward`, else above them. `addresses` are
+        those of the first segments, where they are known. Expandable segments use neither.
+        """
         self.limit_bytes = limit_bytes
         self.expandable = expandable
+        self._addresses = iter(addresses)
         # should_split. Addresses are far apart, and begin at a page of either size.
         least_rest = MIN_BLOCK_BYTES if expandable else SMALL_BYTES + 1
-        self._small = Pool(SMALL_SEGMENT_BYTES, MIN_BLOCK_BYTES, 0, expandable)
-        self._large = Pool(LARGE_SEGMENT_BYTES, least_rest, LARGE_SEGMENT_BYTES << 40, expandable)
+        small, large = LARGE_SEGMENT_BYTES << 40, LARGE_SEGMENT_BYTES << 41
+        self._small = Pool(SMALL_SEGMENT_BYTES, MIN_BLOCK_BYTES, small, expandable, downward)
+        self._large = Pool(LARGE_SEGMENT_BYTES, least_rest, large, expandable, downward)
         self._requested = self._allocated = self._reserved = 0
         self.num_device_alloc = 0  # as in torch.cuda.memory_stats: cudaMalloc, or mappings
         self.num_device_free = 0  # cudaFree, or unmappings
@@ -181,7 +197,7 @@ class CachingAllocator:
     def _new_segment(self, pool: Pool, size: int) -> Block | None:
         """A whole segment that holds this size; None without memory. Source: alloc_block."""
         size = segment_bytes(size)
-        return pool.new_segment(size) if self._driver_gives(size) else None
+        return pool.new_segment(size, next(self._addresses, None)) if self._driver_gives(size) else None
 
     def _expand(self, pool: Pool, size: int) -> Block | None:
         """The lowest place with room for this size, its holes mapped; None without memory.

@@ -53,19 +53,27 @@ class Pool:
     An expandable pool is one endless segment, which holds memory in some places and holes in the others.
     """
 
-    def __init__(self, page_bytes: int, least_rest_bytes: int, address: int, expandable: bool) -> None:
+    def __init__(
+        self, page_bytes: int, least_rest_bytes: int, address: int, expandable: bool, downward: bool
+    ) -> None:
         self.page_bytes = page_bytes  # of an expandable one
         self.least_rest_bytes = least_rest_bytes  # a smaller rest is not cut off
-        self.next_address = address
+        self.downward = downward and not expandable
+        self.next_address = address  # of the next segment: its end if downward, else its begin
         self.free: list[tuple[int, int, Block]] = []  # by size, then address
         self.lowest: dict[int, Block] = {}  # of each segment, by address
         if expandable:
             self.new_segment(_ENDLESS_BYTES).mapped = False
 
-    def new_segment(self, size_bytes: int) -> Block:
-        """A segment above all that were before, as one block."""
-        block = self.lowest[self.next_address] = Block(self, self.next_address, size_bytes)
-        self.next_address += size_bytes
+    def new_segment(self, size_bytes: int, address: int | None = None) -> Block:
+        """Return a new segment as one block, below or above all before it unless its address is known."""
+        if address is None:
+            address = self.next_address - size_bytes if self.downward else self.next_address
+        if self.downward:
+            self.next_address = min(self.next_address, address)
+        else:
+            self.next_address = max(self.next_address, address + size_bytes)
+        block = self.lowest[address] = Block(self, address, size_bytes)
         return block
 
     def add(self, block: Block) -> Block:
@@ -88,7 +96,7 @@ class Pool:
     def runs(self) -> list[list[Block]]:
         """All memory, in runs of neighbours."""
         found = []
-        for lowest in self.lowest.values():
+        for _, lowest in sorted(self.lowest.items()):
             runs = groupby(_upwards(lowest), lambda block: block.mapped)
             found += [list(blocks) for mapped, blocks in runs if mapped]
         return found

@@ -47,7 +47,7 @@ def play(traced: Trace, workspaces: Workspaces, limit_mib: float | None = None) 
     if limit_mib is not None and limit_mib <= 0:
         return None
     limit_bytes = None if limit_mib is None else int(limit_mib * MIB)
-    allocator = CachingAllocator(limit_bytes, expandable_segments())
+    allocator = CachingAllocator(limit_bytes, expandable_segments(), downward=workspaces.downward)
     live: dict[int, Block] = {}
     peaks = {}
     try:

@@ -1,24 +1,26 @@
-"""Workspaces of cuBLAS and cuDNN, which no tensor shows: intervals of the card's file.
+"""What no trace shows of a play: workspaces of cuBLAS and cuDNN, and where the driver places segments.
 
-Libraries ask torch's allocator for them, so they count among its events.
+Workspaces are intervals of the card's file. Libraries ask torch's allocator for them, so they count among its
+events.
 """
 
 from typing import NamedTuple
 
-from captcha_exp.config import Card
+from captcha_exp.config import Card, Interval
 from captcha_exp.memory.allocator import MIB
 from captcha_exp.memory.fake_device import Convolution
 from captcha_exp.memory.trace import Trace
 
 WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
-WORKSPACE_SHARES = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played
+WORKSPACE_SHARES = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played downward
 
 
 class Workspaces(NamedTuple):
-    """Bytes that libraries request from torch's allocator."""
+    """Bytes that libraries request from torch's allocator, and the order of its segments."""
 
     cublas_bytes: int  # from the first step on
     cudnn_bytes: int  # while a convolution runs, at most
+    downward: bool = True  # as in CachingAllocator
 
     def of(self, convolution: Convolution) -> int:
         """Return the bytes for this convolution."""
@@ -30,12 +32,15 @@ class Workspaces(NamedTuple):
 
 
 def workspaces_of(card: Card) -> list[Workspaces]:
-    """Return those to play, from the least to the most.
+    """Return those to play, from the least to the most; these two also with segments upward.
 
-    More workspace may leave more use of the reserved memory, or less.
+    More workspace may leave more use of the reserved memory, or less, and so may either order.
     """
+
+    def of(each: Interval, share: float) -> int:
+        return int((each.least + share * (each.most - each.least)) * MIB)
+
     cublas, cudnn = card.cublas_workspace_mib, card.cudnn_workspace_mib
-    return [
-        Workspaces(*(int((each.least + share * (each.most - each.least)) * MIB) for each in (cublas, cudnn)))
-        for share in WORKSPACE_SHARES
-    ]
+    found = [Workspaces(of(cublas, share), of(cudnn, share)) for share in WORKSPACE_SHARES]
+    least, most = (each._replace(downward=False) for each in (found[0], found[-1]))
+    return [least, *found[:-1], most, found[-1]]

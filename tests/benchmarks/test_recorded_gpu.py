@@ -84,6 +84,21 @@ def test_our_allocator_reserves_what_a_card_reserved() -> None:
             assert gpu_judging.recording_mistakes(recording, RESERVED) == [], f"{name}: {part}"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_h200_is_replayed_to_the_byte_and_with_segments_upward_it_is_not(known: bool) -> None:
+    """Whether the driver's addresses are known, or each new segment lies below the earlier ones."""
+    session = recorded()["2026-11-27-nvidia-h200.json"]
+    for part, recording in recordings(session).items():
+        chosen = recording if known else {key: recording[key] for key in recording if key != "addresses"}
+        found = gpu_judging.replayed(chosen)
+        assert (found["reserved_error"], found["allocated_error"]) == (0.0, 0.0), part
+        assert found["first_other_segment"] is None, part
+    recording = recordings(session)["allocator-trace-resnet18"]
+    events = (Event(tensor, size[0] if kind > 0 else None) for kind, tensor, *size in recording["events"])
+    upward = replay(events, CachingAllocator(downward=False), {}).reserved_bytes
+    assert upward / recording["peaks"]["reserved_bytes"] == pytest.approx(1 - 0.0519, abs=1e-4)
+
+
 def test_todays_plans_are_what_a_card_showed() -> None:
     for name, session in recorded().items():
         budgets = [int(budget) for budget in _budgets(session)]
@@ -215,6 +230,7 @@ def test_torchs_entries_become_short_lists() -> None:
     assert gpu_judging.compacted(entries) == {
         "events": [[1, 1, 512], [-1, 1], [1, 2, 1024]],
         "segments": [[0, 2097152], [3, -1024], [3, 4096], [3, -2048]],
+        "addresses": [1, 9, 9, 9],
         "marks": [1],
     }
     assert gpu_judging.reserved_of([[0, 2097152], [3, -1024], [3, 512]]) == 2097152

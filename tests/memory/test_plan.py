@@ -161,6 +161,25 @@ def test_a_convolution_at_the_end_of_a_phase_belongs_to_it(
     assert [name for name, peak in peaks.items() if peak.allocated_mib.most > 300] == [kinds]
 
 
+def test_bounds_and_verdict_hold_wherever_the_driver_puts_a_new_segment(
+    tiny: Config, traced: Callable[[Trace], None]
+) -> None:
+    """The fifth tensor fits into a free block of either segment, and the lower one is taken.
+
+    If that is the first segment, the sixth tensor finds no room in what is left of it.
+    """
+    sizes = {1: 9, 2: 9, 3: 9, 4: 9, 5: 9, 6: 19}  # MiB; two to a segment of 20
+    order = [1, 2, 3, 4, -1, -3, 5, -2, 6]
+    events = [Event(abs(each), mib(sizes[each]) if each > 0 else None) for each in order]
+    end = len(events)
+    phases = [Phase("epoch 1: step 1", 0, end, mib(37)), Phase("epoch 1: evaluation", end, end, mib(37))]
+    traced(Trace(events, phases, [Convolution(1, 0)], 0, 0, 0, 0))
+    config = carded(tiny, context_mib=interval(100, 100))
+    assert planned(config).reserved_mib == (40, 60)
+    verdicts = [planned(config, 100 + room).fits for room in (39, 45, 62)]  # 60 * 1.02 = 61.2
+    assert verdicts == ["does not fit", "unsure", "fits"]
+
+
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_expandable_segments_are_those_of_the_environment(
     tiny: Config, traced: Callable[[Trace], None], monkeypatch: pytest.MonkeyPatch, name: str
