@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-ui check ui lock
+.PHONY: train test test-ui check docs ui lock
 train: .venv/installed
 	$(BIN)/captcha-exp train experiment=quickstart
 
@@ -11,7 +11,11 @@ test: .venv/installed
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 # In a real browser: needs chromium at /usr/bin/chromium.
-test-ui: .venv/installed
+test-# The site of docs/, in build/site. A warning is an error, also of a page that loads something from another host.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+ui: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'
 	$(BIN)/pytest -m ui
 
