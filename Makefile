@@ -11,11 +11,7 @@ test: .venv/installed
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 # In a real browser: needs chromium at /usr/bin/chromium.
-test-# The site of docs/, in build/site. A warning is an error, also of a page that loads something from another host.
-docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-
-ui: .venv/installed
+test-ui: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'
 	$(BIN)/pytest -m ui
 
@@ -24,6 +20,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site of docs/, in build/site. A warning is an error, also of a page that loads something from another host.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 ui: .venv/installed
 	$(BIN)/captcha-exp ui
