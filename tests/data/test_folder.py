@@ -642,8 +642,8 @@ def test_one_picture_with_two_labels_is_refused_on_both_sides(folder: Path) -> N
     )
     assert used(of(folder)) == {"0003.png": "0003", "again/0003.bmp": "0003"}
     assert refused(of(folder)) == {
-        "0001.png": "is the same picture as 0002.bmp, which is labelled '0002'",
-        "0002.bmp": "is the same picture as 0001.png, which is labelled '0001'",
+        "0001.png": "is the same image as 0002.bmp, which is labeled '0002'",
+        "0002.bmp": "is the same image as 0001.png, which is labeled '0001'",
     }
     assert verdict(of(folder)).sizes == {"32x16": 2}
 
@@ -863,8 +863,8 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Spoilt:
             "8a14.png": r"label '8a14' has 'a', not in captcha.alphabet",
             "8\n15.png": r"has no label in its name \(data\.pattern is .+\)",
             os.fsdecode(b"81\xff6.png"): r"label '81\\udcff6' has '\\udcff', not in captcha.alphabet",
-            "8017.png": r"is the same picture as 8018.gif, which is labelled '8018'",
-            "8018.gif": r"is the same picture as 8017.png, which is labelled '8017'",
+            "8017.png": r"is the same image as 8018.gif, which is labeled '8018'",
+            "8018.gif": r"is the same image as 8017.png, which is labeled '8017'",
             "8019.png": r"cannot be read: Too many levels of symbolic links",
             "8020.png": r"cannot be read: Too many levels of symbolic links",
             "8021.png": r"cannot be read: No such file or directory",
