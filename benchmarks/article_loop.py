@@ -93,7 +93,7 @@ def prepare(pictures: Path, out: Path, limit: int | None = None, shard: int = SH
         for part, paths in zip(PARTS, sides, strict=True):
             images = torch.stack([picture_tensor(path) for path in paths])
             codes = torch.stack([code_tensor(path) for path in paths])
-            write_gzip(out / part / f"{number:05}.gz", {"pictures": images, "codes": codes})
+            write_gzip(out / part / f"{number:05}.gz", {"images": images, "codes": codes})
     return len(starts)
 
 
@@ -108,7 +108,7 @@ def read_gzip(path: Path) -> dict[str, Tensor]:
 def batches(path: Path, size: int) -> Iterator[Batch]:
     """One part of a shard in its order; the last batch takes what is left."""
     tensors = read_gzip(path)
-    yield from zip(*(torch.split(tensors[name], size) for name in ("pictures", "codes")), strict=True)
+    yield from zip(*(torch.split(tensors[name], size) for name in ("images", "codes")), strict=True)
 
 
 # -- the network ----------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
             isinstance(machine, dict) and isinstance(parts, dict) and {"torch", "cores"} <= machine.keys()
         ):
             raise SystemExit(f"{file}: has no machine or no parts of a session; restore it with git checkout")
-        if machine.get("card") and not session.get("dry_run"):
+        if machine.get("gpu") and not session.get("dry_run"):
             found[file.name] = session
     return found
 
@@ -80,7 +80,7 @@ def _rows(session: Mapping[str, Any]) -> Iterator[str]:
 
 def _row(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     program = "the article's loop" if name.startswith("article-") else "captcha-exp"
-    device = f"{machine['cores']} CPU cores" if name.split("-")[1] == "cpu" else machine["card"]
+    device = f"{machine['cores']} CPU cores" if name.split("-")[1] == "cpu" else machine["gpu"]
     precision = figures.get("precision", "fp32")
     if name.startswith("auto-"):
         precision += " (auto)"
@@ -93,7 +93,7 @@ def _described(name: str, session: Mapping[str, Any]) -> str:
     machine = session["machine"]
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     date = machine.get("date") or session["date"]
-    return f"`benchmarks/results/{name}` ({machine['card']}, {date}, torch {machine['torch']}{driver})"
+    return f"`benchmarks/results/{name}` ({machine['gpu']}, {date}, torch {machine['torch']}{driver})"
 
 
 def filled(text: str, table: str) -> str:

@@ -12,18 +12,20 @@ import json
 import time
 
 from captcha_exp import compose, load
-from captcha_exp.config import CaptchaLibrary, Config, WheezyLibrary
+from captcha_exp.config import CaptchaLibraryConfig, Config, WheezyLibraryConfig
 from captcha_exp.data import sources
-from captcha_exp.runtime.console import Silent
-from captcha_exp.runtime.device import this_machine
+from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.device import detect_machine
 
 
-def pictures_per_second(config: Config, workers: int, count: int) -> float:
+def images_per_second(config: Config, workers: int, count: int) -> float:
     """The rate, the start of the workers included."""
-    assert isinstance(config.data, CaptchaLibrary | WheezyLibrary)  # conf/data/ has two generators
+    assert isinstance(
+        config.data, CaptchaLibraryConfig | WheezyLibraryConfig
+    )  # conf/data/ has two generators
     data = dataclasses.replace(config.data, workers=workers)
     began = time.perf_counter()
-    sources.draw(data, config.captcha, range(count), Silent())
+    sources.render_images(data, config.captcha, range(count), NullDisplay())
     return count / (time.perf_counter() - began)
 
 
@@ -33,10 +35,10 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=4000)
     count = parser.parse_args().count
-    cores = this_machine().cores
+    cores = detect_machine().num_cores
     for source in ("captcha", "wheezy"):
         config = load(compose(f"data={source}"))
-        one, all_cores = (pictures_per_second(config, workers, count) for workers in (1, cores))
+        one, all_cores = (images_per_second(config, workers, count) for workers in (1, cores))
         figures = {
             "one_worker": round(one),
             "all_cores": round(all_cores),

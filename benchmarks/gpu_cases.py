@@ -16,15 +16,15 @@ from gpu_judging import PROJECT
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
-from captcha_exp.data.augment import Changes
+from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Batch, Dataset
 from captcha_exp.model.evaluate import evaluate
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 
 MIB = 2**20
-CARD = "h200"  # the file in conf/card/ that a measured config names; nothing that is measured depends on it
-SENT = "device.resident_limit_mib=0"  # keeps pictures on the host: results do not depend on their number
+CARD = "h200"  # the file in conf/gpu/ that a measured config names; nothing that is measured depends on it
+SENT = "device.preload_limit_mib=0"  # keeps pictures on the host: results do not depend on their number
 NETWORKS = {"resnet18": "experiment=article", "compact": "experiment=alnum"}
 VARIANTS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -49,9 +49,9 @@ class Case(NamedTuple):
         return f"{self.network}-{self.variant}-{self.batch}"
 
 
-def config_of(case: Case, device: str, *more: str, card: str = CARD) -> Config:
+def config_of(case: Case, device: str, *more: str, gpu: str = CARD) -> Config:
     """The config of a case: one epoch, on a device that nobody has looked for yet."""
-    fixed = ("train.epochs=1", f"train.batch_size={case.batch}", f"card={card}", "tracking=none")
+    fixed = ("train.epochs=1", f"train.batch_size={case.batch}", f"gpu={gpu}", "tracking=none")
     place = (f"device.name={device}", f"device.threads={1 if device == 'cpu' else 4}")
     return load(compose(NETWORKS[case.network], *VARIANTS[case.variant], *fixed, *place, *more))
 
@@ -70,7 +70,7 @@ def noise(config: Config, pictures: Mapping[str, int]) -> Dataset:
 def noise_batch(config: Config, device: torch.device) -> Batch:
     """One batch of noise on the device."""
     data = noise(config, {"train": int(config.train.batch_size)})
-    return next(data.split("train", device, config.device.resident_limit_mib).batches(len(data.targets)))
+    return next(data.split("train", device, config.device.preload_limit_mib).batches(len(data.targets)))
 
 
 def epoch(config: Config, data: Dataset, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,18 +79,18 @@ def epoch(config: Config, data: Dataset, device: torch.device) -> tuple[dict[str
     What `fit` does, in its order, so what memory.trace foretells; without the loop's progress and its guard,
     who hold scalars alone.
     """
-    limit = config.device.resident_limit_mib
+    limit = config.device.preload_limit_mib
     training, validation = (data.split(name, device, limit) for name in ("train", "validation"))
-    state = fresh_state(config, device)
+    state = init_train_state(config, device)
     start(device)
-    change = Changes(config, 1, len(data.images), device)
+    change = Augmenter(config, 1, len(data.images), device)
     state.model.train()
-    for batch in training.batches(int(config.train.batch_size), training.shuffled(config.seed, 1)):
+    for batch in training.batches(int(config.train.batch_size), training.permutation(config.seed, 1)):
         _kept = train_step(state, change(batch), config)  # lives until the next one, as in fit
     trained = peaks(device)
     start(device)
     evaluate(state.model, validation, config)
-    state.keep_if_better(0.0, 0.0)
+    state.update_best(0.0, 0.0)
     return trained, peaks(device)
 
 
@@ -173,7 +173,7 @@ class ProcessMeter:
         torch.cuda.synchronize(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        used, own = total - free, devices.nvml_bytes(self.device)
+        used, own = total - free, devices.nvml_process_bytes(self.device)
         if own is not None:
             process, by = own, "NVML, this process"
         elif self.free_before is not None and (now := _free_bytes()) is not None:

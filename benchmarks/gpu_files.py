@@ -94,7 +94,7 @@ def check_same_machine(
     if not measured:
         return
     there, here = (
-        f"{about.get('card') or 'no GPU'}, torch {about.get('torch')}{', dry run' if dry else ''}"
+        f"{about.get('gpu') or 'no GPU'}, torch {about.get('torch')}{', dry run' if dry else ''}"
         for about, dry in ((session["machine"], session.get("dry_run", False)), (machine, dry_run))
     )
     if there != here:

@@ -10,7 +10,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from captcha_exp.memory.allocator import CachingAllocator, Event, OutOfMemory, replay
+from captcha_exp.memory.allocator import (
+    CachingAllocator,
+    MemoryEvent,
+    SimulatedOutOfMemoryError,
+    replay_events,
+)
 from captcha_exp.memory.blocks import Block
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -57,20 +62,20 @@ def compacted(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"events": events, "segments": segments, "addresses": addresses, "marks": marks}
 
 
-def entries_of_model(phases: Iterable[Iterable[Event]]) -> Iterator[dict[str, Any]]:
+def entries_of_model(phases: Iterable[Iterable[MemoryEvent]]) -> Iterator[dict[str, Any]]:
     """What torch would record of these phases if its allocator were our model, a snapshot after each."""
     allocator, live, reserved = CachingAllocator(), dict[int, Block](), 0
     for phase in phases:
         for event in phase:
             if event.requested_bytes is None:
-                block = live[event.tensor]
+                block = live[event.tensor_id]
                 if block.size_bytes:
                     yield {"action": "free_requested", "addr": block.address, "size": block.requested_bytes}
                     yield {"action": "free_completed", "addr": block.address, "size": block.requested_bytes}
-                replay([event], allocator, live)
+                replay_events([event], allocator, live)
                 continue
-            replay([event], allocator, live)
-            block, now = live[event.tensor], allocator.usage.reserved_bytes
+            replay_events([event], allocator, live)
+            block, now = live[event.tensor_id], allocator.usage.reserved_bytes
             if now > reserved:
                 yield {"action": "segment_alloc", "addr": block.address, "size": now - reserved}
                 reserved = now
@@ -103,7 +108,7 @@ def replayed(recording: Mapping[str, Any]) -> dict[str, Any]:
     theirs, first_other = 0, None
     known = 0
     for place, (kind, tensor, *size) in enumerate(recording["events"]):
-        replay([Event(tensor, size[0] if kind > 0 else None)], allocator, live)
+        replay_events([MemoryEvent(tensor, size[0] if kind > 0 else None)], allocator, live)
         until = bisect_left(places, place + 1)
         theirs += sum(bytes_ for _, bytes_ in segments[known:until])
         known = until
@@ -123,7 +128,7 @@ def recording_mistakes(recording: Mapping[str, Any], most: float = 0.01) -> list
     """What is wrong with a recording, or with our model of it; nothing where all is well."""
     try:
         found = replayed(recording)
-    except (OutOfMemory, KeyError, ValueError) as error:
+    except (SimulatedOutOfMemoryError, KeyError, ValueError) as error:
         return [f"the events cannot be played: {type(error).__name__}: {error}"]
     mistakes = []
     for what in ("allocated", "reserved"):
@@ -198,7 +203,7 @@ def card_of(session: Mapping[str, Any]) -> str | None:
 
     None without a GPU, without predictions, and for a GPU that nothing was predicted for.
     """
-    device = session["machine"].get("card")
+    device = session["machine"].get("gpu")
     predicted = (session["parts"].get("predictions", {}).get("figures") or {}).get("plans", {})
     if not device:
         return None
@@ -279,11 +284,11 @@ def failed_tests(parts: Parts) -> list[str]:
 
 def summary(session: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return how good the plans are and how our loop compares with the article's; None without a GPU."""
-    if not session["machine"].get("card"):
+    if not session["machine"].get("gpu"):
         return None
     parts = session["parts"]
     return {
-        "card": session["machine"]["card"],
+        "gpu": session["machine"]["gpu"],
         "card_file": card_of(session),
         **plan_errors(judged(session)),
         "traces": traces(parts),

@@ -34,9 +34,9 @@ from gpu_predictions import LARGEST_PICTURES, Pictures
 
 from captcha_exp.config import Config
 from captcha_exp.memory import replay as plays
-from captcha_exp.memory.allocator import CachingAllocator, replay
+from captcha_exp.memory.allocator import CachingAllocator, replay_events
 from captcha_exp.memory.trace import trace
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 
 # -- workspaces ----------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def workspaces(cap: str, batch: int, steps: int, device: str) -> dict[str, Any]:
         for deterministic in ("true", "false"):
             more = f"train.deterministic={deterministic}"
             config = config_of(Case(network, "fp32", batch), device, more)
-            devices.set_up(config)
+            devices.setup_device(config)
             name = f"{network}-{'deterministic' if deterministic == 'true' else 'tried'}"
             cases[name] = _beyond_tensors(config, steps, place)
             clear(place)
@@ -81,11 +81,11 @@ def _beyond_tensors(config: Config, steps: int, device: torch.device) -> dict[st
 def _tensors_alone(config: Config, pictures: Pictures) -> list[dict[str, float]]:
     """The peaks of the first steps that the trace and the model of the allocator give, without workspaces."""
     traced = trace(config, int(config.train.batch_size), pictures)
-    allocator, found = CachingAllocator(expandable=plays.expandable_segments()), []
+    allocator, found = CachingAllocator(expandable=plays.uses_expandable_segments()), []
     live: dict[int, Any] = {}
     for phase in traced.phases:
         allocator.reset_peaks()
-        usage = replay(traced.events[phase.begin : phase.end], allocator, live)
+        usage = replay_events(traced.events[phase.begin : phase.end], allocator, live)
         if phase.name.startswith("epoch 1: step"):
             requested, allocated = usage.requested_bytes / MIB, usage.allocated_bytes / MIB
             found.append({"requested_mib": requested, "allocated_mib": allocated})
@@ -97,10 +97,10 @@ def _three_steps(
 ) -> tuple[list[dict[str, Any]], float]:
     """The peaks of each of the first three steps; the median seconds of `steps` more."""
     data, found = noise(config, pictures), []
-    limit = config.device.resident_limit_mib
+    limit = config.device.preload_limit_mib
     training, validation = (data.split(name, device, limit) for name in ("train", "validation"))
-    state = fresh_state(config, device)
-    batches = training.batches(int(config.train.batch_size), training.shuffled(config.seed, 1))
+    state = init_train_state(config, device)
+    batches = training.batches(int(config.train.batch_size), training.permutation(config.seed, 1))
     state.model.train()
     for _ in range(3):
         start(device)
@@ -142,7 +142,7 @@ def largest(who: str, budget_mib: int, first: int, most: int, tries: int, device
 
     found, refused = search(runs, first, most, tries)
     after = meter.now()["context_mib"]  # more than before, if larger batches loaded other kernels
-    figures = {"who": who, "budget_mib": budget_mib, "largest": found, "refused": refused, "tries": seen}
+    figures = {"who": who, "budget_mib": budget_mib, "largest": found, "rejected": refused, "tries": seen}
     return figures | {"context_mib": context_mib, "context_after_mib": after}
 
 
@@ -184,6 +184,6 @@ def _our_run(variant: str, batch: int, device: torch.device) -> None:
     """An epoch of three steps and an evaluation of ours."""
     name: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     config = config_of(Case("resnet18", variant, batch), name, SENT)
-    devices.set_up(config)
+    devices.setup_device(config)
     validation = LARGEST_PICTURES["validation"] if name == "cuda" else 2
     epoch(config, noise(config, {"train": 3 * batch, "validation": validation}), device)

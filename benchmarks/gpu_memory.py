@@ -30,12 +30,18 @@ from gpu_judging import compacted, entries_of_model, replayed
 from captcha_exp.config import Config
 from captcha_exp.memory import gpu_probe
 from captcha_exp.memory import replay as plays
-from captcha_exp.memory.allocator import CachingAllocator, replay
-from captcha_exp.memory.gpu_profile import Readings, Round, Stage, Transient, readings_to_json
+from captcha_exp.memory.allocator import CachingAllocator, replay_events
+from captcha_exp.memory.gpu_profile import (
+    ConvWorkspace,
+    GpuMeasurements,
+    MemoryStage,
+    TimingRound,
+    measurements_to_json,
+)
 from captcha_exp.memory.trace import Trace, trace
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.console import NullDisplay
 
 Pictures = Mapping[str, int]
 MOST_ENTRIES = 200_000  # of a recording; two steps take some thousand
@@ -53,11 +59,11 @@ def plan(case: Case, pictures: Pictures, budgets: Sequence[int], device: str) ->
     place = torch.device(device)
     meter = ProcessMeter(place)
     config = config_of(case, device)
-    devices.set_up(config)
+    devices.setup_device(config)
     data = noise(config, pictures)
     began = time.perf_counter()
     training, evaluation = epoch(config, data, place)
-    figures: dict[str, Any] = {"case": list(case), "pictures": dict(pictures)}
+    figures: dict[str, Any] = {"case": list(case), "images": dict(pictures)}
     figures |= {"training": training, "evaluation": evaluation, "seconds": time.perf_counter() - began}
     figures |= meter.now()
     if place.type != "cuda":
@@ -95,25 +101,25 @@ def calibration(batches: Mapping[str, int], device: str) -> dict[str, Any]:
     """
     place = torch.device(device)
     if place.type == "cpu":
-        return readings_to_json(_made_up())
+        return measurements_to_json(_made_up())
     free = ProcessMeter(place).free_before_mib  # before this process takes any of it
     configs = [config_of(Case(network, "fp32", batches[network]), device) for network in NETWORKS]
-    return readings_to_json(gpu_probe.measure(configs, place, free, Silent()))
+    return measurements_to_json(gpu_probe.measure(configs, place, free, NullDisplay()))
 
 
-def _made_up() -> Readings:
+def _made_up() -> GpuMeasurements:
     """Return readings of no GPU."""
-    return Readings(
+    return GpuMeasurements(
         name="no GPU, a dry run",
         totals_mib=(4000.0, 4000.0),
         free_before_mib=3990.0,
-        stages=tuple(Stage(after, 400.0, 100.0, 390.0) for after in ("one", "two", "three")),
+        stages=tuple(MemoryStage(after, 400.0, 100.0, 390.0) for after in ("one", "two", "three")),
         smallest=2,
         cublas_mib=16.0,
         cublas_config=":4096:8",
-        transients=(Transient("resnet18", "fp32", 16, 64.0),),
+        transients=(ConvWorkspace("resnet18", "fp32", 16, 64.0),),
         deterministic=True,
-        rounds=(Round("resnet18", 100, {"fp32": 0.2, "bf16": 0.1}),),
+        rounds=(TimingRound("resnet18", 100, {"fp32": 0.2, "bf16": 0.1}),),
     )
 
 
@@ -126,7 +132,7 @@ def context(network: str, variant: str, batch: int, device: str) -> dict[str, An
     place = torch.device(device)
     meter = ProcessMeter(place)
     config = config_of(Case(network, variant, batch), device)
-    devices.set_up(config)
+    devices.setup_device(config)
     stages: list[dict[str, Any]] = []
 
     def stage(name: str, act: Callable[[], object]) -> None:
@@ -138,7 +144,10 @@ def context(network: str, variant: str, batch: int, device: str) -> dict[str, An
         stages.append({"stage": name, "kept_mib": kept, "reserved_mib": reserved_mib(place), **now})
 
     stage("CUDA starts", lambda: torch.zeros(1, device=place))
-    stage("training step", lambda: train_step(fresh_state(config, place), noise_batch(config, place), config))
+    stage(
+        "training step",
+        lambda: train_step(init_train_state(config, place), noise_batch(config, place), config),
+    )
     data = noise(config, {"train": batch, "validation": batch})
     stage("epoch", lambda: epoch(config, data, place))
     return {"network": network, "variant": variant, "batch": batch, "stages": stages}
@@ -154,11 +163,11 @@ def allocator_trace(network: str, batch: int, steps: int, device: str) -> dict[s
     """
     place = torch.device(device)
     config = config_of(Case(network, "fp32", batch), device)
-    devices.set_up(config)
+    devices.setup_device(config)
     pictures = {"train": steps * batch, "validation": batch}
     traced = trace(config, batch, pictures)  # of tensors alone: what is above it are workspaces
     found = _recorded(config, pictures, place) if place.type == "cuda" else _modelled(traced)
-    found |= {"network": network, "batch": batch, "pictures": pictures}
+    found |= {"network": network, "batch": batch, "images": pictures}
     seen = ("train split", "validation split", "state", "epoch 1: s")
     found["traced_bytes"] = max(phase.peak_bytes for phase in traced.phases if phase.name.startswith(seen))
     return found | {"replayed": replayed(found)}
@@ -172,11 +181,11 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
     record = torch.cuda.memory._record_memory_history
     record(enabled="all", context=None, stacks="python", max_entries=MOST_ENTRIES)  # no frames: quick, small
     names = ["state"]
-    splits = [data.split(name, device, config.device.resident_limit_mib) for name in pictures]
-    state = fresh_state(config, device)
+    splits = [data.split(name, device, config.device.preload_limit_mib) for name in pictures]
+    state = init_train_state(config, device)
     torch.cuda.memory._snapshot()  # leaves a mark among the entries
     state.model.train()
-    order = splits[0].shuffled(config.seed, 1)
+    order = splits[0].permutation(config.seed, 1)
     for number, batch in enumerate(splits[0].batches(int(config.train.batch_size), order), 1):
         _kept = train_step(state, batch, config)  # lives until the next one
         torch.cuda.synchronize(device)
@@ -188,8 +197,8 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
     traces = snapshot["device_traces"]
     entries = traces[torch.cuda.current_device()]
     return {
-        "from": "card",
-        "expandable_segments": plays.expandable_segments(),
+        "from": "gpu",
+        "expandable_segments": plays.uses_expandable_segments(),
         "entries": len(entries),
         "reserved_before_bytes": before,
         "mark_names": names,
@@ -204,7 +213,7 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
 
 def _modelled(traced: Trace) -> dict[str, Any]:
     allocator = CachingAllocator()
-    usage = replay(traced.events, allocator, {})
+    usage = replay_events(traced.events, allocator, {})
     phases = [traced.events[phase.begin : phase.end] for phase in traced.phases]
     entries = list(entries_of_model(phases))
     return {

@@ -138,7 +138,7 @@ class Numbers:
             "predictions": Part(gpu_predictions.predictions, predicted, 600, 0)
         }  # made before, elsewhere
         for case, pictures in cases:
-            arguments: dict[str, Any] = {"case": case, "pictures": pictures, "budgets": budgets, **device}
+            arguments: dict[str, Any] = {"case": case, "images": pictures, "budgets": budgets, **device}
             parts[f"plan-{case.name}"] = Part(gpu_memory.plan, arguments, 40, START + 2)
         for network in NETWORKS:
             arguments = {"network": network, "batch": 8 if dry else 100, "steps": 2, **device}

@@ -14,8 +14,8 @@ import torch
 from gpu_cases import SENT, Case, code_sha256, config_of
 
 from captcha_exp.config import Config
-from captcha_exp.memory.plan import Planner, Shared
-from captcha_exp.runtime.paths import conf
+from captcha_exp.memory.plan import Planner, PlannerCache
+from captcha_exp.runtime.paths import conf_dir
 
 Pictures = Mapping[str, int]
 LARGEST_PICTURES = {"train": 12_288, "validation": 250}
@@ -24,7 +24,7 @@ ARTICLE_CARD = "gtx1650"  # the card file whose figures predict the largest batc
 
 def cards() -> list[str]:
     """Return the card files that plans are predicted with."""
-    return [name for name in ("h100", "h200") if (conf() / "card" / f"{name}.yaml").is_file()]
+    return [name for name in ("h100", "h200") if (conf_dir() / "gpu" / f"{name}.yaml").is_file()]
 
 
 def predictions(
@@ -69,15 +69,15 @@ def predict_case(
     case = Case(*case)
     shared, found = _shared(case, pictures), {}
     for card in cards:
-        config = config_of(case, "cuda", card=card)
-        plan = Planner(config, pictures, shared=shared).at(case.batch)
+        config = config_of(case, "cuda", gpu=card)
+        plan = Planner(config, pictures, cache=shared).plan_for(case.batch)
         verdicts = {
-            str(budget): Planner(_budgeted(config, budget), pictures, shared=shared).at(case.batch).fits
+            str(budget): Planner(_budgeted(config, budget), pictures, cache=shared).plan_for(case.batch).fits
             for budget in budgets
         }
         found[card] = {
             "case": list(case),
-            "pictures": dict(pictures),
+            "images": dict(pictures),
             "plan": plan.to_json(),
             "verdicts": verdicts,
         }
@@ -89,14 +89,14 @@ def predict_largest(variant: str, budget_mib: int, cards: Sequence[str]) -> dict
     case = Case("resnet18", variant, 100)
     shared, found = _shared(case, LARGEST_PICTURES, SENT), {}
     for card in cards:
-        config = _budgeted(config_of(case, "cuda", SENT, card=card), budget_mib)
-        found[card] = Planner(config, LARGEST_PICTURES, shared=shared).largest_batch() or None
+        config = _budgeted(config_of(case, "cuda", SENT, gpu=card), budget_mib)
+        found[card] = Planner(config, LARGEST_PICTURES, cache=shared).max_batch_size() or None
     return found
 
 
-def _shared(case: Case, pictures: Pictures, *more: str) -> Shared:
+def _shared(case: Case, pictures: Pictures, *more: str) -> PlannerCache:
     """Return the traces of a case: neither card nor budget changes what a training allocates."""
-    return Shared(config_of(case, "cuda", *more), pictures)
+    return PlannerCache(config_of(case, "cuda", *more), pictures)
 
 
 def _budgeted(config: Config, budget_mib: int) -> Config:

@@ -4,7 +4,7 @@ The session's process imports torch and the package once and forks one child per
 only if its parent never did, and a fork copies one thread only: `reason_not_to_fork` checks both. Where
 forking is not possible, each part is started as a new Python process, which imports everything again.
 
-`benchmarks/forking.py` serves another purpose: it runs the command line with its own interruptions.
+`benchmarks/fork_server.py` serves another purpose: it runs the command line with its own interruptions.
 """
 
 import contextlib

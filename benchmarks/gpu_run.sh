@@ -79,7 +79,7 @@ for name, part in parts:
     done += error is None
     print(f"{name:34} {part.get('wall_seconds', 0):8.1f}  {error or 'done'}")
 machine = session.get("machine") or {}
-print(f"{done} of {len(parts)} parts have figures; {machine.get('card') or 'no GPU'}, torch {machine.get('torch')}")
+print(f"{done} of {len(parts)} parts have figures; {machine.get('gpu') or 'no GPU'}, torch {machine.get('torch')}")
 PY
 }
 

@@ -224,7 +224,7 @@ def run_session(arguments: argparse.Namespace, work: Path) -> int:
     if "error" in asked:
         raise Refused(asked["error"].strip().splitlines()[-1])
     about = asked["figures"]
-    kind = "dry-run" if arguments.dry_run else (about["card"] or "predictions").lower().replace(" ", "-")
+    kind = "dry-run" if arguments.dry_run else (about["gpu"] or "predictions").lower().replace(" ", "-")
     out = arguments.out or HERE / "results" / f"{about['date']}-{kind}.json"
     if before is None and out.exists():
         before = read_session(out)
@@ -280,7 +280,7 @@ def _measure_and_report(
         "benchmark": BENCHMARK,
         "file": out.name,
         "call": number,
-        "card": session["machine"]["card"],
+        "gpu": session["machine"]["gpu"],
         "seconds": round(time.perf_counter() - BEGAN, 1),
         "part_seconds": {name: done[name]["wall_seconds"] for name in names if name not in skipped},
         "missing": missing,

@@ -20,7 +20,7 @@ from gpu_cases import (
 )
 
 from captcha_exp.config import Config
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 
 
@@ -28,7 +28,7 @@ def speed(network: str, variant: str, most: int, seconds: float, device: str) ->
     """Pictures per second and peaks of memory against the batch, which doubles from 8 on until none fits."""
     place = torch.device(device)
     config = config_of(Case(network, variant, 8), device)
-    devices.set_up(config)
+    devices.setup_device(config)
     rows: list[dict[str, Any]] = []
     size = 8
     while size <= most:
@@ -37,7 +37,7 @@ def speed(network: str, variant: str, most: int, seconds: float, device: str) ->
 
         def measure(config: Config = sized, row: dict[str, Any] = row) -> None:
             start(place)
-            row["pictures_per_second"] = _pictures_per_second(config, seconds, place)
+            row["images_per_second"] = _pictures_per_second(config, seconds, place)
             row.update(peaks(place))
 
         reason = attempt(measure, place)
@@ -50,7 +50,7 @@ def speed(network: str, variant: str, most: int, seconds: float, device: str) ->
 
 def _pictures_per_second(config: Config, seconds: float, device: torch.device) -> float:
     """Of training steps on one batch, after three that are not counted."""
-    state, batch = fresh_state(config, device), noise_batch(config, device)
+    state, batch = init_train_state(config, device), noise_batch(config, device)
     state.model.train()
     for _ in range(1 if device.type == "cpu" else 3):
         train_step(state, batch, config)
@@ -61,7 +61,7 @@ def _pictures_per_second(config: Config, seconds: float, device: torch.device) -
             train_step(state, batch, config)
             steps += 1
         wait(device)
-    return steps * len(batch.rows) / (time.perf_counter() - began)
+    return steps * len(batch.indices) / (time.perf_counter() - began)
 
 
 def matrix_products(size: int, seconds: float, device: str) -> dict[str, float]:
@@ -93,8 +93,8 @@ def determinism(deterministic: bool, batches: dict[str, int], steps: int, device
     for network in NETWORKS:
         more = f"train.deterministic={str(deterministic).lower()}"
         config = config_of(Case(network, "fp32", batches[network]), device, more)
-        devices.set_up(config)
-        state, batch = fresh_state(config, place), noise_batch(config, place)
+        devices.setup_device(config)
+        state, batch = init_train_state(config, place), noise_batch(config, place)
         state.model.train()
 
         def step(config: Config = config, state: Any = state, batch: Any = batch) -> object:
@@ -116,8 +116,8 @@ def graphs(batches: dict[str, int], variants: Sequence[str], steps: int, device:
     for network, batch_size in batches.items():
         for variant in variants:
             config = config_of(Case(network, variant, batch_size), device)
-            devices.set_up(config)
-            state, batch = fresh_state(config, place), noise_batch(config, place)
+            devices.setup_device(config)
+            state, batch = init_train_state(config, place), noise_batch(config, place)
             state.model.train()
             for group in state.optimizer.param_groups:
                 group["capturable"] = True

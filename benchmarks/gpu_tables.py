@@ -51,7 +51,7 @@ def _plans(session: Mapping[str, Any]) -> str:
         lines.append(f"| {row['name']} | {shares} | {row['allocated_outside']:+.2%} | {false} |")
     lines += [
         "",
-        f"{found['plans']} plans with the figures of card={card_of(session)}: error of the middle of the"
+        f"{found['plans']} plans with the figures of gpu={card_of(session)}: error of the middle of the"
         f" process bounds, median {found['process_error_median']:.1%}, worst"
         f" {found['process_error_worst']:.1%}; outside of the bounds {found['process_outside']} times, worst"
         f" {found['process_outside_worst']:+.1%}; worst"
@@ -84,7 +84,7 @@ def _largest(parts: Parts) -> str:
             variant = name.removeprefix("largest-")
             said = {card: batches[variant] for card, batches in predicted.items() if variant in batches}
             words = ", ".join(f"{card} {batch if batch else 'none'}" for card, batch in said.items())
-            refused = figures["refused"] or "not found"
+            refused = figures["rejected"] or "not found"
             lines.append(f"| {name} | {figures['largest']} | {refused} | {words} |")
     head = ["| | largest batch that ran | one that did not | predicted to fit |", "|---|---|---|---|"]
     return "\n".join([*head, *lines]) if lines else ""

@@ -39,7 +39,7 @@ def machine(device: str) -> dict[str, Any]:
         SystemExit: a GPU is asked for and torch finds none.
     """
     found: dict[str, Any] = {
-        "card": None,
+        "gpu": None,
         "card_mib": None,
         "compute_capability": None,
         "driver": None,
@@ -54,11 +54,11 @@ def machine(device: str) -> dict[str, Any]:
         return found
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA GPU here; --dry-run runs every part on the CPU")
-    card = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     return found | {
-        "card": card.name,
-        "card_mib": card.total_memory // 2**20,
-        "compute_capability": f"{card.major}.{card.minor}",
+        "gpu": gpu.name,
+        "card_mib": gpu.total_memory // 2**20,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
         "driver": devices.driver_version(),
     }
 
@@ -66,10 +66,10 @@ def machine(device: str) -> dict[str, Any]:
 def doctor(device: str) -> list[dict[str, Any]]:
     """Return what `captcha-exp doctor` finds."""
     from captcha_exp import compose, load
-    from captcha_exp.doctor import findings, gather
+    from captcha_exp.doctor import collect_info, run_checks
 
     config = load(compose(f"device.name={device}"))
-    return [asdict(finding) for finding in findings(gather(config))]
+    return [asdict(finding) for finding in run_checks(collect_info(config))]
 
 
 # -- the tests of the GPU ------------------------------------------------------------------------------------
@@ -137,8 +137,8 @@ def article_loop(device: str, shards: int, shard: int, epochs: int) -> dict[str,
     with _work() as folder:
         work = Path(folder, f"shards-{shards}-{shard}")
         if not work.exists():  # another part of this call may have prepared them
-            draw_files(Path(folder, "pictures"), shards * shard)
-            loop.prepare(Path(folder, "pictures"), Path(folder, "draft"), shard=shard)
+            draw_files(Path(folder, "images"), shards * shard)
+            loop.prepare(Path(folder, "images"), Path(folder, "draft"), shard=shard)
             Path(folder, "draft").rename(work)
         figures = loop.measure(work, torch.device(device), epochs=epochs)
     figures["seconds_per_1000"] = figures["seconds_per_shard"] * 1000 / shard
@@ -189,9 +189,9 @@ def ours(
         result = train(
             load(compose(*overrides, *places, f"data.cache={folder}/cache", "tracking=none", *more))
         )
-        lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+        lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line)["metrics"] for line in lines]
-        tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]
+        tried = json.loads((result.run_dir / "environment.json").read_text())["precisions_tried"]
     rows = [row for row in rows if "speed/epoch_seconds" in row][1:]
     return {
         "precision": result.config.device.precision,

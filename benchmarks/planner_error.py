@@ -36,7 +36,7 @@ def _sentence(name: str, found: Mapping[str, Any]) -> str:
     median, worst = found["process_error_median"], found["process_error_worst"]
     fits, allocated = found["false_fits"], abs(found["allocated_error_worst"])
     return (
-        f"{found['card']}, {found['plans']} trainings: the middle of the predicted bounds is off the "
+        f"{found['gpu']}, {found['plans']} trainings: the middle of the predicted bounds is off the "
         f"measured process peak by {median:.1%} (median) and {worst:.1%} (worst), "
         f"{fits or 'no'} false *fits*, allocated bytes at most {allocated:.1%} outside the bounds "
         f"(benchmarks/results/{name})."

@@ -8,7 +8,7 @@ plans. A plan and a step of a small batch come before those that count.
     python benchmarks/planning.py [--experiment article] [--sizes 25 50 100 200 400 800] [--runs 5]
 
 With `--cards all` (or a list) instead: wall-clock and processor seconds of the whole process
-`captcha-exp plan --card all experiment=article train.batch_size=100 --json`, the median of the runs and the
+`captcha-exp plan --gpu all experiment=article train.batch_size=100 --json`, the median of the runs and the
 smallest, and the number of GPUs.
 
     python benchmarks/planning.py --cards all [--config-dir DIR] [--runs 5]
@@ -27,9 +27,9 @@ import torch
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
-from captcha_exp.data.dataset import noise
+from captcha_exp.data.dataset import random_batch
 from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.step import init_train_state, train_step
 
 WARM_UP = 8  # pictures in a batch
 PICTURES = {"train": 80_000, "validation": 10_000, "test": 10_000}
@@ -44,12 +44,12 @@ def seconds(call: Callable[..., object], *arguments: object) -> float:
 
 def planned(config: Config, size: int) -> Plan:
     """The plan of a batch size, by a planner that knows no other."""
-    return Planner(config, PICTURES).at(size)
+    return Planner(config, PICTURES).plan_for(size)
 
 
 def cards(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the time of plans for several GPUs, each run a process of its own."""
-    command = [sys.executable, "-m", "captcha_exp", "plan", "--json", "--card", arguments.cards]
+    command = [sys.executable, "-m", "captcha_exp", "plan", "--json", "--gpu", arguments.cards]
     command += [f"experiment={arguments.experiment}", "train.batch_size=100"]
     if arguments.config_dir:
         command += ["--config-dir", arguments.config_dir]
@@ -66,7 +66,7 @@ def cards(arguments: argparse.Namespace) -> dict[str, object]:
         "benchmark": "planning --cards",
         "experiment": arguments.experiment,
         "runs": arguments.runs,
-        "gpus": len(json.loads(done.stdout)["cards"]),
+        "gpus": len(json.loads(done.stdout)["gpus"]),
         "seconds": round(statistics.median(wall), 2),
         "min_seconds": round(min(wall), 2),
         "processor_seconds": round(statistics.median(processor), 2),
@@ -91,14 +91,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cpu")
     chosen = (f"experiment={arguments.experiment}", "device.name=cpu", "device.precision=fp32")
-    config = load(compose(*chosen, "card=gtx1650"))
+    config = load(compose(*chosen, "gpu=gtx1650"))
     first = seconds(planned, config, WARM_UP)
-    state = fresh_state(config, device)
-    train_step(state, noise(config, WARM_UP, device), config)
+    state = init_train_state(config, device)
+    train_step(state, random_batch(config, WARM_UP, device), config)
     sizes = []
     for size in arguments.sizes:
         plans = [seconds(planned, config, size) for _ in range(arguments.runs)]
-        step = seconds(train_step, state, noise(config, size, device), config)
+        step = seconds(train_step, state, random_batch(config, size, device), config)
         sizes.append(
             {
                 "size": size,

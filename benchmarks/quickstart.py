@@ -35,8 +35,8 @@ def train(what: list[str], seed: int) -> dict[str, Any]:
         )
         seconds = time.perf_counter() - began
         result: dict[str, Any] = json.loads(done.stdout)
-        test = json.loads((Path(result["folder"]) / "test.json").read_text())
-    return {**result, "right": test["right"], "pictures": test["pictures"], "wall_seconds": seconds}
+        test = json.loads((Path(result["run_dir"]) / "test.json").read_text())
+    return {**result, "correct": test["correct"], "images": test["images"], "wall_seconds": seconds}
 
 
 def main() -> None:
@@ -61,8 +61,8 @@ def main() -> None:
                 "seeds": arguments.seeds,
                 "test_accuracy": [round(accuracy, 4) for accuracy in accuracies],
                 "mean_test_accuracy": round(statistics.mean(accuracies), 4),
-                "right": sum(result["right"] for result in results),
-                "pictures": sum(result["pictures"] for result in results),
+                "correct": sum(result["correct"] for result in results),
+                "images": sum(result["images"] for result in results),
                 "wall_seconds": [round(result["wall_seconds"], 1) for result in results],
                 "process_peak_mib": round(max(result["process_peak_mib"] for result in results)),
             }

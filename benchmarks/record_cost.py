@@ -27,12 +27,12 @@ from captcha_exp.config import Config, resolve
 from captcha_exp.data import dataset as datasets
 from captcha_exp.model import state
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.model.weights import weights_sha256, weights_to_bytes
-from captcha_exp.runtime.console import Silent
-from captcha_exp.runtime.device import set_up, this_machine
+from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.device import detect_machine, setup_device
 from captcha_exp.runtime.files import sha256_of
-from captcha_exp.runtime.paths import root
+from captcha_exp.runtime.paths import root_dir
 
 HASHED_BYTES = 64 * 2**20  # of a file that is hashed over and over; the cache file is taken for so many of it
 RESAMPLES = 2000
@@ -44,15 +44,15 @@ class Steps:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        device = set_up(config)
-        self._batch = datasets.noise(config, int(config.train.batch_size), device)
-        self.state: TrainState = fresh_state(config, device)
+        device = setup_device(config)
+        self._batch = datasets.random_batch(config, int(config.train.batch_size), device)
+        self.state: TrainState = init_train_state(config, device)
         for deterministic in (True, False):
             self.seconds(deterministic, 3)  # loads kernels
 
     def seconds(self, deterministic: bool, steps: int) -> float:
         """Of one step, the mean of a block."""
-        set_up(replace(self._config, train=replace(self._config.train, deterministic=deterministic)))
+        setup_device(replace(self._config, train=replace(self._config.train, deterministic=deterministic)))
         began = time.perf_counter()
         for _ in range(steps):
             loss = train_step(self.state, self._batch, self._config).loss
@@ -84,14 +84,14 @@ def percent(shares: Sequence[float]) -> list[float]:
 
 def measured(config: Config, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     """The shares of an epoch, and what they are made of."""
-    counts = datasets.outline(config, Silent()).counts
+    counts = datasets.inspect_dataset(config, NullDisplay()).split_sizes
     per_epoch = -(-counts["train"] // int(config.train.batch_size))
     steps = Steps(config)
     pairs = []
     for number in range(arguments.pairs):
         order = (True, False) if number % 2 else (False, True)
         pairs.append({which: steps.seconds(which, arguments.steps) for which in order})
-    steps.state.keep_if_better(0.5, 1.0)
+    steps.state.update_best(0.5, 1.0)
     saves = seconds_of(lambda: state.save(folder / "checkpoint", steps.state), arguments.saves)
     block = folder / "block"
     block.write_bytes(os.urandom(HASHED_BYTES))
@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="in a block")
     parser.add_argument("--saves", type=int, default=20)
     arguments = parser.parse_args()
-    config = resolve(load(compose(f"experiment={arguments.experiment}")), this_machine())
+    config = resolve(load(compose(f"experiment={arguments.experiment}")), detect_machine())
     # Not in /tmp, which may be memory, where the disk is never waited for.
-    with tempfile.TemporaryDirectory(dir=root(), prefix=".record_cost-") as folder:
+    with tempfile.TemporaryDirectory(dir=root_dir(), prefix=".record_cost-") as folder:
         figures = measured(config, arguments, Path(folder))
     about = {"experiment": arguments.experiment, "threads": torch.get_num_threads(), "pairs": arguments.pairs}
     print(json.dumps({"benchmark": "record_cost", **about, **figures}))

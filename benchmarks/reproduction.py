@@ -48,7 +48,7 @@ EDITS: Mapping[str, tuple[str, Any]] = {  # difference -> key of config.yaml, an
     "precision": ("device.precision", "bf16"),
     "split": ("data.split_seed", 1),
     "learning rate": ("train.learning_rate", 0.02),
-    "augmentation": ("augment.shift", 0.1),
+    "augmentation": ("augment.translate", 0.1),
     "threads": ("device.threads", 1),
 }
 
@@ -82,7 +82,7 @@ class Bench:
 
     def train(self, *overrides: str) -> Path:
         """The folder of a new run; of a sweep, the folder of its first point."""
-        folder = Path(self.command("train", *overrides)["folder"])
+        folder = Path(self.command("train", *overrides)["run_dir"])
         if (folder / "sweep.json").exists():
             return sorted(path.parent for path in folder.glob("*/run.json"))[0]
         return folder
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(1, repeats + 1):
             made = bench.command("reproduce", str(small))
             clean += bench.check(f"clean repeat {number}", made, made["sentence"] == "identical")
-        there = bench.place / "pictures"
+        there = bench.place / "images"
         _pictures(there)
         pictured = bench.train(*OF_A_FOLDER, f"data.path={there}", "tracking=none")
         seen = planted(bench, small, pictured, there)

@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 
 from captcha_exp import compose, load
 from captcha_exp.cli import main
-from captcha_exp.config import CaptchaLibrary, Config
+from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
-from captcha_exp.memory.interval import Between
+from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.training import sanity
 
 TINY = (
@@ -63,7 +63,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Heard(Silent):
+class Heard(NullDisplay):
     """A display that remembers what it was told."""
 
     def __init__(self) -> None:
@@ -77,9 +77,9 @@ class Heard(Silent):
         self.warnings.append(text)
 
 
-def drawn(config: Config) -> CaptchaLibrary:
+def drawn(config: Config) -> CaptchaLibraryConfig:
     """The data of a config whose pictures the package `captcha` draws."""
-    assert isinstance(config.data, CaptchaLibrary)
+    assert isinstance(config.data, CaptchaLibraryConfig)
     return config.data
 
 
@@ -97,13 +97,13 @@ def batch_of(config: Config, count: int = 8) -> Batch:
     return Batch(images, targets, torch.arange(count))
 
 
-def guarding(config: Config, batch: Batch) -> sanity.Guard:
+def guarding(config: Config, batch: Batch) -> sanity.SanityChecker:
     """A guard of a training on this one batch, that is to have nothing to tell."""
 
     def tell(trouble: str) -> None:
         raise AssertionError(trouble)
 
-    return sanity.Guard(Split(*batch, CPU), ["01"] * len(batch.rows), config, tell)
+    return sanity.SanityChecker(Split(*batch, CPU), ["01"] * len(batch.indices), config, tell)
 
 
 @pytest.fixture
@@ -118,13 +118,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that plans no memory, for who watches what a training calls: a plan calls the same."""
-    some = Between(1.0, 2.0)
+    some = MiBRange(1.0, 2.0)
     planned = Plan(
         batch_size=1,
         tensors_mib=1.0,
         state_mib=0.5,
         activations_mib=0.5,
-        pictures_mib=0.0,
+        images_mib=0.0,
         workspace_mib=some,
         training=Peak(some, some),
         evaluation=Peak(some, some),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import captcha_exp
-from captcha_exp.runtime.paths import conf
+from captcha_exp.runtime.paths import conf_dir
 
 ROOT = Path(captcha_exp.__file__).parents[1]
 
@@ -105,7 +105,7 @@ def test_the_code_keeps_the_rule(rule: Rule, sources: Sources) -> None:
     assert rule(sources) == []
 
 
-@pytest.mark.parametrize("path", sorted(conf().rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda path: path.stem)
 def test_no_file_of_conf_names_code(path: Path) -> None:
     scalars = {token.value for token in yaml.scan(path.read_text()) if isinstance(token, yaml.ScalarToken)}
     assert scalars & (FORBIDDEN | {"_args_", "_partial_", "_recursive_"}) == set()

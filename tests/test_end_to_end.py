@@ -84,8 +84,8 @@ def test_evaluate_says_what_training_said(trained: tuple[Path, str]) -> None:
     (recorded,) = (root / "outputs").glob("*/*/test.json")
 
     assert done.returncode == 0, done.stderr
-    assert said | {"folder": "", "split": ""} == json.loads(recorded.read_text()) | {
-        "folder": "",
+    assert said | {"run_dir": "", "split": ""} == json.loads(recorded.read_text()) | {
+        "run_dir": "",
         "split": "",
     }
     told = run(root, "-m", "captcha_exp", "evaluate", "latest", "--split", "validation")
@@ -106,7 +106,7 @@ def test_data_draws_and_shows(root: Path) -> None:
     said = json.loads(done.stdout)
 
     assert done.returncode == 0, done.stderr
-    assert said["pictures"] == 300
+    assert said["images"] == 300
     assert sum(said["splits"].values()) == 300
     assert Path(said["sheet"]).is_file()
 

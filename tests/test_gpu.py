@@ -17,26 +17,26 @@ from conftest import TINY, batch_of, drawn, training
 from PIL import Image
 
 from captcha_exp import compose, load
-from captcha_exp.config import Augment, Config, Precision, ResNet18, to_dict
+from captcha_exp.config import AugmentConfig, Config, Precision, ResNet18Config, to_dict
 from captcha_exp.data import dataset
-from captcha_exp.data.augment import NUMBERS, Changes, augment, table
+from captcha_exp.data.augment import NUM_PARAMS, Augmenter, augment, sample_params
 from captcha_exp.data.dataset import Split
-from captcha_exp.doctor import findings, gather
+from captcha_exp.doctor import collect_info, run_checks
 from captcha_exp.model.evaluate import evaluate_run
-from captcha_exp.model.predict import Reader
-from captcha_exp.model.step import fresh_state, train_step
-from captcha_exp.runs import find, new_folder
-from captcha_exp.runtime.console import Silent
-from captcha_exp.runtime.device import half_precisions, hold_to_budget, set_up
-from captcha_exp.sweep.supervisor import Order, train_until_it_fits
+from captcha_exp.model.predict import Predictor
+from captcha_exp.model.step import init_train_state, train_step
+from captcha_exp.runs import find_run, make_run_dir
+from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.device import half_precisions, set_memory_limit, setup_device
+from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
 from captcha_exp.training import autotune
-from captcha_exp.training.oom import OutOfMemory
+from captcha_exp.training.oom import TrainingOutOfMemoryError
 from captcha_exp.training.train import train
 
 pytestmark = pytest.mark.gpu
 
 FORMS = {"shift": 0.1, "scale": 0.2, "rotate": 10.0, "slant": 10.0, "warp": 0.05}
-CHANGED = Augment(**FORMS, colour=0.3, invert=0.5, ramp=0.0)
+CHANGED = AugmentConfig(**FORMS, color_jitter=0.3, invert_p=0.5, warmup_fraction=0.0)
 
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
@@ -60,8 +60,8 @@ def on_the_card(config: Config, **values: Any) -> Config:
 
 def training_split(config: Config) -> Split:
     """The pictures that a config trains on, where it has them."""
-    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
-    return data.split("train", torch.device(config.device.name), config.device.resident_limit_mib)
+    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
+    return data.split("train", torch.device(config.device.name), config.device.preload_limit_mib)
 
 
 # -- a training ----------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def training_split(config: Config) -> Split:
 def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
     result = train(cuda)
     rows = [
-        json.loads(line)["metrics"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)["metrics"] for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()
     ]
 
     for row in rows[:2]:
@@ -84,20 +84,22 @@ def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
 @pytest.mark.parametrize("model", ["compact", "resnet18"])
 def test_what_a_plan_says_is_what_the_card_measures(cuda: Config, model: str) -> None:
     """With all that a small run leaves to fragments and workspaces, the bounds hold what was measured."""
-    chosen = cuda if model == "compact" else replace(cuda, model=ResNet18(name="resnet18", head="position"))
+    chosen = (
+        cuda if model == "compact" else replace(cuda, model=ResNet18Config(name="resnet18", head="position"))
+    )
     result = train(chosen)
-    lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+    lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(lines[-1])["metrics"]
 
     for phase in ("train", "eval"):
         assert abs(metrics[f"memory/{phase}_peak_allocated_error"]) <= 0.01
     assert metrics["memory/process_peak_error"] >= -0.02  # never too little
-    assert json.loads((result.folder / "memory.json").read_text())["fits"] == "fits"
+    assert json.loads((result.run_dir / "memory.json").read_text())["fits"] == "fits"
 
 
 LEVERS: list[dict[str, Any]] = [
-    {"optimizer_kernel": "foreach"},
-    {"optimizer_kernel": "loop"},
+    {"optimizer_impl": "foreach"},
+    {"optimizer_impl": "for_loop"},
     {"activation_checkpointing": True, "micro_batch_size": 16},
 ]
 
@@ -107,11 +109,11 @@ def test_a_training_that_spares_memory_never_waits_and_repeats(
     cuda: Config, levers: dict[str, Any], no_waiting: None
 ) -> None:
     config = replace(cuda, train=replace(cuda.train, **levers))
-    device = set_up(config)
-    batch = dataset.noise(config, 64, device)
+    device = setup_device(config)
+    batch = dataset.random_batch(config, 64, device)
     losses = []
     for _ in range(2):
-        state = fresh_state(config, device)
+        state = init_train_state(config, device)
         train_step(state, batch, config)  # kernels are loaded
         torch.cuda.set_sync_debug_mode("error")
         steps = [train_step(state, batch, config) for _ in range(3)]
@@ -121,15 +123,15 @@ def test_a_training_that_spares_memory_never_waits_and_repeats(
 
 
 def test_the_best_weights_take_nothing_of_the_card(cuda: Config) -> None:
-    state = fresh_state(cuda, set_up(cuda))
+    state = init_train_state(cuda, setup_device(cuda))
     before = torch.cuda.memory_allocated()
-    assert state.keep_if_better(1.0, 0.0)
+    assert state.update_best(1.0, 0.0)
     assert torch.cuda.memory_allocated() == before
 
 
 def test_auto_takes_a_batch_size_that_fits_and_writes_down_what_it_saw(cuda: Config) -> None:
     result = train(replace(cuda, train=replace(cuda.train, batch_size="auto")))
-    tried = json.loads((result.folder / "environment.json").read_text())["batch_sizes_tried"]
+    tried = json.loads((result.run_dir / "environment.json").read_text())["batch_sizes_tried"]
 
     assert result.config.train.batch_size in [row["batch_size"] for row in tried if row["fits"]]
 
@@ -140,14 +142,14 @@ def test_the_same_bits_twice_and_whether_the_pictures_live_on_the_card_or_not(
     cuda: Config, precision: Precision
 ) -> None:
     config = on_the_card(cuda, precision=precision)
-    sent = on_the_card(config, resident_limit_mib=0)
+    sent = on_the_card(config, preload_limit_mib=0)
 
     assert len({train(each).weights_sha256 for each in (config, config, sent)}) == 1
 
 
 def test_changed_pictures_too_give_the_same_bits_wherever_they_live(cuda: Config) -> None:
     config = replace(cuda, augment=CHANGED)
-    sent = on_the_card(config, resident_limit_mib=0)
+    sent = on_the_card(config, preload_limit_mib=0)
     digests = [train(each).weights_sha256 for each in (config, config, sent)]
 
     assert len(set(digests)) == 1
@@ -155,19 +157,19 @@ def test_changed_pictures_too_give_the_same_bits_wherever_they_live(cuda: Config
 
 
 @pytest.mark.gpu_quick
-@pytest.mark.parametrize("resident_limit_mib", [512, 0], ids=["resident", "sent"])
+@pytest.mark.parametrize("preload_limit_mib", [512, 0], ids=["resident", "sent"])
 @each_precision
 def test_a_step_never_waits_for_the_card(
-    cuda: Config, precision: Precision, resident_limit_mib: int, no_waiting: None
+    cuda: Config, precision: Precision, preload_limit_mib: int, no_waiting: None
 ) -> None:
     """Nor does the change of its pictures, nor their way to the card."""
-    config = on_the_card(cuda, precision=precision, resident_limit_mib=resident_limit_mib)
+    config = on_the_card(cuda, precision=precision, preload_limit_mib=preload_limit_mib)
     config = replace(config, augment=CHANGED)
-    device = set_up(config)
+    device = setup_device(config)
     split = training_split(config)
-    order = split.shuffled(0, 1)
-    change = Changes(config, 1, drawn(config).count, device)
-    state = fresh_state(config, device)
+    order = split.permutation(0, 1)
+    change = Augmenter(config, 1, drawn(config).count, device)
+    state = init_train_state(config, device)
     for batch in split.batches(64, order):  # the first steps load kernels and make room, which may wait
         train_step(state, change(batch), config)
 
@@ -175,7 +177,7 @@ def test_a_step_never_waits_for_the_card(
     for batch in split.batches(64, order):
         step = train_step(state, change(batch), config)
     torch.cuda.set_sync_debug_mode("default")
-    assert not bool(step.broken)
+    assert not bool(step.diverged)
 
 
 # -- 16 bits -------------------------------------------------------------------------------------------------
@@ -184,49 +186,49 @@ def test_a_step_never_waits_for_the_card(
 @pytest.mark.gpu_quick
 def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(cuda: Config) -> None:
     result = train(on_the_card(cuda, precision="auto"))
-    tried = json.loads((result.folder / "environment.json").read_text())["precisions_tried"]
+    tried = json.loads((result.run_dir / "environment.json").read_text())["precisions_tried"]
 
     plain = tried[0]
     assert [row["precision"] for row in tried] == ["fp32", *half_precisions(torch.device("cuda"))]
     assert (plain["finite"], plain["cosine"]) == (True, 1.0)
-    enough = plain["step_seconds"] / autotune.LEAST_GAIN
-    right = [row for row in tried[1:] if row["finite"] and row["cosine"] >= autotune.LEAST_COSINE]
+    enough = plain["step_seconds"] / autotune.MIN_SPEEDUP
+    right = [row for row in tried[1:] if row["finite"] and row["cosine"] >= autotune.MIN_COSINE]
     good = [row for row in right if row["step_seconds"] <= enough]
     best = min(good, key=lambda row: float(row["step_seconds"]), default=plain)
     assert result.config.device.precision == best["precision"]
-    assert f"precision: {best['precision']}" in (result.folder / "config.yaml").read_text()
+    assert f"precision: {best['precision']}" in (result.run_dir / "config.yaml").read_text()
 
 
 @pytest.mark.gpu_quick
 def test_16_bits_point_where_32_do_on_every_card_since_ampere(cuda: Config) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("older cards may have no right 16 bits; auto finds out")
-    _, tried = autotune.precision(on_the_card(cuda, precision="auto"), Silent())
+    _, tried = autotune.choose_precision(on_the_card(cuda, precision="auto"), NullDisplay())
 
     assert [row["precision"] for row in tried] == ["fp32", "bf16", "fp16"]
     for row in tried:
         assert row["finite"], row
         assert isinstance(row["cosine"], float)
-        assert row["cosine"] >= autotune.LEAST_COSINE, row
+        assert row["cosine"] >= autotune.MIN_COSINE, row
 
 
 def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None:
     """A power of two, as high as it began or some halvings below, and far from the floor."""
     config = on_the_card(training(cuda, label_smoothing=0.0, learning_rate=0.01), precision="fp16")
-    device = set_up(config)
+    device = setup_device(config)
     batch = batch_of(config, 32)
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
-    state = fresh_state(config, device)
+    state = init_train_state(config, device)
     steps = [train_step(state, batch, config) for _ in range(60)]
 
     losses = [float(step.loss) for step in steps]
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.5 * losses[0]
-    assert not any(bool(step.broken) for step in steps)
+    assert not any(bool(step.diverged) for step in steps)
     assert state.loss_scale is not None
     factor = float(state.loss_scale.factor)
     halvings = sum(not bool(step.finite) for step in steps)
-    assert factor == state.loss_scale.FIRST / 2**halvings
+    assert factor == state.loss_scale.INIT_SCALE / 2**halvings
     assert halvings <= 8
     assert all(bool(weight.isfinite().all()) for weight in state.model.state_dict().values())
 
@@ -235,7 +237,7 @@ def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None
 @each_precision
 def test_a_training_in_any_precision_has_finite_figures(cuda: Config, precision: Precision) -> None:
     result = train(on_the_card(cuda, precision=precision))
-    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
 
     assert len(rows) == 3
     assert all(math.isfinite(value) for row in rows for value in row["metrics"].values())
@@ -251,8 +253,8 @@ def test_the_card_changes_pictures_as_the_cpu_does_to_one_of_255(cuda: Config, c
     generator = torch.Generator().manual_seed(0)
     shape = (200, 24, 56, channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    draws = table(0, 1, 200)
-    assert draws.shape == (200, NUMBERS)
+    draws = sample_params(0, 1, 200)
+    assert draws.shape == (200, NUM_PARAMS)
 
     here = augment(images, draws, CHANGED)
     there = augment(images.to(cuda.device.name), draws.to(cuda.device.name), CHANGED)
@@ -278,12 +280,12 @@ def unlimited() -> Iterator[None]:
 def test_what_a_budget_leaves_can_be_taken_to_the_last_block_and_no_more(
     cuda: Config, unlimited: None
 ) -> None:
-    context = replace(cuda.card.context_mib, least=0.0, most=800.0)
-    config = on_the_card(replace(cuda, card=replace(cuda.card, context_mib=context)), vram_budget_mib=1000)
-    device = set_up(config)
+    context = replace(cuda.gpu.context_mib, min=0.0, max=800.0)
+    config = on_the_card(replace(cuda, gpu=replace(cuda.gpu, context_mib=context)), vram_budget_mib=1000)
+    device = setup_device(config)
     left = 200 * 2**20 - torch.cuda.memory_reserved(device)  # what other tests have left is taken, too
     assert left > 64 * 2**20
-    hold_to_budget(config, device)
+    set_memory_limit(config, device)
 
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(left + 2**21, dtype=torch.uint8, device=device)
@@ -294,18 +296,18 @@ def test_what_a_budget_leaves_can_be_taken_to_the_last_block_and_no_more(
 def too_little(cuda: Config) -> Config:
     """A config with more than it may take: wide pictures, all at once, and room for the context and little
     more."""
-    card = replace(cuda.card, context_mib=replace(cuda.card.context_mib, least=300.0, most=600.0))
-    wide = replace(cuda, card=card, captcha=replace(cuda.captcha, width=1024, height=64))
-    return on_the_card(training(wide, batch_size=150), vram_budget_mib=640, resident_limit_mib=0)
+    card = replace(cuda.gpu, context_mib=replace(cuda.gpu.context_mib, min=300.0, max=600.0))
+    wide = replace(cuda, gpu=card, captcha=replace(cuda.captcha, width=1024, height=64))
+    return on_the_card(training(wide, batch_size=150), vram_budget_mib=640, preload_limit_mib=0)
 
 
 @pytest.mark.gpu_quick
 def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Config) -> None:
     with pytest.raises(
-        OutOfMemory, match=r"out of memory in .+ MiB taken at most, .+ MiB foretold"
+        TrainingOutOfMemoryError, match=r"out of memory in .+ MiB taken at most, .+ MiB foretold"
     ) as caught:
         train(training(too_little(cuda), on_oom="record"))
-    state = json.loads((find("latest") / "run.json").read_text())
+    state = json.loads((find_run("latest") / "run.json").read_text())
 
     assert caught.value.exit_code == 0
     assert (state["status"], state["tags"]) == ("FINISHED", {"oom": "true"})
@@ -313,8 +315,8 @@ def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Co
 
 
 def test_with_split_the_parts_get_smaller_until_they_fit(cuda: Config, root: Path) -> None:
-    config = training(too_little(cuda), on_oom="split", evaluation_batch_size=4)
-    folder = train_until_it_fits(Order(config, {}), lambda each: nullcontext(new_folder(each.name)))
+    config = training(too_little(cuda), on_oom="split", eval_batch_size=4)
+    folder = train_with_oom_retry(TrainJob(config, {}), lambda each: nullcontext(make_run_dir(each.name)))
     state = json.loads((folder / "run.json").read_text())
     micro = load(folder / "config.yaml").train.micro_batch_size
 
@@ -358,18 +360,18 @@ def test_calibrate_writes_a_card_that_a_training_can_choose(root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     told = json.loads(done.stdout)
-    card = load(compose("card=mine", config_dir=str(root))).card
-    assert to_dict(card) == told["card"]
-    assert Path(told["path"]) == root / "card/mine.yaml"
+    gpu = load(compose("gpu=mine", config_dir=str(root))).gpu
+    assert to_dict(gpu) == told["gpu"]
+    assert Path(told["path"]) == root / "gpu/mine.yaml"
     properties = torch.cuda.get_device_properties(0)
-    assert card.name == properties.name
-    assert card.total_mib is not None
-    assert card.total_mib.least <= properties.total_memory / 2**20 <= card.total_mib.most
-    assert 20 < card.context_mib.least < card.context_mib.most < 3000
-    assert 8 <= card.cublas_workspace_mib.most <= 128  # 8.1 or 32 for each of two threads, as torch has it
-    assert card.cudnn_workspace_mib.most < card.total_mib.most
-    for speed in (card.fp16_speed, card.bf16_speed):
-        assert 0 < speed.least <= speed.most < 20
+    assert gpu.name == properties.name
+    assert gpu.total_mib is not None
+    assert gpu.total_mib.min <= properties.total_memory / 2**20 <= gpu.total_mib.max
+    assert 20 < gpu.context_mib.min < gpu.context_mib.max < 3000
+    assert 8 <= gpu.cublas_workspace_mib.max <= 128  # 8.1 or 32 for each of two threads, as torch has it
+    assert gpu.cudnn_workspace_mib.max < gpu.total_mib.max
+    for speed in (gpu.fp16_speedup, gpu.bf16_speedup):
+        assert 0 < speed.min <= speed.max < 20
         assert speed.source.startswith("measured") or properties.major < 8
 
 
@@ -379,17 +381,17 @@ def test_calibrate_writes_a_card_that_a_training_can_choose(root: Path) -> None:
 @each_precision
 def test_predict_answers_as_evaluate(cuda: Config, precision: Precision, tmp_path: Path) -> None:
     """The pictures of the test split as files, in their own size."""
-    folder = train(on_the_card(cuda, precision=precision)).folder
-    evaluation, data = evaluate_run(folder, "test", Silent(), "cuda")
-    files = [tmp_path / f"{row}.png" for row in evaluation.rows]
-    for row, file in zip(evaluation.rows, files, strict=True):
+    folder = train(on_the_card(cuda, precision=precision)).run_dir
+    evaluation, data = evaluate_run(folder, "test", NullDisplay(), "cuda")
+    files = [tmp_path / f"{row}.png" for row in evaluation.indices]
+    for row, file in zip(evaluation.indices, files, strict=True):
         Image.fromarray(data.images[int(row)].numpy()).save(file)
 
-    reader = Reader(folder / "model.safetensors", "cuda", Silent())
-    readings = list(reader.read_all(files, Silent()))
+    reader = Predictor(folder / "model.safetensors", "cuda", NullDisplay())
+    readings = list(reader.predict_all(files, NullDisplay()))
 
     assert reader.device.type == "cuda"
-    assert [reading.picture for reading in readings] == files
+    assert [reading.image for reading in readings] == files
     assert [reading.text for reading in readings] == [
         data.alphabet.decode(ids) for ids in evaluation.predicted
     ]
@@ -400,11 +402,11 @@ def test_predict_answers_as_evaluate(cuda: Config, precision: Precision, tmp_pat
 @pytest.mark.gpu_quick
 def test_what_was_trained_on_the_card_reads_the_same_on_the_cpu(cuda: Config) -> None:
     """In fp32, but for the few pictures on which the network is torn."""
-    folder = train(cuda).folder
-    there, _ = evaluate_run(folder, "test", Silent(), "cuda")
-    here, _ = evaluate_run(folder, "test", Silent(), "cpu")
+    folder = train(cuda).run_dir
+    there, _ = evaluate_run(folder, "test", NullDisplay(), "cuda")
+    here, _ = evaluate_run(folder, "test", NullDisplay(), "cpu")
 
-    assert (there.rows == here.rows).all()
+    assert (there.indices == here.indices).all()
     assert float((there.predicted == here.predicted).mean()) > 0.95
     assert abs(there.loss - here.loss) < 0.01
 
@@ -419,7 +421,7 @@ def test_doctor_names_the_card_its_memory_and_the_driver(cuda: Config) -> None:
     driver = pynvml.nvmlSystemGetDriverVersion()
     pynvml.nvmlShutdown()
     properties = torch.cuda.get_device_properties(0)
-    said = [finding.what for finding in findings(gather(cuda))]
+    said = [finding.message for finding in run_checks(collect_info(cuda))]
 
     assert any(f"NVIDIA driver {driver}" in text for text in said)
     assert any(f"is built for CUDA {torch.version.cuda}" in text for text in said)

@@ -11,49 +11,57 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp import runs
-from captcha_exp.cli.output import console
-from captcha_exp.cli.runs import finite, is_number, is_share, print_whole, tell, tidy, written
+from captcha_exp.cli.output import get_console
+from captcha_exp.cli.runs import (
+    finite_or_none,
+    format_value,
+    is_fraction,
+    is_number,
+    print_stderr,
+    print_table,
+    to_text,
+)
 from captcha_exp.errors import UserError
-from captcha_exp.runs.fields import Facts, config_leaves, dataset_leaves, environment_leaves
-from captcha_exp.runtime.console import shown
+from captcha_exp.runs.fields import RunFields, read_flat_config, read_flat_dataset, read_flat_environment
+from captcha_exp.runtime.console import escape_unprintable
 
-RESULT = ("status", "error", "epochs", "best_epoch", "weights_sha256")
-SECTIONS: dict[str, Callable[[Facts], Mapping[str, Any]]] = {
-    "config": lambda run: config_leaves(run.folder),
-    "environment": lambda run: environment_leaves(run.folder),
-    "dataset": lambda run: dataset_leaves(run.folder),
+RESULT_KEYS = ("status", "error", "epochs", "best_epoch", "weights_sha256")
+SECTIONS: dict[str, Callable[[RunFields], Mapping[str, Any]]] = {
+    "config": lambda run: read_flat_config(run.run_dir),
+    "environment": lambda run: read_flat_environment(run.run_dir),
+    "dataset": lambda run: read_flat_dataset(run.run_dir),
     "metrics": lambda run: run.metrics(),
-    "result": lambda run: {key: run[key] for key in RESULT if key in run},
+    "result": lambda run: {key: run[key] for key in RESULT_KEYS if key in run},
 }
-LACKING = object()  # null is a value
-LONGEST = 100  # characters of a value in a table; --json has all of them
+MISSING = object()  # null is a value
+MAX_VALUE_LENGTH = 100  # characters of a value in a table; --json has all of them
 
 
 @dataclass(frozen=True)
-class Section:
+class DiffSection:
     """One part of two runs, side by side."""
 
     title: str
     first: Mapping[str, Any]
     second: Mapping[str, Any]
-    unread: tuple[str, ...]
+    errors: tuple[str, ...]
     """a line for each run whose file is missing or damaged"""
 
     def keys(self) -> list[str]:
         """Every key that one of them has."""
         return list(dict.fromkeys([*self.first, *self.second]))
 
-    def differing(self) -> list[str]:
+    def differing_keys(self) -> list[str]:
         """The keys whose values are not the same."""
-        return [key for key in self.keys() if not same(*self.pair(key))]
+        return [key for key in self.keys() if not is_equal(*self.values(key))]
 
-    def chosen(self, everything: bool) -> list[str]:
+    def selected_keys(self, show_all: bool) -> list[str]:
         """The keys to tell of: those that differ, or everything; the result is short and always whole."""
-        return self.keys() if everything or self.title == "result" else self.differing()
+        return self.keys() if show_all or self.title == "result" else self.differing_keys()
 
-    def pair(self, key: str) -> tuple[Any, Any]:
+    def values(self, key: str) -> tuple[Any, Any]:
         """The two values; LACKING for that of a run without this key."""
-        return self.first.get(key, LACKING), self.second.get(key, LACKING)
+        return self.first.get(key, MISSING), self.second.get(key, MISSING)
 
 
 def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -65,28 +73,28 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         UserError: one of them is no run.
     """
-    folders = [runs.find(name) for name in arguments.run]
+    folders = [runs.find_run(name) for name in arguments.run]
     first, second = (
-        Facts(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")), tell)
+        RunFields(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")), print_stderr)
         for folder in folders
     )
     values: dict[str, Any] = {}
     for title in SECTIONS:
-        section = side_by_side(title, first, second)
+        section = compare_section(title, first, second)
         if not arguments.json:
-            _tell_section(section, (first.label, second.label), arguments.all)
+            _print_section(section, (first.short_name, second.short_name), arguments.all)
             continue
-        for line in section.unread:
-            tell(line)
+        for line in section.errors:
+            print_stderr(line)
         pairs = {
-            key: [None if value is LACKING else finite(value) for value in section.pair(key)]
-            for key in section.chosen(arguments.all)
+            key: [None if value is MISSING else finite_or_none(value) for value in section.values(key)]
+            for key in section.selected_keys(arguments.all)
         }
-        values[title] = None if section.unread else pairs
+        values[title] = None if section.errors else pairs
     return values if arguments.json else None
 
 
-def side_by_side(title: str, first: Facts, second: Facts) -> Section:
+def compare_section(title: str, first: RunFields, second: RunFields) -> DiffSection:
     """One part of two runs."""
     found: list[Mapping[str, Any]] = []
     unread: list[str] = []
@@ -96,22 +104,22 @@ def side_by_side(title: str, first: Facts, second: Facts) -> Section:
         except UserError as error:
             found.append({})
             unread += error.lines
-    return Section(title, found[0], found[1], tuple(dict.fromkeys(unread)))
+    return DiffSection(title, found[0], found[1], tuple(dict.fromkeys(unread)))
 
 
-def same(first: Any, second: Any) -> bool:
+def is_equal(first: Any, second: Any) -> bool:
     """Whether two values are the same; true is not 1, and what is no number is the same as another such."""
-    if first is LACKING or second is LACKING:
+    if first is MISSING or second is MISSING:
         return first is second
     if is_number(first) and is_number(second):
         return bool(first == second) or (math.isnan(first) and math.isnan(second))
     return json.dumps(first) == json.dumps(second)
 
 
-def _tell_section(section: Section, labels: tuple[str, str], everything: bool) -> None:
-    out = console()
-    differing, keys = section.differing(), section.keys()
-    lines = [shown(line) for line in section.unread]
+def _print_section(section: DiffSection, labels: tuple[str, str], everything: bool) -> None:
+    out = get_console()
+    differing, keys = section.differing_keys(), section.keys()
+    lines = [escape_unprintable(line) for line in section.errors]
     if not lines and not keys:
         lines = ["neither run has any"]
     elif not lines and not differing and not everything:
@@ -124,30 +132,32 @@ def _tell_section(section: Section, labels: tuple[str, str], everything: bool) -
     title = Text.assemble((section.title, "bold not italic"), (f": {counts}", "not italic"))
     table = Table("", title=title, title_justify="left")
     for label in labels:
-        table.add_column(Text(shown(label)))
+        table.add_column(Text(escape_unprintable(label)))
     table.add_column("difference", justify="right")
-    for key in section.chosen(everything):
-        pair = section.pair(key)
-        cells = [_short(key, value, exact=section.title not in ("metrics", "result")) for value in pair]
-        table.add_row(Text(shown(key)), *map(Text, cells), difference(key, *pair))
-    print_whole(table)
+    for key in section.selected_keys(everything):
+        pair = section.values(key)
+        cells = [_format_cell(key, value, exact=section.title not in ("metrics", "result")) for value in pair]
+        table.add_row(Text(escape_unprintable(key)), *map(Text, cells), format_difference(key, *pair))
+    print_table(table)
 
 
-def difference(key: str, first: Any, second: Any) -> str:
+def format_difference(key: str, first: Any, second: Any) -> str:
     """How much the second number is above the first; of shares in points, which are hundredths."""
-    if same(first, second):
+    if is_equal(first, second):
         return "the same"
     if not is_number(first) or not is_number(second) or not math.isfinite(second - first):
         return ""
-    if is_share(key):
+    if is_fraction(key):
         return f"{100 * (second - first):+.3g} points"
     return f"{second - first:+,.1f}" if key.endswith("_mib") else f"{second - first:+.6g}"
 
 
-def _short(key: str, value: Any, exact: bool) -> str:
-    if value is LACKING:
+def _format_cell(key: str, value: Any, exact: bool) -> str:
+    if value is MISSING:
         return "-"
-    text = shown(written(value) if exact else tidy(key, value))
+    text = escape_unprintable(to_text(value) if exact else format_value(key, value))
     if key.endswith("sha256"):
         return text[:12]
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+    return (
+        text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}... ({len(text):,} characters)"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from captcha_exp.cli.hydra_config import Composed, compose_words, groups_of, opened
+from captcha_exp.cli.hydra_config import ComposedConfig, compose_overrides, hydra_loader, list_groups
 from captcha_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 class Grid:
     """The points of a sweep, and how Hydra is to launch them."""
 
-    points: list[tuple[dict[str, str], Composed]]
+    jobs: list[tuple[dict[str, str], ComposedConfig]]
     """swept key -> value as typed, and the config with it"""
-    launching: list[str]
+    launcher_overrides: list[str]
     """overrides for Hydra's launcher alone"""
-    jobs: int
+    n_jobs: int
     """points that run at a time, if there are so many"""
-    asked: frozenset[str]
+    override_keys: frozenset[str]
     """keys of the points that the overrides name; others are of the launcher"""
 
     @property
-    def side_by_side(self) -> int:
+    def parallelism(self) -> int:
         """points that run at a time"""
-        return min(self.jobs, len(self.points))
+        return min(self.n_jobs, len(self.jobs))
 
 
 def compose_grid(overrides: Sequence[str], config_dir: str | None) -> Grid:
@@ -42,29 +42,29 @@ def compose_grid(overrides: Sequence[str], config_dir: str | None) -> Grid:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    with opened(config_dir) as loader:
-        groups = groups_of(loader)
+    with hydra_loader(config_dir) as loader:
+        groups = list_groups(loader)
         axes = _Axes(OverridesParser.create(config_loader=loader), loader.get_group_options("hydra/launcher"))
         for text in overrides:
             axes.add(text)
-        if axes.mistakes:
-            raise ConfigError(*axes.mistakes)
-        _, hydra = compose_words(axes.fixed(), groups, axes.launching)
+        if axes.errors:
+            raise ConfigError(*axes.errors)
+        _, hydra = compose_overrides(axes.fixed_overrides(), groups, axes.launcher_overrides)
         for key, values in (hydra.sweeper.params or {}).items():  # a sweep that a file of conf/ describes
             if key not in axes.values:  # the command line has the last word
                 axes.add(f"{key}={values}")
         if hydra.runtime.choices["hydra/sweeper"] != "basic":
-            axes.mistakes.append(
+            axes.errors.append(
                 f"hydra/sweeper={hydra.runtime.choices['hydra/sweeper']}: chooses points while others run; "
                 "here all are checked and planned before the first one starts: leave it basic"
             )
-        if axes.mistakes:
-            raise ConfigError(*axes.mistakes)
-        points = [(swept, compose_words(words, groups)[0]) for swept, words in axes.points()]
+        if axes.errors:
+            raise ConfigError(*axes.errors)
+        points = [(swept, compose_overrides(words, groups)[0]) for swept, words in axes.expand()]
         # A file of conf/experiment/ may say how to launch; the points that it describes are known by now.
-        chosen = [text for text in axes.fixed() if text.startswith("experiment=")]
-        launching = [*chosen, "hydra.sweeper.params=null", *axes.launching]
-    return Grid(points, launching, _at_a_time(hydra), frozenset(axes.values))
+        chosen = [text for text in axes.fixed_overrides() if text.startswith("experiment=")]
+        launching = [*chosen, "hydra.sweeper.params=null", *axes.launcher_overrides]
+    return Grid(points, launching, _num_parallel(hydra), frozenset(axes.values))
 
 
 @dataclass
@@ -72,11 +72,11 @@ class _Axes:
     """The overrides by key, each with its values; of two for one key the last counts, as for Hydra."""
 
     parser: "OverridesParser"
-    launchers: Sequence[str]
+    available_launchers: Sequence[str]
     values: dict[str, list[str]] = field(default_factory=dict)
     """key -> an override for each value"""
-    launching: list[str] = field(default_factory=list)
-    mistakes: list[str] = field(default_factory=list)
+    launcher_overrides: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     def add(self, text: str) -> None:
         """One override more, or what is wrong with it."""
@@ -89,35 +89,35 @@ class _Axes:
             return
         key = override.key_or_group
         if key == "hydra/launcher" or key.startswith("hydra.launcher."):
-            self._add_launching(text, override)
+            self._add_launcher_override(text, override)
         elif not override.is_sweep_override():
             self.values[key] = [text]
         elif not override.is_discrete_sweep():
-            self.mistakes.append(f"{text}: has no end of values; write them with commas, or range(1,9,2)")
+            self.errors.append(f"{text}: has no end of values; write them with commas, or range(1,9,2)")
         elif key.partition(".")[0] == "tracking":
-            self.mistakes.append(f"{text}: the runs of a sweep stand in one store; write one value")
+            self.errors.append(f"{text}: the runs of a sweep stand in one store; write one value")
         else:
             values = list(override.sweep_string_iterator())
             if double := next((value for value in values if values.count(value) > 1), None):
-                self.mistakes.append(f"{text}: names {double} twice; each point of a sweep runs once")
+                self.errors.append(f"{text}: names {double} twice; each point of a sweep runs once")
             self.values[key] = [f"{override.get_key_element()}={value}" for value in values]
 
-    def _add_launching(self, text: str, override: "Override") -> None:
+    def _add_launcher_override(self, text: str, override: "Override") -> None:
         name = str(override.value())
         if override.is_sweep_override():
-            self.mistakes.append(f"{text}: one sweep has one launcher; write one value")
-        elif override.key_or_group == "hydra/launcher" and name not in self.launchers:
-            known = ", ".join(sorted(self.launchers))
+            self.errors.append(f"{text}: one sweep has one launcher; write one value")
+        elif override.key_or_group == "hydra/launcher" and name not in self.available_launchers:
+            known = ", ".join(sorted(self.available_launchers))
             hint = "; pip install 'captcha-exp[joblib]' brings it" if name == "joblib" else ""
-            self.mistakes.append(f"{text}: is not installed{hint}; here are {known}")
+            self.errors.append(f"{text}: is not installed{hint}; here are {known}")
         else:
-            self.launching.append(text)
+            self.launcher_overrides.append(text)
 
-    def fixed(self) -> list[str]:
+    def fixed_overrides(self) -> list[str]:
         """The overrides that all points have in common."""
         return [texts[0] for texts in self.values.values() if len(texts) == 1]
 
-    def points(self) -> list[tuple[dict[str, str], list[str]]]:
+    def expand(self) -> list[tuple[dict[str, str], list[str]]]:
         """Swept key -> value, and all overrides, of each point."""
         found = []
         for words in itertools.product(*self.values.values()):
@@ -127,7 +127,7 @@ class _Axes:
         return found
 
 
-def _at_a_time(hydra: "DictConfig") -> int:
+def _num_parallel(hydra: "DictConfig") -> int:
     """Points that joblib's launcher runs at a time, counted as joblib does; others run one."""
     jobs = int(hydra.launcher.get("n_jobs", 1))
     return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)

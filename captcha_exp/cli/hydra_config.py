@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Composed:
+class ComposedConfig:
     """A composed config, and what was wrong with the words that asked for it."""
 
     config: "DictConfig"
     choices: dict[str, str]  # conf group -> the file chosen
-    written: dict[str, str]  # key -> value as typed
-    mistakes: list[str]
+    raw_overrides: dict[str, str]  # key -> value as typed
+    errors: list[str]
     multirun: bool = False  # a file of conf/ says that this is a sweep
 
-    def checked(self, machine: "Machine | None") -> "Config":
+    def to_config(self, machine: "Machine | None") -> "Config":
         """The config as dataclasses.
 
         Raises:
@@ -41,9 +41,9 @@ class Composed:
         """
         from captcha_exp.config import load
 
-        mistakes = list(self.mistakes)
+        mistakes = list(self.errors)
         try:
-            config = load(self.config, machine, self.written)
+            config = load(self.config, machine, self.raw_overrides)
         except ConfigError as error:
             mistakes += error.lines
         if mistakes:
@@ -57,42 +57,42 @@ def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
     Raises:
         ConfigError: an override cannot be read or names a file that is not there.
     """
-    composed = compose_checked(list(overrides), config_dir)
-    if composed.mistakes:
-        raise ConfigError(*composed.mistakes)
+    composed = try_compose(list(overrides), config_dir)
+    if composed.errors:
+        raise ConfigError(*composed.errors)
     return composed.config
 
 
-def compose_checked(overrides: Sequence[str], config_dir: str | None) -> Composed:
+def try_compose(overrides: Sequence[str], config_dir: str | None) -> ComposedConfig:
     """The composed config, with the mistakes that only Hydra's grammar and groups can show.
 
     Overrides of values are forced in, so that `load` sees unknown keys too, and reports them with all the
     rest.
     """
-    with opened(config_dir) as loader:
-        return compose_words(overrides, groups_of(loader))[0]
+    with hydra_loader(config_dir) as loader:
+        return compose_overrides(overrides, list_groups(loader))[0]
 
 
-def compose_words(
-    overrides: Sequence[str], groups: dict[str, list[str]], launching: Sequence[str] = ()
-) -> "tuple[Composed, DictConfig]":
+def compose_overrides(
+    overrides: Sequence[str], groups: dict[str, list[str]], launcher_overrides: Sequence[str] = ()
+) -> "tuple[ComposedConfig, DictConfig]":
     """What the overrides describe, in an opened conf/; and Hydra's settings, with those of the launcher."""
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from yaml import YAMLError
 
-    from captcha_exp.config import sealed, with_card
+    from captcha_exp.config import frozen_without, with_gpu
 
     mistakes, accepted, written = [], [], {}
     card_file: Path | None = None
     of_card: dict[str, Any] = {}
     for text in overrides:
         try:
-            override, mistake = _read_override(text, groups)
+            override, mistake = _parse_override(text, groups)
         except HydraException:
-            mistakes.append(_no_override(text))
+            mistakes.append(_format_invalid_override(text))
             continue
-        if override.key_or_group == "card" and str(override.value()).endswith((".yaml", ".yml")):
+        if override.key_or_group == "gpu" and str(override.value()).endswith((".yaml", ".yml")):
             card_file = Path(str(override.value()))
         elif mistake:
             mistakes.append(mistake)
@@ -104,20 +104,20 @@ def compose_words(
             if override.key_or_group.startswith("card."):
                 of_card[override.key_or_group] = override.value()
     try:
-        config = hydra_compose("config", overrides=[*accepted, *launching], return_hydra_config=True)
+        config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
     except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(*mistakes, _one_line(error)) from None
     hydra = config.hydra
     if card_file is not None:
-        config = with_card(config, card_file, of_card)
+        config = with_gpu(config, card_file, of_card)
     choices = {str(g): str(c) for g, c in hydra.runtime.choices.items() if g in groups and c is not None}
     if card_file is not None:
-        choices["card"] = str(card_file)
+        choices["gpu"] = str(card_file)
     multirun = str(hydra.mode).endswith("MULTIRUN")
-    return Composed(sealed(config, without="hydra"), choices, written, mistakes, multirun), hydra
+    return ComposedConfig(frozen_without(config, group="hydra"), choices, written, mistakes, multirun), hydra
 
 
-def overridden(config: "Config", words: Sequence[str], machine: "Machine | None" = None) -> "Config":
+def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machine | None" = None) -> "Config":
     """A saved config with other values in it, checked as a whole. Each word is key=value, in Hydra's grammar.
 
     Raises:
@@ -130,11 +130,11 @@ def overridden(config: "Config", words: Sequence[str], machine: "Machine | None"
     values = to_dict(config)
     mistakes: list[str] = []
     written: dict[str, str] = {}
-    for text in words:
+    for text in overrides:
         try:
-            override, mistake = _read_override(text, {})
+            override, mistake = _parse_override(text, {})
         except HydraException:
-            mistakes.append(_no_override(text))
+            mistakes.append(_format_invalid_override(text))
             continue
         *groups, name = key = override.key_or_group.split(".")
         node: Any = values
@@ -162,21 +162,21 @@ def overridden(config: "Config", words: Sequence[str], machine: "Machine | None"
     return changed
 
 
-def _no_override(text: str) -> str:
+def _format_invalid_override(text: str) -> str:
     return f"{text!r}: is no override; write key=value, with quotes around odd values"
 
 
 @contextlib.contextmanager
-def opened(config_dir: str | None) -> Iterator["ConfigLoader"]:
+def hydra_loader(config_dir: str | None) -> Iterator["ConfigLoader"]:
     """conf/ as Hydra reads it, with another folder beside it."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from captcha_exp.runtime.paths import conf
+    from captcha_exp.runtime.paths import conf_dir
 
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir={config_dir}: there is no such folder")
-    with initialize_config_dir(str(conf()), job_name="captcha-exp", version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), job_name="captcha-exp", version_base="1.3"):
         loader: Any = GlobalHydra.instance().config_loader()
         if config_dir is not None:
             loader.get_search_path().prepend("command-line", f"file://{Path(config_dir).resolve()}")
@@ -184,13 +184,13 @@ def opened(config_dir: str | None) -> Iterator["ConfigLoader"]:
         yield loader
 
 
-def groups_of(loader: Any) -> dict[str, list[str]]:
+def list_groups(loader: Any) -> dict[str, list[str]]:
     """Each group of conf/ with the files to choose from."""
     names = [name for name in loader.list_groups("") if name != "hydra"]
     return {name: sorted(loader.get_group_options(name)) for name in names}
 
 
-def _read_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
+def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
     """The override, and what is wrong with it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -225,39 +225,39 @@ def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = Non
     """Hydra's own command line: it shows, completes or launches; to show and complete it needs no task."""
     import hydra
 
-    from captcha_exp.runtime.paths import conf
+    from captcha_exp.runtime.paths import conf_dir
 
     sys.argv = [sys.argv[0], *argv]
 
     def nothing(config: "DictConfig") -> None:
         del config
 
-    hydra.main(config_path=str(conf()), config_name="config", version_base="1.3")(task or nothing)()
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task or nothing)()
 
 
-def show_config(what: str, overrides: Sequence[str], config_dir: str | None) -> int:
+def show_config(kind: str, overrides: Sequence[str], config_dir: str | None) -> int:
     """`--cfg`: Hydra prints what it composed, checked by nobody."""
-    composed = compose_checked(overrides, config_dir)
-    if composed.mistakes:
-        raise ConfigError(*composed.mistakes)
-    if what == "job":
+    composed = try_compose(overrides, config_dir)
+    if composed.errors:
+        raise ConfigError(*composed.errors)
+    if kind == "job":
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(composed.config), end="")
         return 0
     folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
-    run_hydra([*folder, "--cfg", what, *overrides])
+    run_hydra([*folder, "--cfg", kind, *overrides])
     return 0
 
 
-def complete(argv: list[str], verbs: Iterable[str], composing: Iterable[str]) -> int:
+def complete(argv: list[str], commands: Iterable[str], override_commands: Iterable[str]) -> int:
     """What the shell may put at TAB: verbs by ourselves, groups and keys by Hydra."""
     words = os.environ.get("COMP_LINE", "").split(" ")
     if any(word.startswith("query=") for word in argv):
         if len(words) <= 2:
-            print("\n".join(verb for verb in verbs if verb.startswith(words[-1])))
+            print("\n".join(verb for verb in commands if verb.startswith(words[-1])))
             return 0
-        if words[1] not in composing:
+        if words[1] not in override_commands:
             return 0
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra knows no verbs
     run_hydra(argv)

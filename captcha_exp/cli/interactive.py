@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from captcha_exp.model.predict import Reader, path_named
+from captcha_exp.model.predict import Predictor, expand_path
 
 
-def ask(reader: Reader, as_json: bool) -> None:
+def prompt_loop(predictor: Predictor, as_json: bool) -> None:
     """Answers until the input ends (Ctrl-D); a script may write one path per line into it."""
     at_a_terminal = sys.stdin.isatty()
     if at_a_terminal:
@@ -27,10 +27,10 @@ def ask(reader: Reader, as_json: bool) -> None:
         except UnicodeDecodeError:
             print("this line is no text in this terminal's encoding", file=sys.stderr)
             continue
-        path = path_of(line)
+        path = parse_path(line)
         if path is None:
             continue
-        (reading,) = reader.read([path])
+        (reading,) = predictor.predict([path])
         if as_json:
             print(json.dumps(reading.to_json(), ensure_ascii=False), flush=True)
         elif reading.error:
@@ -39,7 +39,7 @@ def ask(reader: Reader, as_json: bool) -> None:
             print(f"{reading.text}  {reading.confidence:.1%}", flush=True)
 
 
-def path_of(line: str) -> Path | None:
+def parse_path(line: str) -> Path | None:
     """The path that a person typed, pasted or dropped: with quotes, as a file: address, with `~`; or None."""
     text = line.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
@@ -51,4 +51,4 @@ def path_of(line: str) -> Path | None:
         spaced = text.replace("\\ ", " ")  # a shell's way to write a space
         if not os.path.exists(text) and os.path.exists(spaced):  # noqa: PTH110 - pathlib's raises on long names
             text = spaced
-    return path_named(text) if text else None
+    return expand_path(text) if text else None

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from captcha_exp.cli.hydra_config import complete, compose_checked, show_config
+from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
-from captcha_exp.cli.parser import COMPOSING, PROGRAM, VERBS, parser_of
+from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, build_parser
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.shutdown import TimeIsUp
+from captcha_exp.runtime.shutdown import TimeLimitReached
 
 if TYPE_CHECKING:
-    from captcha_exp.config import Card, Machine
+    from captcha_exp.config import GpuSpec, Machine
 
-OUTSIDE = {
+OS_ERROR_HINTS = {
     errno.ENOSPC: "make room and start again",
     errno.EDQUOT: "make room and start again",
     errno.EROFS: "CAPTCHA_EXP_ROOT=FOLDER chooses a folder that can be written to",
@@ -56,16 +56,18 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in OUTSIDE:
+        if error.errno not in OS_ERROR_HINTS:
             raise
-        print(f"{error.filename or PROGRAM}: {error.strerror}; {OUTSIDE[error.errno]}", file=sys.stderr)
+        print(
+            f"{error.filename or PROGRAM}: {error.strerror}; {OS_ERROR_HINTS[error.errno]}", file=sys.stderr
+        )
         sys.exit(1)
 
 
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
-        return complete(argv, VERBS, COMPOSING)
-    parser = parser_of(ACTS)
+        return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
+    parser = build_parser(HANDLERS)
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes the overrides, or conditions, before the first flag alone.
     words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
@@ -83,70 +85,70 @@ def _dispatch(argv: list[str]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
-    from captcha_exp.runtime.console import Terminal
-    from captcha_exp.tracking import close_dead, tracker_of
+    from captcha_exp.runtime.console import RichDisplay
+    from captcha_exp.tracking import close_stale_runs, make_tracker
 
-    display = Terminal()
-    close_dead(display)
+    display = RichDisplay()
+    close_stale_runs(display)
     composed = None
     if not arguments.multirun:
-        composed = compose_checked(arguments.overrides, arguments.config_dir)
+        composed = try_compose(arguments.overrides, arguments.config_dir)
     if composed is None or composed.multirun:
-        from captcha_exp.cli.sweep import train_all
+        from captcha_exp.cli.sweep import train_sweep
 
-        return train_all(arguments, _machine(), display)
+        return train_sweep(arguments, _detect_machine(), display)
     from captcha_exp.cli import resume
     from captcha_exp.training.train import train
 
-    with resume.started(arguments, composed, _machine(), display) as start:
+    with resume.plan_resume(arguments, composed, _detect_machine(), display) as start:
         config = start.requested
         if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
-            from captcha_exp.sweep.supervisor import Order, train_until_it_fits
+            from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
 
-            minutes = config.train.stop_after_minutes  # of all its processes together
+            minutes = config.train.max_minutes  # of all its processes together
             leave_at = None if minutes is None else time.time() + 60 * minutes
-            order = Order(
-                config, start.choices, links=start.links, start_from=start.start_from, leave_at=leave_at
+            order = TrainJob(
+                config, start.choices, lineage=start.lineage, extend_from=start.extend_from, deadline=leave_at
             )
-            folder = train_until_it_fits(order, resume.places(start, arguments.resume, display))
+            folder = train_with_oom_retry(order, resume.run_dir_factory(start, arguments.resume, display))
         else:
-            tracker = tracker_of(config, display, start.choices)
+            tracker = make_tracker(config, display, start.choices)
             folder = train(
-                config, tracker, display, start.folder, links=start.links, start_from=start.start_from
-            ).folder
-    return _tell_training(folder, arguments)
+                config, tracker, display, start.run_dir, lineage=start.lineage, extend_from=start.extend_from
+            ).run_dir
+    return _report_training(folder, arguments)
 
 
-def _tell_training(folder: Path, arguments: argparse.Namespace) -> int:
+def _report_training(folder: Path, arguments: argparse.Namespace) -> int:
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if arguments.json:
-        _print_json({"folder": str(folder), "status": state["status"], **state["result"]})
+        _print_json({"run_dir": str(folder), "status": state["status"], **state["result"]})
     elif state["result"]:
         from captcha_exp.cli import output
 
-        output.of_training(folder, _program())
-    if state["error"] == TimeIsUp.__name__:  # in a process of its own, which cannot say so itself
-        return TimeIsUp.exit_code
+        output.print_training(folder, _program_name())
+    if state["error"] == TimeLimitReached.__name__:  # in a process of its own, which cannot say so itself
+        return TimeLimitReached.exit_code
     return 0 if state["status"] == "FINISHED" else 1
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    config = compose_checked(arguments.overrides, arguments.config_dir).checked(_machine())
+    config = try_compose(arguments.overrides, arguments.config_dir).to_config(_detect_machine())
     from captcha_exp.cli import output
     from captcha_exp.config import resolve
     from captcha_exp.data import dataset
     from captcha_exp.report import figures
-    from captcha_exp.runtime.console import Terminal
-    from captcha_exp.runtime.paths import root
+    from captcha_exp.runtime.console import RichDisplay
+    from captcha_exp.runtime.paths import root_dir
 
-    config, display = resolve(config, _machine()), Terminal()
-    data = dataset.prepare(dataset.outline(config, display), config, display)
-    sheet = root() / config.data.cache / f"{data.manifest['key']}.png"
-    figures.samples(data.images[:30].numpy(), data.labels[:30], sheet)
+    config, display = resolve(config, _detect_machine()), RichDisplay()
+    data = dataset.load_or_build(dataset.inspect_dataset(config, display), config, display)
+    sheet = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
+    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], sheet)
     if arguments.json:
         _print_json({**data.manifest, "sheet": str(sheet)})
     else:
-        output.of_data(data.manifest, sheet)
+        output.print_dataset(data.manifest, sheet)
     return 0
 
 
@@ -157,65 +159,65 @@ def _plan(arguments: argparse.Namespace) -> int:
     _print_values(values)
     if misfits:
         print(f"plan --must-fit: does not fit: {'; '.join(misfits)}", file=sys.stderr)
-        return plan.MISFIT
+        return plan.MISFIT_EXIT_CODE
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import output
     from captcha_exp.model.evaluate import evaluate_run
-    from captcha_exp.runs import find
-    from captcha_exp.runtime.console import Terminal
+    from captcha_exp.runs import find_run
+    from captcha_exp.runtime.console import RichDisplay
 
-    folder = find(arguments.run)
-    evaluation, data = evaluate_run(folder, arguments.split, Terminal(), arguments.device)
+    folder = find_run(arguments.run)
+    evaluation, data = evaluate_run(folder, arguments.split, RichDisplay(), arguments.device)
     if arguments.json:
-        _print_json({"folder": str(folder), "split": arguments.split, **evaluation.summary(data)})
+        _print_json({"run_dir": str(folder), "split": arguments.split, **evaluation.to_json(data)})
     else:
-        output.of_evaluation(evaluation, data, folder, arguments.split)
+        output.print_evaluation(evaluation, data, folder, arguments.split)
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import interactive, output
-    from captcha_exp.model.predict import Reader, files_of, weights_of
-    from captcha_exp.runtime.console import Terminal
+    from captcha_exp.model.predict import Predictor, find_images, resolve_weights
+    from captcha_exp.runtime.console import RichDisplay
 
-    display = Terminal()
-    reader = Reader(weights_of(arguments.run), arguments.device, display)
+    display = RichDisplay()
+    reader = Predictor(resolve_weights(arguments.run), arguments.device, display)
     if not arguments.pictures:
-        interactive.ask(reader, arguments.json)
+        interactive.prompt_loop(reader, arguments.json)
         return 0
-    readings = list(reader.read_all(files_of(arguments.pictures), display))
+    readings = list(reader.predict_all(find_images(arguments.pictures), display))
     if arguments.json:
         _print_json([reading.to_json() for reading in readings])
     else:
-        output.of_readings(readings)
+        output.print_predictions(readings)
     return 1 if any(reading.error for reading in readings) else 0
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import reproduce
-    from captcha_exp.runtime.console import Terminal
-    from captcha_exp.tracking import close_dead
+    from captcha_exp.runtime.console import RichDisplay
+    from captcha_exp.tracking import close_stale_runs
 
-    display = Terminal()
-    close_dead(display)
-    made = reproduce.reproduce(arguments, _machine(), display)
+    display = RichDisplay()
+    close_stale_runs(display)
+    made = reproduce.reproduce(arguments, _detect_machine(), display)
     if arguments.json:
         _print_json(made.to_json())
     else:
-        reproduce.tell(made)
+        reproduce.print_reproduction(made)
     return reproduce.EXIT_CODES[made.verdict]
 
 
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import runs
-    from captcha_exp.runtime.console import Terminal
-    from captcha_exp.tracking import close_dead
+    from captcha_exp.runtime.console import RichDisplay
+    from captcha_exp.tracking import close_stale_runs
 
-    close_dead(Terminal())
-    return _print_values(runs.runs(arguments))
+    close_stale_runs(RichDisplay())
+    return _print_values(runs.list_runs(arguments))
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -225,15 +227,15 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    config = compose_checked(arguments.overrides, arguments.config_dir).checked(None)
-    from captcha_exp.config import Mlflow, resolve
-    from captcha_exp.runtime.console import Terminal
+    config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
+    from captcha_exp.config import MlflowConfig, resolve
+    from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import serve_ui
 
-    tracking = resolve(config, _machine()).tracking
-    if not isinstance(tracking, Mlflow):
+    tracking = resolve(config, _detect_machine()).tracking
+    if not isinstance(tracking, MlflowConfig):
         raise UserError("tracking=none: keeps no MLflow store to show; take tracking=mlflow")
-    serve_ui(tracking, arguments.port, Terminal())
+    serve_ui(tracking, arguments.port, RichDisplay())
     return 0
 
 
@@ -244,61 +246,63 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "force": arguments.force,
         "command": [PROGRAM, *sys.argv[1:]],
     }
-    card, path = (_calibrated if arguments.session is None else _calibrated_from)(arguments, options)
+    card, path = (_calibrate_this_gpu if arguments.session is None else _calibrate_from_session)(
+        arguments, options
+    )
     from captcha_exp.cli import output
     from captcha_exp.config import to_dict
 
     if arguments.json:
-        _print_json({"path": str(path), "card": to_dict(card)})
+        _print_json({"path": str(path), "gpu": to_dict(card)})
     else:
-        output.of_card(card, path, arguments.config_dir)
+        output.print_gpu(card, path, arguments.config_dir)
     return 0
 
 
-def _calibrated(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[Card, Path]":
+def _calibrate_this_gpu(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
     # The article's network and this project's own, on the same pictures; an override goes before.
     asked = {text.partition("=")[0] for text in arguments.overrides}
     words = (("experiment=article",), ("experiment=article", "model=compact"))
     left = (tuple(w for w in several if w.partition("=")[0] not in asked) for several in words)
     configs = [
-        compose_checked([*several, *arguments.overrides], arguments.config_dir).checked(None)
+        try_compose([*several, *arguments.overrides], arguments.config_dir).to_config(None)
         for several in dict.fromkeys(left)
     ]
     from captcha_exp.memory.calibrate import calibrate
-    from captcha_exp.runtime.console import Terminal
+    from captcha_exp.runtime.console import RichDisplay
 
-    return calibrate(configs, _machine(), Terminal(), **options)
+    return calibrate(configs, _detect_machine(), RichDisplay(), **options)
 
 
-def _calibrated_from(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[Card, Path]":
+def _calibrate_from_session(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
     if arguments.overrides:
         raise UserError(
             f"{arguments.overrides[0]}: calibrate --from takes no overrides, "
             "the session says what was measured"
         )
-    known = compose_checked(["card=generic"], arguments.config_dir).checked(None).card
-    from captcha_exp.memory.calibrate import calibrate_from
+    known = try_compose(["gpu=generic"], arguments.config_dir).to_config(None).gpu
+    from captcha_exp.memory.calibrate import calibrate_from_session
 
-    return calibrate_from(Path(arguments.session), known, **options)
+    return calibrate_from_session(Path(arguments.session), known, **options)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     # Checked without the machine: a device that is not here is something to be found, not a refusal.
-    config = compose_checked(arguments.overrides, arguments.config_dir).checked(None)
+    config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
     from dataclasses import asdict
 
     from captcha_exp.cli import output
-    from captcha_exp.doctor import findings, gather
+    from captcha_exp.doctor import collect_info, run_checks
 
-    found = findings(gather(config))
+    found = run_checks(collect_info(config))
     if arguments.json:
         _print_json([asdict(finding) for finding in found])
     else:
-        output.of_findings(found)
+        output.print_findings(found)
     return 1 if any(finding.level == "problem" for finding in found) else 0
 
 
-ACTS = {
+HANDLERS = {
     "train": _train,
     "data": _data,
     "plan": _plan,
@@ -313,10 +317,10 @@ ACTS = {
 }
 
 
-def _machine() -> "Machine":
-    from captcha_exp.runtime.device import this_machine
+def _detect_machine() -> "Machine":
+    from captcha_exp.runtime.device import detect_machine
 
-    return this_machine(best_batch_size=lambda _: 1)  # a training asks anew; nobody else looks at it
+    return detect_machine(best_batch_size=lambda _: 1)  # a training asks anew; nobody else looks at it
 
 
 def _print_values(values: Any) -> int:
@@ -331,7 +335,7 @@ def _print_json(value: Any) -> None:
     print(text.encode("utf-8", "backslashreplace").decode())  # a file name may be no UTF-8
 
 
-def _program() -> str:
+def _program_name() -> str:
     """The command as this person can type it: by name if the shell finds it, else by its path from here."""
     import shutil
 

@@ -6,10 +6,10 @@ from typing import TypeAlias
 
 PROGRAM = "captcha-exp"
 
-Act: TypeAlias = Callable[[argparse.Namespace], int]
+Handler: TypeAlias = Callable[[argparse.Namespace], int]
 """does what a verb is for; gives the exit code"""
 
-VERBS = {
+COMMANDS = {
     "train": "train a recogniser, test it, record it",
     "data": "draw the pictures of a config and show some",
     "plan": "memory of a graphics card that batch sizes need, told without one",
@@ -19,35 +19,35 @@ VERBS = {
     "runs": "list the runs in outputs/, or some of them",
     "diff": "what two runs differ in: config, environment, dataset, metrics",
     "ui": "MLflow's UI on 127.0.0.1, with the right store",
-    "calibrate": "measure the CUDA card of this machine, into a file for card=NAME",
+    "calibrate": "measure the CUDA card of this machine, into a file for gpu=NAME",
     "doctor": "what is wrong with this machine's set-up, and what to do",
 }
-COMPOSING = ("train", "data", "plan", "ui", "calibrate", "doctor")  # the verbs that take overrides
+OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # the verbs that take overrides
 
 
-class _Help(argparse.HelpFormatter):
+class _HelpFormatter(argparse.HelpFormatter):
     """argparse's help, with every verb beside its text: argparse forgets that verbs are indented."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
-        self._action_max_length = 2 * self._indent_increment + max(map(len, VERBS))
+        self._action_max_length = 2 * self._indent_increment + max(map(len, COMMANDS))
 
 
-def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
+def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     """The command line, with what each verb does as `act`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train text-captcha recognisers in PyTorch: configured with Hydra, recorded in MLflow.",
-        formatter_class=_Help,
+        formatter_class=_HelpFormatter,
         epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, json: bool = True) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=VERBS[name], description=VERBS[name], allow_abbrev=False)
-        added.set_defaults(act=acts[name])
-        if name in COMPOSING:
+        added = verbs.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False)
+        added.set_defaults(act=handlers[name])
+        if name in OVERRIDE_COMMANDS:
             what = "experiment=NAME, group=NAME or key=value; see conf/"
             added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
             added.add_argument(
@@ -71,10 +71,10 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     plan = verb("plan")
     plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
     what = (
-        "a file in conf/card/ by its name, or the path of another; card=NAME does the same. NAME,FILE,... or "
-        "all (every file of conf/card/ but generic) prints one row for each GPU"
+        "a file in conf/gpu/ by its name, or the path of another; gpu=NAME does the same. NAME,FILE,... or "
+        "all (every file of conf/gpu/ but generic) prints one row for each GPU"
     )
-    plan.add_argument("--card", metavar="NAME", help=what)
+    plan.add_argument("--gpu", metavar="NAME", help=what)
     what = "exit with code 3 unless the verdict of train.batch_size, or of every --batch-sizes, is fits"
     plan.add_argument("--must-fit", action="store_true", help=what)
     what = "name what makes train.batch_size fit, the cheapest in time first"
@@ -86,16 +86,16 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     evaluate.add_argument("run", metavar="RUN", help=what)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    _of_reproduce(verb("reproduce"))
+    _add_reproduce_arguments(verb("reproduce"))
     predict = verb("predict")
     predict.add_argument("run", metavar="RUN", help=f"{what}, or a .safetensors file of weights")
     what = "a picture, or a folder of them; with none, asks for one after the other"
-    predict.add_argument("pictures", nargs="*", metavar="PICTURE", help=what)
+    predict.add_argument("images", nargs="*", metavar="PICTURE", help=what)
     for reading in (evaluate, predict):
         what = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
         reading.add_argument("--device", default="auto", metavar="NAME", help=what)
-    _of_runs(verb("runs"))
-    _of_diff(verb("diff"))
+    _add_runs_arguments(verb("runs"))
+    _add_diff_arguments(verb("diff"))
     ui = verb("ui", json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
     calibrate = verb("calibrate")
@@ -107,12 +107,12 @@ def parser_of(acts: Mapping[str, Act]) -> argparse.ArgumentParser:
     return parser
 
 
-_RULE = (  # that of record/facts.py
+_METRICS_NOTE = (  # that of record/facts.py
     "train/* and val/* are those of the best epoch, memory/* is the maximum, speed/* the median of the epochs"
 )
 
 
-def _of_runs(parser: argparse.ArgumentParser) -> None:
+def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
     """CONDITION..., --sort, --reverse, --columns and --limit."""
     what = (
         "KEY OP VALUE in one word, OP one of = != > >= < <= ~ (contains): test/accuracy>98%%; all must hold"
@@ -123,10 +123,10 @@ def _of_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reverse", action="store_true", help="the largest first; without --sort the newest")
     parser.add_argument("--columns", metavar="KEY,KEY,...", help="show these keys too")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N")
-    parser.epilog = _RULE
+    parser.epilog = _METRICS_NOTE
 
 
-def _of_reproduce(parser: argparse.ArgumentParser) -> None:
+def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and OVERRIDE..."""
     what = "a run's folder, an MLflow run id (its beginning, or whole where only the store has it), or latest"
     parser.add_argument("run", metavar="RUN", help=what)
@@ -137,9 +137,9 @@ def _of_reproduce(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _of_diff(parser: argparse.ArgumentParser) -> None:
+def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN RUN and --all."""
     what = "a run's folder, the beginning of an MLflow run id, or latest"
     parser.add_argument("run", nargs=2, metavar="RUN", help=what)
     parser.add_argument("--all", action="store_true", help="show what is the same, too")
-    parser.epilog = _RULE
+    parser.epilog = _METRICS_NOTE

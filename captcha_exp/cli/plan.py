@@ -11,74 +11,74 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from captcha_exp.cli import gpu_specs
-from captcha_exp.cli.hydra_config import compose_checked
+from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import fork
 
 if TYPE_CHECKING:
     from captcha_exp.config import Config
 
-MISFIT = 3  # exit code of --must-fit
+MISFIT_EXIT_CODE = 3  # exit code of --must-fit
 
 
 def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
-    names = gpu_specs.names_of(arguments.card, arguments.config_dir) if arguments.card else None
+    names = gpu_specs.parse_gpu_names(arguments.card, arguments.config_dir) if arguments.card else None
     if names is not None and arguments.advise:
         raise UserError(
-            f"plan --advise: works for one GPU, but --card={arguments.card} names several; choose one"
+            f"plan --advise: works for one GPU, but --gpu={arguments.card} names several; choose one"
         )
     with contextlib.ExitStack() as stack:
-        with _without_collector():
+        with _gc_disabled():
             if names is not None:
-                configs = gpu_specs.configs_of(names, arguments.overrides, arguments.config_dir)
+                configs = gpu_specs.compose_configs(names, arguments.overrides, arguments.config_dir)
                 config = next(iter(configs.values()))  # they differ in the GPU alone
             else:
                 # Checked without the machine: what is planned for need not be here.
-                words = [*arguments.overrides, *_card_override(arguments.card)]
-                config = compose_checked(words, arguments.config_dir).checked(None)
-            count = stack.enter_context(_counter(config))
+                words = [*arguments.overrides, *_gpu_override(arguments.card)]
+                config = try_compose(words, arguments.config_dir).to_config(None)
+            count = stack.enter_context(_image_counter(config))
             from captcha_exp.cli import plan_gpus, plan_report
-            from captcha_exp.runtime.console import Terminal
+            from captcha_exp.runtime.console import RichDisplay
         if names is not None:
-            return plan_gpus.run(configs, arguments, count, Terminal())
-        return plan_report.run(config, arguments, count, Terminal())
+            return plan_gpus.run(configs, arguments, count, RichDisplay())
+        return plan_report.run(config, arguments, count, RichDisplay())
 
 
 @contextlib.contextmanager
-def _counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, int]]]:
+def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, int]]]:
     """Yield a function of the resolved config that counts the images of each split.
 
     Drawn images are counted in a child process while this one imports torch, which takes as long. A folder is
     read with progress and warnings, which belong here.
     """
-    from captcha_exp.config import Folder
-    from captcha_exp.data.splits import generated_counts
+    from captcha_exp.config import FolderConfig
+    from captcha_exp.data.splits import generated_split_sizes
 
-    if not isinstance(config.data, Folder):
-        with fork.started(partial(generated_counts, config)) as wait:
+    if not isinstance(config.data, FolderConfig):
+        with fork.run_in_child(partial(generated_split_sizes, config)) as wait:
             yield lambda _: wait()
         return
 
     def count(resolved: "Config") -> dict[str, int]:
         from captcha_exp.data import dataset
-        from captcha_exp.runtime.console import Terminal
+        from captcha_exp.runtime.console import RichDisplay
 
-        return dataset.outline(resolved, Terminal()).counts
+        return dataset.inspect_dataset(resolved, RichDisplay()).split_sizes
 
     yield count
 
 
-def _card_override(card: str | None) -> list[str]:
+def _gpu_override(card: str | None) -> list[str]:
     if not card:
         return []
     # In quotes, as Hydra's grammar sees more than a path in some paths.
     quoted = card.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"card='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"card={card}"]
+    return [f"gpu='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"gpu={card}"]
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
+def _gc_disabled() -> Iterator[None]:
     """Import without the garbage collector, which would traverse all objects of torch to free none."""
     gc.disable()
     try:

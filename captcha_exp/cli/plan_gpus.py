@@ -1,4 +1,4 @@
-"""`captcha-exp plan --card all`: the same batch sizes on several GPUs, a row for each."""
+"""`captcha-exp plan --gpu all`: the same batch sizes on several GPUs, a row for each."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -9,47 +9,47 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from captcha_exp.cli.output import console
+from captcha_exp.cli.output import get_console
 from captcha_exp.cli.plan_report import (
-    COLOURS,
-    check_decidable,
-    micro_batches,
-    misfits_of,
-    planned_on,
-    sizes_of,
+    COLORS,
+    check_must_fit,
+    list_misfits,
+    max_searched_batch_size,
+    parse_batch_sizes,
+    resolve_for_plan,
 )
-from captcha_exp.config import Config, Interval, to_dict
-from captcha_exp.memory.interval import Between
-from captcha_exp.memory.plan import MAX_PASSES, Plan, Planner, Shared, budget
+from captcha_exp.config import Bounds, Config, to_dict
+from captcha_exp.memory.interval import MiBRange
+from captcha_exp.memory.plan import MAX_MICRO_BATCHES, Plan, Planner, PlannerCache, memory_budget
 from captcha_exp.runtime import fork
 from captcha_exp.runtime.console import Display
 
 
-class Row(NamedTuple):
+class GpuRow(NamedTuple):
     """A GPU with its plans."""
 
     name: str  # of its file, or the file
     config: Config
-    memory_mib: Between | None  # what the GPU has in all
+    memory_mib: MiBRange | None  # what the GPU has in all
     plans: list[Plan]
-    largest: int | None  # 0: no batch size fits; None: memory unknown
+    max_batch_size: int | None  # 0: no batch size fits; None: memory unknown
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
             "name": self.name,
-            "card": to_dict(self.config.card),
+            "gpu": to_dict(self.config.gpu),
             "memory_mib": self.memory_mib,
             "budget_mib": self.plans[0].budget_mib,
             "plans": [plan.to_json() for plan in self.plans],
-            "largest_batch": self.largest or None,
+            "max_batch_size": self.max_batch_size or None,
         }
 
 
 def run(
     configs: Mapping[str, Config],
     arguments: argparse.Namespace,
-    count: Callable[[Config], dict[str, int]],
+    count_images: Callable[[Config], dict[str, int]],
     display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit.
@@ -59,20 +59,20 @@ def run(
     first = next(iter(configs.values()))
     wanted = first.train.batch_size
     own = wanted if isinstance(wanted, int) else 64
-    sizes = sizes_of(arguments.batch_sizes or str(own), wanted)
-    resolved = {name: planned_on(config) for name, config in configs.items()}
+    sizes = parse_batch_sizes(arguments.batch_sizes or str(own), wanted)
+    resolved = {name: resolve_for_plan(config) for name, config in configs.items()}
     if arguments.must_fit:
-        unknown = [name for name, config in resolved.items() if budget(config) is None]
-        check_decidable(arguments, wanted, unknown)
+        unknown = [name for name, config in resolved.items() if memory_budget(config) is None]
+        check_must_fit(arguments, wanted, unknown)
     first = next(iter(resolved.values()))
-    pictures = count(first)
+    pictures = count_images(first)
     rows = _rows(resolved, sizes, pictures, display)
     misfits = []
     if arguments.must_fit:
-        misfits = [text for row in rows for text in misfits_of(row.plans, row.config.card.name)]
+        misfits = [text for row in rows for text in list_misfits(row.plans, row.config.gpu.name)]
     if arguments.json:
-        about = {"precision": first.device.precision, "pictures": pictures}
-        return about | {"cards": [row.to_json() for row in rows]}, misfits
+        about = {"precision": first.device.precision, "images": pictures}
+        return about | {"gpus": [row.to_json() for row in rows]}, misfits
     _print_rows(rows, first)
     _print_notes(rows, next(iter(configs.values())), pictures["train"])
     return None, misfits
@@ -80,41 +80,41 @@ def run(
 
 def _rows(
     configs: Mapping[str, Config], sizes: Sequence[int], pictures: Mapping[str, int], display: Display
-) -> list[Row]:
+) -> list[GpuRow]:
     """Return the GPUs with the least memory first, those of unknown memory last."""
-    shared = Shared(next(iter(configs.values())), pictures)
-    planners = {name: Planner(config, pictures, shared=shared) for name, config in configs.items()}
+    shared = PlannerCache(next(iter(configs.values())), pictures)
+    planners = {name: Planner(config, pictures, cache=shared) for name, config in configs.items()}
     names = list(planners)
 
     def largest_batches(of: Sequence[str]) -> dict[str, int | None]:
-        return {name: planners[name].largest_batch() for name in of}
+        return {name: planners[name].max_batch_size() for name in of}
 
     # Each of two processes searches for half of the GPUs, once what both need has been traced.
     others = partial(largest_batches, names[1::2])
-    start = fork.started if shared.traces.calculates() else nullcontext
+    start = fork.run_in_child if shared.traces.can_interpolate() else nullcontext
     plans, largest = {}, dict[str, int | None]()
-    with start(others) as wait, display.bar("planning", len(names)) as bar:
+    with start(others) as wait, display.progress_bar("planning", len(names)) as bar:
         for number, name in enumerate(names):
-            plans[name] = [planners[name].at(size) for size in sizes]
+            plans[name] = [planners[name].plan_for(size) for size in sizes]
             if number % 2 == 0:
                 largest |= largest_batches([name])
             bar.advance(1)
         largest |= wait()
     rows = []
     for name, config in configs.items():
-        total = config.card.total_mib
-        memory_mib = Between(total.least, total.most) if total else None
-        rows.append(Row(name, config, memory_mib, plans[name], largest[name]))
+        total = config.gpu.total_mib
+        memory_mib = MiBRange(total.min, total.max) if total else None
+        rows.append(GpuRow(name, config, memory_mib, plans[name], largest[name]))
     return sorted(rows, key=_by_memory)
 
 
-def _by_memory(row: Row) -> tuple[bool, float, str]:
-    return (row.memory_mib is None, row.memory_mib.most if row.memory_mib else 0, row.config.card.name)
+def _by_memory(row: GpuRow) -> tuple[bool, float, str]:
+    return (row.memory_mib is None, row.memory_mib.max if row.memory_mib else 0, row.config.gpu.name)
 
 
-def _print_rows(rows: Sequence[Row], config: Config) -> None:
+def _print_rows(rows: Sequence[GpuRow], config: Config) -> None:
     """Print a row for each GPU and batch size, and what the columns mean."""
-    out = console()
+    out = get_console()
     out.print(f"{config.name} in {config.device.precision}", markup=False)
     table = Table(
         "GPU", "memory", "batch", "process", "verdict", "largest", title="MiB", title_justify="left"
@@ -126,44 +126,55 @@ def _print_rows(rows: Sequence[Row], config: Config) -> None:
     for row in rows:
         for plan in row.plans:
             table.add_row(
-                Text(row.config.card.name),
+                Text(row.config.gpu.name),
                 str(row.memory_mib or "unknown"),
                 f"{plan.batch_size:,}",
                 str(plan.process_mib),
-                Text(plan.fits or "unknown", COLOURS[plan.fits]),
-                "unknown" if row.largest is None else f"{row.largest:,}" if row.largest else "none",
-                *([f"{_speed(row).least:g} to {_speed(row).most:g}"] if sixteen else []),
+                Text(plan.fits or "unknown", COLORS[plan.fits]),
+                "unknown"
+                if row.max_batch_size is None
+                else f"{row.max_batch_size:,}"
+                if row.max_batch_size
+                else "none",
+                *(
+                    [f"{_low_precision_speed(row).min:g} to {_low_precision_speed(row).max:g}"]
+                    if sixteen
+                    else []
+                ),
             )
     out.print(table)
     if sixteen:
         out.print(f"speed is that of training in {config.device.precision}, times as fast as in fp32")
         for row in rows:
-            if _speed(row).least < 1:
-                out.print(f"{row.config.card.name}: {_speed(row).source}", markup=False)
+            if _low_precision_speed(row).min < 1:
+                out.print(f"{row.config.gpu.name}: {_low_precision_speed(row).source}", markup=False)
     if config.device.vram_budget_mib is not None:
         budget_mib = config.device.vram_budget_mib
         out.print(f"the process may take {budget_mib:,} MiB where a GPU has as much (device.vram_budget_mib)")
     out.print(
         "largest is the largest batch that fits; unsure counts as no; a desktop and other programs may hold "
-        "some of the memory (others_mib in a GPU's file)",
+        "some of the memory (other_processes_mib in a GPU's file)",
         markup=False,
     )
 
 
-def _print_notes(rows: Sequence[Row], asked: Config, train_images: int) -> None:
+def _print_notes(rows: Sequence[GpuRow], asked: Config, train_images: int) -> None:
     """Print what the plans assume that the config leaves open."""
-    out = console()
+    out = get_console()
     if asked.device.precision == "auto":
         out.print("device.precision=auto is planned as fp32, which needs the most memory")
     if asked.train.batch_size == "auto":
         out.print("train.batch_size=auto is planned as the batch sizes above; name others with --batch-sizes")
     if max(plan.batch_size for row in rows for plan in row.plans) > train_images:
         out.print(f"a batch holds no more than the training split has, {train_images:,} images")
-    if 0 < micro_batches(asked) < train_images:
-        out.print(f"largest is searched up to {MAX_PASSES} micro-batches, {micro_batches(asked):,} images")
+    if 0 < max_searched_batch_size(asked) < train_images:
+        out.print(
+            f"largest is searched up to {MAX_MICRO_BATCHES} micro-batches, "
+            f"{max_searched_batch_size(asked):,} images"
+        )
 
 
-def _speed(row: Row) -> Interval:
+def _low_precision_speed(row: GpuRow) -> Bounds:
     """Return how fast this GPU trains in 16 bits, as its file says."""
-    card = row.config.card
-    return card.bf16_speed if row.config.device.precision == "bf16" else card.fp16_speed
+    gpu = row.config.gpu
+    return gpu.bf16_speedup if row.config.device.precision == "bf16" else gpu.fp16_speedup

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from captcha_exp.config.gpu import STRICT, Card
+from captcha_exp.config.gpu import STRICT, GpuSpec
 from captcha_exp.memory.interval import Fits
 
 MiB = Annotated[float, Field(ge=0)]
@@ -17,7 +17,7 @@ Range = tuple[float, float]  # the smallest and the largest value that is possib
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Peak:
+class MemoryPeak:
     """The largest memory use of one kind of work."""
 
     allocated_mib: Range
@@ -27,7 +27,7 @@ class Peak:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class PlanOfGpus:
+class BatchPlan:
     """What a batch size needs, in a comparison of GPUs."""
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -38,13 +38,13 @@ class PlanOfGpus:
     """of these, weights, statistics of batch norms, and optimizer state"""
     activations_mib: MiB
     """of these, everything else at the peak: activations, gradients, the batch"""
-    pictures_mib: MiB
+    images_mib: MiB
     """images that stay on the device for the whole training"""
     workspace_mib: Range
     """memory of cuBLAS and cuDNN in use at one time, at most"""
-    training: Peak
+    training: MemoryPeak
     """peak of the training steps"""
-    evaluation: Peak
+    evaluation: MemoryPeak
     """peak of the evaluations"""
     reserved_mib: Range
     """what torch's allocator takes from the driver over the whole run"""
@@ -57,7 +57,7 @@ class PlanOfGpus:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class PlanOfGpu(PlanOfGpus):
+class TimedBatchPlan(BatchPlan):
     """What a batch size needs on one GPU."""
 
     seconds: Annotated[float, Field(ge=0)]
@@ -74,63 +74,63 @@ class Advice:
     """estimated time of a step; 1: the config without changes"""
     notes: list[str]
     """side effects"""
-    plan: PlanOfGpus
+    plan: BatchPlan
     """the plan with these overrides"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class _Call:
+class _Output:
     precision: Literal["fp32", "bf16", "fp16"]
     """device.precision"""
-    pictures: dict[str, Annotated[int, Field(ge=0)]]
+    images: dict[str, Annotated[int, Field(ge=0)]]
     """images of each split"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class OneGpu(_Call):
+class OneGpuOutput(_Output):
     """Output for one GPU."""
 
-    card: Card
+    gpu: GpuSpec
     """figures of the GPU, each with its source"""
     budget_mib: Range | None
     """memory available to the process; null: unknown"""
-    plans: list[PlanOfGpu]
+    plans: list[TimedBatchPlan]
     """one plan for each batch size, in the order of the call"""
-    largest_batch: Annotated[int, Field(ge=1)] | None
+    max_batch_size: Annotated[int, Field(ge=1)] | None
     """largest batch size that fits; null: none fits, or the available memory is unknown"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Gpu:
+class GpuPlans:
     """A GPU of a comparison."""
 
     name: str
-    """name or path of its file, as given to --card"""
-    card: Card
+    """name or path of its file, as given to --gpu"""
+    gpu: GpuSpec
     """figures of the GPU, each with its source"""
     memory_mib: Range | None
     """memory of the GPU; null: unknown"""
     budget_mib: Range | None
     """memory available to the process; null: unknown"""
-    plans: list[PlanOfGpus]
+    plans: list[BatchPlan]
     """one plan for each batch size, in the order of the call"""
-    largest_batch: Annotated[int, Field(ge=1)] | None
+    max_batch_size: Annotated[int, Field(ge=1)] | None
     """largest batch size that fits; null: none fits, or the available memory is unknown"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SeveralGpus(_Call):
-    """Output of --card all, or of a list."""
+class ManyGpusOutput(_Output):
+    """Output of --gpu all, or of a list."""
 
-    cards: list[Gpu]
+    gpus: list[GpuPlans]
     """the GPUs, by memory and then name"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class AdviceForOneGpu(_Call):
+class AdviceOutput(_Output):
     """Output of --advise."""
 
-    card: Card
+    gpu: GpuSpec
     """figures of the GPU, each with its source"""
     budget_mib: Range
     """memory available to the process"""
@@ -140,8 +140,8 @@ class AdviceForOneGpu(_Call):
     """combinations that fit, the fastest first; none: nothing known makes it fit"""
 
 
-OUTPUT: TypeAdapter[OneGpu | SeveralGpus | AdviceForOneGpu] = TypeAdapter(
-    OneGpu | SeveralGpus | AdviceForOneGpu
+OUTPUT: TypeAdapter[OneGpuOutput | ManyGpusOutput | AdviceOutput] = TypeAdapter(
+    OneGpuOutput | ManyGpusOutput | AdviceOutput
 )
 
 

@@ -10,65 +10,65 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from captcha_exp.cli.output import console
+from captcha_exp.cli.output import get_console
 from captcha_exp.config import Config, resolve, to_dict
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import Advice, advise
-from captcha_exp.memory.interval import Between
-from captcha_exp.memory.plan import MAX_PASSES, Plan, Planner, budget
+from captcha_exp.memory.interval import MiBRange
+from captcha_exp.memory.plan import MAX_MICRO_BATCHES, Plan, Planner, memory_budget
 from captcha_exp.runtime.console import Display
-from captcha_exp.runtime.device import card_total_mib, this_machine
+from captcha_exp.runtime.device import detect_machine, gpu_total_mib
 
-FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
-COLOURS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
+BATCH_SIZE_FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
+COLORS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
 
 
 def run(
     config: Config,
     arguments: argparse.Namespace,
-    count: Callable[[Config], dict[str, int]],
+    count_images: Callable[[Config], dict[str, int]],
     display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
-    wanted, config = config.train.batch_size, planned_on(config)
-    sizes = sizes_of(arguments.batch_sizes, wanted)
-    budget_mib = budget(config, total_mib := card_total_mib(config))
+    wanted, config = config.train.batch_size, resolve_for_plan(config)
+    sizes = parse_batch_sizes(arguments.batch_sizes, wanted)
+    budget_mib = memory_budget(config, total_mib := gpu_total_mib(config))
     if arguments.advise:
-        _check_advisable(arguments, wanted, budget_mib)
+        _check_advise(arguments, wanted, budget_mib)
     if arguments.must_fit:
-        check_decidable(arguments, wanted, [] if budget_mib else [config.card.name])
-    pictures = count(config)
+        check_must_fit(arguments, wanted, [] if budget_mib else [config.gpu.name])
+    pictures = count_images(config)
     about = {
-        "card": to_dict(config.card),
+        "gpu": to_dict(config.gpu),
         "precision": config.device.precision,
-        "pictures": pictures,
+        "images": pictures,
         "budget_mib": budget_mib,
     }
     if arguments.advise:
         found = advise(config, pictures, total_mib, display)
         if arguments.json:
             return about | {"batch_size": wanted, "advice": [each.to_json() for each in found]}, []
-        _tell_advice(found, int(wanted), config, budget_mib)
+        _print_advice(found, int(wanted), config, budget_mib)
         return None, []
     planner = Planner(config, pictures, total_mib)
     plans, seconds = [], []
-    with display.bar("planning", len(sizes)) as bar:
+    with display.progress_bar("planning", len(sizes)) as bar:
         for size in sizes:
             began = time.perf_counter()
-            plans.append(planner.at(size))
+            plans.append(planner.plan_for(size))
             seconds.append(time.perf_counter() - began)
             bar.advance(1)
-    largest = planner.largest_batch()
+    largest = planner.max_batch_size()
     required = plans if arguments.batch_sizes else [plan for plan in plans if plan.batch_size == wanted]
-    misfits = misfits_of(required, config.card.name) if arguments.must_fit else []
+    misfits = list_misfits(required, config.gpu.name) if arguments.must_fit else []
     if arguments.json:
         timed = [plan.to_json() | {"seconds": each} for plan, each in zip(plans, seconds, strict=True)]
-        return about | {"plans": timed, "largest_batch": largest or None}, misfits
-    _tell_plans(plans, largest, config, pictures)
+        return about | {"plans": timed, "max_batch_size": largest or None}, misfits
+    _print_plans(plans, largest, config, pictures)
     return None, misfits
 
 
-def check_decidable(arguments: argparse.Namespace, wanted: int | str, unknown: Sequence[str]) -> None:
+def check_must_fit(arguments: argparse.Namespace, batch_size: int | str, unknown_gpus: Sequence[str]) -> None:
     """Check that --must-fit has an answer; `unknown` are GPUs whose memory size is not known.
 
     Raises:
@@ -76,51 +76,52 @@ def check_decidable(arguments: argparse.Namespace, wanted: int | str, unknown: S
     """
     if arguments.advise:
         raise UserError("plan --must-fit: is not for --advise, which searches for what fits; leave one out")
-    if unknown:
+    if unknown_gpus:
         raise UserError(
-            f"plan --must-fit: the memory of {', '.join(unknown)} is not known; add "
-            "device.vram_budget_mib=MIB, or --card with a card whose size is known"
+            f"plan --must-fit: the memory of {', '.join(unknown_gpus)} is not known; add "
+            "device.vram_budget_mib=MIB, or --gpu with a card whose size is known"
         )
-    if wanted == "auto" and not arguments.batch_sizes:
+    if batch_size == "auto" and not arguments.batch_sizes:
         raise UserError(
             "plan --must-fit: train.batch_size=auto is not a number; add train.batch_size=NUMBER or "
             "--batch-sizes"
         )
 
 
-def misfits_of(plans: Sequence[Plan], card: str) -> list[str]:
+def list_misfits(plans: Sequence[Plan], gpu_name: str) -> list[str]:
     """Return the plans whose verdict is not "fits", in words; unsure counts as no."""
     return [
-        f"batch {plan.batch_size:,} on {card}: needs {plan.process_mib} MiB, available {plan.budget_mib} MiB "
+        f"batch {plan.batch_size:,} on {gpu_name}: needs {plan.process_mib} MiB, "
+        f"available {plan.budget_mib} MiB "
         f"({plan.fits})"
         for plan in plans
         if plan.fits != "fits"
     ]
 
 
-def _check_advisable(arguments: argparse.Namespace, wanted: int | str, budget_mib: Between | None) -> None:
+def _check_advise(arguments: argparse.Namespace, wanted: int | str, budget_mib: MiBRange | None) -> None:
     if arguments.batch_sizes is not None:
         raise UserError("plan --advise: is about train.batch_size alone; leave --batch-sizes out")
     if budget_mib is None:
         raise UserError(
             "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or "
-            "--card with a card whose size is known"
+            "--gpu with a card whose size is known"
         )
     if wanted == "auto":
         raise UserError("plan --advise: wants the batch as a number; add train.batch_size=NUMBER")
 
 
-def planned_on(config: Config) -> Config:
+def resolve_for_plan(config: Config) -> Config:
     """The resolved config, whether or not its device is here: nothing runs on it."""
     # A batch that is to be found out is more than a part of it; sizes that are planned replace it.
-    machine = this_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
+    machine = detect_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
     return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
 
 
-def sizes_of(text: str | None, batch_size: int | str) -> list[int]:
+def parse_batch_sizes(text: str | None, batch_size: int | str) -> list[int]:
     if text is None:
         own = batch_size if isinstance(batch_size, int) else 64
-        return sorted({max(1, int(own * factor)) for factor in FACTORS})
+        return sorted({max(1, int(own * factor)) for factor in BATCH_SIZE_FACTORS})
     if not re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", text) or max(map(int, text.split(","))) > 1_000_000:
         raise UserError(
             f"--batch-sizes={text}: must be whole numbers from 1 to 1000000 with commas between them, as in "
@@ -129,18 +130,18 @@ def sizes_of(text: str | None, batch_size: int | str) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
-def micro_batches(config: Config) -> int:
+def max_searched_batch_size(config: Config) -> int:
     """Return the images of MAX_PASSES micro-batches, up to which `largest` is searched; 0 without them."""
-    return MAX_PASSES * (config.train.micro_batch_size or 0)
+    return MAX_MICRO_BATCHES * (config.train.micro_batch_size or 0)
 
 
-def _tell_plans(
+def _print_plans(
     plans: Sequence[Plan], largest: int | None, config: Config, pictures: Mapping[str, int]
 ) -> None:
     """A row for each batch size, and the largest that fits."""
-    out = console()
+    out = get_console()
     out.print(_headline(config, plans[0].budget_mib), markup=False)
-    columns = ("batch", "state", "activations", "pictures", "workspace", "reserved", "process", "verdict")
+    columns = ("batch", "state", "activations", "images", "workspace", "reserved", "process", "verdict")
     table = Table(*columns, title="MiB", title_justify="left")
     for column in table.columns[:-1]:
         column.justify = "right"
@@ -149,30 +150,32 @@ def _tell_plans(
             f"{plan.batch_size:,}",
             f"{plan.state_mib:,.0f}",
             f"{plan.activations_mib:,.0f}",
-            f"{plan.pictures_mib:,.0f}",
+            f"{plan.images_mib:,.0f}",
             str(plan.workspace_mib),
             str(plan.reserved_mib),
             str(plan.process_mib),
-            Text(plan.fits or "", COLOURS[plan.fits]),
+            Text(plan.fits or "", COLORS[plan.fits]),
         )
     out.print(table)
     if max(plan.batch_size for plan in plans) > pictures["train"]:
         out.print(f"a batch holds no more than the training split has, {pictures['train']:,} pictures")
-    if evaluating := [f"{plan.batch_size:,}" for plan in plans if plan.evaluation_is_the_peak]:
+    if evaluating := [f"{plan.batch_size:,}" for plan in plans if plan.is_evaluation_peak]:
         out.print(
             f"with a batch of {', '.join(evaluating)} the evaluation is the peak: it takes "
-            f"{config.train.evaluation_batch_size:,} pictures at a time (train.evaluation_batch_size)",
+            f"{config.train.eval_batch_size:,} pictures at a time (train.eval_batch_size)",
             markup=False,
         )
     if plans[0].budget_mib is None:
         out.print(
-            "no verdict: the memory size is not known; add device.vram_budget_mib=MIB or --card",
+            "no verdict: the memory size is not known; add device.vram_budget_mib=MIB or --gpu",
             markup=False,
         )
     elif not largest:
         out.print("no batch size fits; captcha-exp plan --advise names what does", markup=False)
-    elif largest == micro_batches(config) < pictures["train"]:
-        out.print(f"batches up to {largest:,} fit, {MAX_PASSES} micro-batches; larger ones were not tried")
+    elif largest == max_searched_batch_size(config) < pictures["train"]:
+        out.print(
+            f"batches up to {largest:,} fit, {MAX_MICRO_BATCHES} micro-batches; larger ones were not tried"
+        )
     elif largest == pictures["train"]:
         out.print(f"the whole training split, {largest:,} pictures, fits in one batch")
     else:
@@ -185,11 +188,11 @@ def _tell_plans(
         )
 
 
-def _tell_advice(
-    found: Sequence[Advice], batch_size: int, config: Config, budget_mib: Between | None
+def _print_advice(
+    found: Sequence[Advice], batch_size: int, config: Config, budget_mib: MiBRange | None
 ) -> None:
     """A row for each combination, the cheapest in time first."""
-    out = console()
+    out = get_console()
     out.print(_headline(config, budget_mib), markup=False)
     if not found:
         out.print(f"nothing known here makes a batch of {batch_size:,} fit; take a smaller one")
@@ -213,6 +216,6 @@ def _tell_advice(
     out.print("time: of a step, estimated, relative to the unchanged config")
 
 
-def _headline(config: Config, budget_mib: Between | None) -> str:
+def _headline(config: Config, budget_mib: MiBRange | None) -> str:
     room = f", {budget_mib} MiB for the process" if budget_mib else ""
-    return f"{config.name} in {config.device.precision} on {config.card.name}{room}"
+    return f"{config.name} in {config.device.precision} on {config.gpu.name}{room}"

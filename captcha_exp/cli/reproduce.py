@@ -12,21 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp import runs
-from captcha_exp.cli.hydra_config import overridden
-from captcha_exp.cli.output import console
-from captcha_exp.cli.runs import print_whole
+from captcha_exp.cli.hydra_config import apply_overrides
+from captcha_exp.cli.output import get_console
+from captcha_exp.cli.runs import print_table
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import UserError
-from captcha_exp.reproduce.changes import text
-from captcha_exp.reproduce.reference import USED, original
+from captcha_exp.reproduce.changes import to_short_text
+from captcha_exp.reproduce.reference import READ_FILES, load_reference
 from captcha_exp.reproduce.rerun import Reproduction
 from captcha_exp.reproduce.rerun import reproduce as run_again
-from captcha_exp.runtime.console import Display, shown
-from captcha_exp.runtime.paths import root
+from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.paths import root_dir
 from captcha_exp.training.recorder import Tracker
 
 EXIT_CODES = {"identical": 0, "equivalent": 3, "different": 4}
-COLOURS = {"identical": "bold green", "equivalent": "bold yellow", "different": "bold red"}
+COLORS = {"identical": "bold green", "equivalent": "bold yellow", "different": "bold red"}
 
 
 def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display) -> Reproduction:
@@ -38,49 +38,62 @@ def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display)
     """
 
     def tracker(config: Config) -> Tracker:
-        from captcha_exp.tracking import tracker_of
+        from captcha_exp.tracking import make_tracker
 
-        return tracker_of(config, display, {})
+        return make_tracker(config, display, {})
 
-    with _folder(arguments.run, display) as (folder, store):
-        first = original(folder, store)
-        wanted = overridden(first.config, arguments.overrides)
+    with _find_run_dir(arguments.run, display) as (folder, store):
+        first = load_reference(folder, store)
+        wanted = apply_overrides(first.config, arguments.overrides)
         return run_again(first, wanted, machine, tracker, display)
 
 
-def tell(made: Reproduction) -> None:
+def print_reproduction(reproduction: Reproduction) -> None:
     """The verdict in a line, what changed around the run, and where the new one is."""
-    out = console()
+    out = get_console()
     out.print()
-    out.print(Text(shown(made.sentence), COLOURS[made.verdict]))
-    if made.verdict == "identical":
-        weights = f"weights (SHA-256 {made.weights_sha256[:12]})"
-        out.print(Text(f"{made.epochs} epochs, {made.tested:,} predictions and {weights}: the same bits"))
+    out.print(Text(escape_unprintable(reproduction.summary), COLORS[reproduction.verdict]))
+    if reproduction.verdict == "identical":
+        weights = f"weights (SHA-256 {reproduction.weights_sha256[:12]})"
+        out.print(
+            Text(
+                f"{reproduction.num_epochs} epochs, {reproduction.num_test_images:,} predictions "
+                f"and {weights}: the same bits"
+            )
+        )
     else:
-        differing = len(made.differences)
+        differing = len(reproduction.differences)
         out.print(f"{differing:,} figure{'s differ' if differing > 1 else ' differs'} in all")
-    told = [each for each in made.judged if each.drift.headline or each.role != "cleared"]
+    told = [
+        each for each in reproduction.attributed_changes if each.change.is_headline or each.role != "cleared"
+    ]
     if told:
         table = Table("changed", "then", "now", "is", title="what is not as it was", title_justify="left")
         for each in told:
-            drift = each.drift
-            cells = (drift.what, *("" if drift.is_bare else text(value) for value in (drift.then, drift.now)))
-            table.add_row(*(Text(shown(cell)) for cell in (*cells, each.role)))
-        print_whole(table)
-    out.print(f"run     {made.of}", markup=False)
-    out.print(f"again   {made.folder}", markup=False)
+            drift = each.change
+            cells = (
+                drift.name,
+                *(
+                    "" if drift.is_name_only else to_short_text(value)
+                    for value in (drift.before, drift.after)
+                ),
+            )
+            table.add_row(*(Text(escape_unprintable(cell)) for cell in (*cells, each.role)))
+        print_table(table)
+    out.print(f"run     {reproduction.reference}", markup=False)
+    out.print(f"again   {reproduction.run_dir}", markup=False)
 
 
 @contextlib.contextmanager
-def _folder(name: str, display: Display) -> Iterator[tuple[Path, str | None]]:
+def _find_run_dir(name: str, display: Display) -> Iterator[tuple[Path, str | None]]:
     """The folder of a run; of one that only MLflow has, a temporary one with its files, and the store."""
     try:
-        found = runs.find(name)
+        found = runs.find_run(name)
     except UserError:
         if not re.fullmatch(r"[0-9a-f]{32}", name):
             raise
         with tempfile.TemporaryDirectory() as folder:
-            store = _fetched(name, Path(folder), display)
+            store = _download_run(name, Path(folder), display)
             if store is None:
                 raise
             try:
@@ -92,13 +105,13 @@ def _folder(name: str, display: Display) -> Iterator[tuple[Path, str | None]]:
     yield found, None
 
 
-def _fetched(run_id: str, folder: Path, display: Display) -> str | None:
+def _download_run(run_id: str, folder: Path, display: Display) -> str | None:
     """The store that has the run, as it can be told; its files are in the folder then."""
-    from captcha_exp.tracking import fetch
+    from captcha_exp.tracking import download_artifacts
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlruns' / 'mlflow.db'}"
-    if not fetch(run_id, uri, USED, folder):
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root_dir() / 'mlruns' / 'mlflow.db'}"
+    if not download_artifacts(run_id, uri, READ_FILES, folder):
         return None
     told = re.sub(r"://[^/@]*@", "://", uri)  # without a password
-    display.line(f"run {run_id} from {told}")
+    display.info(f"run {run_id} from {told}")
     return told

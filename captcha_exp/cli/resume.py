@@ -9,37 +9,41 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from captcha_exp.cli.hydra_config import Composed, overridden
-from captcha_exp.config import Config, Machine, leaves, load
+from captcha_exp.cli.hydra_config import ComposedConfig, apply_overrides
+from captcha_exp.config import Config, Machine, flatten, load
 from captcha_exp.errors import UserError
-from captcha_exp.runs import CHECKPOINTS, Left, checkpoints_in, linked, new_folder
+from captcha_exp.runs import CHECKPOINT_DIR, StaleRun, find_linked, list_checkpoints, make_run_dir
 from captcha_exp.runs import resume as unfinished
 from captcha_exp.runtime.console import Display
 
-LIMIT = "train.stop_after_minutes"  # of a process, not of its run
-MORE = {"train.epochs", "train.patience", LIMIT}  # what may differ where a finished run gets more epochs
-NAMED = 4  # keys in one line
+TIME_LIMIT_KEY = "train.max_minutes"  # of a process, not of its run
+EXTENDABLE_KEYS = {
+    "train.epochs",
+    "train.patience",
+    TIME_LIMIT_KEY,
+}  # what may differ where a finished run gets more epochs
+MAX_NAMED = 4  # keys in one line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class ResumePlan:
     """What a training begins with."""
 
     requested: Config
     choices: Mapping[str, str] = field(default_factory=dict)
     """conf group -> the file chosen; of a run that was named, those beside its name"""
-    folder: Path | None = None
+    run_dir: Path | None = None
     """of the unfinished run that it goes on with; None: a new one"""
-    links: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
     """the run that it belongs to, as in run.json"""
-    start_from: Path | None = None
+    extend_from: Path | None = None
     """the finished run whose state a new run starts from"""
 
 
 @contextlib.contextmanager
-def started(
-    arguments: argparse.Namespace, composed: Composed, machine: Machine, display: Display
-) -> Iterator[Start]:
+def plan_resume(
+    arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine, display: Display
+) -> Iterator[ResumePlan]:
     """The training that --resume and the overrides ask for; the run that it goes on with is held meanwhile.
 
     Raises:
@@ -48,110 +52,119 @@ def started(
     """
     with contextlib.ExitStack() as stack:
         if arguments.resume not in ("auto", "never"):
-            yield _of_named(arguments, composed, machine, display, stack)
+            yield _plan_named(arguments, composed, machine, display, stack)
             return
-        start = Start(requested=composed.checked(machine), choices=composed.choices)
-        yield start if arguments.resume == "never" else _or_unfinished(start, display, stack)
+        start = ResumePlan(requested=composed.to_config(machine), choices=composed.choices)
+        yield start if arguments.resume == "never" else _or_resume(start, display, stack)
 
 
-def places(start: Start, resume: str, display: Display) -> Callable[[Config], AbstractContextManager[Path]]:
+def run_dir_factory(
+    resume_plan: ResumePlan, resume: str, display: Display
+) -> Callable[[Config], AbstractContextManager[Path]]:
     """Where each process of a training writes that starts again in smaller parts: the first as `start` says,
     each after it in an unfinished run of its own config, or in a new one."""
 
     @contextlib.contextmanager
     def place(requested: Config) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
-            each = start if requested == start.requested else replace(start, requested=requested, folder=None)
-            if each is not start and resume != "never":
-                each = _or_unfinished(each, display, stack)
-            yield each.folder or new_folder(requested.name)
+            each = (
+                resume_plan
+                if requested == resume_plan.requested
+                else replace(resume_plan, requested=requested, run_dir=None)
+            )
+            if each is not resume_plan and resume != "never":
+                each = _or_resume(each, display, stack)
+            yield each.run_dir or make_run_dir(requested.name)
 
     return place
 
 
-def _or_unfinished(start: Start, display: Display, stack: contextlib.ExitStack) -> Start:
+def _or_resume(start: ResumePlan, display: Display, stack: contextlib.ExitStack) -> ResumePlan:
     """The unfinished run that is just this one, where there is one."""
 
-    def look() -> Left | None:
-        return unfinished.newest(start.requested, display.line, start.links)
+    def look() -> StaleRun | None:
+        return unfinished.find_resumable(start.requested, display.info, start.lineage)
 
-    found = stack.enter_context(unfinished.held(look))
+    found = stack.enter_context(unfinished.claim(look))
     if found is None:
         return start
-    _tell(found, display)
-    return replace(start, folder=found.folder)
+    _report_resume(found, display)
+    return replace(start, run_dir=found.run_dir)
 
 
-def _tell(left: Left, display: Display) -> None:
-    display.line(f"goes on with {left.folder}, {unfinished.reached(left.folder)}")
+def _report_resume(left: StaleRun, display: Display) -> None:
+    display.info(f"goes on with {left.run_dir}, {unfinished.describe_progress(left.run_dir)}")
 
 
 # -- --resume RUN --------------------------------------------------------------------------------------------
 
 
-def _of_named(
+def _plan_named(
     arguments: argparse.Namespace,
-    composed: Composed,
+    composed: ComposedConfig,
     machine: Machine,
     display: Display,
     stack: contextlib.ExitStack,
-) -> Start:
+) -> ResumePlan:
     name = arguments.resume
-    seen = unfinished.named(name)
-    saved = load(seen.folder / "requested.yaml")
-    wanted, choices = _wanted(saved, arguments, composed, machine)
-    other = _other_keys(saved, wanted)
+    seen = unfinished.find_named(name)
+    saved = load(seen.run_dir / "requested.yaml")
+    wanted, choices = _requested_config(saved, arguments, composed, machine)
+    other = _changed_keys(saved, wanted)
     if seen.state["status"] == "FINISHED":
-        start = replace(_of_finished(name, seen, saved, wanted, other), choices=choices)
-        _warn_of_plans(wanted, set(other), display)
-        return _or_unfinished(start, display, stack)
+        start = replace(_plan_extension(name, seen, saved, wanted, other), choices=choices)
+        _warn_epoch_schedules(wanted, set(other), display)
+        return _or_resume(start, display, stack)
     if "reproduces" in (seen.state.get("links") or {}):
         raise UserError(
             f"--resume={name}: is a reproduction that was interrupted; captcha-exp reproduce "
-            f"{_reproduced(seen.state['links'])} begins it anew"
+            f"{_reproduced_run(seen.state['links'])} begins it anew"
         )
-    if strange := {key: words for key, words in other.items() if key != LIMIT}:
+    if strange := {key: words for key, words in other.items() if key != TIME_LIMIT_KEY}:
         raise UserError(
-            f"--resume={name}: is unfinished and goes on as it was begun; {_in_words(strange)}: leave that "
+            f"--resume={name}: is unfinished and goes on as it was begun; "
+            f"{_format_changes(strange)}: leave that "
             "out, or begin a new run with --resume=never"
         )
 
-    def look() -> Left:
-        left = unfinished.named(name)
+    def look() -> StaleRun:
+        left = unfinished.find_named(name)
         if left.state["status"] == "FINISHED":
             raise UserError(f"--resume={name}: has finished just now; train.epochs=N beside it gives it more")
         return left
 
-    found = stack.enter_context(unfinished.held(look))
+    found = stack.enter_context(unfinished.claim(look))
     assert found is not None  # look() raises where it finds nothing
-    if unfinished.ran_other_code(found.folder):
+    if unfinished.has_code_changed(found.run_dir):
         display.warn(
-            f"{found.folder}: other code than today's began it; it may not end as a run does that nobody "
+            f"{found.run_dir}: other code than today's began it; it may not end as a run does that nobody "
             "interrupted"
         )
-    _tell(found, display)
+    _report_resume(found, display)
     links = found.state.get("links") or {}
-    return Start(
+    return ResumePlan(
         requested=wanted,
         choices=choices,
-        folder=found.folder,
-        links=links,
-        start_from=_first_of(links, found.folder),
+        run_dir=found.run_dir,
+        lineage=links,
+        extend_from=_find_extended_run(links, found.run_dir),
     )
 
 
-def _wanted(
-    saved: Config, arguments: argparse.Namespace, composed: Composed, machine: Machine
+def _requested_config(
+    saved: Config, arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine
 ) -> tuple[Config, Mapping[str, str]]:
     """What the words beside a run ask for: values are put onto its config; with a choice between files all is
     composed as usual."""
     words = [text.lstrip("+") for text in arguments.overrides]
-    if all(text.partition("=")[0] in composed.written for text in words) and not composed.mistakes:
-        return overridden(saved, words, machine), {}
-    return composed.checked(machine), composed.choices
+    if all(text.partition("=")[0] in composed.raw_overrides for text in words) and not composed.errors:
+        return apply_overrides(saved, words, machine), {}
+    return composed.to_config(machine), composed.choices
 
 
-def _of_finished(name: str, left: Left, saved: Config, wanted: Config, other: Mapping[str, str]) -> Start:
+def _plan_extension(
+    name: str, left: StaleRun, saved: Config, wanted: Config, other: Mapping[str, str]
+) -> ResumePlan:
     """A new run that starts from the state of a finished one.
 
     Raises:
@@ -159,12 +172,12 @@ def _of_finished(name: str, left: Left, saved: Config, wanted: Config, other: Ma
     """
     result = left.state["result"]
     epochs = result.get("epochs", saved.train.epochs) if isinstance(result, dict) else saved.train.epochs
-    if strange := {key: words for key, words in other.items() if key not in MORE}:
+    if strange := {key: words for key, words in other.items() if key not in EXTENDABLE_KEYS}:
         raise UserError(
             f"--resume={name}: is finished and can get more epochs (train.epochs, train.patience) alone; "
-            f"{_in_words(strange)}: leave that out, or begin a new run with --resume=never"
+            f"{_format_changes(strange)}: leave that out, or begin a new run with --resume=never"
         )
-    if not result or not checkpoints_in(left.folder / CHECKPOINTS):
+    if not result or not list_checkpoints(left.run_dir / CHECKPOINT_DIR):
         raise UserError(
             f"--resume={name}: is finished and has no checkpoint to start from; begin a new run with "
             "--resume=never"
@@ -175,27 +188,31 @@ def _of_finished(name: str, left: Left, saved: Config, wanted: Config, other: Ma
             "train.epochs=N beside it, make a new run that starts from its state"
         )
     run_id = (left.state["mlflow"] or {}).get("run_id")
-    links = {"continues": {"folder": str(left.folder), "run_id": run_id}}
-    return Start(requested=wanted, links=links, start_from=left.folder)
+    links = {"continues": {"run_dir": str(left.run_dir), "run_id": run_id}}
+    return ResumePlan(requested=wanted, lineage=links, extend_from=left.run_dir)
 
 
-def _reproduced(links: Mapping[str, Any]) -> str:
+def _reproduced_run(links: Mapping[str, Any]) -> str:
     """The run that a reproduction was of, as a word of a command."""
     first = links["reproduces"]
-    return shlex.quote(str(first.get("folder") or first.get("run_id")))
+    return shlex.quote(str(first.get("run_dir") or first.get("run_id")))
 
 
-def _first_of(links: Mapping[str, Any], folder: Path) -> Path | None:
+def _find_extended_run(links: Mapping[str, Any], folder: Path) -> Path | None:
     """The finished run that the run in this folder, with these links, starts from."""
     continued = links.get("continues")
-    return (linked(continued, folder) or Path(continued["folder"])) if continued else None
+    return (find_linked(continued, folder) or Path(continued["run_dir"])) if continued else None
 
 
-def _warn_of_plans(wanted: Config, other: set[str], display: Display) -> None:
+def _warn_epoch_schedules(wanted: Config, other: set[str], display: Display) -> None:
     """What is laid out over all epochs is another one for more of them."""
     train = wanted.train
     of_all = [f"train.schedule={train.schedule}"] if train.schedule != "constant" else []
-    of_all += [f"augment.ramp={wanted.augment.ramp:g}"] if wanted.augment.ramp > 0 else []
+    of_all += (
+        [f"augment.warmup_fraction={wanted.augment.warmup_fraction:g}"]
+        if wanted.augment.warmup_fraction > 0
+        else []
+    )
     if of_all and "train.epochs" in other:
         display.warn(
             f"{' and '.join(of_all)}: is laid out over all epochs, so that the result is not that of "
@@ -203,9 +220,9 @@ def _warn_of_plans(wanted: Config, other: set[str], display: Display) -> None:
         )
 
 
-def _other_keys(saved: Config, wanted: Config) -> dict[str, str]:
+def _changed_keys(saved: Config, wanted: Config) -> dict[str, str]:
     """Key -> in words, for each key whose value is not the saved one."""
-    old, new = leaves(saved), leaves(wanted)
+    old, new = flatten(saved), flatten(wanted)
     return {
         key: f"{key}={new.get(key, '(none)')} (it was {old.get(key, '(none)')})"
         for key in dict.fromkeys((*new, *old))
@@ -213,7 +230,7 @@ def _other_keys(saved: Config, wanted: Config) -> dict[str, str]:
     }
 
 
-def _in_words(other: Mapping[str, str]) -> str:
+def _format_changes(other: Mapping[str, str]) -> str:
     words = list(other.values())
-    more = f" and {len(words) - NAMED} keys more" if len(words) > NAMED else ""
-    return f"{', '.join(words[:NAMED])}{more} {'differ' if len(words) > 1 else 'differs'}"
+    more = f" and {len(words) - MAX_NAMED} keys more" if len(words) > MAX_NAMED else ""
+    return f"{', '.join(words[:MAX_NAMED])}{more} {'differ' if len(words) > 1 else 'differs'}"

@@ -9,42 +9,42 @@ STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True) 
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Interval:
+class Bounds:
     """A figure that is known within bounds, and who says so."""
 
-    least: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    min: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """the smallest that it can be"""
-    most: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """the largest that it can be"""
     source: Annotated[str, Field(min_length=1)]
     """where the figure comes from"""
 
     @model_validator(mode="after")
-    def _order(self) -> "Interval":
-        if self.least > self.most:
-            raise ValueError(f"least={self.least:g} is more than most={self.most:g}")
+    def _check_order(self) -> "Bounds":
+        if self.min > self.max:
+            raise ValueError(f"least={self.min:g} is more than most={self.max:g}")
         return self
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Card:
+class GpuSpec:
     """What is known of a graphics card, for plans without it."""
 
     name: Annotated[str, Field(min_length=1)]
     """as its driver calls it"""
     compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
     """NVIDIA's number of its architecture, as in '8.6'; null: unknown, or several"""
-    total_mib: Interval | None
+    total_mib: Bounds | None
     """MiB that programs can have of it; null: unknown, unless a run is on one"""
-    others_mib: Interval
+    other_processes_mib: Bounds
     """MiB that other programs hold of it, a desktop say"""
-    context_mib: Interval
+    context_mib: Bounds
     """MiB that the driver takes for a process that computes: its context, kernels, libraries"""
-    cublas_workspace_mib: Interval
+    cublas_workspace_mib: Bounds
     """MiB that matrix products keep from their first one on"""
-    cudnn_workspace_mib: Interval
+    cudnn_workspace_mib: Bounds
     """MiB that a convolution takes while it runs, at most"""
-    fp16_speed: Interval
+    fp16_speedup: Bounds
     """training in fp16, times as fast as in fp32"""
-    bf16_speed: Interval
+    bf16_speedup: Bounds
     """training in bf16, times as fast as in fp32"""

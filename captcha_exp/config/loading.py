@@ -19,14 +19,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from captcha_exp.config import schema
-from captcha_exp.config.gpu import Card
-from captcha_exp.config.messages import explain
-from captcha_exp.config.schema import Config, Data, Folder, Mlflow, Precision
+from captcha_exp.config.gpu import GpuSpec
+from captcha_exp.config.messages import format_errors
+from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig, Precision
 from captcha_exp.errors import ConfigError
 
-_CARD = TypeAdapter(Card)
-_CONFIG = TypeAdapter(Config)
-_DATA: TypeAdapter[Data] = TypeAdapter(Data)
+_GPU_ADAPTER = TypeAdapter(GpuSpec)
+_CONFIG_ADAPTER = TypeAdapter(Config)
+_DATA_ADAPTER: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Machine:
 
     devices: tuple[str, ...]
     """every name that device.name may have here, the preferred one first"""
-    cores: int
+    num_cores: int
     """cores that this process may use"""
     root: Path
     """the folder in which outputs/ and mlruns/ stand"""
-    why_not: Mapping[str, str]
+    unavailable_reason: Mapping[str, str]
     """for device kinds that are not here: the likely reason"""
     fastest_precision: Callable[[Config], Precision] = lambda _: "fp32"
     """the answer to device.precision=auto, asked with all but the batch size resolved; who trains tries it"""
@@ -50,7 +50,7 @@ class Machine:
 def load(
     source: Mapping[str, Any] | omegaconf.DictConfig | Path,
     machine: Machine | None = None,
-    written: Mapping[str, str] | None = None,
+    raw_overrides: Mapping[str, str] | None = None,
 ) -> Config:
     """A checked config, from a composed one or from the file of a run.
 
@@ -61,32 +61,32 @@ def load(
     Raises:
         ConfigError: one line for each mistake: the key, the value, what is allowed.
     """
-    raw = _plain(source)
+    raw = _load_raw(source)
     mistakes: list[str] = []
     config: Config | None = None
     try:
-        config = _CONFIG.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
+        config = _CONFIG_ADAPTER.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
     except ValidationError as error:
-        mistakes = explain(error, raw, _schema(), written or {})
+        mistakes = format_errors(error, raw, _json_schema(), raw_overrides or {})
     told = any(line.startswith("device.name") for line in mistakes)
-    if machine is not None and not told and (mistake := _device_mistake(raw, machine, written or {})):
+    if machine is not None and not told and (mistake := _device_error(raw, machine, raw_overrides or {})):
         mistakes.append(mistake)
     if mistakes or config is None:
         raise ConfigError(*mistakes)
     return config
 
 
-def load_card(path: Path) -> Card:
+def load_gpu(path: Path) -> GpuSpec:
     """The checked card of a card file.
 
     Raises:
         ConfigError: one line for each mistake: the file, the key, the value, what is allowed.
     """
-    raw = _plain(path)
+    raw = _load_raw(path)
     try:
-        return _CARD.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
+        return _GPU_ADAPTER.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
     except ValidationError as error:
-        lines = explain(error, raw, _CARD.json_schema(), {})
+        lines = format_errors(error, raw, _GPU_ADAPTER.json_schema(), {})
         raise ConfigError(*(f"{path}: {line}" for line in lines)) from None
 
 
@@ -98,18 +98,18 @@ def resolve(config: Config, machine: Machine) -> Config:
     Raises:
         ConfigError: the device is not on this machine, or data.path leads nowhere; the line says what.
     """
-    if mistake := _device_mistake({"device": {"name": config.device.name}}, machine, {}):
+    if mistake := _device_error({"device": {"name": config.device.name}}, machine, {}):
         raise ConfigError(mistake)
-    config = with_store(config, machine.root)
+    config = with_tracking_uri(config, machine.root)
     device, data = config.device, config.data
     if device.name == "auto":
         device = dataclasses.replace(device, name=machine.devices[0])
     if device.threads == "auto":
-        device = dataclasses.replace(device, threads=machine.cores)
-    if isinstance(data, Folder):
+        device = dataclasses.replace(device, threads=machine.num_cores)
+    if isinstance(data, FolderConfig):
         data = dataclasses.replace(data, path=_absolute(data.path))
     elif data.workers == "auto":
-        data = dataclasses.replace(data, workers=machine.cores)
+        data = dataclasses.replace(data, workers=machine.num_cores)
     train = config.train
     if train.on_oom == "auto":  # a sweep has said "record" by now
         train = dataclasses.replace(train, on_oom="fail")
@@ -129,10 +129,10 @@ def resolve(config: Config, machine: Machine) -> Config:
     return config
 
 
-def with_store(config: Config, root: Path) -> Config:
+def with_tracking_uri(config: Config, root: Path) -> Config:
     """The config with the store that tracking.uri=auto is."""
     tracking = config.tracking
-    if not isinstance(tracking, Mlflow) or tracking.uri != "auto":
+    if not isinstance(tracking, MlflowConfig) or tracking.uri != "auto":
         return config
     uri = f"sqlite:///{root / 'mlruns' / 'mlflow.db'}"
     return dataclasses.replace(config, tracking=dataclasses.replace(tracking, uri=uri))
@@ -161,51 +161,53 @@ def to_yaml(config: Config) -> str:
     return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(to_dict(config)))
 
 
-def card_to_yaml(card: Card) -> str:
+def gpu_to_yaml(gpu: GpuSpec) -> str:
     """The text of a card file, in the order of the dataclass, a line for each value."""
     values = {
-        key: {name: _short(inner) for name, inner in value.items()} if isinstance(value, dict) else value
-        for key, value in to_dict(card).items()
+        key: {name: _drop_trailing_zero(inner) for name, inner in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in to_dict(gpu).items()
     }
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1_000_000)
     return text
 
 
-def _short(value: Any) -> Any:
+def _drop_trailing_zero(value: Any) -> Any:
     """A whole number without its `.0`, as a person writes it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def data_from_json(text: str) -> Data:
+def data_from_json(text: str) -> DataConfig:
     """The data group from JSON, as a drawing process receives it."""
-    return _DATA.validate_json(text)
+    return _DATA_ADAPTER.validate_json(text)
 
 
-def leaves(config: Config) -> dict[str, str]:
+def flatten(config: Config) -> dict[str, str]:
     """Every leaf as `group.key` -> text; a list is one leaf, written as YAML writes it on one line."""
-    return {key: _as_yaml(value) for key, value in _walk(to_dict(config))}
+    return {key: _format_leaf(value) for key, value in _iter_leaves(to_dict(config))}
 
 
-def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _iter_leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{key}.")
+            yield from _iter_leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _as_yaml(value: Any) -> str:
+def _format_leaf(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _plain(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
+def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
     """Plain values of a composed config or of a file, with the types that YAML gave them."""
     try:
         if isinstance(source, Path):
             # A saved file is data: what looks like an interpolation in it is text and is never followed.
             return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(source), resolve=False)
         if isinstance(source, omegaconf.DictConfig):
-            return _without_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
+            return _drop_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
     except FileNotFoundError:
         raise ConfigError(f"{source}: there is no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -218,9 +220,9 @@ def _plain(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
 
 
 @functools.cache
-def _schema() -> dict[str, Any]:
+def _json_schema() -> dict[str, Any]:
     """What each key may be, as JSON schema, with the texts under the fields."""
-    rules = _CONFIG.json_schema()
+    rules = _CONFIG_ADAPTER.json_schema()
     for name, rule in rules["$defs"].items():
         # pydantic reads the texts of a class itself and forgets those of the classes that it extends.
         for base in getattr(schema, name).__mro__:
@@ -230,38 +232,38 @@ def _schema() -> dict[str, Any]:
     return rules
 
 
-def _without_missing(node: Any) -> Any:
+def _drop_missing(node: Any) -> Any:
     """Without the keys that are marked `???`: a value has still to be given."""
     if isinstance(node, dict):
-        return {key: _without_missing(value) for key, value in node.items() if value != "???"}
+        return {key: _drop_missing(value) for key, value in node.items() if value != "???"}
     return node
 
 
-def with_card(config: omegaconf.DictConfig, path: Path, changes: Mapping[str, Any]) -> omegaconf.DictConfig:
+def with_gpu(config: omegaconf.DictConfig, path: Path, overrides: Mapping[str, Any]) -> omegaconf.DictConfig:
     """A composed config with the card of a file, and then with these values, by their keys.
 
     Raises:
         ConfigError: the file cannot be read; the line says why.
     """
-    card = _plain(path)
+    card = _load_raw(path)
     with omegaconf.open_dict(config):
         config.card = card
-        for key, value in changes.items():
+        for key, value in overrides.items():
             # Where the file has a list and no group of keys; load says so.
             with contextlib.suppress(TypeError, ValueError):
                 omegaconf.OmegaConf.update(config, key, value, force_add=True)
     return config
 
 
-def sealed(config: omegaconf.DictConfig, without: str) -> omegaconf.DictConfig:
+def frozen_without(config: omegaconf.DictConfig, group: str) -> omegaconf.DictConfig:
     """A composed config that cannot be changed any more, without one of its groups."""
     with omegaconf.open_dict(config):
-        del config[without]
+        del config[group]
     omegaconf.OmegaConf.set_readonly(config, True)
     return config
 
 
-def _device_mistake(raw: Any, machine: Machine, written: Mapping[str, str]) -> str | None:
+def _device_error(raw: Any, machine: Machine, raw_overrides: Mapping[str, str]) -> str | None:
     try:
         name = raw["device"]["name"]
     except (KeyError, TypeError):
@@ -272,5 +274,5 @@ def _device_mistake(raw: Any, machine: Machine, written: Mapping[str, str]) -> s
     if kind not in ("cpu", "cuda", "mps"):
         return None  # not a device name at all: the schema says so
     here = ", ".join(["auto", *machine.devices])
-    reason = machine.why_not.get(kind, f"this machine has no {name}")
-    return f"device.name={written.get('device.name', name)}: {reason}; available here: {here}"
+    reason = machine.unavailable_reason.get(kind, f"this machine has no {name}")
+    return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available here: {here}"

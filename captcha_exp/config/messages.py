@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 
-def explain(
-    error: ValidationError, raw: Any, schema: dict[str, Any], written: Mapping[str, str]
+def format_errors(
+    error: ValidationError, raw: Any, schema: dict[str, Any], raw_overrides: Mapping[str, str]
 ) -> list[str]:
     """One line for each key that has a mistake: the key, the value as it was written, what is allowed."""
     known = sorted(set(_schema_keys(schema, schema)))
@@ -17,12 +17,12 @@ def explain(
     for item in error.errors(include_url=False):
         path, value, rule = _locate(item["loc"], raw, schema)
         key = ".".join(path)
-        shown = key if isinstance(value, Mapping) else f"{key}={as_written(key, value, written)}"
+        shown = key if isinstance(value, Mapping) else f"{key}={format_raw_value(key, value, raw_overrides)}"
         match item["type"]:
             case "missing":
-                line = f"{key}: is missing; write {_allowed(rule, schema)}"
+                line = f"{key}: is missing; write {_describe_allowed(rule, schema)}"
             case "unexpected_keyword_argument":
-                line = f"{shown}: there is no such key; {_nearest(path, known)}"
+                line = f"{shown}: there is no such key; {_closest_key(path, known)}"
             case "secret":
                 line = f"{key}: {item['msg']}"  # without the value: terminals are logged
             case "value_error":
@@ -32,16 +32,16 @@ def explain(
                 given = value.get(tag) if isinstance(value, Mapping) else value
                 choices = ", ".join(rule["discriminator"]["mapping"])
                 key = f"{key}.{tag}"
-                line = f"{key}={as_written(key, given, written)}: must be one of {choices}"
+                line = f"{key}={format_raw_value(key, given, raw_overrides)}: must be one of {choices}"
             case _:
-                line = f"{shown}: must be {_allowed(rule, schema)}{_yaml_hint(value, rule)}"
+                line = f"{shown}: must be {_describe_allowed(rule, schema)}{_yaml_hint(value, rule)}"
         lines.setdefault(key, line)
     return list(lines.values())
 
 
-def as_written(key: str, value: Any, written: Mapping[str, str]) -> str:
+def format_raw_value(key: str, value: Any, raw_overrides: Mapping[str, str]) -> str:
     """The value as the person wrote it on the command line, else as YAML would write it."""
-    return written[key] if key in written else json.dumps(value, ensure_ascii=False, default=repr)
+    return raw_overrides[key] if key in raw_overrides else json.dumps(value, ensure_ascii=False, default=repr)
 
 
 def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tuple[list[str], Any, Any]:
@@ -52,7 +52,7 @@ def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tup
     path: list[str] = []
     value, rule = raw, schema
     for part in loc:
-        rule = _without_null(_deref(rule, schema), schema)
+        rule = _drop_null(_deref(rule, schema), schema)
         if "discriminator" in rule and part in rule["discriminator"]["mapping"]:
             rule = {"$ref": rule["discriminator"]["mapping"][part]}
         elif isinstance(part, int) or "properties" not in rule:
@@ -71,14 +71,14 @@ def _deref(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-def _without_null(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+def _drop_null(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     """The group of keys in a rule that also allows null."""
     groups = [_deref(choice, schema) for choice in rule.get("anyOf", [])]
     return next((group for group in groups if "properties" in group), rule)
 
 
 def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    rule = _without_null(_deref(rule, schema), schema)
+    rule = _drop_null(_deref(rule, schema), schema)
     for choice in rule.get("oneOf", []):
         yield from _schema_keys(choice, schema, prefix)
     for key, inner in rule.get("properties", {}).items():
@@ -86,7 +86,7 @@ def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "")
         yield from deeper or [f"{prefix}{key}"]
 
 
-def _nearest(path: list[str], known: list[str]) -> str:
+def _closest_key(path: list[str], known: list[str]) -> str:
     """The most similar key: first among its neighbours, then anywhere."""
     group = ".".join(path[:-1])
     known = [key for key in known if key != ".".join(path)]  # a key of another choice of this group
@@ -98,13 +98,13 @@ def _nearest(path: list[str], known: list[str]) -> str:
     return f"known are {', '.join(neighbours or known)}"
 
 
-def _allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
+def _describe_allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
     """What a schema allows, in words."""
     text = " ".join(rule.get("description", "").split())  # in the code it may take two lines
     meaning = f" ({text})" if text and "type" in rule else ""
     for union in ("anyOf", "oneOf"):
         if union in rule:
-            words = " or ".join(_allowed(_deref(choice, schema), schema) for choice in rule[union])
+            words = " or ".join(_describe_allowed(_deref(choice, schema), schema) for choice in rule[union])
             return f"{words} ({text})" if text else words
     if "const" in rule:
         return str(rule["const"]) + meaning
@@ -131,7 +131,7 @@ def _allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
         if limit in rule
     ]
     if "items" in rule:
-        limits.insert(0, f"each {_allowed(rule['items'], schema)}")
+        limits.insert(0, f"each {_describe_allowed(rule['items'], schema)}")
     return ", ".join([kind, *limits]) + meaning
 
 

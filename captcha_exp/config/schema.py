@@ -13,17 +13,17 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from captcha_exp.config.gpu import STRICT, Card
-from captcha_exp.config.gpu import Interval as Interval  # found here by its name, as all of the schema
-from captcha_exp.config.train import Augment, Auto, Fraction, Train
-from captcha_exp.config.validators import alphabet_mistake
+from captcha_exp.config.gpu import STRICT, GpuSpec
+from captcha_exp.config.gpu import Bounds as Bounds  # found here by its name, as all of the schema
+from captcha_exp.config.train import AugmentConfig, Auto, Fraction, TrainConfig
+from captcha_exp.config.validators import alphabet_error
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Captcha:
+class CaptchaConfig:
     """What a picture looks like to the network, and what can stand in it."""
 
     width: Annotated[int, Field(ge=16, le=2048)]
@@ -42,14 +42,14 @@ class Captcha:
 
     @field_validator("alphabet")
     @classmethod
-    def _alphabet(cls, value: str) -> str:
-        if mistake := alphabet_mistake(value):
+    def _check_alphabet(cls, value: str) -> str:
+        if mistake := alphabet_error(value):
             raise ValueError(mistake)
         return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Pictures:
+class BaseDataConfig:
     """What every source of pictures has."""
 
     source: str
@@ -64,7 +64,7 @@ class Pictures:
     """folder of the prepared pictures; a relative one stands beside outputs/"""
 
     @model_validator(mode="after")
-    def _shares(self) -> "Pictures":
+    def _check_fractions(self) -> "BaseDataConfig":
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} "
@@ -74,11 +74,11 @@ class Pictures:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Drawn(Pictures):
+class BaseGeneratorConfig(BaseDataConfig):
     """Pictures that a generator draws."""
 
     count: Annotated[int, Field(ge=1, le=100_000_000)]
-    """pictures"""
+    """images"""
     seed: Seed
     """another number is another set of pictures"""
     width: Annotated[int, Field(ge=16, le=4096)]
@@ -92,14 +92,14 @@ class Drawn(Pictures):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class CaptchaLibrary(Drawn):
+class CaptchaLibraryConfig(BaseGeneratorConfig):
     """Pictures of the PyPI package `captcha`."""
 
     source: Literal["captcha"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class WheezyLibrary(Drawn):
+class WheezyLibraryConfig(BaseGeneratorConfig):
     """Pictures of the PyPI package `wheezy.captcha`."""
 
     source: Literal["wheezy"]
@@ -108,30 +108,30 @@ class WheezyLibrary(Drawn):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Article(Drawn):
+class ArticleConfig(BaseGeneratorConfig):
     """Pictures after the recipe of those that the article reads."""
 
     source: Literal["article"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Folder(Pictures):
+class FolderConfig(BaseDataConfig):
     """A folder of labelled pictures, and those in the folders inside it."""
 
-    source: Literal["folder"]
+    source: Literal["run_dir"]
     path: Annotated[str, Field(min_length=1)]
     """the folder; a relative one is looked for in the working directory"""
     labels: str | None
     """names: in the file names; or a file in the folder, .csv, .tsv or .jsonl; null: labels.csv, .tsv or
     .jsonl if one is there, else the names"""
-    pattern: str
+    filename_pattern: str
     """regular expression of a whole file name without its ending; its group (?P<label>...) is the label"""
-    on_bad: Literal["refuse", "skip"]
+    on_invalid: Literal["error", "skip"]
     """what pictures that cannot be used do: refuse the run, or stay out of it"""
 
     @field_validator("pattern")
     @classmethod
-    def _pattern(cls, value: str) -> str:
+    def _check_filename_pattern(cls, value: str) -> str:
         try:
             groups = re.compile(value).groupindex
         except (re.error, OverflowError, RecursionError) as error:
@@ -142,18 +142,18 @@ class Folder(Pictures):
 
     @field_validator("labels")
     @classmethod
-    def _labels(cls, value: str | None) -> str | None:
+    def _check_labels(cls, value: str | None) -> str | None:
         if value not in (None, "names") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
             raise ValueError("must be null, names, or a file in the folder that ends in .csv, .tsv or .jsonl")
         return value
 
 
-Generator: TypeAlias = CaptchaLibrary | WheezyLibrary | Article
-Data: TypeAlias = Annotated[Generator | Folder, Field(discriminator="source")]
+GeneratorConfig: TypeAlias = CaptchaLibraryConfig | WheezyLibraryConfig | ArticleConfig
+DataConfig: TypeAlias = Annotated[GeneratorConfig | FolderConfig, Field(discriminator="source")]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Network:
+class BaseModelConfig:
     """What every network has."""
 
     name: str
@@ -164,7 +164,7 @@ class Network:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Compact(Network):
+class CompactConfig(BaseModelConfig):
     """The small network of this project."""
 
     name: Literal["compact"]
@@ -173,17 +173,17 @@ class Compact(Network):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class ResNet18(Network):
+class ResNet18Config(BaseModelConfig):
     """The article's network."""
 
     name: Literal["resnet18"]
 
 
-Model: TypeAlias = Annotated[Compact | ResNet18, Field(discriminator="name")]
+ModelConfig: TypeAlias = Annotated[CompactConfig | ResNet18Config, Field(discriminator="name")]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Device:
+class DeviceConfig:
     """The machine that trains."""
 
     name: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
@@ -193,7 +193,7 @@ class Device:
     checked step shows to be right on the device"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto
     """threads of the CPU's arithmetic; auto takes every core that the process may use"""
-    resident_limit_mib: Annotated[int, Field(ge=0)]
+    preload_limit_mib: Annotated[int, Field(ge=0)]
     """MiB; a split up to this size lives on the device, a larger one is sent batch by batch"""
     vram_budget_mib: Annotated[int, Field(ge=1)] | None
     """MiB of a graphics card that the whole process may take: a CUDA card refuses more, and a plan is held
@@ -201,15 +201,15 @@ class Device:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Sweep:
+class SweepConfig:
     """What `train -m` does with its points."""
 
-    train_unfit: bool
+    run_over_budget: bool
     """without a CUDA card: train what does not fit device.vram_budget_mib too, rather than only record it"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Mlflow:
+class MlflowConfig:
     """A record in MLflow, beside the one in the run's folder."""
 
     backend: Literal["mlflow"]
@@ -220,7 +220,7 @@ class Mlflow:
 
     @field_validator("uri")
     @classmethod
-    def _uri(cls, value: str) -> str:
+    def _check_uri(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
             secret = parts.password is not None or re.search(
@@ -242,13 +242,13 @@ class Mlflow:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class NoTracking:
+class NoTrackingConfig:
     """The run's folder is the only record."""
 
     backend: Literal["none"]
 
 
-Tracking: TypeAlias = Annotated[Mlflow | NoTracking, Field(discriminator="backend")]
+TrackingConfig: TypeAlias = Annotated[MlflowConfig | NoTrackingConfig, Field(discriminator="backend")]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -259,12 +259,12 @@ class Config:
     """letters, digits and _.- ; part of the run's folder name"""
     seed: Seed
     """of the weights and of the order of the batches"""
-    captcha: Captcha
-    data: Data
-    model: Model
-    augment: Augment
-    train: Train
-    device: Device
-    sweep: Sweep
-    card: Card
-    tracking: Tracking
+    captcha: CaptchaConfig
+    data: DataConfig
+    model: ModelConfig
+    augment: AugmentConfig
+    train: TrainConfig
+    device: DeviceConfig
+    sweep: SweepConfig
+    gpu: GpuSpec
+    tracking: TrackingConfig

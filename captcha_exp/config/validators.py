@@ -3,7 +3,7 @@
 import unicodedata
 
 
-def alphabet_mistake(characters: str) -> str | None:
+def alphabet_error(characters: str) -> str | None:
     """What is wrong with an alphabet and what to do about it, or None."""
     repeated = sorted({c for c in characters if characters.count(c) > 1})
     if repeated:

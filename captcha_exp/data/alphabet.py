@@ -4,7 +4,7 @@ model."""
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from captcha_exp.config.validators import alphabet_mistake
+from captcha_exp.config.validators import alphabet_error
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Alphabet:
     characters: str
 
     def __post_init__(self) -> None:
-        if mistake := alphabet_mistake(self.characters):
+        if mistake := alphabet_error(self.characters):
             raise ValueError(f"alphabet {self.characters!r}: {mistake}")
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class Alphabet:
             raise ValueError(f"{stranger!r} in {text!r} is not in the alphabet {self.characters!r}")
         return ids
 
-    def fold(self, text: str) -> str:
+    def fold_case(self, text: str) -> str:
         """The text with each letter that the alphabet has in the other case alone in that case."""
         return "".join(
             c

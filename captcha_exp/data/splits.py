@@ -3,11 +3,11 @@
 The split of an image is a hash of its label: no label is in two splits, and adding images moves none.
 """
 
-from captcha_exp.config import Config, Folder
+from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import sources
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.console import NullDisplay
 
 SPLITS = ("train", "validation", "test")
 
@@ -20,7 +20,7 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
     """
     data = config.data
     members: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for number, place in enumerate(seeding.fractions(data.split_seed, "split", labels)):
+    for number, place in enumerate(seeding.hash_many_to_unit(data.split_seed, "split", labels)):
         if place < data.test_fraction:
             members["test"].append(number)
         elif place < data.test_fraction + data.validation_fraction:
@@ -29,7 +29,7 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
             members["train"].append(number)
     for name, numbers in members.items():
         if not numbers:
-            which = f"data.path={data.path}" if isinstance(data, Folder) else f"data.count={data.count}"
+            which = f"data.path={data.path}" if isinstance(data, FolderConfig) else f"data.count={data.count}"
             raise UserError(
                 f"{which}: {len(set(labels))} different labels leave the {name} split empty; "
                 f"take more pictures, or change data.validation_fraction and data.test_fraction"
@@ -37,13 +37,13 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
     return members
 
 
-def generated_counts(config: Config) -> dict[str, int]:
+def generated_split_sizes(config: Config) -> dict[str, int]:
     """Return the number of images in each split of a data source that draws its images.
 
     Raises:
         UserError: a split would be empty, or a font cannot draw the alphabet; the line says what to change.
     """
-    assert not isinstance(config.data, Folder)
-    source = sources.source(config.data, config.captcha, Silent())
-    labels = source.verdict(Silent()).labels
+    assert not isinstance(config.data, FolderConfig)
+    source = sources.make_source(config.data, config.captcha, NullDisplay())
+    labels = source.scan(NullDisplay()).labels
     return {name: len(numbers) for name, numbers in split_by_label(labels, config).items()}

@@ -4,7 +4,7 @@ Looking touches torch, NVML, psutil and MLflow and survives the failure of each;
 so that machines which nobody has here can be played in a test.
 """
 
-from captcha_exp.doctor.checks import findings as findings
-from captcha_exp.doctor.collect import gather as gather
-from captcha_exp.doctor.machine_info import Facts as Facts
+from captcha_exp.doctor.checks import run_checks as run_checks
+from captcha_exp.doctor.collect import collect_info as collect_info
 from captcha_exp.doctor.machine_info import Finding as Finding
+from captcha_exp.doctor.machine_info import MachineInfo as MachineInfo

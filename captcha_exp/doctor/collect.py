@@ -16,19 +16,26 @@ from typing import Any, TypeVar
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from captcha_exp.config import Config, Machine, Mlflow, resolve
-from captcha_exp.config import Folder as PictureFolder
+from captcha_exp.config import Config, Machine, MlflowConfig, resolve
+from captcha_exp.config import FolderConfig as PictureFolder
 from captcha_exp.doctor import gpu_info
-from captcha_exp.doctor.machine_info import Card, Facts, Folder, Git, Package, Store
+from captcha_exp.doctor.machine_info import (
+    DirectoryInfo,
+    GitInfo,
+    GpuInfo,
+    MachineInfo,
+    PackageInfo,
+    StoreInfo,
+)
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.paths import root
+from captcha_exp.runtime.paths import root_dir
 
 T = TypeVar("T")
 
-PROJECT = "captcha-exp"
+DISTRIBUTION = "captcha-exp"
 
 
-def gather(config: Config) -> Facts:
+def collect_info(config: Config) -> MachineInfo:
     """What is seen of this machine, for a checked config whose `auto`s may stand."""
     unseen: list[tuple[str, str]] = []
 
@@ -42,28 +49,28 @@ def gather(config: Config) -> Facts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say at import is not what this person asked
         nothing: dict[str, Any] = {}
-        facts = Facts(config.device.name, config.device.precision, config.device.threads)
-        facts = replace(facts, **look("the versions of packages", versions, nothing))
-        by_nvml: dict[str, Card] = {}
-        facts, by_nvml = look("torch", lambda: _with_torch(facts), (facts, by_nvml))
+        facts = MachineInfo(config.device.name, config.device.precision, config.device.threads)
+        facts = replace(facts, **look("the versions of packages", collect_versions, nothing))
+        by_nvml: dict[str, GpuInfo] = {}
+        facts, by_nvml = look("torch", lambda: _add_torch_info(facts), (facts, by_nvml))
         if facts.torch is not None:
-            seen = look("the cards, by torch", lambda: gpu_info.torch_cards(by_nvml), facts.cards)
-            facts = replace(facts, cards=seen)
+            seen = look("the cards, by torch", lambda: gpu_info.with_torch_info(by_nvml), facts.gpus)
+            facts = replace(facts, gpus=seen)
         facts = replace(
             facts,
-            pci_cards=look("the PCI bus", gpu_info.pci_cards, None),
+            num_pci_gpus=look("the PCI bus", gpu_info.count_pci_gpus, None),
             visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
             cpu_quota=look("the share of the CPU", _cpu_quota, None),
             cpu_flags=look("the CPU", _cpu_flags, None),
-            memory=look("the memory", _memory, None),
-            pictures=_bytes_of_pictures(config),
-            folders=look("the folders", lambda: _folders(config), ()),
-            store=look("the MLflow store", lambda: _store(config), None),
-            git=look("git", _git, None),
+            available_memory_bytes=look("the memory", _available_memory, None),
+            image_bytes=_image_bytes(config),
+            directories=look("the folders", lambda: _collect_directories(config), ()),
+            store=look("the MLflow store", lambda: _inspect_store(config), None),
+            git=look("git", _collect_git, None),
         )
-        facts = replace(facts, **look("the runs", _runs, nothing))
-        facts = replace(facts, **look("the fonts", lambda: _fonts(config), nothing))
-    return replace(facts, unseen=tuple(unseen))
+        facts = replace(facts, **look("the runs", _collect_runs, nothing))
+        facts = replace(facts, **look("the fonts", lambda: _collect_fonts(config), nothing))
+    return replace(facts, unavailable=tuple(unseen))
 
 
 def _one_line(error: BaseException) -> str:
@@ -73,14 +80,14 @@ def _one_line(error: BaseException) -> str:
 # -- software -------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, Any]:
+def collect_versions() -> dict[str, Any]:
     """Python's and the packages' versions, beside what the installed project says that it needs."""
-    allowed = metadata(PROJECT)["Requires-Python"] or ""
+    allowed = metadata(DISTRIBUTION)["Requires-Python"] or ""
     packages = []
-    for text in requires(PROJECT) or ():
+    for text in requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            packages.append(_package(requirement))
+            packages.append(_collect_package(requirement))
     here = platform.python_version()
     fits = SpecifierSet(allowed).contains(here, prereleases=True)
     return {
@@ -91,41 +98,43 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _package(requirement: Requirement) -> Package:
+def _collect_package(requirement: Requirement) -> PackageInfo:
     try:
         here = version(requirement.name)
     except PackageNotFoundError:
-        return Package(requirement.name, str(requirement.specifier), None, fits=False)
+        return PackageInfo(requirement.name, str(requirement.specifier), None, is_supported=False)
     fits = requirement.specifier.contains(here, prereleases=True)
-    return Package(requirement.name, str(requirement.specifier), here, fits)
+    return PackageInfo(requirement.name, str(requirement.specifier), here, fits)
 
 
-def _git() -> Git:
+def _collect_git() -> GitInfo:
     home = Path(__file__).resolve().parents[2]
     checkout = str(home) if (home / ".git").exists() else None
     if shutil.which("git") is None:
-        return Git(here=False, checkout=checkout, commit=None)
-    from captcha_exp.runs.source_code import git
+        return GitInfo(is_installed=False, checkout_dir=checkout, commit=None)
+    from captcha_exp.runs.source_code import git_info
 
-    return Git(here=True, checkout=checkout, commit=(git() or {}).get("commit"))
+    return GitInfo(is_installed=True, checkout_dir=checkout, commit=(git_info() or {}).get("commit"))
 
 
 # -- torch, cards, cores --------------------------------------------------------------------------------
 
 
-def _with_torch(facts: Facts) -> tuple[Facts, dict[str, Card]]:
+def _add_torch_info(facts: MachineInfo) -> tuple[MachineInfo, dict[str, GpuInfo]]:
     """With the driver, its cards, and torch if it can be imported; and the cards by their UUIDs."""
-    driver, by_nvml = gpu_info.nvml_cards()
-    facts = replace(facts, driver=driver, cards=tuple(by_nvml.values()))
+    driver, by_nvml = gpu_info.query_nvml()
+    facts = replace(facts, driver=driver, gpus=tuple(by_nvml.values()))
     try:
-        build = gpu_info.torch_build()
-        from captcha_exp.runtime.device import this_machine
+        build = gpu_info.query_torch_build()
+        from captcha_exp.runtime.device import detect_machine
 
-        machine = this_machine()
+        machine = detect_machine()
     except Exception as error:  # libraries that are missing raise OSError, ImportError and others
         return replace(facts, torch_error=_one_line(error)), by_nvml
-    facts = replace(facts, torch=build, devices=machine.devices, why_not=machine.why_not)
-    return replace(facts, cores=machine.cores), by_nvml
+    facts = replace(
+        facts, torch=build, devices=machine.devices, unavailable_reason=machine.unavailable_reason
+    )
+    return replace(facts, cores=machine.num_cores), by_nvml
 
 
 def _cpu_flags() -> frozenset[str] | None:
@@ -145,7 +154,7 @@ def _cpu_quota() -> float | None:
     return cpu_quota()
 
 
-def _memory() -> int:
+def _available_memory() -> int:
     from captcha_exp.runtime.device import free_memory_bytes  # brings torch
 
     return free_memory_bytes()
@@ -154,65 +163,67 @@ def _memory() -> int:
 # -- what a run needs -----------------------------------------------------------------------------------
 
 
-def _bytes_of_pictures(config: Config) -> int:
+def _image_bytes(config: Config) -> int:
     captcha = config.captcha
     count = getattr(config.data, "count", 0)  # a source that draws nothing has none
     return math.prod((count, captcha.width, captcha.height, captcha.channels))
 
 
-def _folders(config: Config) -> tuple[Folder, ...]:
-    places = [root(), root() / "outputs", root() / config.data.cache]
-    if isinstance(config.tracking, Mlflow) and config.tracking.uri == "auto":
-        places.append(root() / "mlruns")
-    return tuple({place: _folder(place) for place in map(_standing, places)}.values())
+def _collect_directories(config: Config) -> tuple[DirectoryInfo, ...]:
+    places = [root_dir(), root_dir() / "outputs", root_dir() / config.data.cache]
+    if isinstance(config.tracking, MlflowConfig) and config.tracking.uri == "auto":
+        places.append(root_dir() / "mlruns")
+    return tuple({place: _inspect_directory(place) for place in map(_nearest_existing, places)}.values())
 
 
-def _standing(place: Path) -> Path:
+def _nearest_existing(place: Path) -> Path:
     """The place, or the lowest folder above it that is there already."""
     return next(path for path in (place, *place.parents) if path.exists())
 
 
-def _folder(path: Path) -> Folder:
+def _inspect_directory(path: Path) -> DirectoryInfo:
     try:
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"\0" * 4096)
         refusal = ""
     except OSError as error:
         refusal = error.strerror or str(error)
-    return Folder(str(path), shutil.disk_usage(path).free, path.stat().st_dev, refusal)
+    return DirectoryInfo(str(path), shutil.disk_usage(path).free, path.stat().st_dev, refusal)
 
 
-def _store(config: Config) -> Store | None:
-    if not isinstance(config.tracking, Mlflow):
+def _inspect_store(config: Config) -> StoreInfo | None:
+    if not isinstance(config.tracking, MlflowConfig):
         return None
-    from captcha_exp.tracking.store import look_at_store
+    from captcha_exp.tracking.store import inspect_store
 
-    somewhere = Machine(devices=("cpu",), cores=1, root=root(), why_not={})
+    somewhere = Machine(devices=("cpu",), num_cores=1, root=root_dir(), unavailable_reason={})
     anywhere = replace(config, device=replace(config.device, name="cpu"))
     tracking = resolve(anywhere, somewhere).tracking
-    assert isinstance(tracking, Mlflow)
-    return Store(tracking.uri, *look_at_store(tracking.uri, tracking.experiment))
+    assert isinstance(tracking, MlflowConfig)
+    return StoreInfo(tracking.uri, *inspect_store(tracking.uri, tracking.experiment))
 
 
-def _runs() -> dict[str, Any]:
-    from captcha_exp.runs import left_open, runs
+def _collect_runs() -> dict[str, Any]:
+    from captcha_exp.runs import find_stale, list_runs
 
     unreadable: list[str] = []
-    runs(tell=unreadable.append)
+    list_runs(warn=unreadable.append)
     return {
-        "dead_runs": tuple((str(left.folder), int(left.state["pid"])) for left in left_open() if left.runs),
+        "dead_runs": tuple(
+            (str(left.run_dir), int(left.state["pid"])) for left in find_stale() if left.is_running
+        ),
         "unreadable_runs": tuple(unreadable),
     }
 
 
-def _fonts(config: Config) -> dict[str, Any]:
+def _collect_fonts(config: Config) -> dict[str, Any]:
     if isinstance(config.data, PictureFolder):
         return {}  # nothing is drawn
-    from captcha_exp.data.sources import check_glyphs, font_files, library
+    from captcha_exp.data.sources import check_glyphs, font_files, get_renderer_spec
 
     try:
         check_glyphs(config.data, config.captcha)
     except UserError as error:
         return {"fonts_error": " ".join(str(error).split())}
-    files = font_files(config.data) or library(config.data).own_fonts
+    files = font_files(config.data) or get_renderer_spec(config.data).default_fonts
     return {"fonts": ", ".join(path.name for path in files)}

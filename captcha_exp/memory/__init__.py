@@ -15,11 +15,11 @@
 makes a batch fit. On a card `calibrate` replaces the intervals by what it measures (`measuring`, `judging`).
 
 Sources: torch 2.10 to 2.13, c10/cuda/CUDACachingAllocator.cpp, aten/src/ATen/cuda/CublasHandlePool.cpp,
-aten/src/ATen/native/cudnn/Conv_v8.cpp; each card's in conf/card/.
+aten/src/ATen/native/cudnn/Conv_v8.cpp; each card's in conf/gpu/.
 
 Known error: of the tensors at most 1.0 % against torch's profiler in 80 trainings run on a CPU, without what
 its kernels take and give back inside one convolution, and at most 4.9 % with it, from passes of 32 pictures
-on (benchmarks/oracle.py; with fewer up to 11 %). plan.ERROR adds 2 % to all that is reserved.
+on (benchmarks/trace_accuracy.py; with fewer up to 11 %). plan.ERROR adds 2 % to all that is reserved.
 
 On a GPU: not measured yet.
 

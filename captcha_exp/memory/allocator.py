@@ -37,10 +37,10 @@ LARGE_SEGMENT_BYTES = 20 * MIB  # large_segment_size(), once kLargeBuffer: what 
 ROUND_LARGE_BYTES = 2 * MIB  # kRoundLarge: segments of their own are multiples of it
 
 
-class Event(NamedTuple):
+class MemoryEvent(NamedTuple):
     """The memory of a tensor comes or goes."""
 
-    tensor: int
+    tensor_id: int
     requested_bytes: int | None  # None: it is freed
 
 
@@ -52,7 +52,7 @@ class Usage(NamedTuple):
     reserved_bytes: int  # what the driver gave: `torch.cuda.memory_reserved`
 
 
-class OutOfMemory(Exception):
+class SimulatedOutOfMemoryError(Exception):
     """The driver has too little, even after it got back all that was wholly free."""
 
     def __init__(self, requested_bytes: int, tried_bytes: int, usage: Usage, limit_bytes: int) -> None:
@@ -105,15 +105,15 @@ class CachingAllocator:
     @property
     def peak(self) -> Usage:
         """The most of each since the last reset, maybe at different moments."""
-        return Usage(self._most_requested, self._most_allocated, self._most_reserved)
+        return Usage(self._max_requested, self._max_allocated, self._max_reserved)
 
     def reset_peaks(self) -> None:
         """Peaks begin again at what is in use now: `torch.cuda.reset_peak_memory_stats`."""
-        self._most_requested, self._most_allocated, self._most_reserved = self.usage
+        self._max_requested, self._max_allocated, self._max_reserved = self.usage
 
     def segments(self) -> list[list[Block]]:
         """All reserved memory: runs of neighbouring blocks, by address. torch.cuda.memory_snapshot."""
-        return self._small.runs() + self._large.runs()
+        return self._small.mapped_runs() + self._large.mapped_runs()
 
     def allocate(self, requested_bytes: int) -> Block:
         """A block for so many bytes, good until it is freed, or OutOfMemory. Source: malloc.
@@ -126,36 +126,36 @@ class CachingAllocator:
             return Block(self._small, 0, 0)
         size = -(-requested_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES  # round_size
         pool = self._small if size <= SMALL_BYTES else self._large
-        free = pool.free
+        free = pool.free_blocks
         place = bisect_left(free, (size,))
         if place == len(free):
-            block = self._fresh(pool, size, requested_bytes)
+            block = self._allocate_from_driver(pool, size, requested_bytes)
         else:
             if self.expandable:
-                place = pool.best_fit(place)
+                place = pool.best_fit_index(place)
             block = free.pop(place)[2]
-        if block.size_bytes - size >= pool.least_rest_bytes:
-            rest = block.cut(size)
+        if block.size_bytes - size >= pool.min_remainder_bytes:
+            rest = block.split(size)
             insort(free, (rest.size_bytes, rest.address, rest))
-        block.live = True
+        block.allocated = True
         block.requested_bytes = requested_bytes
         self._requested += requested_bytes
         self._allocated += block.size_bytes
-        if self._requested > self._most_requested:
-            self._most_requested = self._requested
-        if self._allocated > self._most_allocated:
-            self._most_allocated = self._allocated
+        if self._requested > self._max_requested:
+            self._max_requested = self._requested
+        if self._allocated > self._max_allocated:
+            self._max_allocated = self._allocated
         return block
 
     def free(self, block: Block) -> None:
         """Gives it back to its pool; the driver gets nothing. Source: free_block."""
-        if not block.live:
+        if not block.allocated:
             if block.size_bytes == 0:
                 return
             raise ValueError(f"the block at {block.address} is not allocated")
         self._requested -= block.requested_bytes
         self._allocated -= block.size_bytes
-        block.live = False
+        block.allocated = False
         block.requested_bytes = 0
         block.pool.add(block)
 
@@ -165,24 +165,24 @@ class CachingAllocator:
         Source: release_cached_blocks, release_blocks.
         """
         for pool in (self._large, self._small):
-            for size, address, block in pool.free.copy():
+            for size, address, block in pool.free_blocks.copy():
                 if self.expandable:
-                    size = pool.unmap(block)
-                elif block.before is None and block.after is None:
+                    size = pool.unmap_block(block)
+                elif block.prev is None and block.next is None:
                     pool.remove(block)
-                    del pool.lowest[address]
+                    del pool.first_blocks[address]
                 else:
                     continue
                 self._reserved -= size
                 self.num_device_free += size > 0
 
-    def _fresh(self, pool: Pool, size: int, requested_bytes: int) -> Block:
+    def _allocate_from_driver(self, pool: Pool, size: int, requested_bytes: int) -> Block:
         """A block with memory from the driver, for which the cache may have to go first. Source: malloc.
 
         torch does not search the pool again after the flush; nothing in it has grown.
         release_available_cached_blocks, which comes before it, does nothing without max_split_size_mb.
         """
-        from_driver = self._expand if self.expandable else self._new_segment
+        from_driver = self._expand_segment if self.expandable else self._new_segment
         block = from_driver(pool, size)
         if block is None:
             self.empty_cache()
@@ -191,38 +191,40 @@ class CachingAllocator:
         if block is None:
             self.num_ooms += 1
             assert self.limit_bytes is not None
-            raise OutOfMemory(requested_bytes, segment_bytes(size), self.usage, self.limit_bytes)
+            raise SimulatedOutOfMemoryError(
+                requested_bytes, segment_bytes(size), self.usage, self.limit_bytes
+            )
         return block
 
     def _new_segment(self, pool: Pool, size: int) -> Block | None:
         """A whole segment that holds this size; None without memory. Source: alloc_block."""
         size = segment_bytes(size)
-        return pool.new_segment(size, next(self._addresses, None)) if self._driver_gives(size) else None
+        return pool.new_segment(size, next(self._addresses, None)) if self._try_reserve(size) else None
 
-    def _expand(self, pool: Pool, size: int) -> Block | None:
+    def _expand_segment(self, pool: Pool, size: int) -> Block | None:
         """The lowest place with room for this size, its holes mapped; None without memory.
 
         Pages that were mapped before the memory ended stay in the pool.
 
         Source: try_allocate_expandable_block.
         """
-        block = pool.lowest_room(size)
+        block = pool.find_expandable_block(size)
         while not block.mapped or block.size_bytes < size:
-            hole, missing = (block.after, size - block.size_bytes) if block.mapped else (block, size)
+            hole, missing = (block.next, size - block.size_bytes) if block.mapped else (block, size)
             assert hole is not None
             pages_bytes = -(-min(missing, hole.size_bytes) // pool.page_bytes) * pool.page_bytes
-            if not self._driver_gives(pages_bytes):
+            if not self._try_reserve(pages_bytes):
                 return None
-            block = pool.map(hole, pages_bytes)
+            block = pool.map_block(hole, pages_bytes)
         pool.remove(block)
         return block
 
-    def _driver_gives(self, new_bytes: int) -> bool:
+    def _try_reserve(self, new_bytes: int) -> bool:
         """Whether the driver had so much."""
         if self.limit_bytes is not None and self._reserved + new_bytes > self.limit_bytes:
             return False
         self._reserved += new_bytes
-        self._most_reserved = max(self._most_reserved, self._reserved)
+        self._max_reserved = max(self._max_reserved, self._reserved)
         self.num_device_alloc += 1
         return True
 
@@ -236,17 +238,19 @@ def segment_bytes(size: int) -> int:
     return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
 
 
-def replay(events: Iterable[Event], allocator: CachingAllocator, live: dict[int, Block]) -> Usage:
+def replay_events(
+    events: Iterable[MemoryEvent], allocator: CachingAllocator, live_blocks: dict[int, Block]
+) -> Usage:
     """The peaks after a list of events. `live`, the tensors there are, is brought up to date.
 
     OutOfMemory comes where it would on a GPU.
     """
-    allocate, free, pop = allocator.allocate, allocator.free, live.pop
+    allocate, free, pop = allocator.allocate, allocator.free, live_blocks.pop
     for tensor, requested_bytes in events:
         if requested_bytes is None:
             free(pop(tensor))
-        elif tensor in live:
+        elif tensor in live_blocks:
             raise ValueError(f"tensor {tensor} is allocated twice")
         else:
-            live[tensor] = allocate(requested_bytes)
+            live_blocks[tensor] = allocate(requested_bytes)
     return allocator.peak

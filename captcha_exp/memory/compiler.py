@@ -13,20 +13,20 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-NAME = "torch._dynamo"
+DYNAMO_MODULE = "torch._dynamo"
 
 
-class _StandIn(ModuleType):
+class _DynamoStub(ModuleType):
     """Has the two functions that an optimizer calls; any other attribute imports the real module."""
 
     def __init__(self) -> None:
-        super().__init__(NAME)
-        self._excluded: list[Any] = []
+        super().__init__(DYNAMO_MODULE)
+        self._disabled_functions: list[Any] = []
 
     def disable(self, function: Callable[..., Any], recursive: bool = True, **_: Any) -> Callable[..., Any]:
         """Return the function itself: what is not compiled needs no exclusion."""
         del recursive
-        self._excluded.append(function)
+        self._disabled_functions.append(function)
         return function
 
     def graph_break(self, *_: Any, **__: Any) -> None:
@@ -35,27 +35,27 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        self.remove()
-        return getattr(importlib.import_module(NAME), name)
+        self.uninstall()
+        return getattr(importlib.import_module(DYNAMO_MODULE), name)
 
-    def remove(self) -> None:
+    def uninstall(self) -> None:
         """Leave torch as it was: later calls import the real module."""
-        if sys.modules.get(NAME) is self:
-            del sys.modules[NAME]
-        for function in self._excluded:
+        if sys.modules.get(DYNAMO_MODULE) is self:
+            del sys.modules[DYNAMO_MODULE]
+        for function in self._disabled_functions:
             if getattr(function, "__dynamo_disable", None) is function:
                 delattr(function, "__dynamo_disable")  # `del` would mangle the name
-        self._excluded.clear()
+        self._disabled_functions.clear()
 
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Replace `torch._dynamo` by a stand-in unless the process has imported it already."""
-    if NAME in sys.modules:
+    if DYNAMO_MODULE in sys.modules:
         yield
         return
-    sys.modules[NAME] = stand_in = _StandIn()
+    sys.modules[DYNAMO_MODULE] = stand_in = _DynamoStub()
     try:
         yield
     finally:
-        stand_in.remove()
+        stand_in.uninstall()

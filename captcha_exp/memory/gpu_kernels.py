@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-_FP32_IN_AUTOCAST = (
+_AUTOCAST_FP32_OPS = (
     "layer_norm",
     "group_norm",
     "softmax.int",
@@ -41,13 +41,13 @@ _FP32_IN_AUTOCAST = (
 
 
 @contextmanager
-def cuda_operators() -> Iterator[None]:
+def emulate_cuda_operators() -> Iterator[None]:
     """Apply the choices of the header to tensors of the CPU until the end of the block."""
     # torch has no types for a Library.
     with (
         torch.library._scoped_library("aten", "IMPL") as library,
         warnings.catch_warnings(),
-        _cuda_autocast(),
+        _emulate_cuda_autocast(),
     ):
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for key in ("AutogradCPU", "CPU"):
@@ -56,9 +56,9 @@ def cuda_operators() -> Iterator[None]:
             library.impl("ctc_loss.IntList", _ctc_loss, key)
             library.impl("ctc_loss.Tensor", _ctc_loss, key)
             for recurrent in ("gru", "rnn_tanh", "rnn_relu"):
-                library.impl(f"{recurrent}.input", _batch_second(recurrent), key)
-        for name in _FP32_IN_AUTOCAST:
-            library.impl(name, _in_fp32(name), "AutocastCPU")
+                library.impl(f"{recurrent}.input", _recurrent_kernel(recurrent), key)
+        for name in _AUTOCAST_FP32_OPS:
+            library.impl(name, _fp32_kernel(name), "AutocastCPU")
         # Without oneDNN an LSTM is a loop over time steps. torch.backends.mkldnn.flags warns of TF32.
         was_enabled = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(False)
@@ -69,7 +69,7 @@ def cuda_operators() -> Iterator[None]:
 
 
 @contextmanager
-def _cuda_autocast() -> Iterator[None]:
+def _emulate_cuda_autocast() -> Iterator[None]:
     """Apply torch.autocast("cuda") of this thread to the traced device, with the default dtype of CUDA."""
     plain, thread = torch.autocast.__init__, threading.get_ident()
 
@@ -158,7 +158,7 @@ def _has_fused_kernel(query: Tensor, value: Tensor, mask: Tensor | None, enable_
     return bool(allowed and aligned and same_heads and not (mask is not None and mask.requires_grad))
 
 
-def _batch_second(name: str) -> Callable[..., Any]:
+def _recurrent_kernel(name: str) -> Callable[..., Any]:
     """Return a recurrent layer that transposes its output out of place: torch's does so in place."""
     operator = getattr(_aten, name).input
 
@@ -170,7 +170,7 @@ def _batch_second(name: str) -> Callable[..., Any]:
     return kernel
 
 
-def _in_fp32(name: str) -> Callable[..., Any]:
+def _fp32_kernel(name: str) -> Callable[..., Any]:
     base, _, overload = name.partition(".")
     operator = getattr(getattr(_aten, base), overload or "default")
 

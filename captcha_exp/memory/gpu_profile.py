@@ -11,83 +11,83 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from captcha_exp.config import Card, Interval, Precision
+from captcha_exp.config import Bounds, GpuSpec, Precision
 from captcha_exp.errors import UserError
 
-MARGIN_MIB = 64  # on top of a measured context: kernels that a training loads and no try here did
+CONTEXT_MARGIN_MIB = 64  # on top of a measured context: kernels that a training loads and no try here did
 # Limits of readings from a file; a dataclass made in code is not checked.
-FROM_JSON = with_config(ConfigDict(extra="forbid", strict=True))
-Mib = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+STRICT_JSON = with_config(ConfigDict(extra="forbid", strict=True))
+MiB = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
-Words = Annotated[str, Field(min_length=1)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 
-@FROM_JSON
+@STRICT_JSON
 @dataclass(frozen=True)
-class Stage:
+class MemoryStage:
     """The memory of the card after something was done for the first time."""
 
-    after: Words
-    used_mib: Mib  # by all processes
-    reserved_mib: Mib  # by torch's allocator in this one
-    process_mib: Mib | None  # this one's, by NVML; None where NVML does not know it
+    after: NonEmptyStr
+    used_mib: MiB  # by all processes
+    reserved_mib: MiB  # by torch's allocator in this one
+    process_mib: MiB | None  # this one's, by NVML; None where NVML does not know it
 
     @property
-    def beside_mib(self) -> float:
+    def non_allocator_mib(self) -> float:
         """What is in use beside this process's allocator, by whomever."""
         return max(0.0, self.used_mib - self.reserved_mib)
 
 
-@FROM_JSON
+@STRICT_JSON
 @dataclass(frozen=True)
-class Transient:
+class ConvWorkspace:
     """The most that a convolution of a network took beside its tensors."""
 
-    network: Words
+    network: NonEmptyStr
     precision: Precision
     batch_size: Count
-    mib: Mib
+    mib: MiB
 
     def __str__(self) -> str:
         return f"{self.mib:.0f} ({self.network}, {self.precision}, batch of {self.batch_size})"
 
 
-@FROM_JSON
+@STRICT_JSON
 @dataclass(frozen=True)
-class Round:
+class TimingRound:
     """Seconds of one training step of a network, in each precision in turn."""
 
-    network: Words
+    network: NonEmptyStr
     batch_size: Count
     seconds: Mapping[Precision, Seconds]
 
 
-@FROM_JSON
+@STRICT_JSON
 @dataclass(frozen=True)
-class Readings:
+class GpuMeasurements:
     """All that was read on a card."""
 
-    name: Words
-    totals_mib: Annotated[tuple[Mib, ...], Field(min_length=1)]  # as torch tells it, in each of its ways
-    free_before_mib: Mib | None  # before this process came, by NVML
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]  # in order
+    name: NonEmptyStr
+    totals_mib: Annotated[tuple[MiB, ...], Field(min_length=1)]  # as torch tells it, in each of its ways
+    free_before_mib: MiB | None  # before this process came, by NVML
+    stages: Annotated[tuple[MemoryStage, ...], Field(min_length=1)]  # in order
     smallest: Count  # the stage at which every training has arrived
-    cublas_mib: Mib  # kept by the workspaces of the forward and of the backward thread
+    cublas_mib: MiB  # kept by the workspaces of the forward and of the backward thread
     cublas_config: str  # CUBLAS_WORKSPACE_CONFIG
-    transients: tuple[Transient, ...]
+    transients: tuple[ConvWorkspace, ...]
     deterministic: bool  # whether the convolutions had to be
-    rounds: tuple[Round, ...]
+    rounds: tuple[TimingRound, ...]
     compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
 
 
-def readings_to_json(readings: Readings) -> dict[str, Any]:
+def measurements_to_json(measurements: GpuMeasurements) -> dict[str, Any]:
     """Return the readings as values that `json` can write; `readings_from_json` reads them back."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(readings), allow_nan=False))
+    values: dict[str, Any] = json.loads(json.dumps(asdict(measurements), allow_nan=False))
     return values
 
 
-def readings_from_json(values: Any) -> Readings:
+def measurements_from_json(values: Any) -> GpuMeasurements:
     """Return the readings that `readings_to_json` wrote.
 
     Raises:
@@ -95,7 +95,7 @@ def readings_from_json(values: Any) -> Readings:
             range; the line names the first such key. Measure the GPU again, or correct the file.
     """
     try:  # as JSON, because strict validation of Python values would refuse a list for a tuple
-        readings = TypeAdapter(Readings).validate_json(json.dumps(values))
+        readings = TypeAdapter(GpuMeasurements).validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(map(str, first["loc"])) or "the whole"
@@ -112,96 +112,98 @@ def readings_from_json(values: Any) -> Readings:
     return readings
 
 
-def judge(read: Readings, known: Card) -> Card:
+def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
     """The card. What could not be measured keeps the bounds of the card known before."""
-    total = min(read.totals_mib)
-    others = _others(read, total)
-    return Card(
-        name=read.name,
-        compute_capability=read.compute_capability,
-        total_mib=_mib(
-            total, max(read.totals_mib), "torch reports it, by cudaMemGetInfo and by the properties"
+    total = min(measurements.totals_mib)
+    others = _others_bounds(measurements, total)
+    return GpuSpec(
+        name=measurements.name,
+        compute_capability=measurements.compute_capability,
+        total_mib=_mib_bounds(
+            total, max(measurements.totals_mib), "torch reports it, by cudaMemGetInfo and by the properties"
         ),
-        others_mib=others,
-        context_mib=_context(read, total),
-        cublas_workspace_mib=_mib(
+        other_processes_mib=others,
+        context_mib=_context_bounds(measurements, total),
+        cublas_workspace_mib=_mib_bounds(
             0,
-            read.cublas_mib,
-            f"measured, {read.cublas_mib:.1f} for the forward and the backward thread with "
-            f"CUBLAS_WORKSPACE_CONFIG={read.cublas_config}; less where it is not set",
+            measurements.cublas_mib,
+            f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
+            f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less where it is not set",
         ),
-        cudnn_workspace_mib=_cudnn(read, known.cudnn_workspace_mib),
-        fp16_speed=_speed(read.rounds, "fp16", known.fp16_speed),
-        bf16_speed=_speed(read.rounds, "bf16", known.bf16_speed),
+        cudnn_workspace_mib=_cudnn_bounds(measurements, fallback.cudnn_workspace_mib),
+        fp16_speedup=_speed_bounds(measurements.rounds, "fp16", fallback.fp16_speedup),
+        bf16_speedup=_speed_bounds(measurements.rounds, "bf16", fallback.bf16_speedup),
     )
 
 
-def _mib(least: float, most: float, source: str) -> Interval:
+def _mib_bounds(min_mib: float, max_mib: float, source: str) -> Bounds:
     """In whole MiB, rounded outwards."""
-    return Interval(least=float(math.floor(least)), most=float(math.ceil(most)), source=source)
+    return Bounds(min=float(math.floor(min_mib)), max=float(math.ceil(max_mib)), source=source)
 
 
-def _others(read: Readings, total: float) -> Interval:
+def _others_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     """What other processes held: before this one, and beside it."""
-    seen = [max(0.0, s.used_mib - s.process_mib) for s in read.stages if s.process_mib is not None]
-    if read.free_before_mib is not None:
-        seen.append(max(0.0, total - read.free_before_mib))
+    seen = [max(0.0, s.used_mib - s.process_mib) for s in measurements.stages if s.process_mib is not None]
+    if measurements.free_before_mib is not None:
+        seen.append(max(0.0, total - measurements.free_before_mib))
     if seen:
-        return _mib(min(seen), max(seen), "measured by NVML, what other programs held at that time")
+        return _mib_bounds(min(seen), max(seen), "measured by NVML, what other programs held at that time")
     source = "NVML tells nothing here; at most what was in use after this process's own start"
-    return _mib(0, read.stages[0].beside_mib, source)
+    return _mib_bounds(0, measurements.stages[0].non_allocator_mib, source)
 
 
-def _context(read: Readings, total: float) -> Interval:
+def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     """From the smallest that trains to the largest that was seen, and a margin."""
-    bounds = [_taken(stage, read, total) for stage in read.stages]
+    bounds = [_context_range(stage, measurements, total) for stage in measurements.stages]
     steps = ", ".join(
         (f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}") + f" after {stage.after}"
-        for stage, (low, high) in zip(read.stages, bounds, strict=True)
+        for stage, (low, high) in zip(measurements.stages, bounds, strict=True)
     )
     by = (
         "by NVML's figure for the process"
-        if all(stage.process_mib is not None for stage in read.stages)
+        if all(stage.process_mib is not None for stage in measurements.stages)
         else "by what is in use on the card and was not before"
     )
-    return _mib(
-        min(low for low, _ in bounds[read.smallest :]),
-        max(high for _, high in bounds) + MARGIN_MIB,
-        f"measured {by}, {steps}; most has {MARGIN_MIB} on top for kernels loaded later",
+    return _mib_bounds(
+        min(low for low, _ in bounds[measurements.smallest :]),
+        max(high for _, high in bounds) + CONTEXT_MARGIN_MIB,
+        f"measured {by}, {steps}; most has {CONTEXT_MARGIN_MIB} on top for kernels loaded later",
     )
 
 
-def _taken(stage: Stage, read: Readings, total: float) -> tuple[float, float]:
+def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> tuple[float, float]:
     """MiB of the process beside torch's allocator: the least and the most that it can be."""
     if stage.process_mib is not None:
         exact = max(0.0, stage.process_mib - stage.reserved_mib)
         return exact, exact
-    if read.free_before_mib is not None:
-        exact = max(0.0, stage.beside_mib - max(0.0, total - read.free_before_mib))
+    if measurements.free_before_mib is not None:
+        exact = max(0.0, stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib))
         return exact, exact
     # Of what was in use after its own start all may be others', or nothing.
-    return max(0.0, stage.beside_mib - read.stages[0].beside_mib), stage.beside_mib
+    return max(
+        0.0, stage.non_allocator_mib - measurements.stages[0].non_allocator_mib
+    ), stage.non_allocator_mib
 
 
-def _cudnn(read: Readings, known: Interval) -> Interval:
+def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     """From the batch whose hungriest convolution takes least to the one whose takes most."""
-    groups: dict[tuple[str, Precision, int], Transient] = {}
-    for each in read.transients:
+    groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
+    for each in measurements.transients:
         group = (each.network, each.precision, each.batch_size)
         groups[group] = max(groups.get(group, each), each, key=lambda transient: transient.mib)
     if not groups:
-        return _unmeasured(known)
+        return _unmeasured_bounds(fallback)
     worst = sorted(groups.values(), key=lambda transient: transient.mib)
     sizes = sorted({each.batch_size for each in worst})
-    return _mib(
+    return _mib_bounds(
         worst[0].mib,
         worst[-1].mib,
         f"measured, {worst[0]} to {worst[-1]}; forward and backward, batches of "
-        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(read.deterministic).lower()}",
+        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}",
     )
 
 
-def _speed(rounds: Iterable[Round], precision: Precision, known: Interval) -> Interval:
+def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:
     """Times as fast as fp32: the slowest round to the fastest, of all networks."""
     of_network: dict[str, list[float]] = {}
     for each in rounds:
@@ -209,16 +211,16 @@ def _speed(rounds: Iterable[Round], precision: Precision, known: Interval) -> In
             ratio = each.seconds["fp32"] / each.seconds[precision]
             of_network.setdefault(f"{each.network}, batch of {each.batch_size}", []).append(ratio)
     if not of_network:
-        return _unmeasured(known)
+        return _unmeasured_bounds(fallback)
     ratios = [ratio for several in of_network.values() for ratio in several]
     seen = "; ".join(f"{min(some):.2f} to {max(some):.2f} ({name})" for name, some in of_network.items())
-    return Interval(
-        least=math.floor(min(ratios) * 100) / 100,
-        most=math.ceil(max(ratios) * 100) / 100,
+    return Bounds(
+        min=math.floor(min(ratios) * 100) / 100,
+        max=math.ceil(max(ratios) * 100) / 100,
         source=f"measured in training steps, {seen}",
     )
 
 
-def _unmeasured(known: Interval) -> Interval:
-    source = f"not measured, it fails here; {known.source}"
-    return Interval(least=known.least, most=known.most, source=source)
+def _unmeasured_bounds(fallback: Bounds) -> Bounds:
+    source = f"not measured, it fails here; {fallback.source}"
+    return Bounds(min=fallback.min, max=fallback.max, source=source)

@@ -5,17 +5,17 @@ from typing import Literal, NamedTuple, TypeAlias
 Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
 
 
-class Between(NamedTuple):
+class MiBRange(NamedTuple):
     """MiB, within bounds."""
 
-    least: float
-    most: float
+    min: float
+    max: float
 
     def __str__(self) -> str:
         """5 to 7, or just 5."""
-        least, most = f"{self.least:,.0f}", f"{self.most:,.0f}"
+        least, most = f"{self.min:,.0f}", f"{self.max:,.0f}"
         return least if least == most else f"{least} to {most}"
 
-    def error(self, measured: float) -> float:
+    def relative_error(self, measured: float) -> float:
         """How far this lies beside what was measured, as a share of it; 0 where it holds it."""
-        return (min(max(measured, self.least), self.most) - measured) / measured
+        return (min(max(measured, self.min), self.max) - measured) / measured

@@ -9,16 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from captcha_exp.config import Card, load_card
+from captcha_exp.config import GpuSpec, load_gpu
 from captcha_exp.errors import UserError
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.interval import Between, Fits
-from captcha_exp.memory.module_checks import check_numbers
-from captcha_exp.memory.module_trace import DTYPES, Loss, ModulePrecision, OptimizerFactory, trace_module
-from captcha_exp.memory.plan import ERROR, limits, verdict
-from captcha_exp.memory.replay import bounds_of, play
+from captcha_exp.memory.interval import Fits, MiBRange
+from captcha_exp.memory.module_checks import check_budget_and_steps
+from captcha_exp.memory.module_trace import (
+    AUTOCAST_DTYPES,
+    LossFunction,
+    ModulePrecision,
+    OptimizerFactory,
+    trace_module,
+)
+from captcha_exp.memory.plan import ERROR_MARGIN, allocator_limits, classify_fit
+from captcha_exp.memory.replay import peak_range, replay_trace
 from captcha_exp.memory.trace import Trace
-from captcha_exp.memory.workspaces import workspaces_of
+from captcha_exp.memory.workspaces import workspace_scenarios
 from captcha_exp.runtime import paths
 
 
@@ -26,19 +32,19 @@ from captcha_exp.runtime import paths
 class ModulePlan:
     """The predicted peak memory of a training step, and whether it fits. All figures in MiB."""
 
-    card: str
+    gpu: str
     tensors_mib: float  # all tensors at the peak
     state_mib: float  # of them parameters, buffers and the optimizer's state
     activations_mib: float  # of them everything else: activations, gradients, the batch
-    workspace_mib: Between  # of cuBLAS and cuDNN, at most at one time
-    reserved_mib: Between  # as torch.cuda.max_memory_reserved
-    process_mib: Between  # as nvidia-smi shows it: reserved memory and the CUDA context
-    budget_mib: Between | None  # available to the process; None: unknown
+    workspace_mib: MiBRange  # of cuBLAS and cuDNN, at most at one time
+    reserved_mib: MiBRange  # as torch.cuda.max_memory_reserved
+    process_mib: MiBRange  # as nvidia-smi shows it: reserved memory and the CUDA context
+    budget_mib: MiBRange | None  # available to the process; None: unknown
     fits: Fits | None  # "fits", "does not fit" or "unsure", which counts as no; None without a budget
 
     def describe(self) -> str:
         """Return the prediction in one line."""
-        text = f"predicted {self.process_mib} MiB on {self.card} (tensors {self.tensors_mib:,.0f})"
+        text = f"predicted {self.process_mib} MiB on {self.gpu} (tensors {self.tensors_mib:,.0f})"
         if self.budget_mib is None:
             return f"{text}; set budget_mib for a verdict"
         return f"{text}, budget {self.budget_mib} MiB: {self.fits}"
@@ -48,11 +54,11 @@ def plan_module(
     module: nn.Module,
     example_batch: Any,
     optimizer: OptimizerFactory,
-    loss: Loss,
+    loss: LossFunction,
     *,
     targets: Any = None,
     precision: ModulePrecision = "fp32",
-    card: str | Path | Card = "generic",
+    gpu: str | Path | GpuSpec = "generic",
     budget_mib: float | None = None,
     steps: int = 3,
 ) -> ModulePlan:
@@ -63,62 +69,60 @@ def plan_module(
     as torch.optim.AdamW, or a lambda or partial with its arguments. `loss` is called as
     `loss(output, targets)`, which allows nn.CrossEntropyLoss(), and without targets as `loss(output)`.
     Targets are an argument of their own because they occupy memory of the device, too. `precision` is fp32 or
-    that of autocast. `card` is the name of a file in conf/card/, the path of another, or a Card.
+    that of autocast. `card` is the name of a file in conf/gpu/, the path of another, or a Card.
 
     Raises: UserError, one line that names the argument, or the operator and the submodule that cannot be
     traced (`encoder.layer.3`), and the remedy.
     """
-    if precision not in ("fp32", *DTYPES):
+    if precision not in ("fp32", *AUTOCAST_DTYPES):
         raise UserError(f"precision={precision!r}: must be one of fp32, bf16, fp16")
-    check_numbers(budget_mib, steps)
-    known = card if isinstance(card, Card) else load_card(_card_path(card))
+    check_budget_and_steps(budget_mib, steps)
+    known = gpu if isinstance(gpu, GpuSpec) else load_gpu(_gpu_spec_path(gpu))
     traced = trace_module(
         module, example_batch, optimizer, loss, targets=targets, precision=precision, steps=steps
     )
     return _plan_trace(traced, known, _budget(known, budget_mib))
 
 
-def _card_path(card: str | Path) -> Path:
-    path = Path(card) if str(card).endswith((".yaml", ".yml")) else paths.conf() / "card" / f"{card}.yaml"
+def _gpu_spec_path(gpu: str | Path) -> Path:
+    path = Path(gpu) if str(gpu).endswith((".yaml", ".yml")) else paths.conf_dir() / "gpu" / f"{gpu}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(each.stem for each in (paths.conf() / "card").glob("*.yaml")))
-        raise UserError(
-            f"card={str(card)!r}: no such file; must be one of {names}, or the path of a YAML file"
-        )
+        names = ", ".join(sorted(each.stem for each in (paths.conf_dir() / "gpu").glob("*.yaml")))
+        raise UserError(f"gpu={str(gpu)!r}: no such file; must be one of {names}, or the path of a YAML file")
     return path
 
 
-def _budget(card: Card, asked_mib: float | None) -> Between | None:
+def _budget(gpu: GpuSpec, requested_mib: float | None) -> MiBRange | None:
     """Return the budget that was asked for, else what other programs leave of the card; None if unknown."""
-    if card.total_mib is not None and (asked_mib is None or asked_mib > card.total_mib.most):
-        least = card.total_mib.least - card.others_mib.most
-        return Between(max(0.0, least), max(0.0, card.total_mib.most - card.others_mib.least))
-    return None if asked_mib is None else Between(asked_mib, asked_mib)
+    if gpu.total_mib is not None and (requested_mib is None or requested_mib > gpu.total_mib.max):
+        least = gpu.total_mib.min - gpu.other_processes_mib.max
+        return MiBRange(max(0.0, least), max(0.0, gpu.total_mib.max - gpu.other_processes_mib.min))
+    return None if requested_mib is None else MiBRange(requested_mib, requested_mib)
 
 
-def _plan_trace(traced: Trace, card: Card, budget_mib: Between | None) -> ModulePlan:
+def _plan_trace(trace: Trace, gpu: GpuSpec, budget_mib: MiBRange | None) -> ModulePlan:
     """Return the plan of a trace."""
-    context, workspaces = card.context_mib, workspaces_of(card)
-    peaks = [found for each in workspaces if (found := play(traced, each)) is not None]
-    reserved = bounds_of(peaks, "reserved_bytes")
+    context, workspaces = gpu.context_mib, workspace_scenarios(gpu)
+    peaks = [found for each in workspaces if (found := replay_trace(trace, each)) is not None]
+    reserved = peak_range(peaks, "reserved_bytes")
     fits = None
     if budget_mib is not None:
-        tight_mib, wide_mib = limits(card, budget_mib)
-        fits = verdict(
-            all(play(traced, each, tight_mib) is not None for each in workspaces),
-            any(play(traced, each, wide_mib) is not None for each in workspaces),
+        tight_mib, wide_mib = allocator_limits(gpu, budget_mib)
+        fits = classify_fit(
+            all(replay_trace(trace, each, tight_mib) is not None for each in workspaces),
+            any(replay_trace(trace, each, wide_mib) is not None for each in workspaces),
         )
-    state_bytes = traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes
-    tensors_bytes = traced.peak_bytes("step")
+    state_bytes = trace.parameters_bytes + trace.buffers_bytes + trace.optimizer_bytes
+    tensors_bytes = trace.peak_bytes("step")
     return ModulePlan(
-        card=card.name,
+        gpu=gpu.name,
         tensors_mib=tensors_bytes / MIB,
         state_mib=state_bytes / MIB,
         activations_mib=(tensors_bytes - state_bytes) / MIB,
-        workspace_mib=Between(workspaces[0].most_mib(traced), workspaces[-1].most_mib(traced)),
+        workspace_mib=MiBRange(workspaces[0].max_mib(trace), workspaces[-1].max_mib(trace)),
         reserved_mib=reserved,
-        process_mib=Between(
-            context.least + reserved.least * (1 - ERROR), context.most + reserved.most * (1 + ERROR)
+        process_mib=MiBRange(
+            context.min + reserved.min * (1 - ERROR_MARGIN), context.max + reserved.max * (1 + ERROR_MARGIN)
         ),
         budget_mib=budget_mib,
         fits=fits,

@@ -13,7 +13,7 @@ from captcha_exp.errors import UserError
 _OPTIMIZER = "optimizer: must be callable with the parameters, e.g. torch.optim.AdamW, "
 
 
-def check_numbers(budget_mib: Any, steps: Any) -> None:
+def check_budget_and_steps(budget_mib: Any, steps: Any) -> None:
     """Raise UserError for a budget or a number of steps that cannot be."""
     if isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 2:
         raise UserError(
@@ -31,7 +31,7 @@ def check_numbers(budget_mib: Any, steps: Any) -> None:
 def check_module(module: Any) -> None:
     """Raise UserError for what is not a module, or one of which nothing can be trained."""
     if not isinstance(module, nn.Module):
-        raise UserError(f"module: must be a torch.nn.Module, not {_kind(module)}")
+        raise UserError(f"module: must be a torch.nn.Module, not {_type_name(module)}")
     for name, child in module.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise UserError(
@@ -45,18 +45,18 @@ def check_module(module: Any) -> None:
         )
 
 
-def check_factory(factory: Any) -> None:
+def check_optimizer_factory(factory: Any) -> None:
     """Raise UserError for an optimizer in place of a function that makes one."""
     if isinstance(factory, torch.optim.Optimizer):
         raise UserError(f"{_OPTIMIZER}not an instance")
     if not callable(factory):
-        raise UserError(f"{_OPTIMIZER}not {_kind(factory)}")
+        raise UserError(f"{_OPTIMIZER}not {_type_name(factory)}")
 
 
 def check_optimizer(optimizer: Any, module: nn.Module) -> None:
     """Raise UserError unless this is an optimizer of the module's parameters that steps without a closure."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"optimizer: must return a torch.optim.Optimizer, not {_kind(optimizer)}")
+        raise UserError(f"optimizer: must return a torch.optim.Optimizer, not {_type_name(optimizer)}")
     given = {id(each) for each in module.parameters()}
     if any(id(each) not in given for group in optimizer.param_groups for each in group["params"]):
         raise UserError(
@@ -79,12 +79,12 @@ def check_optimizer(optimizer: Any, module: nn.Module) -> None:
 def check_loss(loss: Any, has_targets: bool) -> None:
     """Raise UserError for a loss that cannot be called with the output, or with the output and targets."""
     if not callable(loss):
-        raise UserError(f"loss: must be callable with the output, not {_kind(loss)}")
+        raise UserError(f"loss: must be callable with the output, not {_type_name(loss)}")
     try:
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     except (TypeError, ValueError):  # a function of C
         return
-    one, two = (_takes(signature, count) for count in (1, 2))
+    one, two = (_accepts_num_args(signature, count) for count in (1, 2))
     if not has_targets and not one and two:
         second = list(signature.parameters)[1]
         raise UserError(
@@ -94,7 +94,7 @@ def check_loss(loss: Any, has_targets: bool) -> None:
         raise UserError("loss: takes the output only; leave targets out, or take them as a second argument")
 
 
-def _takes(signature: inspect.Signature, count: int) -> bool:
+def _accepts_num_args(signature: inspect.Signature, count: int) -> bool:
     try:
         signature.bind(*range(count))
     except TypeError:
@@ -102,20 +102,20 @@ def _takes(signature: inspect.Signature, count: int) -> bool:
     return True
 
 
-def check_result(result: Any) -> None:
+def check_loss_value(value: Any) -> None:
     """Raise UserError for a loss whose result has no gradient for the parameters."""
-    if not isinstance(result, Tensor):
-        raise UserError(f"loss: must return a tensor, not {_kind(result)}")
-    if result.numel() != 1:
+    if not isinstance(value, Tensor):
+        raise UserError(f"loss: must return a tensor, not {_type_name(value)}")
+    if value.numel() != 1:
         raise UserError(
-            f"loss: must return one number, not shape {tuple(result.shape)}; reduce it, e.g. with .mean()"
+            f"loss: must return one number, not shape {tuple(value.shape)}; reduce it, e.g. with .mean()"
         )
-    if not result.requires_grad:
+    if not value.requires_grad:
         raise UserError(
             "loss: does not depend on a parameter that requires a gradient; check .detach(), torch.no_grad() "
             "and requires_grad"
         )
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return "None" if value is None else type(value).__name__

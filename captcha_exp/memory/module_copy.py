@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from captcha_exp.errors import UserError
 from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor
 
-Copied = TypeVar("Copied")
-_lock = threading.RLock()  # a trace replaces operators and settings of the whole process
+CopiedT = TypeVar("CopiedT")
+_trace_lock = threading.RLock()  # a trace replaces operators and settings of the whole process
 
 
 @contextmanager
-def global_state_kept() -> Iterator[None]:
+def preserve_global_state() -> Iterator[None]:
     """Trace in one thread at a time, and restore what the module's own code may set.
 
     These are the random states of torch and Python and the default dtype. The caller's no_grad,
     inference_mode and autocast do not apply inside.
     """
     with (
-        _lock,
+        _trace_lock,
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", torch.bfloat16, enabled=False),
@@ -39,18 +39,18 @@ def global_state_kept() -> Iterator[None]:
             random.setstate(state)
 
 
-def sent(tensor: Tensor) -> Tensor:
+def to_fake_device(tensor: Tensor) -> Tensor:
     """Return a tensor of the device with this shape, as `tensor.to(device)`."""
     here = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=HOST)
     return here.to(DEVICE)
 
 
-def sent_parameter(parameter: Tensor) -> nn.Parameter:
+def parameter_to_fake_device(parameter: Tensor) -> nn.Parameter:
     """Return a parameter of the device with this shape."""
-    return nn.Parameter(sent(parameter), parameter.requires_grad)
+    return nn.Parameter(to_fake_device(parameter), parameter.requires_grad)
 
 
-def copied(original: Copied, memo: dict[int, Any]) -> Copied:
+def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
     """Return a copy of a module whose parameters, buffers and other tensors are of the device.
 
     No value is copied. Tied parameters stay tied, also with modules that were copied with the same `memo`.
@@ -62,7 +62,7 @@ def copied(original: Copied, memo: dict[int, Any]) -> Copied:
                     f"{name}: the shape of a lazy parameter is unknown; call the module once before"
                 )
     try:
-        with _tensors_sent():
+        with _deepcopy_to_fake_device():
             return copy.deepcopy(original, memo)
     except Exception as error:
         text = (str(error).strip() or "no message").splitlines()[0]
@@ -70,14 +70,16 @@ def copied(original: Copied, memo: dict[int, Any]) -> Copied:
 
 
 @contextmanager
-def _tensors_sent() -> Iterator[None]:
+def _deepcopy_to_fake_device() -> Iterator[None]:
     """Make copy.deepcopy send tensors instead, also attributes that are neither parameter nor buffer."""
     plain = {each: each.__dict__["__deepcopy__"] for each in (Tensor, nn.Parameter)}
 
     def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         if id(tensor) not in memo:
             is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = sent_parameter(tensor) if is_parameter else _sent_tensor(tensor)
+            memo[id(tensor)] = (
+                parameter_to_fake_device(tensor) if is_parameter else _leaf_to_fake_device(tensor)
+            )
         found: Tensor = memo[id(tensor)]
         return found
 
@@ -90,32 +92,32 @@ def _tensors_sent() -> Iterator[None]:
             setattr(each, "__deepcopy__", function)  # noqa: B010
 
 
-def _sent_tensor(tensor: Tensor) -> Tensor:
+def _leaf_to_fake_device(tensor: Tensor) -> Tensor:
     """Return a tensor of the device with this shape; a leaf that requires a gradient still does."""
-    return sent(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    return to_fake_device(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
-class CallersGrads:
+class SavedGradients:
     """Keeps the gradients of the caller's own tensors, such as a parameter that a loss closes over."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._saved: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def keep(self, loss: Tensor) -> None:
+    def save(self, loss: Tensor) -> None:
         """Set aside the gradient of each leaf of the loss that the trace did not make."""
-        for leaf in _leaves(loss):
-            if not isinstance(leaf, DeviceTensor) and id(leaf) not in self._kept:
-                self._kept[id(leaf)] = leaf, leaf.grad
+        for leaf in _grad_leaves(loss):
+            if not isinstance(leaf, DeviceTensor) and id(leaf) not in self._saved:
+                self._saved[id(leaf)] = leaf, leaf.grad
                 leaf.grad = None
 
     def restore(self) -> None:
         """Put the gradients back."""
-        for leaf, gradient in self._kept.values():
+        for leaf, gradient in self._saved.values():
             leaf.grad = gradient
-        self._kept.clear()
+        self._saved.clear()
 
 
-def _leaves(loss: Tensor) -> Iterable[Tensor]:
+def _grad_leaves(loss: Tensor) -> Iterable[Tensor]:
     """Return the tensors whose gradient `loss.backward()` accumulates."""
     if loss.grad_fn is None:
         return [loss]

@@ -12,41 +12,43 @@ import torch
 from torch import nn
 
 
-class ModulePath:
+class ModulePathTracker:
     """Follows which submodule is running."""
 
     def __init__(self, module: nn.Module) -> None:
         """Add hooks to each submodule of `module`, which is a copy that nobody else uses."""
         self._names: list[str] = []
-        self._numbers: list[int] = []  # autograd sequence numbers, at which another module began to run
-        self._running: list[str] = []
+        self._sequence_numbers: list[
+            int
+        ] = []  # autograd sequence numbers, at which another module began to run
+        self._module_stack: list[str] = []
         for name, child in module.named_modules():
-            child.register_forward_pre_hook(self._enter(name or type(module).__name__))
-            child.register_forward_hook(self._exit)
+            child.register_forward_pre_hook(self._make_pre_hook(name or type(module).__name__))
+            child.register_forward_hook(self._forward_hook)
 
     def begin_step(self) -> None:
         """Forget the step before this one."""
-        self._names, self._numbers, self._running = [], [], []
+        self._names, self._sequence_numbers, self._module_stack = [], [], []
 
     def current(self) -> str | None:
         """Return the path of the submodule that is running or whose backward pass is; None outside of all."""
         node = torch._C._current_autograd_node()
-        if node is None or self._running:
-            return self._running[-1] if self._running else None
-        place = bisect_right(self._numbers, node._sequence_nr()) - 1
+        if node is None or self._module_stack:
+            return self._module_stack[-1] if self._module_stack else None
+        place = bisect_right(self._sequence_numbers, node._sequence_nr()) - 1
         return (self._names[place] or None) if place >= 0 else None
 
-    def _enter(self, name: str) -> Any:
+    def _make_pre_hook(self, name: str) -> Any:
         def hook(*_: Any) -> None:
-            self._running.append(name)
-            self._mark()
+            self._module_stack.append(name)
+            self._record_current()
 
         return hook
 
-    def _exit(self, *_: Any) -> None:
-        self._running.pop()
-        self._mark()
+    def _forward_hook(self, *_: Any) -> None:
+        self._module_stack.pop()
+        self._record_current()
 
-    def _mark(self) -> None:
-        self._numbers.append(torch._C._autograd._get_sequence_nr())
-        self._names.append(self._running[-1] if self._running else "")
+    def _record_current(self) -> None:
+        self._sequence_numbers.append(torch._C._autograd._get_sequence_nr())
+        self._names.append(self._module_stack[-1] if self._module_stack else "")

@@ -13,30 +13,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from captcha_exp.errors import UserError
-from captcha_exp.memory.fake_device import DEVICE, HOST, Recorder, Untraceable
-from captcha_exp.memory.gpu_kernels import cuda_operators
+from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
+from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
 from captcha_exp.memory.module_checks import (
-    check_factory,
     check_loss,
+    check_loss_value,
     check_module,
     check_optimizer,
-    check_result,
+    check_optimizer_factory,
 )
-from captcha_exp.memory.module_copy import CallersGrads, copied, global_state_kept, sent
-from captcha_exp.memory.module_path import ModulePath
-from captcha_exp.memory.trace import Trace, phases_of, steps_counted_on_device, without_collector
+from captcha_exp.memory.module_copy import (
+    SavedGradients,
+    copy_to_fake_device,
+    preserve_global_state,
+    to_fake_device,
+)
+from captcha_exp.memory.module_path import ModulePathTracker
+from captcha_exp.memory.trace import Trace, allow_device_step_counts, compute_phases, disable_gc
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Loss: TypeAlias = Callable[..., Tensor]
+LossFunction: TypeAlias = Callable[..., Tensor]
 ModulePrecision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def trace_module(
     module: nn.Module,
     example_batch: Any,
     optimizer: OptimizerFactory,
-    loss: Loss,
+    loss: LossFunction,
     *,
     targets: Any = None,
     precision: ModulePrecision = "fp32",
@@ -47,68 +52,68 @@ def trace_module(
     Raises: UserError for a module that cannot be traced; it names the operator, the submodule and a remedy.
     """
     check_module(module)
-    check_factory(optimizer)
+    check_optimizer_factory(optimizer)
     check_loss(loss, targets is not None)
-    recorder = Recorder()
+    recorder = TensorRecorder()
     sizes: dict[str, int] = {}
     with (
-        global_state_kept(),
-        without_collector(),
+        preserve_global_state(),
+        disable_gc(),
         torch.device(HOST),
-        steps_counted_on_device(),
-        cuda_operators(),
+        allow_device_step_counts(),
+        emulate_cuda_operators(),
         recorder,
     ):
-        recorder.begin("state")
-        _run(module, (example_batch, targets), optimizer, loss, precision, steps, recorder, sizes)
+        recorder.begin_phase("state")
+        _run_on_copy(module, (example_batch, targets), optimizer, loss, precision, steps, recorder, sizes)
     return Trace(
         recorder.events,
-        phases_of(recorder.events, recorder.marks),
+        compute_phases(recorder.events, recorder.phase_starts),
         recorder.convolutions,
         **sizes,
         resident_bytes=0,
     )
 
 
-def _run(
+def _run_on_copy(
     module: nn.Module,
     example: tuple[Any, Any],
     optimizer: OptimizerFactory,
-    loss: Loss,
+    loss: LossFunction,
     precision: ModulePrecision,
     steps: int,
-    recorder: Recorder,
+    recorder: TensorRecorder,
     sizes: dict[str, int],
 ) -> None:
     """Train a copy, which is freed at the end."""
     memo: dict[int, Any] = {}
-    on_device = copied(module, memo)
+    on_device = copy_to_fake_device(module, memo)
     if isinstance(loss, nn.Module):
-        loss = copied(loss, memo)
+        loss = copy_to_fake_device(loss, memo)
     memo.clear()  # it keeps the originals
-    path, grads = ModulePath(on_device), CallersGrads()
-    recorder.locate = path.current
+    path, grads = ModulePathTracker(on_device), SavedGradients()
+    recorder.get_module_path = path.current
     try:
-        with _errors_named(path):
+        with _raise_user_errors(path):
             _train(on_device, example, optimizer, loss, precision, steps, recorder, path, grads, sizes)
     finally:
         grads.restore()
 
 
-def _batch_on_device(batch: Any) -> Any:
-    return tree_map(lambda each: sent(each) if isinstance(each, Tensor) else each, batch)
+def _batch_to_fake_device(batch: Any) -> Any:
+    return tree_map(lambda each: to_fake_device(each) if isinstance(each, Tensor) else each, batch)
 
 
 def _train(
     module: nn.Module,
     example: tuple[Any, Any],
     optimizer_factory: OptimizerFactory,
-    loss_function: Loss,
+    loss_function: LossFunction,
     precision: ModulePrecision,
     steps: int,
-    recorder: Recorder,
-    path: ModulePath,
-    grads: CallersGrads,
+    recorder: TensorRecorder,
+    path: ModulePathTracker,
+    grads: SavedGradients,
     sizes: dict[str, int],
 ) -> None:
     """Take the steps of the usual loop. Batch, output and loss live until the next ones replace them."""
@@ -117,25 +122,27 @@ def _train(
     check_optimizer(optimizer, module)
     _use_foreach(optimizer)
     for number in range(1, steps + 1):
-        recorder.begin(f"epoch 1: step {number}")
+        recorder.begin_phase(f"epoch 1: step {number}")
         path.begin_step()
-        batch, targets = _batch_on_device(example)
+        batch, targets = _batch_to_fake_device(example)
         optimizer.zero_grad()
-        with torch.autocast("cpu", DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES):
+        with torch.autocast(
+            "cpu", AUTOCAST_DTYPES.get(precision, torch.bfloat16), enabled=precision in AUTOCAST_DTYPES
+        ):
             output = _call(module, batch)
             loss = loss_function(output) if targets is None else loss_function(output, targets)
-        check_result(loss)
-        grads.keep(loss)
+        check_loss_value(loss)
+        grads.save(loss)
         scaled = loss if loss_scale is None else loss * loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        with recorder.reads_answered():  # most read their step count, a tensor of the host
+        with recorder.allow_value_reads():  # most read their step count, a tensor of the host
             optimizer.step()
-    recorder.begin("end")
+    recorder.begin_phase("end")
     kept = [value for values in optimizer.state.values() for value in values.values()]
     parts = nn.ModuleList([module, *([loss_function] if isinstance(loss_function, nn.Module) else [])])
-    sizes["parameters_bytes"] = _bytes(parts.parameters())
-    sizes["buffers_bytes"] = _bytes(parts.buffers())
-    sizes["optimizer_bytes"] = _bytes(value for value in kept if isinstance(value, Tensor))
+    sizes["parameters_bytes"] = _device_bytes(parts.parameters())
+    sizes["buffers_bytes"] = _device_bytes(parts.buffers())
+    sizes["optimizer_bytes"] = _device_bytes(value for value in kept if isinstance(value, Tensor))
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
@@ -152,19 +159,19 @@ def _use_foreach(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _device_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(each.nbytes for each in tensors if each.device == DEVICE)
 
 
 @contextmanager
-def _errors_named(path: ModulePath) -> Iterator[None]:
+def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
     """Turn an error of the steps into one line that says where it came from and what to do."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        cause = _untraceable(error)
+        cause = _find_untraceable(error)
         if cause is not None:
             where = cause.module_path or path.current() or "the loss or the optimizer"
             text = f"{where}: {cause.operator} {cause.reason}; {cause.remedy}"
@@ -180,8 +187,8 @@ def _errors_named(path: ModulePath) -> Iterator[None]:
         raise UserError(text) from error
 
 
-def _untraceable(error: BaseException | None) -> Untraceable | None:
-    while error is not None and not isinstance(error, Untraceable):
+def _find_untraceable(error: BaseException | None) -> UntraceableError | None:
+    while error is not None and not isinstance(error, UntraceableError):
         error = error.__cause__ or error.__context__
     return error
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from captcha_exp.config import Card
+from captcha_exp.config import GpuSpec
 from captcha_exp.errors import UserError
-from captcha_exp.memory.gpu_profile import MARGIN_MIB, judge, readings_from_json
+from captcha_exp.memory.gpu_profile import CONTEXT_MARGIN_MIB, build_gpu_spec, measurements_from_json
 
 BENCHMARK = "gpu_session"
 MAX_MIB = 1e6  # more than any GPU has
-AGAIN = "measure it with python benchmarks/gpu_session.py --parts calibration --out FILE.json"
+REMEASURE_HINT = "measure it with python benchmarks/gpu_session.py --parts calibration --out FILE.json"
 
 
 def read_session(file: Path) -> dict[str, Any]:
@@ -33,17 +33,19 @@ def read_session(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}; give another --from") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among these
         reason = " ".join(str(error).split())
-        raise UserError(f"{file}: not a whole JSON file ({reason}); copy it again, or {AGAIN}") from None
+        raise UserError(
+            f"{file}: not a whole JSON file ({reason}); copy it again, or {REMEASURE_HINT}"
+        ) from None
     if not isinstance(session, dict) or session.get("benchmark") != BENCHMARK:
-        raise UserError(f"{file}: not a session of benchmarks/gpu_session.py; {AGAIN}")
+        raise UserError(f"{file}: not a session of benchmarks/gpu_session.py; {REMEASURE_HINT}")
     if not isinstance(session.get("machine"), dict) or not isinstance(session.get("parts"), dict):
-        raise UserError(f"{file}: has no machine or no parts; {AGAIN}")
-    if not session["machine"].get("card") or session.get("dry_run"):
-        raise UserError(f"{file}: no GPU was measured, only a dry run or predictions; {AGAIN}")
+        raise UserError(f"{file}: has no machine or no parts; {REMEASURE_HINT}")
+    if not session["machine"].get("gpu") or session.get("dry_run"):
+        raise UserError(f"{file}: no GPU was measured, only a dry run or predictions; {REMEASURE_HINT}")
     return session
 
 
-def card_of(session: Mapping[str, Any], known: Card, file: Path) -> Card:
+def gpu_spec_from_session(session: Mapping[str, Any], fallback: GpuSpec, file: Path) -> GpuSpec:
     """Return the card that a session's calibration makes; its trainings may widen the context's interval.
 
     Raises:
@@ -51,24 +53,24 @@ def card_of(session: Mapping[str, Any], known: Card, file: Path) -> Card:
     """
     part = session["parts"].get("calibration")
     if not isinstance(part, dict):
-        raise UserError(f"{file}: has no part calibration; {AGAIN}")
+        raise UserError(f"{file}: has no part calibration; {REMEASURE_HINT}")
     if "figures" not in part:
         lines = str(part.get("error", "it has no figures")).split("\n")
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is given")
-        raise UserError(f"{file}: its part calibration failed: {reason[:200]}; {AGAIN}")
+        raise UserError(f"{file}: its part calibration failed: {reason[:200]}; {REMEASURE_HINT}")
     try:
-        readings = readings_from_json(part["figures"])
+        readings = measurements_from_json(part["figures"])
     except UserError as error:
-        raise UserError(f"{file}: part calibration: {error}; {AGAIN}") from None
-    if readings.name != session["machine"]["card"]:
+        raise UserError(f"{file}: part calibration: {error}; {REMEASURE_HINT}") from None
+    if readings.name != session["machine"]["gpu"]:
         raise UserError(
             f"{file}: part calibration is of {readings.name!r}, the session of "
-            f"{session['machine']['card']!r}; {AGAIN}"
+            f"{session['machine']['gpu']!r}; {REMEASURE_HINT}"
         )
-    return _widened(judge(readings, known), list(_contexts(session["parts"])))
+    return _widen_context(build_gpu_spec(readings, fallback), list(_measured_contexts_mib(session["parts"])))
 
 
-def versions_of(session: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
+def read_versions(session: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
     """Return the session's date and its versions of torch, CUDA, cuDNN (a number) and the driver."""
     machine = session["machine"]
     dates = [date for date in (machine.get("date"), session.get("date")) if isinstance(date, str)]
@@ -77,7 +79,7 @@ def versions_of(session: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
     return date, {name: machine.get(key) for name, key in keys.items()}
 
 
-def _contexts(parts: Mapping[str, Any]) -> Iterator[float]:
+def _measured_contexts_mib(parts: Mapping[str, Any]) -> Iterator[float]:
     """Yield the MiB that each measured training's process held beside torch's allocator, by NVML."""
     for name, part in parts.items():
         figures = part.get("figures") if isinstance(part, dict) else None
@@ -93,16 +95,16 @@ def _is_mib(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_MIB
 
 
-def _widened(card: Card, contexts: list[float]) -> Card:
+def _widen_context(gpu: GpuSpec, contexts_mib: list[float]) -> GpuSpec:
     """Return the card with an interval of the context that holds these, too, with the same margin."""
-    if not contexts:
-        return card
-    was, low, high = card.context_mib, min(contexts), max(contexts)
+    if not contexts_mib:
+        return gpu
+    was, low, high = gpu.context_mib, min(contexts_mib), max(contexts_mib)
     seen = f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
     context = replace(
         was,
-        least=min(was.least, float(math.floor(low))),
-        most=max(was.most, float(math.ceil(high) + MARGIN_MIB)),
-        source=f"{was.source}; {len(contexts)} trainings of the session held {seen}",
+        min=min(was.min, float(math.floor(low))),
+        max=max(was.max, float(math.ceil(high) + CONTEXT_MARGIN_MIB)),
+        source=f"{was.source}; {len(contexts_mib)} trainings of the session held {seen}",
     )
-    return replace(card, context_mib=context)
+    return replace(gpu, context_mib=context)

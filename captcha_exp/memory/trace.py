@@ -31,19 +31,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from captcha_exp.config import Config
-from captcha_exp.data.augment import Changes, is_off
+from captcha_exp.data.augment import Augmenter, is_off
 from captcha_exp.data.dataset import Dataset, Split
-from captcha_exp.memory.allocator import Event
+from captcha_exp.memory.allocator import MemoryEvent
 from captcha_exp.memory.compiler import without_compiler
-from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, Recorder
+from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, TensorRecorder
 from captcha_exp.model import networks
-from captcha_exp.model.evaluate import read
-from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.evaluate import predict_split
+from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import state_of, train_step
+from captcha_exp.model.step import make_train_state, train_step
 
-FIRST_STEPS, STEPS = 3, 1  # of the first epoch, and of a later one
-READ_BATCHES = 2  # whole ones of an evaluation
+NUM_FIRST_EPOCH_STEPS, NUM_LATER_EPOCH_STEPS = 3, 1  # of the first epoch, and of a later one
+NUM_EVAL_BATCHES = 2  # whole ones of an evaluation
 
 
 class Phase(NamedTuple):
@@ -59,7 +59,7 @@ class Phase(NamedTuple):
 class Trace:
     """What a training asks of the device's allocator."""
 
-    events: list[Event]
+    events: list[MemoryEvent]
     phases: list[Phase]  # one after another, all events
     convolutions: list[Convolution]
     parameters_bytes: int
@@ -72,21 +72,21 @@ class Trace:
         return max(each.peak_bytes for each in self.phases if phase in each.name)
 
 
-def trace(config: Config, batch_size: int, pictures: Mapping[str, int]) -> Trace:
+def trace(config: Config, batch_size: int, split_sizes: Mapping[str, int]) -> Trace:
     """The trace of a resolved config with this batch size, for so many pictures of each split.
 
     `device.name` plays no part. Without "test" among the pictures there is no test after the training.
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
-    recorder = Recorder()
-    with without_collector():
-        sizes = _run(config, pictures, recorder)
-    phases = phases_of(recorder.events, recorder.marks)
+    recorder = TensorRecorder()
+    with disable_gc():
+        sizes = _run_recorded(config, split_sizes, recorder)
+    phases = compute_phases(recorder.events, recorder.phase_starts)
     return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
+def disable_gc() -> Iterator[None]:
     """Where nothing waits for the collector, it would walk over all that torch has imported for nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -98,16 +98,16 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _run(config: Config, pictures: Mapping[str, int], recorder: Recorder) -> dict[str, int]:
+def _run_recorded(config: Config, split_sizes: Mapping[str, int], recorder: TensorRecorder) -> dict[str, int]:
     """`_training`; with its end everything that it made is gone, and seen to go."""
     with torch.device(HOST):
         model = networks.build(config.model, config.captcha)
-    with torch.device(HOST), steps_counted_on_device(), recorder:
-        return _training(model, config, pictures, recorder.begin)
+    with torch.device(HOST), allow_device_step_counts(), recorder:
+        return _run_training(model, config, split_sizes, recorder.begin_phase)
 
 
 @contextmanager
-def steps_counted_on_device() -> Iterator[None]:
+def allow_device_step_counts() -> Iterator[None]:
     """Let torch's optimizers count steps on the device or on the host, which are not CUDA and CPU here.
 
     Each module of torch.optim imports the list of devices that may count steps, which lacks the CPU. And
@@ -119,7 +119,7 @@ def steps_counted_on_device() -> Iterator[None]:
     grouped = Optimizer.__dict__["_group_tensors_by_device_and_dtype"]
     for each in plain:
         setattr(each, name, lambda *_, **__: [DEVICE.type])
-    Optimizer._group_tensors_by_device_and_dtype = staticmethod(_grouped)  # type: ignore[method-assign,assignment]
+    Optimizer._group_tensors_by_device_and_dtype = staticmethod(_group_tensors)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -128,7 +128,7 @@ def steps_counted_on_device() -> Iterator[None]:
             setattr(each, name, function)
 
 
-def _grouped(tensors: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
+def _group_tensors(tensors: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
     """Return the lists of tensors, by device and dtype of the first list's, and the indices if asked.
 
     Source: torch/csrc/Module.cpp and aten/src/ATen/native/ForeachUtils.h, without their checks of devices.
@@ -144,55 +144,57 @@ def _grouped(tensors: list[list[Any]], with_indices: bool = False) -> dict[Any, 
     return groups
 
 
-def _training(
-    model: Recogniser, config: Config, pictures: Mapping[str, int], begin: Callable[[str], None]
+def _run_training(
+    model: Recognizer, config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
 ) -> dict[str, int]:
     """`train` and `fit`, shortened; bytes of parameters, buffers, optimiser and resident splits."""
-    data = _dataset(config, pictures)
+    data = _make_dataset(config, split_sizes)
     splits: list[Split] = []
 
     def split(name: str) -> Split:
-        begin(f"{name} split")
-        splits.append(data.split(name, DEVICE, config.device.resident_limit_mib))
+        begin_phase(f"{name} split")
+        splits.append(data.split(name, DEVICE, config.device.preload_limit_mib))
         return splits[-1]
 
     training, validation = split("train"), split("validation")
-    begin("state")
-    state = state_of(_placed(model), config, DEVICE, on_card=True)
+    begin_phase("state")
+    state = make_train_state(_to_device(model), config, DEVICE, on_gpu=True)
     last = config.train.epochs
     # A later epoch differs by its table of changes alone, and by the last one a ramp has ended.
     for epoch in [1] if is_off(config.augment) else sorted({1, min(2, last), last}):
-        begin(f"epoch {epoch}: start")
-        change = Changes(config, epoch, len(data.images), DEVICE)
-        _epoch(state, training, training.shuffled(config.seed, epoch), change, config, epoch, begin)
-        begin(f"epoch {epoch}: evaluation")
-        _evaluation(state.model, validation, config)
+        begin_phase(f"epoch {epoch}: start")
+        change = Augmenter(config, epoch, len(data.images), DEVICE)
+        _run_epoch(
+            state, training, training.permutation(config.seed, epoch), change, config, epoch, begin_phase
+        )
+        begin_phase(f"epoch {epoch}: evaluation")
+        _run_evaluation(state.model, validation, config)
     del change
-    resident_bytes = _bytes(x for side in splits for x in (side.images, side.targets, side.rows))
-    if "test" in pictures:
+    resident_bytes = _device_bytes(x for side in splits for x in (side.images, side.targets, side.indices))
+    if "test" in split_sizes:
         test = split("test")
-        begin("test evaluation")
-        _evaluation(state.model, test, config)
-    begin("end")
+        begin_phase("test evaluation")
+        _run_evaluation(state.model, test, config)
+    begin_phase("end")
     kept = [value for values in state.optimizer.state.values() for value in values.values()]
     return {
-        "parameters_bytes": _bytes(state.model.parameters()),
-        "buffers_bytes": _bytes(state.model.buffers()),
-        "optimizer_bytes": _bytes(kept),
+        "parameters_bytes": _device_bytes(state.model.parameters()),
+        "buffers_bytes": _device_bytes(state.model.buffers()),
+        "optimizer_bytes": _device_bytes(kept),
         "resident_bytes": resident_bytes,
     }
 
 
-def _dataset(config: Config, pictures: Mapping[str, int]) -> Dataset:
+def _make_dataset(config: Config, split_sizes: Mapping[str, int]) -> Dataset:
     """So many pictures on the host."""
-    captcha, count = config.captcha, sum(pictures.values())
+    captcha, count = config.captcha, sum(split_sizes.values())
     images = torch.empty(count, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
     targets = torch.empty(count, captcha.length, dtype=torch.int64)
-    members = {name: torch.empty(size, dtype=torch.int64) for name, size in pictures.items()}
+    members = {name: torch.empty(size, dtype=torch.int64) for name, size in split_sizes.items()}
     return Dataset(images, targets, [], members, {})
 
 
-def _placed(model: Recogniser) -> Recogniser:
+def _to_device(model: Recognizer) -> Recognizer:
     """As from `models.place`, of which torch does the second line on no parameter without numbers."""
     model.to(DEVICE)
     for module in model.modules():
@@ -203,51 +205,51 @@ def _placed(model: Recogniser) -> Recogniser:
     return model
 
 
-def _epoch(
+def _run_epoch(
     state: TrainState,
     training: Split,
     order: Tensor,
-    change: Changes,
+    augmenter: Augmenter,
     config: Config,
     epoch: int,
-    begin: Callable[[str], None],
+    begin_phase: Callable[[str], None],
 ) -> None:
     """The first steps of `train_epoch`. As there, a batch goes when the next one has come."""
     size = int(config.train.batch_size)
     batches = training.batches(size, order)
     state.model.train()
-    steps = min(FIRST_STEPS if epoch == 1 else STEPS, -(-len(training) // size))
+    steps = min(NUM_FIRST_EPOCH_STEPS if epoch == 1 else NUM_LATER_EPOCH_STEPS, -(-len(training) // size))
     for number in range(1, steps + 1):
-        begin(f"epoch {epoch}: step {number}")
+        begin_phase(f"epoch {epoch}: step {number}")
         batch = next(batches)
-        step = train_step(state, change(batch), config)  # noqa: F841 - lives until the next one
+        step = train_step(state, augmenter(batch), config)  # noqa: F841 - lives until the next one
 
 
-def _evaluation(model: Recogniser, split: Split, config: Config) -> None:
+def _run_evaluation(model: Recognizer, split: Split, config: Config) -> None:
     """The last batches of `evaluate`."""
-    size, count = config.train.evaluation_batch_size, len(split)
-    left_out = max(0, count // size - READ_BATCHES) * size
+    size, count = config.train.eval_batch_size, len(split)
+    left_out = max(0, count // size - NUM_EVAL_BATCHES) * size
     # Of a picture stay class ids and how sure they are; of one that was sent, targets and row too.
     length = config.captcha.length
-    stays = (8 + 4) * length + (0 if split.rows.device == DEVICE else 8 * length + 8)
+    stays = (8 + 4) * length + (0 if split.indices.device == DEVICE else 8 * length + 8)
     between = torch.empty(left_out * stays, dtype=torch.uint8, device=DEVICE)
-    images, targets, rows = (x[left_out:] for x in (split.images, split.targets, split.rows))
-    found = read(model, Split(images, targets, rows, DEVICE), config)
+    images, targets, rows = (x[left_out:] for x in (split.images, split.targets, split.indices))
+    found = predict_split(model, Split(images, targets, rows, DEVICE), config)
     with torch.inference_mode():
-        for parts in (found.predicted, found.targets, found.confidences, found.rows):
+        for parts in (found.predicted, found.targets, found.confidences, found.indices):
             torch.cat(parts)
     del between
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _device_bytes(tensors: Iterable[Tensor]) -> int:
     """Of those on the device."""
     return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
 
 
-def phases_of(events: Sequence[Event], marks: Sequence[tuple[str, int]]) -> list[Phase]:
+def compute_phases(events: Sequence[MemoryEvent], phase_starts: Sequence[tuple[str, int]]) -> list[Phase]:
     """The phases that begin at these marks. What is there at the beginning counts to the peak."""
     phases, sizes, now = [], dict[int, int](), 0
-    for (name, begin), (_, end) in pairwise([*marks, ("", len(events))]):
+    for (name, begin), (_, end) in pairwise([*phase_starts, ("", len(events))]):
         peak = now
         for tensor, requested_bytes in events[begin:end]:
             if requested_bytes is None:

@@ -6,13 +6,15 @@ events.
 
 from typing import NamedTuple
 
-from captcha_exp.config import Card, Interval
+from captcha_exp.config import Bounds, GpuSpec
 from captcha_exp.memory.allocator import MIB
 from captcha_exp.memory.fake_device import Convolution
 from captcha_exp.memory.trace import Trace
 
-WORKSPACE_TIMES = 4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
-WORKSPACE_SHARES = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played downward
+CONV_WORKSPACE_FACTOR = (
+    4  # the tensors of a convolution: more than Winograd's transforms of them take, an estimate
+)
+WORKSPACE_FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # of the way from their least to their most, each played downward
 
 
 class Workspaces(NamedTuple):
@@ -22,25 +24,25 @@ class Workspaces(NamedTuple):
     cudnn_bytes: int  # while a convolution runs, at most
     downward: bool = True  # as in CachingAllocator
 
-    def of(self, convolution: Convolution) -> int:
+    def conv_workspace_bytes(self, convolution: Convolution) -> int:
         """Return the bytes for this convolution."""
-        return min(self.cudnn_bytes, WORKSPACE_TIMES * convolution.fp32_bytes)
+        return min(self.cudnn_bytes, CONV_WORKSPACE_FACTOR * convolution.fp32_bytes)
 
-    def most_mib(self, traced: Trace) -> float:
+    def max_mib(self, trace: Trace) -> float:
         """Return the MiB in use at one time, at most."""
-        return (self.cublas_bytes + max(map(self.of, traced.convolutions), default=0)) / MIB
+        return (self.cublas_bytes + max(map(self.conv_workspace_bytes, trace.convolutions), default=0)) / MIB
 
 
-def workspaces_of(card: Card) -> list[Workspaces]:
+def workspace_scenarios(gpu: GpuSpec) -> list[Workspaces]:
     """Return those to play, from the least to the most; these two also with segments upward.
 
     More workspace may leave more use of the reserved memory, or less, and so may either order.
     """
 
-    def of(each: Interval, share: float) -> int:
-        return int((each.least + share * (each.most - each.least)) * MIB)
+    def of(each: Bounds, share: float) -> int:
+        return int((each.min + share * (each.max - each.min)) * MIB)
 
-    cublas, cudnn = card.cublas_workspace_mib, card.cudnn_workspace_mib
-    found = [Workspaces(of(cublas, share), of(cudnn, share)) for share in WORKSPACE_SHARES]
+    cublas, cudnn = gpu.cublas_workspace_mib, gpu.cudnn_workspace_mib
+    found = [Workspaces(of(cublas, share), of(cudnn, share)) for share in WORKSPACE_FRACTIONS]
     least, most = (each._replace(downward=False) for each in (found[0], found[-1]))
     return [least, *found[:-1], most, found[-1]]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from captcha_exp.config import Captcha, Compact, Model, ResNet18
+from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet18Config
 
 
 class Head(Protocol):
@@ -32,7 +32,7 @@ class Head(Protocol):
         """(B, T, K) logits of features (B, D, S)."""
         ...
 
-    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """() mean loss of fp32 logits (B, T, K) against class ids (B, T)."""
         ...
 
@@ -53,45 +53,48 @@ class PositionHead(nn.Module):
     Sharing the reader lets every character teach all positions.
     """
 
-    def __init__(self, features: int, places: int, positions: int, classes: int) -> None:
+    def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
         super().__init__()
-        self.classes = classes
-        self.usual_place = nn.Parameter(torch.zeros(positions, places))
-        self.look = nn.Conv1d(features, positions, 1, bias=False)  # the softmax would cancel a bias
-        self.read = nn.Linear(features, classes)
+        self.num_classes = num_classes
+        self.pos_bias = nn.Parameter(torch.zeros(num_positions, num_columns))
+        self.attn_score = nn.Conv1d(
+            num_features, num_positions, 1, bias=False
+        )  # the softmax would cancel a bias
+        self.classifier = nn.Linear(num_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        attention = (self.look(features) + self.usual_place).softmax(dim=-1)  # (B, T, S)
-        seen: Tensor = self.read(attention @ features.mT)  # (B, T, S) @ (B, S, D)
+        attention = (self.attn_score(features) + self.pos_bias).softmax(dim=-1)  # (B, T, S)
+        seen: Tensor = self.classifier(attention @ features.mT)  # (B, T, S) @ (B, S, D)
         return seen
 
-    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
 
     def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         confidence, ids = logits.softmax(dim=-1).max(dim=-1)
         return ids, confidence
 
     def loss_at_chance(self) -> float:
-        return math.log(self.classes)
+        return math.log(self.num_classes)
 
 
 class GroupedSoftmaxHead(nn.Module):
     """The article's head: one linear layer to T*K numbers, a softmax over each group of K, binary cross
     entropy."""
 
-    def __init__(self, features: int, places: int, positions: int, classes: int) -> None:
+    def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
         super().__init__()
-        self.positions, self.classes = positions, classes
-        self.linear = nn.Linear(features * places, positions * classes)
+        self.num_positions, self.num_classes = num_positions, num_classes
+        self.linear = nn.Linear(num_features * num_columns, num_positions * num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.linear(features.flatten(1))
-        return logits.view(-1, self.positions, self.classes)
+        return logits.view(-1, self.num_positions, self.num_classes)
 
-    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         wanted = (
-            F.one_hot(targets, self.classes).to(logits.dtype) * (1 - smoothing) + smoothing / self.classes
+            F.one_hot(targets, self.num_classes).to(logits.dtype) * (1 - label_smoothing)
+            + label_smoothing / self.num_classes
         )
         return F.binary_cross_entropy(logits.softmax(dim=-1), wanted)
 
@@ -100,24 +103,24 @@ class GroupedSoftmaxHead(nn.Module):
         return ids, confidence
 
     def loss_at_chance(self) -> float:
-        share = 1 / self.classes
+        share = 1 / self.num_classes
         return -share * math.log(share) - (1 - share) * math.log(1 - share)
 
 
 class BatchNorm(nn.BatchNorm2d):
     """torch's, which can normalise the same batch again without counting it twice."""
 
-    again = False
+    skip_stats_update = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.again and self.training):
+        if not (self.skip_stats_update and self.training):
             return super().forward(x)
         # With a momentum of 0 the statistics stay what they are.
         statistics = (self.running_mean, self.running_var)
         return F.batch_norm(x, *statistics, self.weight, self.bias, True, 0.0, self.eps)
 
 
-class Blocks(nn.Sequential):
+class CheckpointedSequential(nn.Sequential):
     """Blocks of layers, one after another; a ReLU belongs to what stands before it.
 
     With `recompute` on, training keeps what enters each block and throws away what is computed inside it,
@@ -126,46 +129,50 @@ class Blocks(nn.Sequential):
     Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
     """
 
-    recompute = False
+    activation_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]  # torch has no types for it
-        for block in self._blocks():
-            contexts = functools.partial(_first_and_again, block)
+        for block in self._split_blocks():
+            contexts = functools.partial(_checkpoint_contexts, block)
             # No layer here draws, so there is no state of chance to be kept.
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return x
 
-    def _blocks(self) -> list[nn.Sequential]:
+    def _split_blocks(self) -> list[nn.Sequential]:
         layers = list(self)
         begins = [number for number, layer in enumerate(layers) if not isinstance(layer, nn.ReLU)]
         return [nn.Sequential(*layers[begin:end]) for begin, end in pairwise([*begins, len(layers)])]
 
 
-def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _checkpoint_contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What surrounds the forward pass of a block, and what surrounds it when it is done again."""
-    return contextlib.nullcontext(), _again(block)
+    return contextlib.nullcontext(), _skip_stats_update(block)
 
 
 @contextlib.contextmanager
-def _again(block: nn.Module) -> Iterator[None]:
+def _skip_stats_update(block: nn.Module) -> Iterator[None]:
     """A block's forward pass is one that has been counted already."""
     norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
     for norm in norms:
-        norm.again = True
+        norm.skip_stats_update = True
     try:
         yield
     finally:
         for norm in norms:
-            norm.again = False
+            norm.skip_stats_update = False
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int | tuple[int, int] = 1) -> nn.Sequential:
+def conv_bn(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int | tuple[int, int] = 1
+) -> nn.Sequential:
     """Convolution and batch norm; the norm has the bias."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False),
-        BatchNorm(outputs),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2, bias=False),
+        BatchNorm(out_channels),
     )
 
 
@@ -178,14 +185,14 @@ class CompactNet(nn.Module):
     as any other.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, in_channels: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        stages: list[nn.Module] = [conv(channels, widths[0], 4, stride=2), nn.ReLU()]
+        stages: list[nn.Module] = [conv_bn(in_channels, widths[0], 4, stride=2), nn.ReLU()]
         for number, (inputs, outputs) in enumerate(pairwise(widths)):
             last = number == len(widths) - 2
-            stages += [conv(inputs, outputs, 3, stride=2 if number == 0 else (2, 1)), nn.ReLU()]
+            stages += [conv_bn(inputs, outputs, 3, stride=2 if number == 0 else (2, 1)), nn.ReLU()]
             stages += [] if last else [CompactResidual(outputs)]
-        self.stages = Blocks(*stages)
+        self.stages = CheckpointedSequential(*stages)
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.movedim(-1, 1).float() / 255
@@ -199,7 +206,7 @@ class CompactResidual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = conv(channels, channels, 3)
+        self.body = conv_bn(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.relu(self.body(x))
@@ -214,15 +221,15 @@ class ResNet18Net(nn.Module):
     Source: He et al., Deep residual learning for image recognition, CVPR 2016, table 1, option B.
     """
 
-    def __init__(self, channels: int, keep_width: bool) -> None:
+    def __init__(self, in_channels: int, keep_width: bool) -> None:
         super().__init__()
         self.keep_width = keep_width
-        blocks: list[nn.Module] = [conv(channels, 64, 3), nn.ReLU()]
+        blocks: list[nn.Module] = [conv_bn(in_channels, 64, 3), nn.ReLU()]
         inputs = 64
         for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
             blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
             inputs = outputs
-        self.blocks = Blocks(*blocks)
+        self.blocks = CheckpointedSequential(*blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.blocks(images.movedim(-1, 1).float() / 255)
@@ -232,18 +239,18 @@ class ResNet18Net(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a short cut, which is a 1x1 convolution where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.first = conv(inputs, outputs, 3, stride)
-        self.second = conv(outputs, outputs, 3)
-        same = inputs == outputs and stride == 1
-        self.short_cut = nn.Identity() if same else conv(inputs, outputs, 1, stride)
+        self.conv1 = conv_bn(in_channels, out_channels, 3, stride)
+        self.conv2 = conv_bn(out_channels, out_channels, 3)
+        same = in_channels == out_channels and stride == 1
+        self.downsample = nn.Identity() if same else conv_bn(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(F.relu(self.first(x))) + self.short_cut(x))
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.downsample(x))
 
 
-class Recogniser(nn.Module):
+class Recognizer(nn.Module):
     """A network with a head: pictures (B, H, W, C) uint8 -> logits (B, T, K)."""
 
     def __init__(self, network: nn.Module, head: PositionHead | GroupedSoftmaxHead) -> None:
@@ -255,20 +262,20 @@ class Recogniser(nn.Module):
         logits: Tensor = self.head(self.network(images))
         return logits
 
-    def recompute(self, on: bool) -> None:
+    def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether a training computes the blocks' activations twice, so as not to keep them."""
         for module in self.modules():
-            if isinstance(module, Blocks):
-                module.recompute = on
+            if isinstance(module, CheckpointedSequential):
+                module.activation_checkpointing = enabled
 
 
-def build(model: Model, captcha: Captcha) -> Recogniser:
+def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
     """The recogniser of a config, with fresh weights from torch's global chance."""
     network: nn.Module
     match model:
-        case Compact():
+        case CompactConfig():
             network = CompactNet(captcha.channels, model.channels)
-        case ResNet18():
+        case ResNet18Config():
             network = ResNet18Net(captcha.channels, keep_width=model.head == "position")
         case _:
             assert_never(model)
@@ -283,10 +290,10 @@ def build(model: Model, captcha: Captcha) -> Recogniser:
             head = GroupedSoftmaxHead(features, places, captcha.length, len(captcha.alphabet))
         case _:
             assert_never(model.head)
-    return Recogniser(network, head).train()
+    return Recognizer(network, head).train()
 
 
-def place(model: Recogniser, device: torch.device) -> Recogniser:
+def to_device(model: Recognizer, device: torch.device) -> Recognizer:
     """The recogniser on the device, colours last in memory, as convolutions like it best."""
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types other forms alone

@@ -13,11 +13,11 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor, nn
 
-from captcha_exp.config import Train
+from captcha_exp.config import TrainConfig
 
 
-def optimizer(
-    train: Train, parameters: Iterable[nn.Parameter], on_card: bool = False
+def build_optimizer(
+    train: TrainConfig, parameters: Iterable[nn.Parameter], on_gpu: bool = False
 ) -> torch.optim.Optimizer:
     """The optimiser of a config. Weights of two and more axes decay; biases and batch norms do not."""
     parameters = list(parameters)
@@ -25,10 +25,10 @@ def optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    rate, kernel = train.learning_rate, train.optimizer_kernel
+    rate, kernel = train.learning_rate, train.optimizer_impl
     fused, foreach = kernel == "fused", kernel == "foreach"
     # Without it Adam counts its steps on the host, and one could not be undone there without a wait.
-    capturable = on_card and not fused
+    capturable = on_gpu and not fused
     made: torch.optim.Optimizer
     match train.optimizer:
         case "adam":
@@ -43,11 +43,11 @@ def optimizer(
     # torch would speak of CUDA graphs, for which the steps are on the device as well.
     made._warned_capturable_if_run_uncaptured = True
     for parameter in parameters:
-        made.state[parameter].update(_first_state(train.optimizer, parameter))
+        made.state[parameter].update(_init_state(train.optimizer, parameter))
     return made
 
 
-def _first_state(name: Literal["adam", "adamw", "sgd"], parameter: nn.Parameter) -> dict[str, Tensor]:
+def _init_state(name: Literal["adam", "adamw", "sgd"], parameter: nn.Parameter) -> dict[str, Tensor]:
     """What torch makes in the first step, which may be one that must not count."""
     if name == "sgd":
         return {"momentum_buffer": torch.zeros_like(parameter)}
@@ -71,11 +71,11 @@ def step(optimizer: torch.optim.Optimizer, finite: Tensor, scale: Tensor | None)
         kept = [*parameters, *(value for values in optimizer.state.values() for value in values.values())]
         before = [value.clone() for value in kept]
         optimizer.step()
-        undo_unless(finite, kept, before)
+        revert_unless(finite, kept, before)
 
 
 @torch.no_grad()
-def undo_unless(finite: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+def revert_unless(finite: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     """The tensors are as they were before, unless `finite` () bool."""
     for tensor, old in zip(tensors, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
@@ -90,36 +90,36 @@ class LossScale:
     Source: Micikevicius et al., Mixed precision training, ICLR 2018, section 3.2.
     """
 
-    FIRST = 2.0**16
-    SMALLEST = 1.0
-    STEPS_TO_GROW = 2000
+    INIT_SCALE = 2.0**16
+    MIN_SCALE = 1.0
+    GROWTH_INTERVAL = 2000
 
     def __init__(self, device: torch.device) -> None:
-        self.factor = torch.full((), self.FIRST, device=device)
+        self.factor = torch.full((), self.INIT_SCALE, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)  # in a row
 
-    def is_smallest(self) -> Tensor:
+    def is_at_minimum(self) -> Tensor:
         """() bool: whether it has nowhere left to fall."""
-        return self.factor <= self.SMALLEST
+        return self.factor <= self.MIN_SCALE
 
     def update(self, finite: Tensor) -> None:
         """After a step whose gradients were finite, or not: () bool."""
         good = torch.where(finite, self.good_steps + 1, 0)
-        grow = good >= self.STEPS_TO_GROW
+        grow = good >= self.GROWTH_INTERVAL
         grown = torch.where(grow, self.factor * 2, self.factor)
-        shrunk = (self.factor / 2).clamp(min=self.SMALLEST)
+        shrunk = (self.factor / 2).clamp(min=self.MIN_SCALE)
         self.factor.copy_(torch.where(finite, grown, shrunk))
         self.good_steps.copy_(torch.where(grow, 0, good))
 
 
-def learning_rate(train: Train, step: int, steps: int) -> float:
+def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of step number `step`, counted from 0, of `steps` in all."""
     match train.schedule:
         case "constant":
             return train.learning_rate
         case "onecycle":
             # Half a step is added, so that neither the first nor the last step has a rate of zero.
-            place = (step + 0.5) / steps
+            place = (step + 0.5) / total_steps
             up = place / train.warmup_fraction if train.warmup_fraction else 1.0
             down = (1 - place) / (1 - train.warmup_fraction)
             return train.learning_rate * min(up, down)

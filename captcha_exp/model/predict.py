@@ -14,21 +14,21 @@ import numpy as np
 import torch
 
 from captcha_exp.data.alphabet import Alphabet
-from captcha_exp.data.images import Unusable
-from captcha_exp.data.sources.folder import content, picture, pictures_in
+from captcha_exp.data.images import InvalidImage
+from captcha_exp.data.sources.folder import decode_image, list_images, read_bytes
 from captcha_exp.errors import UserError
 from captcha_exp.model import networks
 from captcha_exp.model.weights import load_weights
-from captcha_exp.runs import check_file, find
+from captcha_exp.runs import check_file_unchanged, find_run
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import Display
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prediction:
     """What stands in one picture, or why that cannot be said."""
 
-    picture: Path
+    image: Path
     text: str = ""
     confidences: tuple[float, ...] = ()  # of each character, in [0, 1]
     error: str = ""
@@ -40,16 +40,16 @@ class Reading:
 
     def to_json(self) -> dict[str, Any]:
         if self.error:
-            return {"picture": str(self.picture), "error": self.error}
+            return {"picture": str(self.image), "error": self.error}
         return {
-            "picture": str(self.picture),
+            "picture": str(self.image),
             "text": self.text,
             "confidence": self.confidence,
             "confidences": list(self.confidences),
         }
 
 
-class Reader:
+class Predictor:
     """A trained recogniser that reads picture files."""
 
     def __init__(self, weights: Path, device: str, display: Display) -> None:
@@ -59,40 +59,40 @@ class Reader:
             UserError: the file is missing, damaged or no recogniser; the device is not here.
         """
         model, config = load_weights(weights, torch.device("cpu"))
-        self.config = devices.to_read(config, device, display)
-        self.device = devices.set_up(self.config)
-        self._model = networks.place(model, self.device)
+        self.config = devices.for_inference(config, device, display)
+        self.device = devices.setup_device(self.config)
+        self._model = networks.to_device(model, self.device)
         self._alphabet = Alphabet(self.config.captcha.alphabet)
 
     @torch.inference_mode()
-    def read(self, pictures: Sequence[Path]) -> list[Reading]:
+    def predict(self, paths: Sequence[Path]) -> list[Prediction]:
         """A reading for each picture, in order; one that cannot be used has an error instead of a text."""
-        arrays, usable, readings = [], [], dict[Path, Reading]()
-        for path in pictures:
+        arrays, usable, readings = [], [], dict[Path, Prediction]()
+        for path in paths:
             try:
-                arrays.append(picture(content(path), self.config.captcha)[1])
+                arrays.append(decode_image(read_bytes(path), self.config.captcha)[1])
                 usable.append(path)
-            except Unusable as reason:
-                readings[path] = Reading(path, error=str(reason))
+            except InvalidImage as reason:
+                readings[path] = Prediction(path, error=str(reason))
         if arrays:
             images = torch.from_numpy(np.stack(arrays)).to(self.device)
             with devices.autocast(self.config, self.device):
                 logits = self._model(images)
             ids, confidences = (x.cpu().tolist() for x in self._model.head.decode(logits.float()))
             for path, characters, sure in zip(usable, ids, confidences, strict=True):
-                readings[path] = Reading(path, self._alphabet.decode(characters), tuple(sure))
-        return [readings[path] for path in pictures]
+                readings[path] = Prediction(path, self._alphabet.decode(characters), tuple(sure))
+        return [readings[path] for path in paths]
 
-    def read_all(self, pictures: Sequence[Path], display: Display) -> Iterator[Reading]:
+    def predict_all(self, paths: Sequence[Path], display: Display) -> Iterator[Prediction]:
         """Readings of many pictures, some hundred at a time."""
-        with display.bar(f"reading {len(pictures):,} pictures", len(pictures)) as bar:
-            size = self.config.train.evaluation_batch_size
-            for start in range(0, len(pictures), size):
-                yield from self.read(pictures[start : start + size])
-                bar.advance(min(size, len(pictures) - start))
+        with display.progress_bar(f"reading {len(paths):,} pictures", len(paths)) as bar:
+            size = self.config.train.eval_batch_size
+            for start in range(0, len(paths), size):
+                yield from self.predict(paths[start : start + size])
+                bar.advance(min(size, len(paths) - start))
 
 
-def weights_of(run: str) -> Path:
+def resolve_weights(run: str) -> Path:
     """The weights file that is meant: of a run, or a .safetensors file itself.
 
     Raises:
@@ -100,12 +100,12 @@ def weights_of(run: str) -> Path:
     """
     if run.endswith(".safetensors"):
         return Path(run)
-    folder = find(run)
-    check_file(folder, "model.safetensors")
+    folder = find_run(run)
+    check_file_unchanged(folder, "model.safetensors")
     return folder / "model.safetensors"
 
 
-def files_of(names: Sequence[str]) -> list[Path]:
+def find_images(names: Sequence[str]) -> list[Path]:
     """The pictures that are meant: each name is a picture or a folder of them, inner folders included.
 
     Raises:
@@ -113,18 +113,18 @@ def files_of(names: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for name in names:
-        path = path_named(name)
+        path = expand_path(name)
         if not os.path.isdir(path):  # noqa: PTH112 - pathlib's own raises where a name is too long
             files.append(path)
             continue
-        inside = pictures_in(path)
+        inside = list_images(path)
         if not inside:
             raise UserError(f"{name}: there is no picture in this folder")
         files += inside
     return files
 
 
-def path_named(name: str) -> Path:
+def expand_path(name: str) -> Path:
     """The path of this name, with `~` for a person's home; as it stands where there is no such person."""
     try:
         return Path(name).expanduser()

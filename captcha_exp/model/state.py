@@ -20,65 +20,76 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import RHYTHM, Train
+from captcha_exp.config import CHECKPOINT_EVERY_PATTERN, TrainConfig
 from captcha_exp.errors import UserError
-from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.optim import LossScale
 from captcha_exp.model.weights import tensors_sha256
-from captcha_exp.runs import checkpoints_in
+from captcha_exp.runs import list_checkpoints
 from captcha_exp.runtime.files import write_atomically
 
-GENERATIONS = 2
-_COUNTERS = ("step", "epoch", "best_accuracy", "best_loss", "best_epoch", "gain_epoch")  # of a TrainState
+KEEP_LAST = 2
+_COUNTERS = (
+    "step",
+    "epoch",
+    "best_accuracy",
+    "best_loss",
+    "best_epoch",
+    "last_improved_epoch",
+)  # of a TrainState
 
 
 @dataclass
-class Progress:
+class EpochProgress:
     """How far an epoch has come."""
 
     loss: Tensor  # () sum over its pictures
-    right: Tensor  # () pictures read right in training mode
-    batches: int = 0
-    seen: int = 0  # pictures
+    num_correct: Tensor  # () pictures read right in training mode
+    num_batches: int = 0
+    num_images: int = 0  # pictures
     seconds: float = 0.0  # of training
 
     @staticmethod
-    def none(device: torch.device) -> "Progress":
+    def zeros(device: torch.device) -> "EpochProgress":
         """An epoch that begins."""
-        return Progress(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device))
+        return EpochProgress(
+            torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+        )
 
 
 @dataclass
 class TrainState:
     """Everything that changes while a training runs."""
 
-    model: Recogniser
+    model: Recognizer
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale | None  # for fp16 alone
     step: int = 0
     epoch: int = 0  # the one under way, from 1; between epochs the last one
-    progress: Progress | None = None  # of the epoch under way; None between epochs
+    progress: EpochProgress | None = None  # of the epoch under way; None between epochs
     best_accuracy: float = -1.0
     best_loss: float = math.inf  # the least of those with the best accuracy
     best_epoch: int = 0
-    gain_epoch: int = 0  # the first one with the best accuracy
+    last_improved_epoch: int = 0  # the first one with the best accuracy
     best_weights: Mapping[str, Tensor] | None = None
-    started: float = field(default_factory=time.perf_counter)  # earlier, by what it took before a checkpoint
+    start_time: float = field(
+        default_factory=time.perf_counter
+    )  # earlier, by what it took before a checkpoint
 
-    def epoch_under_way(self, device: torch.device) -> Progress:
+    def begin_or_continue_epoch(self, device: torch.device) -> EpochProgress:
         """The epoch that was interrupted, or else the next one."""
         if self.progress is None:
             self.epoch += 1
-            self.progress = Progress.none(device)
+            self.progress = EpochProgress.zeros(device)
         return self.progress
 
-    def keep_if_better(self, accuracy: float, loss: float) -> bool:
+    def update_best(self, accuracy: float, loss: float) -> bool:
         """Whether this epoch is better on the validation split than any before; then its weights are kept.
 
         Of equal accuracies, which are frequent where few pictures validate, the lesser loss is better.
         """
         if accuracy > self.best_accuracy:
-            self.gain_epoch = self.epoch
+            self.last_improved_epoch = self.epoch
         elif accuracy < self.best_accuracy or not loss < self.best_loss:
             return False
         self.best_accuracy, self.best_loss, self.best_epoch = accuracy, loss, self.epoch
@@ -88,30 +99,30 @@ class TrainState:
         }
         return True
 
-    def epochs_without_gain(self) -> int:
+    def epochs_since_improvement(self) -> int:
         """Epochs since the last one that was more accurate than all before it."""
-        return self.epoch - self.gain_epoch
+        return self.epoch - self.last_improved_epoch
 
-    def stops_early(self, train: Train) -> bool:
+    def should_stop_early(self, train: TrainConfig) -> bool:
         """Whether more epochs than train.patience have brought no gain."""
-        return train.patience is not None and self.epochs_without_gain() > train.patience
+        return train.patience is not None and self.epochs_since_improvement() > train.patience
 
-    def has_ended(self, train: Train) -> bool:
+    def is_finished(self, train: TrainConfig) -> bool:
         """Whether there is no epoch more to train."""
-        return self.progress is None and (self.epoch >= train.epochs or self.stops_early(train))
+        return self.progress is None and (self.epoch >= train.epochs or self.should_stop_early(train))
 
-    def restore_best(self) -> None:
+    def restore_best_weights(self) -> None:
         """The weights of the best epoch, in the model."""
         if self.best_weights is not None:
             self.model.load_state_dict(dict(self.best_weights))
 
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         """Seconds that the training has taken, in all processes that had a part in it."""
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self.start_time
 
     # -- as a file -------------------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Every tensor by a name of its own, as it is, best weights and global chance among them."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
@@ -121,12 +132,12 @@ class TrainState:
             found["loss_scale/factor"] = self.loss_scale.factor
             found["loss_scale/good_steps"] = self.loss_scale.good_steps
         if self.progress is not None:
-            found |= {"progress/loss": self.progress.loss, "progress/right": self.progress.right}
+            found |= {"progress/loss": self.progress.loss, "progress/num_correct": self.progress.num_correct}
         found |= {f"best/{name}": value for name, value in (self.best_weights or {}).items()}
         # Every draw of ours has a key and needs none of it; a layer of torch's own, dropout say, would.
-        found["chance/cpu"] = torch.get_rng_state()
+        found["rng/cpu"] = torch.get_rng_state()
         if (device := self._device()).type == "cuda":
-            found["chance/cuda"] = torch.cuda.get_rng_state(device)
+            found["rng/cuda"] = torch.cuda.get_rng_state(device)
         return found
 
     def counters(self) -> dict[str, Any]:
@@ -134,40 +145,42 @@ class TrainState:
         done = self.progress
         return {
             **{name: getattr(self, name) for name in _COUNTERS},
-            "progress": done and {"batches": done.batches, "seen": done.seen, "seconds": done.seconds},
-            "seconds": self.seconds(),
+            "progress": done
+            and {"batches": done.num_batches, "seen": done.num_images, "seconds": done.seconds},
+            "seconds": self.elapsed_seconds(),
         }
 
     @torch.no_grad()
-    def restore(self, saved: "Checkpoint") -> None:
+    def load_state_dict(self, checkpoint: "Checkpoint") -> None:
         """All of it as it was when it was saved.
 
         Raises:
             UserError: it is the checkpoint of another network or optimiser.
         """
-        counters, device = saved.counters, self._device()
+        counters, device = checkpoint.counters, self._device()
         done = counters["progress"]
-        self.progress = done and dataclasses.replace(Progress.none(device), **done)
-        best = {name.removeprefix("best/"): name for name in saved.tensors if name.startswith("best/")}
+        self.progress = done and dataclasses.replace(EpochProgress.zeros(device), **done)
+        best = {name.removeprefix("best/"): name for name in checkpoint.tensors if name.startswith("best/")}
         # A copy: a tensor that stands in a mapped file would keep the file.
-        self.best_weights = {name: saved.tensors[key].clone() for name, key in best.items()} or None
-        self.started -= counters["seconds"]
+        self.best_weights = {name: checkpoint.tensors[key].clone() for name, key in best.items()} or None
+        self.start_time -= counters["seconds"]
         for name in _COUNTERS:
             setattr(self, name, counters[name])
         apart = ("best/", "chance/")
-        own = {name: value for name, value in self.tensors().items() if not name.startswith(apart)}
-        others = {name for name in saved.tensors if not name.startswith(apart)} ^ own.keys()
-        others |= {name for name in own.keys() - others if own[name].shape != saved.tensors[name].shape}
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith(apart)}
+        others = {name for name in checkpoint.tensors if not name.startswith(apart)} ^ own.keys()
+        others |= {name for name in own.keys() - others if own[name].shape != checkpoint.tensors[name].shape}
         if others:
             raise UserError(
-                f"{saved.path}: does not fit the run's config: {min(others)} is not the same; the config was "
+                f"{checkpoint.path}: does not fit the run's config: {min(others)} is not the "
+                "same; the config was "
                 "changed, or the file is another run's. captcha-exp train --resume=never starts anew"
             )
         for name, value in own.items():
-            value.copy_(saved.tensors[name])
-        torch.set_rng_state(saved.tensors["chance/cpu"])
-        if device.type == "cuda" and "chance/cuda" in saved.tensors:
-            torch.cuda.set_rng_state(saved.tensors["chance/cuda"], device)
+            value.copy_(checkpoint.tensors[name])
+        torch.set_rng_state(checkpoint.tensors["rng/cpu"])
+        if device.type == "cuda" and "rng/cuda" in checkpoint.tensors:
+            torch.cuda.set_rng_state(checkpoint.tensors["rng/cuda"], device)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -180,55 +193,55 @@ class Checkpoint(NamedTuple):
     tensors: Mapping[str, Tensor]
     counters: Mapping[str, Any]
 
-    def epochs(self) -> set[int]:
+    def completed_epochs(self) -> set[int]:
         """Those that had ended."""
         under_way = self.counters["progress"] is not None
         return set(range(1, self.counters["epoch"] + (not under_way)))
 
 
-def save(folder: Path, state: TrainState) -> Path:
+def save(checkpoint_dir: Path, state: TrainState) -> Path:
     """The file of the state, on the disk when this returns; then files before the last generations go."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.state_dict().items()}
     counters = json.dumps(state.counters())
     values = {**json.loads(counters), "sha256": _digest(tensors, counters)}
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{state.step}.safetensors"
+    checkpoint_dir.mkdir(exist_ok=True)
+    path = checkpoint_dir / f"step-{state.step}.safetensors"
     # One key alone, as in a file of weights.
     write_atomically(path, to_safetensors(tensors, {"state": json.dumps(values)}))
-    keep(folder, GENERATIONS)
+    prune(checkpoint_dir, KEEP_LAST)
     return path
 
 
-def keep(folder: Path, generations: int) -> None:
+def prune(checkpoint_dir: Path, keep_last: int) -> None:
     """No file but the newest ones; damaged ones go, too."""
-    for old in (*checkpoints_in(folder)[generations:], *folder.glob("*.damaged")):
+    for old in (*list_checkpoints(checkpoint_dir)[keep_last:], *checkpoint_dir.glob("*.damaged")):
         old.unlink()
 
 
-def newest(
-    folder: Path, tell: Callable[[str], None], recorded: Collection[int] | None = None
+def load_latest(
+    checkpoint_dir: Path, warn: Callable[[str], None], recorded_epochs: Collection[int] | None = None
 ) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none. A damaged one is told of and set aside.
 
     One that comes after an epoch that is not recorded is told of and set aside, too: that epoch is to be
     trained again.
     """
-    for path in checkpoints_in(folder):
+    for path in list_checkpoints(checkpoint_dir):
         try:
-            found = _read(path)
-            lost = set() if recorded is None else found.epochs().difference(recorded)
+            found = _load(path)
+            lost = set() if recorded_epochs is None else found.completed_epochs().difference(recorded_epochs)
             if not lost:
                 return found
             trouble = f"is not used, since metrics.jsonl has no whole line of epoch {min(lost)}"
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             trouble = f"is damaged and not used ({reason})"
-        tell(f"{path}: {trouble}; the checkpoint before it is, if there is one")
+        warn(f"{path}: {trouble}; the checkpoint before it is, if there is one")
         path.rename(path.with_name(f"{path.name}.damaged"))
     return None
 
 
-def _read(path: Path) -> Checkpoint:
+def _load(path: Path) -> Checkpoint:
     with safetensors.safe_open(path, "pt") as file:
         counters = json.loads(file.metadata()["state"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -242,13 +255,13 @@ def _digest(tensors: Mapping[str, Tensor], counters: str) -> str:
     return hashlib.sha256(f"{tensors_sha256(tensors)} {counters}".encode()).hexdigest()
 
 
-class Rhythm:
+class CheckpointInterval:
     """Says when it is time for a checkpoint, by train.checkpoint_every."""
 
-    def __init__(self, every: str | None, now: Callable[[], float] = time.monotonic) -> None:
-        parts = RHYTHM.fullmatch(every or "")
+    def __init__(self, every: str | None, clock: Callable[[], float] = time.monotonic) -> None:
+        parts = CHECKPOINT_EVERY_PATTERN.fullmatch(every or "")
         self._every, self._unit = (int(parts[1]), parts[2]) if parts else (0, "")
-        self._now, self._saved = now, now()
+        self._clock, self._last_saved = clock, clock()
 
     def is_due(self, state: TrainState) -> bool:
         """After a step, or an epoch."""
@@ -258,9 +271,9 @@ class Rhythm:
             case "epoch":
                 return state.progress is None and state.epoch % self._every == 0
             case "minute":
-                return self._now() - self._saved >= 60 * self._every
+                return self._clock() - self._last_saved >= 60 * self._every
         return False
 
-    def was_saved(self) -> None:
+    def reset(self) -> None:
         """Minutes are counted from here."""
-        self._saved = self._now()
+        self._last_saved = self._clock()

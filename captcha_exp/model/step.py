@@ -21,9 +21,9 @@ class Step(NamedTuple):
     """What one training step gives, all on the device."""
 
     loss: Tensor  # () mean over the batch
-    right: Tensor  # () pictures read right in training mode
+    num_correct: Tensor  # () pictures read right in training mode
     finite: Tensor  # () bool; a step that is not finite has changed nothing
-    broken: Tensor  # () bool; not finite, and no smaller loss scale would mend it
+    diverged: Tensor  # () bool; not finite, and no smaller loss scale would mend it
 
 
 def forward_and_backward(state: TrainState, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
@@ -32,16 +32,16 @@ def forward_and_backward(state: TrainState, batch: Batch, config: Config) -> tup
     A micro-batch at a time, each with its share of the mean: the gradients are those of the whole batch, but
     for batch norms, which see one micro-batch alone.
     """
-    whole = batch.rows.shape[0]
+    whole = batch.indices.shape[0]
     found = [
-        _pass(state, part, part.rows.shape[0] / whole, config)
-        for part in batch.parts(config.train.micro_batch_size or whole)
+        _micro_batch_pass(state, part, part.indices.shape[0] / whole, config)
+        for part in batch.micro_batches(config.train.micro_batch_size or whole)
     ]
     losses, rights = zip(*found, strict=True)
     return sum(losses[1:], losses[0]), sum(rights[1:], rights[0])
 
 
-def _pass(state: TrainState, batch: Batch, share: float, config: Config) -> tuple[Tensor, Tensor]:
+def _micro_batch_pass(state: TrainState, batch: Batch, share: float, config: Config) -> tuple[Tensor, Tensor]:
     """() its share of the loss and () pictures read right; its share of the gradients is added."""
     with devices.autocast(config, batch.images.device):
         logits = state.model(batch.images)
@@ -63,25 +63,27 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
     finite = torch.isfinite(loss) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
     optim.step(optimizer, finite, None if scale is None else scale.factor)
     optimizer.zero_grad(set_to_none=True)
-    broken = ~finite if scale is None else ~torch.isfinite(loss) | (~finite & scale.is_smallest())
+    broken = ~finite if scale is None else ~torch.isfinite(loss) | (~finite & scale.is_at_minimum())
     with torch.no_grad():
         if scale is not None:
             scale.update(finite)
-        optim.undo_unless(finite, buffers, before)
+        optim.revert_unless(finite, buffers, before)
     return Step(loss, right, finite, broken)
 
 
-def fresh_state(config: Config, device: torch.device) -> TrainState:
+def init_train_state(config: Config, device: torch.device) -> TrainState:
     """The state before the first step: weights that depend on the seed alone."""
-    torch.manual_seed(seeding.derive(config.seed, "weights"))
-    return state_of(networks.place(networks.build(config.model, config.captcha), device), config, device)
+    torch.manual_seed(seeding.derive_seed(config.seed, "weights"))
+    return make_train_state(
+        networks.to_device(networks.build(config.model, config.captcha), device), config, device
+    )
 
 
-def state_of(
-    model: networks.Recogniser, config: Config, device: torch.device, on_card: bool | None = None
+def make_train_state(
+    model: networks.Recognizer, config: Config, device: torch.device, on_gpu: bool | None = None
 ) -> TrainState:
     """The state before the first step of a model that is on the device; a trace says that it is a card."""
-    on_card = device.type == "cuda" if on_card is None else on_card
-    model.recompute(config.train.activation_checkpointing)
+    on_gpu = device.type == "cuda" if on_gpu is None else on_gpu
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
     scale = optim.LossScale(device) if config.device.precision == "fp16" else None
-    return TrainState(model, optim.optimizer(config.train, model.parameters(), on_card), scale)
+    return TrainState(model, optim.build_optimizer(config.train, model.parameters(), on_gpu), scale)

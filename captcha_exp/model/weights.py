@@ -17,17 +17,17 @@ from torch import Tensor
 from captcha_exp.config import Config, load, to_dict
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model import networks
-from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.networks import Recognizer
 
 
-def weights_to_bytes(model: Recogniser, config: Config) -> bytes:
+def weights_to_bytes(model: Recognizer, config: Config) -> bytes:
     """The content of model.safetensors. Axes stand in their logical order, whatever the layout in memory."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One key alone: safetensors orders several by chance, and the same model is to be the same file.
     return to_safetensors(tensors, {"config": json.dumps(to_dict(config))})
 
 
-def weights_sha256(model: Recogniser) -> str:
+def weights_sha256(model: Recognizer) -> str:
     """SHA-256 over names, shapes and bytes of all weights and statistics, whatever their layout in memory."""
     return tensors_sha256(model.state_dict())
 
@@ -42,7 +42,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:
+def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
     """The recogniser in a weights file, in evaluation mode, with the config that it was trained by.
 
     Raises:
@@ -72,4 +72,4 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recogniser, Config]:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit the network that its config names: {reason}") from None
-    return networks.place(model, device).eval(), config
+    return networks.to_device(model, device).eval(), config

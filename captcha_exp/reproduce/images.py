@@ -3,32 +3,32 @@
 from collections.abc import Mapping
 from typing import Any
 
-from captcha_exp.config import Config, Folder
+from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import dataset
 from captcha_exp.data.sources import folder
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import Silent, shown
+from captcha_exp.runtime.console import NullDisplay, escape_unprintable
 
-SHOWN = 5  # names of each kind
-KINDS = ("another content", "another label", "missing", "new")
+MAX_SHOWN = 5  # names of each kind
+CHANGE_KINDS = ("another content", "another label", "missing", "new")
 
 
-def other_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+def changed_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
     """Kind of difference -> names of files of the folder that are not as the run had them.
 
     Raises:
         UserError: the folder is not there, or cannot be read; the line says how to name another.
     """
-    if not isinstance(config.data, Folder):
+    if not isinstance(config.data, FolderConfig):
         return {}
     try:
-        found = folder.find(config.data, config.captcha, Silent())
+        found = folder.scan_folder(config.data, config.captcha, NullDisplay())
     except UserError as error:
         hint = "data.path=DIR names the folder where it is now"
         raise UserError(*error.lines[:-1], f"{error.lines[-1]}; {hint}") from None
     now = {candidate.name: candidate for candidate in found.candidates}
     then = {str(file["file"]): file for file in manifest.get("files", [])}
-    refused = {str(file["file"]) for file in manifest.get("refused", [])}
+    refused = {str(file["file"]) for file in manifest.get("rejected", [])}
     both = [name for name in then if name in now]
     differing = {
         "another content": [n for n in both if now[n].sha256 != then[n]["sha256"]],
@@ -39,14 +39,14 @@ def other_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list[s
     return {kind: names for kind, names in differing.items() if names}
 
 
-def words(kind: str, names: list[str]) -> str:
+def describe_files(kind: str, names: list[str]) -> str:
     """The files of one kind, in a few words."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{kind}: {', '.join(map(shown, names[:SHOWN]))}{more}"
+    more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
+    return f"{kind}: {', '.join(map(escape_unprintable, names[:MAX_SHOWN]))}{more}"
 
 
-def made_otherwise(config: Config, manifest: Mapping[str, Any]) -> bool:
+def rendered_differently(config: Config, manifest: Mapping[str, Any]) -> bool:
     """Whether pictures are to be drawn from something else than the run's were."""
-    if isinstance(config.data, Folder):
+    if isinstance(config.data, FolderConfig):
         return False
-    return dataset.outline(config, Silent()).key != manifest.get("key")
+    return dataset.inspect_dataset(config, NullDisplay()).key != manifest.get("key")

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from captcha_exp.config import Config, Machine, Mlflow, to_dict
+from captcha_exp.config import Config, Machine, MlflowConfig, to_dict
 from captcha_exp.errors import ConfigError
-from captcha_exp.runs.fields import flat
+from captcha_exp.runs.fields import flatten
 
 
-def varied(saved: Config, wanted: Config, machine: Machine) -> tuple[Config, Mapping[str, tuple[Any, Any]]]:
+def with_overrides(
+    saved: Config, requested: Config, machine: Machine
+) -> tuple[Config, Mapping[str, tuple[Any, Any]]]:
     """The config that runs, and key -> (saved, new) of what it changes.
 
     A store in a SQLite file becomes that of this root, unless another is wanted; a server stays.
@@ -17,13 +19,17 @@ def varied(saved: Config, wanted: Config, machine: Machine) -> tuple[Config, Map
     Raises:
         ConfigError: the device is not here.
     """
-    name = wanted.device.name
+    name = requested.device.name
     if name not in ("auto", *machine.devices):
-        reason = machine.why_not.get(name.split(":")[0], "there is no such device")
+        reason = machine.unavailable_reason.get(name.split(":")[0], "there is no such device")
         raise ConfigError(f"device.name={name}: {reason}; device.name=cpu runs it here, as a variation")
-    then, now = flat(to_dict(saved)), flat(to_dict(wanted))
+    then, now = flatten(to_dict(saved)), flatten(to_dict(requested))
     changes = {key: (then.get(key), now.get(key)) for key in (*then, *now) if then.get(key) != now.get(key)}
-    tracking = wanted.tracking
-    if isinstance(tracking, Mlflow) and tracking.uri.startswith("sqlite:") and tracking == saved.tracking:
-        wanted = replace(wanted, tracking=replace(tracking, uri="auto"))
-    return wanted, changes
+    tracking = requested.tracking
+    if (
+        isinstance(tracking, MlflowConfig)
+        and tracking.uri.startswith("sqlite:")
+        and tracking == saved.tracking
+    ):
+        requested = replace(requested, tracking=replace(tracking, uri="auto"))
+    return requested, changes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from captcha_exp.config import Config
-from captcha_exp.runs.source_code import code_sha256, git
+from captcha_exp.runs.source_code import code_sha256, git_info
 
 _PACKAGES = (
     "torch",
@@ -25,7 +25,7 @@ _PACKAGES = (
     "safetensors",
     "mlflow",
 )
-_CHANGING = (
+_NUMERICS_PREFIXES = (
     *("ATEN_", "TORCH", "PYTORCH_", "NPY_"),  # which kernels torch and NumPy take
     *("ONEDNN_", "DNNL_", "MKL_", "MKLDNN_", "OPENBLAS_", "BLIS_", "VECLIB_"),  # and their libraries
     *("OMP_", "GOMP_", "KMP_"),  # how work is shared among threads
@@ -33,34 +33,34 @@ _CHANGING = (
     *("GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_"),  # which mathematical functions are loaded
     *("FREETYPE_PROPERTIES", "PYTHONHASHSEED"),  # how letters are drawn; the order of sets
 )
-_SECRET = re.compile(r"(?i)token|secret|passw|pwd|credential|auth|_key($|_)")
-_LOGIN = re.compile(r"://[^/]*@")  # an address with a password
+_SECRET_NAME = re.compile(r"(?i)token|secret|passw|pwd|credential|auth|_key($|_)")
+_URL_CREDENTIALS = re.compile(r"://[^/]*@")  # an address with a password
 
 
-def environment(config: Config) -> dict[str, Any]:
+def collect_environment(config: Config) -> dict[str, Any]:
     """The content of environment.json for a resolved config."""
     return {
-        "captcha_exp": version_of("captcha-exp"),
+        "captcha_exp": package_version("captcha-exp"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
         "command": sys.argv,
-        "packages": {name: version_of(name) for name in _PACKAGES},
-        "git": git(),
+        "packages": {name: package_version(name) for name in _PACKAGES},
+        "git": git_info(),
         "code_sha256": code_sha256(),
-        "variables": variables(),
+        "variables": numerics_variables(),
         "device": {
             "name": config.device.name,
             "threads": config.device.threads,
-            "cpu": _cpu_name(),
+            "cpu": _detect_cpu_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
-            **_cuda(config.device.name),
+            **_cuda_info(config.device.name),
         },
     }
 
 
-def version_of(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     """Return the installed version, or None; of torch with its build, which its metadata may lack."""
     if package == "torch":
         return str(torch.__version__)
@@ -70,23 +70,25 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def variables() -> dict[str, str]:
+def numerics_variables() -> dict[str, str]:
     """The environment variables that can change what comes out of a training, by name; never a secret."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_CHANGING) and not _SECRET.search(name) and not _LOGIN.search(value)
+        if name.startswith(_NUMERICS_PREFIXES)
+        and not _SECRET_NAME.search(name)
+        and not _URL_CREDENTIALS.search(value)
     }
 
 
-def _cpu_name() -> str:
+def _detect_cpu_name() -> str:
     try:
-        return cpu_name(Path("/proc/cpuinfo").read_text()) or platform.processor()
+        return parse_cpu_name(Path("/proc/cpuinfo").read_text()) or platform.processor()
     except OSError:
         return platform.processor()
 
 
-def cpu_name(cpuinfo: str) -> str | None:
+def parse_cpu_name(cpuinfo: str) -> str | None:
     """What /proc/cpuinfo calls the first processor, with its numbers: a virtual machine may call all of a
     maker's the same, and libraries choose their kernels by the numbers."""
     facts: dict[str, str] = {}
@@ -99,14 +101,14 @@ def cpu_name(cpuinfo: str) -> str | None:
     return f"{name} ({', '.join(numbers)})" if name and numbers else name
 
 
-def _cuda(device: str) -> dict[str, Any]:
+def _cuda_info(device: str) -> dict[str, Any]:
     if not device.startswith("cuda"):
         return {}
     properties = torch.cuda.get_device_properties(torch.device(device))
     return {
-        "card": properties.name,
-        "card_bytes": properties.total_memory,
-        "card_capability": f"{properties.major}.{properties.minor}",
+        "gpu": properties.name,
+        "gpu_bytes": properties.total_memory,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch has no types for it
     }

@@ -26,16 +26,16 @@ from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.files import hashes, sha256_of, write_atomically, write_json
-from captcha_exp.runtime.paths import root
+from captcha_exp.runtime.files import hash_files, sha256_of, write_atomically, write_json
+from captcha_exp.runtime.paths import root_dir
 
-CHECKPOINTS = "checkpoint"  # folder in a run's folder
+CHECKPOINT_DIR = "checkpoint"  # folder in a run's folder
 
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
-Kinds: TypeAlias = type | tuple[type, ...]
-OF_PROCESS: dict[str, Kinds] = {
+TypeSpec: TypeAlias = type | tuple[type, ...]
+COMMON_FIELDS: dict[str, TypeSpec] = {
     "status": str,
     "host": str,
     "pid": int,
@@ -43,8 +43,8 @@ OF_PROCESS: dict[str, Kinds] = {
     "mlflow": (dict, NoneType),
 }
 """what a run.json and a sweep.json have in common"""
-_KINDS = {**OF_PROCESS, "name": str, "started": str, "result": dict, "files": dict}
-_LATER: dict[str, Kinds] = {"tags": dict, "warnings": list, "links": dict, "resumed": list}
+_REQUIRED_FIELDS = {**COMMON_FIELDS, "name": str, "started": str, "result": dict, "files": dict}
+_OPTIONAL_FIELDS: dict[str, TypeSpec] = {"tags": dict, "warnings": list, "links": dict, "resumed": list}
 """older runs lack these"""
 
 
@@ -80,91 +80,91 @@ class MetricsRow:
 class Run:
     """A run that is being recorded."""
 
-    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, state: dict[str, Any]) -> None:
         """By `beginning`; `state` is the content of run.json."""
-        self.folder, self.state = folder, state
-        self._logged = read_rows(folder)[0]
+        self.run_dir, self.state = run_dir, state
+        self._rows = read_metrics_rows(run_dir)[0]
         self._write_state()
 
     @property
-    def report(self) -> Path:
+    def report_dir(self) -> Path:
         """The folder of pictures, made at first use."""
-        folder = self.folder / "report"
+        folder = self.run_dir / "report"
         folder.mkdir(exist_ok=True)
         return folder
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoint_dir(self) -> Path:
         """The folder of what an interrupted training goes on from; it is there from the first one on."""
-        return self.folder / CHECKPOINTS
+        return self.run_dir / CHECKPOINT_DIR
 
-    def note(self, **state: Any) -> None:
+    def update(self, **state: Any) -> None:
         """Facts in run.json."""
         self.state.update(state)
         self._write_state()
 
     def write(self, name: str, content: str | bytes) -> Path:
         """A finished file, written atomically."""
-        path = self.folder / name
+        path = self.run_dir / name
         write_atomically(path, content.encode() if isinstance(content, str) else content)
         return path
 
     def write_json(self, name: str, content: Any) -> Path:
         """A finished file of JSON."""
-        write_json(self.folder / name, content)
-        return self.folder / name
+        write_json(self.run_dir / name, content)
+        return self.run_dir / name
 
-    def log(self, row: MetricsRow) -> bool:
+    def log_metrics(self, row: MetricsRow) -> bool:
         """Whether it is one line more in metrics.jsonl, on the disk when this returns.
 
         What was done again after an interruption, and came out as before, stands there already.
         """
-        before = next((r for r in reversed(self._logged) if _is_of(row, r)), None)
+        before = next((r for r in reversed(self._rows) if _has_same_keys(row, r)), None)
         if before is not None:
-            was, is_now = _results(before), _results(row)
+            was, is_now = _reproducible_metrics(before), _reproducible_metrics(row)
             changed = [key for key in is_now if repr(was[key]) != repr(is_now[key])]  # nan is as nan was
             if not changed:
                 return False
             key = changed[0]
             trouble = f"epoch {row.step}, done again, came out otherwise: {key} {was[key]} -> {is_now[key]}"
-            self.note(warnings=[*self.state["warnings"], trouble])
-        self._logged.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+            self.update(warnings=[*self.state["warnings"], trouble])
+        self._rows.append(row)
+        with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             file.write(row.to_line())
             file.flush()
             os.fsync(file.fileno())
         return True
 
-    def rows(self) -> list[MetricsRow]:
+    def metrics_rows(self) -> list[MetricsRow]:
         """All metrics that were logged."""
-        return list(self._logged)
+        return list(self._rows)
 
     def close(self, status: Status, error: str | None = None) -> None:
         """The end: every file with its SHA-256, and how the run ended."""
-        self.note(
+        self.update(
             status=status,
             error=error,
-            ended=now(),
-            files=hashes(self.folder),
+            ended=now_iso(),
+            files=hash_files(self.run_dir),
         )
 
     def _write_state(self) -> None:
         self.write_json("run.json", self.state)
 
 
-def now() -> str:
+def now_iso() -> str:
     """The time with its zone, as a record has it."""
     return datetime.now().astimezone().isoformat(timespec="microseconds")
 
 
-def _results(row: MetricsRow) -> dict[str, float]:
+def _reproducible_metrics(row: MetricsRow) -> dict[str, float]:
     """Without what no two processes have in common."""
     return {key: v for key, v in row.metrics.items() if not key.startswith(("memory/", "speed/"))}
 
 
-def _is_of(row: MetricsRow, other: MetricsRow) -> bool:
+def _has_same_keys(row: MetricsRow, other: MetricsRow) -> bool:
     """Whether they are rows of the same: an epoch and the test after it have their step in common."""
-    return row.step == other.step and _results(row).keys() == _results(other).keys()
+    return row.step == other.step and _reproducible_metrics(row).keys() == _reproducible_metrics(other).keys()
 
 
 def config_sha256(requested: Config) -> str:
@@ -173,39 +173,39 @@ def config_sha256(requested: Config) -> str:
     How long a process may take is not asked of the run: one that is out of time can be given more.
     """
     values = to_dict(requested)
-    del values["train"]["stop_after_minutes"]
+    del values["train"]["max_minutes"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def runs(tell: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
+def list_runs(warn: Callable[[str], None] = lambda _: None) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, run.json) of each run in outputs/, the oldest first; tells of what it cannot read."""
     found = []
-    outputs = root() / "outputs"
+    outputs = root_dir() / "outputs"
     for path in (*outputs.glob("*/*/run.json"), *outputs.glob("*/*/*/run.json")):  # and those of a sweep
         try:
-            found.append((path.parent, read_state(path)))
+            found.append((path.parent, read_run_json(path)))
         except UserError as error:
-            tell(str(error))
+            warn(str(error))
     return sorted(found, key=lambda item: datetime.fromisoformat(item[1]["started"]))
 
 
-def find(name: str) -> Path:
+def find_run(name: str) -> Path:
     """The folder of a run: given as a folder, as the beginning of an MLflow run id, or as `latest`.
 
     Raises:
         UserError: there is no such run, or more than one; the line says how to see them.
     """
-    if folder := place_of(name, "run.json"):
-        read_state(folder / "run.json")
+    if folder := resolve_dir(name, "run.json"):
+        read_run_json(folder / "run.json")
         return folder
-    if sweep := place_of(name, "sweep.json"):
+    if sweep := resolve_dir(name, "sweep.json"):
         first = min((path.parent.name for path in sweep.glob("*/run.json")), default=None)
         point = f": {shlex.quote(str(sweep / first))}, say" if first else ", which has none yet"
         raise UserError(f"{name}: is a sweep; give the folder of one of its points{point}")
-    known = runs()
+    known = list_runs()
     if name == "latest":
         if not known:
-            raise UserError(f"latest: no run in {root() / 'outputs'} yet; captcha-exp train makes one")
+            raise UserError(f"latest: no run in {root_dir() / 'outputs'} yet; captcha-exp train makes one")
         return known[-1][0]
     begin = [folder for folder, state in known if name and _run_id(state).startswith(name)]
     if len(begin) > 1:
@@ -218,23 +218,23 @@ def find(name: str) -> Path:
     return begin[0]
 
 
-def linked(link: Mapping[str, Any], folder: Path) -> Path | None:
+def find_linked(link: Mapping[str, Any], run_dir: Path) -> Path | None:
     """The folder of the run that the record in this one has a link to; None where it is nowhere.
 
     Runs are copied together: it is sought where it was, beside this one, and by its id in MLflow.
     """
-    was, run_id = Path(str(link.get("folder"))), link.get("run_id")
-    for place in (was, folder.parent.parent / was.parent.name / was.name, folder.parent / was.name):
-        if (place / "run.json").is_file() and run_id in (None, _run_id(read_state(place / "run.json"))):
+    was, run_id = Path(str(link.get("run_dir"))), link.get("run_id")
+    for place in (was, run_dir.parent.parent / was.parent.name / was.name, run_dir.parent / was.name):
+        if (place / "run.json").is_file() and run_id in (None, _run_id(read_run_json(place / "run.json"))):
             return place
-    return next((place for place, state in runs() if run_id and _run_id(state) == run_id), None)
+    return next((place for place, state in list_runs() if run_id and _run_id(state) == run_id), None)
 
 
-def place_of(name: str, record: str) -> Path | None:
+def resolve_dir(name: str, filename: str) -> Path | None:
     """The folder of this name that has such a record: from here, from the root, or from outputs/."""
-    for folder in (Path(name), root() / name, root() / "outputs" / name):
+    for folder in (Path(name), root_dir() / name, root_dir() / "outputs" / name):
         with contextlib.suppress(OSError, ValueError):  # too long for a file, or of characters that none has
-            if (folder / record).is_file():
+            if (folder / filename).is_file():
                 return folder.resolve()
     return None
 
@@ -243,13 +243,13 @@ def _run_id(state: Mapping[str, Any]) -> str:
     return str((state["mlflow"] or {}).get("run_id") or "")
 
 
-def read_rows(folder: Path) -> tuple[list[MetricsRow], list[int]]:
+def read_metrics_rows(run_dir: Path) -> tuple[list[MetricsRow], list[int]]:
     """The whole rows of a folder's metrics.jsonl, and the numbers of its lines that are none, from 1.
 
     A process that is killed while it writes leaves a part of a line at the end; no other row is less true
     for that.
     """
-    path = folder / "metrics.jsonl"
+    path = run_dir / "metrics.jsonl"
     rows: list[MetricsRow] = []
     broken: list[int] = []
     if not path.exists():
@@ -264,19 +264,19 @@ def read_rows(folder: Path) -> tuple[list[MetricsRow], list[int]]:
     return sorted(rows, key=lambda row: row.step), broken
 
 
-def check_file(folder: Path, name: str) -> None:
+def check_file_unchanged(run_dir: Path, name: str) -> None:
     """Nothing, if the file is the one that the run ended with, or the run has not ended.
 
     Raises:
         UserError: the file has changed since, or is gone.
     """
-    expected = read_state(folder / "run.json")["files"].get(name)
-    path = folder / name
+    expected = read_run_json(run_dir / "run.json")["files"].get(name)
+    path = run_dir / name
     if expected is not None and (not path.is_file() or sha256_of(path) != expected):
         raise UserError(f"{path}: is not the file that the run ended with (its SHA-256 is another)")
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_run_json(path: Path) -> dict[str, Any]:
     """The content of a run.json.
 
     Raises:
@@ -284,12 +284,12 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = _KINDS.keys() - state.keys()
+        missing = _REQUIRED_FIELDS.keys() - state.keys()
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as the record of a run: {error}") from None
     if missing:
         raise UserError(f"{path}: is not the record of a run: it lacks {', '.join(sorted(missing))}")
-    of_all = _KINDS | _LATER
+    of_all = _REQUIRED_FIELDS | _OPTIONAL_FIELDS
     wrong = [key for key in of_all.keys() & state.keys() if not isinstance(state[key], of_all[key])]
     if wrong:
         key = min(wrong)
@@ -304,9 +304,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def list_checkpoints(checkpoint_dir: Path) -> list[Path]:
     """The files of what a training has reached, the newest first."""
-    steps = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.safetensors")}
+    steps = {path: path.stem.removeprefix("step-") for path in checkpoint_dir.glob("step-*.safetensors")}
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
 
 

@@ -16,69 +16,71 @@ from typing import Any
 
 import psutil
 
-from captcha_exp.runs.run import OF_PROCESS, Status, read_rows
-from captcha_exp.runtime.files import hashes, own_files, write_json
-from captcha_exp.runtime.paths import root
+from captcha_exp.runs.run import COMMON_FIELDS, Status, read_metrics_rows
+from captcha_exp.runtime.files import hash_files, list_run_files, write_json
+from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive
 
-ERROR = "its process ended without a word: killed (kill -9, too little memory), or the machine went down"
-SECONDS_FOR_THE_LOCK = 2.0
+KILLED_ERROR = (
+    "its process ended without a word: killed (kill -9, too little memory), or the machine went down"
+)
+LOCK_TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Left:
+class StaleRun:
     """What a process left: its run.json or sweep.json, as read."""
 
     path: Path
     state: dict[str, Any]
 
     @property
-    def folder(self) -> Path:
+    def run_dir(self) -> Path:
         return self.path.parent
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it says that it goes on."""
         return bool(self.state["status"] == "RUNNING")
 
     @property
-    def unsent(self) -> bool:
+    def needs_sync(self) -> bool:
         """Whether MLflow lacks its end.
 
         A run notes "closed" from its start on; an older one, without the word, is believed if it has ended.
         """
         mlflow = self.state["mlflow"]
-        return mlflow is not None and not mlflow.get("closed", not self.runs)
+        return mlflow is not None and not mlflow.get("closed", not self.is_running)
 
-    def again(self) -> "Left | None":
+    def reload(self) -> "StaleRun | None":
         """As it stands now; None if there is no more to write, or somebody to write it.
 
         Read after its process was seen to be gone: what stands there now is its last word.
         """
-        now = read_left(self.path)
-        return now if now is not None and _is_left(now) else None
+        now = read_stale_run(self.path)
+        return now if now is not None and _is_stale(now) else None
 
-    def note(self, **state: Any) -> None:
+    def update(self, **state: Any) -> None:
         """Facts in the record."""
         self.state.update(state)
         write_json(self.path, self.state)
 
-    def remove_parts(self) -> None:
+    def remove_partial_files(self) -> None:
         """Without what its process was writing when it was killed."""
-        for path in own_files(self.folder):
-            if _is_abandoned(path, self.state["pid"]):
+        for path in list_run_files(self.run_dir):
+            if _is_abandoned_part(path, self.state["pid"]):
                 path.unlink()
 
-    def close(self, status: Status = "KILLED", error: str = ERROR) -> None:
+    def close(self, status: Status = "KILLED", error: str = KILLED_ERROR) -> None:
         """The end, at the time of the newest file, and the SHA-256 of each file of a run."""
-        ended = datetime.fromtimestamp(_newest(self.folder)).astimezone()
-        self.remove_parts()
+        ended = datetime.fromtimestamp(_latest_mtime(self.run_dir)).astimezone()
+        self.remove_partial_files()
         facts: dict[str, Any] = {
             "status": status,
             "error": error,
             "ended": ended.isoformat(timespec="microseconds"),
         }
-        rows, broken = read_rows(self.folder)
+        rows, broken = read_metrics_rows(self.run_dir)
         if broken:
             lines = ", ".join(map(str, broken))
             torn = f"metrics.jsonl: no whole row in line {lines}; the other {len(rows)} are read"
@@ -86,39 +88,39 @@ class Left:
         if self.state["mlflow"] is not None:
             facts["mlflow"] = {**self.state["mlflow"], "closed": False}
         if "files" in self.state:
-            facts["files"] = hashes(self.folder)
-        self.note(**facts)
+            facts["files"] = hash_files(self.run_dir)
+        self.update(**facts)
 
 
-def left_open() -> list[Left]:
+def find_stale() -> list[StaleRun]:
     """The records of this host's processes that are gone, without their end here or in MLflow.
 
     A sweep comes before its points: the newest file of its folder is sought before theirs are written to.
     """
-    outputs = root() / "outputs"
+    outputs = root_dir() / "outputs"
     names = ("*/*/sweep.json", "*/*/run.json", "*/*/*/run.json")
     paths = (path for name in names for path in sorted(outputs.glob(name)))
-    return [left for path in paths if (left := read_left(path)) is not None and _is_left(left)]
+    return [left for path in paths if (left := read_stale_run(path)) is not None and _is_stale(left)]
 
 
-def left_in(folder: Path) -> Left | None:
+def stale_in(run_dir: Path) -> StaleRun | None:
     """The record of the run in this folder, if its process is gone without its end here or in MLflow.
 
     This process itself is none of a run that it only held for another (`unfinished.held`).
     """
-    left = read_left(folder / "run.json")
-    if left is None or not (left.runs or left.unsent):
+    left = read_stale_run(run_dir / "run.json")
+    if left is None or not (left.is_running or left.needs_sync):
         return None
     return left if left.state["pid"] == os.getpid() or not is_alive(left.state) else None
 
 
 @contextlib.contextmanager
-def alone(seconds: float = SECONDS_FOR_THE_LOCK) -> Iterator[bool]:
+def stale_lock(timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[bool]:
     """The right to write into what others left, held by one process; False where another has it for longer
     than these seconds."""
     import filelock
 
-    lock = filelock.FileLock(root() / "outputs" / ".closing.lock", timeout=seconds)
+    lock = filelock.FileLock(root_dir() / "outputs" / ".closing.lock", timeout=timeout)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -130,21 +132,23 @@ def alone(seconds: float = SECONDS_FOR_THE_LOCK) -> Iterator[bool]:
         lock.release()
 
 
-def read_left(path: Path) -> Left | None:
+def read_stale_run(path: Path) -> StaleRun | None:
     """What this run.json or sweep.json says; None for what is no such record: `runs` tells of it."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        right = all(isinstance(state[key], kinds) for key, kinds in OF_PROCESS.items()) and state["pid"] > 0
+        right = (
+            all(isinstance(state[key], kinds) for key, kinds in COMMON_FIELDS.items()) and state["pid"] > 0
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return Left(path, state) if right else None
+    return StaleRun(path, state) if right else None
 
 
-def _is_left(left: Left) -> bool:
-    return (left.runs or left.unsent) and not is_alive(left.state)
+def _is_stale(stale: StaleRun) -> bool:
+    return (stale.is_running or stale.needs_sync) and not is_alive(stale.state)
 
 
-def _newest(folder: Path) -> float:
+def _latest_mtime(folder: Path) -> float:
     times = []
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # of a sweep, a point may still be writing
@@ -153,7 +157,7 @@ def _newest(folder: Path) -> float:
     return max(times)
 
 
-def _is_abandoned(path: Path, pid: int) -> bool:
+def _is_abandoned_part(path: Path, pid: int) -> bool:
     """Whether it is a part of a file (`files.write_atomically`) that nobody will finish."""
     begin, _, writer = path.name.removesuffix(".part").rpartition(".")
     if not (path.name.endswith(".part") and begin.startswith(".") and writer.isdecimal()):

@@ -21,56 +21,56 @@ from rich.progress import (
 )
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """One piece of long work."""
 
-    def advance(self, amount: int, note: str = "") -> None: ...
+    def advance(self, amount: int, status: str = "") -> None: ...
 
 
 class Display(Protocol):
     """Where long work reports to."""
 
-    def line(self, text: str) -> None: ...
+    def info(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]: ...
+    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]: ...
 
 
-class Silent:
+class NullDisplay:
     """Says nothing; warnings alone go to standard error."""
 
-    def line(self, text: str) -> None:
+    def info(self, text: str) -> None:
         pass
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]:  # noqa: ARG002 - shows nothing
-        return nullcontext(_NoBar())
+    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]:  # noqa: ARG002 - shows nothing
+        return nullcontext(_NullProgressBar())
 
 
-class _NoBar:
-    def advance(self, amount: int, note: str = "") -> None:
+class _NullProgressBar:
+    def advance(self, amount: int, status: str = "") -> None:
         pass
 
 
-class Terminal:
+class RichDisplay:
     """Bars where a terminal can show them; in a file or a pipe a line now and then, with the time left."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def line(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Bar]:
+    def progress_bar(self, description: str, total: int) -> Iterator[ProgressBar]:
         if not self.console.is_terminal:
-            yield _LineBar(self, what, total)
+            yield _LineProgressBar(self, description, total)
             return
         columns = (
             SpinnerColumn(),
@@ -82,42 +82,42 @@ class Terminal:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _RichBar(progress, what, total)
+            yield _RichProgressBar(progress, description, total)
 
 
-class _LineBar:
+class _LineProgressBar:
     """Tells how far it is, soon after the beginning and then every minute."""
 
-    FIRST, NEXT = 15.0, 60.0  # seconds
+    FIRST_SECONDS, INTERVAL_SECONDS = 15.0, 60.0  # seconds
 
-    def __init__(self, terminal: Terminal, what: str, total: int) -> None:
-        self._terminal, self._what, self._total = terminal, what, total
+    def __init__(self, display: RichDisplay, description: str, total: int) -> None:
+        self._display, self._description, self._total = display, description, total
         self._done = 0
-        self._began = time.monotonic()
-        self._due = self._began + self.FIRST
+        self._start_time = time.monotonic()
+        self._next_update = self._start_time + self.FIRST_SECONDS
 
-    def advance(self, amount: int, note: str = "") -> None:
+    def advance(self, amount: int, status: str = "") -> None:
         self._done += amount
         now = time.monotonic()
-        if now < self._due or not 0 < self._done < self._total:
+        if now < self._next_update or not 0 < self._done < self._total:
             return
-        self._due = now + self.NEXT
-        left = (now - self._began) * (self._total - self._done) / self._done
+        self._next_update = now + self.INTERVAL_SECONDS
+        left = (now - self._start_time) * (self._total - self._done) / self._done
         spoken = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-        text = f"{self._what}: {self._done / self._total:.0%}, about {spoken} left"
-        self._terminal.line(f"{text}  {note}".rstrip())
+        text = f"{self._description}: {self._done / self._total:.0%}, about {spoken} left"
+        self._display.info(f"{text}  {status}".rstrip())
 
 
-class _RichBar:
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
+class _RichProgressBar:
+    def __init__(self, progress: Progress, description: str, total: int) -> None:
         self._progress = progress
-        self._task = progress.add_task(what, total=total, note="")
+        self._task = progress.add_task(description, total=total, note="")
 
-    def advance(self, amount: int, note: str = "") -> None:
-        self._progress.update(self._task, advance=amount, note=note)
+    def advance(self, amount: int, status: str = "") -> None:
+        self._progress.update(self._task, advance=amount, note=status)
 
 
-def shown(name: str) -> str:
+def escape_unprintable(name: str) -> str:
     """A file's name as a terminal can show it, whatever bytes are in it."""
     try:
         text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -19,22 +19,22 @@ import torch
 from captcha_exp.config import Config, Machine, Precision, resolve
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.runtime.console import Display
-from captcha_exp.runtime.paths import root
+from captcha_exp.runtime.paths import root_dir
 
 MIB = 2**20
 
 _CUDA_ERROR_MEMORY_ALLOCATION = 2
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_OOM_MARKERS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 T = TypeVar("T")
 
 
-def this_machine(
+def detect_machine(
     fastest_precision: Callable[[Config], Precision] = lambda _: "fp32",
     best_batch_size: Callable[[Config], int] | None = None,
 ) -> Machine:
     """What `resolve` has to know of this machine; who does not train has no use for a precision."""
-    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _cuda_works() else []
+    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
     devices = (
         (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
     )
@@ -46,14 +46,16 @@ def this_machine(
         no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
     why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
     why_not["mps"] = "only Macs with Apple's own processors have mps"
-    return Machine(tuple(devices), _cores(), root(), why_not, fastest_precision, best_batch_size)
+    return Machine(
+        tuple(devices), _num_physical_cores(), root_dir(), why_not, fastest_precision, best_batch_size
+    )
 
 
-def _cuda_works() -> bool:
+def _is_cuda_available() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 
-def _cores() -> int:
+def _num_physical_cores() -> int:
     """Physical cores that this process may use; hyper-threads share what a convolution keeps busy."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
@@ -63,11 +65,11 @@ def _cores() -> int:
 
 def cpu_quota() -> float | None:
     """Cores' worth of time that control groups (version 2) give this process; None without a limit."""
-    limits = [limit.split() for limit in control_group("cpu.max")]
+    limits = [limit.split() for limit in read_cgroup_files("cpu.max")]
     return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=None)
 
 
-def control_group(name: str) -> list[str]:
+def read_cgroup_files(filename: str) -> list[str]:
     """The content of this file in the process's control group and in each above it."""
     groups = Path("/proc/self/cgroup")
     if not groups.is_file():
@@ -77,18 +79,18 @@ def control_group(name: str) -> list[str]:
         return []
     folder = Path("/sys/fs/cgroup") / own.lstrip("/")
     above = [folder, *(parent for parent in folder.parents if parent.is_relative_to("/sys/fs/cgroup"))]
-    return [(place / name).read_text().strip() for place in above if (place / name).is_file()]
+    return [(place / filename).read_text().strip() for place in above if (place / filename).is_file()]
 
 
 def free_memory_bytes() -> int:
     """Bytes that can be had before the machine swaps or the container's limit ends the process."""
     available: int = psutil.virtual_memory().available
-    limits = [int(limit) for limit in control_group("memory.max") if limit != "max"]
-    used = [int(amount) for amount in control_group("memory.current")]
+    limits = [int(limit) for limit in read_cgroup_files("memory.max") if limit != "max"]
+    used = [int(amount) for amount in read_cgroup_files("memory.current")]
     return min([available, *(limit - max(used, default=0) for limit in limits)]) if limits else available
 
 
-def set_up(config: Config) -> torch.device:
+def setup_device(config: Config) -> torch.device:
     """The device of a resolved config, with threads and determinism set for the whole process."""
     device = torch.device(config.device.name)
     torch.set_num_threads(int(config.device.threads))
@@ -102,10 +104,10 @@ def set_up(config: Config) -> torch.device:
     return device
 
 
-def hold_to_budget(config: Config, device: torch.device) -> None:
+def set_memory_limit(config: Config, device: torch.device) -> None:
     """The process held to device.vram_budget_mib, if it is on a CUDA card; without a budget, to all of it.
 
-    torch's allocator is given the budget less card.context_mib.most, since it does not count the context.
+    torch's allocator is given the budget less gpu.context_mib.most, since it does not count the context.
     The most, and not what the context takes here: by that bound memory.plan calls a batch fitting, and
     so what is called fitting runs.
 
@@ -120,10 +122,10 @@ def hold_to_budget(config: Config, device: torch.device) -> None:
     if budget is None:  # there may have been one, for another run of this process
         torch.cuda.set_per_process_memory_fraction(1.0, number)
         return
-    context = config.card.context_mib.most
+    context = config.gpu.context_mib.max
     if budget <= context:
         raise ConfigError(
-            f"device.vram_budget_mib={budget}: card={config.card.name} takes up to {context:g} MiB for "
+            f"device.vram_budget_mib={budget}: gpu={config.gpu.name} takes up to {context:g} MiB for "
             "its context alone; write more than that, null for all of the card, or take a card file with a "
             "closer figure (captcha-exp calibrate measures one)"
         )
@@ -133,21 +135,21 @@ def hold_to_budget(config: Config, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 
-def to_read(config: Config, name: str, display: Display) -> Config:
+def for_inference(config: Config, name: str, display: Display) -> Config:
     """The config of a finished run, resolved for reading with it on a device of this machine.
 
     Raises:
         UserError: there is no such device; the line says which there are.
     """
-    machine = this_machine()
+    machine = detect_machine()
     if name not in ("auto", *machine.devices):
-        reason = machine.why_not.get(name.split(":")[0], "there is no such device")
+        reason = machine.unavailable_reason.get(name.split(":")[0], "there is no such device")
         raise UserError(f"--device={name}: {reason}; available here: {', '.join(['auto', *machine.devices])}")
     config = resolve(replace(config, device=replace(config.device, name=name, threads="auto")), machine)
     precision = config.device.precision
     if precision in ("fp32", *half_precisions(torch.device(config.device.name))):
         return config
-    display.line(f"{precision} was the run's precision; {config.device.name} reads in fp32")
+    display.info(f"{precision} was the run's precision; {config.device.name} reads in fp32")
     return replace(config, device=replace(config.device, precision="fp32"))
 
 
@@ -158,7 +160,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.AcceleratorError):  # CUDA itself, beside torch's allocator
         return getattr(error, "error_code", None) == _CUDA_ERROR_MEMORY_ALLOCATION
     # What has no type of its own: torch's allocator of the machine's memory, and libraries that start up.
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OOM_MARKERS)
 
 
 def describe(config: Config) -> str:
@@ -192,10 +194,10 @@ def half_precisions(device: torch.device) -> tuple[Precision, ...]:
             return ("bf16", "fp16")
 
 
-def card_total_mib(config: Config) -> float | None:
+def gpu_total_mib(config: Config) -> float | None:
     """What the CUDA card that a resolved config names has in all; None where it is not here."""
     name = config.device.name
-    if not name.startswith("cuda") or not _cuda_works():
+    if not name.startswith("cuda") or not _is_cuda_available():
         return None
     if (torch.device(name).index or 0) >= torch.cuda.device_count():
         return None
@@ -206,10 +208,10 @@ def process_peak_mib(device: torch.device) -> float:
     """MiB: on the CPU the peak of resident memory so far; on CUDA what the process holds of the card."""
     if device.type == "cuda":
         return _cuda_process_bytes(device) / MIB
-    return _peak_resident_bytes() / MIB
+    return _peak_rss_bytes() / MIB
 
 
-def _peak_resident_bytes() -> int:
+def _peak_rss_bytes() -> int:
     """Peak resident bytes of this process alone.
 
     Linux has two figures: ru_maxrss also counts what the parent held when it started this process; VmHWM
@@ -234,13 +236,13 @@ def _cuda_process_bytes(device: torch.device) -> int:
     """
     reserved = torch.cuda.memory_reserved(device)
     peak_reserved = torch.cuda.max_memory_reserved(device)
-    if (used := nvml_bytes(device)) is not None:
+    if (used := nvml_process_bytes(device)) is not None:
         return used - reserved + peak_reserved
     free, total = torch.cuda.mem_get_info(device)
     return peak_reserved + max(0, total - free - reserved)
 
 
-def nvml_bytes(device: torch.device) -> int | None:
+def nvml_process_bytes(device: torch.device) -> int | None:
     """Bytes of the card that the driver counts for this process, or None."""
 
     def own(nvml: Any) -> int | None:
@@ -250,7 +252,7 @@ def nvml_bytes(device: torch.device) -> int | None:
                 return int(process.usedGpuMemory)
         return None
 
-    return _ask_nvml(own)
+    return _query_nvml(own)
 
 
 def nvml_free_bytes() -> dict[str, int]:
@@ -259,21 +261,21 @@ def nvml_free_bytes() -> dict[str, int]:
     def free(nvml: Any) -> dict[str, int]:
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         return {
-            _text(nvml.nvmlDeviceGetUUID(handle)).removeprefix("GPU-"): int(
+            _decode_nvml(nvml.nvmlDeviceGetUUID(handle)).removeprefix("GPU-"): int(
                 nvml.nvmlDeviceGetMemoryInfo(handle).free
             )
             for handle in handles
         }
 
-    return _ask_nvml(free) or {}
+    return _query_nvml(free) or {}
 
 
 def driver_version() -> str | None:
     """The version of NVIDIA's driver, or None."""
-    return _ask_nvml(lambda nvml: _text(nvml.nvmlSystemGetDriverVersion()))
+    return _query_nvml(lambda nvml: _decode_nvml(nvml.nvmlSystemGetDriverVersion()))
 
 
-def _ask_nvml(question: Callable[[Any], T]) -> T | None:
+def _query_nvml(query: Callable[[Any], T]) -> T | None:
     """NVML's answer; None where it is not there or fails."""
     try:
         import pynvml
@@ -282,14 +284,14 @@ def _ask_nvml(question: Callable[[Any], T]) -> T | None:
     try:
         pynvml.nvmlInit()
         try:
-            return question(pynvml)
+            return query(pynvml)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
 
 
-def _text(value: str | bytes) -> str:
+def _decode_nvml(value: str | bytes) -> str:
     """NVML's texts; its older versions answer in bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
@@ -301,7 +303,7 @@ class MemoryMeter:
         self.device = device
         self._process_peak_mib = 0.0
 
-    def start(self) -> None:
+    def start_phase(self) -> None:
         """A new phase begins."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _fsync_dir(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -31,7 +31,7 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
-def _sync_folder(folder: Path) -> None:
+def _fsync_dir(folder: Path) -> None:
     """Make a rename in this folder last; Windows cannot open a folder and needs no such step."""
     if os.name == "nt":
         return
@@ -48,13 +48,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def own_files(folder: Path) -> list[Path]:
+def list_run_files(run_dir: Path) -> list[Path]:
     """Every file of a run's or a sweep's folder, by name; those of a sweep's points belong to the points."""
-    points = {record.parent for record in folder.glob("*/run.json")}
-    return sorted(p for p in folder.rglob("*") if p.is_file() and points.isdisjoint(p.parents))
+    points = {record.parent for record in run_dir.glob("*/run.json")}
+    return sorted(p for p in run_dir.rglob("*") if p.is_file() and points.isdisjoint(p.parents))
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def hash_files(run_dir: Path) -> dict[str, str]:
     """The SHA-256 of every file of a run's folder but run.json, which holds them."""
-    files = (path for path in own_files(folder) if path.name != "run.json")
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    files = (path for path in list_run_files(run_dir) if path.name != "run.json")
+    return {path.relative_to(run_dir).as_posix(): sha256_of(path) for path in files}

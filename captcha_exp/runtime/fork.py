@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def started(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
+def run_in_child(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """Start a function, and yield one that waits for its value, which JSON must be able to hold.
 
     The child is a fork, and has ended when the context does. Without a second core, or where a fork is not
     safe, the function runs when its value is asked for; so it does after a failure in the child, so that its
     error is raised here.
     """
-    if not _may_fork():
+    if not _can_fork():
         yield function
         return
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(function, sender), daemon=True)
+    process = context.Process(target=_send_result, args=(function, sender), daemon=True)
     process.start()
     sender.close()
 
@@ -46,14 +46,14 @@ def started(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
         process.close()
 
 
-def _may_fork() -> bool:
+def _can_fork() -> bool:
     """Return whether there is another core, and no thread of this process that a child would lack."""
     if sys.platform != "linux" or threading.active_count() > 1:
         return False
     return len(os.sched_getaffinity(0)) > 1
 
 
-def _send(function: Callable[[], T], sender: Connection) -> None:
+def _send_result(function: Callable[[], T], sender: Connection) -> None:
     """Send the value of the function; in the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent, which ends this process
     with contextlib.suppress(Exception):

@@ -3,22 +3,22 @@
 import os
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
-def conf() -> Path:
+def conf_dir() -> Path:
     """The folder of the YAML files: beside the package in a checkout, inside it when installed."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+    inside = _PACKAGE_DIR / "conf"
+    return inside if inside.is_dir() else _PACKAGE_DIR.parent / "conf"
 
 
-def checkout() -> Path | None:
+def checkout_dir() -> Path | None:
     """The checkout that the package runs from, or None for an installed one."""
-    home = _PACKAGE.parent
-    return home if (home / "pyproject.toml").is_file() and conf().parent == home else None
+    home = _PACKAGE_DIR.parent
+    return home if (home / "pyproject.toml").is_file() and conf_dir().parent == home else None
 
 
-def root() -> Path:
+def root_dir() -> Path:
     """The folder in which outputs/ and mlruns/ stand.
 
     CAPTCHA_EXP_ROOT names it; else it is the checkout that the package runs from; else, for an installed
@@ -26,4 +26,4 @@ def root() -> Path:
     """
     if named := os.environ.get("CAPTCHA_EXP_ROOT"):
         return Path(named).expanduser().resolve()
-    return checkout() or Path.cwd()
+    return checkout_dir() or Path.cwd()

@@ -9,13 +9,13 @@ import random
 from collections.abc import Callable, Iterable
 
 
-def derive(seed: int, purpose: str, *index: int) -> int:
+def derive_seed(seed: int, purpose: str, *index: int) -> int:
     """A seed in [0, 2**63) for one purpose, independent of the seeds of all other purposes and indices."""
     key = ":".join([str(seed), purpose, *map(str, index)])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
-def seeds(seed: int, purpose: str) -> Callable[[int], int]:
+def make_seed_fn(seed: int, purpose: str) -> Callable[[int], int]:
     """Return `derive` for one seed and purpose as a function of the index, hashing the prefix once."""
     prefix = hashlib.sha256(f"{seed}:{purpose}:".encode())
 
@@ -27,12 +27,12 @@ def seeds(seed: int, purpose: str) -> Callable[[int], int]:
     return seed_of
 
 
-def stream(seed: int, purpose: str, *index: int) -> random.Random:
+def rng(seed: int, purpose: str, *index: int) -> random.Random:
     """A stream of random numbers of its own for one purpose and index."""
-    return random.Random(derive(seed, purpose, *index))
+    return random.Random(derive_seed(seed, purpose, *index))
 
 
-def fractions(seed: int, purpose: str, texts: Iterable[str]) -> list[float]:
+def hash_many_to_unit(seed: int, purpose: str, texts: Iterable[str]) -> list[float]:
     """Return `fraction` of every text, each distinct one hashed once."""
     prefix, known, found = hashlib.sha256(f"{seed}:{purpose}:".encode()), dict[str, float](), []
     for text in texts:
@@ -44,7 +44,7 @@ def fractions(seed: int, purpose: str, texts: Iterable[str]) -> list[float]:
     return found
 
 
-def fraction(seed: int, purpose: str, text: str) -> float:
+def hash_to_unit(seed: int, purpose: str, text: str) -> float:
     """A number in [0, 1) that belongs to a text: the same whenever and wherever it is asked for."""
     digest = hashlib.sha256(f"{seed}:{purpose}:{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,5 +1,5 @@
 """The process of one training; `supervise` starts it and talks to it."""
 
-from captcha_exp.sweep.worker import serve
+from captcha_exp.sweep.worker import worker_main
 
-serve()
+worker_main()

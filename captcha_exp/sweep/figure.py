@@ -3,46 +3,49 @@
 from pathlib import Path
 
 from captcha_exp.report import figures
-from captcha_exp.runtime.console import shown
-from captcha_exp.sweep.aggregate import Group, shortened
-from captcha_exp.sweep.conclusions import batch_was_swept, by_others
-from captcha_exp.sweep.summary import Verdict
+from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.sweep.aggregate import SeedGroup, truncate
+from captcha_exp.sweep.conclusions import group_by_rest, is_batch_size_sweep
+from captcha_exp.sweep.summary import SweepSummary
 
-LONGEST = 28  # characters of a name below a picture
+MAX_LABEL_LENGTH = 28  # characters of a name below a picture
 
 
-def draw(verdict: Verdict, path: Path) -> None:
+def save_figure(summary: SweepSummary, path: Path) -> None:
     """A PNG file: memory, speed and accuracy against the batch size, or against what else was swept."""
-    groups = verdict.groups
+    groups = summary.groups
     budgets = sorted({group.budget_mib for group in groups if group.budget_mib is not None})
     axis, names = "batch size", []
-    if batch_was_swept(groups):
+    if is_batch_size_sweep(groups):
         series = [
-            figures.Series(name, [_point(group, group.batch_size or 0) for group in members])
-            for name, members in by_others(groups)
+            figures.Series(name, [_plot_point(group, group.batch_size or 0) for group in members])
+            for name, members in group_by_rest(groups)
         ]
     else:
-        series = [figures.Series("", [_point(group, place) for place, group in enumerate(groups)])]
-        axis = ", ".join(map(shown, groups[0].swept)) if groups else ""
-        names = [_name(group) for group in groups]
-    figures.sweep(series, budgets, axis, names, path)
+        series = [figures.Series("", [_plot_point(group, place) for place, group in enumerate(groups)])]
+        axis = ", ".join(map(escape_unprintable, groups[0].swept)) if groups else ""
+        names = [_tick_label(group) for group in groups]
+    figures.plot_sweep(series, budgets, axis, names, path)
 
 
-def _name(group: Group) -> str:
+def _tick_label(group: SeedGroup) -> str:
     """The values, short enough to stand below a picture."""
     values = group.swept.values()
-    return ", ".join(shortened(value, max(8, LONGEST // len(values))) for value in values) or "all points"
+    return (
+        ", ".join(truncate(value, max(8, MAX_LABEL_LENGTH // len(values))) for value in values)
+        or "all points"
+    )
 
 
-def _point(group: Group, at: int) -> figures.Point:
-    found = {name: mean.value for name, mean in group.figures.items()}
-    accuracy = group.figures.get("val_accuracy")
-    return figures.Point(
-        at=at,
+def _plot_point(group: SeedGroup, x: int) -> figures.PlotPoint:
+    found = {name: mean.value for name, mean in group.metrics.items()}
+    accuracy = group.metrics.get("val_accuracy")
+    return figures.PlotPoint(
+        x=x,
         predicted_mib=group.predicted_mib,
-        measured_mib=found.get("measured_mib") if group.on_card else None,
+        measured_mib=found.get("measured_mib") if group.on_gpu else None,
         fits=group.fits not in ("does not fit", "unsure"),
-        pictures_per_second=found.get("pictures_per_second"),
+        images_per_second=found.get("images_per_second"),
         val_accuracy=found.get("val_accuracy"),
         accuracy_interval=None if accuracy is None else accuracy.interval,
     )

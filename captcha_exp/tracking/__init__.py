@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from captcha_exp.config import Config
     from captcha_exp.runtime.console import Display
-    from captcha_exp.tracking.download import fetch as fetch
-    from captcha_exp.tracking.parent_run import Parent as Parent
-    from captcha_exp.tracking.parent_run import server_of as server_of
+    from captcha_exp.tracking.download import download_artifacts as download_artifacts
+    from captcha_exp.tracking.parent_run import SweepParentRun as SweepParentRun
+    from captcha_exp.tracking.parent_run import ui_url as ui_url
     from captcha_exp.tracking.server import serve_ui as serve_ui
-    from captcha_exp.tracking.sync import close_dead as close_dead
-    from captcha_exp.tracking.sync import close_left as close_left
+    from captcha_exp.tracking.sync import close_stale_runs as close_stale_runs
+    from captcha_exp.tracking.sync import finalize_run as finalize_run
     from captcha_exp.tracking.tracker import MlflowTracker as MlflowTracker
-    from captcha_exp.tracking.views import compare_address as compare_address
+    from captcha_exp.tracking.views import compare_url as compare_url
     from captcha_exp.training.recorder import Tracker
 
 _HOMES = {
@@ -41,22 +41,22 @@ _HOMES = {
 }
 
 
-def tracker_of(
+def make_tracker(
     config: "Config",
     display: "Display",
     choices: "Mapping[str, str]",
-    name: str | None = None,
-    parent: str | None = None,
+    run_name: str | None = None,
+    parent_run_id: str | None = None,
 ) -> "Tracker":
     """The tracker that the config asks for; the rest is as MlflowTracker has it."""
-    from captcha_exp.config import Mlflow
-    from captcha_exp.training.recorder import NoTracker
+    from captcha_exp.config import MlflowConfig
+    from captcha_exp.training.recorder import NullTracker
 
-    if not isinstance(config.tracking, Mlflow):
-        return NoTracker()
+    if not isinstance(config.tracking, MlflowConfig):
+        return NullTracker()
     from captcha_exp.tracking.tracker import MlflowTracker
 
-    return MlflowTracker(display, choices, name, parent)
+    return MlflowTracker(display, choices, run_name, parent_run_id)
 
 
 def __getattr__(name: str) -> object:

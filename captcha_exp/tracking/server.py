@@ -15,22 +15,22 @@ from collections.abc import Sequence
 import psutil
 from mlflow import MlflowClient
 
-from captcha_exp.config import Mlflow
+from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import Display
 from captcha_exp.tracking import views
 from captcha_exp.tracking.store import first_line, open_store
-from captcha_exp.tracking.uri import sqlite_file
+from captcha_exp.tracking.uri import sqlite_path
 
 
-def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
+def serve_ui(tracking: MlflowConfig, port: int | None, display: Display) -> None:
     """MLflow's UI on 127.0.0.1 until it is stopped; prints the addresses of its pages.
 
     Raises:
         UserError: there is no such store or experiment, or the port is taken.
     """
     uri = tracking.uri
-    path = sqlite_file(uri)
+    path = sqlite_path(uri)
     if path is not None and not path.is_file():
         raise UserError(f"{path}: there is no MLflow store yet; captcha-exp train makes it")
     client = open_store(uri)
@@ -58,24 +58,24 @@ def serve_ui(tracking: Mlflow, port: int | None, display: Display) -> None:
             for _ in server.stderr:  # read, so that the server never waits for a reader
                 pass
         except KeyboardInterrupt:
-            display.line("the UI has ended")
+            display.info("the UI has ended")
         finally:
             server.terminate()
 
 
-def _print_pages(client: MlflowClient, server: str, experiment: str, display: Display) -> None:
+def _print_pages(client: MlflowClient, base_url: str, experiment_id: str, display: Display) -> None:
     try:
-        found = views.pages(client, server, experiment)
+        found = views.create_views(client, base_url, experiment_id)
     except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
         display.warn(f"MLflow did not take the views: {first_line(error)}; its pages open as it has them")
-        plain = views.runs_address(server, experiment)
-        found = {"runs": plain, "curves": views.runs_address(server, experiment, charts=True)}
+        plain = views.runs_url(base_url, experiment_id)
+        found = {"runs": plain, "curves": views.runs_url(base_url, experiment_id, charts=True)}
     lines = [f"{label:7}  {address}" for label, address in found.items()]
-    display.line("\n".join([*lines, "Ctrl-C ends it"]))
+    display.info("\n".join([*lines, "Ctrl-C ends it"]))
 
 
-def _free_port(wanted: int | None) -> int:
-    candidates: Sequence[int] = [wanted] if wanted is not None else range(5000, 5050)
+def _free_port(requested: int | None) -> int:
+    candidates: Sequence[int] = [requested] if requested is not None else range(5000, 5050)
     for port in candidates:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,7 +100,7 @@ def _wait_until_up(server: subprocess.Popen[str], port: int) -> None:
     raise UserError("MLflow's UI did not answer within a minute")
 
 
-def _serve(uri: str, port: str) -> None:
+def _server_main(uri: str, port: str) -> None:
     """MLflow's server, in a process that ends, with all that it started, when its standard input does."""
 
     def end_with_the_parent() -> None:
@@ -118,4 +118,4 @@ def _serve(uri: str, port: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+    _server_main(*sys.argv[1:])

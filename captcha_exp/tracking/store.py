@@ -15,7 +15,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from captcha_exp.tracking.uri import sqlite_file
+from captcha_exp.tracking.uri import sqlite_path
 
 # MLflow tells in detail how it sets up its own tables.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -24,18 +24,18 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 def open_store(uri: str) -> MlflowClient:
     """A client of the store; a store in a new SQLite file is made first, by one process at a time."""
-    if path := sqlite_file(uri):
+    if path := sqlite_path(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock"), timeout=60):
             if not path.exists():
-                _make(path)
+                _create_sqlite_store(path)
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)  # brings the tables of an older one up to date
             return client
     return MlflowClient(uri)
 
 
-def _make(path: Path) -> None:
+def _create_sqlite_store(path: Path) -> None:
     """A new store, whole or not at all: MLflow makes tables one by one, and never opens one that was cut."""
     making, whole = (path.with_name(f".{path.name}.{what}") for what in ("making", "whole"))
     for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
@@ -50,7 +50,7 @@ def _make(path: Path) -> None:
         making.unlink()
 
 
-def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+def get_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
     """The id of an experiment, made when it is new.
 
     The place of its artifacts is stored as an absolute path: a relative one would mean another folder to
@@ -58,7 +58,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     """
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
-    path = sqlite_file(uri)
+    path = sqlite_path(uri)
     location = (path.parent / "artifacts").resolve().as_uri() if path else None
     try:
         return str(client.create_experiment(name, artifact_location=location))
@@ -68,7 +68,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         raise
 
 
-def is_there(client: MlflowClient, run_id: str) -> bool:
+def run_exists(client: MlflowClient, run_id: str) -> bool:
     """Whether the store has the run, and it was not deleted."""
     try:
         run = client.get_run(run_id)
@@ -85,12 +85,12 @@ def first_line(error: BaseException) -> str:
 
 # -- looked at, not opened ------------------------------------------------------------------------------
 
-StoreState = Literal["new", "current", "older", "newer", "locked", "deleted", "broken", "silent"]
-SECONDS_TO_ANSWER = 8.0
-SECONDS_FOR_A_LOCK = 2.0
+StoreStatus = Literal["new", "current", "older", "newer", "locked", "deleted", "broken", "silent"]
+RESPONSE_TIMEOUT_SECONDS = 8.0
+LOCK_TIMEOUT_SECONDS = 2.0
 
 
-def look_at_store(uri: str, experiment: str) -> tuple[StoreState, str]:
+def inspect_store(uri: str, experiment: str) -> tuple[StoreStatus, str]:
     """How a store would take a run, and its own words where there are any; nothing is made or changed.
 
     Opening it would make one that is not there, and may bring the tables of an old one up to date.
@@ -102,48 +102,48 @@ def look_at_store(uri: str, experiment: str) -> tuple[StoreState, str]:
         deleted   the experiment was deleted in it: it takes no run
         broken    it is no store, or refuses us; `silent`: no answer within seconds
     """
-    answer: list[tuple[StoreState, str]] = []
+    answer: list[tuple[StoreStatus, str]] = []
 
     def look() -> None:
         try:
-            if path := sqlite_file(uri):
-                answer.append(_look_at_file(path, experiment))
+            if path := sqlite_path(uri):
+                answer.append(_inspect_file(path, experiment))
             elif urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
-                answer.append(_look_at_database(uri))
+                answer.append(_inspect_database(uri))
             else:
-                answer.append(_look_at_server(uri))
+                answer.append(_inspect_server(uri))
         except Exception as error:  # as MlflowTracker.start: they come as they come
             answer.append(("broken", first_line(error)))
 
     # A thread, for a name server or a database that never answers has no time limit of its own.
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    thread.join(SECONDS_TO_ANSWER)
-    return answer[0] if answer else ("silent", f"no answer within {SECONDS_TO_ANSWER:.0f} s")
+    thread.join(RESPONSE_TIMEOUT_SECONDS)
+    return answer[0] if answer else ("silent", f"no answer within {RESPONSE_TIMEOUT_SECONDS:.0f} s")
 
 
-def _look_at_file(path: Path, experiment: str) -> tuple[StoreState, str]:
+def _inspect_file(path: Path, experiment: str) -> tuple[StoreStatus, str]:
     standing = next(place for place in (path, *path.parents) if place.exists())
     if standing != path:
         return ("new", "") if standing.is_dir() else ("broken", f"{standing} is a file, not a folder")
     lock = path.with_suffix(".lock")
     try:
         if lock.exists():  # open_store would wait for it without end
-            with filelock.FileLock(lock, timeout=SECONDS_FOR_A_LOCK):
+            with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_SECONDS):
                 pass
-        with closing(_connection(path, "ro")) as database:
+        with closing(_connect(path, "ro")) as database:
             names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
             if not names - {"alembic_version"}:
                 return "new", ""
             if "alembic_version" not in names:
                 return "broken", "a database, but not one of MLflow's"
             (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
-            if (state := _age(revision)) != "current":
+            if (state := _schema_status(revision)) != "current":
                 return state, f"schema {revision}"
             query = "SELECT lifecycle_stage FROM experiments WHERE name = ?"
             if (database.execute(query, (experiment,)).fetchone() or ("active",))[0] != "active":
                 return "deleted", ""
-        with closing(_connection(path, "rw")) as database:
+        with closing(_connect(path, "rw")) as database:
             database.execute("BEGIN IMMEDIATE")  # what a writer asks for first; nothing is written
             database.rollback()
     except filelock.Timeout:
@@ -155,12 +155,12 @@ def _look_at_file(path: Path, experiment: str) -> tuple[StoreState, str]:
     return "current", ""
 
 
-def _connection(path: Path, mode: str) -> sqlite3.Connection:
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
     name = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(name, uri=True, timeout=SECONDS_FOR_A_LOCK, isolation_level=None)
+    return sqlite3.connect(name, uri=True, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
 
 
-def _look_at_database(uri: str) -> tuple[StoreState, str]:
+def _inspect_database(uri: str) -> tuple[StoreStatus, str]:
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri)
@@ -169,11 +169,11 @@ def _look_at_database(uri: str) -> tuple[StoreState, str]:
             return "new", ""
         query = sqlalchemy.text("SELECT version_num FROM alembic_version")
         revision = connection.execute(query).scalar()
-    state = _age(str(revision))
+    state = _schema_status(str(revision))
     return state, "" if state == "current" else f"schema {revision}"
 
 
-def _age(revision: str) -> StoreState:
+def _schema_status(revision: str) -> StoreStatus:
     """Whether this version of MLflow would make tables like these, or knows them at least."""
     from alembic.script import ScriptDirectory
 
@@ -183,7 +183,7 @@ def _age(revision: str) -> StoreState:
     return "older" if revision in {step.revision for step in steps.walk_revisions()} else "newer"
 
 
-def _look_at_server(uri: str) -> tuple[StoreState, str]:
+def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
     # Read at each request: one try, so that the answer comes while somebody waits for it.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in limits}

@@ -15,14 +15,14 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
-from captcha_exp.config import Config, Mlflow, leaves
+from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
-from captcha_exp.runs import CHECKPOINTS, MetricsRow, Run, Status
+from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, Run, Status
 from captcha_exp.runtime.console import Display
-from captcha_exp.tracking.store import experiment_id, first_line, is_there, open_store
+from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
 
-BATCH = 100  # params or tags that MLflow takes at once
-METRICS = 1000  # and values of metrics
+PARAMS_PER_REQUEST = 100  # params or tags that MLflow takes at once
+METRICS_PER_REQUEST = 1000  # and values of metrics
 
 
 class MlflowTracker:
@@ -32,17 +32,17 @@ class MlflowTracker:
         self,
         display: Display,
         choices: Mapping[str, str] | None = None,
-        name: str | None = None,
-        parent: str | None = None,
+        run_name: str | None = None,
+        parent_run_id: str | None = None,
     ) -> None:
         """`choices` are conf group -> the file chosen; `name` is that of the folder, if it is left out;
         `parent` is the id of a sweep's run."""
         self._display = display
-        self._name = name
+        self._run_name = run_name
         self._tags = {f"choice.{group}": choice for group, choice in (choices or {}).items()}
-        if parent is not None:
-            self._tags["mlflow.parentRunId"] = parent
-        self._unsent: list[MetricsRow] = []
+        if parent_run_id is not None:
+            self._tags["mlflow.parentRunId"] = parent_run_id
+        self._pending_rows: list[MetricsRow] = []
         self._client: MlflowClient | None = None
         self._run_id = ""
 
@@ -52,54 +52,56 @@ class MlflowTracker:
         Raises:
             RunFailed: the store cannot be opened; the line says which.
         """
-        assert isinstance(config.tracking, Mlflow)  # cli makes a tracker for no other
+        assert isinstance(config.tracking, MlflowConfig)  # cli makes a tracker for no other
         uri = config.tracking.uri
         try:
             self._client = open_store(uri)
-            experiment = experiment_id(self._client, uri, config.tracking.experiment)
+            experiment = get_or_create_experiment(self._client, uri, config.tracking.experiment)
             tags = {
                 "mlflow.user": getpass.getuser(),
                 "mlflow.source.name": "captcha-exp",
                 "mlflow.source.type": "LOCAL",
-                "folder": str(run.folder),
+                "run_dir": str(run.run_dir),
                 "host": run.state["host"],
                 "pid": str(run.state["pid"]),
                 "process_started": str(run.state["process_started"]),
                 **run.state["tags"],
                 **self._tags,
             }
-            known = self._known(run, uri)
+            known = self._existing_run_id(run, uri)
             if known is None:
                 # Before there is a run in MLflow, so that none stays there that no folder knows of.
                 noted = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
-                run.note(mlflow=noted)
-                name = self._name or run.folder.name
+                run.update(mlflow=noted)
+                name = self._run_name or run.run_dir.name
                 known = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-                run.note(mlflow={**noted, "run_id": known})
+                run.update(mlflow={**noted, "run_id": known})
             else:
                 self._client.update_run(known, status="RUNNING")
                 self._client.log_batch(known, tags=[RunTag(key, value) for key, value in tags.items()])
-                send_rows(self._client, known, run.rows())  # the process before may not have come to it
+                send_metrics(
+                    self._client, known, run.metrics_rows()
+                )  # the process before may not have come to it
             self._run_id = known
-            params = [Param(key, value) for key, value in leaves(config).items()]
-            for start in range(0, len(params), BATCH):
-                self._client.log_batch(self._run_id, params=params[start : start + BATCH])
+            params = [Param(key, value) for key, value in flatten(config).items()]
+            for start in range(0, len(params), PARAMS_PER_REQUEST):
+                self._client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_REQUEST])
         except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
             raise RunFailed(
                 f"tracking.uri={uri}: MLflow cannot record there: {first_line(error)}; "
                 "mend the store (captcha-exp doctor says how), or train with tracking=none"
             ) from error
 
-    def _known(self, run: Run, uri: str) -> str | None:
+    def _existing_run_id(self, run: Run, uri: str) -> str | None:
         """The id of the run that is gone on with; None where there is none, or it was deleted."""
         assert self._client is not None
         known = run.state["mlflow"] or {}
         run_id = known.get("run_id")
-        if run_id is None or known.get("uri") != uri or not is_there(self._client, run_id):
+        if run_id is None or known.get("uri") != uri or not run_exists(self._client, run_id):
             return None
         return str(run_id)
 
-    def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """The dataset as MLflow's dataset, the code's commit as tags."""
         git = environment["git"] or {}
         tags = {
@@ -109,12 +111,12 @@ class MlflowTracker:
             "captcha_exp.version": environment["captcha_exp"],
         }
         dataset = Dataset(
-            name=manifest["made_from"]["source"]["source"],
+            name=manifest["provenance"]["source"]["source"],
             digest=manifest["key"][:36],
             source_type="code",
-            source=json.dumps(manifest["made_from"]),
+            source=json.dumps(manifest["provenance"]),
             profile=json.dumps(
-                {k: manifest[k] for k in ("pictures", "distinct_labels", "splits", "images_sha256")}
+                {k: manifest[k] for k in ("images", "distinct_labels", "splits", "images_sha256")}
             ),
         )
 
@@ -125,33 +127,33 @@ class MlflowTracker:
                 self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
             )
 
-        self._try("the dataset", send)
+        self._try_send("the dataset", send)
 
-    def log(self, row: MetricsRow) -> None:
+    def log_metrics(self, row: MetricsRow) -> None:
         """One row of metrics, and those that could not be sent before."""
-        self._unsent.append(row)
+        self._pending_rows.append(row)
 
         def send(client: MlflowClient) -> None:
-            send_rows(client, self._run_id, self._unsent)
-            self._unsent.clear()
+            send_metrics(client, self._run_id, self._pending_rows)
+            self._pending_rows.clear()
 
-        self._try(f"metrics of step {row.step}", send)
+        self._try_send(f"metrics of step {row.step}", send)
 
     def finish(self, run: Run, status: Status) -> None:
         """What has not been sent, the files of the run's folder as artifacts, and the status."""
         if not self._run_id:
             return
-        if self._unsent:
-            self.log(self._unsent.pop())
-        files = self._try("artifacts", lambda client: send_files(client, self._run_id, run.folder))
-        end = self._try(
+        if self._pending_rows:
+            self.log_metrics(self._pending_rows.pop())
+        files = self._try_send("artifacts", lambda client: send_artifacts(client, self._run_id, run.run_dir))
+        end = self._try_send(
             "the end of the run",
-            lambda client: send_end(client, self._run_id, {**run.state, "status": status}),
+            lambda client: send_status(client, self._run_id, {**run.state, "status": status}),
         )
-        if files and end and not self._unsent:
-            run.note(mlflow={**run.state["mlflow"], "closed": True})  # else `closing` sends all of it again
+        if files and end and not self._pending_rows:
+            run.update(mlflow={**run.state["mlflow"], "closed": True})  # else `closing` sends all of it again
 
-    def _try(self, what: str, send: Callable[[Any], object]) -> bool:
+    def _try_send(self, what: str, send: Callable[[Any], object]) -> bool:
         """Whether MLflow took it; whatever happens, the training goes on and the folder has it all."""
         try:
             send(self._client)
@@ -161,26 +163,26 @@ class MlflowTracker:
         return True
 
 
-def send_rows(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
+def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
     """The rows in MLflow, once each, however often they are sent."""
     metrics = [
         Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
     ]
-    for start in range(0, len(metrics), METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + METRICS])
+    for start in range(0, len(metrics), METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
 
 
-def send_files(client: MlflowClient, run_id: str, folder: Path) -> None:
+def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
     """The files of a run's or a sweep's folder as artifacts; a point of a sweep has a run for its own, and
     checkpoints, which are large, serve none but who has the folder."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(run_dir.iterdir()):
         if path.is_file():
             client.log_artifact(run_id, str(path))
-        elif path.name != CHECKPOINTS and not (path / "run.json").exists():
+        elif path.name != CHECKPOINT_DIR and not (path / "run.json").exists():
             client.log_artifacts(run_id, str(path), path.name)
 
 
-def send_end(client: MlflowClient, run_id: str, state: Mapping[str, Any]) -> None:
+def send_status(client: MlflowClient, run_id: str, state: Mapping[str, Any]) -> None:
     """The status and the time of the end, as the record has them, and the tags that it got on the way."""
     if tags := [RunTag(key, str(value)) for key, value in state.get("tags", {}).items()]:
         client.log_batch(run_id, tags=tags)

@@ -3,6 +3,6 @@
 from pathlib import Path
 
 
-def sqlite_file(uri: str) -> Path | None:
+def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite store; None for a server or another database."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

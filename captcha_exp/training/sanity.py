@@ -15,10 +15,10 @@ from captcha_exp.config import Config
 from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.errors import RunFailed
 from captcha_exp.model.evaluate import Evaluation
-from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.networks import Recognizer
 
 
-class Guard:
+class SanityChecker:
     """Watches one training, and tells of each trouble once.
 
     Remembers, on the device, the loss of the first step and the first step that was broken: not finite, for
@@ -26,24 +26,24 @@ class Guard:
     """
 
     def __init__(
-        self, training: Split, labels: list[str], config: Config, tell: Callable[[str], None]
+        self, training: Split, labels: list[str], config: Config, warn: Callable[[str], None]
     ) -> None:
         device = training.device
-        self._training, self._labels, self._config, self._tell = training, labels, config, tell
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._loss_was_bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._training, self._labels, self._config, self._warn = training, labels, config, warn
+        self._diverged_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._loss_diverged = torch.zeros((), dtype=torch.bool, device=device)
         self._first_loss: Tensor | None = None
-        self._at_chance_was_told = False
+        self._has_warned_at_chance = False
 
-    def note(self, step: int, loss: Tensor, broken: Tensor) -> None:
+    def observe(self, step: int, loss: Tensor, diverged: Tensor) -> None:
         """One step more, counted from 0; both tensors () on the device."""
         if step == 0:
             self._first_loss = loss
-        new = broken & (self._first_bad < 0)
-        self._loss_was_bad = torch.where(new, ~torch.isfinite(loss), self._loss_was_bad)
-        self._first_bad = torch.where(new, step, self._first_bad)
+        new = diverged & (self._diverged_step < 0)
+        self._loss_diverged = torch.where(new, ~torch.isfinite(loss), self._loss_diverged)
+        self._diverged_step = torch.where(new, step, self._diverged_step)
 
-    def look(self, model: Recogniser, epoch: int) -> None:
+    def check(self, model: Recognizer, epoch: int) -> None:
         """Tell of a first loss far from chance; stop at a step that was not finite. Waits for the device.
 
         Raises:
@@ -51,31 +51,33 @@ class Guard:
         """
         if self._first_loss is not None:
             if trouble := check_first_loss(float(self._first_loss), model):
-                self._tell(trouble)
+                self._warn(trouble)
             self._first_loss = None
-        bad = int(self._first_bad)
+        bad = int(self._diverged_step)
         if bad < 0:
             return
         size = int(self._config.train.batch_size)
         number = bad % -(-len(self._training) // size)  # of the batch in its epoch
-        order = self._training.shuffled(self._config.seed, epoch)[number * size : (number + 1) * size]
+        order = self._training.permutation(self._config.seed, epoch)[number * size : (number + 1) * size]
         batch = next(self._training.batches(size, order))
-        what = "the loss" if bool(self._loss_was_bad) else "a gradient"
-        shown = ", ".join(repr(self._labels[int(row)]) for row in batch.rows[:4])
-        cause = not_finite_cause(model, batch, self._config)
+        what = "the loss" if bool(self._loss_diverged) else "a gradient"
+        shown = ", ".join(repr(self._labels[int(row)]) for row in batch.indices[:4])
+        cause = diagnose_divergence(model, batch, self._config)
         raise RunFailed(
             f"step {bad + 1} (epoch {epoch}): {what} is not a finite number, in the batch of "
-            f"{len(batch.rows)} pictures that begins with {shown}; {cause}"
+            f"{len(batch.indices)} pictures that begins with {shown}; {cause}"
         )
 
-    def look_at(self, validation: Evaluation, steps: int) -> None:
+    def check_validation(self, validation: Evaluation, steps: int) -> None:
         """Tell of characters that are read no better than by chance, after steps enough to have moved."""
-        if not self._at_chance_was_told and (trouble := check_moving(validation, self._config, steps)):
-            self._tell(trouble)
-            self._at_chance_was_told = True
+        if not self._has_warned_at_chance and (
+            trouble := check_above_chance(validation, self._config, steps)
+        ):
+            self._warn(trouble)
+            self._has_warned_at_chance = True
 
 
-def not_finite_cause(model: Recogniser, batch: Batch, config: Config) -> str:
+def diagnose_divergence(model: Recognizer, batch: Batch, config: Config) -> str:
     """Why a step was not finite, found by doing it once more in fp32.
 
     A bad step changes nothing, so the weights are those that it met, or little older.
@@ -92,7 +94,7 @@ def not_finite_cause(model: Recogniser, batch: Batch, config: Config) -> str:
     return f"the weights are small ({largest:.3g}); try a tenth of {rate}"
 
 
-def check_first_loss(loss: float, model: Recogniser) -> str | None:
+def check_first_loss(loss: float, model: Recognizer) -> str | None:
     """What is wrong with the loss of the first step, or None; fresh weights know nothing: it is at chance."""
     chance = model.head.loss_at_chance()
     if not math.isfinite(loss) or chance / 2 <= loss <= chance * 2:
@@ -103,12 +105,12 @@ def check_first_loss(loss: float, model: Recogniser) -> str | None:
     )
 
 
-def check_moving(validation: Evaluation, config: Config, steps: int) -> str | None:
+def check_above_chance(validation: Evaluation, config: Config, steps: int) -> str | None:
     """What to look for when characters are still read as if by chance, or None."""
     chance = validation.chance_char_accuracy()
     characters = validation.targets.size
     spread = 4 * math.sqrt(chance * (1 - chance) / characters)
-    if steps < config.train.chance_after_steps or validation.char_accuracy > chance + spread:
+    if steps < config.train.sanity_check_steps or validation.char_accuracy > chance + spread:
         return None
     size = f"{config.captcha.width}x{config.captcha.height}"
     rate = f"{config.train.learning_rate:g}"

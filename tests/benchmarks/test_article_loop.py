@@ -27,7 +27,7 @@ from captcha_exp.data import dataset
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import Step, fresh_state, state_of, train_step
+from captcha_exp.model.step import Step, init_train_state, make_train_state, train_step
 from captcha_exp.report import figures
 from captcha_exp.training import train
 
@@ -65,7 +65,7 @@ def texts(codes: Tensor) -> list[str]:
 @pytest.fixture(scope="module")
 def article() -> Config:
     """The article's training in this project."""
-    chosen = ("captcha=alnum", "model=resnet18", "train=constant")
+    chosen = ("captcha=alnum", "model=resnet18", "train=constant_lr")
     return load(compose(*chosen, "tracking=none", "device.name=cpu", "device.threads=1"))
 
 
@@ -73,8 +73,8 @@ def article() -> Config:
 def eight(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     """Eight batches of 6, prepared as the article prepares them."""
     folder = tmp_path_factory.mktemp("eight")
-    draw(folder / "pictures", 60)
-    article_loop.prepare(folder / "pictures", folder / "shards", shard=60)
+    draw(folder / "images", 60)
+    article_loop.prepare(folder / "images", folder / "shards", shard=60)
     return list(article_loop.batches(folder / "shards" / "training" / "00000.gz", 6))
 
 
@@ -120,7 +120,7 @@ def test_eight_steps_are_the_article_s(article: Config, eight: list[Batch]) -> N
     there, and Adam's first steps go as far for a gradient of nearly 0 as for any other: from the
     reference as it stands, losses differ by 2e-7 at the first step and by 3e-4 within eight.
     """
-    state = fresh_state(article, CPU)
+    state = init_train_state(article, CPU)
     network = Network()
     network.load_state_dict(renamed(state.model))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # untyped in torch
@@ -139,7 +139,7 @@ def test_only_rounding_lies_between_our_steps_and_the_article_s(
     article: Config, eight: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 64 bits our steps, as they are, are the reference's as it is: plain layout, plain Adam."""
-    state = fresh_state(article, CPU)
+    state = init_train_state(article, CPU)
     network = Network()
     network.load_state_dict(renamed(state.model))
     whole = [((images[:2] * 255).round().double(), codes[:2].double()) for images, codes in eight[:4]]
@@ -152,7 +152,7 @@ def test_only_rounding_lies_between_our_steps_and_the_article_s(
 
     plain = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", double)
-    state = state_of(state.model.double(), article, CPU)
+    state = make_train_state(state.model.double(), article, CPU)
     losses = ours(state, given, article)
     assert losses == pytest.approx(expected, rel=0, abs=1e-8)
     assert largest_difference(renamed(state.model), network.state_dict()) < 1e-6
@@ -187,7 +187,7 @@ def test_the_table_makes_the_article_s_figures() -> None:
 
 @pytest.fixture(params=["ours", "the article's"])
 def either(request: pytest.FixtureRequest, article: Config) -> nn.Module:
-    return fresh_state(article, CPU).model if request.param == "ours" else Network()
+    return init_train_state(article, CPU).model if request.param == "ours" else Network()
 
 
 def test_every_layer_has_the_table_s_shape(either: nn.Module) -> None:
@@ -201,7 +201,7 @@ def test_every_layer_has_the_table_s_shape(either: nn.Module) -> None:
 
 def test_every_step_takes_the_table_s_operations(article: Config, eight: list[Batch]) -> None:
     given = [(pictures[:2], codes[:2]) for pictures, codes in eight[:1]]
-    state, network = fresh_state(article, CPU), Network()
+    state, network = init_train_state(article, CPU), Network()
     with FlopCounterMode(display=False) as counter:
         ours(state, given, article)
     assert counter.get_total_flops() == 2 * TRAINING
@@ -219,8 +219,8 @@ def test_every_step_takes_the_table_s_operations(article: Config, eight: list[Ba
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """34 pictures: three shards of 10, and four that are dropped."""
-    draw(tmp_path / "pictures", 34)
-    return tmp_path / "pictures"
+    draw(tmp_path / "images", 34)
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -258,9 +258,9 @@ def test_a_shard_is_mixed_and_always_the_same(pictures: Path, shards: Path, tmp_
     for part, files in one.items():
         assert len(fewer[part]) == 2
         for file, same in zip(files, again[part], strict=True):
-            assert all(torch.equal(file[name], same[name]) for name in ("pictures", "codes"))
+            assert all(torch.equal(file[name], same[name]) for name in ("images", "codes"))
         for file, same in zip(files, fewer[part], strict=False):
-            assert all(torch.equal(file[name], same[name]) for name in ("pictures", "codes"))
+            assert all(torch.equal(file[name], same[name]) for name in ("images", "codes"))
 
 
 def test_a_file_is_gzip_of_float32(shards: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_file_is_gzip_of_float32(shards: Path) -> None:
         assert len(file.read()) > 8 * 4 * (3 * 24 * 56 + 4 * 36)
     tensors = article_loop.read_gzip(path)
     assert {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()} == {
-        "pictures": (torch.float32, (8, 3, 24, 56)),
+        "images": (torch.float32, (8, 3, 24, 56)),
         "codes": (torch.float32, (8, 144)),
     }
     assert tensors["codes"].view(8, 4, 36).sum(2).eq(1).all()
@@ -297,7 +297,7 @@ def test_a_picture_is_resized_by_nearest_neighbour(pictures: Path, shards: Path)
         [int((x + 0.5) * 120 / 56) for x in range(56)],
     )
     by_hand = large[rows][:, columns]
-    prepared = training["pictures"][0].permute(1, 2, 0).numpy()
+    prepared = training["images"][0].permute(1, 2, 0).numpy()
     assert np.array_equal(prepared, by_hand.astype(np.float32) / np.float32(255))
     assert (by_hand != smooth).mean() > 0.1
 
@@ -330,7 +330,7 @@ def test_batches_come_in_the_same_order_in_every_epoch(shards: Path) -> None:
 
     trained = [pictures for training, pictures in seen if training]
     assert [len(batch) for batch in trained] == [3, 3, 2] * 3 * 2
-    everything = torch.cat([file["pictures"] for file in parts(shards)["training"]])
+    everything = torch.cat([file["images"] for file in parts(shards)["training"]])
     assert torch.equal(torch.cat(trained), torch.cat([everything, everything]))
     assert [training for training, _ in seen] == ([True] * 9 + [False] * 3) * 2 + [False] * 3
     assert len(history.losses) == 18
@@ -477,7 +477,7 @@ def test_our_training_ends_where_the_article_s_does(
     unplanned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the epochs and the patience of train=constant as they stand in conf/."""
+    """With the epochs and the patience of train=constant_lr as they stand in conf/."""
     script = padded(accuracies)
     events: list[tuple[str, int]] = []
     plain = Dataset.split
@@ -497,7 +497,7 @@ def test_our_training_ends_where_the_article_s_does(
         predicted[round(next(script) * len(split)) :] += 1
         predicted %= 5
         confidences = np.zeros(predicted.shape, np.float32)
-        return Evaluation(1.6, predicted, split.targets.numpy(), confidences, split.rows.numpy())
+        return Evaluation(1.6, predicted, split.targets.numpy(), confidences, split.indices.numpy())
 
     monkeypatch.setattr(Dataset, "split", opened)
     monkeypatch.setattr(train, "train_step", step)
@@ -506,11 +506,11 @@ def test_our_training_ends_where_the_article_s_does(
     monkeypatch.setattr(figures, "confusion", lambda evaluation, alphabet, path: None)
     chosen = [text for text in TINY if not text.startswith("train.")]
     config = load(
-        compose(*chosen, f"data.cache={cache}", "tracking=none", "train=constant", "device.threads=1")
+        compose(*chosen, f"data.cache={cache}", "tracking=none", "train=constant_lr", "device.threads=1")
     )
     result = train.train(config, None, Heard())
 
-    sides = {name: len(rows) for name, rows in dataset.outline(config, Heard()).members.items()}
+    sides = {name: len(rows) for name, rows in dataset.inspect_dataset(config, Heard()).split_indices.items()}
     assert result.best_epoch == best
     assert events == [
         ("open train", 0),

@@ -25,7 +25,7 @@ def session(card: str | None = H200, **parts: Any) -> dict[str, Any]:
         "benchmark": "gpu_session",
         "date": "2027-01-01",
         "machine": {
-            "card": card,
+            "gpu": card,
             "cores": 16,
             "torch": "2.11.0+cu130",
             "driver": "580.65",
@@ -138,7 +138,7 @@ def test_a_cut_session_is_named(tmp_path: Path) -> None:
 
 
 def test_a_session_without_its_machine_is_named_and_a_dry_run_left_out(tmp_path: Path) -> None:
-    folder = results(tmp_path, odd={**SESSION, "machine": {"card": "x"}})
+    folder = results(tmp_path, odd={**SESSION, "machine": {"gpu": "x"}})
     with pytest.raises(SystemExit, match=r"odd\.json: has no machine or no parts of a session"):
         article_table.sessions(folder)
     other = tmp_path / "other"
@@ -156,7 +156,7 @@ def test_a_readme_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def judged(**more: Any) -> dict[str, Any]:
     return {
-        "card": H200,
+        "gpu": H200,
         "plans": 12,
         "process_error_median": 0.0123,
         "process_error_worst": 0.0456,
@@ -177,7 +177,7 @@ def test_without_a_judged_plan_the_header_says_so() -> None:
 
 
 def test_the_paragraph_names_gpu_number_of_trainings_errors_and_file() -> None:
-    summaries = {"a.json": judged(), "b.json": None, "c.json": judged(card="X", false_fits=2)}
+    summaries = {"a.json": judged(), "b.json": None, "c.json": judged(gpu="X", false_fits=2)}
     first, second = planner_error.paragraph(summaries).split(" X, ")
     assert first == (
         "On a GPU: NVIDIA H200, 12 trainings: the middle of the predicted bounds is off the measured process "

@@ -30,7 +30,7 @@ seen = {"arguments": arguments, "path": os.environ["PYTHONPATH"]}
 seen["telemetry"] = os.environ["MLFLOW_DISABLE_TELEMETRY"]
 Path("seen.json").write_text(json.dumps(seen))
 part = {"figures": {"mib": 1}, "wall_seconds": 1.5}
-session = {"machine": {"card": "Some GPU", "torch": "2.11.0"}, "parts": {"plan-one": part}}
+session = {"machine": {"gpu": "Some GPU", "torch": "2.11.0"}, "parts": {"plan-one": part}}
 print("plan-one: done", flush=True)
 """
 WRITES = SESSION + "out.write_text(json.dumps(session))\n"

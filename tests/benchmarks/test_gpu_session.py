@@ -31,10 +31,10 @@ from gpu_cases import Case
 
 from captcha_exp.config import Config
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.gpu_profile import readings_from_json
+from captcha_exp.memory.gpu_profile import measurements_from_json
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import fresh_state
+from captcha_exp.model.step import init_train_state
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_session.py"
 
@@ -62,7 +62,7 @@ def session(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProce
 
 def saved(path: Path, parts: dict[str, Any], **values: Any) -> Path:
     """Write a session's file as a dry run leaves it."""
-    machine = {"card": None, "torch": torch.__version__}
+    machine = {"gpu": None, "torch": torch.__version__}
     head = {"benchmark": "gpu_session", "date": "2026-11-27", "dry_run": True, "machine": machine}
     path.write_text(json.dumps({**head, "parts": parts, **values}))
     return path
@@ -207,9 +207,9 @@ def test_a_part_adds_to_the_file_and_the_last_line_sums_up(more: tuple[str, ...]
     assert ("started as a new process: asked for" in done.stderr) == bool(more)
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["missing"], list(last["part_seconds"])) == ({}, ["matrix-products"])
-    machine = {"card", "card_mib", "driver", "compute_capability", "torch", "cuda", "cudnn", "python", "date"}
+    machine = {"gpu", "card_mib", "driver", "compute_capability", "torch", "cuda", "cudnn", "python", "date"}
     assert machine <= set(written["machine"])
-    assert written["machine"]["card"] is None
+    assert written["machine"]["gpu"] is None
     assert written["article"] == {
         "cpu_seconds_per_1000": 13.60,
         "gpu_seconds_per_1000": 1.90,
@@ -278,9 +278,9 @@ def main(*arguments: str) -> int:
 
 def made_up_run(name: str, part: gpu_parts.Part, limit: float) -> dict[str, Any]:
     """A part that is not run; the machine has a GPU if it is asked for."""
-    figures: dict[str, Any] = {"card": None, "torch": "2.11.0", "date": "2026-11-27"}
+    figures: dict[str, Any] = {"gpu": None, "torch": "2.11.0", "date": "2026-11-27"}
     if name == "machine":
-        figures["card"] = "NVIDIA H100 80GB HBM3"
+        figures["gpu"] = "NVIDIA H100 80GB HBM3"
     if name == "predictions":
         figures = predicted()["figures"]
     made = figures if name.startswith(("machine", "predictions")) else []
@@ -312,7 +312,7 @@ def test_carried_predictions_are_in_the_file_before_a_plan_is_measured(
 
     written = json.loads(out.read_text())
     assert written["parts"]["predictions"] == predicted()
-    assert written["machine"]["card"] == "NVIDIA H100 80GB HBM3"
+    assert written["machine"]["gpu"] == "NVIDIA H100 80GB HBM3"
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "predictions" not in last["part_seconds"]
     assert next(iter(last["part_seconds"])).startswith("plan-")
@@ -322,11 +322,11 @@ def test_predictions_without_a_gpu_keep_what_a_file_has(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert main("--parts", "predictions", "--out", str(out)) == 0
     first = json.loads(out.read_text())
-    assert first["machine"]["card"] is None
+    assert first["machine"]["gpu"] is None
     assert main("--parts", "doctor", "--out", str(out)) == 0
     assert main("--parts", "predictions", "--out", str(out)) == 0
 
-    assert json.loads(out.read_text())["machine"]["card"] == "NVIDIA H100 80GB HBM3"
+    assert json.loads(out.read_text())["machine"]["gpu"] == "NVIDIA H100 80GB HBM3"
     assert json.loads(out.read_text())["parts"]["predictions"] == first["parts"]["predictions"]
 
 
@@ -334,10 +334,10 @@ def test_predictions_without_a_gpu_keep_what_a_file_has(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (
-            {"machine": {"card": "NVIDIA H200", "torch": "2.11.0"}},
+            {"machine": {"gpu": "NVIDIA H200", "torch": "2.11.0"}},
             "holds figures of NVIDIA H200, torch 2.11.0",
         ),
-        ({"machine": {"card": "NVIDIA H100 80GB HBM3", "torch": "2.13.0"}}, "torch 2.13.0; this is"),
+        ({"machine": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.13.0"}}, "torch 2.13.0; this is"),
         ({}, "dry run; this is NVIDIA H100 80GB HBM3"),
     ],
 )
@@ -591,7 +591,7 @@ def test_limits_of_cudnn_are_in_the_environment_of_their_part_alone() -> None:
 def test_the_file_has_a_line_for_each_part() -> None:
     session = {
         "benchmark": "x",
-        "machine": {"card": None},
+        "machine": {"gpu": None},
         "parts": {"a": {"figures": [[1, 2], [3]]}, "b": {}},
     }
     text = gpu_files.as_text(session)
@@ -679,7 +679,7 @@ def small(act: Callable[..., Any], *arguments: Any) -> Any:
 def test_made_up_readings_are_read_back_as_calibrate_reads_them() -> None:
     found = small(gpu_memory.calibration, {"resnet18": 2, "compact": 2}, "cpu")
 
-    assert readings_from_json(found).name == "no GPU, a dry run"
+    assert measurements_from_json(found).name == "no GPU, a dry run"
 
 
 @pytest.mark.usefixtures("settings_kept")
@@ -698,7 +698,7 @@ def test_calibration_measures_both_networks_in_a_process_that_has_done_nothing(
     found = small(gpu_memory.calibration, {"resnet18": 100, "compact": 128}, "cuda")
 
     assert asked == [["resnet18", "compact"], "cuda", 500.0]
-    assert readings_from_json(found) == readings
+    assert measurements_from_json(found) == readings
 
 
 @pytest.mark.usefixtures("settings_kept")
@@ -708,7 +708,7 @@ def test_a_plan_is_measured_on_what_it_was_foretold_for() -> None:
     foretold = small(gpu_predictions.predict_case, case, pictures, [100, 50_000], ["h200"])["h200"]
     found = small(gpu_memory.plan, case, pictures, [100, 50_000], "cpu")
 
-    assert (found["case"], found["pictures"]) == (foretold["case"], foretold["pictures"])
+    assert (found["case"], found["images"]) == (foretold["case"], foretold["images"])
     assert foretold["verdicts"] == {"100": "does not fit", "50000": "fits"}
     assert foretold["plan"]["fits"] == "fits"  # on the card of CARD
     assert found["training"] == {"requested_mib": None, "allocated_mib": None, "reserved_mib": None}
@@ -787,7 +787,7 @@ def test_a_recording_begins_before_the_first_tensor_and_has_a_mark_after_each_st
 
     def state_of(config: Config, device: torch.device) -> TrainState:
         log.append("state")
-        return fresh_state(config, device)
+        return init_train_state(config, device)
 
     stats = {f"{kind}_bytes.all.peak": 512 for kind in ("requested", "allocated", "reserved")}
     monkeypatch.setattr(torch.cuda, "init", lambda: log.append("init"))
@@ -840,7 +840,7 @@ def test_workspaces_are_looked_for_in_four_cases(monkeypatch: pytest.MonkeyPatch
 def test_the_largest_batch_is_looked_for_in_the_articles_loop_and_in_ours(who: str) -> None:
     found = small(gpu_limits.largest, who, 3908, 1, 2, 2, "cpu")
 
-    assert (found["largest"], found["refused"]) == (2, None)
+    assert (found["largest"], found["rejected"]) == (2, None)
     assert [row["batch"] for row in found["tries"]] == [1, 2]
 
 
@@ -848,7 +848,7 @@ def test_the_largest_batch_is_looked_for_in_the_articles_loop_and_in_ours(who: s
 def test_speed_doubles_the_batch_until_none_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     found = small(gpu_speed.speed, "compact", "fp32", 16, 0.0, "cpu")
     assert [row["batch"] for row in found["rows"]] == [8, 16]
-    assert all(row["pictures_per_second"] > 0 for row in found["rows"])
+    assert all(row["images_per_second"] > 0 for row in found["rows"])
 
     def full(config: Any, *_: Any) -> float:
         if config.train.batch_size > 8:
@@ -868,7 +868,7 @@ def test_the_price_of_determinism_is_a_step_with_it_and_one_without() -> None:
         for way in (True, False)
     }
 
-    lines = gpu_tables.tables({"machine": {"card": None}, "parts": parts}).splitlines()
+    lines = gpu_tables.tables({"machine": {"gpu": None}, "parts": parts}).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| resnet18", "| compact"]
 
 
@@ -1058,7 +1058,7 @@ def test_the_largest_batch_is_that_of_the_budget_without_the_context(
 
     found = gpu_limits.largest(who, 3908, 64, 4096, 40, "cuda")
 
-    assert (found["largest"], found["refused"]) == (400, 401)
+    assert (found["largest"], found["rejected"]) == (400, 401)
     assert (found["context_mib"], found["context_after_mib"]) == (708, 708)
     assert [row["batch"] for row in found["tries"]][:5] == [64, 128, 256, 512, 384]
     assert [row["reason"] for row in found["tries"]][2:4] == [None, "CUDA out of memory. Tried"]
@@ -1090,11 +1090,11 @@ def test_the_plans_table_counts_errors_and_false_fits() -> None:
         "plan-d": {"error": "died"},
     }
 
-    whole = {"machine": {"card": "NVIDIA H100 80GB HBM3"}, "parts": parts}
+    whole = {"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "parts": parts}
     found = gpu_judging.summary(whole)
 
     assert found == {
-        "card": "NVIDIA H100 80GB HBM3",
+        "gpu": "NVIDIA H100 80GB HBM3",
         "card_file": "h100",
         "plans": 3,
         "process_error_median": pytest.approx(0.2),  # of the middle, 1000: 0, -0.2 and 0.25
@@ -1114,11 +1114,11 @@ def test_the_plans_table_counts_errors_and_false_fits() -> None:
     lines = gpu_tables.tables(whole).splitlines()
     assert lines[3] == "| b | -20.0% | -36.0% | +4.0% | +4.76% | 1100 |"
     assert lines[-1] == (
-        "3 plans with the figures of card=h100: error of the middle of the process bounds, median 20.0%,"
+        "3 plans with the figures of gpu=h100: error of the middle of the process bounds, median 20.0%,"
         " worst 25.0%; outside of the bounds 1 times, worst +4.0%; worst allocated error +4.76%, at most"
         " 110 MiB above the least; false fits 1, false noes 1"
     )
-    other = {"machine": {"card": "NVIDIA A100"}, "parts": parts}
+    other = {"machine": {"gpu": "NVIDIA A100"}, "parts": parts}
     assert gpu_judging.card_of(other) is None
     assert gpu_judging.plan_errors(gpu_judging.judged(other)) == {"plans": 0}
 
@@ -1132,7 +1132,7 @@ def test_the_summary_compares_the_articles_loop_with_ours_and_names_failed_tests
     }
     played = {"allocated_error": 0.0, "reserved_error": -0.002, "first_other_segment": None}
     whole: dict[str, Any] = {
-        "machine": {"card": "NVIDIA H100"},
+        "machine": {"gpu": "NVIDIA H100"},
         "parts": {
             "ours-cuda-bf16": {"figures": ours},
             "article-cuda": {"figures": article},
@@ -1159,7 +1159,7 @@ def test_the_summary_compares_the_articles_loop_with_ours_and_names_failed_tests
 def test_without_a_card_there_is_nothing_to_be_judged() -> None:
     parts: dict[str, Any] = {"predictions": {"error": "died"}, "plan-a": {"figures": measured(1.0, 1.0)}}
 
-    whole = {"machine": {"card": None}, "parts": parts}
+    whole = {"machine": {"gpu": None}, "parts": parts}
     assert gpu_judging.summary(whole) is None
     assert gpu_tables.tables({"machine": {}, "parts": {}}) == gpu_tables.tables(whole) == ""
 
@@ -1168,11 +1168,11 @@ def test_the_largest_batches_stand_beside_what_was_said() -> None:
     said = {"h200": {"bf16": None}, "gtx1650": {"bf16": 300}}
     parts: dict[str, Any] = {
         "predictions": {"figures": {"plans": {}, "largest": said}},
-        "largest-article": {"figures": {"largest": 200, "refused": 208}},
-        "largest-bf16": {"figures": {"largest": 400, "refused": None}},
+        "largest-article": {"figures": {"largest": 200, "rejected": 208}},
+        "largest-bf16": {"figures": {"largest": 400, "rejected": None}},
     }
 
-    whole = {"machine": {"card": None}, "parts": parts}
+    whole = {"machine": {"gpu": None}, "parts": parts}
     assert gpu_tables.tables(whole).splitlines()[2:] == [
         "| largest-article | 200 | 208 |  |",
         "| largest-bf16 | 400 | not found | h200 none, gtx1650 300 |",

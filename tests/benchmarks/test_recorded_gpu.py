@@ -16,7 +16,7 @@ import gpu_predictions
 import pytest
 from gpu_cases import Case, config_of
 
-from captcha_exp.memory.allocator import CachingAllocator, Event, replay
+from captcha_exp.memory.allocator import CachingAllocator, MemoryEvent, replay_events
 from captcha_exp.memory.trace import trace
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -33,7 +33,7 @@ def sessions(folder: Path = BENCHMARKS / "results") -> dict[str, Session]:
     found = {}
     for file in sorted(folder.glob("*.json")):
         session = json.loads(file.read_text())
-        if session.get("benchmark") != "gpu_session" or not session.get("machine", {}).get("card"):
+        if session.get("benchmark") != "gpu_session" or not session.get("machine", {}).get("gpu"):
             continue
         if recordings(session) or plans(session):
             found[file.name] = session
@@ -94,8 +94,10 @@ def test_the_h200_is_replayed_to_the_byte_and_with_segments_upward_it_is_not(kno
         assert (found["reserved_error"], found["allocated_error"]) == (0.0, 0.0), part
         assert found["first_other_segment"] is None, part
     recording = recordings(session)["allocator-trace-resnet18"]
-    events = (Event(tensor, size[0] if kind > 0 else None) for kind, tensor, *size in recording["events"])
-    upward = replay(events, CachingAllocator(downward=False), {}).reserved_bytes
+    events = (
+        MemoryEvent(tensor, size[0] if kind > 0 else None) for kind, tensor, *size in recording["events"]
+    )
+    upward = replay_events(events, CachingAllocator(downward=False), {}).reserved_bytes
     assert upward / recording["peaks"]["reserved_bytes"] == pytest.approx(1 - 0.0519, abs=1e-4)
 
 
@@ -105,8 +107,8 @@ def test_todays_plans_are_what_a_card_showed() -> None:
         for part, measured in plans(session).items():
             case = Case(*measured["case"])
             card = gpu_judging.card_of(session)
-            assert card is not None, f"{name}: no predictions for {session['machine']['card']}"
-            today = gpu_predictions.predict_case(case, measured["pictures"], budgets, [card])[card]
+            assert card is not None, f"{name}: no predictions for {session['machine']['gpu']}"
+            today = gpu_predictions.predict_case(case, measured["images"], budgets, [card])[card]
             mistakes = plan_mistakes(today["plan"], today["verdicts"], measured)
             assert mistakes == [], f"{name}: {part}"
 
@@ -117,7 +119,7 @@ def test_what_was_foretold_then_stood_in_the_file_before_it_was_measured() -> No
         for part in plans(session):
             assert parts["predictions"]["began"] < parts[part]["began"], f"{name}: {part}"
             card = gpu_judging.card_of(session)
-            assert card is not None, f"{name}: no predictions for {session['machine']['card']}"
+            assert card is not None, f"{name}: no predictions for {session['machine']['gpu']}"
             predicted = parts["predictions"]["figures"]["plans"][card]
             assert part.removeprefix("plan-") in predicted, f"{name}: {part}"
 
@@ -137,7 +139,7 @@ def made() -> dict[str, Any]:
     """The events of two steps of `compact`, from our own model as torch would write them down."""
     traced = trace(config_of(Case("compact", "fp32", 64), "cpu"), 64, {"train": 128, "validation": 64})
     phases = [traced.events[phase.begin : phase.end] for phase in traced.phases]
-    usage = replay(traced.events, CachingAllocator(), {})
+    usage = replay_events(traced.events, CachingAllocator(), {})
     compacted = gpu_judging.compacted(gpu_judging.entries_of_model(phases))
     return {"expandable_segments": False, "peaks": usage._asdict(), **compacted}
 
@@ -237,7 +239,11 @@ def test_torchs_entries_become_short_lists() -> None:
 
 
 def test_an_empty_tensor_is_no_event_for_torch() -> None:
-    entries = list(gpu_judging.entries_of_model([[Event(1, 0), Event(2, 5), Event(1, None), Event(2, None)]]))
+    entries = list(
+        gpu_judging.entries_of_model(
+            [[MemoryEvent(1, 0), MemoryEvent(2, 5), MemoryEvent(1, None), MemoryEvent(2, None)]]
+        )
+    )
 
     assert [entry["action"] for entry in entries] == [
         "segment_alloc",
@@ -293,14 +299,14 @@ def test_a_session_of_no_card_or_without_figures_is_left_alone(
 ) -> None:
     part = {"allocator-trace-resnet18": {"figures": recording}}
     written: dict[str, Session] = {
-        "card": {"machine": {"card": "NVIDIA H200"}, "parts": part},
-        "dry": {"machine": {"card": None}, "parts": copy.deepcopy(part)},
-        "failed": {"machine": {"card": "NVIDIA H200"}, "parts": {"plan-a": {"error": "died"}}},
-        "older": {"machine": {"card": "NVIDIA H200"}, "parts": {"doctor": {"figures": []}}},
+        "gpu": {"machine": {"gpu": "NVIDIA H200"}, "parts": part},
+        "dry": {"machine": {"gpu": None}, "parts": copy.deepcopy(part)},
+        "failed": {"machine": {"gpu": "NVIDIA H200"}, "parts": {"plan-a": {"error": "died"}}},
+        "older": {"machine": {"gpu": "NVIDIA H200"}, "parts": {"doctor": {"figures": []}}},
     }
     for name, session in written.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"benchmark": "gpu_session", **session}))
-    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "oracle", **written["card"]}))
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "oracle", **written["gpu"]}))
     (tmp_path / "lines.jsonl").write_text("{}\n{}\n")
 
     found = sessions(tmp_path)
@@ -312,10 +318,10 @@ def test_a_session_of_no_card_or_without_figures_is_left_alone(
 def test_todays_plan_of_a_case_is_made_from_what_its_figures_say() -> None:
     """Case and pictures, as JSON has them, are all that is needed to foretell it again."""
     figures = json.loads(
-        json.dumps({"case": Case("compact", "bf16", 16), "pictures": {"train": 48, "validation": 8}})
+        json.dumps({"case": Case("compact", "bf16", 16), "images": {"train": 48, "validation": 8}})
     )
     case = Case(*figures["case"])
-    plan = gpu_predictions.predict_case(case, figures["pictures"], [300, 100_000], ["h200"])["h200"]
+    plan = gpu_predictions.predict_case(case, figures["images"], [300, 100_000], ["h200"])["h200"]
 
     assert plan["plan"]["batch_size"] == 16
     assert plan["verdicts"] == {"300": "does not fit", "100000": "fits"}

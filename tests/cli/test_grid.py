@@ -10,7 +10,7 @@ from captcha_exp.errors import ConfigError
 
 def spanned(*overrides: str, config_dir: Path | None = None) -> list[dict[str, str]]:
     grid = compose_grid(overrides, None if config_dir is None else str(config_dir))
-    return [swept for swept, _ in grid.points]
+    return [swept for swept, _ in grid.jobs]
 
 
 def refused(*overrides: str) -> list[str]:
@@ -46,9 +46,9 @@ def test_every_kind_of_sweep_that_hydra_has(override: str, key: str, values: lis
 def test_each_point_is_composed_with_its_own_values() -> None:
     grid = compose_grid(["model=compact,resnet18", "train.batch_size=8,16", "train.epochs=7"], None)
 
-    found = [(c.config.model.name, c.config.train.batch_size, c.config.train.epochs) for _, c in grid.points]
+    found = [(c.config.model.name, c.config.train.batch_size, c.config.train.epochs) for _, c in grid.jobs]
     assert found == [("compact", 8, 7), ("compact", 16, 7), ("resnet18", 8, 7), ("resnet18", 16, 7)]
-    assert [composed.choices["model"] for _, composed in grid.points] == ["compact"] * 2 + ["resnet18"] * 2
+    assert [composed.choices["model"] for _, composed in grid.jobs] == ["compact"] * 2 + ["resnet18"] * 2
 
 
 def test_one_point_is_a_sweep_too() -> None:
@@ -63,11 +63,11 @@ def test_of_two_words_for_one_key_the_last_counts() -> None:
 
 def test_a_card_from_a_file_can_be_swept(tmp_path: Path) -> None:
     card = tmp_path / "mine.yaml"
-    text = (Path(__file__).parents[2] / "conf" / "card" / "gtx1650.yaml").read_text()
+    text = (Path(__file__).parents[2] / "conf" / "gpu" / "gtx1650.yaml").read_text()
     card.write_text(text.replace("NVIDIA GeForce GTX 1650", "mine"))
-    grid = compose_grid([f"card=generic,'{card}'"], None)
+    grid = compose_grid([f"gpu=generic,'{card}'"], None)
 
-    assert [composed.config.card.name for _, composed in grid.points][1] == "mine"
+    assert [composed.config.gpu.name for _, composed in grid.jobs][1] == "mine"
 
 
 def test_a_file_of_conf_may_describe_a_sweep(tmp_path: Path) -> None:
@@ -80,18 +80,18 @@ def test_a_file_of_conf_may_describe_a_sweep(tmp_path: Path) -> None:
     )
 
     grid = compose_grid(["experiment=sizes", "seed=5"], str(tmp_path))
-    assert [swept for swept, _ in grid.points] == [{"train.batch_size": "8"}, {"train.batch_size": "16"}]
-    assert [composed.config.seed for _, composed in grid.points] == [5, 5]
-    assert all(composed.multirun for _, composed in grid.points)
-    assert grid.side_by_side == 2
-    assert grid.launching == ["experiment=sizes", "hydra.sweeper.params=null"]
+    assert [swept for swept, _ in grid.jobs] == [{"train.batch_size": "8"}, {"train.batch_size": "16"}]
+    assert [composed.config.seed for _, composed in grid.jobs] == [5, 5]
+    assert all(composed.multirun for _, composed in grid.jobs)
+    assert grid.parallelism == 2
+    assert grid.launcher_overrides == ["experiment=sizes", "hydra.sweeper.params=null"]
 
 
 def test_no_more_points_run_at_a_time_than_there_are() -> None:
     words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=8"]
 
-    assert compose_grid([*words, "seed=1,2,3"], None).side_by_side == 3
-    assert compose_grid(["seed=1,2,3"], None).side_by_side == 1
+    assert compose_grid([*words, "seed=1,2,3"], None).parallelism == 3
+    assert compose_grid(["seed=1,2,3"], None).parallelism == 1
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_all_mistakes_of_the_grid_come_at_once() -> None:
 def test_a_mistake_of_a_point_stands_with_the_point() -> None:
     grid = compose_grid(["model=compact,resnet", "hydra.run.dir=x", "seed=1,2"], None)
 
-    assert [len(composed.mistakes) for _, composed in grid.points] == [1, 1, 2, 2]
+    assert [len(composed.errors) for _, composed in grid.jobs] == [1, 1, 2, 2]
 
 
 def test_hydras_launcher_with_a_setting_that_it_does_not_have() -> None:

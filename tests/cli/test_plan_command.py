@@ -14,11 +14,11 @@ from captcha_exp import compose, load
 from captcha_exp.cli import plan_json, plan_report
 from captcha_exp.config import to_dict
 from captcha_exp.memory.plan import Plan
-from captcha_exp.runtime.paths import conf
+from captcha_exp.runtime.paths import conf_dir
 
 WORDS = ("plan", *TINY, "tracking=none")
 SIZES = ("--batch-sizes", "8,16")
-CARD_FILE = (conf() / "card/gtx1650.yaml").read_text()
+CARD_FILE = (conf_dir() / "gpu/gtx1650.yaml").read_text()
 
 
 def spoken(text: str) -> str:
@@ -34,18 +34,18 @@ def test_json_has_every_figure_in_its_type(shell: Call, root: Path) -> None:
     code, out, err = shell(*WORDS, *SIZES, "--json", "device.vram_budget_mib=2000")
     assert (code, err) == (0, "")
     values = json.loads(out)
-    assert list(values) == ["card", "precision", "pictures", "budget_mib", "plans", "largest_batch"]
-    assert values["card"] == to_dict(load(compose()).card)
+    assert list(values) == ["gpu", "precision", "images", "budget_mib", "plans", "max_batch_size"]
+    assert values["gpu"] == to_dict(load(compose()).gpu)
     assert values["precision"] == "fp32"
-    assert set(values["pictures"]) == {"train", "validation", "test"}
-    assert sum(values["pictures"].values()) == 300
+    assert set(values["images"]) == {"train", "validation", "test"}
+    assert sum(values["images"].values()) == 300
     assert values["budget_mib"] == [2000, 2000]
-    assert values["largest_batch"] == values["pictures"]["train"]
+    assert values["max_batch_size"] == values["images"]["train"]
     assert [plan["batch_size"] for plan in values["plans"]] == [8, 16]
     for plan in values["plans"]:
         assert set(plan) == {*Plan.__dataclass_fields__, "seconds"}
         assert type(plan["batch_size"]) is int
-        for key in ("tensors_mib", "state_mib", "activations_mib", "pictures_mib", "seconds"):
+        for key in ("tensors_mib", "state_mib", "activations_mib", "images_mib", "seconds"):
             assert type(plan[key]) is float
         for key in ("workspace_mib", "reserved_mib", "process_mib"):
             least, most = plan[key]
@@ -69,10 +69,10 @@ def test_without_a_budget_there_is_no_verdict(call: Call) -> None:
     code, out, _ = call(*WORDS, *SIZES)
     assert code == 0
     assert "no verdict" in out
-    assert "device.vram_budget_mib=MIB or --card" in spoken(out)
+    assert "device.vram_budget_mib=MIB or --gpu" in spoken(out)
     assert "largest" not in out
     values = json.loads(call(*WORDS, *SIZES, "--json")[1])
-    assert values["budget_mib"] is values["largest_batch"] is None
+    assert values["budget_mib"] is values["max_batch_size"] is None
     assert [plan["fits"] for plan in values["plans"]] == [None, None]
 
 
@@ -101,7 +101,7 @@ def test_unsure_is_explained_where_it_occurs(call: Call) -> None:
 def test_sizes_are_those_that_were_asked_for_or_some_around_the_configs(
     text: str | None, batch_size: int | str, sizes: list[int]
 ) -> None:
-    assert plan_report.sizes_of(text, batch_size) == sizes
+    assert plan_report.parse_batch_sizes(text, batch_size) == sizes
 
 
 WRONG = ["", "0", "-8", "8,", ",8", "8;16", "8, 16", "8.0", "1e3", "eight", "1000001", "08", "8,0"]
@@ -127,14 +127,14 @@ def test_a_card_is_a_name_or_a_file_and_keys_come_on_top(call: Call, tmp_path: P
         code, out, err = call(*WORDS, "--batch-sizes", "8", "--json", *words)
         assert (code, err) == (0, "")
         values = json.loads(out)
-        return values["card"]["name"], values["budget_mib"]
+        return values["gpu"]["name"], values["budget_mib"]
 
-    assert asked("--card", "gtx1650") == ("NVIDIA GeForce GTX 1650", [3707 - 950, 3911])
-    assert asked("card=gtx1650", "card.others_mib.most=0") == ("NVIDIA GeForce GTX 1650", [3707, 3911])
-    assert asked("--card", str(file)) == asked(f"card={file}") == ("mine", [3707 - 800, 3911])
-    assert asked(f"card={file}", "card.others_mib.most=0") == ("mine", [3707, 3911])
-    assert asked("card.others_mib.most=0", "--card", str(file)) == ("mine", [3707, 3911])
-    assert asked("card=h200", "--card", str(file)) == ("mine", [3707 - 800, 3911])
+    assert asked("--gpu", "gtx1650") == ("NVIDIA GeForce GTX 1650", [3707 - 950, 3911])
+    assert asked("gpu=gtx1650", "gpu.other_processes_mib.most=0") == ("NVIDIA GeForce GTX 1650", [3707, 3911])
+    assert asked("--gpu", str(file)) == asked(f"gpu={file}") == ("mine", [3707 - 800, 3911])
+    assert asked(f"gpu={file}", "gpu.other_processes_mib.most=0") == ("mine", [3707, 3911])
+    assert asked("gpu.other_processes_mib.most=0", "--gpu", str(file)) == ("mine", [3707, 3911])
+    assert asked("gpu=h200", "--gpu", str(file)) == ("mine", [3707 - 800, 3911])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_card_is_a_name_or_a_file_and_keys_come_on_top(call: Call, tmp_path: P
 )
 def test_a_path_is_taken_as_it_stands(call: Call, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(CARD_FILE)
-    words = ("--card", str(tmp_path / name), "card.name=mine")
+    words = ("--gpu", str(tmp_path / name), "gpu.name=mine")
     code, out, err = call(*WORDS, "--batch-sizes", "8", "--json", *words)
     assert (code, err) == (0, "")
     assert json.loads(out)["budget_mib"] == [3707 - 950, 3911]
@@ -153,11 +153,11 @@ def test_a_path_is_taken_as_it_stands(call: Call, tmp_path: Path, name: str) -> 
     [
         (None, r".*mine\.yaml: there is no such file"),
         ("a: [1", r".*mine\.yaml: cannot be read as a config: .+"),
-        ("- 1\n- 2\n", r"card=\[1, 2\]: must be a group of keys .+"),
+        ("- 1\n- 2\n", r"gpu=\[1, 2\]: must be a group of keys .+"),
         (CARD_FILE + "colour: red\n", r'card\.colour="red": there is no such key; did you mean .+'),
         (
-            CARD_FILE.replace("others_mib", "other_mib"),
-            r"card\.others_mib.+\ncard\.other_mib: there is no such key; .+",
+            CARD_FILE.replace("other_processes_mib", "other_mib"),
+            r"card\.other_processes_mib.+\ncard\.other_mib: there is no such key; .+",
         ),
         (CARD_FILE.replace("least: 50", "least: 500"), r"card\.context_mib: least=500 is more than most=300"),
         (CARD_FILE.replace("least: 50", "least: -1"), r"card\.context_mib\.least=-1: must be .+"),
@@ -168,10 +168,10 @@ def test_a_path_is_taken_as_it_stands(call: Call, tmp_path: Path, name: str) -> 
 def test_a_card_file_that_is_wrong_gives_a_line(
     call: Call, root: Path, tmp_path_factory: pytest.TempPathFactory, content: str | None, line: str
 ) -> None:
-    file = tmp_path_factory.mktemp("cards") / "mine.yaml"
+    file = tmp_path_factory.mktemp("gpus") / "mine.yaml"
     if content is not None:
         file.write_text(content)
-    for words in (["--card", str(file)], [f"card={file}", "card.name=mine"]):
+    for words in (["--gpu", str(file)], [f"gpu={file}", "gpu.name=mine"]):
         code, out, err = call(*WORDS, *SIZES, *words)
         assert (code, out) == (2, "")
         assert re.fullmatch(line + "\n", err)
@@ -180,15 +180,17 @@ def test_a_card_file_that_is_wrong_gives_a_line(
 
 def test_an_override_of_a_card_that_is_a_list_gives_a_line(call: Call, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("[1, 2]\n")
-    code, _, err = call(*WORDS, *SIZES, "--card", str(tmp_path / "mine.yaml"), "card.others_mib.most=0")
+    code, _, err = call(
+        *WORDS, *SIZES, "--gpu", str(tmp_path / "mine.yaml"), "gpu.other_processes_mib.most=0"
+    )
     assert code == 2
-    assert err.startswith("card=[1, 2]: must be a group of keys")
+    assert err.startswith("gpu=[1, 2]: must be a group of keys")
 
 
 def test_an_unknown_card_gives_the_nearest_name(call: Call) -> None:
-    code, out, err = call(*WORDS, "--card", "gtx1659")
+    code, out, err = call(*WORDS, "--gpu", "gtx1659")
     assert (code, out) == (2, "")
-    assert err.startswith("card=gtx1659: there is no such file in conf/card; did you mean gtx1650? one of ")
+    assert err.startswith("gpu=gtx1659: there is no such file in conf/gpu; did you mean gtx1650? one of ")
     assert err.count("\n") == 1
 
 
@@ -200,7 +202,7 @@ def test_an_unknown_card_gives_the_nearest_name(call: Call) -> None:
     [
         (
             [],
-            "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or --card",
+            "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or --gpu",
         ),
         (
             ["device.vram_budget_mib=2000", "train.batch_size=auto"],
@@ -222,18 +224,18 @@ def test_advice_wants_a_budget_and_a_number(call: Call, root: Path, words: list[
 
 def test_advice_for_what_fits_is_short(call: Call) -> None:
     """Also on a card whose 16 bits are faster."""
-    words = (*WORDS, "--advise", "device.vram_budget_mib=4000", "--card", "h200")
+    words = (*WORDS, "--advise", "device.vram_budget_mib=4000", "--gpu", "h200")
     code, out, _ = call(*words)
     assert code == 0
     assert out.endswith("a batch of 64 fits as it stands\n")
     values = json.loads(call(*words, "--json")[1])
-    assert set(values) == {"card", "precision", "pictures", "budget_mib", "batch_size", "advice"}
+    assert set(values) == {"gpu", "precision", "images", "budget_mib", "batch_size", "advice"}
     assert values["batch_size"] == 64
     assert values["advice"][0]["overrides"] == []
 
 
-NO_WORKSPACES = ("card.cublas_workspace_mib.most=0", "card.cudnn_workspace_mib.most=0")
-TIGHT = ("train.batch_size=128", "train.evaluation_batch_size=16", "--card", "gtx1650", *NO_WORKSPACES)
+NO_WORKSPACES = ("gpu.cublas_workspace_mib.most=0", "gpu.cudnn_workspace_mib.most=0")
+TIGHT = ("train.batch_size=128", "train.eval_batch_size=16", "--gpu", "gtx1650", *NO_WORKSPACES)
 
 
 def test_advice_is_a_table_of_overrides(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +274,7 @@ def test_a_plan_asks_nothing_of_cuda(call: Call, monkeypatch: pytest.MonkeyPatch
     for name in (*names, "memory_reserved", "max_memory_reserved", "empty_cache", "set_device"):
         monkeypatch.setattr(torch.cuda, name, forbidden)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for words in (["device.name=cuda"], ["device.name=cuda:1", "--card", "h200"]):
+    for words in (["device.name=cuda"], ["device.name=cuda:1", "--gpu", "h200"]):
         assert call(*WORDS, "--batch-sizes", "8", *words)[0] == 0
 
 
@@ -295,8 +297,8 @@ def test_a_card_with_another_number_than_those_here_has_no_size(
 # -- several cards -------------------------------------------------------------------------------------------
 
 MANY = ("plan", *TINY, "tracking=none", "train.batch_size=8")
-OTHERS = "card.others_mib.most=0"
-COMMITTED = conf().parent / "docs/plan.schema.json"
+OTHERS = "gpu.other_processes_mib.most=0"
+COMMITTED = conf_dir().parent / "docs/plan.schema.json"
 
 
 def json_of(call: Call, *words: str) -> dict[str, Any]:
@@ -308,18 +310,18 @@ def json_of(call: Call, *words: str) -> dict[str, Any]:
 
 
 def test_all_is_every_card_but_the_generic_one(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "card").mkdir()
+    (tmp_path / "gpu").mkdir()
     own = CARD_FILE.replace("NVIDIA GeForce GTX 1650", "mine")
-    (tmp_path / "card/mine.yaml").write_text(own)
-    names = {path.stem for path in (conf() / "card").glob("*.yaml")} - {"generic"}
-    assert {each["name"] for each in json_of(call, "--card", "all")["cards"]} == names
-    found = json_of(call, "--card", "all", "--config-dir", str(tmp_path))["cards"]
+    (tmp_path / "gpu/mine.yaml").write_text(own)
+    names = {path.stem for path in (conf_dir() / "gpu").glob("*.yaml")} - {"generic"}
+    assert {each["name"] for each in json_of(call, "--gpu", "all")["gpus"]} == names
+    found = json_of(call, "--gpu", "all", "--config-dir", str(tmp_path))["gpus"]
     assert {each["name"] for each in found} == names | {"mine"}
-    order = [(each["memory_mib"][1], each["card"]["name"]) for each in found]
+    order = [(each["memory_mib"][1], each["gpu"]["name"]) for each in found]
     assert order == sorted(order)
-    (tmp_path / "card/gtx1650.yaml").write_text(own)  # hides the one of conf/
-    found = json_of(call, "--card", "gtx1650,h200", "--config-dir", str(tmp_path))["cards"]
-    assert [each["card"]["name"] for each in found] == ["mine", "NVIDIA H200"]
+    (tmp_path / "gpu/gtx1650.yaml").write_text(own)  # hides the one of conf/
+    found = json_of(call, "--gpu", "gtx1650,h200", "--config-dir", str(tmp_path))["gpus"]
+    assert [each["gpu"]["name"] for each in found] == ["mine", "NVIDIA H200"]
 
 
 def test_a_row_says_what_the_plan_of_one_card_says(call: Call, tmp_path: Path) -> None:
@@ -327,23 +329,23 @@ def test_a_row_says_what_the_plan_of_one_card_says(call: Call, tmp_path: Path) -
     file = tmp_path / "mine.yaml"
     file.write_text(CARD_FILE.replace("NVIDIA GeForce GTX 1650", "mine"))
     words = ("--batch-sizes", "8,16", "device.precision=bf16", "device.vram_budget_mib=420", OTHERS)
-    many = json_of(call, "--card", f"h200,{file},h200", *words)
-    assert [each["name"] for each in many["cards"]] == [str(file), "h200"]
+    many = json_of(call, "--gpu", f"h200,{file},h200", *words)
+    assert [each["name"] for each in many["gpus"]] == [str(file), "h200"]
     assert many["precision"] == "bf16"
-    for each in many["cards"]:
-        one = json_of(call, "--card", each["name"], *words)
+    for each in many["gpus"]:
+        one = json_of(call, "--gpu", each["name"], *words)
         for plan in one["plans"]:
             del plan["seconds"]
-        assert one["card"] == each["card"]
-        assert one["pictures"] == many["pictures"]
-        assert [one[key] for key in ("budget_mib", "plans", "largest_batch")] == [
-            each[key] for key in ("budget_mib", "plans", "largest_batch")
+        assert one["gpu"] == each["gpu"]
+        assert one["images"] == many["images"]
+        assert [one[key] for key in ("budget_mib", "plans", "max_batch_size")] == [
+            each[key] for key in ("budget_mib", "plans", "max_batch_size")
         ]
 
 
 def test_several_cards_are_a_table(call: Call, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    words = ("--card", "h200,gtx1650", "device.precision=fp16")
+    words = ("--gpu", "h200,gtx1650", "device.precision=fp16")
     code, out, err = call(*MANY, *words, "device.vram_budget_mib=40")
     assert (code, err) == (0, "")
     assert out.startswith("tiny in fp16\n")
@@ -360,15 +362,15 @@ def test_several_cards_are_a_table(call: Call, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--card", "gtx1650,,h200"], "--card=gtx1650,,h200: a name is empty; write names or files with "),
+        (["--gpu", "gtx1650,,h200"], "--gpu=gtx1650,,h200: a name is empty; write names or files with "),
         (
-            ["--card", "gtx1659,h200"],
-            "--card gtx1659: there is no such file in conf/card; did you mean gtx1650? ",
+            ["--gpu", "gtx1659,h200"],
+            "--gpu gtx1659: there is no such file in conf/gpu; did you mean gtx1650? ",
         ),
-        (["--card", "all", "--advise"], "plan --advise: works for one GPU, but --card=all names several; "),
-        (["--card", "h200,none.yaml"], "none.yaml: there is no such file"),
-        (["--card", "all", "card.colour=red"], "card.colour=red: there is no such key"),
-        (["--card", "all", "--config-dir", "none"], "--config-dir=none: there is no such folder"),
+        (["--gpu", "all", "--advise"], "plan --advise: works for one GPU, but --gpu=all names several; "),
+        (["--gpu", "h200,none.yaml"], "none.yaml: there is no such file"),
+        (["--gpu", "all", "card.colour=red"], "card.colour=red: there is no such key"),
+        (["--gpu", "all", "--config-dir", "none"], "--config-dir=none: there is no such folder"),
     ],
 )
 def test_a_mistake_in_a_list_of_cards_is_one_line(call: Call, words: list[str], line: str) -> None:
@@ -382,12 +384,12 @@ def test_a_mistake_in_a_list_of_cards_is_one_line(call: Call, words: list[str], 
 @pytest.mark.parametrize(
     ("words", "misfits"),
     [
-        (("--card", "gtx1650", "device.vram_budget_mib=2000"), []),
-        (("--card", "gtx1650,h200"), []),
-        (("--card", "gtx1650", "device.vram_budget_mib=40"), ["8 on NVIDIA GeForce GTX 1650 (does not fit)"]),
-        (("--card", "h200,gtx1650", "device.vram_budget_mib=600"), ["8 on NVIDIA H200 (unsure)"]),
+        (("--gpu", "gtx1650", "device.vram_budget_mib=2000"), []),
+        (("--gpu", "gtx1650,h200"), []),
+        (("--gpu", "gtx1650", "device.vram_budget_mib=40"), ["8 on NVIDIA GeForce GTX 1650 (does not fit)"]),
+        (("--gpu", "h200,gtx1650", "device.vram_budget_mib=600"), ["8 on NVIDIA H200 (unsure)"]),
         (
-            ("--card", "h200", "--batch-sizes", "4,8", "device.vram_budget_mib=600"),
+            ("--gpu", "h200", "--batch-sizes", "4,8", "device.vram_budget_mib=600"),
             ["4 on NVIDIA H200 (unsure)", "8 on NVIDIA H200 (unsure)"],
         ),
     ],
@@ -409,7 +411,7 @@ def test_must_fit_has_an_exit_code(
 
 
 def test_must_fit_is_about_train_batch_size_where_no_sizes_are_given(call: Call) -> None:
-    words = ("--card", "gtx1650", "--must-fit", "device.vram_budget_mib=2000")
+    words = ("--gpu", "gtx1650", "--must-fit", "device.vram_budget_mib=2000")
     code, out, err = call(*MANY, *words, "--json")
     assert (code, err) == (0, "")
     assert [plan["batch_size"] for plan in json.loads(out)["plans"]] == [2, 4, 8, 16, 32, 64]
@@ -419,12 +421,12 @@ def test_must_fit_is_about_train_batch_size_where_no_sizes_are_given(call: Call)
     ("words", "line"),
     [
         ([], "plan --must-fit: the memory of any CUDA card is not known; add device.vram_budget_mib=MIB"),
-        (["--card", "gtx1650,generic"], "plan --must-fit: the memory of generic is not known; add "),
+        (["--gpu", "gtx1650,generic"], "plan --must-fit: the memory of generic is not known; add "),
         (
-            ["--card", "h200", "train.batch_size=auto"],
+            ["--gpu", "h200", "train.batch_size=auto"],
             "plan --must-fit: train.batch_size=auto is not a number",
         ),
-        (["--card", "h200", "--advise"], "plan --must-fit: is not for --advise"),
+        (["--gpu", "h200", "--advise"], "plan --must-fit: is not for --advise"),
     ],
 )
 def test_must_fit_without_an_answer_is_a_mistake(call: Call, words: list[str], line: str) -> None:
@@ -436,7 +438,7 @@ def test_must_fit_without_an_answer_is_a_mistake(call: Call, words: list[str], l
 
 def test_what_the_config_leaves_open_is_named(call: Call) -> None:
     words = ("device.precision=auto", "train.micro_batch_size=2", "train.batch_size=auto")
-    code, out, _ = call("plan", "--card", "gtx1650,h200", *words, "--batch-sizes", "4,1000000")
+    code, out, _ = call("plan", "--gpu", "gtx1650,h200", *words, "--batch-sizes", "4,1000000")
 
     assert code == 0
     said = " ".join(out.split())
@@ -454,20 +456,20 @@ def test_the_committed_schema_is_that_of_the_types() -> None:
 
 
 def test_output_for_one_card_and_advice_are_valid(call: Call) -> None:
-    assert json_of(call, *SIZES)["largest_batch"] is None
-    assert json_of(call, *SIZES, "--card", "gtx1650")["largest_batch"] is not None
+    assert json_of(call, *SIZES)["max_batch_size"] is None
+    assert json_of(call, *SIZES, "--gpu", "gtx1650")["max_batch_size"] is not None
     assert json_of(call, "--advise", "device.vram_budget_mib=4000")["advice"]
 
 
 def test_output_with_another_field_is_not_valid(call: Call) -> None:
-    values = json_of(call, "--card", "h200,gtx1650")
-    values["cards"][0]["plans"][0]["surprise"] = 1
+    values = json_of(call, "--gpu", "h200,gtx1650")
+    values["gpus"][0]["plans"][0]["surprise"] = 1
     with pytest.raises(ValidationError):
         plan_json.OUTPUT.validate_json(json.dumps(values))
 
 
 def test_the_page_names_every_field() -> None:
-    page = (conf().parent / "docs/plan.md").read_text()
+    page = (conf_dir().parent / "docs/plan.md").read_text()
     for name, definition in plan_json.schema()["$defs"].items():
         for field in definition["properties"] if name != "Card" else []:
             assert f"`{field}`" in page

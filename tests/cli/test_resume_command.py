@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 
 from captcha_exp import compose, load, runs
 from captcha_exp.cli import resume
-from captcha_exp.cli.hydra_config import overridden
-from captcha_exp.config import Config, leaves
+from captcha_exp.cli.hydra_config import apply_overrides
+from captcha_exp.config import Config, flatten
 from captcha_exp.errors import ConfigError
 from captcha_exp.model import state as checkpoint
 from captcha_exp.runs import code_sha256
@@ -46,10 +46,10 @@ class Trained:
     ) -> Any:
         del tracker, display
         self.calls.append(
-            {"requested": requested, "folder": folder, "links": dict(links or {}), "start_from": start_from}
+            {"requested": requested, "run_dir": folder, "links": dict(links or {}), "start_from": start_from}
         )
         if folder is None:
-            folder = runs.create(requested, requested, None, links).folder
+            folder = runs.create_run(requested, requested, None, links).run_dir
         state = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
         return SimpleNamespace(folder=folder)
@@ -71,11 +71,11 @@ def words(cache: Path) -> list[str]:
 def left(words: list[str], status: str = "KILLED", code: str | None = None, **state: Any) -> Path:
     """A run of these overrides that a process has left."""
     config = load(compose(*words))
-    run = runs.create(config, config)
+    run = runs.create_run(config, config)
     run.write_json("environment.json", {"code_sha256": code or code_sha256()})
-    (run.folder / "checkpoint").mkdir()
-    run.note(**{"status": status, **NOBODY, **state})
-    return run.folder
+    (run.run_dir / "checkpoint").mkdir()
+    run.update(**{"status": status, **NOBODY, **state})
+    return run.run_dir
 
 
 def finished(words: list[str], **state: Any) -> Path:
@@ -95,10 +95,10 @@ def test_by_itself_a_call_goes_on_with_what_it_asks_for(
     code, _, err = call("train", *words)
     assert code == 0
     (only,) = trained.calls
-    assert only == {"requested": load(compose(*words)), "folder": folder, "links": {}, "start_from": None}
+    assert only == {"requested": load(compose(*words)), "run_dir": folder, "links": {}, "start_from": None}
     assert f"goes on with {folder}, from its beginning: it had no checkpoint yet" in err
     code, _, err = call("train", *words)
-    assert trained.calls[1]["folder"] is None, "it is finished now"
+    assert trained.calls[1]["run_dir"] is None, "it is finished now"
     assert err == ""
 
 
@@ -109,7 +109,7 @@ def test_what_is_not_asked_for_is_left_without_a_word(
     left(words)
     code, _, err = call("train", *words, *more)
     assert (code, err) == (0, "")
-    assert trained.calls[0]["folder"] is None
+    assert trained.calls[0]["run_dir"] is None
 
 
 def test_what_died_just_now_is_closed_and_gone_on_with(
@@ -117,14 +117,14 @@ def test_what_died_just_now_is_closed_and_gone_on_with(
 ) -> None:
     folder = left(words, "RUNNING")
     _, _, err = call("train", *words)
-    assert trained.calls[0]["folder"] == folder
+    assert trained.calls[0]["run_dir"] == folder
     assert err.splitlines()[0].endswith("is gone; closed as KILLED")
 
 
 def test_other_code_is_named_and_a_new_run_begins(call: Call, trained: Trained, words: list[str]) -> None:
     folder = left(words, code="0" * 64)
     _, _, err = call("train", *words)
-    assert trained.calls[0]["folder"] is None
+    assert trained.calls[0]["run_dir"] is None
     assert err == (
         f"{folder}: is unfinished and was asked for the same, but other code began it; --resume={folder} "
         "goes on with it\n"
@@ -158,7 +158,7 @@ def test_a_named_run_goes_on_as_it_was_asked_for(
     code, _, err = call("train", "--resume", str(folder), *beside)
     assert code == 0, err
     assert trained.calls == [
-        {"requested": load(compose(*words)), "folder": folder, "links": {}, "start_from": None}
+        {"requested": load(compose(*words)), "run_dir": folder, "links": {}, "start_from": None}
     ]
 
 
@@ -167,7 +167,7 @@ def test_choices_between_files_are_composed_and_compared(
 ) -> None:
     folder = left(words)
     assert call("train", "--resume", str(folder), *words)[0] == 0
-    assert trained.calls[0]["folder"] == folder
+    assert trained.calls[0]["run_dir"] == folder
     other = left([*words, "seed=3"])
     code, _, err = call("train", f"--resume={other}", "experiment=alnum")
     assert code == 2
@@ -182,7 +182,7 @@ def test_a_named_run_of_other_code_goes_on_with_a_warning(
     folder = left(words, code="0" * 64)
     code, _, err = call("train", f"--resume={folder}")
     assert code == 0
-    assert trained.calls[0]["folder"] == folder
+    assert trained.calls[0]["run_dir"] == folder
     assert f"warning: {folder}: other code than today's began it" in err
 
 
@@ -213,13 +213,13 @@ def test_an_unfinished_run_takes_no_other_values(
 def test_an_unfinished_run_can_be_given_another_limit_of_time(
     call: Call, trained: Trained, words: list[str], by_itself: bool
 ) -> None:
-    folder = left([*words, "train.stop_after_minutes=5"])
-    more = "train.stop_after_minutes=30"
+    folder = left([*words, "train.max_minutes=5"])
+    more = "train.max_minutes=30"
     code, _, _ = call("train", *([*words, more] if by_itself else [f"--resume={folder}", more]))
     assert code == 0
     (made,) = trained.calls
-    assert made["folder"] == folder
-    assert made["requested"].train.stop_after_minutes == 30
+    assert made["run_dir"] == folder
+    assert made["requested"].train.max_minutes == 30
 
 
 def test_a_named_run_that_finishes_just_then_is_not_gone_on_with(
@@ -241,7 +241,7 @@ def test_a_named_run_that_finishes_just_then_is_not_gone_on_with(
 def test_a_reproduction_that_was_interrupted_is_begun_anew(
     call: Call, trained: Trained, words: list[str]
 ) -> None:
-    folder = left(words, links={"reproduces": {"folder": "/a run", "run_id": None}})
+    folder = left(words, links={"reproduces": {"run_dir": "/a run", "run_id": None}})
     code, out, err = call("train", f"--resume={folder}")
     assert (code, out) == (2, "")
     assert err == (
@@ -278,8 +278,8 @@ def test_more_epochs_make_a_new_run_that_is_linked(call: Call, trained: Trained,
     assert trained.calls == [
         {
             "requested": load(compose(*words, "train.epochs=5", "train.patience=9")),
-            "folder": None,
-            "links": {"continues": {"folder": str(folder), "run_id": "abc"}},
+            "run_dir": None,
+            "links": {"continues": {"run_dir": str(folder), "run_id": "abc"}},
             "start_from": folder,
         }
     ]
@@ -290,27 +290,28 @@ def test_a_new_run_of_more_epochs_that_was_interrupted_goes_on_itself(
     call: Call, trained: Trained, words: list[str]
 ) -> None:
     folder = finished(words)
-    links = {"continues": {"folder": str(folder), "run_id": None}}
+    links = {"continues": {"run_dir": str(folder), "run_id": None}}
     begun = left([*words, "train.epochs=5"], links=links)
     for _ in range(2):
         code, _, err = call("train", f"--resume={folder}", "train.epochs=5")
         assert code == 0, err
         assert (trained.calls[-1]["links"], trained.calls[-1]["start_from"]) == (links, folder)
-    assert [each["folder"] for each in trained.calls] == [begun, None]
+    assert [each["run_dir"] for each in trained.calls] == [begun, None]
 
     by_name = left([*words, "train.epochs=5"], links=links)
     assert call("train", f"--resume={by_name}")[0] == 0
-    assert (trained.calls[-1]["folder"], trained.calls[-1]["start_from"]) == (by_name, folder)
+    assert (trained.calls[-1]["run_dir"], trained.calls[-1]["start_from"]) == (by_name, folder)
     begun = left([*words, "train.epochs=5"], links=links)
     assert call("train", *words, "train.epochs=5")[0] == 0
-    assert trained.calls[-1]["folder"] is None, "from the beginning is another thing"
+    assert trained.calls[-1]["run_dir"] is None, "from the beginning is another thing"
 
 
 def test_what_is_laid_out_over_all_epochs_is_told(call: Call, trained: Trained, words: list[str]) -> None:
-    folder = finished([*words, "augment.ramp=0.5"])
+    folder = finished([*words, "augment.warmup_fraction=0.5"])
     _, _, err = call("train", f"--resume={folder}", "train.epochs=5")
     assert err == (
-        "warning: train.schedule=onecycle and augment.ramp=0.5: is laid out over all epochs, so that the "
+        "warning: train.schedule=onecycle and augment.warmup_fraction=0.5: is laid out "
+        "over all epochs, so that the "
         "result is not that of 5 epochs from the start\n"
     )
     assert len(trained.calls) == 1
@@ -367,17 +368,17 @@ def test_a_finished_run_without_its_state_is_refused(
 
 
 def test_values_are_put_onto_a_saved_config(tiny: Config) -> None:
-    changed = overridden(
+    changed = apply_overrides(
         tiny, ["train.epochs=9", "+seed=1", "model.channels=[4,4]", "captcha.alphabet='0123'"]
     )
-    others = {key: value for key, value in leaves(changed).items() if value != leaves(tiny)[key]}
+    others = {key: value for key, value in flatten(changed).items() if value != flatten(tiny)[key]}
     assert others == {
         "seed": "1",
         "captcha.alphabet": "0123",
         "model.channels": "[4, 4]",
         "train.epochs": "9",
     }
-    assert overridden(tiny, []) == tiny
+    assert apply_overrides(tiny, []) == tiny
 
 
 @pytest.mark.parametrize(
@@ -398,13 +399,13 @@ def test_values_are_put_onto_a_saved_config(tiny: Config) -> None:
 )
 def test_a_mistake_on_a_saved_config_is_one_line(tiny: Config, word: str, line: str) -> None:
     if not line:
-        config = overridden(tiny, [word])
-        assert "${oc.env:HOME}" in leaves(config).values(), (
+        config = apply_overrides(tiny, [word])
+        assert "${oc.env:HOME}" in flatten(config).values(), (
             "a saved config is data: nothing in it is followed"
         )
         return
     with pytest.raises(ConfigError) as caught:
-        overridden(tiny, [word])
+        apply_overrides(tiny, [word])
     (told,) = caught.value.lines
     assert told.startswith(line)
 
@@ -446,7 +447,7 @@ def said(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 
 def figures(folder: Path) -> list[tuple[int, dict[str, float]]]:
     """Metrics by step, without those of time and memory."""
-    rows, broken = runs.read_rows(folder)
+    rows, broken = runs.read_metrics_rows(folder)
     assert broken == []
     return [
         (row.step, {key: v for key, v in row.metrics.items() if not key.startswith(("memory/", "speed/"))})
@@ -462,14 +463,14 @@ def test_the_same_command_goes_on_after_kill_9(root: Path, words: list[str], tmp
     run_id = json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]
     result, err = said(command(root, *words))
     assert f"goes on with {folder}, from " in err
-    assert result["folder"] == str(folder)
+    assert result["run_dir"] == str(folder)
     assert (result["epochs"], result["status"]) == (8, "FINISHED")
 
     config = load(compose(*(word for word in words if word != "--json"), "tracking=none"))
-    whole = training.train(config, folder=made(tmp_path / "whole"))
+    whole = training.train(config, run_dir=made(tmp_path / "whole"))
     assert result["weights_sha256"] == whole.weights_sha256
-    assert_same_state(folder, whole.folder)
-    assert figures(folder) == figures(whole.folder)
+    assert_same_state(folder, whole.run_dir)
+    assert figures(folder) == figures(whole.run_dir)
     assert [step for step, _ in figures(folder)] == [*range(1, 9), 8], "each epoch once, and the test"
 
     client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
@@ -481,7 +482,7 @@ def test_the_same_command_goes_on_after_kill_9(root: Path, words: list[str], tmp
 
 def assert_same_state(folder: Path, other: Path) -> None:
     """The last checkpoints of two runs have every tensor in common; the best weights may be of any epoch."""
-    one, two = (checkpoint.newest(each / runs.CHECKPOINTS, pytest.fail) for each in (folder, other))
+    one, two = (checkpoint.load_latest(each / runs.CHECKPOINT_DIR, pytest.fail) for each in (folder, other))
     assert one is not None
     assert two is not None
     assert one.path.name == two.path.name
@@ -505,13 +506,13 @@ def test_more_epochs_are_as_if_there_had_been_so_many_from_the_start(
     assert code == 0
     more = json.loads(out)
     config = load(compose(*words, "train.epochs=4"))
-    whole = training.train(config, folder=made(tmp_path / "whole"))
-    assert more["folder"] != first["folder"]
+    whole = training.train(config, run_dir=made(tmp_path / "whole"))
+    assert more["run_dir"] != first["run_dir"]
     assert more["weights_sha256"] == whole.weights_sha256
-    assert_same_state(Path(more["folder"]), whole.folder)
-    assert figures(Path(more["folder"])) == figures(whole.folder)
-    state = json.loads((Path(more["folder"]) / "run.json").read_text())
-    assert state["links"] == {"continues": {"folder": first["folder"], "run_id": None}}
+    assert_same_state(Path(more["run_dir"]), whole.run_dir)
+    assert figures(Path(more["run_dir"])) == figures(whole.run_dir)
+    state = json.loads((Path(more["run_dir"]) / "run.json").read_text())
+    assert state["links"] == {"continues": {"run_dir": first["run_dir"], "run_id": None}}
 
 
 def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
@@ -520,9 +521,9 @@ def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
     words = [*words, "train.schedule=constant", "train.warmup_fraction=0", "train.epochs=1"]
     first = json.loads(call("train", *words, "--json")[1])
     config = load(compose(*words[:-1], "train.epochs=3"))
-    links = {"continues": {"folder": first["folder"], "run_id": None}}
-    begun = runs.create(config, config, None, links)
-    begun.note(status="KILLED", **NOBODY)
+    links = {"continues": {"run_dir": first["run_dir"], "run_id": None}}
+    begun = runs.create_run(config, config, None, links)
+    begun.update(status="KILLED", **NOBODY)
 
     trained: list[int] = []
     one_epoch = training.train_epoch
@@ -533,13 +534,13 @@ def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_epoch", counted)
-        code, out, err = call("train", f"--resume={begun.folder}", "--json")
+        code, out, err = call("train", f"--resume={begun.run_dir}", "--json")
     assert code == 0, err
     assert trained == [2, 3], "the first one is taken over"
     whole = training.train(replace(config, name="whole"))
     assert json.loads(out)["weights_sha256"] == whole.weights_sha256
-    assert figures(begun.folder) == figures(whole.folder)
-    assert len(json.loads((begun.folder / "run.json").read_text())["resumed"]) == 1
+    assert figures(begun.run_dir) == figures(whole.run_dir)
+    assert len(json.loads((begun.run_dir / "run.json").read_text())["resumed"]) == 1
 
 
 def test_a_training_in_a_process_of_its_own_goes_on_too(root: Path, words: list[str], tmp_path: Path) -> None:
@@ -549,6 +550,6 @@ def test_a_training_in_a_process_of_its_own_goes_on_too(root: Path, words: list[
     folder = killed_after(root, 12, *words, "--json")
     result, err = said(command(root, *words, "--json"))
     assert f"goes on with {folder}, from " in err
-    assert result["folder"] == str(folder)
-    whole = training.train(load(compose(*words)), folder=made(tmp_path / "whole"))
+    assert result["run_dir"] == str(folder)
+    whole = training.train(load(compose(*words)), run_dir=made(tmp_path / "whole"))
     assert result["weights_sha256"] == whole.weights_sha256

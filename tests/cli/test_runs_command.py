@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from captcha_exp import runs as record
-from captcha_exp.cli.diff import difference, same
-from captcha_exp.cli.runs import Condition, number, tidy
+from captcha_exp.cli.diff import format_difference, is_equal
+from captcha_exp.cli.runs import Condition, format_value, parse_number
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run
-from captcha_exp.runs.fields import Facts
+from captcha_exp.runs.fields import RunFields
 
 Make = Callable[..., Run]
 
@@ -70,13 +70,13 @@ def make(tiny: Config) -> Make:
         test: float = 0.875,
         **state: Any,
     ) -> Run:
-        new = record.create(config, config)
-        new.note(started=f"2026-03-01T{len(made):02}:00:00+00:00", **state)
+        new = record.create_run(config, config)
+        new.update(started=f"2026-03-01T{len(made):02}:00:00+00:00", **state)
         for step, metrics in enumerate(rows, 1):
-            new.log(MetricsRow(step, step, metrics))
+            new.log_metrics(MetricsRow(step, step, metrics))
         if result is not None:
-            new.log(MetricsRow(len(rows), 9, {"test/accuracy": test}))
-            new.note(result={**result, "test_accuracy": test}, status="FINISHED")
+            new.log_metrics(MetricsRow(len(rows), 9, {"test/accuracy": test}))
+            new.update(result={**result, "test_accuracy": test}, status="FINISHED")
         made.append(new)
         return new
 
@@ -84,14 +84,14 @@ def make(tiny: Config) -> Make:
 
 
 def names(folders: list[Run]) -> list[str]:
-    return [str(run.folder) for run in folders]
+    return [str(run.run_dir) for run in folders]
 
 
 def listed(call: Call, *words: str) -> list[str]:
     """The folders that `runs` lists, in its order."""
     code, out, err = call("runs", "--json", *words)
     assert (code, err) == (0, "")
-    return [run["folder"] for run in json.loads(out)]
+    return [run["run_dir"] for run in json.loads(out)]
 
 
 def table(out: str) -> list[list[str]]:
@@ -104,8 +104,8 @@ def table(out: str) -> list[list[str]]:
 
 
 def said(run: Run, key: str) -> Any:
-    state = json.loads((run.folder / "run.json").read_text())
-    return Facts(run.folder, state, tell=lambda line: pytest.fail(line))[key]
+    state = json.loads((run.run_dir / "run.json").read_text())
+    return RunFields(run.run_dir, state, warn=lambda line: pytest.fail(line))[key]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_without_a_result_the_last_epoch_stands_for_all(make: Make) -> None:
 
 def test_an_epoch_that_was_done_again_counts_as_done_last(make: Make) -> None:
     run = make()
-    run.log(MetricsRow(2, 99, {"val/accuracy": 0.75}))
+    run.log_metrics(MetricsRow(2, 99, {"val/accuracy": 0.75}))
     assert said(run, "val/accuracy") == 0.75
 
 
@@ -155,7 +155,7 @@ def test_a_metric_that_the_best_epoch_lacks_is_not_taken_from_another(make: Make
         ({"oom": None}, "oom", False),
         ({"oom": {"where": "training"}}, "oom", True),
         ({"sweep": None}, "sweep", None),
-        ({"sweep": {"folder": "elsewhere/1200-grid", "point": 2}}, "sweep", "elsewhere/1200-grid"),
+        ({"sweep": {"run_dir": "elsewhere/1200-grid", "point": 2}}, "sweep", "elsewhere/1200-grid"),
         ({"mlflow": {"run_id": "abc"}}, "run_id", "abc"),
     ],
 )
@@ -168,11 +168,11 @@ def test_what_newer_runs_say_of_themselves(
 def test_the_folder_of_a_point_is_told_with_that_of_its_sweep(tiny: Config, root: Path, call: Call) -> None:
     sweep = root / "outputs/2026-03-01/120000-grid"
     sweep.mkdir(parents=True)
-    point = record.create(tiny, tiny, sweep / "1-batch_size=64")
-    point.note(sweep={"folder": str(sweep), "point": 1})
+    point = record.create_run(tiny, tiny, sweep / "1-batch_size=64")
+    point.update(sweep={"run_dir": str(sweep), "point": 1})
     assert said(point, "folder") == "2026-03-01/120000-grid/1-batch_size=64"
     assert said(point, "sweep") == "2026-03-01/120000-grid"
-    assert listed(call, "sweep=2026-03-01/120000-grid") == [str(point.folder)]
+    assert listed(call, "sweep=2026-03-01/120000-grid") == [str(point.run_dir)]
     assert table(call("runs")[1])[1][0] == "2026-03-01/120000-grid/1-batch_size=64"
 
 
@@ -233,19 +233,19 @@ def test_a_run_whose_process_is_gone_is_closed_at_once(make: Make, call: Call) -
     ],
 )
 def test_a_condition_compares_as_the_value_of_the_run_is(text: str, value: object, holds: bool) -> None:
-    assert Condition.read(text).holds(value) is holds
+    assert Condition.parse(text).matches(value) is holds
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_have_the_order_of_numbers(value: float, wanted: float) -> None:
-    assert Condition.read(f"a/b>={wanted!r}").holds(value) is (value >= wanted)
-    assert Condition.read(f"a/b<{wanted!r}").holds(value) is (value < wanted)
+    assert Condition.parse(f"a/b>={wanted!r}").matches(value) is (value >= wanted)
+    assert Condition.parse(f"a/b<{wanted!r}").matches(value) is (value < wanted)
 
 
 @pytest.mark.parametrize("text", ["x", "", "=5", "train.batch_size", "<", "~quick", "a b"])
 def test_what_is_no_condition_is_told_with_how_one_looks(text: str) -> None:
     with pytest.raises(UserError, match=r"is no condition; write KEY OP VALUE in one word"):
-        Condition.read(text)
+        Condition.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_what_is_no_condition_is_told_with_how_one_looks(text: str) -> None:
     ],
 )
 def test_a_number_is_read_as_a_person_writes_it(text: str, value: float | None) -> None:
-    assert number(text) == value
+    assert parse_number(text) == value
 
 
 def test_all_conditions_must_hold(make: Make, call: Call, tiny: Config) -> None:
@@ -355,15 +355,15 @@ def test_runs_without_a_value_come_last_in_either_direction(make: Make, call: Ca
     broken = make(rows=({"val/accuracy": 0.1}, {"val/accuracy": float("nan")}))
     assert listed(call, "--sort", "train.patience")[:2] == names([hasty, patient])
     assert listed(call, "--sort", "train.patience", "--reverse")[:2] == names([patient, hasty])
-    assert listed(call, "--sort", "best_epoch", "--reverse")[-1] == str(nothing.folder)
+    assert listed(call, "--sort", "best_epoch", "--reverse")[-1] == str(nothing.run_dir)
     by_accuracy = names([nothing, unlimited, patient, hasty, broken])
     assert listed(call, "--sort", "val/accuracy") == by_accuracy
 
 
 def test_a_start_is_sorted_by_the_clock_of_the_world(make: Make, call: Call) -> None:
     first, second = make(), make()
-    first.note(started="2026-10-25T02:50:00+02:00")
-    second.note(started="2026-10-25T02:10:00+01:00")
+    first.update(started="2026-10-25T02:50:00+02:00")
+    second.update(started="2026-10-25T02:10:00+01:00")
     assert listed(call, "--sort", "started") == names([first, second])
 
 
@@ -419,8 +419,8 @@ def test_json_has_the_record_and_the_values_that_were_named(make: Make, call: Ca
     assert code == 0
     (values,) = json.loads(out, parse_constant=pytest.fail)
     assert values == {
-        "folder": str(run.folder),
-        **json.loads((run.folder / "run.json").read_text()),
+        "run_dir": str(run.run_dir),
+        **json.loads((run.run_dir / "run.json").read_text()),
         "values": {"train/loss": None, "train.epochs": 2, "test/accuracy": 0.875},
     }
 
@@ -442,7 +442,7 @@ def test_json_has_the_record_and_the_values_that_were_named(make: Make, call: Ca
     ],
 )
 def test_values_are_tidy(key: str, value: object, text: str) -> None:
-    assert tidy(key, value) == text
+    assert format_value(key, value) == text
 
 
 # -- damage --------------------------------------------------------------------------------------------------
@@ -450,11 +450,11 @@ def test_values_are_tidy(key: str, value: object, text: str) -> None:
 
 def test_a_damaged_line_of_metrics_is_told_and_the_others_count(make: Make, call: Call) -> None:
     run, whole = make(), make()
-    path = run.folder / "metrics.jsonl"
+    path = run.run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0].replace(b"0.5", b"0.6") + b"\xff\n" + b"".join(lines[1:]))
     code, out, err = call("runs", "--json", "val/accuracy>=0.9")
-    assert (code, [each["folder"] for each in json.loads(out)]) == (0, names([run, whole]))
+    assert (code, [each["run_dir"] for each in json.loads(out)]) == (0, names([run, whole]))
     assert [line.split(": ")[0] for line in err.splitlines()] == [f"{path}, line 1", f"{path}, line 2"]
 
 
@@ -469,10 +469,10 @@ def test_a_damaged_line_of_metrics_is_told_and_the_others_count(make: Make, call
 )
 def test_a_row_of_other_things_than_numbers_is_told(make: Make, call: Call, row: MetricsRow) -> None:
     run = make()
-    with (run.folder / "metrics.jsonl").open("a") as file:
+    with (run.run_dir / "metrics.jsonl").open("a") as file:
         file.write(row.to_line())
     code, _, err = call("runs", "val/accuracy>=0.9")
-    path = run.folder / "metrics.jsonl"
+    path = run.run_dir / "metrics.jsonl"
     line = f"{path}, line 5: is left out: a step or a metric is no number\n"
     assert (code, err) == (0, line)
 
@@ -500,48 +500,48 @@ def test_a_damaged_config_is_told_and_the_run_goes_on_without(
     make: Make, call: Call, text: bytes, reason: str
 ) -> None:
     run, whole = make(), make()
-    (run.folder / "config.yaml").write_bytes(text)
+    (run.run_dir / "config.yaml").write_bytes(text)
     code, out, err = call("runs", "--json", "--sort", "train.batch_size", "--columns", "test/accuracy")
     assert code == 0
-    assert [each["folder"] for each in json.loads(out)] == names([whole, run])
+    assert [each["run_dir"] for each in json.loads(out)] == names([whole, run])
     assert json.loads(out)[1]["values"] == {"test/accuracy": 0.875}
-    path = re.escape(str(run.folder / "config.yaml"))
+    path = re.escape(str(run.run_dir / "config.yaml"))
     assert re.fullmatch(f"{path}: cannot be read as a config: {reason}\n", err)
 
 
 def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> None:
     run = make()
     make()
-    (run.folder / "config.yaml").unlink()
+    (run.run_dir / "config.yaml").unlink()
     code, out, err = call("runs", "--json", "--sort", "train.batch_size")
-    assert (code, err) == (0, f"{run.folder}: has no config.yaml\n")
-    assert json.loads(out)[-1]["folder"] == str(run.folder)
+    assert (code, err) == (0, f"{run.run_dir}: has no config.yaml\n")
+    assert json.loads(out)[-1]["run_dir"] == str(run.run_dir)
 
 
 def test_a_record_of_odd_things_is_listed_all_the_same(make: Make, call: Call) -> None:
     run = make(result=None)
-    run.note(name="[x]", status="ODD", mlflow={}, sweep="there", oom=0, error={"a": [None]})
+    run.update(name="[x]", status="ODD", mlflow={}, sweep="there", oom=0, error={"a": [None]})
     words = ["--columns", "name,run_id,sweep,oom,error", "--sort", "status", "name!=x"]
     code, out, err = call("runs", *words)
     assert (code, err) == (0, "")
-    label = run.folder.relative_to(run.folder.parents[1]).as_posix()
+    label = run.run_dir.relative_to(run.run_dir.parents[1]).as_posix()
     odd = ["[x]", "null", "null", "true", '{"a": [null]}']
     assert table(out)[1] == [label, "ODD", "", "", "", "", "", "", *odd]
 
 
 def test_a_record_of_another_shape_is_told_of_and_not_listed(make: Make, call: Call) -> None:
     odd, good = make(result=None), make()
-    odd.note(result=["[b]"])
+    odd.update(result=["[b]"])
     code, out, err = call("runs", "--json")
-    assert [each["folder"] for each in json.loads(out)] == [str(good.folder)]
+    assert [each["run_dir"] for each in json.loads(out)] == [str(good.run_dir)]
     assert code == 0
     assert err.endswith("run.json: is not the record of a run: result=['[b]'] is nothing that a run writes\n")
 
 
 def test_a_file_is_read_only_when_a_key_needs_it(make: Make, call: Call) -> None:
     run = make()
-    (run.folder / "config.yaml").write_text("{")
-    (run.folder / "metrics.jsonl").write_text("{")
+    (run.run_dir / "config.yaml").write_text("{")
+    (run.run_dir / "metrics.jsonl").write_text("{")
     assert listed(call, "status=FINISHED", "--sort", "seconds") == names([run])
 
 
@@ -560,11 +560,11 @@ def complete(run: Run, threads: int = 2, key: str = "k") -> Run:
         "dataset.json",
         {
             "key": key,
-            "made_from": {"source": {"count": 300, "fonts": []}},
+            "provenance": {"source": {"count": 300, "fonts": []}},
             "images_sha256": "cd" * 32,
             "splits": {"train": 150},
             "files": [{"file": "a.png"}],
-            "refused": [{"file": "b.png", "reason": "is cut short"}],
+            "rejected": [{"file": "b.png", "reason": "is cut short"}],
         },
     )
     return run
@@ -588,7 +588,7 @@ def test_diff_names_what_differs_section_by_section(make: Make, call: Call, tiny
         threads=1,
         key="l",
     )
-    assert told(call, str(first.folder), str(second.folder)) == {
+    assert told(call, str(first.run_dir), str(second.run_dir)) == {
         "config": {"train.batch_size": [64, 32], "train.patience": [None, 3]},
         "environment": {"device.threads": [2, 1]},
         "dataset": {"key": ["k", "l"]},
@@ -605,16 +605,16 @@ def test_diff_names_what_differs_section_by_section(make: Make, call: Call, tiny
 
 def test_diff_with_all_names_what_is_the_same_too(make: Make, call: Call) -> None:
     first, second = complete(make()), complete(make())
-    values = told(call, "--all", str(first.folder), str(second.folder))
+    values = told(call, "--all", str(first.run_dir), str(second.run_dir))
     assert values["config"]["train.batch_size"] == [64, 64]
     assert values["environment"]["device.flags"] == [[1, 2], [1, 2]]
     assert values["dataset"] == {
         "key": ["k", "k"],
-        "made_from.source.count": [300, 300],
-        "made_from.source.fonts": [[], []],
+        "provenance.source.count": [300, 300],
+        "provenance.source.fonts": [[], []],
         "images_sha256": ["cd" * 32, "cd" * 32],
         "splits.train": [150, 150],
-        "refused": [1, 1],
+        "rejected": [1, 1],
     }
     assert values["metrics"]["val/accuracy"] == [0.9, 0.9]
 
@@ -631,7 +631,7 @@ def test_diff_puts_numbers_side_by_side_with_their_difference(make: Make, call: 
     first = complete(make())
     rows = ({**ROWS[0], "val/accuracy": 0.92, "memory/eval_peak_mib": 5.0}, {"train/loss": float("nan")})
     second = complete(make(rows=rows, result={**RESULT, "best_epoch": 1, "weights_sha256": "ef" * 32}))
-    code, out, err = call("diff", str(first.folder), str(second.folder))
+    code, out, err = call("diff", str(first.run_dir), str(second.run_dir))
     assert (code, err) == (0, "")
     assert out.splitlines()[:3] == ["config: the same", "environment: the same", "dataset: the same"]
     assert out.splitlines()[3].strip() == "metrics: 5 of 6 differ"
@@ -652,19 +652,19 @@ def test_diff_puts_numbers_side_by_side_with_their_difference(make: Make, call: 
 
 def test_diff_says_which_file_a_run_lacks(make: Make, call: Call) -> None:
     whole, early = complete(make()), make(rows=(), result=None, status="FAILED", error="[/] no\nroom")
-    code, out, err = call("diff", str(whole.folder), str(early.folder))
+    code, out, err = call("diff", str(whole.run_dir), str(early.run_dir))
     assert (code, err) == (0, "")
     assert out.splitlines()[:4] == [
         "config: the same",
-        f"environment: {early.folder}: has no environment.json",
-        f"dataset: {early.folder}: has no dataset.json",
-        f"metrics: {early.folder}: has no metrics.jsonl",
+        f"environment: {early.run_dir}: has no environment.json",
+        f"dataset: {early.run_dir}: has no dataset.json",
+        f"metrics: {early.run_dir}: has no metrics.jsonl",
     ]
     assert table(out)[1:3] == [
         ["status", "FINISHED", "FAILED", ""],
         ["error", "null", r"[/] no\nroom", ""],
     ]
-    code, out, err = call("diff", "--json", str(whole.folder), str(early.folder))
+    code, out, err = call("diff", "--json", str(whole.run_dir), str(early.run_dir))
     assert [title for title, values in json.loads(out).items() if values is None] == [
         "environment",
         "dataset",
@@ -676,17 +676,19 @@ def test_diff_says_which_file_a_run_lacks(make: Make, call: Call) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "5"])
 def test_diff_goes_on_where_a_file_is_damaged(make: Make, call: Call, text: str) -> None:
     run = complete(make())
-    (run.folder / "environment.json").write_text(text)
+    (run.run_dir / "environment.json").write_text(text)
     code, out, err = call("diff", "latest", "latest")
     assert (code, err) == (0, "")
-    assert out.splitlines()[1].startswith(f"environment: {run.folder / 'environment.json'}: cannot be read: ")
+    assert out.splitlines()[1].startswith(
+        f"environment: {run.run_dir / 'environment.json'}: cannot be read: "
+    )
     assert len(out.splitlines()) == 5
 
 
 def test_a_long_value_is_cut_and_told_to_be(make: Make, call: Call, tiny: Config) -> None:
     first = make()
     second = make(replace(tiny, data=replace(tiny.data, cache="c" * 300)))
-    cells = table(call("diff", str(first.folder), str(second.folder))[1])
+    cells = table(call("diff", str(first.run_dir), str(second.run_dir))[1])
     assert cells[1][2] == "c" * 100 + "... (300 characters)"
 
 
@@ -711,7 +713,7 @@ def test_a_run_that_is_none_is_refused(make: Make, call: Call) -> None:
     ],
 )
 def test_same_means_the_same_to_a_reader(first: object, second: object, equal: bool) -> None:
-    assert same(first, second) is equal
+    assert is_equal(first, second) is equal
 
 
 @pytest.mark.parametrize(
@@ -727,7 +729,7 @@ def test_same_means_the_same_to_a_reader(first: object, second: object, equal: b
     ],
 )
 def test_a_difference_has_its_sign_and_unit(key: str, first: object, second: object, text: str) -> None:
-    assert difference(key, first, second) == text
+    assert format_difference(key, first, second) == text
 
 
 # -- the real command ----------------------------------------------------------------------------------------
@@ -748,7 +750,7 @@ def test_the_real_command_lists_and_compares(make: Make, root: Path, tmp_path_fa
 
     listing = shell("runs", "test/accuracy>80%")
     assert [row[0] for row in table(listing)[1:]] == [said(first, "folder")]
-    short = [str(run.folder.relative_to(root / "outputs")) for run in (first, second)]
+    short = [str(run.run_dir.relative_to(root / "outputs")) for run in (first, second)]
     assert json.loads(shell("diff", *short, "--json"))["metrics"] == {"test/accuracy": [0.9, 0.7]}
 
 

@@ -23,32 +23,32 @@ from support.faults import planted
 from captcha_exp import runs
 from captcha_exp.cli import main
 from captcha_exp.cli import sweep as sweeping
-from captcha_exp.config import Config, Mlflow
+from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.errors import ConfigError, RunFailed, UserError
-from captcha_exp.memory.interval import Between
-from captcha_exp.runtime.device import this_machine
-from captcha_exp.runtime.shutdown import TimeIsUp, undisturbed
+from captcha_exp.memory.interval import MiBRange
+from captcha_exp.runtime.device import detect_machine
+from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record as recorded
 from captcha_exp.sweep import supervisor
-from captcha_exp.sweep.forecast import foretell
-from captcha_exp.sweep.record import Point, Sweep
-from captcha_exp.sweep.results import Became, rows
-from captcha_exp.sweep.runner import run
-from captcha_exp.sweep.summary import Verdict
-from captcha_exp.tracking import Parent
+from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.record import Job, Sweep
+from captcha_exp.sweep.results import Outcome, collect_results
+from captcha_exp.sweep.runner import run_sweep
+from captcha_exp.sweep.summary import SweepSummary
+from captcha_exp.tracking import SweepParentRun
 from captcha_exp.training import oom
 
 Launch = Callable[[Path, Sequence[int]], None]
 
 
-def points_of(tiny: Config, count: int = 3) -> list[Point]:
+def points_of(tiny: Config, count: int = 3) -> list[Job]:
     return [
-        Point(number=n, swept={"seed": str(n)}, choices={}, requested=replace(tiny, seed=n))
+        Job(number=n, swept={"seed": str(n)}, choices={}, requested=replace(tiny, seed=n))
         for n in range(1, count + 1)
     ]
 
 
-def recording(became: Became = "finished", launched: list[int] | None = None) -> Launch:
+def recording(became: Outcome = "finished", launched: list[int] | None = None) -> Launch:
     """A launcher whose points leave a record and nothing else."""
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
@@ -61,16 +61,16 @@ def recording(became: Became = "finished", launched: list[int] | None = None) ->
     return launch
 
 
-def record_of(sweep: Sweep, number: int, became: Became) -> runs.Run:
-    point = sweep.points[number - 1]
-    run = runs.create(point.requested, point.requested, sweep.new_attempt(point))
+def record_of(sweep: Sweep, number: int, became: Outcome) -> runs.Run:
+    point = sweep.jobs[number - 1]
+    run = runs.create_run(point.requested, point.requested, sweep.new_attempt(point))
     match became:
         case "killed":
-            run.note(pid=2**22 + 1)  # no process has it
+            run.update(pid=2**22 + 1)  # no process has it
         case "failed":
             run.close("FAILED", "a mistake")
         case "oom" | "unfit":
-            run.note(**{became: {"remedies": []}})
+            run.update(**{became: {"remedies": []}})
             run.close("FINISHED")
         case _:
             run.close("FINISHED")
@@ -81,16 +81,16 @@ class Told:
     """What a sweep tells at its end."""
 
     def __init__(self) -> None:
-        self.verdicts: list[Verdict] = []
+        self.verdicts: list[SweepSummary] = []
         self.sweep: Sweep | None = None
 
-    def __call__(self, sweep: Sweep, verdict: Verdict) -> None:
+    def __call__(self, sweep: Sweep, verdict: SweepSummary) -> None:
         self.sweep = sweep
         self.verdicts.append(verdict)
 
 
-def became(verdict: Verdict) -> list[str]:
-    return [row.became for row in verdict.rows]
+def became(verdict: SweepSummary) -> list[str]:
+    return [row.became for row in verdict.results]
 
 
 # -- interrupted, and gone on with ---------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_a_signal_waits_for_the_last_words(number: signal.Signals) -> None:
     said = []
 
     def speak() -> None:
-        with undisturbed():
+        with defer_signals():
             signal.raise_signal(number)  # a second Ctrl-C would end this process at once
             said.append("the last word")
 
@@ -119,7 +119,7 @@ def test_in_a_thread_that_hears_no_signal_there_is_nothing_to_wait_with() -> Non
     said = []
 
     def speak() -> None:
-        with undisturbed():
+        with defer_signals():
             said.append(True)
 
     thread = threading.Thread(target=speak)
@@ -129,7 +129,7 @@ def test_in_a_thread_that_hears_no_signal_there_is_nothing_to_wait_with() -> Non
 
 
 def test_interrupted_in_the_second_point_and_gone_on_with(tiny: Config) -> None:
-    found, told, heard = foretell(points_of(tiny), Heard()), Told(), Heard()
+    found, told, heard = plan_jobs(points_of(tiny), Heard()), Told(), Heard()
 
     def interrupted(folder: Path, numbers: Sequence[int]) -> None:
         recording()(folder, numbers[:1])
@@ -137,18 +137,18 @@ def test_interrupted_in_the_second_point_and_gone_on_with(tiny: Config) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(found, interrupted, 1, heard, told)
+        run_sweep(found, interrupted, 1, heard, told)
     (verdict,) = told.verdicts
     assert told.sweep is not None
-    folder = told.sweep.folder
+    folder = told.sweep.sweep_dir
     assert became(verdict) == ["finished", "killed", "not run"]
-    assert json.loads((folder / "verdict.json").read_text())["points"][1]["became"] == "killed"
+    assert json.loads((folder / "summary.json").read_text())["points"][1]["became"] == "killed"
     states = [json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/run.json"))]
     assert states == ["FINISHED", "KILLED"]
 
-    sweep = recorded.find(folder.name if (Path.cwd() / folder.name).exists() else str(folder))
+    sweep = recorded.find_sweep(folder.name if (Path.cwd() / folder.name).exists() else str(folder))
     assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "KeyboardInterrupt")
-    sweep.note(pid=2**22 + 1)  # another process, that is gone
+    sweep.update(pid=2**22 + 1)  # another process, that is gone
     launched: list[int] = []
     seen = {}
 
@@ -156,30 +156,30 @@ def test_interrupted_in_the_second_point_and_gone_on_with(tiny: Config) -> None:
         seen.update(Sweep(folder).state)
         recording(launched=launched)(folder, numbers)
 
-    verdict = run(foretell(sweep.points, heard), launch, 1, heard, told, Sweep(folder))
+    verdict = run_sweep(plan_jobs(sweep.jobs, heard), launch, 1, heard, told, Sweep(folder))
     assert (seen["status"], seen["pid"]) == ("RUNNING", os.getpid()), "it is this process's own now"
     assert launched == [2, 3]
     assert became(verdict) == ["finished"] * 3
-    assert [row.attempts for row in verdict.rows] == [1, 2, 1]
+    assert [row.attempts for row in verdict.results] == [1, 2, 1]
     assert Sweep(folder).state["status"] == "FINISHED"
     assert "1 of them are settled already" in heard.lines
 
 
 def test_what_has_a_result_is_not_run_again(tiny: Config) -> None:
-    found, told = foretell(points_of(tiny, 5), Heard()), Told()
-    kinds: list[Became] = ["finished", "oom", "unfit", "failed", "killed"]
+    found, told = plan_jobs(points_of(tiny, 5), Heard()), Told()
+    kinds: list[Outcome] = ["finished", "oom", "unfit", "failed", "killed"]
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         for number, kind in zip(numbers, kinds, strict=True):
             record_of(Sweep(folder), number, kind)
 
-    assert became(run(found, launch, 1, Heard(), told)) == kinds
+    assert became(run_sweep(found, launch, 1, Heard(), told)) == kinds
     assert told.sweep is not None
     launched: list[int] = []
-    sweep = Sweep(told.sweep.folder)
-    again = run(found, recording(launched=launched), 1, Heard(), told, sweep)
+    sweep = Sweep(told.sweep.sweep_dir)
+    again = run_sweep(found, recording(launched=launched), 1, Heard(), told, sweep)
     assert launched == [4, 5]
-    assert again.failed is False
+    assert again.has_failures is False
 
 
 # -- a limit of time -----------------------------------------------------------------------------------------
@@ -191,60 +191,60 @@ def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
     """The first point ends in time, the second is ended by it, the third is not begun."""
     begun: list[tuple[str, float]] = []
 
-    def train(order: supervisor.Order, folder: Path, _: object) -> None:
-        assert order.leave_at is not None
-        begun.append((order.name or "", order.leave_at))
+    def train(order: supervisor.TrainJob, folder: Path, _: object) -> None:
+        assert order.deadline is not None
+        begun.append((order.name or "", order.deadline))
         run = (
-            runs.reopen(folder)
+            runs.reopen_run(folder)
             if (folder / "run.json").exists()
-            else runs.create(order.requested, order.requested, folder)
+            else runs.create_run(order.requested, order.requested, folder)
         )
         run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
-        time.sleep(max(0.0, order.leave_at - time.time()) if len(begun) == 2 else 0.0)
+        time.sleep(max(0.0, order.deadline - time.time()) if len(begun) == 2 else 0.0)
         run.close(*(("KILLED", "TimeIsUp") if len(begun) == 2 else ("FINISHED", None)))
 
     def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
         for number in numbers:
-            supervisor.run_point(folder, number)
+            supervisor.run_job(folder, number)
 
     monkeypatch.setattr(supervisor, "_train", train)
     monkeypatch.setattr(sweeping, "_launch", launch)
     words = (*TINY, "tracking=none", "seed=1,2,3")
-    with pytest.raises(TimeIsUp, match="the same command goes on") as caught:
-        train_all(*words, "train.stop_after_minutes=0.05")
+    with pytest.raises(TimeLimitReached, match="the same command goes on") as caught:
+        train_all(*words, "train.max_minutes=0.05")
     assert caught.value.exit_code == 75
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
     assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeIsUp")
-    assert json.loads((path.parent / "verdict.json").read_text())["title"].startswith("sweep of seed: ")
-    assert [row.became for row in rows(sweep)] == ["finished", "killed", "not run"]
+    assert json.loads((path.parent / "summary.json").read_text())["title"].startswith("sweep of seed: ")
+    assert [row.became for row in collect_results(sweep)] == ["finished", "killed", "not run"]
     assert len({moment for _, moment in begun}) == 1, "the points have one time together"
 
-    assert train_all(*words, "train.stop_after_minutes=5", resume="auto") == 0
+    assert train_all(*words, "train.max_minutes=5", resume="auto") == 0
     assert [name for name, _ in begun] == ["seed=1", "seed=2", "seed=2", "seed=3"]
     assert begun[-1][1] > begun[0][1] + 60
-    assert [row.attempts for row in rows(Sweep(path.parent))] == [1, 1, 1]
+    assert [row.attempts for row in collect_results(Sweep(path.parent))] == [1, 1, 1]
 
 
 def test_a_point_on_another_machine_has_a_time_of_its_own(root: Path, launched: list[Any]) -> None:
-    assert train_all(*GRID, "train.stop_after_minutes=2") == 0
+    assert train_all(*GRID, "train.max_minutes=2") == 0
     sweep = Sweep(next((root / "outputs").glob("*/*/sweep.json")).parent)
     until = datetime.fromisoformat(sweep.state["limit"]["until"]).timestamp()
-    assert supervisor._leave_at(sweep) == until
+    assert supervisor._job_deadline(sweep) == until
     sweep.state["limit"]["until"] = "2000-01-01T00:00:00+00:00"
     sweep.state["host"] = "elsewhere"
-    leave_at = supervisor._leave_at(sweep)
+    leave_at = supervisor._job_deadline(sweep)
     assert leave_at is not None
     assert time.time() + 100 < leave_at < time.time() + 121
     del sweep.state["limit"]  # a record of before
-    assert supervisor._leave_at(sweep) is None
+    assert supervisor._job_deadline(sweep) is None
 
 
 def test_a_sweep_has_one_limit_of_time(root: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        train_all(*TINY, "train.stop_after_minutes=1,2.5")
+        train_all(*TINY, "train.max_minutes=1,2.5")
     assert caught.value.lines == (
-        "train.stop_after_minutes=1.0,2.5: is the time that the whole sweep may take; write one value",
+        "train.max_minutes=1.0,2.5: is the time that the whole sweep may take; write one value",
     )
     assert not (root / "outputs").exists()
 
@@ -256,7 +256,7 @@ GRID = (*TINY, "tracking=none", "seed=1,2")
 
 def train_all(*words: str, resume: str = "never", display: Heard | None = None) -> int:
     arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
-    return sweeping.train_all(arguments, this_machine(best_batch_size=lambda _: 1), display or Heard())
+    return sweeping.train_sweep(arguments, detect_machine(best_batch_size=lambda _: 1), display or Heard())
 
 
 @pytest.fixture
@@ -276,11 +276,11 @@ def cut(place: Path) -> Path:
     """The folder of the only sweep, whose second point is as if it never was."""
     (path,) = (place / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
-    (folder,) = sweep.attempts(sweep.points[1])
+    (folder,) = sweep.attempts(sweep.jobs[1])
     state = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(state | {"status": "KILLED"}))
-    sweep.note(status="KILLED")
-    return sweep.folder
+    sweep.update(status="KILLED")
+    return sweep.sweep_dir
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,8 @@ def cut(place: Path) -> Path:
         (GRID[::-1], "folder"),
         (GRID, "auto"),
         (("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "folder"),
-        (("train.stop_after_minutes=9",), "folder"),
-        ((*GRID, "train.stop_after_minutes=9"), "auto"),
+        (("train.max_minutes=9",), "folder"),
+        ((*GRID, "train.max_minutes=9"), "auto"),
     ],
     ids=["nothing", "the same", "in another order", "auto", "another launcher", "a limit", "auto, a limit"],
 )
@@ -305,18 +305,18 @@ def test_resume_with(words: tuple[str, ...], resume: str, root: Path, launched: 
     assert train_all(*words, resume=str(moved) if resume == "folder" else resume) == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
-    assert [row.attempts for row in rows(Sweep(moved))] == [1, 2]
+    assert [row.attempts for row in collect_results(Sweep(moved))] == [1, 2]
     limit = Sweep(moved).state["limit"]
-    assert (limit and limit["minutes"]) == (9 if "train.stop_after_minutes=9" in words else None)
+    assert (limit and limit["minutes"]) == (9 if "train.max_minutes=9" in words else None)
     assert not folder.exists()
 
 
 def test_a_finished_sweep_gets_its_verdict_once_more(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
     (path,) = (root / "outputs").glob("*/*/sweep.json")
-    (path.parent / "verdict.json").unlink()
+    (path.parent / "summary.json").unlink()
     assert train_all(resume=str(path.parent)) == 0
-    assert (path.parent / "verdict.json").is_file()
+    assert (path.parent / "summary.json").is_file()
     assert Sweep(path.parent).state["status"] == "FINISHED"
     assert len(launched) == 1
 
@@ -326,7 +326,7 @@ def test_by_itself_an_unfinished_sweep_of_other_code_is_told_of_and_left(
 ) -> None:
     assert train_all(*GRID) == 0
     folder = cut(root)
-    Sweep(folder).note(code_sha256="0" * 64)
+    Sweep(folder).update(code_sha256="0" * 64)
     heard = Heard()
     assert train_all(*GRID, resume="auto", display=heard) == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [1, 2]]
@@ -392,16 +392,18 @@ def test_a_sweep_is_gone_on_with_as_a_sweep(root: Path, launched: list[Any]) -> 
 
 
 def test_a_parent_that_was_deleted_in_mlflow_is_made_anew(root: Path) -> None:
-    parent = Parent(Mlflow(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"), Heard())
+    parent = SweepParentRun(
+        MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"), Heard()
+    )
     state = {"host": "h", "pid": 1, "process_started": 1.0}
-    parent.begin(root, state, {"seed": "1, 2"})
+    parent.start(root, state, {"seed": "1, 2"})
     known = parent.run_id
     assert known is not None
 
-    assert parent.go_on(known)
+    assert parent.resume(known)
     parent._client.delete_run(known)
-    assert not parent.go_on(known)
-    assert not parent.go_on("0" * 32), "the store is another one"
+    assert not parent.resume(known)
+    assert not parent.resume("0" * 32), "the store is another one"
 
 
 # -- odd words, and mistakes ---------------------------------------------------------------------------------
@@ -426,23 +428,23 @@ def test_any_folder_gets_through_hydra(path: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    (override,) = OverridesParser.create().parse_overrides([f"dir={sweeping._literally(path)}"])
+    (override,) = OverridesParser.create().parse_overrides([f"dir={sweeping._quote_for_hydra(path)}"])
     assert OmegaConf.create({"dir": override.value()}).dir == path
 
 
 def test_values_that_no_file_name_can_have_get_folders_of_their_own(tiny: Config) -> None:
     values = ["a/b", "a\\b", "a b", "../..", "", "ä" * 300, "[b]", "x\ny"]
     points = [
-        Point(number=n, swept={"captcha.width": v, "data.width": v}, choices={}, requested=tiny)
+        Job(number=n, swept={"captcha.width": v, "data.width": v}, choices={}, requested=tiny)
         for n, v in enumerate(values, 1)
     ]
-    sweep = recorded.create("tiny", points, {})
+    sweep = recorded.create_sweep("tiny", points, {})
     folders = [sweep.new_attempt(point) for point in points for _ in range(2)]
 
     assert len(set(folders)) == 2 * len(values)
-    assert {folder.parent for folder in folders} == {sweep.folder}
+    assert {folder.parent for folder in folders} == {sweep.sweep_dir}
     assert all(len(folder.name) < 100 for folder in folders)
-    assert Sweep(sweep.folder).points == points
+    assert Sweep(sweep.sweep_dir).jobs == points
     assert points[0].name == "captcha.width=a/b data.width=a/b"
 
 
@@ -467,22 +469,22 @@ def test_a_verdict_that_cannot_be_written_is_told(tiny: Config) -> None:
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         recording()(folder, numbers)
-        (folder / "verdict.json").mkdir()
+        (folder / "summary.json").mkdir()
 
     with pytest.raises(RunFailed, match="make room"):
-        run(foretell(points_of(tiny), Heard()), launch, 1, heard, told)
+        run_sweep(plan_jobs(points_of(tiny), Heard()), launch, 1, heard, told)
     assert became(told.verdicts[0]) == ["finished"] * 3
     assert any("the verdict cannot be written" in line for line in heard.warnings)
 
 
 def test_a_record_that_stops_in_the_middle_is_a_row(tiny: Config) -> None:
     """Killed before config.yaml was written; damaged; an empty folder."""
-    sweep = recorded.create("tiny", points_of(tiny), {"foretold": [None] * 3})
-    (record_of(sweep, 1, "killed").folder / "config.yaml").unlink()
-    (record_of(sweep, 2, "finished").folder / "run.json").write_text('{"status": "FIN')
-    sweep.new_attempt(sweep.points[2])
+    sweep = recorded.create_sweep("tiny", points_of(tiny), {"foretold": [None] * 3})
+    (record_of(sweep, 1, "killed").run_dir / "config.yaml").unlink()
+    (record_of(sweep, 2, "finished").run_dir / "run.json").write_text('{"status": "FIN')
+    sweep.new_attempt(sweep.jobs[2])
 
-    found = rows(sweep)
+    found = collect_results(sweep)
     assert [row.became for row in found] == ["killed", "failed", "not run"]
     assert "cannot be read as the record of a run" in (found[1].error or "")
 
@@ -493,7 +495,7 @@ def process_of(script: str, folder: Path, listen: Callable[[str], None], monkeyp
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
-    return supervisor._Process(folder / "gone" / "1-x", listen)
+    return supervisor._ChildProcess(folder / "gone" / "1-x", listen)
 
 
 def test_neither_a_log_nor_a_terminal_that_is_gone_stops_a_process(
@@ -531,12 +533,12 @@ def test_a_process_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pyte
 def test_no_remedy_is_sought_where_the_context_alone_is_too_much(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = foretell(points_of(tiny, 1), Heard())
+    (found,) = plan_jobs(points_of(tiny, 1), Heard())
     assert found.plan is not None
     monkeypatch.setattr(oom, "advise", None)
-    plan = replace(found.plan, budget_mib=Between(100.0, 100.0))
+    plan = replace(found.plan, budget_mib=MiBRange(100.0, 100.0))
 
-    assert oom.remedies(plan, found.pictures, found.config, Heard()) == []
+    assert oom.find_remedies(plan, found.split_sizes, found.config, Heard()) == []
 
 
 # -- Ctrl-C for real -----------------------------------------------------------------------------------------
@@ -577,9 +579,9 @@ def test_interrupted_at_a_terminal(
     assert psutil.wait_procs(there, timeout=2)[1] == []
     told = json.loads(said)
     assert told["points"][0]["became"] == "killed"
-    assert json.loads((Path(told["folder"]) / "verdict.json").read_text())["title"] == told["title"]
-    states = [json.loads(path.read_text()) for path in Path(told["folder"]).glob("*/run.json")]
+    assert json.loads((Path(told["run_dir"]) / "summary.json").read_text())["title"] == told["title"]
+    states = [json.loads(path.read_text()) for path in Path(told["run_dir"]).glob("*/run.json")]
     assert "RUNNING" not in {state["status"] for state in states}
-    assert json.loads((Path(told["folder"]) / "sweep.json").read_text())["status"] == "KILLED"
+    assert json.loads((Path(told["run_dir"]) / "sweep.json").read_text())["status"] == "KILLED"
     if not words and number == signal.SIGINT:
         assert states[0]["error"] == "interrupted", "it waits inside a step, and was made to end"

@@ -13,18 +13,23 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from captcha_exp import compose, load
-from captcha_exp.cli.hydra_config import compose_checked
-from captcha_exp.config import Card, Machine, Mlflow, leaves, load_card, resolve, to_dict, to_yaml
+from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.config import GpuSpec, Machine, MlflowConfig, flatten, load_gpu, resolve, to_dict, to_yaml
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.runtime.paths import conf
+from captcha_exp.runtime.paths import conf_dir
 
 NO_CARD = Machine(
-    devices=("cpu",), cores=3, root=Path("/somewhere"), why_not={"cuda": "no card", "mps": "no Mac"}
+    devices=("cpu",),
+    num_cores=3,
+    root=Path("/somewhere"),
+    unavailable_reason={"cuda": "no card", "mps": "no Mac"},
 )
-TWO_CARDS = Machine(devices=("cuda", "cuda:0", "cuda:1", "cpu"), cores=8, root=Path("/somewhere"), why_not={})
+TWO_CARDS = Machine(
+    devices=("cuda", "cuda:0", "cuda:1", "cpu"), num_cores=8, root=Path("/somewhere"), unavailable_reason={}
+)
 
 # Every file of every group, as an override.
-CHOICES = sorted(f"{file.parent.name}={file.stem}" for file in conf().glob("*/*.yaml"))
+CHOICES = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("*/*.yaml"))
 
 
 def complete(choice: str) -> tuple[str, ...]:
@@ -45,7 +50,7 @@ def plain(*overrides: str) -> dict[str, Any]:
 
 def mistakes(*overrides: str, config_dir: Path | None = None) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        compose_checked(overrides, str(config_dir) if config_dir else None).checked(NO_CARD)
+        try_compose(overrides, str(config_dir) if config_dir else None).to_config(NO_CARD)
     return caught.value.lines
 
 
@@ -71,7 +76,7 @@ def put(values: dict[str, Any], key: str, *value: Any) -> dict[str, Any]:
     return changed
 
 
-KEYS = sorted(set(keys(plain("data=wheezy"))) - {"card.total_mib"})  # null, or a group of keys
+KEYS = sorted(set(keys(plain("data=wheezy"))) - {"gpu.total_mib"})  # null, or a group of keys
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ def test_a_tracking_uri_that_is_a_plain_folder_is_refused(uri: str) -> None:
 @pytest.mark.parametrize("uri", ["auto", "sqlite:////tmp/a.db", "http://127.0.0.1:5000", "https://me@host"])
 def test_a_tracking_uri_without_a_secret_is_accepted(uri: str) -> None:
     tracking = load(compose(f"tracking.uri={uri}")).tracking
-    assert isinstance(tracking, Mlflow)
+    assert isinstance(tracking, MlflowConfig)
     assert tracking.uri == uri
 
 
@@ -341,7 +346,7 @@ def test_a_wrong_value_at_any_key_gives_one_line_that_begins_with_the_key(key: s
 
 
 # Not in every file of a GPU that a user wrote: it came later.
-OPTIONAL = {"card.compute_capability"}
+OPTIONAL = {"gpu.compute_capability"}
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in OPTIONAL])
@@ -352,7 +357,7 @@ def test_no_key_has_a_default_outside_conf(key: str) -> None:
     assert line.startswith((f"{key}=", f"{key}:"))
 
 
-GROUPS = ["", "captcha.", "data.", "model.", "train.", "device.", "card.", "card.context_mib.", "tracking."]
+GROUPS = ["", "captcha.", "data.", "model.", "train.", "device.", "card.", "gpu.context_mib.", "tracking."]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -371,7 +376,7 @@ def test_a_mistake_tells_the_meaning_of_the_key_also_where_a_group_inherits_it(k
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_file_in_conf_is_a_choice_that_loads(choice: str) -> None:
     config = load(composed(*complete(choice)))
-    assert set(leaves(config)) == set(keys(plain(*complete(choice))))
+    assert set(flatten(config)) == set(keys(plain(*complete(choice))))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -387,24 +392,24 @@ def test_a_saved_config_loads_as_the_same_config(choice: str, tmp_path: Path) ->
 @pytest.mark.parametrize("machine", [NO_CARD, TWO_CARDS])
 def test_resolve_turns_every_auto_into_a_value_once(choice: str, machine: Machine) -> None:
     resolved = resolve(load(composed(*complete(choice))), machine)
-    assert [key for key, value in leaves(resolved).items() if value == "auto"] == []
+    assert [key for key, value in flatten(resolved).items() if value == "auto"] == []
     assert resolve(resolved, machine) == resolved
 
 
-@pytest.mark.parametrize("file", sorted((conf() / "card").glob("*.yaml")), ids=lambda file: str(file.stem))
+@pytest.mark.parametrize("file", sorted((conf_dir() / "gpu").glob("*.yaml")), ids=lambda file: str(file.stem))
 def test_every_card_has_every_figure_with_its_bounds_and_its_source(file: Path) -> None:
-    card = load_card(file)
+    gpu = load_gpu(file)
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert list(written) == [field.name for field in dataclasses.fields(Card)]
+    assert list(written) == [field.name for field in dataclasses.fields(GpuSpec)]
     for key, figure in written.items():
         if key in ("name", "compute_capability") or (key, file.stem) == ("total_mib", "generic"):
             continue
         assert list(figure) == ["least", "most", "source"], key
         assert 0 <= figure["least"] <= figure["most"], key
         assert len(figure["source"]) > 5, key
-    assert card.fp16_speed.most > 0
-    assert card.bf16_speed.most > 0
-    assert (card.total_mib is None) == (file.stem == "generic")  # it may be any
+    assert gpu.fp16_speedup.max > 0
+    assert gpu.bf16_speedup.max > 0
+    assert (gpu.total_mib is None) == (file.stem == "generic")  # it may be any
 
 
 # -- load and resolve ----------------------------------------------------------------------------------------
@@ -418,7 +423,7 @@ def test_load_edits_nothing() -> None:
 
 
 def test_resolve_takes_the_first_device_all_cores_and_the_store_beside_the_outputs() -> None:
-    resolved = leaves(resolve(load(composed()), TWO_CARDS))
+    resolved = flatten(resolve(load(composed()), TWO_CARDS))
     assert resolved["device.name"] == "cuda"
     assert resolved["device.threads"] == resolved["data.workers"] == "8"
     assert resolved["tracking.uri"] == "sqlite:////somewhere/mlruns/mlflow.db"
@@ -430,7 +435,7 @@ def test_resolve_takes_the_first_device_all_cores_and_the_store_beside_the_outpu
 )
 def test_resolve_leaves_alone_what_was_asked_for(override: str) -> None:
     key, _, value = override.partition("=")
-    assert leaves(resolve(load(compose(override)), TWO_CARDS))[key] == value
+    assert flatten(resolve(load(compose(override)), TWO_CARDS))[key] == value
 
 
 def test_resolve_refuses_a_device_that_is_not_here() -> None:
@@ -440,8 +445,8 @@ def test_resolve_refuses_a_device_that_is_not_here() -> None:
 
 @pytest.mark.parametrize("key", ["seed", "data.seed", "data.split_seed"])
 def test_zero_is_a_seed_like_any_other(key: str) -> None:
-    assert leaves(resolve(load(compose(f"{key}=0")), NO_CARD))[key] == "0"
-    assert leaves(load(compose(f"{key}=7")))[key] == "7"
+    assert flatten(resolve(load(compose(f"{key}=0")), NO_CARD))[key] == "0"
+    assert flatten(load(compose(f"{key}=7")))[key] == "7"
 
 
 @pytest.mark.parametrize(
@@ -459,7 +464,7 @@ def test_zero_is_a_seed_like_any_other(key: str) -> None:
 )
 def test_one_override_changes_one_thing(override: str) -> None:
     key, _, value = override.partition("=")
-    before, after = leaves(load(composed())), leaves(load(compose(override)))
+    before, after = flatten(load(composed())), flatten(load(compose(override)))
     assert {k: after[k] for k in after if after[k] != before[k]} == {key: value}
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp.config.validators import alphabet_mistake
+from captcha_exp.config.validators import alphabet_error
 from captcha_exp.data.alphabet import Alphabet
 
 DIGITS = Alphabet("0123456789")
@@ -54,16 +54,16 @@ def test_a_character_outside_the_alphabet_is_refused_by_name() -> None:
     ],
 )
 def test_fold_takes_a_letter_for_the_only_case_that_there_is(characters: str, text: str, folded: str) -> None:
-    assert Alphabet(characters).fold(text) == folded
+    assert Alphabet(characters).fold_case(text) == folded
 
 
 @settings(deadline=None)
 @given(ALPHABETS, st.text())
 def test_fold_changes_nothing_but_the_case_of_strangers(characters: str, text: str) -> None:
     alphabet = Alphabet(characters)
-    folded = alphabet.fold(text)
+    folded = alphabet.fold_case(text)
     assert len(folded) == len(text)
-    assert alphabet.fold(folded) == folded
+    assert alphabet.fold_case(folded) == folded
     for before, after in zip(text, folded, strict=True):
         assert before == after or (before not in characters and after in characters)
         assert before == after or after in (before.lower(), before.upper())
@@ -90,14 +90,14 @@ def test_a_class_id_beyond_the_alphabet_is_refused(class_id: int) -> None:
     ],
 )
 def test_an_alphabet_that_cannot_be_read_off_a_picture_is_refused(characters: str, words: str) -> None:
-    assert words in (alphabet_mistake(characters) or "")
+    assert words in (alphabet_error(characters) or "")
     with pytest.raises(ValueError, match=r"^alphabet "):
         Alphabet(characters)
 
 
 @pytest.mark.parametrize("characters", ["01", "+-=x", "äöü", "你好", "o0O"])
 def test_an_alphabet_of_visible_characters_is_accepted(characters: str) -> None:
-    assert alphabet_mistake(characters) is None
+    assert alphabet_error(characters) is None
 
 
 def test_two_alphabets_with_the_same_characters_are_one_value() -> None:

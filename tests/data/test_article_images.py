@@ -17,7 +17,7 @@ FONTS = [
     Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
     for name in ("cmss10.ttf", "STIXGeneral.ttf", "DejaVuSansMono-Bold.ttf")
 ]
-DRAW = article.painter(120, 50, FONTS)
+DRAW = article.make_renderer(120, 50, FONTS)
 TILE = 30  # pixels: 120 shared by four
 TILTED = 43  # pixels: the side of a tile turned by 45 degrees
 SOFT = 1  # pixels that the blur reaches
@@ -29,7 +29,7 @@ def pixels(text: str, seed: int = 0) -> npt.NDArray[np.int16]:
 
 def labels(alphabet: str, count: int, length: int = 4) -> list[str]:
     stream = random.Random(7)
-    return [article.label(alphabet, length, stream) for _ in range(count)]
+    return [article.sample_label(alphabet, length, stream) for _ in range(count)]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., npt.NDArray[np.int
 
 def test_the_same_stream_draws_the_same_bytes_and_another_stream_others() -> None:
     pictures = [pixels("r865", seed) for seed in range(20)]
-    again = article.painter(120, 50, FONTS)
+    again = article.make_renderer(120, 50, FONTS)
     for seed, picture in enumerate(pictures):
         assert (np.asarray(again("r865", random.Random(seed))) == picture).all()
     assert len({picture.tobytes() for picture in pictures}) == 20
@@ -134,7 +134,7 @@ def test_a_label_has_the_length_asked_for(length: int) -> None:
 
 def test_an_alphabet_without_any_of_the_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"none of .* is in the alphabet '01lo'"):
-        article.label("01lo", 4, random.Random(0))
+        article.sample_label("01lo", 4, random.Random(0))
 
 
 # -- pictures -------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_an_alphabet_without_any_of_the_classes_is_refused() -> None:
 @pytest.mark.parametrize("length", range(1, 9))
 @pytest.mark.parametrize("size", [(60, 30), (120, 50), (100, 100), (333, 77)], ids=str)
 def test_any_length_in_any_size_has_ink(size: tuple[int, int], length: int) -> None:
-    draw = article.painter(*size, FONTS)
+    draw = article.make_renderer(*size, FONTS)
     text = "r865mwj2"[:length]
     picture, bare = (draw(t, random.Random(length)) for t in (text, " " * length))
     assert (picture.mode, picture.size) == ("RGB", size)
@@ -192,11 +192,11 @@ def test_the_ground_is_light() -> None:
 def test_the_ground_has_each_of_the_colours(without: Callable[..., npt.NDArray[np.int16]]) -> None:
     """The upper right corner is beyond the glow and beyond the tiles."""
     corners = Counter(tuple(without("r865", seed, RINGS=0)[0, -1]) for seed in range(200))
-    assert {ImageColor.getrgb(colour) for colour in article.LIGHT} == set(dict(corners.most_common(8)))
+    assert {ImageColor.getrgb(colour) for colour in article.LIGHT_COLORS} == set(dict(corners.most_common(8)))
 
 
 def test_the_glow_is_full_in_the_middle_and_gone_at_the_corners() -> None:
-    glow = np.asarray(article._glow(120, 50))
+    glow = np.asarray(article._glow_mask(120, 50))
     assert glow[24:26, 59:61].min() >= 250
     assert 12 <= glow[25, 0] <= 16, "a twentieth is left at the sides"
     assert glow[[0, 0, -1, -1], [0, -1, 0, -1]].max() == 0
@@ -223,7 +223,7 @@ def test_rings_lie_over_the_text(without: Callable[..., npt.NDArray[np.int16]]) 
 
 
 def test_a_ring_is_hollow_and_as_large_as_the_recipe_says() -> None:
-    ring = np.asarray(article._ring(5.0, 1.2))
+    ring = np.asarray(article._ring_mask(5.0, 1.2))
     middle = ring.shape[0] // 2
     assert ring[middle, middle] == 0
     along = np.nonzero(ring[middle])[0] - middle + 0.5
@@ -233,7 +233,7 @@ def test_a_ring_is_hollow_and_as_large_as_the_recipe_says() -> None:
 
 
 def test_an_outline_is_hollow() -> None:
-    filled, outlined = (article._glyph("E", FONTS[2], 27, width, TILE) for width in (0, 1))
+    filled, outlined = (article._glyph_mask("E", FONTS[2], 27, width, TILE) for width in (0, 1))
     inside = np.asarray(filled) == 255
     assert inside.sum() > 50
     assert (np.asarray(outlined)[inside] == 0).all()
@@ -244,4 +244,4 @@ def test_an_outline_is_hollow() -> None:
 def test_no_character_is_wider_than_its_tile(size: int) -> None:
     for path in FONTS:
         for drawn in article.DIGITS + article.LETTERS:
-            assert article._fitting(path, size, drawn, TILE).getlength(drawn) <= TILE
+            assert article._fit_font(path, size, drawn, TILE).getlength(drawn) <= TILE

@@ -21,7 +21,7 @@ from captcha_exp.config import Config, to_dict
 from captcha_exp.data import dataset, sources, splits
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.console import NullDisplay
 
 CPU = torch.device("cpu")
 
@@ -54,8 +54,10 @@ def looking(config: Config, **captcha: Any) -> Config:
     return replace(config, captcha=replace(config.captcha, **captcha))
 
 
-def prepare(config: Config, display: Silent | None = None) -> Dataset:
-    return dataset.prepare(dataset.outline(config, Silent()), config, display or Silent())
+def prepare(config: Config, display: NullDisplay | None = None) -> Dataset:
+    return dataset.load_or_build(
+        dataset.inspect_dataset(config, NullDisplay()), config, display or NullDisplay()
+    )
 
 
 def members(config: Config, labels: list[str]) -> dict[str, list[int]]:
@@ -115,7 +117,9 @@ def test_the_seed_of_the_weights_and_of_the_pictures_moves_no_label(config: Conf
 def test_an_empty_split_is_one_line(config: Config, fractions: tuple[float, float], empty: str) -> None:
     validation, test = fractions
     with pytest.raises(UserError) as error:
-        dataset.outline(changed(config, validation_fraction=validation, test_fraction=test), Silent())
+        dataset.inspect_dataset(
+            changed(config, validation_fraction=validation, test_fraction=test), NullDisplay()
+        )
     (line,) = error.value.lines
     assert line.startswith("data.count=60: ")
     assert f"different labels leave the {empty} split empty; take more pictures" in line
@@ -130,10 +134,10 @@ def test_images_targets_and_labels_belong_together(config: Config) -> None:
     assert data.images.shape == (60, 16, 32, 3)
     assert data.images.dtype == torch.uint8
     assert data.targets.shape == (60, 2)
-    pictures = sources.draw(drawn(config), config.captcha, range(60), Silent())
+    pictures = sources.render_images(drawn(config), config.captcha, range(60), NullDisplay())
     assert (data.images.numpy() == pictures).all()
     for n, label in enumerate(data.labels):
-        assert label == sources.label(drawn(config), config.captcha, n)
+        assert label == sources.generate_label(drawn(config), config.captcha, n)
         assert "".join("01234"[k] for k in data.targets[n]) == label
 
 
@@ -147,18 +151,18 @@ def test_a_side_holds_its_own_pictures(config: Config, drawings: list[int]) -> N
     data = prepare(config)
     for name in splits.SPLITS:
         side = data.split(name, CPU, 512)
-        assert len(side) == len(side.images) == len(side.targets) == len(side.rows)
-        assert torch.equal(side.images, data.images[side.rows])
-        assert torch.equal(side.targets, data.targets[side.rows])
+        assert len(side) == len(side.images) == len(side.targets) == len(side.indices)
+        assert torch.equal(side.images, data.images[side.indices])
+        assert torch.equal(side.targets, data.targets[side.indices])
 
 
 def test_the_manifest_says_what_there_is(config: Config, drawings: list[int]) -> None:
     data = prepare(config)
     manifest = data.manifest
-    assert manifest["pictures"] == 60
+    assert manifest["images"] == 60
     assert manifest["distinct_labels"] == len(set(data.labels))
     assert manifest["lengths"] == {"2": 60}
-    assert manifest["splits"] == {name: len(rows) for name, rows in data.members.items()}
+    assert manifest["splits"] == {name: len(rows) for name, rows in data.split_indices.items()}
     assert json.loads(json.dumps(manifest)) == manifest
 
 
@@ -175,10 +179,10 @@ def split(count: int) -> Split:
 @given(count=st.integers(1, 120), size=st.integers(1, 130), shuffled=st.booleans())
 def test_batches_hold_every_picture_once(count: int, size: int, shuffled: bool) -> None:
     """The last short batch too, with an order and without one, each picture with its own target and row."""
-    order = split(count).shuffled(0, 1) if shuffled else None
+    order = split(count).permutation(0, 1) if shuffled else None
     batches = list(split(count).batches(size, order))
-    assert [len(b.rows) for b in batches] == [min(size, count - start) for start in range(0, count, size)]
-    seen = torch.cat([b.rows for b in batches]) - 1000
+    assert [len(b.indices) for b in batches] == [min(size, count - start) for start in range(0, count, size)]
+    seen = torch.cat([b.indices for b in batches]) - 1000
     assert seen.tolist() == (list(range(count)) if order is None else order.tolist())
     assert sorted(seen.tolist()) == list(range(count))
     assert torch.cat([b.targets for b in batches])[:, 0].tolist() == seen.tolist()
@@ -186,32 +190,32 @@ def test_batches_hold_every_picture_once(count: int, size: int, shuffled: bool) 
 
 
 def test_shuffled_is_a_permutation_of_its_own_for_each_epoch() -> None:
-    orders = [split(100).shuffled(0, epoch).tolist() for epoch in range(1, 6)]
+    orders = [split(100).permutation(0, epoch).tolist() for epoch in range(1, 6)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len({tuple(order) for order in orders}) == 5
     assert list(range(100)) not in orders
 
 
 def test_shuffled_depends_on_seed_and_epoch_alone() -> None:
-    first = split(100).shuffled(0, 3)
+    first = split(100).permutation(0, 3)
     torch.manual_seed(5)
     torch.rand(3)
-    assert torch.equal(first, split(100).shuffled(0, 3))
-    assert not torch.equal(first, split(100).shuffled(1, 3))
+    assert torch.equal(first, split(100).permutation(0, 3))
+    assert not torch.equal(first, split(100).permutation(1, 3))
 
 
 def test_shuffled_leaves_the_global_chance_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    split(10).shuffled(0, 1)
+    split(10).permutation(0, 1)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_split_too_large_for_the_device_gives_the_same_batches(config: Config, drawings: list[int]) -> None:
     data = prepare(config)
     resident, sent = (data.split("train", CPU, limit) for limit in (512, 0))
-    order = resident.shuffled(0, 1)
+    order = resident.permutation(0, 1)
     for a, b in zip(resident.batches(7, order), sent.batches(7, order), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -238,7 +242,7 @@ def test_a_part_that_is_on_the_gpu_is_not_pinned_and_one_in_memory_is() -> None:
     resident, in_memory = Part(), Part()
     in_memory.is_cpu = True
     for part in (resident, in_memory):
-        split._on_device(part)  # type: ignore[arg-type]  # has what the method uses
+        split._to_device(part)  # type: ignore[arg-type]  # has what the method uses
 
     assert not hasattr(resident, "pinned")
     assert in_memory.pinned
@@ -320,7 +324,7 @@ def test_a_drawing_that_was_cut_short_is_done_again(config: Config, drawings: li
 
 
 def key(config: Config) -> str:
-    return dataset.outline(config, Silent()).key
+    return dataset.inspect_dataset(config, NullDisplay()).key
 
 
 @pytest.mark.parametrize(
@@ -362,14 +366,14 @@ def test_another_version_of_what_draws_is_another_file(
     config: Config, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     before = key(config)
-    origin = {**sources.origin(drawn(config)), part: "another"}
+    origin = {**sources.rendering_dependencies(drawn(config)), part: "another"}
     monkeypatch.setattr(sources, "origin", lambda data: origin)
     assert key(config) != before
 
 
 def test_the_key_depends_on_no_order_of_keys(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(config)
-    origin = dict(reversed(sources.origin(drawn(config)).items()))
+    origin = dict(reversed(sources.rendering_dependencies(drawn(config)).items()))
     monkeypatch.setattr(sources, "origin", lambda data: origin)
     assert key(config) == before
 

@@ -24,14 +24,14 @@ from captcha_exp import compose, load
 from captcha_exp.cli import main
 from captcha_exp.config import Config, resolve
 from captcha_exp.data import dataset, sources
-from captcha_exp.data.dataset import Dataset, Outline
+from captcha_exp.data.dataset import Dataset, DatasetSpec
 from captcha_exp.data.images import resize
-from captcha_exp.data.sources import Verdict
-from captcha_exp.data.sources.folder import ENDINGS
+from captcha_exp.data.sources import ScanResult
+from captcha_exp.data.sources.folder import IMAGE_SUFFIXES
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.evaluate import evaluate_run
-from captcha_exp.runtime.console import Silent, shown
-from captcha_exp.runtime.device import this_machine
+from captcha_exp.runtime.console import NullDisplay, escape_unprintable
+from captcha_exp.runtime.device import detect_machine
 from captcha_exp.training.train import train
 
 OF_FOLDERS = (
@@ -57,9 +57,9 @@ def of(folder: Path, captcha: dict[str, Any] | None = None, **data: Any) -> Conf
     return replace(config, captcha=replace(config.captcha, **(captcha or {})))
 
 
-def verdict(config: Config) -> Verdict:
+def verdict(config: Config) -> ScanResult:
     """What became of each file, as it is found now."""
-    return sources.source(config.data, config.captcha, Silent()).verdict(Silent())
+    return sources.make_source(config.data, config.captcha, NullDisplay()).scan(NullDisplay())
 
 
 def used(config: Config) -> dict[str, str]:
@@ -76,15 +76,15 @@ def refused(config: Config) -> dict[str, str]:
 
 
 def others(config: Config) -> list[str]:
-    return sources.source(config.data, config.captcha, Silent()).others
+    return sources.make_source(config.data, config.captcha, NullDisplay()).ignored
 
 
-def outline(config: Config, display: Silent | None = None) -> Outline:
-    return dataset.outline(config, display or Silent())
+def outline(config: Config, display: NullDisplay | None = None) -> DatasetSpec:
+    return dataset.inspect_dataset(config, display or NullDisplay())
 
 
-def prepare(config: Config, display: Silent | None = None) -> Dataset:
-    return dataset.prepare(outline(config), config, display or Silent())
+def prepare(config: Config, display: NullDisplay | None = None) -> Dataset:
+    return dataset.load_or_build(outline(config), config, display or NullDisplay())
 
 
 def mistake(config: Config) -> str:
@@ -112,7 +112,7 @@ def fill(folder: Path, count: int = 60) -> Path:
 
 @pytest.fixture
 def folder(root: Path) -> Path:
-    made = root / "pictures"
+    made = root / "images"
     made.mkdir()
     return made
 
@@ -129,13 +129,13 @@ def test_the_kind_is_told_by_the_content_whatever_the_ending(folder: Path) -> No
         "WebP": {".webp"},
     }
     told: dict[str, list[str]] = {}
-    for n, (kind, ending) in enumerate((kind, ending) for kind in usual for ending in sorted(ENDINGS)):
+    for n, (kind, ending) in enumerate((kind, ending) for kind in usual for ending in sorted(IMAGE_SUFFIXES)):
         name = f"{n:04}{ending if n % 2 else ending.upper()}"
         put(folder, {name: saved(page(n), kind.upper())})
         if ending not in usual[kind]:
             told.setdefault(f"is a {kind}, whatever its name says", []).append(name)
     said = verdict(of(folder))
-    assert (len(said.labels), said.refused) == (5 * len(ENDINGS), [])
+    assert (len(said.labels), said.refused) == (5 * len(IMAGE_SUFFIXES), [])
     assert said.notes == told
     assert others(of(folder)) == []
 
@@ -205,7 +205,7 @@ def test_a_pattern_of_ones_own_finds_the_label_elsewhere(folder: Path) -> None:
     config = of(folder, pattern=r"captcha\.(?P<label>\d+)\.\d")
     assert used(config) == {"captcha.0444.7.png": "0444", "captcha.0555.8.png": "0555"}
     assert refused(config) == {
-        "cover.png": r"has no label in its name (data.pattern is captcha\.(?P<label>\d+)\.\d)"
+        "cover.png": r"has no label in its name (data.filename_pattern is captcha\.(?P<label>\d+)\.\d)"
     }
 
 
@@ -219,14 +219,14 @@ def test_a_pattern_of_ones_own_finds_the_label_elsewhere(folder: Path) -> None:
 )
 def test_a_pattern_that_finds_no_label_is_a_mistake_of_the_config(pattern: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load(compose("data=folder", "data.path=.", f"data.pattern='{pattern}'"))
+        load(compose("data=folder", "data.path=.", f"data.filename_pattern='{pattern}'"))
     (line,) = error.value.lines
-    assert line.startswith(f'data.pattern="{pattern}": {words}')
+    assert line.startswith(f'data.filename_pattern="{pattern}": {words}')
 
 
 def test_the_command_line_takes_the_pattern_in_quotes() -> None:
     pattern = r"(\d+-)?(?P<label>.+?)(_\d+)?"
-    config = load(compose("data=folder", "data.path=.", f"data.pattern='{pattern}'"))
+    config = load(compose("data=folder", "data.path=.", f"data.filename_pattern='{pattern}'"))
     assert config == load(compose("data=folder", "data.path=."))
 
 
@@ -476,7 +476,7 @@ def test_a_path_that_leads_nowhere_is_one_line(folder: Path) -> None:
     (folder / "circle").symlink_to("circle")
     for path in ("~nobody-of-this-name/pictures", str(folder / "circle")):
         try:
-            config = resolve(of(folder, path=path), this_machine())
+            config = resolve(of(folder, path=path), detect_machine())
         except ConfigError as error:  # Python 3.13 resolves a circle, and stumbles when it looks inside
             lines = error.lines
         else:
@@ -531,11 +531,11 @@ def test_a_folder_that_changes_under_the_reader_is_not_used(
 ) -> None:
     """The cache is named after what was there; something else must not get into it."""
     fill(folder)
-    config = of(folder, on_bad="skip")
-    source = sources.source(config.data, config.captcha, Silent())
+    config = of(folder, on_invalid="skip")
+    source = sources.make_source(config.data, config.captcha, NullDisplay())
     change(folder / "00001-0037.png")
     with pytest.raises(UserError, match=r"00001-0037\.png has changed while it was read; start again$"):
-        source.verdict(Silent())
+        source.scan(NullDisplay())
 
 
 def test_too_few_labels_for_the_splits_name_the_folder(folder: Path) -> None:
@@ -551,8 +551,8 @@ def test_too_few_labels_for_the_splits_name_the_folder(folder: Path) -> None:
 def test_a_relative_path_is_recorded_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
-    for path in ("pictures", "./pictures/../pictures", "~/pictures"):
-        resolved = resolve(of(folder, path=path), this_machine())
+    for path in ("images", "./pictures/../pictures", "~/pictures"):
+        resolved = resolve(of(folder, path=path), detect_machine())
         assert resolved.data == of(folder).data
 
 
@@ -623,7 +623,7 @@ def test_long_and_odd_names_are_names(folder: Path) -> None:
     ],
 )
 def test_a_name_is_shown_as_a_terminal_can_show_it(name: str, visible: str) -> None:
-    assert shown(name) == visible
+    assert escape_unprintable(name) == visible
 
 
 # -- the same picture twice ----------------------------------------------------------------------------------
@@ -642,8 +642,8 @@ def test_one_picture_with_two_labels_is_refused_on_both_sides(folder: Path) -> N
     )
     assert used(of(folder)) == {"0003.png": "0003", "again/0003.bmp": "0003"}
     assert refused(of(folder)) == {
-        "0001.png": "is the same picture as 0002.bmp, which is labelled '0002'",
-        "0002.bmp": "is the same picture as 0001.png, which is labelled '0001'",
+        "0001.png": "is the same image as 0002.bmp, which is labeled '0002'",
+        "0002.bmp": "is the same image as 0001.png, which is labeled '0001'",
     }
     assert verdict(of(folder)).sizes == {"32x16": 2}
 
@@ -653,10 +653,10 @@ def test_copies_with_one_label_are_kept_on_one_side(folder: Path) -> None:
     for n in range(60):
         shutil.copy(folder / f"{n:05}-{n * 37 % 10_000:04}.png", folder / f"{n * 37 % 10_000:04}_2.png")
     data = prepare(of(folder))
-    sides = {name: {data.labels[n] for n in rows} for name, rows in data.members.items()}
+    sides = {name: {data.labels[n] for n in rows} for name, rows in data.split_indices.items()}
     assert len(data.labels) == 120
     assert sum(map(len, sides.values())) == len(set.union(*sides.values())) == 60
-    for rows in data.members.values():
+    for rows in data.split_indices.values():
         assert len({data.images[n].numpy().tobytes() for n in rows}) == len(rows) / 2
 
 
@@ -667,7 +667,7 @@ def test_copies_with_one_label_are_kept_on_one_side(folder: Path) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each picture that is decoded."""
     names: list[str] = []
-    real = sources.folder._as_hashed
+    real = sources.folder._read_unchanged
 
     def spy(folder: Path, candidate: Any) -> Any:
         names.append(candidate.name)
@@ -684,7 +684,7 @@ def spoil(folder: Path) -> Path:
 
 
 def test_the_pictures_are_decoded_once(folder: Path, decoded: list[str]) -> None:
-    config = of(spoil(fill(folder)), on_bad="skip")
+    config = of(spoil(fill(folder)), on_invalid="skip")
     first, again = prepare(config), prepare(config)
     assert len(decoded) == len(set(decoded)) == 62
     assert torch.equal(first.images, again.images)
@@ -692,13 +692,13 @@ def test_the_pictures_are_decoded_once(folder: Path, decoded: list[str]) -> None
 
 
 def test_the_cache_says_what_the_folder_said(folder: Path) -> None:
-    config = of(spoil(fill(folder)), on_bad="skip")
+    config = of(spoil(fill(folder)), on_invalid="skip")
     fresh, kept = Heard(), Heard()
     first = outline(config, fresh)
-    dataset.prepare(first, config, Silent())
+    dataset.load_or_build(first, config, NullDisplay())
     again = outline(config, kept)
-    assert first.verdict == again.verdict == verdict(config)
-    assert len(first.verdict.refused) == 2
+    assert first.scan == again.scan == verdict(config)
+    assert len(first.scan.refused) == 2
     assert fresh.warnings == kept.warnings
     assert [line for line in fresh.lines if not line.startswith("read ")] == kept.lines
 
@@ -715,7 +715,7 @@ def test_the_same_content_in_another_folder_is_the_same_file(folder: Path, decod
     decoded.clear()
     for same in (
         of(copy),
-        of(folder, on_bad="skip"),
+        of(folder, on_invalid="skip"),
         of(folder, pattern=r"\d+-(?P<label>\d{4})"),
         of(folder, labels="names"),
         of(folder.parent / "table"),
@@ -765,7 +765,7 @@ def test_other_settings_are_another_file(folder: Path) -> None:
 
 
 def test_a_damaged_cache_is_read_again_from_the_folder(folder: Path, decoded: list[str]) -> None:
-    config = of(spoil(fill(folder)), on_bad="skip")
+    config = of(spoil(fill(folder)), on_invalid="skip")
     whole = prepare(config)
     images = whole.images.clone()
     path = Path(config.data.cache) / f"{whole.manifest['key']}.safetensors"
@@ -803,7 +803,7 @@ class Spoilt(NamedTuple):
 
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Spoilt:
-    path = fill(tmp_path_factory.mktemp("spoilt") / "pictures", 200)
+    path = fill(tmp_path_factory.mktemp("spoilt") / "images", 200)
     elsewhere = put(path.parent / "elsewhere", {"7001.png": png(701)})
     clear = page(702).convert("RGBA")
     clear.putalpha(page(703))
@@ -863,8 +863,8 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Spoilt:
             "8a14.png": r"label '8a14' has 'a', not in captcha.alphabet",
             "8\n15.png": r"has no label in its name \(data\.pattern is .+\)",
             os.fsdecode(b"81\xff6.png"): r"label '81\\udcff6' has '\\udcff', not in captcha.alphabet",
-            "8017.png": r"is the same picture as 8018.gif, which is labelled '8018'",
-            "8018.gif": r"is the same picture as 8017.png, which is labelled '8017'",
+            "8017.png": r"is the same image as 8018.gif, which is labeled '8018'",
+            "8018.gif": r"is the same image as 8017.png, which is labeled '8017'",
             "8019.png": r"cannot be read: Too many levels of symbolic links",
             "8020.png": r"cannot be read: Too many levels of symbolic links",
             "8021.png": r"cannot be read: No such file or directory",
@@ -899,7 +899,7 @@ def table_of(text: str, bad: dict[str, str]) -> None:
     rows = [line for line in text.splitlines() if line.startswith("  ")]
     assert len(rows) == len(bad)
     for name, reason in bad.items():
-        row = re.compile(f"  {re.escape(shown(name))} +{reason}")
+        row = re.compile(f"  {re.escape(escape_unprintable(name))} +{reason}")
         assert len([line for line in rows if row.fullmatch(line)]) == 1, name
 
 
@@ -909,7 +909,7 @@ def test_bad_files_are_refused_in_one_table_and_nothing_is_created(spoilt: Spoil
     assert "Traceback" not in done.stderr
     assert (
         f"data.path={spoilt.path}: 26 of 229 pictures cannot be used; "
-        "mend them or take them out, or train on the other 203 with data.on_bad=skip\n"
+        "mend them or take them out, or train on the other 203 with data.on_invalid=skip\n"
     ) in done.stderr
     table_of(done.stderr, spoilt.bad)
     for note, names in spoilt.noted.items():
@@ -918,20 +918,20 @@ def test_bad_files_are_refused_in_one_table_and_nothing_is_created(spoilt: Spoil
 
 
 def test_without_the_bad_files_the_rest_is_trained(spoilt: Spoilt, root: Path) -> None:
-    done = command(root, "train", *OF_FOLDERS, f"data.path={spoilt.path}", "data.on_bad=skip")
+    done = command(root, "train", *OF_FOLDERS, f"data.path={spoilt.path}", "data.on_invalid=skip")
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert (
         f"warning: data.path={spoilt.path}: 26 of 229 pictures cannot be used; "
-        "the other 203 are taken (data.on_bad=skip)\n"
+        "the other 203 are taken (data.on_invalid=skip)\n"
     ) in done.stderr
     table_of(done.stderr, spoilt.bad)
     (record,) = root.glob("outputs/*/*-tiny/dataset.json")
     said = json.loads(record.read_text(encoding="utf-8"))
-    assert {bad["file"] for bad in said["refused"]} == set(spoilt.bad)
+    assert {bad["file"] for bad in said["rejected"]} == set(spoilt.bad)
     assert said["notes"] == spoilt.noted
     assert said["others"] == ["Thumbs.db"]
-    assert said["pictures"] == len(said["files"]) == sum(said["splits"].values()) == spoilt.good
+    assert said["images"] == len(said["files"]) == sum(said["splits"].values()) == spoilt.good
     assert said["sizes"] == {"32x16": spoilt.good}
     assert said["lengths"] == {"4": spoilt.good}
     assert {"file": "00001-0037.png", "label": "0037"}.items() <= said["files"][1].items()
@@ -941,14 +941,14 @@ def test_without_the_bad_files_the_rest_is_trained(spoilt: Spoilt, root: Path) -
 def test_data_lists_everything_as_json(
     spoilt: Spoilt, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["data", "--json", *OF_FOLDERS, f"data.path={spoilt.path}", "data.on_bad=skip"]
+    words = ["data", "--json", *OF_FOLDERS, f"data.path={spoilt.path}", "data.on_invalid=skip"]
     monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == 0
     said = json.loads(capsys.readouterr().out)
-    assert {bad["file"]: bad["reason"] for bad in said["refused"]}.keys() == spoilt.bad.keys()
-    assert said["pictures"] == spoilt.good
+    assert {bad["file"]: bad["reason"] for bad in said["rejected"]}.keys() == spoilt.bad.keys()
+    assert said["images"] == spoilt.good
     assert Path(said["sheet"]).is_file()
 
 
@@ -957,12 +957,12 @@ def test_a_table_that_is_too_long_says_how_to_see_the_rest(folder: Path) -> None
     fill(folder)
     lines = mistake(of(folder)).splitlines()
     assert len(lines) == 52
-    assert lines[-1] == "  and 10 more; captcha-exp data --json data.on_bad=skip ... names all"
+    assert lines[-1] == "  and 10 more; captcha-exp data --json data.on_invalid=skip ... names all"
 
 
 def test_a_folder_of_bad_files_alone_is_refused_even_with_skip(folder: Path) -> None:
     put(folder, {"0001.png": b"", "0002.png": b""})
-    first, *table = mistake(of(folder, on_bad="skip")).splitlines()
+    first, *table = mistake(of(folder, on_invalid="skip")).splitlines()
     assert first.endswith("2 of 2 pictures cannot be used; mend them or take them out, or there is no other")
     assert len(table) == 2
 
@@ -971,19 +971,19 @@ def test_bytes_of_a_name_that_are_no_utf8_come_through_the_record(folder: Path) 
     odd = os.fsdecode(b"latin\xfc/0001.png")
     put(fill(folder), {odd: png(99)})
     result = train(of(folder))
-    said = json.loads((result.folder / "dataset.json").read_bytes())
+    said = json.loads((result.run_dir / "dataset.json").read_bytes())
     assert odd in {file["file"] for file in said["files"]}
 
 
 def test_a_run_is_evaluated_and_told_when_its_pictures_are_others(folder: Path) -> None:
     result = train(of(fill(folder)))
     heard = Heard()
-    again, _ = evaluate_run(result.folder, "test", heard)
+    again, _ = evaluate_run(result.run_dir, "test", heard)
     assert (again.predicted == result.test.predicted).all()
     assert again.accuracy == result.test.accuracy
     assert heard.warnings == []
 
     put(folder, {"9999.png": png(99)})
-    evaluate_run(result.folder, "test", heard)
+    evaluate_run(result.run_dir, "test", heard)
     (warning,) = heard.warnings
     assert warning.startswith("the pictures are not those of the run: source.files_sha256 was ")

@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFile, ImageFont
 from support.image_files import Bytes, bomb, chunk, gif_with_a_margin, interlaced, noise, png, saved
 
-from captcha_exp.data.images import FORMATS, UNIT, Unusable, decode, resize, resize_weights, to_array
+from captcha_exp.data.images import (
+    FORMATS,
+    WEIGHT_SCALE,
+    InvalidImage,
+    decode,
+    resize,
+    resize_weights,
+    to_array,
+)
 
 # source height, source width, target height, target width
 SHAPES = [(60, 160, 24, 56), (50, 120, 24, 56), (37, 91, 16, 17), (24, 56, 48, 100), (16, 16, 16, 33)]
@@ -134,7 +142,7 @@ def test_a_picture_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_the_largest_sum_is_exact_in_float32() -> None:
-    assert float(np.float32(255 * UNIT**2 + UNIT**2 // 2)) == 255 * 65536 + 32768
+    assert float(np.float32(255 * WEIGHT_SCALE**2 + WEIGHT_SCALE**2 // 2)) == 255 * 65536 + 32768
 
 
 def grey(red: int, green: int, blue: int) -> int:
@@ -236,7 +244,7 @@ def test_what_was_saved_without_loss_is_read_without_loss(kind: str, mode: str) 
     assert decoded.format == {"WEBP": "WebP"}.get(kind, kind)
     assert np.abs(to_array(decoded.image, 3).astype(int) - on_white(image)).max() <= (mode in ("LA", "RGBA"))
     transparent = ["is transparent in places; they become white"] if mode in ("LA", "RGBA") else []
-    assert list(decoded.notes) == transparent
+    assert list(decoded.remarks) == transparent
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -245,7 +253,7 @@ def test_jpeg_is_read_in_every_colour_space(mode: str, progressive: bool) -> Non
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     image = Image.fromarray(np.stack([np.tile(ramp, (32, 1))] * 3, axis=2)).convert(mode)
     decoded = decode(saved(image, "JPEG", quality=95, progressive=progressive))
-    assert (decoded.format, decoded.notes) == ("JPEG", ())
+    assert (decoded.format, decoded.remarks) == ("JPEG", ())
     assert np.abs(to_array(decoded.image, 1)[..., 0].astype(int) - ramp).max() <= 6
 
 
@@ -255,7 +263,7 @@ def test_a_colour_that_a_gif_leaves_out_becomes_white() -> None:
     image.putpalette([200, 10, 20, 0, 0, 0])
     decoded = decode(saved(image, "GIF", transparency=1))
     assert to_array(decoded.image, 3)[0].tolist() == [[200, 10, 20], [255, 255, 255]]
-    assert decoded.notes == ("is transparent in places; they become white",)
+    assert decoded.remarks == ("is transparent in places; they become white",)
 
 
 def test_the_upper_half_of_16_bits_is_read() -> None:
@@ -263,7 +271,7 @@ def test_the_upper_half_of_16_bits_is_read() -> None:
     values = np.array([[0, 255, 256, 7 * 256 + 200, 65535]], np.uint16)
     decoded = decode(saved(Image.fromarray(values), "PNG"))
     assert to_array(decoded.image, 1)[0, :, 0].tolist() == [0, 0, 1, 7, 255]
-    assert decoded.notes == ("has 16 bits for each pixel; the upper 8 are read",)
+    assert decoded.remarks == ("has 16 bits for each pixel; the upper 8 are read",)
     colours = png(1, 1, 16, 2, [[bytes([200, 9, 10, 9, 20, 9])]])
     assert to_array(decode(colours).image, 3).tolist() == [[[200, 10, 20]]]
 
@@ -272,7 +280,7 @@ def test_a_transparent_value_of_16_bits_is_white_and_its_neighbour_is_not() -> N
     values = png(2, 1, 16, 0, [[bytes([7, 200, 7, 201])]], chunk(b"tRNS", bytes([7, 200])))
     decoded = decode(values)
     assert to_array(decoded.image, 1)[0, :, 0].tolist() == [255, 7]
-    assert len(decoded.notes) == 2
+    assert len(decoded.remarks) == 2
 
 
 def test_an_interlaced_png_is_read_like_any_other() -> None:
@@ -286,7 +294,7 @@ def test_of_an_animation_the_first_frame_is_read(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     decoded = decode(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert (to_array(decoded.image, 3) == (200, 10, 20)).all()
-    assert decoded.notes == ("has 3 frames; the first is read",)
+    assert decoded.remarks == ("has 3 frames; the first is read",)
 
 
 def test_around_a_frame_that_is_smaller_than_its_gif_the_page_is_seen() -> None:
@@ -296,7 +304,7 @@ def test_around_a_frame_that_is_smaller_than_its_gif_the_page_is_seen() -> None:
     expected = np.full((4, 6, 3), 255)
     expected[1:3, 2:5] = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]])[inner]
     assert to_array(decoded.image, 3).tolist() == expected.tolist()
-    assert decoded.notes == ("is transparent in places; they become white",)
+    assert decoded.remarks == ("is transparent in places; they become white",)
 
 
 TURNS: dict[int, Callable[[Bytes], Bytes]] = {  # EXIF 2.3, tag 274: where row 0 and column 0 lie
@@ -318,19 +326,19 @@ def test_a_picture_is_read_as_every_viewer_turns_it(orientation: int) -> None:
     pixels = noise(5, 9)
     decoded = decode(saved(Image.fromarray(pixels), "PNG", exif=exif))
     assert to_array(decoded.image, 1)[..., 0].tolist() == TURNS[orientation](pixels).tolist()
-    assert decoded.notes == (("is turned as its EXIF data say",) if orientation > 1 else ())
+    assert decoded.remarks == (("is turned as its EXIF data say",) if orientation > 1 else ())
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\x08\0\0\0\xff\xff cut", b"Exif\0\0nothing", b"\0"])
 def test_damaged_exif_data_do_no_harm_to_the_picture(exif: bytes) -> None:
     decoded = decode(saved(Image.fromarray(noise(8, 8)), "JPEG", exif=exif))
-    assert (decoded.format, decoded.notes) == ("JPEG", ())
+    assert (decoded.format, decoded.remarks) == ("JPEG", ())
 
 
 def test_a_jpeg_with_a_second_picture_is_a_jpeg() -> None:
     first, second = (Image.fromarray(noise(8, 8, seed=seed)) for seed in (0, 1))
     decoded = decode(saved(first, "MPO", save_all=True, append_images=[second]))
-    assert (decoded.format, decoded.notes) == ("JPEG", ("has 2 frames; the first is read",))
+    assert (decoded.format, decoded.remarks) == ("JPEG", ("has 2 frames; the first is read",))
 
 
 PAGE = Image.fromarray(noise(6, 10, 3))
@@ -352,7 +360,7 @@ PAGE = Image.fromarray(noise(6, 10, 3))
     ],
 )
 def test_what_is_no_whole_picture_is_refused_with_the_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(Unusable) as error:
+    with pytest.raises(InvalidImage) as error:
         decode(content)
     assert re.fullmatch(reason, str(error.value))
 
@@ -369,7 +377,7 @@ def test_no_room_is_made_for_a_picture_that_is_too_large(
     monkeypatch: pytest.MonkeyPatch, width: int, height: int, reason: str
 ) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda _: pytest.fail("room was made"))
-    with pytest.raises(Unusable) as error:
+    with pytest.raises(InvalidImage) as error:
         decode(bomb(width, height))
     assert str(error.value) == reason
 
@@ -379,7 +387,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(kind: str) -> None:
     """But for the last bytes, which hold no pixels: a checksum, the mark that the file ends."""
     content = saved(PAGE, kind)
     for length in range(len(content) - 4):
-        with pytest.raises(Unusable):
+        with pytest.raises(InvalidImage):
             decode(content[:length])
 
 
@@ -395,7 +403,7 @@ def test_whatever_bytes_are_there_a_picture_comes_out_or_a_reason(kind: str) -> 
         reason = "none"
         try:
             assert to_array(decode(bytes(content)).image, 3).size
-        except Unusable as error:
+        except InvalidImage as error:
             reason = str(error)
         assert reason.isprintable()
         assert " at 0x" not in reason

@@ -21,26 +21,34 @@ import psutil
 import pytest
 from PIL import features
 
-from captcha_exp.config import Article, Captcha, CaptchaLibrary, Generator, WheezyLibrary
+from captcha_exp.config import (
+    ArticleConfig,
+    CaptchaConfig,
+    CaptchaLibraryConfig,
+    GeneratorConfig,
+    WheezyLibraryConfig,
+)
 from captcha_exp.data import images, sources
 from captcha_exp.data.sources import article
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import Bar, Display, Silent
+from captcha_exp.runtime.console import Display, NullDisplay, ProgressBar
 
-CAPTCHA = Captcha(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
+CAPTCHA = CaptchaConfig(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
 
 SPLIT = {"validation_fraction": 0.1, "test_fraction": 0.1, "split_seed": 0, "cache": "unused"}
 DRAWN = {"count": 250, "seed": 0, "width": 64, "height": 32, "workers": 1, **SPLIT}
-LIBRARY = CaptchaLibrary(source="captcha", fonts=(), **DRAWN)  # type: ignore[arg-type]  # a dict has one type
-WHEEZY = WheezyLibrary(source="wheezy", fonts=("DejaVuSans.ttf",), font_sizes=(20, 24), **DRAWN)  # type: ignore[arg-type]
-ARTICLE = Article(source="article", fonts=("DejaVuSans.ttf",), **DRAWN)  # type: ignore[arg-type]
+LIBRARY = CaptchaLibraryConfig(source="captcha", fonts=(), **DRAWN)  # type: ignore[arg-type]  # a dict has one type
+WHEEZY = WheezyLibraryConfig(source="wheezy", fonts=("DejaVuSans.ttf",), font_sizes=(20, 24), **DRAWN)  # type: ignore[arg-type]
+ARTICLE = ArticleConfig(source="article", fonts=("DejaVuSans.ttf",), **DRAWN)  # type: ignore[arg-type]
 
 each_source = pytest.mark.parametrize("data", [LIBRARY, WHEEZY, ARTICLE], ids=lambda data: str(data.source))
 
 
-def draw(data: Generator, indices: Sequence[int], display: Display | None = None) -> npt.NDArray[np.uint8]:
-    return sources.draw(data, CAPTCHA, indices, display or Silent())
+def draw(
+    data: GeneratorConfig, indices: Sequence[int], display: Display | None = None
+) -> npt.NDArray[np.uint8]:
+    return sources.render_images(data, CAPTCHA, indices, display or NullDisplay())
 
 
 def children() -> list[psutil.Process]:
@@ -68,14 +76,14 @@ def nobody_hangs() -> Iterator[None]:
     timer.join()
 
 
-class Broken(Silent):
+class Broken(NullDisplay):
     """A display whose bar fails after some blocks."""
 
     def __init__(self, after: int) -> None:
         self.after = after
         self.calls = 0
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]:
+    def bar(self, what: str, total: int) -> AbstractContextManager[ProgressBar]:
         return nullcontext(self)
 
     def advance(self, amount: int, note: str = "") -> None:
@@ -88,13 +96,13 @@ class Broken(Silent):
 
 
 @each_source
-def test_any_number_of_workers_draws_the_same_bytes(data: Generator, sixteen_at_a_time: None) -> None:
+def test_any_number_of_workers_draws_the_same_bytes(data: GeneratorConfig, sixteen_at_a_time: None) -> None:
     one, two, three = (draw(replace(data, workers=workers), range(50)).tobytes() for workers in (1, 2, 3))
     assert one == two == three
 
 
 @each_source
-def test_a_picture_depends_on_its_number_alone(data: Generator, sixteen_at_a_time: None) -> None:
+def test_a_picture_depends_on_its_number_alone(data: GeneratorConfig, sixteen_at_a_time: None) -> None:
     """Not on how many there are, nor on which stand before it, nor on the size of the blocks."""
     together = draw(data, range(40))
     backwards = draw(replace(data, count=999), range(39, -1, -1))
@@ -103,16 +111,16 @@ def test_a_picture_depends_on_its_number_alone(data: Generator, sixteen_at_a_tim
 
 
 @each_source
-def test_another_seed_draws_other_pictures_and_labels(data: Generator) -> None:
+def test_another_seed_draws_other_pictures_and_labels(data: GeneratorConfig) -> None:
     other = replace(data, seed=1)
     assert (draw(data, range(8)) != draw(other, range(8))).any(axis=(1, 2, 3)).all()
-    assert [sources.label(data, CAPTCHA, i) for i in range(20)] != [
-        sources.label(other, CAPTCHA, i) for i in range(20)
+    assert [sources.generate_label(data, CAPTCHA, i) for i in range(20)] != [
+        sources.generate_label(other, CAPTCHA, i) for i in range(20)
     ]
 
 
 @each_source
-def test_pictures_differ_from_each_other(data: Generator) -> None:
+def test_pictures_differ_from_each_other(data: GeneratorConfig) -> None:
     assert len({picture.tobytes() for picture in draw(data, range(30))}) == 30
 
 
@@ -131,7 +139,7 @@ PINNED = {
 
 
 @each_source
-def test_the_bytes_of_known_versions_are_known(data: Generator) -> None:
+def test_the_bytes_of_known_versions_are_known(data: GeneratorConfig) -> None:
     """Another version of a package may draw otherwise; then there is only that it repeats."""
     pictures = draw(data, range(5)).tobytes()
     here = {name: version(name) for name in ("pillow", "captcha", "wheezy.captcha")}
@@ -143,9 +151,9 @@ def test_the_bytes_of_known_versions_are_known(data: Generator) -> None:
 
 
 @each_source
-def test_grey_pictures_have_one_channel(data: Generator) -> None:
+def test_grey_pictures_have_one_channel(data: GeneratorConfig) -> None:
     grey = replace(CAPTCHA, channels=1)
-    assert sources.draw(data, grey, range(3), Silent()).shape == (3, 16, 32, 1)
+    assert sources.render_images(data, grey, range(3), NullDisplay()).shape == (3, 16, 32, 1)
 
 
 # -- the labels ----------------------------------------------------------------------------------------------
@@ -153,7 +161,7 @@ def test_grey_pictures_have_one_channel(data: Generator) -> None:
 
 @each_source
 def test_the_label_is_the_text_that_the_worker_draws(
-    data: Generator, monkeypatch: pytest.MonkeyPatch
+    data: GeneratorConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn here, from the label as it is told, the picture is the worker's to the byte."""
     import captcha.image
@@ -162,19 +170,19 @@ def test_the_label_is_the_text_that_the_worker_draws(
     monkeypatch.setattr(captcha.image, "secrets", secrets)
     monkeypatch.setattr(wheezy.captcha.image, "random", random)
     by_worker = draw(data, range(6))
-    library = sources.library(data)
-    draw_one = library.make()
+    library = sources.get_renderer_spec(data)
+    draw_one = library.make_renderer()
     for index in range(6):
-        stream = seeding.stream(data.seed, "picture", index)
-        library.text(CAPTCHA, stream)  # the text comes first out of the stream
-        image = draw_one(sources.label(data, CAPTCHA, index), stream)
+        stream = seeding.rng(data.seed, "picture", index)
+        library.sample_label(CAPTCHA, stream)  # the text comes first out of the stream
+        image = draw_one(sources.generate_label(data, CAPTCHA, index), stream)
         ours = images.resize(images.to_array(image, 3)[None], 16, 32)[0]
         assert (ours == by_worker[index]).all()
 
 
 @each_source
-def test_labels_take_every_character_about_as_often(data: Generator) -> None:
-    text = "".join(sources.label(data, CAPTCHA, index) for index in range(1000))
+def test_labels_take_every_character_about_as_often(data: GeneratorConfig) -> None:
+    text = "".join(sources.generate_label(data, CAPTCHA, index) for index in range(1000))
     assert len(text) == 2000
     characters = "234" if data.source == "article" else "01234"  # its recipe has no 0 and no 1
     counts, share = {c: text.count(c) for c in characters}, 1 / len(characters)
@@ -183,28 +191,32 @@ def test_labels_take_every_character_about_as_often(data: Generator) -> None:
 
 
 @each_source
-def test_labels_at_once_are_those_of_each_picture(data: Generator) -> None:
+def test_labels_at_once_are_those_of_each_picture(data: GeneratorConfig) -> None:
     """A generator that is seeded again gives the stream of a new one."""
-    source = sources.source(data, CAPTCHA, Silent())
-    assert source.verdict(Silent()).labels == [
-        sources.label(data, CAPTCHA, index) for index in range(data.count)
+    source = sources.make_source(data, CAPTCHA, NullDisplay())
+    assert source.scan(NullDisplay()).labels == [
+        sources.generate_label(data, CAPTCHA, index) for index in range(data.count)
     ]
 
 
 def test_the_article_s_labels_are_written_as_the_alphabet_writes_them() -> None:
     """An alphabet in capitals has the same texts in capitals, under the same pictures."""
     small, large = (replace(CAPTCHA, alphabet=alphabet) for alphabet in ("34abcdef", "34ABCDEF"))
-    texts = [sources.label(ARTICLE, small, index) for index in range(100)]
+    texts = [sources.generate_label(ARTICLE, small, index) for index in range(100)]
     assert set("".join(texts)) == set("34abcdef")
-    assert [sources.label(ARTICLE, large, index) for index in range(100)] == [t.upper() for t in texts]
-    pictures = [sources.draw(ARTICLE, captcha, range(5), Silent()) for captcha in (small, large)]
+    assert [sources.generate_label(ARTICLE, large, index) for index in range(100)] == [
+        t.upper() for t in texts
+    ]
+    pictures = [
+        sources.render_images(ARTICLE, captcha, range(5), NullDisplay()) for captcha in (small, large)
+    ]
     assert (pictures[0] == pictures[1]).all()
 
 
 def test_half_of_the_article_s_characters_are_digits_among_however_many_letters() -> None:
     """In 4,000 characters, half of them within four standard deviations."""
     letters = replace(CAPTCHA, alphabet="7abcdefgh", length=4)
-    text = "".join(sources.label(ARTICLE, letters, index) for index in range(1000))
+    text = "".join(sources.generate_label(ARTICLE, letters, index) for index in range(1000))
     assert abs(text.count("7") - 2000) < 4 * (4000 * 0.5 * 0.5) ** 0.5
 
 
@@ -212,7 +224,7 @@ def test_half_of_the_article_s_characters_are_digits_among_however_many_letters(
 
 
 @each_source
-def test_the_parents_chance_is_untouched(data: Generator) -> None:
+def test_the_parents_chance_is_untouched(data: GeneratorConfig) -> None:
     import captcha.image
     import wheezy.captcha.image
 
@@ -378,15 +390,15 @@ def test_the_library_s_own_font_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize(("data", "name"), [(WHEEZY, "wheezy.captcha"), (ARTICLE, "article")])
-def test_a_generator_that_brings_no_font_asks_for_one_in_one_line(data: Generator, name: str) -> None:
+def test_a_generator_that_brings_no_font_asks_for_one_in_one_line(data: GeneratorConfig, name: str) -> None:
     with pytest.raises(UserError) as error:
-        sources.source(replace(data, fonts=()), CAPTCHA, Silent())
+        sources.make_source(replace(data, fonts=()), CAPTCHA, NullDisplay())
     assert error.value.lines == (f"data.fonts=[]: {name} brings none; name one, such as DejaVuSans.ttf",)
 
 
 def test_an_alphabet_of_which_the_article_draws_nothing_is_one_line() -> None:
     with pytest.raises(UserError) as error:
-        sources.source(ARTICLE, replace(CAPTCHA, alphabet="01lo"), Silent()).verdict(Silent())
+        sources.make_source(ARTICLE, replace(CAPTCHA, alphabet="01lo"), NullDisplay()).scan(NullDisplay())
     (line,) = error.value.lines
     assert line.startswith("captcha.alphabet=01lo: data=article: ")
     assert f"none of {article.CLASSES} is in the alphabet" in line
@@ -397,7 +409,7 @@ def test_a_font_is_known_by_its_bytes_not_by_its_name(tmp_path: Path) -> None:
     copy = tmp_path / "mine.ttf"
     copy.write_bytes(font.read_bytes())
     digest = hashlib.sha256(font.read_bytes()).hexdigest()
-    assert sources.origin(replace(WHEEZY, fonts=(str(copy),)))["fonts"] == [digest]
-    assert sources.origin(WHEEZY)["package"] == f"wheezy.captcha {version('wheezy.captcha')}"
-    assert sources.origin(ARTICLE)["package"] == f"article {article.VERSION}"
-    assert sources.origin(LIBRARY)["fonts"] == []
+    assert sources.rendering_dependencies(replace(WHEEZY, fonts=(str(copy),)))["fonts"] == [digest]
+    assert sources.rendering_dependencies(WHEEZY)["package"] == f"wheezy.captcha {version('wheezy.captcha')}"
+    assert sources.rendering_dependencies(ARTICLE)["package"] == f"article {article.VERSION}"
+    assert sources.rendering_dependencies(LIBRARY)["fonts"] == []

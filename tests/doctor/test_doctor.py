@@ -24,11 +24,20 @@ from conftest import drawn
 
 from captcha_exp import runs
 from captcha_exp.cli import main, output
-from captcha_exp.config import Config, Mlflow
-from captcha_exp.doctor import Facts, Finding, findings, gather
-from captcha_exp.doctor.machine_info import Card, Driver, Folder, Git, Holder, Package, Store, Torch
+from captcha_exp.config import Config, MlflowConfig
+from captcha_exp.doctor import Finding, MachineInfo, collect_info, run_checks
+from captcha_exp.doctor.machine_info import (
+    DirectoryInfo,
+    DriverInfo,
+    GitInfo,
+    GpuInfo,
+    GpuProcess,
+    PackageInfo,
+    StoreInfo,
+    TorchInfo,
+)
 from captcha_exp.runtime import device
-from captcha_exp.tracking.store import look_at_store, open_store
+from captcha_exp.tracking.store import inspect_store, open_store
 
 MIB, GIB = 2**20, 2**30
 RELEASES = {
@@ -37,78 +46,78 @@ RELEASES = {
     "13.0": (75, 80, 86, 90, 120),
 }
 
-ADA = Card("NVIDIA GeForce RTX 4090", "cuda:0", (8, 9), 24_000, 23_000, bf16=True)
-CUDA = Torch(
+ADA = GpuInfo("NVIDIA GeForce RTX 4090", "cuda:0", (8, 9), 24_000, 23_000, supports_bf16=True)
+CUDA = TorchInfo(
     "2.13.0+cu130",
     cuda="13.0",
-    works=True,
+    cuda_available=True,
     archs=("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120"),
-    releases=RELEASES,
-    cpu="AVX2",
+    release_archs=RELEASES,
+    cpu_capability="AVX2",
 )
-HEALTHY = Facts(
+HEALTHY = MachineInfo(
     device_name="auto",
     precision="fp32",
     threads="auto",
-    python="3.12.3",
-    python_allowed=">=3.11,<3.14",
-    packages=(Package("torch", "<2.14,>=2.10", "2.13.0+cu130", fits=True),),
+    python_version="3.12.3",
+    python_specifier=">=3.11,<3.14",
+    packages=(PackageInfo("torch", "<2.14,>=2.10", "2.13.0+cu130", is_supported=True),),
     torch=CUDA,
-    driver=Driver("580.65.06", (13, 0)),
-    cards=(ADA,),
-    pci_cards=1,
+    driver=DriverInfo("580.65.06", (13, 0)),
+    gpus=(ADA,),
+    num_pci_gpus=1,
     devices=("cuda", "cuda:0", "cpu"),
     cores=8,
     cpu_flags=frozenset({"avx2"}),
-    memory=16 * GIB,
-    pictures=50 * MIB,
-    folders=(Folder("/runs", 100 * GIB, disk=1),),
-    store=Store("sqlite:////runs/mlruns/mlflow.db", "current"),
+    available_memory_bytes=16 * GIB,
+    image_bytes=50 * MIB,
+    directories=(DirectoryInfo("/runs", 100 * GIB, device_id=1),),
+    store=StoreInfo("sqlite:////runs/mlruns/mlflow.db", "current"),
     fonts="DejaVuSans.ttf",
-    git=Git(here=True, checkout="/project", commit="0123456789abcdef"),
+    git=GitInfo(is_installed=True, checkout_dir="/project", commit="0123456789abcdef"),
 )
 NO_CARD = replace(
     HEALTHY,
-    torch=replace(CUDA, version="2.13.0+cpu", cuda=None, works=False, archs=()),
-    driver=Driver(error="NVML Shared Library Not Found"),
-    cards=(),
-    pci_cards=0,
+    torch=replace(CUDA, version="2.13.0+cpu", cuda=None, cuda_available=False, archs=()),
+    driver=DriverInfo(error="NVML Shared Library Not Found"),
+    gpus=(),
+    num_pci_gpus=0,
     devices=("cpu",),
 )
 
 
-def the(facts: Facts, level: str) -> list[Finding]:
-    return [finding for finding in findings(facts) if finding.level == level]
+def the(facts: MachineInfo, level: str) -> list[Finding]:
+    return [finding for finding in run_checks(facts) if finding.level == level]
 
 
-def only(facts: Facts) -> Finding:
+def only(facts: MachineInfo) -> Finding:
     """The one thing that is not well."""
-    (finding,) = [finding for finding in findings(facts) if finding.level != "ok"]
+    (finding,) = [finding for finding in run_checks(facts) if finding.level != "ok"]
     return finding
 
 
-def said(facts: Facts) -> str:
-    return "\n".join(finding.what for finding in findings(facts))
+def said(facts: MachineInfo) -> str:
+    return "\n".join(finding.message for finding in run_checks(facts))
 
 
-@pytest.mark.parametrize("facts", [HEALTHY, NO_CARD], ids=["card", "no card"])
-def test_a_healthy_machine_needs_nothing(facts: Facts) -> None:
-    assert {finding.level for finding in findings(facts)} == {"ok"}
-    assert not any(finding.remedy for finding in findings(facts))
-    assert len({finding.what for finding in findings(facts)}) == len(findings(facts))
+@pytest.mark.parametrize("facts", [HEALTHY, NO_CARD], ids=["gpu", "no card"])
+def test_a_healthy_machine_needs_nothing(facts: MachineInfo) -> None:
+    assert {finding.level for finding in run_checks(facts)} == {"ok"}
+    assert not any(finding.remedy for finding in run_checks(facts))
+    assert len({finding.message for finding in run_checks(facts)}) == len(run_checks(facts))
 
 
 def test_a_machine_of_which_nothing_is_known_is_no_trouble() -> None:
-    assert all(finding.level == "ok" for finding in findings(Facts("auto", "fp32", "auto")))
+    assert all(finding.level == "ok" for finding in run_checks(MachineInfo("auto", "fp32", "auto")))
 
 
 # -- software -------------------------------------------------------------------------------------------
 
 
 def test_python_that_is_not_supported() -> None:
-    finding = only(replace(HEALTHY, python="3.14.1", python_fits=False))
+    finding = only(replace(HEALTHY, python_version="3.14.1", is_python_supported=False))
     assert finding.level == "problem"
-    assert finding.what == "Python 3.14.1 is not supported, >=3.11,<3.14 is"
+    assert finding.message == "Python 3.14.1 is not supported, >=3.11,<3.14 is"
     assert "make PYTHON=python3.12" in finding.remedy
 
 
@@ -116,24 +125,24 @@ def test_python_that_is_not_supported() -> None:
     ("package", "what", "remedy"),
     [
         (
-            Package("hydra-core", "<1.4,>=1.3.8", "1.2.0", fits=False),
+            PackageInfo("hydra-core", "<1.4,>=1.3.8", "1.2.0", is_supported=False),
             "hydra-core 1.2.0 is here, supported is <1.4,>=1.3.8",
             'python -m pip install "hydra-core<1.4,>=1.3.8"',
         ),
         (
-            Package("mlflow", "<4,>=3.13", None, fits=False),
+            PackageInfo("mlflow", "<4,>=3.13", None, is_supported=False),
             "mlflow is not installed, supported is <4,>=3.13",
             'python -m pip install "mlflow<4,>=3.13"',
         ),
         (
-            Package("torch", "<2.14,>=2.10", "2.9.1", fits=False),
+            PackageInfo("torch", "<2.14,>=2.10", "2.9.1", is_supported=False),
             "torch 2.9.1 is here, supported is <2.14,>=2.10",
             "python -m pip install \"torch<2.14,>=2.10\" (which build: pytorch.org, 'Get started')",
         ),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_package_that_is_not_supported(package: Package, what: str, remedy: str) -> None:
+def test_a_package_that_is_not_supported(package: PackageInfo, what: str, remedy: str) -> None:
     assert only(replace(HEALTHY, packages=(package,))) == Finding("problem", what, remedy)
 
 
@@ -141,34 +150,42 @@ def test_torch_that_cannot_be_imported() -> None:
     facts = replace(NO_CARD, torch=None, devices=(), torch_error="OSError: libcudart.so.13: cannot open")
     finding = only(facts)
     assert finding.level == "problem"
-    assert finding.what == "torch cannot be imported: OSError: libcudart.so.13: cannot open"
+    assert finding.message == "torch cannot be imported: OSError: libcudart.so.13: cannot open"
     assert finding.remedy.startswith("python -m pip install --force-reinstall torch")
 
 
 def test_what_could_not_be_looked_at_is_named() -> None:
-    finding = only(replace(HEALTHY, unseen=(("the memory", "OSError: no /proc"),)))
+    finding = only(replace(HEALTHY, unavailable=(("the memory", "OSError: no /proc"),)))
     assert finding == Finding("note", "the memory could not be looked at: OSError: no /proc")
     why = "PackageNotFoundError: No package metadata was found for captcha-exp"
-    uninstalled = replace(HEALTHY, unseen=(("the versions of packages", why),))
+    uninstalled = replace(HEALTHY, unavailable=(("the versions of packages", why),))
     assert only(uninstalled).remedy == "python -m pip install --editable ."
 
 
 @pytest.mark.parametrize(
     ("git", "what", "remedy"),
     [
-        (Git(here=False, checkout="/p", commit=None), "git is not on this machine", "install git"),
-        (Git(here=True, checkout="/p", commit=None), "git tells no commit of /p", "safe.directory"),
+        (
+            GitInfo(is_installed=False, checkout_dir="/p", commit=None),
+            "git is not on this machine",
+            "install git",
+        ),
+        (
+            GitInfo(is_installed=True, checkout_dir="/p", commit=None),
+            "git tells no commit of /p",
+            "safe.directory",
+        ),
     ],
 )
-def test_a_commit_that_records_will_lack(git: Git, what: str, remedy: str) -> None:
+def test_a_commit_that_records_will_lack(git: GitInfo, what: str, remedy: str) -> None:
     finding = only(replace(HEALTHY, git=git))
     assert finding.level == "note"
-    assert finding.what.startswith(what)
+    assert finding.message.startswith(what)
     assert remedy in finding.remedy
 
 
 def test_an_installed_package_needs_no_git() -> None:
-    facts = replace(HEALTHY, git=Git(here=False, checkout=None, commit=None))
+    facts = replace(HEALTHY, git=GitInfo(is_installed=False, checkout_dir=None, commit=None))
     assert not the(facts, "note")
 
 
@@ -176,18 +193,18 @@ def test_an_installed_package_needs_no_git() -> None:
 
 
 def test_a_cpu_build_beside_a_card() -> None:
-    card = replace(ADA, device=None, bf16=False)
-    facts = replace(NO_CARD, driver=Driver("550.54.14", (12, 4)), cards=(card,), pci_cards=1)
+    card = replace(ADA, device=None, supports_bf16=False)
+    facts = replace(NO_CARD, driver=DriverInfo("550.54.14", (12, 4)), gpus=(card,), num_pci_gpus=1)
     finding = only(facts)
     assert finding.level == "problem"
-    assert finding.what.endswith(" is a CPU-only build, on a machine with NVIDIA GeForce RTX 4090")
+    assert finding.message.endswith(" is a CPU-only build, on a machine with NVIDIA GeForce RTX 4090")
     assert finding.remedy == "install torch built for CUDA 12.9 or 12.6 (pytorch.org, 'Get started')"
     assert only(replace(facts, device_name="cpu")).level == "note"  # as asked
 
 
 def test_a_cpu_build_beside_a_card_whose_driver_is_too_old_for_every_build() -> None:
     facts = replace(
-        NO_CARD, driver=Driver("470.82", (11, 4)), cards=(replace(ADA, device=None),), pci_cards=1
+        NO_CARD, driver=DriverInfo("470.82", (11, 4)), gpus=(replace(ADA, device=None),), num_pci_gpus=1
     )
     assert only(facts).remedy.startswith("install the newest driver (nvidia.com/drivers), then torch")
 
@@ -196,10 +213,10 @@ def test_builds_are_not_known_of_every_release_of_torch() -> None:
     assert NO_CARD.torch is not None
     facts = replace(
         NO_CARD,
-        torch=replace(NO_CARD.torch, releases={}),
-        driver=Driver("550.54.14", (12, 4)),
-        cards=(replace(ADA, device=None),),
-        pci_cards=1,
+        torch=replace(NO_CARD.torch, release_archs={}),
+        driver=DriverInfo("550.54.14", (12, 4)),
+        gpus=(replace(ADA, device=None),),
+        num_pci_gpus=1,
     )
     assert only(facts).remedy == "install torch built for CUDA 12.x (pytorch.org, 'Get started')"
 
@@ -213,15 +230,15 @@ def test_both_forms_of_torchs_table_of_builds_are_read(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, known: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "PYTORCH_RELEASES_CODE_CC", known, raising=False)
-    seen = gather(tiny)
+    seen = collect_info(tiny)
 
     assert seen.torch is not None, seen.torch_error
-    assert seen.torch.releases == {"12.6": (75, 86)}
+    assert seen.torch.release_archs == {"12.6": (75, 86)}
 
 
 def test_no_remedy_names_an_index_of_packages() -> None:
-    facts = replace(NO_CARD, driver=Driver("550.54.14", (12, 4)), cards=(replace(ADA, device=None),))
-    remedies = " ".join(finding.remedy for finding in findings(facts))
+    facts = replace(NO_CARD, driver=DriverInfo("550.54.14", (12, 4)), gpus=(replace(ADA, device=None),))
+    remedies = " ".join(finding.remedy for finding in run_checks(facts))
     hosts = set(re.findall(r"[\w.-]+\.(?:org|com|io|net)\b", remedies))
     assert hosts <= {"pytorch.org", "nvidia.com"}
 
@@ -231,73 +248,73 @@ def test_no_remedy_names_an_index_of_packages() -> None:
     [
         (
             "13.0",
-            Driver("535.54.03", (12, 2)),
+            DriverInfo("535.54.03", (12, 2)),
             "a driver from 580 on (nvidia.com/drivers), or torch built for",
         ),
-        ("12.9", Driver("470.82.01", (11, 4)), "a driver from 525 on (nvidia.com/drivers)"),
-        ("11.8", Driver("440.33.01", (10, 2)), "a driver from 450 on (nvidia.com/drivers)"),
+        ("12.9", DriverInfo("470.82.01", (11, 4)), "a driver from 525 on (nvidia.com/drivers)"),
+        ("11.8", DriverInfo("440.33.01", (10, 2)), "a driver from 450 on (nvidia.com/drivers)"),
         (
             "14.0",
-            Driver("580.65.06", (13, 0)),
+            DriverInfo("580.65.06", (13, 0)),
             "the newest driver (nvidia.com/drivers), or torch built for",
         ),
     ],
 )
-def test_a_driver_too_old_for_the_build(build: str, driver: Driver, remedy: str) -> None:
+def test_a_driver_too_old_for_the_build(build: str, driver: DriverInfo, remedy: str) -> None:
     facts = replace(
         HEALTHY,
-        torch=replace(CUDA, cuda=build, works=False, archs=()),
+        torch=replace(CUDA, cuda=build, cuda_available=False, archs=()),
         driver=driver,
-        cards=(replace(ADA, device=None),),
+        gpus=(replace(ADA, device=None),),
         devices=("cpu",),
     )
     finding = only(facts)
     assert finding.level == "problem"
     assert driver.version is not None
-    assert finding.what.startswith(f"NVIDIA driver {driver.version}, takes CUDA ")
-    assert finding.what.endswith(f"too old for torch's CUDA {build}")
+    assert finding.message.startswith(f"NVIDIA driver {driver.version}, takes CUDA ")
+    assert finding.message.endswith(f"too old for torch's CUDA {build}")
     assert finding.remedy.startswith(f"install {remedy}")
 
 
 def test_the_build_that_the_old_driver_takes_is_named_for_the_card_that_is_here() -> None:
-    pascal = Card("NVIDIA GeForce GTX 1080", None, (6, 1), 8000, 7000)
-    facts = replace(HEALTHY, torch=replace(CUDA, works=False), driver=Driver("535.54", (12, 2)))
-    (finding,) = the(replace(facts, cards=(pascal,), devices=("cpu",)), "problem")
+    pascal = GpuInfo("NVIDIA GeForce GTX 1080", None, (6, 1), 8000, 7000)
+    facts = replace(HEALTHY, torch=replace(CUDA, cuda_available=False), driver=DriverInfo("535.54", (12, 2)))
+    (finding,) = the(replace(facts, gpus=(pascal,), devices=("cpu",)), "problem")
     assert finding.remedy.endswith("or torch built for CUDA 12.6 (pytorch.org, 'Get started')")
 
 
 def test_minor_versions_of_a_cuda_get_on() -> None:
-    facts = replace(HEALTHY, torch=replace(CUDA, cuda="12.9"), driver=Driver("525.60", (12, 0)))
+    facts = replace(HEALTHY, torch=replace(CUDA, cuda="12.9"), driver=DriverInfo("525.60", (12, 0)))
     assert not the(facts, "problem")
     assert not the(facts, "note")
     assert "minor-version compatibility" in said(facts)
 
 
 def test_a_driver_that_was_updated_under_way() -> None:
-    driver = Driver(error="Driver/library version mismatch", mismatch=True)
-    finding = the(replace(NO_CARD, driver=driver, pci_cards=1), "problem")[0]
-    assert "it was updated and the old one still runs" in finding.what
+    driver = DriverInfo(error="Driver/library version mismatch", version_mismatch=True)
+    finding = the(replace(NO_CARD, driver=driver, num_pci_gpus=1), "problem")[0]
+    assert "it was updated and the old one still runs" in finding.message
     assert finding.remedy == "restart the machine"
 
 
 def test_a_card_on_the_bus_without_a_driver() -> None:
-    finding = only(replace(NO_CARD, pci_cards=2))
+    finding = only(replace(NO_CARD, num_pci_gpus=2))
     assert finding.level == "note"
-    assert "none answers (NVML Shared Library Not Found), 2 NVIDIA cards on the bus" in finding.what
+    assert "none answers (NVML Shared Library Not Found), 2 NVIDIA cards on the bus" in finding.message
     assert "nvidia.com/drivers" in finding.remedy
     assert "--gpus all" in finding.remedy
 
 
 def test_a_bus_that_tells_nothing() -> None:
-    finding = only(replace(NO_CARD, pci_cards=None, torch=replace(CUDA, works=False, archs=())))
+    finding = only(replace(NO_CARD, num_pci_gpus=None, torch=replace(CUDA, cuda_available=False, archs=())))
     assert finding.level == "note"
     assert finding.remedy.startswith("if there is an NVIDIA card, install its driver")
 
 
 def test_a_card_that_torch_sees_and_nvml_does_not() -> None:
-    finding = only(replace(HEALTHY, driver=Driver(error="nvidia-ml-py cannot be imported: No module")))
+    finding = only(replace(HEALTHY, driver=DriverInfo(error="nvidia-ml-py cannot be imported: No module")))
     assert finding.level == "note"
-    assert "who holds the memory of the cards is unknown" in finding.what
+    assert "who holds the memory of the cards is unknown" in finding.message
     assert "pip install nvidia-ml-py" in finding.remedy
 
 
@@ -310,19 +327,19 @@ def test_a_card_that_does_not_answer() -> None:
 
 
 def test_cards_that_torch_does_not_see_without_anybody_hiding_them() -> None:
-    build = replace(CUDA, works=False, archs=(), says="CUDA initialization: unknown error")
-    finding = only(replace(HEALTHY, torch=build, cards=(replace(ADA, device=None),), devices=("cpu",)))
+    build = replace(CUDA, cuda_available=False, archs=(), warning="CUDA initialization: unknown error")
+    finding = only(replace(HEALTHY, torch=build, gpus=(replace(ADA, device=None),), devices=("cpu",)))
     assert finding.level == "problem"
-    assert finding.what.endswith("has NVIDIA GeForce RTX 4090: CUDA initialization: unknown error")
+    assert finding.message.endswith("has NVIDIA GeForce RTX 4090: CUDA initialization: unknown error")
     assert finding.remedy.startswith("restart the machine")
 
 
 @pytest.mark.parametrize("value", ["", "1", "-1"])
 def test_cards_hidden_by_the_environment(value: str) -> None:
     hidden = replace(ADA, device=None)
-    finding = only(replace(HEALTHY, cards=(ADA, hidden), visible_devices=value))
+    finding = only(replace(HEALTHY, gpus=(ADA, hidden), visible_devices=value))
     assert finding.level == "note"
-    assert finding.what == (
+    assert finding.message == (
         f"CUDA_VISIBLE_DEVICES='{value}' hides 1 of 2 cards from torch: NVIDIA GeForce RTX 4090"
     )
     assert finding.remedy == "unset CUDA_VISIBLE_DEVICES"
@@ -333,12 +350,14 @@ def test_cards_that_are_all_named_by_the_environment_are_not_hidden() -> None:
 
 
 def test_rocm_is_told_as_what_training_makes_of_it() -> None:
-    radeon = Card("AMD Radeon RX 7900 XTX", "cuda:0", None, 24_000, 23_000, bf16=True)
-    build = Torch("2.13.0+rocm7.0", hip="7.0.1", works=True, archs=("gfx1100",), cpu="AVX2")
-    facts = replace(NO_CARD, torch=build, cards=(radeon,))
+    radeon = GpuInfo("AMD Radeon RX 7900 XTX", "cuda:0", None, 24_000, 23_000, supports_bf16=True)
+    build = TorchInfo(
+        "2.13.0+rocm7.0", hip="7.0.1", cuda_available=True, archs=("gfx1100",), cpu_capability="AVX2"
+    )
+    facts = replace(NO_CARD, torch=build, gpus=(radeon,))
     finding = only(facts)
     assert finding.level == "note"
-    assert finding.what == (
+    assert finding.message == (
         "torch 2.13.0+rocm7.0 is built for ROCm 7.0.1, which is not used here: training takes cpu"
     )
     assert finding.remedy
@@ -346,7 +365,9 @@ def test_rocm_is_told_as_what_training_makes_of_it() -> None:
 
 
 def test_mps_is_named() -> None:
-    facts = replace(NO_CARD, torch=Torch("2.13.0", mps=True), devices=("mps", "cpu"), cpu_flags=None)
+    facts = replace(
+        NO_CARD, torch=TorchInfo("2.13.0", mps_built=True), devices=("mps", "cpu"), cpu_flags=None
+    )
     assert "torch 2.13.0 is built with MPS" in said(facts)
     assert "device.name=auto takes mps" in said(facts)
 
@@ -373,13 +394,13 @@ def test_a_card_that_the_build_has_no_programs_for(
 ) -> None:
     archs = ("sm_75",) if verdict == "too new for" else ("sm_75", "sm_80", "sm_90")
     cuda = "13.2" if verdict == "too new for" else "13.0"
-    card = Card(name, "cuda:0", capability, 8000, 7900, bf16=True)
-    driver = Driver("590.1", (13, 2))
-    facts = replace(HEALTHY, torch=replace(CUDA, cuda=cuda, archs=archs), cards=(card,), driver=driver)
+    card = GpuInfo(name, "cuda:0", capability, 8000, 7900, supports_bf16=True)
+    driver = DriverInfo("590.1", (13, 2))
+    facts = replace(HEALTHY, torch=replace(CUDA, cuda=cuda, archs=archs), gpus=(card,), driver=driver)
     finding = only(facts)
     assert finding.level == "problem"
     text = "capability {}.{} is {} this torch, which has sm_75"
-    assert text.format(*capability, verdict) in finding.what
+    assert text.format(*capability, verdict) in finding.message
     assert finding.remedy.startswith(remedy)
 
 
@@ -403,28 +424,28 @@ def test_which_programs_run_on_which_card(
     capability: tuple[int, int], archs: tuple[str, ...], well: bool
 ) -> None:
     card = replace(ADA, capability=capability)
-    problems = the(replace(HEALTHY, torch=replace(CUDA, archs=archs), cards=(card,)), "problem")
-    assert [("this torch, which has" in p.what) for p in problems] == ([] if well else [True])
+    problems = the(replace(HEALTHY, torch=replace(CUDA, archs=archs), gpus=(card,)), "problem")
+    assert [("this torch, which has" in p.message) for p in problems] == ([] if well else [True])
 
 
 def test_a_second_card_that_does_not_suit_is_no_problem() -> None:
-    old = Card("NVIDIA GeForce GT 710", "cuda:1", (3, 5), 2000, 1900)
-    finding = only(replace(HEALTHY, cards=(ADA, old), devices=("cuda", "cuda:0", "cuda:1", "cpu")))
+    old = GpuInfo("NVIDIA GeForce GT 710", "cuda:1", (3, 5), 2000, 1900)
+    finding = only(replace(HEALTHY, gpus=(ADA, old), devices=("cuda", "cuda:0", "cuda:1", "cpu")))
     assert finding.level == "note"
-    assert finding.what.startswith("cuda:1 (NVIDIA GeForce GT 710): capability 3.5 is too old")
-    chosen = replace(HEALTHY, cards=(ADA, old), device_name="cuda:1", devices=("cuda:1",))
+    assert finding.message.startswith("cuda:1 (NVIDIA GeForce GT 710): capability 3.5 is too old")
+    chosen = replace(HEALTHY, gpus=(ADA, old), device_name="cuda:1", devices=("cuda:1",))
     assert only(chosen).level == "problem"
 
 
 def test_a_program_to_be_translated_needs_a_driver_of_the_builds_own_cuda() -> None:
     build = replace(CUDA, cuda="12.9", archs=("sm_90", "compute_90"))
     card = replace(ADA, capability=(12, 0))
-    facts = replace(HEALTHY, torch=build, cards=(card,), driver=Driver("525.60", (12, 0)))
+    facts = replace(HEALTHY, torch=build, gpus=(card,), driver=DriverInfo("525.60", (12, 0)))
     finding = only(facts)
     assert finding.level == "problem"
-    assert "the driver must translate torch's programs, and is older than CUDA 12.9" in finding.what
+    assert "the driver must translate torch's programs, and is older than CUDA 12.9" in finding.message
     assert finding.remedy.startswith("install the newest driver")
-    assert not the(replace(facts, driver=Driver("575.1", (12, 9))), "problem")
+    assert not the(replace(facts, driver=DriverInfo("575.1", (12, 9))), "problem")
 
 
 @pytest.mark.parametrize(
@@ -432,20 +453,20 @@ def test_a_program_to_be_translated_needs_a_driver_of_the_builds_own_cuda() -> N
     ["NVIDIA GeForce GTX 1650", "NVIDIA GeForce GTX 1660 Ti", "NVIDIA GeForce MX450", "NVIDIA T1000"],
 )
 def test_turing_without_tensor_cores(name: str) -> None:
-    card = Card(name, "cuda:0", (7, 5), 4000, 3900)
-    finding = only(replace(HEALTHY, cards=(card,)))
+    card = GpuInfo(name, "cuda:0", (7, 5), 4000, 3900)
+    finding = only(replace(HEALTHY, gpus=(card,)))
     assert finding.level == "note"
-    assert finding.what.startswith(f"cuda:0 ({name}) has no tensor cores: fp16 gives NaN")
+    assert finding.message.startswith(f"cuda:0 ({name}) has no tensor cores: fp16 gives NaN")
     assert finding.remedy == "device.precision=auto (tries it), or fp32"
-    assert only(replace(HEALTHY, cards=(card,), precision="fp16")).level == "problem"
+    assert only(replace(HEALTHY, gpus=(card,), precision="fp16")).level == "problem"
 
 
 @pytest.mark.parametrize("name", ["Tesla T4", "NVIDIA GeForce RTX 2080 Ti", "NVIDIA TITAN RTX"])
 def test_turing_with_tensor_cores(name: str) -> None:
-    facts = replace(HEALTHY, cards=(Card(name, "cuda:0", (7, 5), 15_000, 14_900),))
+    facts = replace(HEALTHY, gpus=(GpuInfo(name, "cuda:0", (7, 5), 15_000, 14_900),))
     assert f"cuda:0 ({name}): 16 bits at full speed: fp16" in said(facts)
     finding = only(replace(facts, precision="bf16"))
-    assert "only emulated" in finding.what
+    assert "only emulated" in finding.message
     assert finding.remedy == "device.precision=fp32"
 
 
@@ -455,11 +476,11 @@ def test_a_card_of_today_has_both_kinds_of_16_bits() -> None:
 
 
 def test_who_holds_a_card_is_named() -> None:
-    holders = (Holder(4242, "python", 20_000), Holder(99, "Xorg", None))
-    held = replace(ADA, free_mib=3000, holders=holders)
-    finding = only(replace(HEALTHY, cards=(held,)))
+    holders = (GpuProcess(4242, "python", 20_000), GpuProcess(99, "Xorg", None))
+    held = replace(ADA, free_mib=3000, processes=holders)
+    finding = only(replace(HEALTHY, gpus=(held,)))
     assert finding.level == "note"
-    assert finding.what == (
+    assert finding.message == (
         "cuda:0 (NVIDIA GeForce RTX 4090), capability 8.9: 3,000 of 24,000 MiB free, "
         "held by 4242 python 20,000 MiB, 99 Xorg"
     )
@@ -467,21 +488,21 @@ def test_who_holds_a_card_is_named() -> None:
 
 
 def test_a_freer_card_is_named() -> None:
-    held = replace(ADA, free_mib=300, holders=(Holder(4242, "python", 23_000),))
+    held = replace(ADA, free_mib=300, processes=(GpuProcess(4242, "python", 23_000),))
     free = replace(ADA, device="cuda:1")
-    finding = only(replace(HEALTHY, cards=(held, free), devices=("cuda", "cuda:0", "cuda:1", "cpu")))
+    finding = only(replace(HEALTHY, gpus=(held, free), devices=("cuda", "cuda:0", "cuda:1", "cpu")))
     assert finding.level == "problem"  # there is no room to train in
     assert finding.remedy.startswith("device.name=cuda:1 has 23,000 MiB free; or end process 4242")
 
 
 def test_holders_that_a_container_hides_are_said_to_be_unknown() -> None:
-    finding = only(replace(HEALTHY, cards=(replace(ADA, free_mib=3000),)))
-    assert "who holds the rest is unknown (a container hides it)" in finding.what
+    finding = only(replace(HEALTHY, gpus=(replace(ADA, free_mib=3000),)))
+    assert "who holds the rest is unknown (a container hides it)" in finding.message
     assert "nvidia-smi" in finding.remedy
 
 
 def test_little_that_is_held_is_well() -> None:
-    facts = replace(HEALTHY, cards=(replace(ADA, holders=(Holder(99, "Xorg", 400),)),))
+    facts = replace(HEALTHY, gpus=(replace(ADA, processes=(GpuProcess(99, "Xorg", 400),)),))
     assert not the(facts, "note")
     assert "held by 99 Xorg 400 MiB" in said(facts)
 
@@ -491,9 +512,9 @@ def test_little_that_is_held_is_well() -> None:
 
 def test_a_device_that_is_not_here() -> None:
     why = {"cuda": "torch finds no usable CUDA card"}
-    finding = only(replace(NO_CARD, device_name="cuda:1", why_not=why))
+    finding = only(replace(NO_CARD, device_name="cuda:1", unavailable_reason=why))
     assert finding.level == "problem"
-    assert finding.what == "device.name=cuda:1 is not here: torch finds no usable CUDA card"
+    assert finding.message == "device.name=cuda:1 is not here: torch finds no usable CUDA card"
     assert finding.remedy == "device.name=auto (takes cpu), or one of cpu"
 
 
@@ -514,38 +535,38 @@ def test_a_device_that_is_here() -> None:
 )
 def test_16_bits_on_the_cpu(flags: set[str], precision: str, text: str, level: str) -> None:
     facts = replace(NO_CARD, cpu_flags=frozenset(flags), precision=precision)
-    (finding,) = [finding for finding in findings(facts) if finding.what.startswith("CPU: AVX2")]
-    assert text in finding.what
+    (finding,) = [finding for finding in run_checks(facts) if finding.message.startswith("CPU: AVX2")]
+    assert text in finding.message
     assert (finding.level, finding.remedy) == (level, "device.precision=fp32" if level == "note" else "")
 
 
 def test_16_bits_of_the_cpu_are_no_matter_on_a_card() -> None:
-    assert not any(finding.what.startswith("CPU") for finding in findings(HEALTHY))
+    assert not any(finding.message.startswith("CPU") for finding in run_checks(HEALTHY))
 
 
 def test_more_threads_than_cores() -> None:
     finding = only(replace(HEALTHY, threads=16))
-    assert finding.what.startswith("8 cores, device.threads=16: threads wait")
+    assert finding.message.startswith("8 cores, device.threads=16: threads wait")
     assert finding.remedy == "device.threads=auto"
 
 
 def test_a_container_with_less_time_than_cores() -> None:
     finding = only(replace(HEALTHY, cpu_quota=1.5))
-    assert "given the time of 1.5 of them" in finding.what
+    assert "given the time of 1.5 of them" in finding.message
     assert finding.remedy == "device.threads=1 data.workers=1"
     assert not the(replace(HEALTHY, cpu_quota=1.5, threads=1), "note")
 
 
 def test_pictures_that_do_not_go_into_memory() -> None:
-    finding = only(replace(HEALTHY, pictures=40 * GIB))
+    finding = only(replace(HEALTHY, image_bytes=40 * GIB))
     assert finding.level == "problem"
-    assert "16,384 MiB available, the prepared pictures of this config take 40,960 MiB" in finding.what
+    assert "16,384 MiB available, the prepared pictures of this config take 40,960 MiB" in finding.message
     assert "data.count" in finding.remedy
 
 
 def test_little_memory() -> None:
-    finding = only(replace(HEALTHY, memory=700 * MIB))
-    assert finding.what == "memory: 700 MiB available, which is little"
+    finding = only(replace(HEALTHY, available_memory_bytes=700 * MIB))
+    assert finding.message == "memory: 700 MiB available, which is little"
     assert "data.workers=1" in finding.remedy
 
 
@@ -559,19 +580,21 @@ def test_little_memory() -> None:
     ],
 )
 def test_a_full_disk(free: int, level: str, text: str) -> None:
-    folders = (Folder("/runs", free, disk=1, refusal="No space left on device" if not free else ""),)
-    finding = only(replace(HEALTHY, folders=folders))
-    assert (finding.level, finding.what) == (level, text)
+    folders = (
+        DirectoryInfo("/runs", free, device_id=1, write_error="No space left on device" if not free else ""),
+    )
+    finding = only(replace(HEALTHY, directories=folders))
+    assert (finding.level, finding.message) == (level, text)
     assert 'du -sh "/runs"/*' in finding.remedy
 
 
 def test_a_gibibyte_is_enough_and_a_disk_is_told_once() -> None:
     folders = (
-        Folder("/runs", GIB, disk=1),
-        Folder("/runs/outputs", GIB, disk=1),
-        Folder("/x", 2 * GIB, disk=2),
+        DirectoryInfo("/runs", GIB, device_id=1),
+        DirectoryInfo("/runs/outputs", GIB, device_id=1),
+        DirectoryInfo("/x", 2 * GIB, device_id=2),
     )
-    lines = [f.what for f in findings(replace(HEALTHY, folders=folders)) if "GiB free" in f.what]
+    lines = [f.message for f in run_checks(replace(HEALTHY, directories=folders)) if "GiB free" in f.message]
     assert sorted(lines) == ["/runs: 1.0 GiB free", "/x: 2.0 GiB free"]
 
 
@@ -585,9 +608,11 @@ def test_a_gibibyte_is_enough_and_a_disk_is_told_once() -> None:
     ],
 )
 def test_a_folder_that_cannot_be_written_to(refusal: str, remedy: str) -> None:
-    finding = only(replace(HEALTHY, folders=(Folder("/runs", 9 * GIB, disk=1, refusal=refusal),)))
+    finding = only(
+        replace(HEALTHY, directories=(DirectoryInfo("/runs", 9 * GIB, device_id=1, write_error=refusal),))
+    )
     assert finding.level == "problem"
-    assert finding.what == f"/runs: nothing can be written there: {refusal}"
+    assert finding.message == f"/runs: nothing can be written there: {refusal}"
     assert finding.remedy.startswith(remedy)
 
 
@@ -610,40 +635,40 @@ def test_a_folder_that_cannot_be_written_to(refusal: str, remedy: str) -> None:
     ],
 )
 def test_a_store_that_takes_no_run(state: str, text: str, remedy: str) -> None:
-    finding = only(replace(HEALTHY, store=Store("sqlite:////m.db", state, "its own words")))
+    finding = only(replace(HEALTHY, store=StoreInfo("sqlite:////m.db", state, "its own words")))
     assert finding.level == "problem"
-    assert finding.what == f"tracking.uri=sqlite:////m.db: {text} (its own words)"
+    assert finding.message == f"tracking.uri=sqlite:////m.db: {text} (its own words)"
     assert finding.remedy.startswith(remedy)
 
 
 def test_a_server_that_refuses_wants_a_token() -> None:
-    finding = only(replace(HEALTHY, store=Store("https://mlflow.example", "broken", "401")))
+    finding = only(replace(HEALTHY, store=StoreInfo("https://mlflow.example", "broken", "401")))
     assert "MLFLOW_TRACKING_TOKEN" in finding.remedy
 
 
 def test_a_database_whose_driver_is_missing() -> None:
-    store = Store("postgresql://db/x", "broken", "No module named 'psycopg2'")
+    store = StoreInfo("postgresql://db/x", "broken", "No module named 'psycopg2'")
     assert only(replace(HEALTHY, store=store)).remedy.startswith(
         "python -m pip install that module (psycopg2"
     )
 
 
 def test_a_store_that_is_not_there_yet_is_well() -> None:
-    facts = replace(HEALTHY, store=Store("sqlite:////m.db", "new"))
+    facts = replace(HEALTHY, store=StoreInfo("sqlite:////m.db", "new"))
     assert "sqlite:////m.db: no store yet, it is made at the first run" in said(facts)
     assert "tracking=none" in said(replace(HEALTHY, store=None))
-    assert "tracking=none" not in said(replace(HEALTHY, store=None, unseen=(("the MLflow store", "x"),)))
+    assert "tracking=none" not in said(replace(HEALTHY, store=None, unavailable=(("the MLflow store", "x"),)))
 
 
 def test_runs_that_died_are_named() -> None:
-    finding = only(replace(HEALTHY, dead_runs=(("/runs/outputs/2026-01-02/030405-x", 4242),)))
+    finding = only(replace(HEALTHY, stale_runs=(("/runs/outputs/2026-01-02/030405-x", 4242),)))
     assert finding.level == "note"
-    assert finding.what.startswith(
+    assert finding.message.startswith(
         "/runs/outputs/2026-01-02/030405-x: says RUNNING, but its process 4242 is gone"
     )
     assert "stays in its folder" in finding.remedy
-    many = the(replace(HEALTHY, dead_runs=tuple((f"/run{n}", n) for n in range(9))), "note")
-    assert [finding.what for finding in many][-1] == "4 more runs died in the same way"
+    many = the(replace(HEALTHY, stale_runs=tuple((f"/run{n}", n) for n in range(9))), "note")
+    assert [finding.message for finding in many][-1] == "4 more runs died in the same way"
     assert len(many) == 6
 
 
@@ -655,7 +680,7 @@ def test_records_that_cannot_be_read_are_named() -> None:
 def test_a_font_that_is_missing() -> None:
     line = "data.fonts: 'No.ttf' is no file and no font of matplotlib; it brings DejaVuSans.ttf"
     finding = only(replace(HEALTHY, fonts=None, fonts_error=line))
-    assert (finding.level, finding.what) == ("problem", line)
+    assert (finding.level, finding.message) == ("problem", line)
     assert finding.remedy.startswith("data.fonts=[DejaVuSans.ttf]")
 
 
@@ -751,11 +776,11 @@ def test_nvml_tells_of_the_driver_the_cards_and_who_holds_them(
 ) -> None:
     nvml = Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    facts = gather(tiny)
-    assert facts.driver == Driver("550.54.14", (12, 4), unreachable=("number 1: NVML error 15",))
-    parent = Holder(os.getppid(), psutil.Process(os.getppid()).name(), 2000)
-    assert facts.cards == (
-        Card("NVIDIA L4", None, (8, 9), 23_000, 20_000, (parent, Holder(2**22 + 5, "?", None))),
+    facts = collect_info(tiny)
+    assert facts.driver == DriverInfo("550.54.14", (12, 4), unreachable=("number 1: NVML error 15",))
+    parent = GpuProcess(os.getppid(), psutil.Process(os.getppid()).name(), 2000)
+    assert facts.gpus == (
+        GpuInfo("NVIDIA L4", None, (8, 9), 23_000, 20_000, (parent, GpuProcess(2**22 + 5, "?", None))),
     )
     assert nvml.open == 0
 
@@ -768,12 +793,12 @@ def test_whatever_of_nvml_fails_the_rest_is_told(
     no_card: None, tiny: Config, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(fails=function))
-    facts = gather(tiny)
-    assert facts.unseen == ()
+    facts = collect_info(tiny)
+    assert facts.unavailable == ()
     assert facts.torch is not None
-    assert facts.folders
+    assert facts.directories
     assert bool(facts.driver.error) == (function == "nvmlInit")
-    assert findings(facts)
+    assert run_checks(facts)
 
 
 @pytest.mark.parametrize(("code", "mismatch"), [(18, True), (9, False), (4, False)])
@@ -781,14 +806,14 @@ def test_a_driver_that_was_updated_is_told_from_one_that_is_not_there(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, code: int, mismatch: bool
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(fails="nvmlInit", code=code))
-    assert gather(tiny).driver == Driver(error=f"NVML error {code}", mismatch=mismatch)
+    assert collect_info(tiny).driver == DriverInfo(error=f"NVML error {code}", version_mismatch=mismatch)
 
 
 def test_nvml_that_is_too_old_for_a_question(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = Nvml()
     monkeypatch.delattr(Nvml, "nvmlSystemGetCudaDriverVersion_v2")
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert gather(tiny).driver.cuda is None
+    assert collect_info(tiny).driver.max_cuda is None
 
 
 @pytest.mark.parametrize("module", ["pynvml", "torch"])
@@ -796,10 +821,10 @@ def test_a_package_that_cannot_be_imported(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
-    facts = gather(tiny)
+    facts = collect_info(tiny)
     assert (facts.torch is None) == (module == "torch")
     assert bool(facts.torch_error) == (module == "torch")
-    assert facts.folders
+    assert facts.directories
     assert facts.fonts
 
 
@@ -819,9 +844,9 @@ def _cards_of_torch(monkeypatch: pytest.MonkeyPatch, *cards: tuple[str, str]) ->
 def test_torchs_cards_are_nvmls_by_their_uuids(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     _cards_of_torch(monkeypatch, ("9999", "NVIDIA A2"), ("1234", "NVIDIA L4"))
-    facts = gather(tiny)
-    assert facts.unseen == ()
-    assert [(c.device, c.name, c.free_mib, c.bf16) for c in facts.cards] == [
+    facts = collect_info(tiny)
+    assert facts.unavailable == ()
+    assert [(c.device, c.name, c.free_mib, c.supports_bf16) for c in facts.gpus] == [
         ("cuda:0", "NVIDIA A2", 7, True),  # NVML does not know it: as torch says
         ("cuda:1", "NVIDIA L4", 20_000, True),
     ]
@@ -832,9 +857,9 @@ def test_a_card_that_is_hidden_and_one_that_is_cut_into_instances(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     _cards_of_torch(monkeypatch, ("9999", "NVIDIA A2"))
-    assert [card.device for card in gather(tiny).cards] == ["cuda:0", None]
+    assert [card.device for card in collect_info(tiny).gpus] == ["cuda:0", None]
     _cards_of_torch(monkeypatch, ("9999", "NVIDIA L4 MIG 1g.6gb"))
-    assert [card.device for card in gather(tiny).cards] == ["cuda:0"]
+    assert [card.device for card in collect_info(tiny).gpus] == ["cuda:0"]
 
 
 def test_a_card_that_fails_under_torchs_eyes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -844,9 +869,9 @@ def test_a_card_that_fails_under_torchs_eyes(tiny: Config, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     _cards_of_torch(monkeypatch, ("1234", "NVIDIA L4"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lost)
-    facts = gather(tiny)
-    assert [card.name for card in facts.cards] == ["NVIDIA L4"]
-    assert facts.unseen == (("the cards, by torch", "RuntimeError: CUDA error: device is lost"),)
+    facts = collect_info(tiny)
+    assert [gpu.name for gpu in facts.gpus] == ["NVIDIA L4"]
+    assert facts.unavailable == (("the cards, by torch", "RuntimeError: CUDA error: device is lost"),)
 
 
 def test_what_fails_is_named_and_hides_no_other(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -854,77 +879,81 @@ def test_what_fails_is_named_and_hides_no_other(tiny: Config, monkeypatch: pytes
         raise OSError("no such\nthing")
 
     monkeypatch.setattr(psutil, "virtual_memory", broken)
-    facts = gather(tiny)
-    assert facts.unseen == (("the memory", "OSError: no such thing"),)
-    assert facts.memory is None
-    assert facts.folders
+    facts = collect_info(tiny)
+    assert facts.unavailable == (("the memory", "OSError: no such thing"),)
+    assert facts.available_memory_bytes is None
+    assert facts.directories
 
 
 def test_versions_come_from_the_installed_project(tiny: Config) -> None:
-    facts = gather(tiny)
+    facts = collect_info(tiny)
     here = {package.name: package for package in facts.packages}
     # A CUDA build says +cu130 of itself; the package that it came in does not.
     assert torch.__version__.startswith(here["torch"].installed or "nothing")
-    assert here["torch"].allowed == "<2.14,>=2.10"
-    assert all(package.fits for package in here.values())
+    assert here["torch"].specifier == "<2.14,>=2.10"
+    assert all(package.is_supported for package in here.values())
     assert "pytest" not in here  # an extra
-    assert facts.python_fits
+    assert facts.is_python_supported
 
 
 def test_versions_that_do_not_fit(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["torch>99", "numpy>=2", "nosuchpackage>=1", 'other>=1; extra == "dev"']
     monkeypatch.setattr("captcha_exp.doctor.collect.requires", lambda _: asked)
     monkeypatch.setattr("captcha_exp.doctor.collect.metadata", lambda _: {"Requires-Python": "<3"})
-    facts = gather(tiny)
-    assert [(package.name, package.fits) for package in facts.packages] == [
+    facts = collect_info(tiny)
+    assert [(package.name, package.is_supported) for package in facts.packages] == [
         ("torch", False),
         ("numpy", True),
         ("nosuchpackage", False),
     ]
-    assert not facts.python_fits
+    assert not facts.is_python_supported
 
 
 def test_a_root_that_is_not_there_yet_is_its_parent_and_nothing_is_made(
     root: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(root / "a" / "b"))
-    facts = gather(tiny)
-    assert str(root) in {folder.path for folder in facts.folders}
+    facts = collect_info(tiny)
+    assert str(root) in {folder.path for folder in facts.directories}
     assert list(root.iterdir()) == []
 
 
 def test_a_file_where_a_folder_should_be(root: Path, tiny: Config) -> None:
     (root / "outputs").write_text("")
-    refused = {folder.path: folder.refusal for folder in gather(tiny).folders if folder.refusal}
+    refused = {
+        folder.path: folder.write_error for folder in collect_info(tiny).directories if folder.write_error
+    }
     assert refused == {str(root / "outputs"): "Not a directory"}
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(root: Path, tiny: Config) -> None:
     root.chmod(0o500)
-    refused = {folder.path: folder.refusal for folder in gather(tiny).folders if folder.refusal}
+    refused = {
+        folder.path: folder.write_error for folder in collect_info(tiny).directories if folder.write_error
+    }
     assert refused == {str(root): "Permission denied"}
 
 
 def test_runs_whose_process_is_gone(root: Path, tiny: Config) -> None:
-    alive, died, ended = (runs.create(tiny, tiny) for _ in range(3))
-    died.note(process_started=1.0)
+    alive, died, ended = (runs.create_run(tiny, tiny) for _ in range(3))
+    died.update(process_started=1.0)
     ended.close("FINISHED")
     (root / "outputs/2026-01-01/x").mkdir(parents=True)
     (root / "outputs/2026-01-01/x/run.json").write_text("{")
-    facts = gather(tiny)
-    assert facts.dead_runs == ((str(died.folder), os.getpid()),)
-    assert alive.folder != died.folder
+    facts = collect_info(tiny)
+    assert facts.stale_runs == ((str(died.run_dir), os.getpid()),)
+    assert alive.run_dir != died.run_dir
     (line,) = facts.unreadable_runs
     assert "run.json: cannot be read" in line
 
 
 def test_fonts_and_their_characters(tiny: Config) -> None:
-    assert gather(tiny).fonts == "DroidSansMono.ttf"
+    assert collect_info(tiny).fonts == "DroidSansMono.ttf"
     missing = replace(tiny, data=replace(drawn(tiny), fonts=("No.ttf",)))
-    assert gather(missing).fonts_error.startswith("data.fonts: 'No.ttf' is no file")
+    assert collect_info(missing).fonts_error.startswith("data.fonts: 'No.ttf' is no file")
     lacking = replace(tiny, captcha=replace(tiny.captcha, alphabet="ab\u4e2d"))
-    assert "DroidSansMono.ttf has no picture of" in gather(lacking).fonts_error
+    assert "DroidSansMono.ttf has no picture of" in collect_info(lacking).fonts_error
 
 
 def test_limits_of_a_container(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -934,11 +963,11 @@ def test_limits_of_a_container(tiny: Config, monkeypatch: pytest.MonkeyPatch) ->
         "memory.current": ["300"],
     }
     monkeypatch.setattr(device, "control_group", lambda name: limits[name])
-    assert gather(tiny).cpu_quota == 1.5
-    assert gather(tiny).memory == 700
+    assert collect_info(tiny).cpu_quota == 1.5
+    assert collect_info(tiny).available_memory_bytes == 700
     limits = {"cpu.max": ["max 100000"], "memory.max": [], "memory.current": []}
-    assert gather(tiny).cpu_quota is None
-    assert (gather(tiny).memory or 0) > 1000
+    assert collect_info(tiny).cpu_quota is None
+    assert (collect_info(tiny).available_memory_bytes or 0) > 1000
 
 
 # -- the store ------------------------------------------------------------------------------------------
@@ -961,7 +990,7 @@ def store(made: bytes, tmp_path: Path) -> Path:
 
 
 def look(path: Path, experiment: str = "captcha_exp") -> tuple[str, str]:
-    return look_at_store(f"sqlite:///{path}", experiment)
+    return inspect_store(f"sqlite:///{path}", experiment)
 
 
 def revise(path: Path, revision: str) -> None:
@@ -1054,16 +1083,16 @@ def server() -> Iterator[tuple[str, type[_Server]]]:
 def test_a_server_that_answers_and_one_that_refuses(server: tuple[str, type[_Server]]) -> None:
     uri, handler = server
     before = dict(os.environ)
-    assert look_at_store(uri, "x") == ("current", "")
+    assert inspect_store(uri, "x") == ("current", "")
     handler.status, handler.answer = 401, b"Unauthorized"
-    state, words = look_at_store(uri, "x")
+    state, words = inspect_store(uri, "x")
     assert state == "broken"
     assert "401" in words
     assert dict(os.environ) == before
 
 
 def test_a_server_that_is_not_there() -> None:
-    state, words = look_at_store("http://127.0.0.1:9", "x")
+    state, words = inspect_store("http://127.0.0.1:9", "x")
     assert state == "silent"
     assert words
 
@@ -1075,17 +1104,17 @@ def test_a_store_that_never_answers_is_given_up(store: Path, monkeypatch: pytest
 
 
 def test_other_databases(store: Path) -> None:
-    assert look_at_store(f"sqlite+pysqlite:///{store}", "x") == ("current", "")
-    assert look_at_store("sqlite://", "x") == ("new", "")
-    state, words = look_at_store("postgresql://127.0.0.1:9/x", "x")  # no driver, or no server
+    assert inspect_store(f"sqlite+pysqlite:///{store}", "x") == ("current", "")
+    assert inspect_store("sqlite://", "x") == ("new", "")
+    state, words = inspect_store("postgresql://127.0.0.1:9/x", "x")  # no driver, or no server
     assert state == "broken"
     assert words
 
 
 def test_the_store_of_a_config_is_looked_at(root: Path, tiny: Config) -> None:
-    config = replace(tiny, tracking=Mlflow(backend="mlflow", uri="auto", experiment="x"))
-    assert gather(config).store == Store(f"sqlite:///{root}/mlruns/mlflow.db", "new")
-    assert gather(tiny).store is None
+    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"))
+    assert collect_info(config).store == StoreInfo(f"sqlite:///{root}/mlruns/mlflow.db", "new")
+    assert collect_info(tiny).store is None
     assert list(root.iterdir()) == []
 
 
@@ -1144,7 +1173,7 @@ def test_a_config_that_cannot_be_composed_is_the_usual_mistake(
 
 def test_a_line_stays_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     long = Finding("problem", f"[red]{'long ' * 99}", "mend [it]")
-    output.of_findings([long, Finding("ok", "fi\nne")])
+    output.print_findings([long, Finding("ok", "fi\nne")])
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"problem [red]{'long ' * 99} -> mend [it]"
     assert second == "ok      fi ne"

@@ -12,24 +12,24 @@ from support.profiling import real_peaks, run_for_real
 from captcha_exp import compose, load
 from captcha_exp.config import Config
 from captcha_exp.memory import advisor
-from captcha_exp.memory.advisor import PASSES, Advice, advise
+from captcha_exp.memory.advisor import MICRO_BATCH_COUNTS, Advice, advise
 from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.console import NullDisplay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIB = 2**20
-CARD = ("device.name=cpu", "device.precision=fp32", "card=gtx1650")
+CARD = ("device.name=cpu", "device.precision=fp32", "gpu=gtx1650")
 ARTICLE = ("experiment=article", *CARD, "train.batch_size=1000", "device.vram_budget_mib=3908")
 PICTURES = {"train": 80_000, "validation": 10_000, "test": 10_000}
 FEW = {"train": 256, "validation": 32, "test": 32}
 # Nothing but the tensors counts: batches of `compact`, whose network is as it stands.
 ALONE = (
     "tracking=none",
-    *("card.context_mib.least=0", "card.context_mib.most=0"),
-    *("card.cublas_workspace_mib.most=0", "card.cudnn_workspace_mib.most=0"),
+    *("gpu.context_mib.least=0", "gpu.context_mib.most=0"),
+    *("gpu.cublas_workspace_mib.most=0", "gpu.cudnn_workspace_mib.most=0"),
 )
-SMALL = (*CARD, *ALONE, "train.batch_size=128", "train.evaluation_batch_size=16")
+SMALL = (*CARD, *ALONE, "train.batch_size=128", "train.eval_batch_size=16")
 FEW_PASSES = (1, 2, 3, 4, 5)  # of PASSES; what is said is the same, and sooner
 BUDGET = 45  # MiB, where the whole takes 69
 
@@ -39,11 +39,11 @@ def configured(*overrides: str) -> Config:
 
 
 def plan_of(config: Config, pictures: Mapping[str, int]) -> Plan:
-    return Planner(config, pictures).at(int(config.train.batch_size))
+    return Planner(config, pictures).plan_for(int(config.train.batch_size))
 
 
 def advised(*overrides: str, pictures: Mapping[str, int] = FEW) -> list[Advice]:
-    return advise(configured(*overrides), pictures, None, Silent())
+    return advise(configured(*overrides), pictures, None, NullDisplay())
 
 
 def keys(advice: Advice) -> set[str]:
@@ -73,7 +73,7 @@ def test_a_batch_of_1000_of_the_article_fits_in_several_ways(article: list[Advic
     for each in article:
         assert each.overrides
         assert each.plan.fits == "fits"
-        assert each.plan.process_mib.most <= 3908
+        assert each.plan.process_mib.max <= 3908
         assert each.plan.batch_size == 1000
 
 
@@ -113,7 +113,7 @@ def test_a_batch_is_in_as_few_parts_as_will_do(
         config = configured(*base, *each.overrides)
         batch, micro = int(config.train.batch_size), config.train.micro_batch_size
         assert micro is not None
-        larger = min(-(-batch // passes) for passes in PASSES if -(-batch // passes) > micro)
+        larger = min(-(-batch // passes) for passes in MICRO_BATCH_COUNTS if -(-batch // passes) > micro)
         one_fewer = replace(config, train=replace(config.train, micro_batch_size=larger))
         assert plan_of(one_fewer, pictures).fits != "fits"
 
@@ -138,10 +138,10 @@ def test_what_is_said_is_plain_json(article: list[Advice]) -> None:
 # -- a small network -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("card", ["gtx1650", "h200"])
+@pytest.mark.parametrize("gpu", ["gtx1650", "h200"])
 def test_what_fits_as_it_stands_is_said_first(card: str) -> None:
     """Though in 16 bits it may be faster on that card."""
-    found = advised(*SMALL, f"card={card}", "device.vram_budget_mib=4000")
+    found = advised(*SMALL, f"gpu={card}", "device.vram_budget_mib=4000")
     assert found[0].overrides == ()
     assert found[0].relative_time == 1.0
     assert found[0].notes == ()
@@ -178,18 +178,18 @@ def test_a_card_that_is_said_to_be_no_times_as_fast_in_16_bits_is_no_crash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(advisor, "PASSES", FEW_PASSES)
-    none = ("card.fp16_speed.least=0", "card.bf16_speed.least=0")
+    none = ("gpu.fp16_speedup.least=0", "gpu.bf16_speedup.least=0")
     found = advised(*SMALL, f"device.vram_budget_mib={BUDGET}", *none)
     assert found
     assert found[0].relative_time < 2
     advised(*SMALL, "device.vram_budget_mib=4000", "device.precision=fp16", *none)
 
 
-EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.evaluation_batch_size=256")
+EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.eval_batch_size=256")
 
 
 @pytest.mark.parametrize(
-    ("pictures", "budget_mib"),
+    ("images", "budget_mib"),
     [
         ({"train": 20, "validation": 300, "test": 10}, 50),
         ({"train": 20, "validation": 300, "test": 300}, 60),
@@ -204,12 +204,12 @@ def test_an_evaluation_that_stands_in_the_way_is_lowered(pictures: dict[str, int
 
     found = advised(*asked, pictures=pictures)
 
-    alone = [each for each in found if keys(each) == {"train.evaluation_batch_size"}]
+    alone = [each for each in found if keys(each) == {"train.eval_batch_size"}]
     assert len(alone) == 1
     config = configured(*asked, *alone[0].overrides)
     assert plan_of(config, pictures).fits == "fits"
-    size = config.train.evaluation_batch_size
-    larger = replace(config, train=replace(config.train, evaluation_batch_size=2 * size))
+    size = config.train.eval_batch_size
+    larger = replace(config, train=replace(config.train, eval_batch_size=2 * size))
     assert plan_of(larger, pictures).fits != "fits"
 
 

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp.memory.allocator import MIB, CachingAllocator, Event, OutOfMemory, Usage, replay
+from captcha_exp.memory.allocator import (
+    MIB,
+    CachingAllocator,
+    MemoryEvent,
+    SimulatedOutOfMemoryError,
+    Usage,
+    replay_events,
+)
 from captcha_exp.memory.blocks import Block
 
 KIB = 2**10
@@ -30,7 +37,7 @@ def mib(allocator: CachingAllocator) -> tuple[float, float]:
 
 def shape(allocator: CachingAllocator) -> list[list[tuple[float, bool]]]:
     """Of each segment the blocks: (MiB, live)."""
-    return [[(b.size_bytes / MIB, b.live) for b in segment] for segment in allocator.segments()]
+    return [[(b.size_bytes / MIB, b.allocated) for b in segment] for segment in allocator.segments()]
 
 
 # -- sizes ----------------------------------------------------------------------------------------------
@@ -285,7 +292,7 @@ def test_wholly_free_segments_go_back_before_memory_ends() -> None:
     assert (allocator.num_device_alloc, allocator.num_device_free) == (5, 3)
     allocator.free(big)
     allocator.free(kept)
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(SimulatedOutOfMemoryError) as caught:
         allocator.allocate(62 * MIB + 1)  # 64
     assert caught.value.requested_bytes == 62 * MIB + 1
     assert caught.value.tried_bytes == 64 * MIB
@@ -302,7 +309,8 @@ def test_a_segment_in_use_does_not_go_back() -> None:
     allocator.free(rest)
 
     with pytest.raises(
-        OutOfMemory, match=r"20971521 bytes need 23068672 .* 20971520 \(2097152 of them .* 41943040$"
+        SimulatedOutOfMemoryError,
+        match=r"20971521 bytes need 23068672 .* 20971520 \(2097152 of them .* 41943040$",
     ):
         allocator.allocate(20 * MIB + 1)  # 22 beside 20
     assert mib(allocator) == (2, 20)
@@ -313,7 +321,7 @@ def test_max_split_expandable(expandable: bool) -> None:
     """The numbers of torch's test_max_split_expandable: 3 * 40 of 120, no fourth, and 120 after them."""
     allocator = CachingAllocator(120 * MIB, expandable)
     blocks = [allocator.allocate(40 * MIB) for _ in range(3)]
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(SimulatedOutOfMemoryError):
         allocator.allocate(40 * MIB)
     for block in blocks:
         allocator.free(block)
@@ -420,7 +428,7 @@ def test_pages_mapped_in_vain_are_given_back() -> None:
     assert shape(allocator) == [[(20, False)], [(20, True)]]  # between two holes
 
     allocator.limit_bytes = 60 * MIB
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(SimulatedOutOfMemoryError) as caught:
         allocator.allocate(55 * MIB)  # 20 more are there, not 40; after the flush 40, not 60
     assert caught.value.usage.reserved_bytes == 20 * MIB
     assert caught.value.tried_bytes == 56 * MIB  # kRoundLarge, as torch reports it
@@ -449,13 +457,15 @@ def test_peaks_are_of_the_time_since_the_reset() -> None:
 
 def test_a_list_of_events_goes_on_where_another_ended() -> None:
     allocator, live = CachingAllocator(), dict[int, Block]()
-    assert replay([Event(1, 100), Event(2, 3 * MIB), Event(1, None)], allocator, live) == (
+    assert replay_events(
+        [MemoryEvent(1, 100), MemoryEvent(2, 3 * MIB), MemoryEvent(1, None)], allocator, live
+    ) == (
         3 * MIB + 100,
         3 * MIB + 512,
         22 * MIB,
     )
     assert live.keys() == {2}
-    replay([Event(2, None), Event(3, 0), Event(3, None)], allocator, live)
+    replay_events([MemoryEvent(2, None), MemoryEvent(3, 0), MemoryEvent(3, None)], allocator, live)
     assert live == {}
     assert allocator.usage == Usage(0, 0, 22 * MIB)
 
@@ -463,9 +473,9 @@ def test_a_list_of_events_goes_on_where_another_ended() -> None:
 def test_events_that_cannot_be_are_refused() -> None:
     allocator = CachingAllocator()
     with pytest.raises(ValueError, match="tensor 1 is allocated twice"):
-        replay([Event(1, 5), Event(1, 5)], allocator, {})
+        replay_events([MemoryEvent(1, 5), MemoryEvent(1, 5)], allocator, {})
     with pytest.raises(KeyError):
-        replay([Event(2, None)], allocator, {})
+        replay_events([MemoryEvent(2, None)], allocator, {})
     block = allocator.allocate(5)
     allocator.free(block)
     with pytest.raises(ValueError, match="is not allocated"):
@@ -474,8 +484,8 @@ def test_events_that_cannot_be_are_refused() -> None:
 
 def test_memory_ends_at_an_event_and_the_tensors_before_it_are_there() -> None:
     allocator, live = CachingAllocator(limit_bytes=20 * MIB), dict[int, Block]()
-    with pytest.raises(OutOfMemory):
-        replay([Event(n, 7 * MIB) for n in range(5)], allocator, live)
+    with pytest.raises(SimulatedOutOfMemoryError):
+        replay_events([MemoryEvent(n, 7 * MIB) for n in range(5)], allocator, live)
     assert live.keys() == {0, 1}
 
 
@@ -647,7 +657,7 @@ def check_against_slow(acts: list[Act], limit: int | None, expandable: bool, dow
             there = slow.allocate(handle, number)
             try:
                 blocks[handle] = allocator.allocate(number)
-            except OutOfMemory:
+            except SimulatedOutOfMemoryError:
                 assert not there
             else:
                 assert there
@@ -703,10 +713,10 @@ def check_is_sound(allocator: CachingAllocator, blocks: list[Block]) -> None:
         assert segment[0].address > place  # segments do not touch but in two pools
         for low, high in pairwise(segment):
             assert high.address == low.address + low.size_bytes  # no overlap, no gap
-            assert low.live or high.live
+            assert low.allocated or high.allocated
         place = segment[-1].address
         assert all(block.size_bytes % 512 == 0 < block.size_bytes for block in segment)
-    live = [block for segment in segments for block in segment if block.live]
+    live = [block for segment in segments for block in segment if block.allocated]
     assert sorted(live, key=id) == sorted(blocks, key=id)  # each in one segment
 
 
@@ -721,7 +731,7 @@ def play(
         if act == "allocate":
             try:
                 blocks.append(allocator.allocate(number))
-            except OutOfMemory:
+            except SimulatedOutOfMemoryError:
                 assert limit is not None
         elif act == "free" and blocks:
             allocator.free(blocks.pop(number % len(blocks)))

@@ -20,37 +20,37 @@ from hypothesis import strategies as st
 
 from captcha_exp import compose, load
 from captcha_exp.cli import main
-from captcha_exp.config import Card, Config, Interval, Machine, Precision, card_to_yaml, load_card
+from captcha_exp.config import Bounds, Config, GpuSpec, Machine, Precision, gpu_to_yaml, load_gpu
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory import calibrate as calibration
 from captcha_exp.memory import gpu_probe
 from captcha_exp.memory.gpu_profile import (
-    MARGIN_MIB,
-    Readings,
-    Round,
-    Stage,
-    Transient,
-    judge,
-    readings_from_json,
-    readings_to_json,
+    CONTEXT_MARGIN_MIB,
+    ConvWorkspace,
+    GpuMeasurements,
+    MemoryStage,
+    TimingRound,
+    build_gpu_spec,
+    measurements_from_json,
+    measurements_to_json,
 )
 from captcha_exp.runtime import device
-from captcha_exp.runtime.console import Bar
-from captcha_exp.runtime.paths import conf
+from captcha_exp.runtime.console import ProgressBar
+from captcha_exp.runtime.paths import conf_dir
 
 MIB = 2**20
 GTX = "NVIDIA GeForce GTX 1650"
 MACHINE = Machine(("cuda", "cuda:0", "cpu"), 2, Path("/"), {"cuda": "this machine has 1 CUDA cards"})
-GENERIC = load(compose("tracking=none")).card
+GENERIC = load(compose("tracking=none")).gpu
 
 # 400 MiB of the card were in use when this process came; it takes 100, 120, 150 and 180 beside its tensors.
 STAGES = (
-    Stage("the first tensor", 502, 2, 102),
-    Stage("the first matrix products", 560, 40, 160),
-    Stage("the first convolution in fp32", 630, 80, 230),
-    Stage("the first convolution in fp16", 660, 80, 260),
+    MemoryStage("the first tensor", 502, 2, 102),
+    MemoryStage("the first matrix products", 560, 40, 160),
+    MemoryStage("the first convolution in fp32", 630, 80, 230),
+    MemoryStage("the first convolution in fp16", 660, 80, 260),
 )
-READINGS = Readings(
+READINGS = GpuMeasurements(
     name=GTX,
     totals_mib=(3711.25, 3711.25),
     free_before_mib=3311.25,
@@ -59,113 +59,113 @@ READINGS = Readings(
     cublas_mib=64.0,
     cublas_config=":4096:8",
     transients=(
-        Transient("compact", "fp32", 16, 3.5),
-        Transient("compact", "fp32", 16, 1.0),
-        Transient("resnet18", "fp32", 64, 90.0),
-        Transient("resnet18", "fp16", 64, 120.25),
+        ConvWorkspace("compact", "fp32", 16, 3.5),
+        ConvWorkspace("compact", "fp32", 16, 1.0),
+        ConvWorkspace("resnet18", "fp32", 64, 90.0),
+        ConvWorkspace("resnet18", "fp16", 64, 120.25),
     ),
     deterministic=True,
     rounds=(
-        Round("resnet18", 100, {"fp32": 0.2, "bf16": 0.4, "fp16": 0.8}),
-        Round("resnet18", 100, {"fp32": 0.2, "bf16": 0.5, "fp16": 0.7}),
-        Round("compact", 100, {"fp32": 0.01, "bf16": 0.011, "fp16": 0.009}),
+        TimingRound("resnet18", 100, {"fp32": 0.2, "bf16": 0.4, "fp16": 0.8}),
+        TimingRound("resnet18", 100, {"fp32": 0.2, "bf16": 0.5, "fp16": 0.7}),
+        TimingRound("compact", 100, {"fp32": 0.01, "bf16": 0.011, "fp16": 0.009}),
     ),
 )
 
 
-def unknown(stages: tuple[Stage, ...] = STAGES) -> tuple[Stage, ...]:
+def unknown(stages: tuple[MemoryStage, ...] = STAGES) -> tuple[MemoryStage, ...]:
     """As where NVML does not know the process."""
     return tuple(replace(stage, process_mib=None) for stage in stages)
 
 
-def bounds(figure: Interval | None) -> tuple[float, float]:
+def bounds(figure: Bounds | None) -> tuple[float, float]:
     assert figure is not None
-    return figure.least, figure.most
+    return figure.min, figure.max
 
 
 # -- judging -------------------------------------------------------------------------------------------------
 
 
 def test_a_card_of_figures_worked_out_by_hand() -> None:
-    card = judge(READINGS, GENERIC)
-    assert card.name == GTX
-    assert bounds(card.total_mib) == (3711, 3712)
-    assert bounds(card.others_mib) == (400, 400)
-    assert bounds(card.context_mib) == (150, 180 + MARGIN_MIB)
-    assert bounds(card.cublas_workspace_mib) == (0, 64)
-    assert bounds(card.cudnn_workspace_mib) == (3, 121)
-    assert bounds(card.fp16_speed) == (0.25, 1.12)
-    assert bounds(card.bf16_speed) == (0.4, 0.91)
+    gpu = build_gpu_spec(READINGS, GENERIC)
+    assert gpu.name == GTX
+    assert bounds(gpu.total_mib) == (3711, 3712)
+    assert bounds(gpu.other_processes_mib) == (400, 400)
+    assert bounds(gpu.context_mib) == (150, 180 + CONTEXT_MARGIN_MIB)
+    assert bounds(gpu.cublas_workspace_mib) == (0, 64)
+    assert bounds(gpu.cudnn_workspace_mib) == (3, 121)
+    assert bounds(gpu.fp16_speedup) == (0.25, 1.12)
+    assert bounds(gpu.bf16_speedup) == (0.4, 0.91)
 
 
 def test_the_sources_say_what_was_seen() -> None:
-    card = judge(READINGS, GENERIC)
-    assert card.context_mib.source == (
+    gpu = build_gpu_spec(READINGS, GENERIC)
+    assert gpu.context_mib.source == (
         "measured by NVML's figure for the process, 100 after the first tensor, 120 after the first matrix "
         "products, 150 after the first convolution in fp32, 180 after the first convolution in fp16; "
-        f"most has {MARGIN_MIB} on top for kernels loaded later"
+        f"most has {CONTEXT_MARGIN_MIB} on top for kernels loaded later"
     )
-    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in card.cublas_workspace_mib.source
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in gpu.cublas_workspace_mib.source
     assert (
         "4 (compact, fp32, batch of 16) to 120 (resnet18, fp16, batch of 64)"
-        in card.cudnn_workspace_mib.source
+        in gpu.cudnn_workspace_mib.source
     )
-    assert "batches of 16 to 64, train.deterministic=true" in card.cudnn_workspace_mib.source
-    assert card.fp16_speed.source == (
+    assert "batches of 16 to 64, train.deterministic=true" in gpu.cudnn_workspace_mib.source
+    assert gpu.fp16_speedup.source == (
         "measured in training steps, 0.25 to 0.29 (resnet18, batch of 100); "
         "1.11 to 1.11 (compact, batch of 100)"
     )
 
 
 def test_where_nvml_does_not_know_the_process_what_was_not_in_use_before_is_its_own() -> None:
-    card = judge(replace(READINGS, stages=unknown()), GENERIC)
-    assert bounds(card.others_mib) == (400, 400)
-    assert bounds(card.context_mib) == (150, 180 + MARGIN_MIB)
-    assert "by what is in use on the card and was not before" in card.context_mib.source
+    gpu = build_gpu_spec(replace(READINGS, stages=unknown()), GENERIC)
+    assert bounds(gpu.other_processes_mib) == (400, 400)
+    assert bounds(gpu.context_mib) == (150, 180 + CONTEXT_MARGIN_MIB)
+    assert "by what is in use on the card and was not before" in gpu.context_mib.source
 
 
 def test_without_nvml_the_first_use_may_be_anybodys() -> None:
     """500 MiB are in use after the start: all others', or all its own."""
-    card = judge(replace(READINGS, stages=unknown(), free_before_mib=None), GENERIC)
-    assert bounds(card.others_mib) == (0, 500)
-    assert bounds(card.context_mib) == (50, 580 + MARGIN_MIB)
-    assert "50 to 550 after the first convolution in fp32" in card.context_mib.source
+    gpu = build_gpu_spec(replace(READINGS, stages=unknown(), free_before_mib=None), GENERIC)
+    assert bounds(gpu.other_processes_mib) == (0, 500)
+    assert bounds(gpu.context_mib) == (50, 580 + CONTEXT_MARGIN_MIB)
+    assert "50 to 550 after the first convolution in fp32" in gpu.context_mib.source
 
 
 def test_others_that_come_and_go_make_an_interval() -> None:
-    busier = (*STAGES, Stage("training steps", 1660, 80, 260))
-    card = judge(replace(READINGS, stages=busier), GENERIC)
-    assert bounds(card.others_mib) == (400, 1400)
-    assert bounds(card.context_mib) == (150, 180 + MARGIN_MIB)
+    busier = (*STAGES, MemoryStage("training steps", 1660, 80, 260))
+    gpu = build_gpu_spec(replace(READINGS, stages=busier), GENERIC)
+    assert bounds(gpu.other_processes_mib) == (400, 1400)
+    assert bounds(gpu.context_mib) == (150, 180 + CONTEXT_MARGIN_MIB)
 
 
 def test_figures_of_a_driver_that_disagree_by_a_little_give_no_negative_memory() -> None:
-    stages = (Stage("a", 100, 90, 80), Stage("b", 100, 90, 80), Stage("c", 100, 120, 80))
-    card = judge(replace(READINGS, stages=stages, free_before_mib=3800.0), GENERIC)
-    assert bounds(card.others_mib) == (0, 20)
-    assert bounds(card.context_mib) == (0, MARGIN_MIB)
+    stages = (MemoryStage("a", 100, 90, 80), MemoryStage("b", 100, 90, 80), MemoryStage("c", 100, 120, 80))
+    gpu = build_gpu_spec(replace(READINGS, stages=stages, free_before_mib=3800.0), GENERIC)
+    assert bounds(gpu.other_processes_mib) == (0, 20)
+    assert bounds(gpu.context_mib) == (0, CONTEXT_MARGIN_MIB)
 
 
 def test_what_could_not_be_measured_keeps_the_bounds_that_were_known() -> None:
-    rounds = (Round("resnet18", 100, {"fp32": 0.2, "fp16": 0.1}),)
-    card = judge(replace(READINGS, transients=(), rounds=rounds), GENERIC)
-    assert bounds(card.fp16_speed) == (2, 2)
+    rounds = (TimingRound("resnet18", 100, {"fp32": 0.2, "fp16": 0.1}),)
+    gpu = build_gpu_spec(replace(READINGS, transients=(), rounds=rounds), GENERIC)
+    assert bounds(gpu.fp16_speedup) == (2, 2)
     for figure, known in (
-        (card.bf16_speed, GENERIC.bf16_speed),
-        (card.cudnn_workspace_mib, GENERIC.cudnn_workspace_mib),
+        (gpu.bf16_speedup, GENERIC.bf16_speedup),
+        (gpu.cudnn_workspace_mib, GENERIC.cudnn_workspace_mib),
     ):
         assert bounds(figure) == bounds(known)
         assert figure.source == f"not measured, it fails here; {known.source}"
 
 
 mib = st.floats(0, 200_000)
-stages = st.builds(Stage, st.just("it"), mib, mib, st.none() | mib)
+stages = st.builds(MemoryStage, st.just("it"), mib, mib, st.none() | mib)
 
 
 @settings(deadline=None)
 @given(
     st.builds(
-        Readings,
+        GpuMeasurements,
         name=st.just(GTX),
         totals_mib=st.tuples(mib, mib),
         free_before_mib=st.none() | mib,
@@ -174,37 +174,39 @@ stages = st.builds(Stage, st.just("it"), mib, mib, st.none() | mib)
         cublas_mib=mib,
         cublas_config=st.just(":4096:8"),
         transients=st.lists(
-            st.builds(Transient, st.just("net"), st.just("fp32"), st.integers(1, 9), mib)
+            st.builds(ConvWorkspace, st.just("net"), st.just("fp32"), st.integers(1, 9), mib)
         ).map(tuple),
         deterministic=st.booleans(),
         rounds=st.lists(
-            st.builds(Round, st.just("net"), st.just(1), st.just({"fp32": 0.1, "fp16": 0.3}))
+            st.builds(TimingRound, st.just("net"), st.just(1), st.just({"fp32": 0.1, "fp16": 0.3}))
         ).map(tuple),
     )
 )
-def test_whatever_was_read_gives_a_card_that_holds_it(read: Readings) -> None:
+def test_whatever_was_read_gives_a_card_that_holds_it(read: GpuMeasurements) -> None:
     """Its own checks refuse what is negative or in the wrong order."""
-    card = judge(read, GENERIC)
-    assert card.cublas_workspace_mib.most >= read.cublas_mib
-    assert all(card.cudnn_workspace_mib.most >= each.mib for each in read.transients)
+    gpu = build_gpu_spec(read, GENERIC)
+    assert gpu.cublas_workspace_mib.max >= read.cublas_mib
+    assert all(gpu.cudnn_workspace_mib.max >= each.mib for each in read.transients)
     for stage in read.stages:
         if stage.process_mib is not None:
-            assert card.context_mib.most >= stage.process_mib - stage.reserved_mib + MARGIN_MIB
-            assert bounds(card.others_mib)[1] >= stage.used_mib - stage.process_mib
+            assert gpu.context_mib.max >= stage.process_mib - stage.reserved_mib + CONTEXT_MARGIN_MIB
+            assert bounds(gpu.other_processes_mib)[1] >= stage.used_mib - stage.process_mib
 
 
 # -- readings as JSON ----------------------------------------------------------------------------------------
 
 
 def test_readings_survive_a_json_file() -> None:
-    text = json.dumps(readings_to_json(READINGS), allow_nan=False)
-    assert readings_from_json(json.loads(text)) == READINGS
-    assert judge(readings_from_json(json.loads(text)), GENERIC) == judge(READINGS, GENERIC)
+    text = json.dumps(measurements_to_json(READINGS), allow_nan=False)
+    assert measurements_from_json(json.loads(text)) == READINGS
+    assert build_gpu_spec(measurements_from_json(json.loads(text)), GENERIC) == build_gpu_spec(
+        READINGS, GENERIC
+    )
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """Return the readings as JSON with another value at a dotted path; `...` removes the key."""
-    values: Any = readings_to_json(READINGS)
+    values: Any = measurements_to_json(READINGS)
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
     inner = values
     for part in parents:
@@ -247,14 +249,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 )
 def test_readings_that_nothing_wrote_are_refused_in_one_line(path: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=rf"^readings of a GPU: {says}") as error:
-        readings_from_json(changed(path, value))
+        measurements_from_json(changed(path, value))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("values", [None, [], "it", 3, {}, {"name": {1, 2}}])
 def test_what_is_no_readings_at_all_is_refused(values: Any) -> None:
     with pytest.raises(UserError, match=r"^readings of a GPU: "):
-        readings_from_json(values)
+        measurements_from_json(values)
 
 
 # -- the file ------------------------------------------------------------------------------------------------
@@ -269,8 +271,8 @@ def test_what_is_no_readings_at_all_is_refused(values: Any) -> None:
         ("NVIDIA A100 80GB PCIe (MIG 1g.5gb)", "nvidia-a100-80gb-pcie-mig-1g-5gb"),
         ("4090", "card-4090"),
         ("null", "card-null"),
-        ("../..", "card"),
-        ("", "card"),
+        ("../..", "gpu"),
+        ("", "gpu"),
         ("x" * 99, "x" * 60),
     ],
 )
@@ -280,15 +282,15 @@ def test_the_name_of_a_file_is_that_of_the_card(name: str, file: str) -> None:
 
 @given(st.text())
 def test_any_name_of_a_card_can_be_typed_as_a_choice(name: str) -> None:
-    assert calibration.NAME.fullmatch(calibration.slug(name))
+    assert calibration.NAME_PATTERN.fullmatch(calibration.slug(name))
 
 
-@pytest.mark.parametrize("path", sorted((conf() / "card").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((conf_dir() / "gpu").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path, tmp_path: Path) -> None:
-    card = load_card(path)
+    card = load_gpu(path)
     written = tmp_path / "card.yaml"
-    written.write_text(card_to_yaml(card))
-    assert load_card(written) == card
+    written.write_text(gpu_to_yaml(card))
+    assert load_gpu(written) == card
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert written.read_text().splitlines() == [re.sub(r": (\d+)\.0$", r": \1", line) for line in lines]
 
@@ -299,14 +301,14 @@ def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path
         ("name: NVIDIA H200", "name: ''", "name=.*: must be .+"),
         ("least: 500", "least: 5000", "context_mib: least=5000 is more than most=1000"),
         ("least: 500", "leest: 500", "context_mib.leest=500: there is no such key; did you mean .+least\\?"),
-        ("bf16_speed:", "speed:", "bf16_speed: is missing; .+|speed: .+"),
+        ("bf16_speedup:", "speed:", "bf16_speedup: is missing; .+|speed: .+"),
     ],
 )
 def test_a_mistake_in_a_card_file_names_file_and_key(tmp_path: Path, old: str, new: str, line: str) -> None:
     path = tmp_path / "h200.yaml"
-    path.write_text((conf() / "card/h200.yaml").read_text().replace(old, new))
+    path.write_text((conf_dir() / "gpu/h200.yaml").read_text().replace(old, new))
     with pytest.raises(ConfigError) as error:
-        load_card(path)
+        load_gpu(path)
     assert all(
         re.fullmatch(f"{re.escape(str(path))}: ({line}|.+: is missing; .+)", x) for x in error.value.lines
     )
@@ -317,7 +319,9 @@ def card_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
     """A machine with one card, of which 3,311 MiB are free; the list fills with what `measure` is asked."""
     asked: list[Any] = []
 
-    def measure(configs: Any, on: torch.device, free_before_mib: float | None, display: Any) -> Readings:
+    def measure(
+        configs: Any, on: torch.device, free_before_mib: float | None, display: Any
+    ) -> GpuMeasurements:
         asked.append((configs, on, free_before_mib))
         return replace(READINGS, free_before_mib=free_before_mib)
 
@@ -352,9 +356,9 @@ def test_the_verb_writes_a_file_that_a_training_can_choose(
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     code, out, _ = call("--config-dir", str(tmp_path), "seed=3")
-    path = tmp_path / "card/nvidia-geforce-gtx-1650.yaml"
+    path = tmp_path / "gpu/nvidia-geforce-gtx-1650.yaml"
     assert code == 0
-    assert load(compose("card=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).card == load_card(path)
+    assert load(compose("gpu=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).gpu == load_gpu(path)
     first, second, third = path.read_text().splitlines()[:3]
     assert re.fullmatch(
         rf"# {GTX}, measured on \d{{4}}-\d\d-\d\d with torch 2\S+, CUDA \S+, "
@@ -364,19 +368,19 @@ def test_the_verb_writes_a_file_that_a_training_can_choose(
     assert second == f"# Command: captcha-exp calibrate --config-dir {tmp_path} seed=3"
     assert third == f"name: {GTX}"
     assert not re.search(r"""source: ['">|]""", path.read_text())  # as a person writes them
-    assert [path.name for path in (tmp_path / "card").iterdir()] == [path.name]  # no part of a file is left
+    assert [path.name for path in (tmp_path / "gpu").iterdir()] == [path.name]  # no part of a file is left
     assert re.search(r"context_mib +│ 150 +│ 244 +│ measured by NVML's figure", out)
     assert f"file {path}\n" in out
-    assert out.endswith(f"use it with --config-dir {tmp_path} card=nvidia-geforce-gtx-1650\n")
+    assert out.endswith(f"use it with --config-dir {tmp_path} gpu=nvidia-geforce-gtx-1650\n")
 
 
 def test_the_verb_prints_json_for_a_script(call: Call, card_here: list[Any], tmp_path: Path) -> None:
     code, out, _ = call("--json", "--config-dir", str(tmp_path), "--name", "mine")
     told = json.loads(out)
-    assert (code, set(told)) == (0, {"path", "card"})
-    assert told["path"] == str(tmp_path / "card/mine.yaml")
-    assert told["card"]["context_mib"]["most"] == 244
-    assert load_card(Path(told["path"])).name == told["card"]["name"] == GTX
+    assert (code, set(told)) == (0, {"path", "gpu"})
+    assert told["path"] == str(tmp_path / "gpu/mine.yaml")
+    assert told["gpu"]["context_mib"]["most"] == 244
+    assert load_gpu(Path(told["path"])).name == told["gpu"]["name"] == GTX
 
 
 def test_both_networks_are_tried_on_the_article_s_pictures(
@@ -408,7 +412,7 @@ def test_an_override_may_choose_what_is_tried(
 
 
 def test_a_file_is_written_over_only_by_force(call: Call, card_here: list[Any], tmp_path: Path) -> None:
-    path = tmp_path / "card/mine.yaml"
+    path = tmp_path / "gpu/mine.yaml"
     path.parent.mkdir()
     path.write_text("somebody's")
     words = ("--config-dir", str(tmp_path), "--name", "mine")
@@ -418,7 +422,7 @@ def test_a_file_is_written_over_only_by_force(call: Call, card_here: list[Any], 
     assert card_here == []  # refused before minutes of measuring
     assert path.read_text() == "somebody's"
     assert call(*words, "--force")[0] == 0
-    assert load_card(path).name == GTX
+    assert load_gpu(path).name == GTX
 
 
 @pytest.mark.parametrize(
@@ -437,17 +441,17 @@ def test_a_name_that_could_be_no_choice_is_refused(
 def test_a_folder_that_cannot_be_written_is_one_line(
     call: Call, card_here: list[Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "card").write_text("a file")
+    (tmp_path / "gpu").write_text("a file")
     code, out, err = call("--config-dir", str(tmp_path))
     assert (code, out) == (2, "")
     assert re.fullmatch(r".+gtx-1650\.yaml: cannot be written: .+", err.splitlines()[-1])
 
 
 def test_a_checkout_keeps_its_cards_in_conf(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calibration.folder_of(None) == conf() / "card"
+    assert calibration.resolve_gpu_dir(None) == conf_dir() / "gpu"
     monkeypatch.setattr(calibration, "checkout", lambda: None)
     with pytest.raises(UserError, match=r"belongs to the installed package; .+ --config-dir DIR"):
-        calibration.folder_of(None)
+        calibration.resolve_gpu_dir(None)
 
 
 @pytest.mark.parametrize("words", [[], ["device.name=cuda"], ["--json", "device.name=cuda:1"]])
@@ -457,7 +461,7 @@ def test_without_a_card_one_line_says_what_is_missing_and_what_to_take_instead(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = call("--config-dir", str(tmp_path), *words)
     assert (code, out) == (2, "")
-    line = r"device\.name=\S+: no CUDA card to measure: .*CUDA.*; without one take card=generic, or .+\n"
+    line = r"device\.name=\S+: no CUDA card to measure: .*CUDA.*; without one take gpu=generic, or .+\n"
     assert re.fullmatch(line, err)
     assert list(tmp_path.iterdir()) == []
 
@@ -490,7 +494,7 @@ def test_mistakes_of_the_config_come_as_everywhere(call: Call, card_here: list[A
     ("number", "version"), [(91002, "9.10.2"), (90100, "9.1.0"), (8902, "8.9.2"), (None, None)]
 )
 def test_the_version_of_cudnn(number: int | None, version: str | None) -> None:
-    assert calibration.cudnn_version(number) == version
+    assert calibration.format_cudnn_version(number) == version
 
 
 # -- from a session ------------------------------------------------------------------------------------------
@@ -500,13 +504,13 @@ def session_of(**changes: Any) -> dict[str, Any]:
     """Return a session of another machine, with a calibration; `parts` adds to its parts."""
     parts = {
         "doctor": {"error": "took more than 60 s"},
-        "calibration": {"figures": readings_to_json(READINGS)},
+        "calibration": {"figures": measurements_to_json(READINGS)},
     }
     versions = {"torch": "2.11.0+cu130", "cuda": "13.0", "cudnn": 91002, "driver": "580.65.06"}
     return {
         "benchmark": "gpu_session",
         "date": "2027-03-04",
-        "machine": {"card": GTX, **versions},
+        "machine": {"gpu": GTX, **versions},
         "parts": parts | changes.pop("parts", {}),
         **changes,
     }
@@ -520,20 +524,20 @@ def test_a_session_gives_the_file_that_measuring_gives(call: Call, tmp_path: Pat
     file = tmp_path / "session.json"
     file.write_text(json.dumps(session_of()))
     code, out, err = call("--from", str(file), "--config-dir", str(tmp_path))
-    path = tmp_path / "card/nvidia-geforce-gtx-1650.yaml"
+    path = tmp_path / "gpu/nvidia-geforce-gtx-1650.yaml"
     assert (code, err) == (0, "")
-    assert load_card(path) == judge(READINGS, GENERIC)
+    assert load_gpu(path) == build_gpu_spec(READINGS, GENERIC)
     assert path.read_text().splitlines()[:3] == [
         f"# {GTX}, measured on 2027-03-04 with torch 2.11.0+cu130, CUDA 13.0, cuDNN 9.10.2, driver 580.65.06",
         "# Session: session.json",
         f"# Command: captcha-exp calibrate --from {file} --config-dir {tmp_path}",
     ]
-    assert out.endswith(f"use it with --config-dir {tmp_path} card=nvidia-geforce-gtx-1650\n")
-    assert load(compose("card=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).card == load_card(path)
+    assert out.endswith(f"use it with --config-dir {tmp_path} gpu=nvidia-geforce-gtx-1650\n")
+    assert load(compose("gpu=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).gpu == load_gpu(path)
 
 
 def test_a_session_s_file_has_a_name_and_is_kept_unless_forced(call: Call, tmp_path: Path) -> None:
-    file, path = tmp_path / "session.json", tmp_path / "card/mine.yaml"
+    file, path = tmp_path / "session.json", tmp_path / "gpu/mine.yaml"
     file.write_text(json.dumps(session_of()))
     words = ("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine", "--json")
     code, out, _ = call(*words)
@@ -544,7 +548,7 @@ def test_a_session_s_file_has_a_name_and_is_kept_unless_forced(call: Call, tmp_p
     assert err == f"{path}: is there already; take --force to write over it, or another --name\n"
     assert path.read_text() == "somebody's"
     assert call(*words, "--force")[0] == 0
-    assert load_card(path).name == GTX
+    assert load_gpu(path).name == GTX
 
 
 def test_trainings_of_a_session_widen_the_context(call: Call, tmp_path: Path) -> None:
@@ -562,23 +566,23 @@ def test_trainings_of_a_session_widen_the_context(call: Call, tmp_path: Path) ->
     }
     file.write_text(json.dumps(session_of(parts=parts)))
     assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
-    card, plain_card = load_card(tmp_path / "card/mine.yaml"), judge(READINGS, GENERIC)
-    assert bounds(card.context_mib) == (141, 334 + MARGIN_MIB)
+    gpu, plain_card = load_gpu(tmp_path / "gpu/mine.yaml"), build_gpu_spec(READINGS, GENERIC)
+    assert bounds(gpu.context_mib) == (141, 334 + CONTEXT_MARGIN_MIB)
     added = "; 2 trainings of the session held 142 to 333"
-    assert card.context_mib.source == plain_card.context_mib.source + added
-    assert replace(card, context_mib=plain_card.context_mib) == plain_card
+    assert gpu.context_mib.source == plain_card.context_mib.source + added
+    assert replace(gpu, context_mib=plain_card.context_mib) == plain_card
 
 
 def test_trainings_within_the_context_change_no_bound(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "session.json"
     file.write_text(json.dumps(session_of(parts={"plan-a": held(160)})))
     assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
-    context = load_card(tmp_path / "card/mine.yaml").context_mib
-    assert bounds(context) == (150, 180 + MARGIN_MIB)
+    context = load_gpu(tmp_path / "gpu/mine.yaml").context_mib
+    assert bounds(context) == (150, 180 + CONTEXT_MARGIN_MIB)
     assert context.source.endswith("; 1 trainings of the session held 160")
 
 
-BROKEN = readings_to_json(READINGS) | {"cublas_mib": -1}
+BROKEN = measurements_to_json(READINGS) | {"cublas_mib": -1}
 
 
 @pytest.mark.parametrize(
@@ -593,7 +597,7 @@ BROKEN = readings_to_json(READINGS) | {"cublas_mib": -1}
         ("[" * 100_000, r"not a whole JSON file \(.+\); copy it again, or .+"),
         ("[]", r"not a session of benchmarks/gpu_session\.py; measure it with .+"),
         (session_of(benchmark="startup"), r"not a session of .+"),
-        (session_of(machine={"card": None}), "no GPU was measured, only a dry run or predictions; .+"),
+        (session_of(machine={"gpu": None}), "no GPU was measured, only a dry run or predictions; .+"),
         (session_of(machine=3), "has no machine or no parts; .+"),
         (session_of(parts={"calibration": None}), "has no part calibration; measure it with .+"),
         (
@@ -610,7 +614,7 @@ BROKEN = readings_to_json(READINGS) | {"cublas_mib": -1}
             "part calibration: readings of a GPU: cublas_mib: .+; measure it with .+",
         ),
         (
-            session_of(machine={"card": "NVIDIA H100 80GB HBM3"}),
+            session_of(machine={"gpu": "NVIDIA H100 80GB HBM3"}),
             f"part calibration is of '{GTX}', the session of 'NVIDIA H100 80GB HBM3'; measure it with .+",
         ),
     ],
@@ -625,7 +629,7 @@ def test_a_session_without_a_calibration_is_refused_in_one_line(
     code, out, err = call("--from", str(file), "--config-dir", str(tmp_path))
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"{re.escape(str(file))}: {says}\n", err)
-    assert not (tmp_path / "card").exists()
+    assert not (tmp_path / "gpu").exists()
 
 
 def test_a_session_takes_no_overrides(call: Call, tmp_path: Path) -> None:
@@ -636,9 +640,9 @@ def test_a_session_takes_no_overrides(call: Call, tmp_path: Path) -> None:
 
 def test_a_session_without_versions_says_that_they_are_unknown(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "session.json"
-    file.write_text(json.dumps(session_of(machine={"card": GTX}, date="today\n- evil")))
+    file.write_text(json.dumps(session_of(machine={"gpu": GTX}, date="today\n- evil")))
     assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
-    assert (tmp_path / "card/mine.yaml").read_text().splitlines()[0] == (
+    assert (tmp_path / "gpu/mine.yaml").read_text().splitlines()[0] == (
         f"# {GTX}, measured on an unknown day with torch unknown, CUDA unknown, cuDNN unknown, driver unknown"
     )
 
@@ -686,7 +690,7 @@ class Counted(Heard):
 
     total = done = 0
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[Bar]:
+    def bar(self, what: str, total: int) -> AbstractContextManager[ProgressBar]:
         self.total = total
         return nullcontext(self)
 
@@ -709,16 +713,16 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
     assert {(s.used_mib, s.reserved_mib, s.process_mib) for s in read.stages} == {(1000, 2, 600)}
     assert read.stages[read.smallest].after == "the first convolution in fp32"
     assert list(read.totals_mib) == [4000, 4001]
-    assert judge(read, GENERIC).compute_capability == read.compute_capability == "7.5"
+    assert build_gpu_spec(read, GENERIC).compute_capability == read.compute_capability == "7.5"
     assert [(t.precision, t.batch_size, t.mib) for t in read.transients] == [
         (precision, size, 0) for precision in ("fp32", "bf16", "fp16") for size in (2, 4, 8)
     ]
     assert [(each.batch_size, set(each.seconds)) for each in read.rounds] == [
         (8, {"fp32", "bf16", "fp16"})
-    ] * gpu_probe.ROUNDS
+    ] * gpu_probe.NUM_ROUNDS
     assert display.done == display.total
     assert (display.warnings, len(display.lines)) == ([], len(read.stages))
-    assert bounds(judge(read, GENERIC).context_mib) == (598, 598 + MARGIN_MIB)
+    assert bounds(build_gpu_spec(read, GENERIC).context_mib) == (598, 598 + CONTEXT_MARGIN_MIB)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -732,7 +736,7 @@ def test_what_a_deterministic_training_gives_cublas_is_the_upper_bound(
     read = gpu_probe.measure([config], CPU, None, Heard())
     assert read.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert read.deterministic == deterministic
-    device.set_up(tiny)
+    device.setup_device(tiny)
 
 
 def test_what_products_leave_allocated_is_their_workspace(
@@ -742,19 +746,19 @@ def test_what_products_leave_allocated_is_their_workspace(
     monkeypatch.setattr(
         gpu_probe, "_product", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
     )
-    assert gpu_probe._kept_by_products(CPU, Heard()) == 65
+    assert gpu_probe._cublas_workspace(CPU, Heard()) == 65
 
 
 def test_a_product_goes_forward_and_backward_and_leaves_no_tensor() -> None:
-    gpu_probe._product(torch.float32, CPU)
+    gpu_probe._run_matmul(torch.float32, CPU)
 
 
 def test_the_convolutions_of_both_networks_each_once() -> None:
-    article = gpu_probe.convolutions(load(compose("experiment=article")))
-    assert [conv.inner for conv in article] == [False] + [True] * 10
-    assert [tuple(conv.sees) for conv in article[:2]] == [(3, 24, 56), (64, 24, 56)]
-    assert [tuple(conv.sees) for conv in article].count((512, 3, 7)) == 1
-    compact = gpu_probe.convolutions(load(compose("experiment=article", "model=compact")))
+    article = gpu_probe.list_conv_layers(load(compose("experiment=article")))
+    assert [conv.input_requires_grad for conv in article] == [False] + [True] * 10
+    assert [tuple(conv.input_shape) for conv in article[:2]] == [(3, 24, 56), (64, 24, 56)]
+    assert [tuple(conv.input_shape) for conv in article].count((512, 3, 7)) == 1
+    compact = gpu_probe.list_conv_layers(load(compose("experiment=article", "model=compact")))
     assert [type(conv.layer).__name__ for conv in compact] == ["Conv2d"] * 6 + ["Conv1d"]
 
 
@@ -768,7 +772,7 @@ def test_the_room_of_a_work_is_its_peak_less_what_it_leaves(card: Played) -> Non
         card.take(-70)
         return "given"
 
-    assert gpu_probe._beside(work, CPU) == ("given", 70 * MIB)
+    assert gpu_probe._measure_transient_bytes(work, CPU) == ("given", 70 * MIB)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -783,15 +787,15 @@ def test_a_convolution_is_asked_for_its_result_and_for_each_gradient_alone(
         return given[-1], next(room)
 
     monkeypatch.setattr(gpu_probe, "_beside", beside)
-    stem, second = gpu_probe.convolutions(tiny)[:2]
-    assert gpu_probe._taken(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
+    stem, second = gpu_probe.list_conv_layers(tiny)[:2]
+    assert gpu_probe._conv_workspace_bytes(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
     out, (weight,) = given
     assert (out.shape, weight.shape, out.dtype) == ((3, 4, 8, 16), stem.layer.weight.shape, dtype)
     assert out.is_contiguous(memory_format=torch.channels_last)
     given.clear()
-    assert gpu_probe._taken(second, 3, dtype, CPU) == 5
+    assert gpu_probe._conv_workspace_bytes(second, 3, dtype, CPU) == 5
     _, (weight,), (seen,) = given
-    assert (weight.shape, seen.shape) == (second.layer.weight.shape, (3, *second.sees))
+    assert (weight.shape, seen.shape) == (second.layer.weight.shape, (3, *second.input_shape))
     assert second.layer.weight.dtype == torch.float32  # what was measured was a copy
 
 
@@ -807,7 +811,7 @@ def test_a_batch_that_does_not_fit_ends_the_batches_of_its_precision(
 
     monkeypatch.setattr(gpu_probe, "_hungriest", hungriest)
     display = Counted()
-    found = list(gpu_probe._transients(tiny, [], CPU, display, display))
+    found = list(gpu_probe._measure_conv_workspaces(tiny, [], CPU, display, display))
     seen: list[tuple[Precision, int]] = [(t.precision, t.batch_size) for t in found]
     assert seen == [("fp32", 2), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp16", 4)]
     assert (display.done, display.warnings) == (9, [])
@@ -823,10 +827,10 @@ def test_a_precision_that_the_card_cannot_do_is_told_and_left_out(
 
     monkeypatch.setattr(gpu_probe, "_seconds", seconds)
     display = Counted()
-    found = list(gpu_probe._rounds(training(tiny, batch_size=4), CPU, display, display))
-    assert found == [Round("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.ROUNDS
-    assert display.warnings == ["compact, bf16, training steps of 4 fails: no engine"] * gpu_probe.ROUNDS
-    assert display.done == 3 * gpu_probe.ROUNDS
+    found = list(gpu_probe._time_rounds(training(tiny, batch_size=4), CPU, display, display))
+    assert found == [TimingRound("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.NUM_ROUNDS
+    assert display.warnings == ["compact, bf16, training steps of 4 fails: no engine"] * gpu_probe.NUM_ROUNDS
+    assert display.done == 3 * gpu_probe.NUM_ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -839,7 +843,7 @@ def test_a_batch_is_halved_until_it_fits(
         return no_room() if len(batch.rows) > limit else 0.1
 
     monkeypatch.setattr(gpu_probe, "_seconds", seconds)
-    batch = gpu_probe._fitting(training(tiny, batch_size=batch_size), CPU)
+    batch = gpu_probe._find_fitting_batch(training(tiny, batch_size=batch_size), CPU)
     assert {len(part) for part in batch} == {fits}
     assert batch.images.shape[1:] == (16, 32, 3)
     assert int(batch.targets.max()) < 5
@@ -852,7 +856,7 @@ def test_a_card_without_room_for_one_picture_fails_in_one_line(
     with pytest.raises(
         RunFailed, match=r"^no room on this card for one picture of compact; .+ who holds it$"
     ):
-        gpu_probe._fitting(tiny, CPU)
+        gpu_probe._find_fitting_batch(tiny, CPU)
 
 
 @pytest.mark.parametrize("broken", ["_taken", "_seconds"])
@@ -867,7 +871,7 @@ def test_a_card_that_cannot_do_fp32_fails_in_one_line(
         gpu_probe.measure([tiny], CPU, None, Heard())
     assert len(error.value.lines) == 1
     assert "\n" not in error.value.lines[0]
-    device.set_up(tiny)
+    device.setup_device(tiny)
 
 
 def test_a_step_s_time_is_the_median_of_the_warm_ones(
@@ -877,14 +881,14 @@ def test_a_step_s_time_is_the_median_of_the_warm_ones(
     lasts = [100, 90, 5, 1, 4, 2, 30]
     clock = iter([0.0] + [float(sum(lasts[: n // 2 + n % 2])) for n in range(1, 2 * len(lasts))])
     monkeypatch.setattr(gpu_probe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert gpu_probe._seconds(tiny, batch_of(tiny, 4)) == 4
+    assert gpu_probe._time_step(tiny, batch_of(tiny, 4)) == 4
 
 
 def test_a_card_that_reads_back_as_another_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card: Card = judge(READINGS, GENERIC)
-    monkeypatch.setattr(calibration, "card_to_yaml", lambda card: card_to_yaml(replace(card, name="another")))
+    card: GpuSpec = build_gpu_spec(READINGS, GENERIC)
+    monkeypatch.setattr(calibration, "card_to_yaml", lambda card: gpu_to_yaml(replace(card, name="another")))
     with pytest.raises(RunFailed, match="nothing is written"):
-        calibration._write(tmp_path / "card/x.yaml", card, [])
+        calibration._write_gpu_file(tmp_path / "gpu/x.yaml", card, [])
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captcha_exp.memory.fake_device import DEVICE, HOST, Recorder
-from captcha_exp.memory.gpu_kernels import cuda_operators
+from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder
+from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
 from captcha_exp.memory.module_trace import trace_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ def test_the_ctc_loss_is_that_of_torch(
         )
 
     expected = loss()
-    with cuda_operators():
+    with emulate_cuda_operators():
         found = loss()
     torch.testing.assert_close(found, expected)
 
@@ -45,7 +45,7 @@ def test_the_ctc_loss_of_one_sequence_is_that_of_torch(as_tensors: bool) -> None
     log_probs, targets = torch.randn(STEPS, CLASSES).log_softmax(-1), torch.tensor([1, 2, 3])
     lengths: Any = (torch.tensor(STEPS), torch.tensor(3)) if as_tensors else ((STEPS,), (3,))
     expected = F.ctc_loss(log_probs, targets, lengths[0], lengths[1], reduction="none")
-    with cuda_operators():
+    with emulate_cuda_operators():
         torch.testing.assert_close(
             F.ctc_loss(log_probs, targets, lengths[0], lengths[1], reduction="none"), expected
         )
@@ -54,7 +54,7 @@ def test_the_ctc_loss_of_one_sequence_is_that_of_torch(as_tensors: bool) -> None
 def test_a_traced_ctc_loss_has_the_form_of_a_real_one() -> None:
     targets = torch.randint(1, CLASSES, (SIZE, LENGTH))
     real = torch._ctc_loss(torch.randn(STEPS, SIZE, CLASSES).log_softmax(-1), targets, *LENGTHS)
-    with torch.device(HOST), Recorder():
+    with torch.device(HOST), TensorRecorder():
         log_probs = torch.zeros(STEPS, SIZE, CLASSES, device=DEVICE)
         there = torch.zeros(SIZE, LENGTH, dtype=torch.int64, device=DEVICE)
         for lengths in (LENGTHS, tuple(map(torch.tensor, LENGTHS))):

@@ -155,7 +155,7 @@ def test_a_batch_is_a_tuple_or_a_dict_and_a_module_may_be_on_meta() -> None:
     with torch.device("meta"):
         meta = Two()
     expected = peak(Two(), (left, right))
-    assert peak(Two(), {"right": right, "left": left}) == expected
+    assert peak(Two(), {"correct": right, "left": left}) == expected
     assert peak(meta, [left, right]) == expected
 
 
@@ -171,7 +171,7 @@ def test_the_verdict_follows_the_budget() -> None:
     assert [plan.fits for plan in plans] == [None, "does not fit", "unsure", "fits"]
     plan = plans[-1]
     assert plan.tensors_mib == pytest.approx(plan.state_mib + plan.activations_mib)
-    assert plan.tensors_mib < plan.reserved_mib.least <= plan.reserved_mib.most < plan.process_mib.most
+    assert plan.tensors_mib < plan.reserved_mib.min <= plan.reserved_mib.max < plan.process_mib.max
     assert "budget 4,000 MiB: fits" in plan.describe()
     assert "\n" not in plan.describe()
 
@@ -182,7 +182,7 @@ def test_the_verdict_follows_the_budget() -> None:
         ({"precision": "int8"}, "precision='int8': must be one of fp32, bf16, fp16"),
         ({"steps": 1}, "steps=1: must be at least 2"),
         ({"budget_mib": 0}, "budget_mib=0: must be above 0"),
-        ({"card": "voodoo"}, "card='voodoo': no such file; must be one of a10, "),
+        ({"gpu": "voodoo"}, "gpu='voodoo': no such file; must be one of a10, "),
     ],
 )
 def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str) -> None:

@@ -29,15 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captcha_exp.config import Config, Precision
-from captcha_exp.data.augment import NUMBERS
+from captcha_exp.data.augment import NUM_PARAMS
 from captcha_exp.data.dataset import Batch
 from captcha_exp.memory import trace as module
-from captcha_exp.memory.allocator import CachingAllocator, Event, replay
-from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, DeviceTensor, Recorder
-from captcha_exp.memory.plan import with_batch
+from captcha_exp.memory.allocator import CachingAllocator, MemoryEvent, replay_events
+from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, DeviceTensor, TensorRecorder
+from captcha_exp.memory.plan import with_batch_size
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import Step, fresh_state, train_step
+from captcha_exp.model.step import Step, init_train_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +70,7 @@ def resnet18_sizes() -> tuple[list[int], int]:
 
 
 def test_the_articles_training_is_what_arithmetic_and_earlier_measurements_say() -> None:
-    config = configured("experiment=article", "device.resident_limit_mib=0")
+    config = configured("experiment=article", "device.preload_limit_mib=0")
 
     traced = trace(config, 100, {"train": 300, "validation": 200})
 
@@ -87,14 +87,14 @@ def test_the_articles_training_is_what_arithmetic_and_earlier_measurements_say()
 def test_an_optimiser_has_its_copies_of_the_weights(tiny: Config, kind: str, copies: int) -> None:
     traced = trace(training(tiny, optimizer=kind), 16, PICTURES)
 
-    scalars = 4 * len(list(fresh_state(tiny, CPU).model.parameters())) if kind != "sgd" else 0
+    scalars = 4 * len(list(init_train_state(tiny, CPU).model.parameters())) if kind != "sgd" else 0
     assert traced.optimizer_bytes == copies * traced.parameters_bytes + scalars
 
 
 def test_a_split_that_is_sent_takes_no_more_than_its_batch(tiny: Config) -> None:
     """Else it lies on the device, and so does the order of an epoch."""
     resident = trace(tiny, 16, PICTURES)
-    sent = trace(on_device(tiny, resident_limit_mib=0), 16, PICTURES)
+    sent = trace(on_device(tiny, preload_limit_mib=0), 16, PICTURES)
 
     of_one = 16 * 32 * 3 + 2 * 8 + 8  # pixels, class ids, number
     assert resident.resident_bytes == 280 * of_one
@@ -117,8 +117,8 @@ def test_all_steps_but_the_first_need_the_same(tiny: Config) -> None:
 
 def test_the_table_of_changes_is_there_where_pictures_are_changed(tiny: Config) -> None:
     """Along a ramp the first epoch changes nothing. The old table goes when the new one has come."""
-    grown = replace(tiny, augment=replace(tiny.augment, shift=0.1, ramp=0.5))
-    table = sum(PICTURES.values()) * NUMBERS * 4
+    grown = replace(tiny, augment=replace(tiny.augment, translate=0.1, warmup_fraction=0.5))
+    table = sum(PICTURES.values()) * NUM_PARAMS * 4
 
     plain, changed = (trace(training(config, epochs=9), 16, PICTURES) for config in (tiny, grown))
 
@@ -142,7 +142,7 @@ def test_only_fp16_has_a_loss_scale(tiny: Config) -> None:
 def test_a_shortened_evaluation_needs_what_the_whole_one_needs(
     tiny: Config, limit_mib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = on_device(training(tiny, evaluation_batch_size=8), resident_limit_mib=limit_mib)
+    config = on_device(training(tiny, eval_batch_size=8), preload_limit_mib=limit_mib)
     pictures = PICTURES | {"test": 80}
     short = trace(config, 16, pictures)
     monkeypatch.setattr(module, "READ_BATCHES", 1000)
@@ -163,7 +163,7 @@ def test_an_epoch_has_no_more_batches_than_pictures(tiny: Config) -> None:
 
 
 def compare(config: Config, size: int, record: Any) -> None:
-    config = training(with_batch(config, size), evaluation_batch_size=size, epochs=1)
+    config = training(with_batch_size(config, size), eval_batch_size=size, epochs=1)
     pictures = {"train": 2 * size, "validation": 2 * size}
     moments = run_for_real(config, pictures)
     traced = trace(config, size, pictures)
@@ -218,8 +218,8 @@ LEVERS = [
     )
 ]
 KERNELS = [
-    (f"train.optimizer_kernel={kernel}", f"train.optimizer={kind}")
-    for kernel in ("fused", "foreach", "loop")
+    (f"train.optimizer_impl={kernel}", f"train.optimizer={kind}")
+    for kernel in ("fused", "foreach", "for_loop")
     for kind in ("adam", "sgd")
 ]
 
@@ -248,7 +248,7 @@ def test_peaks_are_those_of_each_kernel_of_an_optimiser(
 
 
 def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property: Any) -> None:
-    compare(configured("augment=mild", "augment.ramp=0"), 32, record_property)
+    compare(configured("augment=mild", "augment.warmup_fraction=0"), 32, record_property)
 
 
 # -- torch's own fake tensors ---------------------------------------------------------------------------
@@ -259,10 +259,10 @@ class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
-        self.events: list[Event] = []
+        self.events: list[MemoryEvent] = []
         self.marks: list[tuple[str, int]] = []
         self.convolutions: list[Convolution] = []
-        self.begin = Recorder.begin.__get__(self)
+        self.begin = TensorRecorder.begin_phase.__get__(self)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._count = 0
@@ -293,23 +293,23 @@ class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
         def gone(_: object) -> None:
             del live[place]
-            events.append(Event(number, None))
+            events.append(MemoryEvent(number, None))
 
         live[place] = weakref.ref(storage, gone)
-        events.append(Event(number, storage.nbytes()))
+        events.append(MemoryEvent(number, storage.nbytes()))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ("augment=mild",),
-        ("device.precision=fp16", "augment=mild", "augment.ramp=0"),
+        ("device.precision=fp16", "augment=mild", "augment.warmup_fraction=0"),
         ("captcha=alnum", "model.head=grouped_softmax", "train.optimizer=sgd", "train.label_smoothing=0.1"),
-        ("model=resnet18", "train.epochs=2", "train.optimizer=adamw", "device.resident_limit_mib=0"),
+        ("model=resnet18", "train.epochs=2", "train.optimizer=adamw", "device.preload_limit_mib=0"),
         ("experiment=article", "device.precision=bf16"),
         ("experiment=article", "train.activation_checkpointing=true", "train.micro_batch_size=20"),
-        ("train.activation_checkpointing=true", "device.precision=bf16", "train.optimizer_kernel=foreach"),
-        ("train.optimizer=adam", "train.optimizer_kernel=loop", "train.micro_batch_size=48"),
+        ("train.activation_checkpointing=true", "device.precision=bf16", "train.optimizer_impl=foreach"),
+        ("train.optimizer=adam", "train.optimizer_impl=for_loop", "train.micro_batch_size=48"),
     ],
     ids=" ".join,
 )
@@ -327,7 +327,7 @@ def test_torchs_own_fake_tensors_say_the_same(
     assert replace(found, convolutions=[], events=[]) == replace(expected, events=[])
 
 
-def in_order(events: list[Event]) -> list[Event]:
+def in_order(events: list[MemoryEvent]) -> list[MemoryEvent]:
     """What is freed without anything made in between, by its number."""
     runs = itertools.groupby(events, lambda event: event.requested_bytes is None)
     return [event for frees, run in runs for event in (sorted(run) if frees else run)]
@@ -357,7 +357,7 @@ def test_the_peak_is_monotone_and_convex_in_the_batch(tiny: Config) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["article", "quickstart"])
 def test_the_peak_is_monotone_and_convex_in_many_batches(name: str) -> None:
-    config = configured(f"experiment={name}", "device.resident_limit_mib=0")
+    config = configured(f"experiment={name}", "device.preload_limit_mib=0")
     check_convex(config, [*range(1, 21), *range(24, 104, 4)])
 
 
@@ -447,7 +447,7 @@ def test_a_trace_can_be_played_to_the_allocator(tiny: Config, test: dict[str, in
     traced = trace(tiny, 16, PICTURES | test)
     allocator = CachingAllocator()
 
-    usage = replay(traced.events, allocator, {})
+    usage = replay_events(traced.events, allocator, {})
 
     assert usage.requested_bytes == traced.peak_bytes()
     assert allocator.usage.requested_bytes == 0  # all that came has gone

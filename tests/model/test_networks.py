@@ -11,32 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captcha_exp.config import Captcha, Compact, ResNet18
+from captcha_exp.config import CaptchaConfig, CompactConfig, ResNet18Config
 from captcha_exp.model import networks
-from captcha_exp.model.networks import GroupedSoftmaxHead, PositionHead, Recogniser
+from captcha_exp.model.networks import GroupedSoftmaxHead, PositionHead, Recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"
-ARTICLE = Captcha(width=56, height=24, channels=3, alphabet=ALNUM, length=4, case="fold")
-RESNET = ResNet18(name="resnet18", head="grouped_softmax")
-COMPACT = Compact(name="compact", channels=(32, 64, 96, 128), head="position")
-SMALL = Compact(name="compact", channels=(4, 6, 8), head="position")
+ARTICLE = CaptchaConfig(width=56, height=24, channels=3, alphabet=ALNUM, length=4, case="fold")
+RESNET = ResNet18Config(name="resnet18", head="grouped_softmax")
+COMPACT = CompactConfig(name="compact", channels=(32, 64, 96, 128), head="position")
+SMALL = CompactConfig(name="compact", channels=(4, 6, 8), head="position")
 
 
-def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> Captcha:
-    return Captcha(
+def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> CaptchaConfig:
+    return CaptchaConfig(
         width=width, height=height, channels=channels, alphabet="0123456789", length=5, case="fold"
     )
 
 
-def pictures(asked: Captcha, count: int = 3) -> Tensor:
+def pictures(asked: CaptchaConfig, count: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (count, asked.height, asked.width, asked.channels)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def build(model: Compact | ResNet18, asked: Captcha) -> Recogniser:
+def build(model: CompactConfig | ResNet18Config, asked: CaptchaConfig) -> Recognizer:
     torch.manual_seed(0)
     return networks.build(model, asked)
 
@@ -84,7 +84,7 @@ def article(height: int, width: int) -> list[Layer]:
     return layers
 
 
-def observed(model: Recogniser, asked: Captcha) -> list[Layer]:
+def observed(model: Recognizer, asked: CaptchaConfig) -> list[Layer]:
     """Every convolution as it runs."""
     layers = []
 
@@ -166,7 +166,7 @@ def test_compact_takes_28_mflop() -> None:
 @pytest.mark.parametrize("channels", [(4, 6), (4, 6, 8), (4, 6, 8, 10)])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 19), (24, 56), (31, 100)])
 def test_compact_keeps_a_quarter_of_the_width(channels: tuple[int, ...], height: int, width: int) -> None:
-    model = build(Compact(name="compact", channels=channels, head="position"), captcha(width, height))
+    model = build(CompactConfig(name="compact", channels=channels, head="position"), captcha(width, height))
     with torch.no_grad():
         features = model.eval().network(pictures(captcha(width, height)))
     rows = math.ceil(height // 2 / 2 ** (len(channels) - 1))
@@ -199,9 +199,9 @@ def test_every_combination_trains(
 ) -> None:
     asked = captcha(width, height, channels)
     model = build(
-        Compact(name="compact", channels=(4, 6, 8, 10), head=head)
+        CompactConfig(name="compact", channels=(4, 6, 8, 10), head=head)
         if network == "compact"
-        else ResNet18(name="resnet18", head=head),
+        else ResNet18Config(name="resnet18", head=head),
         asked,
     )
     assert model.training
@@ -218,14 +218,14 @@ def test_every_combination_trains(
 
 
 @pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
-def test_no_convolution_has_a_bias(model: Compact | ResNet18) -> None:
+def test_no_convolution_has_a_bias(model: CompactConfig | ResNet18Config) -> None:
     convolutions = [m for m in build(model, captcha()).modules() if isinstance(m, nn.Conv2d)]
     assert convolutions
     assert all(c.bias is None for c in convolutions)
 
 
 @pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
-def test_a_picture_is_read_the_same_beside_any_others(model: Compact | ResNet18) -> None:
+def test_a_picture_is_read_the_same_beside_any_others(model: CompactConfig | ResNet18Config) -> None:
     asked = captcha()
     images = pictures(asked, 5)
     built = build(model, asked)
@@ -238,7 +238,7 @@ def test_a_picture_is_read_the_same_beside_any_others(model: Compact | ResNet18)
 
 
 @pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
-def test_evaluation_leaves_the_statistics_alone(model: Compact | ResNet18) -> None:
+def test_evaluation_leaves_the_statistics_alone(model: CompactConfig | ResNet18Config) -> None:
     built = build(model, captcha()).eval()
     before = {name: value.clone() for name, value in built.state_dict().items()}
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_evaluation_leaves_the_statistics_alone(model: Compact | ResNet18) -> No
 def test_colours_last_in_memory_changes_no_value() -> None:
     asked = captcha()
     plain, placed = build(SMALL, asked), build(SMALL, asked)
-    networks.place(placed, torch.device("cpu"))
+    networks.to_device(placed, torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), placed.parameters(), strict=True))
     with torch.no_grad():
         images = pictures(asked)
@@ -325,18 +325,18 @@ def test_position_head_looks_where_its_weights_say() -> None:
     """Against a loop over positions and places."""
     torch.manual_seed(0)
     head = PositionHead(6, 5, 3, 4)
-    nn.init.normal_(head.usual_place)
+    nn.init.normal_(head.pos_bias)
     features = some_logits(2, 6, 5)
     with torch.no_grad():
         logits = head(features)
         for b, t in itertools.product(range(2), range(3)):
             scores = [
-                float(head.look.weight[t, :, 0] @ features[b, :, s]) + float(head.usual_place[t, s])
+                float(head.attn_score.weight[t, :, 0] @ features[b, :, s]) + float(head.pos_bias[t, s])
                 for s in range(5)
             ]
             shares = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
             seen = sum((share * features[b, :, s] for s, share in enumerate(shares)), torch.zeros(6))
-            torch.testing.assert_close(logits[b, t], head.read(seen), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(logits[b, t], head.classifier(seen), atol=1e-5, rtol=1e-4)
 
 
 @each_head

@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from captcha_exp.config import Train
-from captcha_exp.model.optim import learning_rate, optimizer
+from captcha_exp.config import TrainConfig
+from captcha_exp.model.optim import build_optimizer, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONECYCLE = Train(
+ONECYCLE = TrainConfig(
     batch_size=8,
     micro_batch_size=None,
     activation_checkpointing=False,
-    evaluation_batch_size=8,
+    eval_batch_size=8,
     epochs=1,
     patience=None,
     optimizer="adamw",
-    optimizer_kernel="fused",
+    optimizer_impl="fused",
     learning_rate=0.01,
     weight_decay=0.1,
     schedule="onecycle",
@@ -31,8 +31,8 @@ ONECYCLE = Train(
     label_smoothing=0.0,
     deterministic=True,
     checkpoint_every=None,
-    stop_after_minutes=None,
-    chance_after_steps=500,
+    max_minutes=None,
+    sanity_check_steps=500,
     on_oom="fail",
 )
 CONSTANT = replace(ONECYCLE, schedule="constant")
@@ -118,7 +118,7 @@ def descend(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 def test_fused_optimisers_do_what_the_plain_ones_do(kind: Kind) -> None:
     train = replace(ONECYCLE, optimizer=kind)
-    fused = descend(network(), lambda model: optimizer(train, model.parameters()), 20)
+    fused = descend(network(), lambda model: build_optimizer(train, model.parameters()), 20)
     slow = descend(network(), lambda model: plain(kind, model), 20)
     start = torch.cat([p.detach().flatten() for p in network().parameters()])
     assert (fused - start).abs().max() > 1e-3
@@ -128,7 +128,7 @@ def test_fused_optimisers_do_what_the_plain_ones_do(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 def test_weights_decay_and_biases_and_norms_do_not(kind: Kind) -> None:
     model = network()
-    groups = optimizer(replace(ONECYCLE, optimizer=kind), model.parameters()).param_groups
+    groups = build_optimizer(replace(ONECYCLE, optimizer=kind), model.parameters()).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
@@ -144,7 +144,7 @@ def test_weights_decay_and_biases_and_norms_do_not(kind: Kind) -> None:
 def test_no_decay_leaves_weights_without_gradient_alone(kind: Kind) -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
-    chosen = optimizer(replace(ONECYCLE, optimizer=kind, weight_decay=0.0), model.parameters())
+    chosen = build_optimizer(replace(ONECYCLE, optimizer=kind, weight_decay=0.0), model.parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     chosen.step()

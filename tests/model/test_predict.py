@@ -16,7 +16,7 @@ from captcha_exp import compose, load
 from captcha_exp.cli import interactive
 from captcha_exp.errors import UserError
 from captcha_exp.model.evaluate import evaluate_run
-from captcha_exp.model.predict import Reader, files_of, weights_of
+from captcha_exp.model.predict import Predictor, find_images, resolve_weights
 from captcha_exp.training.train import train
 
 FOLDER = [text for text in TINY if not text.startswith(("data.count", "data.workers"))]
@@ -25,7 +25,7 @@ FOLDER = [text for text in TINY if not text.startswith(("data.count", "data.work
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """100 picture files of two bars, whose heights are the label; of several formats and sizes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     chance = np.random.default_rng(0)
     for number in range(100):
         first, second = chance.integers(0, 5, 2)
@@ -47,7 +47,7 @@ def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPTCHA_EXP_ROOT", str(root))
         overrides = [*FOLDER, "data=folder", f"data.path={pictures}", "tracking=none", "train.batch_size=8"]
-        return train(load(compose(*overrides)), None, Heard()).folder
+        return train(load(compose(*overrides)), None, Heard()).run_dir
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def at_home(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def reader(run: Path, at_home: None) -> Reader:
-    return Reader(weights_of(str(run)), "cpu", Heard())
+def reader(run: Path, at_home: None) -> Predictor:
+    return Predictor(resolve_weights(str(run)), "cpu", Heard())
 
 
 def command(run: Path, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
@@ -72,41 +72,41 @@ def command(run: Path, *arguments: str, typed: str = "") -> subprocess.Completed
 
 
 def test_every_picture_of_the_test_split_is_answered_as_evaluate_did(
-    run: Path, reader: Reader, pictures: Path
+    run: Path, reader: Predictor, pictures: Path
 ) -> None:
     """The wrong ones too, of which a model this small has many."""
     evaluation, data = evaluate_run(run, "test", Heard(), "cpu")
-    files = [pictures / data.name(int(row)) for row in evaluation.rows]
+    files = [pictures / data.image_name(int(row)) for row in evaluation.indices]
     expected = [data.alphabet.decode(ids) for ids in evaluation.predicted]
 
-    readings = list(reader.read_all(files, Heard()))
+    readings = list(reader.predict_all(files, Heard()))
 
     assert [reading.text for reading in readings] == expected
-    assert [reading.picture for reading in readings] == files
+    assert [reading.image for reading in readings] == files
     for reading, confidences in zip(readings, evaluation.confidences, strict=True):
         assert reading.confidences == pytest.approx(confidences, abs=1e-4)
         assert reading.confidence == pytest.approx(float(np.prod(confidences)), abs=1e-4)
-    wrong = {reading.picture.name for reading in readings if reading.picture.stem[-2:] != reading.text}
-    assert wrong == {error.picture for error in evaluation.errors(data)}
+    wrong = {reading.image.name for reading in readings if reading.image.stem[-2:] != reading.text}
+    assert wrong == {error.image for error in evaluation.misreads(data)}
     assert 0 < len(wrong) < len(files) or evaluation.accuracy in (0, 1)
 
 
-def test_the_batch_a_picture_is_read_in_does_not_matter(reader: Reader, pictures: Path) -> None:
+def test_the_batch_a_picture_is_read_in_does_not_matter(reader: Predictor, pictures: Path) -> None:
     files = sorted(pictures.iterdir())[:20]
 
-    together = [reading.text for reading in reader.read(files)]
+    together = [reading.text for reading in reader.predict(files)]
 
-    assert together == [reader.read([file])[0].text for file in files]
+    assert together == [reader.predict([file])[0].text for file in files]
 
 
 def test_what_cannot_be_read_has_an_error_and_the_rest_a_text(
-    reader: Reader, pictures: Path, tmp_path: Path
+    reader: Predictor, pictures: Path, tmp_path: Path
 ) -> None:
     good = sorted(pictures.iterdir())[0]
     text = tmp_path / "text.png"
     text.write_text("no picture")
 
-    missing, read, broken, folder = reader.read([tmp_path / "none.png", good, text, tmp_path])
+    missing, read, broken, folder = reader.predict([tmp_path / "none.png", good, text, tmp_path])
 
     assert missing.error == "cannot be read: No such file or directory"
     assert len(read.text) == 2
@@ -117,7 +117,7 @@ def test_what_cannot_be_read_has_an_error_and_the_rest_a_text(
 
 @pytest.mark.parametrize("which", ["folder", "latest", "weights"])
 def test_a_run_or_a_weights_file(run: Path, at_home: None, pictures: Path, which: str) -> None:
-    name = {"folder": str(run), "latest": "latest", "weights": str(run / "model.safetensors")}[which]
+    name = {"run_dir": str(run), "latest": "latest", "weights": str(run / "model.safetensors")}[which]
     file = str(sorted(pictures.iterdir())[3])
 
     done = command(run, name, file)
@@ -214,7 +214,7 @@ def test_the_loop_speaks_json_too(run: Path, pictures: Path) -> None:
 
 
 def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
-    reader: Reader, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    reader: Predictor, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = iter([str(sorted(pictures.iterdir())[0])])
     prompts = []
@@ -229,7 +229,7 @@ def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
 
-    interactive.ask(reader, as_json=False)
+    interactive.prompt_loop(reader, as_json=False)
 
     printed = capsys.readouterr()
     assert prompts == ["picture: ", "picture: "]
@@ -239,20 +239,20 @@ def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
 
 def test_a_home_directory_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert interactive.path_of("~/x.png") == tmp_path / "x.png"
+    assert interactive.parse_path("~/x.png") == tmp_path / "x.png"
     (tmp_path / "x.png").write_bytes(b"")
-    assert files_of(["~/x.png"]) == [tmp_path / "x.png"]
+    assert find_images(["~/x.png"]) == [tmp_path / "x.png"]
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody_of_this_name/x.png", "file://["])
-def test_a_name_that_no_file_can_have_is_a_picture_that_cannot_be_read(reader: Reader, name: str) -> None:
+def test_a_name_that_no_file_can_have_is_a_picture_that_cannot_be_read(reader: Predictor, name: str) -> None:
     """To the loop as to the command; neither may end at it."""
-    path = interactive.path_of(name)
+    path = interactive.parse_path(name)
     assert path is not None
-    for reading in reader.read([path, *files_of([name])]):
+    for reading in reader.predict([path, *find_images([name])]):
         assert reading.error.startswith("cannot be read: ")
 
 
 def test_an_empty_folder_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no picture in this folder"):
-        files_of([str(tmp_path)])
+        find_images([str(tmp_path)])

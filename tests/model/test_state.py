@@ -16,25 +16,25 @@ from captcha_exp.config import Config, Precision
 from captcha_exp.errors import UserError
 from captcha_exp.model import networks
 from captcha_exp.model import state as checkpoint
-from captcha_exp.model.networks import Recogniser
-from captcha_exp.model.state import Progress, Rhythm, TrainState
-from captcha_exp.model.step import fresh_state, train_step
+from captcha_exp.model.networks import Recognizer
+from captcha_exp.model.state import CheckpointInterval, EpochProgress, TrainState
+from captcha_exp.model.step import init_train_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stepped(config: Config, steps: int = 3) -> TrainState:
     """A state in the middle of its second epoch."""
-    state = fresh_state(config, CPU)
+    state = init_train_state(config, CPU)
     state.epoch = 1
-    state.keep_if_better(0.25, math.inf)
-    progress = state.epoch_under_way(CPU)
+    state.update_best(0.25, math.inf)
+    progress = state.begin_or_continue_epoch(CPU)
     for state.step in range(1, steps + 1):
         step = train_step(state, batch_of(config), config)
         progress.loss += step.loss
-        progress.right += step.right
-        progress.batches += 1
-        progress.seen += 8
+        progress.num_correct += step.num_correct
+        progress.num_batches += 1
+        progress.num_images += 8
     progress.seconds = 0.1 + 0.2
     return state
 
@@ -48,10 +48,10 @@ def refuse(trouble: str) -> None:
 
 
 def restored(config: Config, folder: Path) -> TrainState:
-    state = fresh_state(config, CPU)
-    saved = checkpoint.newest(folder, refuse)
+    state = init_train_state(config, CPU)
+    saved = checkpoint.load_latest(folder, refuse)
     assert saved is not None
-    state.restore(saved)
+    state.load_state_dict(saved)
     return state
 
 
@@ -74,11 +74,11 @@ def test_every_tensor_and_every_counter_comes_back(
         state.loss_scale.good_steps += 7
         state.loss_scale.factor /= 4
     checkpoint.save(tmp_path / "checkpoint", state)
-    tensors = {name: value.clone() for name, value in state.tensors().items()}
+    tensors = {name: value.clone() for name, value in state.state_dict().items()}
     torch.rand(5)  # global chance goes on, and is to come back
 
     again = restored(config, tmp_path / "checkpoint")
-    assert same(again.tensors(), tensors)
+    assert same(again.state_dict(), tensors)
     assert untimed(again) == untimed(state)
     assert again.best_weights is not None
     assert again.best_loss == math.inf
@@ -94,7 +94,7 @@ def test_steps_after_it_are_the_same_steps(tiny: Config, tmp_path: Path, optimiz
     for each in (state, again):
         for _ in range(3):
             train_step(each, batch_of(config), config)
-    assert same(state.tensors(), again.tensors())
+    assert same(state.state_dict(), again.state_dict())
 
 
 def test_the_layout_in_memory_stays(tiny: Config, tmp_path: Path) -> None:
@@ -111,30 +111,30 @@ def test_between_epochs_there_is_no_epoch_under_way(tiny: Config, tmp_path: Path
     checkpoint.save(tmp_path, state)
     again = restored(tiny, tmp_path)
     assert again.progress is None
-    assert again.epoch_under_way(CPU).batches == 0
+    assert again.begin_or_continue_epoch(CPU).num_batches == 0
     assert again.epoch == 3
 
 
 def test_seconds_add_up_over_processes(tiny: Config, tmp_path: Path) -> None:
     state = stepped(tiny)
-    state.started -= 1000
+    state.start_time -= 1000
     checkpoint.save(tmp_path, state)
     again = restored(tiny, tmp_path)
-    assert 1000 <= again.seconds() < 1100
-    again.started -= 500
+    assert 1000 <= again.elapsed_seconds() < 1100
+    again.start_time -= 500
     checkpoint.save(tmp_path, again)
-    assert 1500 <= restored(tiny, tmp_path).seconds() < 1600
+    assert 1500 <= restored(tiny, tmp_path).elapsed_seconds() < 1600
 
 
 def test_a_state_of_another_network_is_one_line(tiny: Config, tmp_path: Path) -> None:
     checkpoint.save(tmp_path, stepped(tiny))
     other = replace(tiny, captcha=replace(tiny.captcha, alphabet="012"))
-    saved = checkpoint.newest(tmp_path, refuse)
+    saved = checkpoint.load_latest(tmp_path, refuse)
     assert saved is not None
     with pytest.raises(UserError, match=r"step-3.safetensors: does not fit .*--resume=never"):
-        fresh_state(other, CPU).restore(saved)
+        init_train_state(other, CPU).load_state_dict(saved)
     with pytest.raises(UserError, match=r"does not fit the run's config: optimizer/"):
-        fresh_state(training(tiny, optimizer="sgd"), CPU).restore(saved)
+        init_train_state(training(tiny, optimizer="sgd"), CPU).load_state_dict(saved)
 
 
 # -- generations ---------------------------------------------------------------------------------------------
@@ -149,15 +149,15 @@ def test_two_generations_are_kept_by_the_number_of_their_step(tiny: Config, tmp_
     for state.step in (8, 9, 10, 11):
         checkpoint.save(tmp_path, state)
     assert names(tmp_path) == ["step-10.safetensors", "step-11.safetensors"]
-    checkpoint.keep(tmp_path, 1)
+    checkpoint.prune(tmp_path, 1)
     assert names(tmp_path) == ["step-11.safetensors"]
 
 
 def test_there_is_none(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "nowhere", refuse) is None
+    assert checkpoint.load_latest(tmp_path / "nowhere", refuse) is None
     (tmp_path / "step-x.safetensors").write_text("?")
     (tmp_path / ".step-3.safetensors.77.part").write_text("?")
-    assert checkpoint.newest(tmp_path, refuse) is None
+    assert checkpoint.load_latest(tmp_path, refuse) is None
 
 
 def cut(content: bytes) -> bytes:
@@ -183,10 +183,10 @@ def test_one_after_an_epoch_that_is_not_recorded_is_set_aside(tiny: Config, tmp_
     before = checkpoint.save(tmp_path, state)
     state.epoch, state.step = 2, 4
     after = checkpoint.save(tmp_path, state)
-    assert checkpoint.newest(tmp_path, refuse, {1}) is not None
+    assert checkpoint.load_latest(tmp_path, refuse, {1}) is not None
 
     told: list[str] = []
-    saved = checkpoint.newest(tmp_path, told.append, set())
+    saved = checkpoint.load_latest(tmp_path, told.append, set())
     assert saved is not None
     assert saved.counters["step"] == 3
     assert told == [
@@ -212,13 +212,13 @@ def test_a_damaged_one_is_told_and_the_one_before_used(
     path.write_bytes(damage(content))
 
     told: list[str] = []
-    saved = checkpoint.newest(tmp_path, told.append)
+    saved = checkpoint.load_latest(tmp_path, told.append)
     assert saved is not None
     assert saved.counters["step"] == 3
     (line,) = told
     assert line.startswith(f"{path}: is damaged and not used (")
     assert "\n" not in line
-    assert checkpoint.newest(tmp_path, refuse) is not None, "it is told of once"
+    assert checkpoint.load_latest(tmp_path, refuse) is not None, "it is told of once"
 
     state.step = 5
     checkpoint.save(tmp_path, state)
@@ -230,7 +230,7 @@ def test_the_file_can_be_read_without_this_project(tiny: Config, tmp_path: Path)
     path = checkpoint.save(tmp_path, state)
     with safetensors.safe_open(path, "pt") as opened:
         values = json.loads(opened.metadata()["state"])
-        assert set(opened.keys()) == set(state.tensors())
+        assert set(opened.keys()) == set(state.state_dict())
     assert (values["step"], values["epoch"], values["progress"]["batches"]) == (3, 2, 3)
 
 
@@ -240,15 +240,15 @@ def test_the_file_can_be_read_without_this_project(tiny: Config, tmp_path: Path)
 def due(every: str | None, places: list[tuple[int, int, bool]]) -> list[bool]:
     """Whether it is, after (step, epoch, whether the epoch has ended); each look at the clock is a minute."""
     clock = iter(range(0, 60_000, 60))
-    rhythm = Rhythm(every, lambda: next(clock))
-    model = networks.Recogniser.__new__(Recogniser)
+    rhythm = CheckpointInterval(every, lambda: next(clock))
+    model = networks.Recognizer.__new__(Recognizer)
     found = []
     for step, epoch, ended in places:
-        progress = None if ended else Progress.none(CPU)
+        progress = None if ended else EpochProgress.zeros(CPU)
         state = TrainState(model, None, None, step, epoch, progress)  # type: ignore[arg-type]  # not looked at
         found.append(rhythm.is_due(state))
         if found[-1] and every and "minute" in every:
-            rhythm.was_saved()
+            rhythm.reset()
     return found
 
 
@@ -275,7 +275,7 @@ def test_the_rhythm(every: str | None, expected: list[bool]) -> None:
 
 
 def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
-    model = networks.place(networks.build(tiny.model, tiny.captcha), CPU)
+    model = networks.to_device(networks.build(tiny.model, tiny.captcha), CPU)
     state = TrainState(model, torch.optim.SGD(model.parameters()), None)
 
     def move() -> None:
@@ -296,11 +296,11 @@ def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
     better = []
     for state.epoch, (accuracy, loss) in enumerate(epochs, start=1):
         move()
-        better.append(state.keep_if_better(accuracy, loss))
+        better.append(state.update_best(accuracy, loss))
         if better[-1]:
             best = {name: value.clone() for name, value in model.state_dict().items()}
     assert better == [True, True, False, False, True, True, False, False]
     assert (state.best_epoch, state.best_accuracy, state.best_loss) == (6, 0.7, 2.5)
-    assert state.epochs_without_gain() == 3, "the accuracy has not gained since epoch 5"
-    state.restore_best()
+    assert state.epochs_since_improvement() == 3, "the accuracy has not gained since epoch 5"
+    state.restore_best_weights()
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())

@@ -22,7 +22,7 @@ from captcha_exp.model import networks, optim
 from captcha_exp.model.evaluate import evaluate
 from captcha_exp.model.optim import LossScale
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import forward_and_backward, fresh_state, train_step
+from captcha_exp.model.step import forward_and_backward, init_train_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +41,7 @@ def test_a_step_reads_no_tensor_on_the_host(
 ) -> None:
     config = training(tiny, optimizer=kind, **levers)
     config = replace(config, device=replace(tiny.device, precision=precision))
-    state, batch = fresh_state(config, CPU), batch_of(config)
+    state, batch = init_train_state(config, CPU), batch_of(config)
     guard = guarding(config, batch)
     train_step(state, batch, config)  # an optimiser may look while it makes its own state
 
@@ -53,8 +53,8 @@ def test_a_step_reads_no_tensor_on_the_host(
         for name in (*names, "__array__", "__contains__"):
             patch.setattr(torch.Tensor, name, read)
         step = train_step(state, batch, config)
-        guard.note(0, step.loss, step.broken)
-    guard.look(state.model, 1)
+        guard.observe(0, step.loss, step.diverged)
+    guard.check(state.model, 1)
     assert step.loss.isfinite()
 
 
@@ -74,7 +74,7 @@ def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: 
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, fake.from_tensor(buffer))
     with fake:
-        state = TrainState(recogniser, optim.optimizer(config.train, recogniser.parameters()), None)
+        state = TrainState(recogniser, optim.build_optimizer(config.train, recogniser.parameters()), None)
         images = torch.zeros(8, config.captcha.height, config.captcha.width, 3, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(8, 4, dtype=torch.int64), torch.arange(8))
         for _ in range(3):
@@ -87,7 +87,7 @@ def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: 
 def test_a_step_is_the_textbooks(tiny: Config) -> None:
     """Against torch's plain loop with the plain optimiser, the loss without any of our code."""
     config = training(tiny, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
-    state = fresh_state(config, CPU)
+    state = init_train_state(config, CPU)
     plain = copy.deepcopy(state.model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=False)
     for seed in range(3):
@@ -99,18 +99,18 @@ def test_a_step_is_the_textbooks(tiny: Config) -> None:
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         optimizer.step()
         torch.testing.assert_close(ours.loss, loss.detach(), atol=1e-5, rtol=1e-4)
-        assert int(ours.right) == int((logits.argmax(dim=2) == batch.targets).all(dim=1).sum())
+        assert int(ours.num_correct) == int((logits.argmax(dim=2) == batch.targets).all(dim=1).sum())
         assert bool(ours.finite)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", ["foreach", "loop"])
+@pytest.mark.parametrize("kernel", ["foreach", "for_loop"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_kernels_of_an_optimiser_agree(tiny: Config, kind: Optimizer, kernel: str) -> None:
     states = []
-    for config in (training(tiny, optimizer=kind, optimizer_kernel=kernel), training(tiny, optimizer=kind)):
-        state = fresh_state(config, CPU)
+    for config in (training(tiny, optimizer=kind, optimizer_impl=kernel), training(tiny, optimizer=kind)):
+        state = init_train_state(config, CPU)
         for seed in range(3):
             train_step(state, batch_of(config, 8 + seed), config)
         states.append(everything(state))
@@ -122,10 +122,10 @@ def test_the_kernels_of_an_optimiser_agree(tiny: Config, kind: Optimizer, kernel
 def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
     smooth, plain = (training(tiny, label_smoothing=value) for value in (0.5, 0.0))
     batch = batch_of(tiny)
-    losses = [float(train_step(fresh_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
+    losses = [float(train_step(init_train_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
     assert losses[0] != losses[1]
-    split = Split(batch.images, batch.targets, batch.rows, CPU)
-    model = fresh_state(tiny, CPU).model
+    split = Split(batch.images, batch.targets, batch.indices, CPU)
+    model = init_train_state(tiny, CPU).model
     assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
 
 
@@ -143,7 +143,7 @@ def network(request: pytest.FixtureRequest) -> Config:
 
 def gradients(config: Config, batch: Batch, frozen: bool) -> tuple[Tensor, list[Tensor], TrainState]:
     """Loss, gradients, and the state behind them; with its batch norms in evaluation mode where frozen."""
-    state = fresh_state(config, CPU)
+    state = init_train_state(config, CPU)
     for norm in (each for each in state.model.modules() if isinstance(each, torch.nn.BatchNorm2d)):
         norm.train(not frozen)
     loss, _ = forward_and_backward(state, batch, config)
@@ -187,10 +187,10 @@ def test_a_batch_norm_sees_one_micro_batch_alone(tiny: Config) -> None:
 
 def test_a_step_of_micro_batches_counts_all_pictures(tiny: Config) -> None:
     config = training(tiny, micro_batch_size=5)
-    state, batch = fresh_state(config, CPU), batch_of(config, 12)
+    state, batch = init_train_state(config, CPU), batch_of(config, 12)
     for _ in range(40):
         step = train_step(state, batch, config)
-    assert int(step.right) > 5  # more than any part has
+    assert int(step.num_correct) > 5  # more than any part has
 
 
 # -- a step that is not finite -------------------------------------------------------------------------------
@@ -224,8 +224,8 @@ def not_finite(what: str, state: TrainState) -> Iterator[None]:
 
 LEVERS: list[dict[str, Any]] = [
     {},
-    {"optimizer_kernel": "foreach"},
-    {"optimizer_kernel": "loop"},
+    {"optimizer_impl": "foreach"},
+    {"optimizer_impl": "for_loop"},
     {"activation_checkpointing": True, "micro_batch_size": 3},
 ]
 CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf"]
@@ -238,7 +238,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     tiny: Config, kind: Optimizer, cause: str, levers: dict[str, Any]
 ) -> None:
     config = training(tiny, optimizer=kind, **levers)
-    state, batch = fresh_state(config, CPU), batch_of(config)
+    state, batch = init_train_state(config, CPU), batch_of(config)
     for _ in range(2):
         train_step(state, batch, config)
     before = everything(state)
@@ -271,7 +271,7 @@ def test_a_first_step_that_is_not_finite_leaves_no_trace(
     """The good steps after it do what they would have done without it."""
     config = training(tiny, optimizer=kind, **levers)
     batch = batch_of(config)
-    hurt, whole = fresh_state(config, CPU), fresh_state(config, CPU)
+    hurt, whole = init_train_state(config, CPU), init_train_state(config, CPU)
     with not_finite("loss nan", hurt):
         train_step(hurt, batch, config)
     for state in (hurt, whole):
@@ -310,14 +310,14 @@ def overflow(gradient: Tensor) -> Tensor:
 def test_only_fp16_scales_its_loss(tiny: Config, half: Config) -> None:
     bf16 = replace(tiny, device=replace(tiny.device, precision="bf16"))
 
-    assert fresh_state(tiny, CPU).loss_scale is None
-    assert fresh_state(bf16, CPU).loss_scale is None
-    assert float(scale_of(fresh_state(half, CPU)).factor) == 65536
+    assert init_train_state(tiny, CPU).loss_scale is None
+    assert init_train_state(bf16, CPU).loss_scale is None
+    assert float(scale_of(init_train_state(half, CPU)).factor) == 65536
 
 
 def test_the_scale_is_in_the_gradients_and_not_in_the_step(half: Config, tiny: Config, batch: Batch) -> None:
     """Against fp32: gradients are 65,536 times as large, the weights after a step are close."""
-    scaled, plain = fresh_state(half, CPU), fresh_state(tiny, CPU)
+    scaled, plain = init_train_state(half, CPU), init_train_state(tiny, CPU)
     forward_and_backward(scaled, batch, half)
     forward_and_backward(plain, batch, tiny)
     for ours, theirs in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
@@ -334,7 +334,7 @@ def test_the_scale_is_in_the_gradients_and_not_in_the_step(half: Config, tiny: C
 
 
 def test_an_overflow_is_skipped_and_halves_the_scale(half: Config, batch: Batch) -> None:
-    state = fresh_state(half, CPU)
+    state = init_train_state(half, CPU)
     train_step(state, batch, half)
     before = weights(state)
     handle = next(state.model.parameters()).register_hook(overflow)  # type: ignore[no-untyped-call]
@@ -343,30 +343,30 @@ def test_an_overflow_is_skipped_and_halves_the_scale(half: Config, batch: Batch)
     handle.remove()
 
     assert not step.finite
-    assert not step.broken
+    assert not step.diverged
     assert all(torch.equal(a, b) for a, b in zip(before, weights(state), strict=True))
     assert float(scale_of(state).factor) == 32768
     assert train_step(state, batch, half).finite
 
 
 def test_an_overflow_that_no_scale_mends_is_broken(half: Config, batch: Batch) -> None:
-    state = fresh_state(half, CPU)
+    state = init_train_state(half, CPU)
     next(state.model.parameters()).register_hook(overflow)  # type: ignore[no-untyped-call]
 
     steps = [train_step(state, batch, half) for _ in range(18)]
 
-    assert [bool(step.broken) for step in steps] == [False] * 16 + [True, True]
+    assert [bool(step.diverged) for step in steps] == [False] * 16 + [True, True]
     assert float(scale_of(state).factor) == 1.0
 
 
 def test_a_loss_that_is_not_finite_is_broken_at_once(
     half: Config, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = fresh_state(half, CPU)
+    state = init_train_state(half, CPU)
     plain = type(state.model.head).loss
     monkeypatch.setattr(type(state.model.head), "loss", lambda *args: plain(*args) * float("nan"))
 
-    assert train_step(state, batch, half).broken
+    assert train_step(state, batch, half).diverged
 
 
 def test_the_scale_doubles_after_many_good_steps_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

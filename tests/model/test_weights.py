@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
 from captcha_exp.model import networks
-from captcha_exp.model.networks import Recogniser
+from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights, weights_to_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,10 +20,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
-def trained(config: Config, seed: int = 0) -> Recogniser:
+def trained(config: Config, seed: int = 0) -> Recognizer:
     """Weights and statistics that no fresh model has."""
     torch.manual_seed(seed)
-    model = networks.place(networks.build(config.model, config.captcha), CPU)
+    model = networks.to_device(networks.build(config.model, config.captcha), CPU)
     with torch.no_grad():
         for value in model.state_dict().values():
             value += torch.rand(value.shape) if value.is_floating_point() else 3

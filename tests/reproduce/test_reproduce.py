@@ -18,20 +18,20 @@ from PIL import Image
 from support.image_files import page, saved
 
 from captcha_exp import load
-from captcha_exp.cli.hydra_config import overridden
+from captcha_exp.cli.hydra_config import apply_overrides
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.report import figures
 from captcha_exp.reproduce import changes as drift
 from captcha_exp.reproduce import compare
-from captcha_exp.reproduce.causes import judge, sentence
-from captcha_exp.reproduce.changes import Drift
-from captcha_exp.reproduce.reference import Outcome, original
+from captcha_exp.reproduce.causes import attribute, format_verdict
+from captcha_exp.reproduce.changes import Change
+from captcha_exp.reproduce.reference import RunResult, load_reference
 from captcha_exp.reproduce.rerun import Reproduction, reproduce
-from captcha_exp.runs import linked
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runs import find_linked
+from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.files import sha256_of, write_json
-from captcha_exp.training.recorder import NoTracker
+from captcha_exp.training.recorder import NullTracker
 from captcha_exp.training.train import train
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def trained(composed: DictConfig, tmp_path_factory: pytest.TempPathFactory) -> I
     """A finished run of the tiny config, in a root of its own; nobody writes into it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path_factory.mktemp("first")))
-        yield train(load(composed)).folder
+        yield train(load(composed)).run_dir
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def run(trained: Path, tmp_path: Path, root: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "copied [b]run")
 
 
-def again(folder: Path, *overrides: str, display: Silent | None = None) -> Reproduction:
-    from captcha_exp.runtime.device import this_machine
+def again(folder: Path, *overrides: str, display: NullDisplay | None = None) -> Reproduction:
+    from captcha_exp.runtime.device import detect_machine
 
-    first = original(folder)
-    wanted = overridden(first.config, overrides)
-    return reproduce(first, wanted, this_machine(), lambda _: NoTracker(), display or Silent())
+    first = load_reference(folder)
+    wanted = apply_overrides(first.config, overrides)
+    return reproduce(first, wanted, detect_machine(), lambda _: NullTracker(), display or NullDisplay())
 
 
 def edit(folder: Path, **keys: Any) -> None:
@@ -86,7 +86,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def roles(made: Reproduction) -> dict[str, str]:
-    return {each.drift.what: each.role for each in made.judged}
+    return {each.change.name: each.role for each in made.attributed_changes}
 
 
 # -- the same ------------------------------------------------------------------------------------------------
@@ -95,37 +95,37 @@ def roles(made: Reproduction) -> dict[str, str]:
 def test_a_copied_run_is_identical_three_times(run: Path, root: Path) -> None:
     for _ in range(3):
         made = again(run)
-        assert made.sentence == "identical"
-        assert (made.judged, made.differences) == ([], [])
-    assert made.folder.is_relative_to(root)
+        assert made.summary == "identical"
+        assert (made.attributed_changes, made.differences) == ([], [])
+    assert made.run_dir.is_relative_to(root)
     assert made.weights_sha256 == json.loads((run / "run.json").read_text())["result"]["weights_sha256"]
 
 
 def test_the_new_run_is_linked_and_has_the_verdict_in_its_record(run: Path) -> None:
     made = again(run)
-    state = json.loads((made.folder / "run.json").read_text())
+    state = json.loads((made.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
-    assert state["links"] == {"reproduces": {"folder": str(run), "run_id": None}}
+    assert state["links"] == {"reproduces": {"run_dir": str(run), "run_id": None}}
     assert state["tags"] == {"reproduces": str(run), "reproduction": "identical"}
-    assert json.loads((made.folder / "reproduction.json").read_text()) == made.to_json()
-    assert state["files"]["reproduction.json"] == sha256_of(made.folder / "reproduction.json")
+    assert json.loads((made.run_dir / "reproduction.json").read_text()) == made.to_json()
+    assert state["files"]["reproduction.json"] == sha256_of(made.run_dir / "reproduction.json")
 
 
 def test_a_reproduction_can_be_reproduced(run: Path) -> None:
-    assert again(again(run).folder).sentence == "identical"
+    assert again(again(run).run_dir).summary == "identical"
 
 
 def test_other_workers_are_a_variation_that_changes_nothing(run: Path) -> None:
     made = again(run, "data.workers=2", "train.checkpoint_every=5 steps")
     assert made.verdict == "identical"
-    assert made.variation == {"data.workers": (1, 2), "train.checkpoint_every": ("1 minute", "5 steps")}
-    assert made.sentence.startswith("identical, but data.workers 1 -> 2")
+    assert made.overrides == {"data.workers": (1, 2), "train.checkpoint_every": ("1 minute", "5 steps")}
+    assert made.summary.startswith("identical, but data.workers 1 -> 2")
 
 
 def test_environment_variables_for_threads_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_json(run / "environment.json", lambda found: found["variables"].update(OMP_NUM_THREADS="7"))
     made = again(run)
-    assert made.sentence == "identical"
+    assert made.summary == "identical"
     assert roles(made) == {"variable OMP_NUM_THREADS": "cleared"}
 
 
@@ -148,7 +148,7 @@ def test_a_point_of_a_sweep_is_a_run_like_any_other(run: Path, root: Path, call:
         ({"device__precision": "bf16"}, "device.precision fp32 -> bf16"),
         ({"data__split_seed": 7}, "data.split_seed 0 -> 7"),
         ({"train__learning_rate": 0.02}, "train.learning_rate 0.008 -> 0.02"),
-        ({"augment__shift": 0.1}, "augment.shift 0.0 -> 0.1"),
+        ({"augment__shift": 0.1}, "augment.translate 0.0 -> 0.1"),
         ({"device__threads": 1}, "device.threads 2 -> 1"),
         ({"data__seed": 3}, "data.seed 0 -> 3"),
     ],
@@ -162,34 +162,32 @@ def test_an_edited_config_is_told_by_key_and_is_the_cause(
     made = again(run, display=heard)
     assert f"config.yaml was changed after the run ended: {cause}" in heard.warnings
     assert made.verdict != "identical"
-    assert made.sentence.endswith(f"; cause: {cause}")
+    assert made.summary.endswith(f"; cause: {cause}")
 
 
 def test_an_edit_that_changes_no_result_is_told_too(run: Path) -> None:
     edit(run, train__stop_after_minutes=500.0)
-    assert again(run).sentence == "identical, but train.stop_after_minutes null -> 500.0"
+    assert again(run).summary == "identical, but train.max_minutes null -> 500.0"
 
 
 def test_the_limit_of_time_was_of_the_process_and_not_of_the_run(tiny: Config) -> None:
-    limited = replace(tiny, train=replace(tiny.train, stop_after_minutes=30.0))
-    folder = train(limited).folder
+    limited = replace(tiny, train=replace(tiny.train, max_minutes=30.0))
+    folder = train(limited).run_dir
     made = again(folder)
-    assert (made.sentence, dict(made.variation)) == ("identical", {})
-    assert load(made.folder / "config.yaml").train.stop_after_minutes is None
-    assert again(folder, "train.stop_after_minutes=20").sentence == (
-        "identical, but train.stop_after_minutes null -> 20.0"
-    )
+    assert (made.summary, dict(made.overrides)) == ("identical", {})
+    assert load(made.run_dir / "config.yaml").train.max_minutes is None
+    assert again(folder, "train.max_minutes=20").summary == ("identical, but train.max_minutes null -> 20.0")
 
 
 def test_a_config_of_which_no_edit_can_be_named_is_told(run: Path) -> None:
     """The weights, whose config says what ran, are gone, or were trained with the edited file."""
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "# a comment\n")
     heard = Heard()
-    assert again(run, display=heard).sentence == "identical", "the weights say that the values are the same"
+    assert again(run, display=heard).summary == "identical", "the weights say that the values are the same"
     assert "config.yaml is not the file that the run ended with (its SHA-256 is another)" in heard.warnings
     changed = "identical, but the run's config.yaml as it began -> changed since"
     edit_json(run / "run.json", lambda s: s["files"].update({"config.yaml": sha256_of(run / "config.yaml")}))
-    assert again(run).sentence == changed
+    assert again(run).summary == changed
 
     edit(run, train__learning_rate=0.004)
     (run / "model.safetensors").unlink()
@@ -202,7 +200,7 @@ def test_what_changed_while_a_run_was_interrupted_is_suspect_where_results_diffe
     changes = {"packages.torch": ["2.12.0", "2.13.0"], "packages.mlflow": ["3.0", "3.1"], "device.threads": 3}
     edit_json(run / "run.json", lambda state: state.update(resumed=[{"changed": changes}, {"at": "then"}]))
     made = again(run)
-    assert made.sentence == "identical"
+    assert made.summary == "identical"
     assert set(roles(made).values()) == {"cleared"}
     edit(run, train__learning_rate=0.004)
     found = roles(again(run))
@@ -215,7 +213,7 @@ def test_a_version_in_the_record_is_drift_and_no_cause(run: Path) -> None:
     edit_json(run / "environment.json", lambda found: found["packages"].update(pillow="1.2.3"))
     heard = Heard()
     made = again(run, display=heard)
-    assert made.sentence.startswith("identical, but pillow 1.2.3 -> ")
+    assert made.summary.startswith("identical, but pillow 1.2.3 -> ")
     assert roles(made) == {"pillow": "cleared"}
     assert heard.warnings == [
         "environment.json is not the file that the run ended with (its SHA-256 is another)"
@@ -232,8 +230,8 @@ def test_a_metric_that_somebody_changed_is_not_called_the_same(run: Path) -> Non
     made = again(run)
     assert made.verdict == "equivalent"
     (only,) = made.differences
-    assert (only.epoch, only.where, only.now) == (1, "train/loss", loss)
-    assert made.sentence.endswith("cause: the run's metrics.jsonl as it ended -> changed since")
+    assert (only.epoch, only.name, only.actual) == (1, "train/loss", loss)
+    assert made.summary.endswith("cause: the run's metrics.jsonl as it ended -> changed since")
 
 
 def results_row(line: str) -> Any:
@@ -250,13 +248,13 @@ def pictured(tiny: Config, tmp_path: Path) -> tuple[Path, Path]:
     """A run on a folder of pictures, and the folder."""
     from test_folder import of
 
-    there = tmp_path / "pictures"
+    there = tmp_path / "images"
     there.mkdir()
     for number in range(60):
         (there / f"{number:04}.png").write_bytes(saved(page(number), "PNG"))
     config = of(there)
     config = replace(config, train=replace(config.train, epochs=1))
-    return train(config).folder, there
+    return train(config).run_dir, there
 
 
 def test_pictures_that_were_moved_are_found_by_data_path(pictured: tuple[Path, Path]) -> None:
@@ -285,7 +283,7 @@ def test_one_pixel_and_one_label_are_named_before_the_training(pictured: tuple[P
     assert f"{before} another content: 0007.png" in heard.warnings
     assert f"{before} another label: 0005.png" in heard.warnings
     assert made.verdict == "different"
-    assert made.sentence.endswith("; cause: another content: 0007.png, another label: 0005.png")
+    assert made.summary.endswith("; cause: another content: 0007.png, another label: 0005.png")
 
 
 def test_a_missing_and_a_new_picture_are_named(pictured: tuple[Path, Path]) -> None:
@@ -316,7 +314,7 @@ def test_code_that_was_changed_is_told_before_with_how_to_get_the_old(run: Path)
     )
     assert f"../captcha_exp-a1a1a1a1 {'a1' * 20}" in told or "git clone" in told
     assert told.endswith(f"and in there git apply '{run / 'code.diff'}'")
-    assert made.sentence.startswith(
+    assert made.summary.startswith(
         "identical, but code (captcha_exp/model/step.py) a1a1a1a1 with changes -> "
     )
 
@@ -333,7 +331,7 @@ def test_a_commit_that_is_no_commit_is_never_part_of_a_command(run: Path) -> Non
 def test_equal_code_at_another_commit_is_no_news(run: Path) -> None:
     edit_json(run / "environment.json", lambda found: found.update(git={"commit": "b" * 40, "dirty": False}))
     made = again(run)
-    assert made.sentence == "identical"
+    assert made.summary == "identical"
     assert roles(made) == {"commit": "cleared"}
 
 
@@ -420,7 +418,7 @@ def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content
     if (name, content) == ("environment.json", b"{}"):
         return  # nothing is known of what it ran on, and all of its results are there
     with pytest.raises(UserError) as refused:
-        original(run)
+        load_reference(run)
     assert len(refused.value.lines) == 1
     assert str(run) in refused.value.lines[0]
 
@@ -429,9 +427,9 @@ def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content
     ("name", "change"),
     [
         ("dataset.json", {"files": [{"file": "a"}]}),
-        ("dataset.json", {"refused": ["a"]}),
+        ("dataset.json", {"rejected": ["a"]}),
         ("test.json", {"errors": [1]}),
-        ("test.json", {"pictures": None}),
+        ("test.json", {"images": None}),
         ("run.json", {"result": [1]}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
@@ -439,7 +437,7 @@ def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content
 def test_a_manifest_of_other_things_is_one_line(run: Path, name: str, change: dict[str, Any]) -> None:
     edit_json(run / name, lambda values: values.update(change))
     with pytest.raises(UserError, match="its record is damaged"):
-        original(run)
+        load_reference(run)
 
 
 def test_metrics_that_are_no_numbers_are_one_line(run: Path) -> None:
@@ -449,22 +447,22 @@ def test_metrics_that_are_no_numbers_are_one_line(run: Path) -> None:
         row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # somebody else wrote it
         (run / "metrics.jsonl").write_text(row.to_line())
         with pytest.raises(UserError, match="its record is damaged"):
-            original(run)
+            load_reference(run)
 
 
 def test_a_saved_config_of_other_code_says_so(run: Path) -> None:
     path = run / "config.yaml"
     path.write_text(path.read_text() + "tomorrow: 1\n")
     with pytest.raises(UserError, match="it was changed after the run ended: put it right"):
-        original(run)
+        load_reference(run)
     edit_json(run / "run.json", lambda state: state["files"].update({"config.yaml": sha256_of(path)}))
     with pytest.raises(UserError, match="it was saved by other code: take that"):
-        original(run)
+        load_reference(run)
 
 
 def test_nothing_of_a_saved_config_is_followed(run: Path) -> None:
     edit(run, data__cache="${oc.env:HOME}")
-    assert original(run).config.data.cache == "${oc.env:HOME}"
+    assert load_reference(run).config.data.cache == "${oc.env:HOME}"
 
 
 def test_a_device_that_is_not_here_has_its_remedy(run: Path) -> None:
@@ -476,13 +474,13 @@ def test_a_device_that_is_not_here_has_its_remedy(run: Path) -> None:
 def test_a_run_that_only_mlflow_has_is_fetched(
     tiny: Config, root: Path, call: Call, composed: DictConfig
 ) -> None:
-    from captcha_exp.config import Mlflow
-    from captcha_exp.runtime.console import Silent
-    from captcha_exp.tracking import tracker_of
+    from captcha_exp.config import MlflowConfig
+    from captcha_exp.runtime.console import NullDisplay
+    from captcha_exp.tracking import make_tracker
 
-    store = Mlflow(backend="mlflow", uri=f"sqlite:///{root / 'mlruns' / 'mlflow.db'}", experiment="e")
+    store = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root / 'mlruns' / 'mlflow.db'}", experiment="e")
     config = replace(tiny, tracking=store)
-    folder = train(config, tracker_of(config, Silent(), {})).folder
+    folder = train(config, make_tracker(config, NullDisplay(), {})).run_dir
     run_id = json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]
     shutil.rmtree(folder)
     code, out, _ = call("reproduce", run_id[:8])
@@ -491,30 +489,30 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     assert (code, json.loads(out)["sentence"]) == (0, "identical")
     from mlflow import MlflowClient
 
-    state = json.loads((Path(json.loads(out)["folder"]) / "run.json").read_text())
+    state = json.loads((Path(json.loads(out)["run_dir"]) / "run.json").read_text())
     tags = MlflowClient(store.uri).get_run(state["mlflow"]["run_id"]).data.tags
     assert (tags["reproduces"], tags["reproduction"]) == (run_id, "identical")
-    assert state["links"] == {"reproduces": {"folder": None, "run_id": run_id, "store": store.uri}}
+    assert state["links"] == {"reproduces": {"run_dir": None, "run_id": run_id, "store": store.uri}}
     assert json.loads(out)["of"] == f"MLflow run {run_id} of {store.uri}"
     assert call("reproduce", "0" * 32)[0] == 2
 
 
 def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Path, tmp_path: Path) -> None:
-    config = original(run).config
+    config = load_reference(run).config
     more = replace(config, train=replace(config.train, epochs=4, schedule="constant"))
-    first = train(replace(more, train=replace(more.train, epochs=2))).folder
-    links = {"continues": {"folder": str(first), "run_id": None}}
-    second = train(more, links=links, start_from=first).folder
-    assert again(second).sentence == "identical"
+    first = train(replace(more, train=replace(more.train, epochs=2))).run_dir
+    links = {"continues": {"run_dir": str(first), "run_id": None}}
+    second = train(more, lineage=links, extend_from=first).run_dir
+    assert again(second).summary == "identical"
     reproduced = again(second)
-    links = json.loads((reproduced.folder / "run.json").read_text())["links"]
-    assert links["continues"] == {"folder": str(first), "run_id": None}
-    assert again(reproduced.folder).sentence == "identical", "it begins from that state, too"
+    links = json.loads((reproduced.run_dir / "run.json").read_text())["links"]
+    assert links["continues"] == {"run_dir": str(first), "run_id": None}
+    assert again(reproduced.run_dir).summary == "identical", "it begins from that state, too"
 
     elsewhere = tmp_path / "elsewhere" / first.parent.name
     elsewhere.mkdir(parents=True)
     moved = [Path(shutil.move(folder, elsewhere)) for folder in (first, second)]
-    assert again(moved[1]).sentence == "identical", "copied together, they find each other"
+    assert again(moved[1]).summary == "identical", "copied together, they find each other"
     shutil.rmtree(moved[0])
     with pytest.raises(UserError, match=r"began from the state of .* which is not there; bring it back"):
         again(moved[1])
@@ -523,11 +521,13 @@ def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Pa
 def test_a_run_that_was_continued_from_is_found_by_its_id(run: Path, root: Path) -> None:
     edit_json(run / "run.json", lambda state: state.update(mlflow={"run_id": "a" * 32, "closed": True}))
     other = shutil.copytree(run, root / "outputs" / "2020-01-01" / "other")
-    link = {"folder": "/nowhere/x/y", "run_id": "a" * 32}
-    assert linked(link, run) == other
-    assert linked({**link, "run_id": "b" * 32}, run) is None
-    assert linked({"folder": f"/nowhere/2020-01-01/{other.name}", "run_id": "a" * 32}, other) == other
-    assert linked({"folder": str(other), "run_id": "b" * 32}, run) is None, "another run stands there now"
+    link = {"run_dir": "/nowhere/x/y", "run_id": "a" * 32}
+    assert find_linked(link, run) == other
+    assert find_linked({**link, "run_id": "b" * 32}, run) is None
+    assert find_linked({"run_dir": f"/nowhere/2020-01-01/{other.name}", "run_id": "a" * 32}, other) == other
+    assert find_linked({"run_dir": str(other), "run_id": "b" * 32}, run) is None, (
+        "another run stands there now"
+    )
 
 
 def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:
@@ -545,11 +545,11 @@ def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:
 # -- verdicts and causes, by hand ----------------------------------------------------------------------------
 
 
-def outcome(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights: str = "w") -> Outcome:
+def outcome(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights: str = "w") -> RunResult:
     dataset = {"images_sha256": images, "labels_sha256": "l", "splits": {"train": 3}}
     metrics = {"train/loss": loss, "test/accuracy": accuracy, "test/accuracy_low": 0.7}
     epochs = {1: metrics | {"test/accuracy_high": 0.9, "speed/epoch_seconds": loss}}
-    return Outcome(epochs, dataset, {}, {}, 10, {}, weights)
+    return RunResult(epochs, dataset, {}, {}, 10, {}, weights)
 
 
 @pytest.mark.parametrize(
@@ -565,22 +565,22 @@ def outcome(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights
         (outcome(images="b"), "different"),
     ],
 )
-def test_equivalent_is_what_the_tolerances_say(now: Outcome, expected: str) -> None:
-    assert compare.verdict(outcome(), now) == expected
+def test_equivalent_is_what_the_tolerances_say(now: RunResult, expected: str) -> None:
+    assert compare.compute_verdict(outcome(), now) == expected
 
 
 def test_speed_and_memory_are_never_compared_and_minus_zero_is_another_number() -> None:
     fast = outcome()
-    fast.epochs[1]["speed/epoch_seconds"] = 9.0  # type: ignore[index]
-    assert compare.differences(outcome(), fast) == []
-    (only,) = compare.differences(outcome(loss=0.0), outcome(loss=-0.0))
-    assert only.words() == "epoch 1, train/loss 0.0 -> -0.0"
+    fast.metrics_by_epoch[1]["speed/epoch_seconds"] = 9.0  # type: ignore[index]
+    assert compare.find_differences(outcome(), fast) == []
+    (only,) = compare.find_differences(outcome(loss=0.0), outcome(loss=-0.0))
+    assert only.describe() == "epoch 1, train/loss 0.0 -> -0.0"
 
 
-TORCH = Drift("torch", "1", "2", "numbers")
-PILLOW = Drift("pillow", "1", "2", "pictures")
-SEED = Drift("seed", 0, 1, "numbers", ran=True)
-MLFLOW = Drift("mlflow", "1", "2", "nothing")
+TORCH = Change("torch", "1", "2", "numbers")
+PILLOW = Change("pillow", "1", "2", "images")
+SEED = Change("seed", 0, 1, "numbers", is_input=True)
+MLFLOW = Change("mlflow", "1", "2", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -597,22 +597,24 @@ MLFLOW = Drift("mlflow", "1", "2", "nothing")
     ],
 )
 def test_a_cause_is_what_ran_otherwise_or_the_only_one_that_can_be(
-    found: list[Drift], same_pictures: bool, certain: bool, expected: list[str]
+    found: list[Change], same_pictures: bool, certain: bool, expected: list[str]
 ) -> None:
-    assert [each.role for each in judge(found, "different", same_pictures, certain)] == expected
-    assert {each.role for each in judge(found, "identical", True, certain)} == {"cleared"}
+    assert [each.role for each in attribute(found, "different", same_pictures, certain)] == expected
+    assert {each.role for each in attribute(found, "identical", True, certain)} == {"cleared"}
 
 
 def test_a_difference_without_any_drift_is_told_plainly() -> None:
-    (first,) = compare.differences(outcome(), outcome(loss=2.5))
-    line = sentence("different", first, [], repeatable=True)
+    (first,) = compare.find_differences(outcome(), outcome(loss=2.5))
+    line = format_verdict("different", first, [], deterministic=True)
     assert line.startswith("different: first in epoch 1, train/loss 2.0 -> 2.5; nothing that is recorded")
-    assert sentence("different", first, [], repeatable=False).endswith("no two trainings are the same")
+    assert format_verdict("different", first, [], deterministic=False).endswith(
+        "no two trainings are the same"
+    )
 
 
 def test_keys_that_no_result_depends_on() -> None:
-    assert drift.is_inert("tracking.uri")
-    assert drift.is_inert("data.workers")
-    assert not drift.is_inert("train.evaluation_batch_size")
-    assert not drift.is_inert("data.workers_of_mine")
-    assert not drift.is_inert("names")
+    assert drift.has_no_effect("tracking.uri")
+    assert drift.has_no_effect("data.workers")
+    assert not drift.has_no_effect("train.eval_batch_size")
+    assert not drift.has_no_effect("data.workers_of_mine")
+    assert not drift.has_no_effect("names")

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from captcha_exp import runs
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
-from captcha_exp.runs import Left, code_sha256, resume
+from captcha_exp.runs import StaleRun, code_sha256, resume
 from captcha_exp.runtime import process
 
 NOBODY: dict[str, Any] = {"pid": 2**22 + 1, "process_started": 1.0}  # above every pid that Linux gives
@@ -41,14 +41,14 @@ class Made:
         self.told: list[str] = []
 
     def __call__(self, status: str = "KILLED", folder: Path | None = None, **state: Any) -> Path:
-        run = runs.create(self.config, self.config, folder)
+        run = runs.create_run(self.config, self.config, folder)
         run.write_json("environment.json", {"code_sha256": code_sha256()})
-        run.note(**{"status": status, **self.nobody, **state})
-        return run.folder
+        run.update(**{"status": status, **self.nobody, **state})
+        return run.run_dir
 
     def newest(self, **links: Any) -> Path | None:
-        found = resume.newest(self.config, self.told.append, links)
-        return None if found is None else found.folder
+        found = resume.find_resumable(self.config, self.told.append, links)
+        return None if found is None else found.run_dir
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def test_what_failed_needs_a_checkpoint_and_what_finished_is_left(
 
 def test_what_a_process_is_at_work_on_is_left_without_a_word(made: Made) -> None:
     before = made()
-    made("RUNNING", **process.identity())
+    made("RUNNING", **process.process_identity())
     assert made.newest() == before, "an older one that is free"
     assert made.told == []
 
 
 def test_another_process_of_the_same_number_is_not_the_runs(made: Made) -> None:
-    alive = process.identity()
+    alive = process.process_identity()
     folder = made("RUNNING", **alive | {"process_started": alive["process_started"] - 5})
     assert made.newest() == folder
 
@@ -173,20 +173,20 @@ def test_points_of_a_sweep_belong_to_the_sweep(made: Made, tiny: Config, root: P
     (sweep / "sweep.json").write_text("{}")
     folder = made(folder=sweep / "1-x")
     assert made.newest() is None
-    found = resume.of_point(folder, tiny)
+    found = resume.find_resumable_job(folder, tiny)
     assert found is not None
-    assert found.folder == folder
-    assert resume.of_point(folder, replace(tiny, seed=9)) is None
-    assert resume.of_point(sweep / "2-x", tiny) is None
+    assert found.run_dir == folder
+    assert resume.find_resumable_job(folder, replace(tiny, seed=9)) is None
+    assert resume.find_resumable_job(sweep / "2-x", tiny) is None
 
 
 def test_a_run_with_links_is_found_by_who_asks_for_just_these(made: Made) -> None:
-    links = {"continues": {"folder": "/a", "run_id": None}}
+    links = {"continues": {"run_dir": "/a", "run_id": None}}
     folder = made(links=links)
-    made(links={"reproduces": {"folder": "/a", "run_id": None}})
+    made(links={"reproduces": {"run_dir": "/a", "run_id": None}})
     assert made.newest() is None
     assert made.newest(**links) == folder
-    assert made.newest(continues={"folder": "/b", "run_id": None}) is None
+    assert made.newest(continues={"run_dir": "/b", "run_id": None}) is None
 
 
 # -- by its name ---------------------------------------------------------------------------------------------
@@ -195,21 +195,21 @@ def test_a_run_with_links_is_found_by_who_asks_for_just_these(made: Made) -> Non
 def test_a_named_run_is_any_that_nobody_is_at_work_on(made: Made, root: Path) -> None:
     for status in ("KILLED", "FAILED", "FINISHED"):
         folder = made(status)
-        assert resume.named(str(folder)).folder == folder
+        assert resume.find_named(str(folder)).run_dir == folder
     elsewhere = made("RUNNING", host="elsewhere")
-    assert resume.named(str(elsewhere.relative_to(root))).folder == elsewhere, "a person knows"
-    assert resume.named("latest").folder == elsewhere
+    assert resume.find_named(str(elsewhere.relative_to(root))).run_dir == elsewhere, "a person knows"
+    assert resume.find_named("latest").run_dir == elsewhere
 
 
 def refused(name: str) -> str:
     with pytest.raises(UserError) as caught:
-        resume.named(name)
+        resume.find_named(name)
     (line,) = caught.value.lines
     return line
 
 
 def test_a_name_that_cannot_be_gone_on_with_is_one_line(made: Made, root: Path) -> None:
-    alive = process.identity()
+    alive = process.process_identity()
     assert refused("nothing").startswith("'nothing' is no run: ")
     folder = made("RUNNING", **alive)
     assert refused(str(folder)) == f"--resume={folder}: its process {os.getpid()} is still at work"
@@ -222,7 +222,7 @@ def test_a_name_that_cannot_be_gone_on_with_is_one_line(made: Made, root: Path) 
     assert refused(str(point)).endswith(f"the process {os.getpid()} of its sweep is still at work")
     assert refused(str(sweep)).endswith(": is a sweep; add -m to go on with it")
     (sweep / "sweep.json").write_text(json.dumps(state | {"status": "KILLED"}))
-    assert resume.named(str(point)).folder == point
+    assert resume.find_named(str(point)).run_dir == point
 
 
 # -- from where ----------------------------------------------------------------------------------------------
@@ -230,16 +230,20 @@ def test_a_name_that_cannot_be_gone_on_with_is_one_line(made: Made, root: Path) 
 
 def test_where_it_goes_on_is_read_from_the_newest_whole_checkpoint(made: Made) -> None:
     folder = made()
-    assert resume.reached(folder) == "from its beginning: it had no checkpoint yet"
+    assert resume.describe_progress(folder) == "from its beginning: it had no checkpoint yet"
     with_checkpoint(folder, 9)
     with_checkpoint(folder, 10, {"step": 10, "epoch": 4, "progress": None})
-    found = runs.checkpoints_in(folder / runs.CHECKPOINTS)
+    found = runs.list_checkpoints(folder / runs.CHECKPOINT_DIR)
     assert [path.stem for path in found] == ["step-10", "step-9"], "by number"
-    assert re.fullmatch(r"from the end of epoch 4, step 10 \(saved \d\d:\d\d\)", resume.reached(folder))
+    assert re.fullmatch(
+        r"from the end of epoch 4, step 10 \(saved \d\d:\d\d\)", resume.describe_progress(folder)
+    )
     (folder / "checkpoint" / "step-10.safetensors").write_bytes(b"cut")
-    assert resume.reached(folder).startswith("from epoch 3, step 9 (saved ")
+    assert resume.describe_progress(folder).startswith("from epoch 3, step 9 (saved ")
     os.utime(folder / "checkpoint" / "step-9.safetensors", (0, 86400 * 365))
-    assert re.search(r"\(saved 1971-01-01 \d\d:\d\d\)|\(saved 1970-12-31 \d\d:\d\d\)", resume.reached(folder))
+    assert re.search(
+        r"\(saved 1971-01-01 \d\d:\d\d\)|\(saved 1970-12-31 \d\d:\d\d\)", resume.describe_progress(folder)
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_where_it_goes_on_is_read_from_the_newest_whole_checkpoint(made: Made) -
 def test_a_checkpoint_of_odd_words_is_passed_over(made: Made, state: Any) -> None:
     folder = with_checkpoint(made(), 5, state)
     (folder / "checkpoint" / "step-x.safetensors").touch()
-    assert resume.reached(folder) == "from its beginning: it had no checkpoint yet"
+    assert resume.describe_progress(folder) == "from its beginning: it had no checkpoint yet"
 
 
 # -- one process at a time -----------------------------------------------------------------------------------
@@ -262,7 +266,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 def test_what_is_held_says_so_and_says_afterwards_what_it_said_before(made: Made) -> None:
     folder = made(error="interrupted")
     before = state_of(folder)
-    with resume.held(lambda: resume.named(str(folder))) as found:
+    with resume.claim(lambda: resume.find_named(str(folder))) as found:
         assert found is not None
         assert found.state == before
         during = state_of(folder)
@@ -274,14 +278,14 @@ def test_what_is_held_says_so_and_says_afterwards_what_it_said_before(made: Made
 
 def test_what_went_on_in_the_meantime_is_not_put_back(made: Made) -> None:
     folder = made()
-    with resume.held(lambda: resume.named(str(folder))):
+    with resume.claim(lambda: resume.find_named(str(folder))):
         state = state_of(folder) | {"status": "FINISHED"}
         (folder / "run.json").write_text(json.dumps(state))
     assert state_of(folder) == state
 
 
 def test_nothing_is_held_where_nothing_is_found(made: Made) -> None:
-    with resume.held(lambda: resume.newest(made.config, made.told.append)) as found:
+    with resume.claim(lambda: resume.find_resumable(made.config, made.told.append)) as found:
         assert found is None
 
 
@@ -290,10 +294,10 @@ def test_nothing_is_held_where_nothing_is_found(made: Made) -> None:
 )
 def test_who_comes_second_looks_again(made: Made, changed: dict[str, Any]) -> None:
     folder = made()
-    looks: list[Left | None] = [resume.named(str(folder)), None]
+    looks: list[StaleRun | None] = [resume.find_named(str(folder)), None]
     changed = state_of(folder) | changed
     (folder / "run.json").write_text(json.dumps(changed))
-    with resume.held(lambda: looks.pop(0)) as found:
+    with resume.claim(lambda: looks.pop(0)) as found:
         assert found is None
     assert looks == []
     assert state_of(folder) == changed
@@ -301,7 +305,7 @@ def test_who_comes_second_looks_again(made: Made, changed: dict[str, Any]) -> No
 
 def test_what_had_finished_when_it_was_looked_at_is_held_like_any(made: Made) -> None:
     folder = made("FINISHED")
-    with resume.held(lambda: resume.named(str(folder))) as found:
+    with resume.claim(lambda: resume.find_named(str(folder))) as found:
         assert found is not None
         assert state_of(folder)["status"] == "RUNNING"
     assert state_of(folder)["status"] == "FINISHED"
@@ -309,9 +313,9 @@ def test_what_had_finished_when_it_was_looked_at_is_held_like_any(made: Made) ->
 
 def test_a_run_that_was_closed_since_is_still_the_one_that_was_seen(made: Made) -> None:
     folder = made("RUNNING")
-    seen = resume.named(str(folder))
+    seen = resume.find_named(str(folder))
     (folder / "run.json").write_text(json.dumps(state_of(folder) | {"status": "KILLED", "ended": "now"}))
-    with resume.held(lambda: seen) as found:
+    with resume.claim(lambda: seen) as found:
         assert found is not None
     assert (state_of(folder)["status"], state_of(folder)["ended"]) == ("KILLED", "now")
 
@@ -320,8 +324,8 @@ def test_a_lock_that_another_process_keeps_is_one_line(made: Made, monkeypatch: 
     folder = made()
     monkeypatch.setattr(resume, "SECONDS_FOR_THE_LOCK", 0.05)
     words = "cannot be gone on with now, since another process has been closing runs for 0 s"
-    with runs.alone(), pytest.raises(UserError, match=words):
-        resume.held(lambda: resume.named(str(folder))).__enter__()
+    with runs.stale_lock(), pytest.raises(UserError, match=words):
+        resume.claim(lambda: resume.find_named(str(folder))).__enter__()
 
 
 RACER = """

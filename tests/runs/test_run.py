@@ -24,8 +24,8 @@ from captcha_exp.config import Config, load
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run, resume
 from captcha_exp.runtime.files import write_atomically
-from captcha_exp.runtime.paths import root as root_of_runs
-from captcha_exp.runtime.process import identity, is_alive
+from captcha_exp.runtime.paths import root_dir as root_of_runs
+from captcha_exp.runtime.process import is_alive, process_identity
 
 
 class OneSecond(datetime):
@@ -43,7 +43,7 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tiny: Config) -> Run:
-    return runs.create(tiny, tiny)
+    return runs.create_run(tiny, tiny)
 
 
 # -- folders -------------------------------------------------------------------------------------------------
@@ -52,17 +52,17 @@ def run(tiny: Config) -> Run:
 @pytest.mark.usefixtures("one_second")
 def test_runs_of_the_same_second_have_folders_of_their_own(tiny: Config, root: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: runs.create(tiny, tiny).folder, range(8)))
+        made = list(pool.map(lambda _: runs.create_run(tiny, tiny).run_dir, range(8)))
     names = ["123045-tiny", *(f"123045-tiny-{number}" for number in range(2, 9))]
     assert sorted(made) == [root / "outputs/2026-03-01" / name for name in names]
 
 
 def test_a_new_run_says_what_runs_where_and_since_when(run: Run, tiny: Config) -> None:
-    state = json.loads((run.folder / "run.json").read_text())
+    state = json.loads((run.run_dir / "run.json").read_text())
     assert state["status"] == "RUNNING"
     assert (state["host"], state["pid"]) == (platform.node(), os.getpid())
     assert abs(datetime.now().astimezone() - datetime.fromisoformat(state["started"])) < timedelta(minutes=1)
-    assert load(run.folder / "config.yaml") == load(run.folder / "requested.yaml") == tiny
+    assert load(run.run_dir / "config.yaml") == load(run.run_dir / "requested.yaml") == tiny
 
 
 def test_the_root_is_the_folder_that_the_environment_names(
@@ -128,10 +128,10 @@ def test_content_is_on_the_disk_before_it_gets_the_name_and_the_name_is_on_the_d
 def test_a_whole_run_leaves_no_temporary_file(run: Run) -> None:
     run.write("model.safetensors", b"weights")
     run.write_json("dataset.json", {})
-    run.log(MetricsRow(1, 2, {}))
-    run.note(error="none")
+    run.log_metrics(MetricsRow(1, 2, {}))
+    run.update(error="none")
     run.close("FINISHED")
-    assert sorted(p.name for p in run.folder.rglob("*")) == [
+    assert sorted(p.name for p in run.run_dir.rglob("*")) == [
         "config.yaml",
         "dataset.json",
         "metrics.jsonl",
@@ -165,10 +165,10 @@ def test_a_metric_that_is_not_a_number_survives_the_file() -> None:
 
 def test_logged_rows_come_back_in_their_order(run: Run) -> None:
     rows = [MetricsRow(step, 10 * step, {"val/accuracy": step / 3}) for step in (1, 2, 3)]
-    assert run.rows() == []
+    assert run.metrics_rows() == []
     for row in rows:
-        run.log(row)
-    assert run.rows() == rows
+        run.log_metrics(row)
+    assert run.metrics_rows() == rows
 
 
 @settings(deadline=None)
@@ -200,21 +200,21 @@ def test_a_line_that_is_no_row_is_noticed(line: str) -> None:
 
 def test_close_writes_down_the_hash_of_every_file(run: Run) -> None:
     run.write("model.safetensors", b"weights")
-    (run.report / "curves.png").write_bytes(b"picture")
+    (run.report_dir / "curves.png").write_bytes(b"picture")
     run.close("FINISHED")
-    state = json.loads((run.folder / "run.json").read_text())
+    state = json.loads((run.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
     assert state["files"] == {
-        path.relative_to(run.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in run.folder.rglob("*")
-        if path.is_file() and path != run.folder / "run.json"
+        path.relative_to(run.run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.run_dir.rglob("*")
+        if path.is_file() and path != run.run_dir / "run.json"
     }
     assert {"config.yaml", "model.safetensors", "report/curves.png"} <= state["files"].keys()
 
 
 def test_a_failed_run_says_why(run: Run) -> None:
     run.close("FAILED", "step 3: the loss is not a finite number")
-    state = json.loads((run.folder / "run.json").read_text())
+    state = json.loads((run.run_dir / "run.json").read_text())
     assert (state["status"], state["error"]) == ("FAILED", "step 3: the loss is not a finite number")
     assert datetime.fromisoformat(state["ended"]) >= datetime.fromisoformat(state["started"])
 
@@ -225,47 +225,47 @@ def test_a_failed_run_says_why(run: Run) -> None:
 def test_a_run_is_found_by_folder_by_date_and_time_and_by_the_start_of_its_id(
     tiny: Config, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = runs.create(tiny, tiny), runs.create(tiny, tiny)
-    first.note(mlflow={"run_id": "abc123"})
-    second.note(mlflow={"run_id": "abd456"})
+    first, second = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    first.update(mlflow={"run_id": "abc123"})
+    second.update(mlflow={"run_id": "abd456"})
     monkeypatch.chdir(root / "outputs")
     for name in (
-        str(first.folder),
-        str(first.folder.relative_to(root)),
-        str(first.folder.relative_to(root / "outputs")),
+        str(first.run_dir),
+        str(first.run_dir.relative_to(root)),
+        str(first.run_dir.relative_to(root / "outputs")),
         "abc123",
         "abc",
     ):
-        assert runs.find(name) == first.folder
-    assert runs.find("abd") == second.folder
+        assert runs.find_run(name) == first.run_dir
+    assert runs.find_run("abd") == second.run_dir
 
 
 def test_an_ambiguous_beginning_is_refused(tiny: Config) -> None:
     for run_id in ("abc123", "abd456"):
-        runs.create(tiny, tiny).note(mlflow={"run_id": run_id})
+        runs.create_run(tiny, tiny).update(mlflow={"run_id": run_id})
     with pytest.raises(UserError, match=r"^'ab' begins the ids of 2 runs; give more of it$"):
-        runs.find("ab")
+        runs.find_run("ab")
 
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("name", ["nosuchrun", "", "None", "ab"])
 def test_what_is_no_run_is_refused_with_the_ways_to_name_one(name: str) -> None:
     with pytest.raises(UserError, match=r"is no run: .*captcha-exp runs lists them"):
-        runs.find(name)
+        runs.find_run(name)
 
 
 def test_latest_is_refused_while_there_is_no_run(root: Path) -> None:
     with pytest.raises(UserError, match=r"^latest: no run in .*outputs yet; captcha-exp train makes one$"):
-        runs.find("latest")
+        runs.find_run("latest")
 
 
 def test_latest_is_the_run_that_began_last_by_the_clock_of_the_world(tiny: Config) -> None:
     """When summer time ends, the wall clock shows the same hour twice."""
     summer, winter = (timezone(timedelta(hours=hours)) for hours in (2, 1))
-    older, newer = runs.create(tiny, tiny), runs.create(tiny, tiny)
-    older.note(started=datetime(2026, 10, 25, 2, 50, tzinfo=summer).isoformat())
-    newer.note(started=datetime(2026, 10, 25, 2, 10, tzinfo=winter).isoformat())
-    assert runs.find("latest") == newer.folder
+    older, newer = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    older.update(started=datetime(2026, 10, 25, 2, 50, tzinfo=summer).isoformat())
+    newer.update(started=datetime(2026, 10, 25, 2, 10, tzinfo=winter).isoformat())
+    assert runs.find_run("latest") == newer.run_dir
 
 
 def test_latest_is_the_run_that_began_last_also_within_a_second(
@@ -280,16 +280,16 @@ def test_latest_is_the_run_that_began_last_also_within_a_second(
 
     monkeypatch.setattr("captcha_exp.runs.run.datetime", Ticking)
     for number in range(1, 12):  # an alphabet puts -10 before -2
-        newest = runs.create(tiny, tiny)
-        assert runs.find("latest") == newest.folder, f"run {number} of this second"
+        newest = runs.create_run(tiny, tiny)
+        assert runs.find_run("latest") == newest.run_dir, f"run {number} of this second"
 
 
 def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Config) -> None:
-    damaged, good = runs.create(tiny, tiny), runs.create(tiny, tiny)
-    (damaged.folder / "run.json").write_text("{")
-    assert [folder for folder, _ in runs.runs()] == [good.folder]
+    damaged, good = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    (damaged.run_dir / "run.json").write_text("{")
+    assert [folder for folder, _ in runs.list_runs()] == [good.run_dir]
     with pytest.raises(UserError, match=r"run\.json: cannot be read as the record of a run"):
-        runs.find(str(damaged.folder))
+        runs.find_run(str(damaged.run_dir))
 
 
 @pytest.mark.parametrize(
@@ -304,28 +304,28 @@ def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Confi
     ],
 )
 def test_a_record_of_another_shape_is_one_line(tiny: Config, key: str, value: object, words: str) -> None:
-    run = runs.create(tiny, tiny)
-    run.note(**{key: value})
+    run = runs.create_run(tiny, tiny)
+    run.update(**{key: value})
     with pytest.raises(UserError, match=rf"run\.json: is not the record of a run: {words} is nothing that"):
-        runs.find(str(run.folder))
+        runs.find_run(str(run.run_dir))
     told: list[str] = []
-    assert runs.runs(told.append) == []
+    assert runs.list_runs(told.append) == []
     assert len(told) == 1
 
 
 def test_an_id_that_is_no_text_ends_no_search(tiny: Config) -> None:
-    run = runs.create(tiny, tiny)
-    run.note(mlflow={"run_id": 12})
+    run = runs.create_run(tiny, tiny)
+    run.update(mlflow={"run_id": 12})
     with pytest.raises(UserError, match="is no run"):
-        runs.find("ab")
+        runs.find_run("ab")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x\0y", "a/" * 3000])
 def test_a_name_that_no_file_has_is_no_run(name: str, root: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
-        runs.find(name)
+        runs.find_run(name)
     with pytest.raises(UserError, match="is no run"):
-        resume.named(name)
+        resume.find_named(name)
 
 
 # -- gone on with --------------------------------------------------------------------------------------------
@@ -333,10 +333,10 @@ def test_a_name_that_no_file_has_is_no_run(name: str, root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.yaml", "requested.yaml"])
 def test_an_edited_config_is_refused_and_the_key_named(run: Run, name: str) -> None:
-    path = run.folder / name
+    path = run.run_dir / name
     path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 32"))
     with pytest.raises(UserError, match=rf"{name}: was changed since .*\(train.batch_size=\d+, asked for as"):
-        runs.reopen(run.folder)
+        runs.reopen_run(run.run_dir)
     assert run.state["status"] == "RUNNING"
 
 
@@ -344,21 +344,21 @@ def test_a_line_that_is_no_row_is_set_aside_with_the_file(run: Run) -> None:
     rows = [MetricsRow(step, 5, {"val/loss": 0.5}) for step in (1, 2, 3)]
     first, second, third = (row.to_line() for row in rows)
     damaged = f"{first}{second[:9]}#{second[10:]}{third}"
-    (run.folder / "metrics.jsonl").write_text(damaged + first[:7])
+    (run.run_dir / "metrics.jsonl").write_text(damaged + first[:7])
 
-    again = runs.reopen(run.folder)
-    assert again.rows() == [rows[0], rows[2]]
-    assert (run.folder / "metrics.jsonl").read_text() == first + third
-    assert (run.folder / "metrics.jsonl.damaged").read_text() == damaged
-    again.log(rows[1])
-    assert runs.read_rows(run.folder) == (rows, [])
+    again = runs.reopen_run(run.run_dir)
+    assert again.metrics_rows() == [rows[0], rows[2]]
+    assert (run.run_dir / "metrics.jsonl").read_text() == first + third
+    assert (run.run_dir / "metrics.jsonl.damaged").read_text() == damaged
+    again.log_metrics(rows[1])
+    assert runs.read_metrics_rows(run.run_dir) == (rows, [])
 
 
 # -- alive or dead -------------------------------------------------------------------------------------------
 
 
 def state_of(process: psutil.Process) -> dict[str, Any]:
-    return identity(process.pid)
+    return process_identity(process.pid)
 
 
 def test_a_run_of_this_process_is_alive(run: Run) -> None:
@@ -409,7 +409,7 @@ def test_a_run_before_the_machine_was_started_again_is_dead(run: Run) -> None:
 def test_a_clock_that_is_set_ends_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() + 3600)
     assert is_alive(run.state)
-    assert identity() == {key: run.state[key] for key in identity()}
+    assert process_identity() == {key: run.state[key] for key in process_identity()}
 
 
 def test_a_process_may_have_any_name(tmp_path: Path) -> None:
@@ -418,48 +418,48 @@ def test_a_process_may_have_any_name(tmp_path: Path) -> None:
     odd.symlink_to(sys.executable)
     child = subprocess.Popen([odd, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        state = identity(child.pid)
-        assert state["process_started"] >= identity()["process_started"]
+        state = process_identity(child.pid)
+        assert state["process_started"] >= process_identity()["process_started"]
         assert is_alive(state)
     finally:
         child.communicate()
 
 
 def test_a_file_that_has_changed_since_the_run_ended_is_refused(tiny: Config) -> None:
-    run = runs.create(tiny, tiny)
+    run = runs.create_run(tiny, tiny)
     run.write("model.safetensors", b"weights")
-    runs.check_file(run.folder, "model.safetensors")  # the run goes on: nothing is promised yet
+    runs.check_file_unchanged(run.run_dir, "model.safetensors")  # the run goes on: nothing is promised yet
     run.close("FINISHED")
-    runs.check_file(run.folder, "model.safetensors")
-    (run.folder / "model.safetensors").write_bytes(b"weightz")
+    runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    (run.run_dir / "model.safetensors").write_bytes(b"weightz")
 
     with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
-        runs.check_file(run.folder, "model.safetensors")
-    (run.folder / "model.safetensors").unlink()
+        runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    (run.run_dir / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
-        runs.check_file(run.folder, "model.safetensors")
+        runs.check_file_unchanged(run.run_dir, "model.safetensors")
 
 
 def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Config) -> None:
-    whole, broken = runs.create(tiny, tiny), runs.create(tiny, tiny)
-    (broken.folder / "run.json").write_text("{")
+    whole, broken = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    (broken.run_dir / "run.json").write_text("{")
     told: list[str] = []
 
-    assert [folder for folder, _ in runs.runs(told.append)] == [whole.folder]
+    assert [folder for folder, _ in runs.list_runs(told.append)] == [whole.run_dir]
     assert len(told) == 1
-    assert told[0].startswith(str(broken.folder / "run.json"))
+    assert told[0].startswith(str(broken.run_dir / "run.json"))
 
 
 @pytest.mark.parametrize("started", ["yesterday", "2026-01-01T00:00:00"])
 def test_a_record_with_an_odd_time_does_not_keep_the_others_from_being_found(
     tiny: Config, started: str
 ) -> None:
-    odd, good = runs.create(tiny, tiny), runs.create(tiny, tiny)
-    odd.note(started=started)
+    odd, good = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    odd.update(started=started)
 
     told: list[str] = []
-    assert [folder for folder, _ in runs.runs(told.append)] == [good.folder]
+    assert [folder for folder, _ in runs.list_runs(told.append)] == [good.run_dir]
     assert told == [
-        f"{odd.folder / 'run.json'}: started={started!r} is no time with a zone, as a run writes it"
+        f"{odd.run_dir / 'run.json'}: started={started!r} is no time with a zone, as a run writes it"
     ]
-    assert runs.find("latest") == good.folder
+    assert runs.find_run("latest") == good.run_dir

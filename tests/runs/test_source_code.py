@@ -12,7 +12,7 @@ import torch
 
 from captcha_exp.config import Config
 from captcha_exp.runs import Run, source_code
-from captcha_exp.runs.environment import cpu_name, environment, variables
+from captcha_exp.runs.environment import collect_environment, numerics_variables, parse_cpu_name
 from captcha_exp.runtime import paths
 
 
@@ -31,13 +31,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_source_file_is_there_by_name(package: Path) -> None:
-    found = source_code.source_files()
+    found = source_code.hash_source_files()
     assert list(found) == ["captcha_exp/__init__.py", "captcha_exp/runs/source_code.py", "conf/data/a.yaml"]
     assert found["captcha_exp/__init__.py"] == hashlib.sha256(b"x = 1\n").hexdigest()
 
 
 def test_this_package_has_its_code_and_its_configs() -> None:
-    found = source_code.source_files()
+    found = source_code.hash_source_files()
     assert {
         "captcha_exp/training/train.py",
         "captcha_exp/runs/source_code.py",
@@ -47,10 +47,10 @@ def test_this_package_has_its_code_and_its_configs() -> None:
 
 
 def test_an_installed_package_has_the_names_of_a_checkout(package: Path) -> None:
-    before = source_code.source_files()
+    before = source_code.hash_source_files()
     shutil.move(package.parent / "conf", package / "conf")
-    assert paths.conf() == package / "conf"
-    assert source_code.source_files() == before
+    assert paths.conf_dir() == package / "conf"
+    assert source_code.hash_source_files() == before
 
 
 @pytest.mark.parametrize(
@@ -107,18 +107,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def written(run: Run) -> list[str]:
     """The troubles that it told."""
     told: list[str] = []
-    source_code.write_code(run, told.append)
+    source_code.write_source_info(run, told.append)
     return told
 
 
 def test_a_clean_checkout_has_a_commit_and_no_diff(checkout: Path, run: Run) -> None:
-    found = source_code.git()
+    found = source_code.git_info()
     assert found is not None
     assert len(found["commit"]) == 40
     assert (found["dirty"], found["diff_sha256"]) == (False, None)
     assert written(run) == []
-    assert json.loads((run.folder / "code.json").read_text()) == source_code.source_files()
-    assert not (run.folder / "code.diff").exists()
+    assert json.loads((run.run_dir / "code.json").read_text()) == source_code.hash_source_files()
+    assert not (run.run_dir / "code.diff").exists()
 
 
 def test_the_diff_makes_the_code_of_its_commit_again(checkout: Path, run: Run, tmp_path: Path) -> None:
@@ -128,14 +128,14 @@ def test_the_diff_makes_the_code_of_its_commit_again(checkout: Path, run: Run, t
     for key, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false")):
         subprocess.run(["git", "config", key, value], cwd=checkout, check=True)
     assert written(run) == []
-    found = source_code.git()
+    found = source_code.git_info()
     assert found is not None
     assert found["dirty"]
-    assert found["diff_sha256"] == hashlib.sha256((run.folder / "code.diff").read_bytes()).hexdigest()
-    changed = source_code.source_files()
-    for words in (("stash", "-qu"), ("apply", str(run.folder / "code.diff"))):
+    assert found["diff_sha256"] == hashlib.sha256((run.run_dir / "code.diff").read_bytes()).hexdigest()
+    changed = source_code.hash_source_files()
+    for words in (("stash", "-qu"), ("apply", str(run.run_dir / "code.diff"))):
         subprocess.run([*GIT, *words], cwd=checkout, check=True)
-    assert source_code.source_files() == changed
+    assert source_code.hash_source_files() == changed
 
 
 def test_a_diff_too_large_is_told_and_left_out(
@@ -145,13 +145,13 @@ def test_a_diff_too_large_is_told_and_left_out(
     (checkout / "captcha_exp" / "__init__.py").write_text("x = 3\n" * 50)
     (told,) = written(run)
     assert "too much for the run's record: commit them" in told
-    assert not (run.folder / "code.diff").exists()
+    assert not (run.run_dir / "code.diff").exists()
 
 
 def test_without_git_there_are_the_files_alone(package: Path, run: Run) -> None:
-    assert source_code.git() is None
+    assert source_code.git_info() is None
     assert written(run) == []
-    assert sorted(path.name for path in run.folder.iterdir()) == ["code.json", "run.json"]
+    assert sorted(path.name for path in run.run_dir.iterdir()) == ["code.json", "run.json"]
 
 
 # -- environment variables -----------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: p
     }
     for name, value in (kept | others).items():
         monkeypatch.setenv(name, value)
-    assert variables() == kept
+    assert numerics_variables() == kept
 
 
 # -- the processor -------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: p
     ],
 )
 def test_a_processor_is_told_from_others_of_its_name(cpuinfo: str, name: str | None) -> None:
-    assert cpu_name(cpuinfo) == name
+    assert parse_cpu_name(cpuinfo) == name
 
 
 @pytest.mark.parametrize("build", ["2.13.0+cu130", "2.13.0+cpu", "2.13.0"])
@@ -200,4 +200,4 @@ def test_the_version_of_torch_is_recorded_with_its_build(
     """The metadata of the build that pip takes by default leave it out."""
     monkeypatch.setattr(torch, "__version__", build)
 
-    assert environment(tiny)["packages"]["torch"] == build
+    assert collect_environment(tiny)["packages"]["torch"] == build

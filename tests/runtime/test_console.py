@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from captcha_exp.runtime.console import Terminal
+from captcha_exp.runtime.console import RichDisplay
 
 
 class Clock:
@@ -25,8 +25,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def into_a_file() -> tuple[Terminal, io.StringIO]:
-    terminal, file = Terminal(), io.StringIO()
+def into_a_file() -> tuple[RichDisplay, io.StringIO]:
+    terminal, file = RichDisplay(), io.StringIO()
     terminal.console = Console(file=file, soft_wrap=True)
     return terminal, file
 
@@ -34,7 +34,7 @@ def into_a_file() -> tuple[Terminal, io.StringIO]:
 def test_in_a_file_the_time_left_is_told_soon_and_then_every_minute(clock: Clock) -> None:
     terminal, file = into_a_file()
 
-    with terminal.bar("training", 1000) as bar:
+    with terminal.progress_bar("training", 1000) as bar:
         for _ in range(99):
             clock.now += 3
             bar.advance(10, "loss 0.5")
@@ -51,12 +51,12 @@ def test_in_a_file_the_time_left_is_told_soon_and_then_every_minute(clock: Clock
 def test_in_a_file_short_work_and_finished_work_say_nothing(clock: Clock) -> None:
     terminal, file = into_a_file()
 
-    with terminal.bar("reading", 10) as bar:
+    with terminal.progress_bar("reading", 10) as bar:
         clock.now += 5
         bar.advance(9)
         clock.now += 100
         bar.advance(1)
-    with terminal.bar("nothing", 0) as bar:
+    with terminal.progress_bar("nothing", 0) as bar:
         clock.now += 100
         bar.advance(0)
 
@@ -67,7 +67,7 @@ def test_at_a_terminal_there_is_a_bar_with_the_time_left() -> None:
     terminal, file = into_a_file()
     terminal.console = Console(file=file, force_terminal=True, width=160)
 
-    with terminal.bar("training", 10) as bar:
+    with terminal.progress_bar("training", 10) as bar:
         bar.advance(5, "loss 0.5")
 
     shown = file.getvalue()

@@ -31,11 +31,11 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_machine_without_a_card_has_the_cpu(no_card: None, root: Path) -> None:
-    machine = device.this_machine()
+    machine = device.detect_machine()
     assert machine.devices == ("cpu",)
-    assert 1 <= machine.cores <= (os.cpu_count() or 1)
+    assert 1 <= machine.num_cores <= (os.cpu_count() or 1)
     assert machine.root == root
-    assert machine.why_not["cuda"]
+    assert machine.unavailable_reason["cuda"]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_why_there_is_no_card_is_said(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", version)
     with pytest.raises(ConfigError) as error:
-        resolve(replace(tiny, device=replace(tiny.device, name="cuda")), device.this_machine())
+        resolve(replace(tiny, device=replace(tiny.device, name="cuda")), device.detect_machine())
     (line,) = error.value.lines
     assert line.startswith("device.name=")
     assert reason in line
@@ -59,7 +59,7 @@ def test_two_cards_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert device.this_machine().devices == ("cuda", "cuda:0", "cuda:1", "cpu")
+    assert device.detect_machine().devices == ("cuda", "cuda:0", "cuda:1", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_auto_takes_the_preferred_device_and_every_core(
         device=replace(tiny.device, name="auto", threads="auto"),
         data=replace(drawn(tiny), workers="auto"),
     )
-    resolved = resolve(asked, Machine(devices=devices, cores=3, root=Path("/"), why_not={}))
+    resolved = resolve(asked, Machine(devices=devices, num_cores=3, root=Path("/"), unavailable_reason={}))
     assert (resolved.device.name, resolved.device.threads, drawn(resolved).workers) == (chosen, 3, 3)
 
 
 def test_what_was_asked_for_is_not_replaced(tiny: Config) -> None:
-    machine = Machine(devices=("cuda", "cuda:0", "cpu"), cores=9, root=Path("/"), why_not={})
+    machine = Machine(devices=("cuda", "cuda:0", "cpu"), num_cores=9, root=Path("/"), unavailable_reason={})
     asked = training(tiny, on_oom="record")
     assert resolve(asked, machine) == asked
 
@@ -94,11 +94,11 @@ def test_threads_and_determinism_are_set_from_the_config(tiny: Config, determini
         device=replace(tiny.device, threads=1),
         train=replace(tiny.train, deterministic=deterministic),
     )
-    assert device.set_up(config) == CPU
+    assert device.setup_device(config) == CPU
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark == (not deterministic)
-    device.set_up(tiny)
+    device.setup_device(tiny)
     assert torch.get_num_threads() == 2
 
 
@@ -119,11 +119,11 @@ def test_autocast_is_the_precision_of_the_config(tiny: Config, precision: Any, d
 
 def on_a_budget(config: Config, budget: int | None, context: float = 800) -> Config:
     """The config with this budget, and a card with this upper bound of its context."""
-    interval = replace(config.card.context_mib, least=0.0, most=context)
+    interval = replace(config.gpu.context_mib, min=0.0, max=context)
     return replace(
         config,
         device=replace(config.device, vram_budget_mib=budget),
-        card=replace(config.card, name="any CUDA card", context_mib=interval),
+        gpu=replace(config.gpu, name="any CUDA card", context_mib=interval),
     )
 
 
@@ -160,7 +160,7 @@ def test_a_budget_leaves_the_allocator_what_the_context_does_not_take(
 ) -> None:
     """To the byte: a plan that needs the last one of them fits."""
     held = Held(monkeypatch, int(total_mib * MIB))
-    device.hold_to_budget(on_a_budget(tiny, budget), CARD)
+    device.set_memory_limit(on_a_budget(tiny, budget), CARD)
     assert held.fractions.keys() == {0}
     assert held.allowed(0) == (budget - 800) * MIB
 
@@ -170,13 +170,13 @@ def test_a_budget_holds_on_the_card_that_is_meant(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
     held = Held(monkeypatch, 4000 * MIB)
-    device.hold_to_budget(on_a_budget(tiny, 1800), torch.device(name))
+    device.set_memory_limit(on_a_budget(tiny, 1800), torch.device(name))
     assert held.fractions == {number: pytest.approx(0.25)}
 
 
 def test_a_budget_beyond_the_card_is_all_of_it(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch, 4000 * MIB)
-    device.hold_to_budget(on_a_budget(tiny, 5000), CARD)
+    device.set_memory_limit(on_a_budget(tiny, 5000), CARD)
     assert held.fractions == {0: 1.0}
 
 
@@ -186,10 +186,10 @@ def test_a_budget_that_the_context_alone_may_take_is_refused(
 ) -> None:
     held = Held(monkeypatch, 4000 * MIB)
     with pytest.raises(ConfigError) as error:
-        device.hold_to_budget(on_a_budget(tiny, budget), CARD)
+        device.set_memory_limit(on_a_budget(tiny, budget), CARD)
     (line,) = error.value.lines
     expected = (
-        f"device.vram_budget_mib={budget}: card=any CUDA card takes up to 800 MiB for its context alone; "
+        f"device.vram_budget_mib={budget}: gpu=any CUDA card takes up to 800 MiB for its context alone; "
     )
     assert line.startswith(expected)
     assert held.fractions == {}
@@ -198,7 +198,7 @@ def test_a_budget_that_the_context_alone_may_take_is_refused(
 def test_without_a_budget_the_whole_card_is_free_again(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch, 4000 * MIB)
     for budget in (2000, None):
-        device.hold_to_budget(on_a_budget(tiny, budget), CARD)
+        device.set_memory_limit(on_a_budget(tiny, budget), CARD)
     assert list(held.fractions.values()) == [1.0]
 
 
@@ -207,7 +207,7 @@ def test_without_a_card_nothing_is_held(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, budget: int | None
 ) -> None:
     held = Held(monkeypatch, 4000 * MIB)
-    device.hold_to_budget(on_a_budget(tiny, budget), torch.device(name))
+    device.set_memory_limit(on_a_budget(tiny, budget), torch.device(name))
     assert held.fractions == {}
 
 
@@ -236,7 +236,7 @@ def test_the_peak_grows_with_what_is_held_and_stays() -> None:
 
 def test_the_cpu_has_no_peaks_of_phases() -> None:
     meter = device.MemoryMeter(CPU)
-    meter.start()
+    meter.start_phase()
     assert meter.peaks("train") == {}
 
 
@@ -403,7 +403,7 @@ def test_without_nvml_nobody_knows_the_driver(monkeypatch: pytest.MonkeyPatch, n
 @pytest.mark.parametrize("phase", ["train", "eval"])
 def test_a_card_has_the_peaks_of_each_phase(card: Card, phase: str) -> None:
     meter = device.MemoryMeter(CARD)
-    meter.start()
+    meter.start_phase()
     assert card.resets == 1
     assert meter.peaks(phase) == {
         f"memory/{phase}_peak_allocated_mib": 450,

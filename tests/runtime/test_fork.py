@@ -100,7 +100,7 @@ def test_a_process_with_threads_does_not_fork() -> None:
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        with fork.started(os.getpid) as wait:
+        with fork.run_in_child(os.getpid) as wait:
             assert wait() == os.getpid()
     finally:
         stop.set()

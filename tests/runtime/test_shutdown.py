@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from captcha_exp.runtime.shutdown import Asked, Leaving, TimeIsUp, undisturbed
+from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested, TimeLimitReached, defer_signals
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +32,21 @@ def press(number: int) -> None:
 )
 def test_a_signal_waits_until_somebody_looks(number: int, ends: type[BaseException], code: object) -> None:
     before = signal.getsignal(number)
-    with Leaving(None) as leaving:
-        with leaving.listening():
-            leaving.look()
+    with ShutdownHandler(None) as leaving:
+        with leaving.trap_signals():
+            leaving.check_stop()
             press(number)
-            with pytest.raises(Asked):
-                leaving.look()
+            with pytest.raises(StopRequested):
+                leaving.check_stop()
         with pytest.raises(ends) as caught:
-            leaving.leave()
+            leaving.exit()
         assert caught.value.args == code
     assert signal.getsignal(number) is before
 
 
 def test_outside_of_the_loop_a_signal_does_what_it_did() -> None:
-    with Leaving(None) as leaving:
-        with leaving.listening():
+    with ShutdownHandler(None) as leaving:
+        with leaving.trap_signals():
             pass
         with pytest.raises(KeyboardInterrupt):
             press(signal.SIGINT)
@@ -54,30 +54,30 @@ def test_outside_of_the_loop_a_signal_does_what_it_did() -> None:
 
 def test_time_is_up_at_the_minute() -> None:
     clock = iter([100.0, 219.9, 220.0])
-    with Leaving(2.0, lambda: next(clock)) as leaving:
-        leaving.look()
-        with pytest.raises(Asked):
-            leaving.look()
-        with pytest.raises(TimeIsUp, match=r"^train\.stop_after_minutes: the time is up") as caught:
-            leaving.leave()
+    with ShutdownHandler(2.0, lambda: next(clock)) as leaving:
+        leaving.check_stop()
+        with pytest.raises(StopRequested):
+            leaving.check_stop()
+        with pytest.raises(TimeLimitReached, match=r"^train\.max_minutes: the time is up") as caught:
+            leaving.exit()
     assert caught.value.exit_code == 75
 
 
 def test_amid_what_cannot_be_gone_on_with_only_a_signal_counts() -> None:
-    with Leaving(0.0) as leaving, leaving.listening():
-        leaving.look_for_signal()
+    with ShutdownHandler(0.0) as leaving, leaving.trap_signals():
+        leaving.check_signal()
         press(signal.SIGTERM)
-        with pytest.raises(Asked):
-            leaving.look_for_signal()
+        with pytest.raises(StopRequested):
+            leaving.check_signal()
 
 
 def test_what_is_ignored_stays_ignored() -> None:
     """The process of a sweep's point leaves Ctrl-C to who supervises it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Leaving(None) as leaving, leaving.listening():
+    with ShutdownHandler(None) as leaving, leaving.trap_signals():
         press(signal.SIGINT)
-        leaving.look()
-        with undisturbed():
+        leaving.check_stop()
+        with defer_signals():
             press(signal.SIGINT)
 
 
@@ -86,8 +86,8 @@ def test_in_another_thread_nothing_is_touched() -> None:
     found: list[object] = []
 
     def work() -> None:
-        with Leaving(None) as leaving, leaving.listening(), undisturbed():
-            leaving.look()
+        with ShutdownHandler(None) as leaving, leaving.trap_signals(), defer_signals():
+            leaving.check_stop()
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -128,7 +128,7 @@ def test_last_words_are_said_before_a_signal_acts() -> None:
     said = []
 
     def speak() -> None:
-        with undisturbed():
+        with defer_signals():
             press(signal.SIGINT)
             said.append("last words")
 

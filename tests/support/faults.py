@@ -59,7 +59,7 @@ def _plant(faults: Mapping[str, str]) -> None:
 
     from captcha_exp.model import evaluate, optim, step
 
-    forward_and_backward, optimise, read = step.forward_and_backward, optim.step, evaluate.read
+    forward_and_backward, optimise, read = step.forward_and_backward, optim.step, evaluate.predict_split
     due: list[str] = []  # what the optimiser's step is to do
 
     def out_of_memory() -> None:
@@ -89,7 +89,7 @@ def _plant(faults: Mapping[str, str]) -> None:
 
     def new_read(model: Any, split: Any, config: Any, *between: Any) -> Any:
         fake = isinstance(next(model.parameters()), FakeTensor)
-        whole = config.train.evaluation_batch_size == 512
+        whole = config.train.eval_batch_size == 512
         if faults.get(str(config.train.batch_size)) == "evaluation" and whole and not fake:
             model.eval()
             out_of_memory()

@@ -2,7 +2,7 @@
 
 A server imports what a training takes once (four seconds), and forks a child for each command that it is
 asked for. It has one thread and no work behind it, so that a child is what a fresh process is. Imported by
-`kill_storm.py` and by tests; run as a program it is the server.
+`kill_resume.py` and by tests; run as a program it is the server.
 """
 
 import contextlib

@@ -13,14 +13,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
-from captcha_exp.data.augment import Changes
+from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.model.evaluate import evaluate
-from captcha_exp.model.step import fresh_state
-from captcha_exp.runtime.console import Silent
-from captcha_exp.runtime.shutdown import Leaving
+from captcha_exp.model.step import init_train_state
+from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.shutdown import ShutdownHandler
 from captcha_exp.training import sanity
-from captcha_exp.training.train import Keeper, train_epoch
+from captcha_exp.training.train import Checkpointer, train_epoch
 
 HEADS = ("position", "grouped_softmax")
 
@@ -55,13 +55,13 @@ def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
     targets = torch.randint(0, len(captcha.alphabet), (count, captcha.length))
     data = Dataset(torch.randint(0, 256, shape, dtype=torch.uint8), targets, ["?"] * count, members, {})
     with TemporaryDirectory() as folder, profiled() as seen:
-        sides = [data.split(name, CPU, config.device.resident_limit_mib) for name in pictures]
+        sides = [data.split(name, CPU, config.device.preload_limit_mib) for name in pictures]
         with record_function("state"):
-            state = fresh_state(config, CPU)
-        change = Changes(config, 1, count, CPU)
-        guard = sanity.Guard(sides[0], data.labels, config, lambda _: None)
-        with record_function("step"), Silent().bar("", 1) as bar:
-            keeper = Keeper(Path(folder), config, guard, Leaving(None), Silent())
+            state = init_train_state(config, CPU)
+        change = Augmenter(config, 1, count, CPU)
+        guard = sanity.SanityChecker(sides[0], data.labels, config, lambda _: None)
+        with record_function("step"), NullDisplay().progress_bar("", 1) as bar:
+            keeper = Checkpointer(Path(folder), config, guard, ShutdownHandler(None), NullDisplay())
             train_epoch(state, sides[0], change, config, guard, keeper, bar)
         with record_function("evaluation"):
             evaluate(state.model, sides[1], config)

@@ -56,7 +56,7 @@ class Place:
         return record.parent
 
     def verdict(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder() / "verdict.json").read_text())
+        found: dict[str, Any] = json.loads((self.folder() / "summary.json").read_text())
         return found
 
     def points(self) -> list[dict[str, Any]]:
@@ -111,9 +111,9 @@ def test_from_the_grid_to_the_verdict(place: Place, tmp_path: Path) -> None:
         assert part in done.stdout, part
     assert done.stdout.count("\nfolder ") == 1
     assert statuses(folder) == {"FINISHED"}
-    with Image.open(folder / "verdict.png") as picture:
+    with Image.open(folder / "summary.png") as picture:
         assert picture.width > 600
-    with (folder / "verdict.csv").open(newline="") as file:
+    with (folder / "summary.csv").open(newline="") as file:
         assert [row["device.vram_budget_mib"] for row in csv.DictReader(file)] == ["900", "1000", "40"]
     assert not (folder / "multirun.yaml").exists()
 
@@ -133,14 +133,14 @@ def test_from_the_grid_to_the_verdict(place: Place, tmp_path: Path) -> None:
     assert {name for name in parent.data.metrics if name.startswith("sweep/")} >= {
         "sweep/points",
         "sweep/val_accuracy",
-        "sweep/pictures_per_second",
+        "sweep/images_per_second",
         "sweep/predicted_mib",
     }
     for sentence in place.verdict()["sentences"]:
         assert sentence in done.stdout
     assert "| 1000 |" in parent.data.tags["mlflow.note.content"]
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    assert artifacts >= {"verdict.json", "verdict.csv", "verdict.png", "sweep.json"}
+    assert artifacts >= {"summary.json", "summary.csv", "summary.png", "sweep.json"}
     unfit = children[0]
     assert (unfit.data.tags["fits"], unfit.data.tags["trained"]) == ("does not fit", "false")
     assert unfit.data.metrics["memory/predicted_peak_mib"] == points[2]["predicted_mib"][1]
@@ -269,15 +269,13 @@ def test_a_point_that_was_killed_goes_on_from_its_checkpoint(place: Place) -> No
 def test_a_sweep_that_is_out_of_time_goes_on_when_it_gets_more(place: Place) -> None:
     words = ("train.batch_size=32,48", "tracking=none")
     minutes = 0.95 * SECONDS_OF_A_SLOW_STEP / 60  # enough to begin a point, also on a machine at work
-    done = place.sweep(*words, f"train.stop_after_minutes={minutes}", faults={32: "slow"})
+    done = place.sweep(*words, f"train.max_minutes={minutes}", faults={32: "slow"})
     assert done.returncode == 75, done.stderr
     assert became(place) == ["killed", "not run"]
-    assert done.stderr.splitlines()[-1].startswith(
-        "train.stop_after_minutes: the time is up; what the points"
-    )
+    assert done.stderr.splitlines()[-1].startswith("train.max_minutes: the time is up; what the points")
     assert "Traceback" not in done.stderr
 
-    done = place.sweep(*words, "train.stop_after_minutes=30")
+    done = place.sweep(*words, "train.max_minutes=30")
     assert done.returncode == 0, done.stderr
     assert "batch_size=32] goes on from epoch 1, step 3 (saved " in done.stderr
     assert [point["attempts"] for point in place.points()] == [1, 1]
@@ -351,10 +349,10 @@ def test_split_equals_a_run_that_was_asked_for_those_parts(place: Place, site: s
     assert became(place) == ["finished"] * 5
     third = place.points()[2]
     assert third["attempts"] == 2
-    tried = load(Path(third["folder"]) / "config.yaml").train
+    tried = load(Path(third["run_dir"]) / "config.yaml").train
     if site == "evaluation":
-        parts = f"train.evaluation_batch_size={tried.evaluation_batch_size}"
-        assert tried.evaluation_batch_size < 512
+        parts = f"train.eval_batch_size={tried.eval_batch_size}"
+        assert tried.eval_batch_size < 512
     else:
         parts = "train.micro_batch_size=24"
     assert third["weights_sha256"] == solo(place, "train.batch_size=48", parts)
@@ -397,7 +395,7 @@ def test_two_keys_and_three_seeds_are_grouped(place: Place) -> None:
         low, high = group["figures"]["test_accuracy"]["interval"]
         assert low <= group["figures"]["test_accuracy"]["value"] <= high
     assert done.stdout.count("±") >= 2
-    with Image.open(place.folder() / "verdict.png") as picture:
+    with Image.open(place.folder() / "summary.png") as picture:
         assert picture.width > 600
 
 

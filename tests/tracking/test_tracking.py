@@ -18,10 +18,10 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from captcha_exp import compose, load, runs
-from captcha_exp.config import Config, Mlflow, leaves
+from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
 from captcha_exp.model.weights import load_weights
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.tracking import MlflowTracker, serve_ui
 from captcha_exp.tracking.store import open_store
 from captcha_exp.training.train import train
@@ -49,9 +49,9 @@ def tracked(store: Path, cache: Path) -> Config:
 def finished(store: Path, cache: Path) -> tuple[MlflowClient, MlflowRun, Path]:
     """A run that finished, as MLflow has it, and its folder."""
     config = load(compose(*TINY, f"data.cache={cache}", "tracking=mlflow"))
-    result = train(config, MlflowTracker(Silent(), {"model": "compact"}))
-    client, run = _last(result.folder)
-    return client, run, result.folder
+    result = train(config, MlflowTracker(NullDisplay(), {"model": "compact"}))
+    client, run = _last(result.run_dir)
+    return client, run, result.run_dir
 
 
 def _last(folder: Path) -> tuple[MlflowClient, MlflowRun]:
@@ -61,7 +61,7 @@ def _last(folder: Path) -> tuple[MlflowClient, MlflowRun]:
 
 
 def _newest() -> Path:
-    return runs.find("latest")
+    return runs.find_run("latest")
 
 
 def test_every_metric_stands_at_every_epoch(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
@@ -90,7 +90,7 @@ def test_every_leaf_of_the_resolved_config_is_a_param(
     finished: tuple[MlflowClient, MlflowRun, Path],
 ) -> None:
     _, run, folder = finished
-    resolved = leaves(load(folder / "config.yaml"))
+    resolved = flatten(load(folder / "config.yaml"))
 
     assert run.data.params == resolved
     assert "auto" not in resolved.values()
@@ -106,7 +106,7 @@ def test_a_finished_run_says_so_and_says_where_it_comes_from(
     assert run.info.status == "FINISHED"
     assert run.info.run_name == folder.name
     assert tags["choice.model"] == "compact"
-    assert tags["folder"] == str(folder)
+    assert tags["run_dir"] == str(folder)
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["git.dirty"] in ("True", "False")
     assert "mlflow.source.git.branch" in tags
@@ -120,14 +120,14 @@ def test_the_dataset_is_an_input_of_the_run(finished: tuple[MlflowClient, Mlflow
 
     assert used.dataset.name == "captcha"
     assert used.dataset.digest == manifest["key"]
-    assert json.loads(str(used.dataset.profile))["pictures"] == 300
+    assert json.loads(str(used.dataset.profile))["images"] == 300
 
 
 def test_artifacts_open(finished: tuple[MlflowClient, MlflowRun, Path], tmp_path: Path) -> None:
     client, run, _ = finished
     there = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
 
-    for picture in ("curves", "confusion", "errors", "pictures"):
+    for picture in ("curves", "confusion", "errors", "images"):
         with Image.open(there / "report" / f"{picture}.png") as image:
             image.verify()
     for text in ("config.yaml", "requested.yaml"):
@@ -157,7 +157,7 @@ def test_a_run_that_is_cut_short_says_how(
 
     monkeypatch.setattr("captcha_exp.training.train.fit", broken)
     with pytest.raises(type(raised)):
-        train(tracked, MlflowTracker(Silent()))
+        train(tracked, MlflowTracker(NullDisplay()))
 
     _, run = _last(_newest())
     assert run.info.status == status
@@ -182,7 +182,7 @@ def test_a_store_that_goes_away_costs_nothing_and_gets_the_rows_when_it_is_back(
     monkeypatch.setattr(MlflowClient, "log_batch", away_for_the_first_epoch)
     result = train(tracked, MlflowTracker(display))
 
-    client, run = _last(result.folder)
+    client, run = _last(result.run_dir)
     assert run.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]
     assert display.warnings == [
@@ -207,9 +207,9 @@ def test_a_store_that_is_never_there_again_leaves_the_folder_complete(
     monkeypatch.setattr(tracker, "start", start_and_leave)
     result = train(tracked, tracker)
 
-    state = json.loads((result.folder / "run.json").read_text())
+    state = json.loads((result.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
-    assert len((result.folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((result.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
     assert any("the end of the run" in warning for warning in display.warnings)
 
 
@@ -220,30 +220,30 @@ def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> N
     with pytest.raises(
         RunFailed, match=r"^tracking.uri=sqlite:///.*; mend the store \(.*\), or train with tracking=none$"
     ):
-        train(config, MlflowTracker(Silent()))
+        train(config, MlflowTracker(NullDisplay()))
 
     assert json.loads((_newest() / "run.json").read_text())["status"] == "FAILED"
 
 
 def test_rows_sent_twice_stay_one(tracked: Config, finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
     client, run, folder = finished
-    assert isinstance(load(folder / "config.yaml").tracking, Mlflow)
-    tracker = MlflowTracker(Silent())
+    assert isinstance(load(folder / "config.yaml").tracking, MlflowConfig)
+    tracker = MlflowTracker(NullDisplay())
     tracker._client, tracker._run_id = client, run.info.run_id
 
     for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):
-        tracker.log(runs.MetricsRow.from_line(line))
+        tracker.log_metrics(runs.MetricsRow.from_line(line))
 
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == [1, 2]
 
 
 def test_the_ui_names_what_is_missing(root: Path) -> None:
-    tracking = Mlflow(backend="mlflow", uri=f"sqlite:///{root}/mlruns/mlflow.db", experiment="none")
+    tracking = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlruns/mlflow.db", experiment="none")
 
     with pytest.raises(
         Exception, match=r"mlflow.db: there is no MLflow store yet; captcha-exp train makes it"
     ):
-        serve_ui(tracking, None, Silent())
+        serve_ui(tracking, None, NullDisplay())
 
 
 def test_names_and_values_are_what_mlflow_takes(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:

@@ -223,7 +223,7 @@ def test_the_sweeps_run_tells_its_verdict(served: Served, page: Any) -> None:
     page.goto(served.addresses["verdict"])
     page.get_by_text("Show more").click()
     table = page.locator("table").first.inner_text()
-    verdict = json.loads((served.sweep / "verdict.json").read_text())
+    verdict = json.loads((served.sweep / "summary.json").read_text())
 
     assert [line.split("\t")[0] for line in table.splitlines()] == ["batch_size", "16", "32"]
     assert table.count("finished") == 2
@@ -237,11 +237,11 @@ def test_the_sweeps_run_tells_its_verdict(served: Served, page: Any) -> None:
 def test_the_sweeps_own_metrics_are_lines_over_the_batch_size(served: Served, page: Any) -> None:
     page.goto(served.addresses["verdict"])
     page.get_by_role("tab", name="Model metrics").click()
-    charts = wait_for(lambda: charts_of(page), lambda found: "pictures_per_second" in found)
+    charts = wait_for(lambda: charts_of(page), lambda found: "images_per_second" in found)
 
-    steps, _ = charts["pictures_per_second"]["runs"][served.sweep.name]
+    steps, _ = charts["images_per_second"]["runs"][served.sweep.name]
     assert steps == list(SIZES)
-    assert charts["pictures_per_second"]["drawn"] >= 1
+    assert charts["images_per_second"]["drawn"] >= 1
     steps, mib = charts["measured_mib"]["runs"][served.sweep.name]
     assert steps == list(SIZES)
     assert mib == [logged(folder)["memory/process_peak_mib"][-1] for folder in served.points.values()]
@@ -250,7 +250,7 @@ def test_the_sweeps_own_metrics_are_lines_over_the_batch_size(served: Served, pa
 def test_the_sweeps_picture_is_shown(served: Served, page: Any) -> None:
     page.goto(served.addresses["verdict"])
     page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_text("verdict.png").first.click()
+    page.get_by_text("summary.png").first.click()
     picture = page.locator("img[src^=blob]:visible")
     picture.wait_for()
 

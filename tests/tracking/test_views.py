@@ -11,7 +11,7 @@ from conftest import Heard
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from captcha_exp.tracking import compare_address, server, views
+from captcha_exp.tracking import compare_url, server, views
 from captcha_exp.tracking.store import open_store
 
 SERVER = "http://127.0.0.1:5000"
@@ -51,7 +51,7 @@ def kept(client: MlflowClient, experiment: str, address: str) -> Mapping[str, An
 
 def test_without_a_sweep_there_are_the_runs_and_their_curves(client: MlflowClient, experiment: str) -> None:
     run(client, experiment, 1)
-    found = views.pages(client, SERVER, experiment)
+    found = views.create_views(client, SERVER, experiment)
 
     assert list(found) == ["runs", "curves"]
     assert found["runs"].startswith(f"{SERVER}/#/experiments/{experiment}/runs?")
@@ -67,7 +67,7 @@ def test_the_newest_sweep_is_that_of_the_newest_point(client: MlflowClient, expe
     first = run(client, experiment, 5, newer)
     run(client, experiment, 4, older)
     run(client, experiment, 9)  # alone
-    found = views.pages(client, SERVER, experiment)
+    found = views.create_views(client, SERVER, experiment)
 
     assert list(found) == ["runs", "curves", "sweep", "verdict", "compare"]
     assert f"/runs/{newer}?" in found["verdict"]
@@ -82,12 +82,12 @@ def test_what_was_swept_has_charts_the_batch_size_first(client: MlflowClient, ex
     parent = run(client, experiment, 1, seed="0, 1", train__batch_size="8, 16")
     run(client, experiment, 2, parent, seed=0, data__count=300, train__batch_size=8, only="here")
     run(client, experiment, 3, parent, seed=1, data__count=300, train__batch_size=16)
-    sweep = views.newest_sweep(client, experiment)
+    sweep = views.find_latest_sweep(client, experiment)
     assert sweep is not None
 
-    assert sweep.keys[0] == "train.batch_size"
-    assert set(sweep.keys) == {"train.batch_size", "seed", "only"}
-    state = views.sweep_state(sweep)
+    assert sweep.swept_keys[0] == "train.batch_size"
+    assert set(sweep.swept_keys) == {"train.batch_size", "seed", "only"}
+    state = views.sweep_view(sweep)
     charts = state["compareRunCharts"]
     dots = [chart for chart in charts if chart["type"] == "SCATTER"]
     assert [(dot["xaxis"]["key"], dot["yaxis"]["key"]) for dot in dots[:2]] == [
@@ -95,7 +95,7 @@ def test_what_was_swept_has_charts_the_batch_size_first(client: MlflowClient, ex
         ("train.batch_size", "val/accuracy"),
     ]
     assert len(dots) == 4 * 3
-    assert [chart["selectedParams"] for chart in charts if chart["type"] == "PARALLEL"] == [sweep.keys]
+    assert [chart["selectedParams"] for chart in charts if chart["type"] == "PARALLEL"] == [sweep.swept_keys]
     sections = [section["uuid"] for section in state["compareRunSections"]]
     assert {chart["metricSectionId"] for chart in charts} == {*sections}
     assert len({chart["uuid"] for chart in charts}) == len(charts)
@@ -103,22 +103,22 @@ def test_what_was_swept_has_charts_the_batch_size_first(client: MlflowClient, ex
 
 def test_a_sweep_of_one_point_has_its_curves_alone(client: MlflowClient, experiment: str) -> None:
     run(client, experiment, 2, run(client, experiment, 1), seed=0)
-    sweep = views.newest_sweep(client, experiment)
+    sweep = views.find_latest_sweep(client, experiment)
     assert sweep is not None
 
-    assert sweep.keys == []
-    assert {chart["type"] for chart in views.sweep_state(sweep)["compareRunCharts"]} == {"LINE"}
+    assert sweep.swept_keys == []
+    assert {chart["type"] for chart in views.sweep_view(sweep)["compareRunCharts"]} == {"LINE"}
 
 
 def test_all_points_of_a_sweep_are_drawn(client: MlflowClient, experiment: str) -> None:
     run(client, experiment, 2, run(client, experiment, 1))
-    found = views.pages(client, SERVER, experiment)
+    found = views.create_views(client, SERVER, experiment)
 
     assert kept(client, experiment, found["sweep"])["runsHiddenMode"] == "SHOW_ALL"
 
 
 def test_a_list_sorted_by_start_would_hide_the_points_of_a_sweep() -> None:
-    state = views.runs_state()
+    state = views.runs_view()
 
     assert state["orderByKey"] != "attributes.start_time"
     assert state["selectedColumns"] == state["columnOrder"] == list(state["columnWidths"])
@@ -130,13 +130,13 @@ def test_an_address_compares_no_more_runs_than_it_can_hold(
     monkeypatch.setattr(views, "MOST_COMPARED", 2)
     parent = run(client, experiment, 1)
     points = [run(client, experiment, start, parent) for start in (2, 3, 4)]
-    found = views.pages(client, SERVER, experiment)
+    found = views.create_views(client, SERVER, experiment)
 
     assert json.loads(query(found["compare"])["runs"]) == points[1:]
 
 
 def test_the_compare_page_is_asked_for_runs_and_experiments_as_json() -> None:
-    address = compare_address(SERVER, "7", ["a", "b"])
+    address = compare_url(SERVER, "7", ["a", "b"])
 
     assert address.startswith(f"{SERVER}/#/compare-runs?")
     assert unquote(address).endswith('?runs=["a", "b"]&experiments=["7"]&workflowType=machine_learning')

@@ -14,16 +14,16 @@ from conftest import CPU, Heard, training
 from captcha_exp import load
 from captcha_exp.config import Config, Precision, resolve, to_dict
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.model.step import Step, fresh_state, train_step
-from captcha_exp.runtime.device import this_machine
+from captcha_exp.model.step import Step, init_train_state, train_step
+from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.files import sha256_of
 from captcha_exp.training import autotune, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tried(precision: Precision, finite: bool, cosine: float, seconds: float) -> autotune.Tried:
-    return autotune.Tried(precision, finite, cosine, seconds)
+def tried(precision: Precision, finite: bool, cosine: float, seconds: float) -> autotune.PrecisionTrial:
+    return autotune.PrecisionTrial(precision, finite, cosine, seconds)
 
 
 PLAIN = tried("fp32", True, 1.0, 1.0)
@@ -41,14 +41,18 @@ PLAIN = tried("fp32", True, 1.0, 1.0)
     ids=["the faster", "the faster, turned", "not finite", "points elsewhere", "does not pay"],
 )
 def test_the_fastest_that_is_right_is_taken(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, bf16: autotune.Tried, fp16: autotune.Tried, chosen: str
+    tiny: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    bf16: autotune.PrecisionTrial,
+    fp16: autotune.PrecisionTrial,
+    chosen: str,
 ) -> None:
     outcomes = {"fp32": PLAIN, "bf16": bf16, "fp16": fp16}
     monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16", "fp16"))
     monkeypatch.setattr(autotune, "_try", lambda name, *_: (outcomes[name], torch.zeros(1)))
     heard = Heard()
 
-    precision, seen = autotune.precision(tiny, heard)
+    precision, seen = autotune.choose_precision(tiny, heard)
 
     assert precision == chosen
     assert [row["precision"] for row in seen] == ["fp32", "bf16", "fp16"]
@@ -56,7 +60,7 @@ def test_the_fastest_that_is_right_is_taken(
 
 
 def test_bf16_on_this_cpu_points_where_fp32_does(tiny: Config) -> None:
-    _, seen = autotune.precision(tiny, Heard())
+    _, seen = autotune.choose_precision(tiny, Heard())
 
     plain, half = seen
     assert plain["cosine"] == 1.0
@@ -76,7 +80,7 @@ def test_numbers_that_are_not_finite_are_seen(tiny: Config, monkeypatch: pytest.
     monkeypatch.setattr(autotune, "train_step", step)
     heard = Heard()
 
-    assert autotune.precision(tiny, heard)[0] == "fp32"
+    assert autotune.choose_precision(tiny, heard)[0] == "fp32"
     assert heard.lines == ["precision fp32: bf16 is not finite here"]
 
 
@@ -94,15 +98,15 @@ def test_auto_becomes_a_value_and_leaves_the_weights_alone(
 
     assert chosen in ("fp32", "bf16")
     assert result.weights_sha256 == again.weights_sha256
-    assert '"precision": "bf16"' in (result.folder / "environment.json").read_text()
+    assert '"precision": "bf16"' in (result.run_dir / "environment.json").read_text()
     assert to_dict(asked)["device"]["precision"] == "auto"
-    assert sha256_of(result.folder / "config.yaml") == sha256_of(again.folder / "config.yaml")
+    assert sha256_of(result.run_dir / "config.yaml") == sha256_of(again.run_dir / "config.yaml")
 
 
 def test_the_probe_draws_from_its_own_chance(tiny: Config) -> None:
-    before = fresh_state(tiny, torch.device("cpu")).model.state_dict()
-    autotune.precision(tiny, Heard())
-    after = fresh_state(tiny, torch.device("cpu")).model.state_dict()
+    before = init_train_state(tiny, torch.device("cpu")).model.state_dict()
+    autotune.choose_precision(tiny, Heard())
+    after = init_train_state(tiny, torch.device("cpu")).model.state_dict()
 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -151,22 +155,22 @@ def test_the_smallest_batch_near_the_best_is_taken(
     sizes = playing(monkeypatch, speeds)
     heard = Heard()
 
-    found, table = autotune.batch_size(auto(tiny), ALL, heard)
+    found, table = autotune.choose_batch_size(auto(tiny), ALL, heard)
 
     assert found == chosen
     assert sizes == list(speeds)
-    assert [row["pictures_per_second"] for row in table] == list(speeds.values())
+    assert [row["images_per_second"] for row in table] == list(speeds.values())
     assert [row["batch_size"] for row in table] == sizes
     assert heard.lines[0].startswith(f"batch size {chosen}: pictures/s by batch size 8: ")
     assert heard.lines[0].endswith("; 64 does not fit") == (None in speeds.values())
 
 
-@pytest.mark.parametrize(("pictures", "sizes"), [(5, [5]), (8, [8]), (31, [8, 16]), (32, [8, 16, 32])])
+@pytest.mark.parametrize(("images", "sizes"), [(5, [5]), (8, [8]), (31, [8, 16]), (32, [8, 16, 32])])
 def test_no_batch_is_larger_than_the_training_split(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, pictures: int, sizes: list[int]
 ) -> None:
     tried = playing(monkeypatch, {size: float(size) for size in (5, 8, 16, 32, 64)})
-    assert autotune.batch_size(auto(tiny), ALL | {"train": pictures}, Heard())[0] == sizes[-1]
+    assert autotune.choose_batch_size(auto(tiny), ALL | {"train": pictures}, Heard())[0] == sizes[-1]
     assert tried == sizes
 
 
@@ -176,14 +180,14 @@ def test_what_does_not_fit_is_recorded_and_not_tried(tiny: Config, monkeypatch: 
     monkeypatch.setattr(autotune, "_room", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32))
     heard = Heard()
 
-    found, table = autotune.batch_size(auto(tiny), ALL, heard)
+    found, table = autotune.choose_batch_size(auto(tiny), ALL, heard)
 
     assert (found, tried) == (16, [8, 16])
     assert table[-1] == {
         "batch_size": 32,
         "predicted_mib": 32.0,
         "fits": False,
-        "pictures_per_second": None,
+        "images_per_second": None,
     }
     assert heard.lines[0].endswith("16: 20; 32 does not fit")
 
@@ -193,23 +197,23 @@ def test_a_budget_holds_in_the_probe_too(tiny: Config, monkeypatch: pytest.Monke
     playing(monkeypatch, {8: 10.0})
     small = replace(tiny, device=replace(tiny.device, vram_budget_mib=30))
     with pytest.raises(UserError, match=r"not even 8 pictures fit; they need .+ MiB") as caught:
-        autotune.batch_size(auto(small), ALL, Heard())
+        autotune.choose_batch_size(auto(small), ALL, Heard())
     assert len(caught.value.lines) == 1
 
 
 def test_out_of_memory_at_the_first_size_is_a_line(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     playing(monkeypatch, {8: None})
     with pytest.raises(UserError, match=r"train\.batch_size=auto: not even 8 pictures fit"):
-        autotune.batch_size(auto(tiny), ALL, Heard())
+        autotune.choose_batch_size(auto(tiny), ALL, Heard())
 
 
 def test_a_step_without_memory_has_no_speed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: object) -> None:
         raise torch.OutOfMemoryError("played")
 
-    assert autotune._pictures_per_second(tiny, CPU) is not None
+    assert autotune._measure_images_per_second(tiny, CPU) is not None
     monkeypatch.setattr(autotune, "train_step", step)
-    assert autotune._pictures_per_second(tiny, CPU) is None
+    assert autotune._measure_images_per_second(tiny, CPU) is None
 
 
 def test_the_probe_has_its_time(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +221,7 @@ def test_the_probe_has_its_time(tiny: Config, monkeypatch: pytest.MonkeyPatch) -
     clock = [0.0]
     tried = playing(monkeypatch, {8 * 2**n: 2.0**n for n in range(5)}, clock)
     monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
-    assert autotune.batch_size(auto(tiny), ALL, Heard())[0] == 32
+    assert autotune.choose_batch_size(auto(tiny), ALL, Heard())[0] == 32
     assert tried == [8, 16, 32]
 
 
@@ -235,19 +239,19 @@ def test_a_batch_size_that_was_found_trains_as_one_that_was_written(
 
     assert result.config.train.batch_size == 8
     assert result.weights_sha256 == again.weights_sha256
-    assert load(result.folder / "config.yaml").train.batch_size == 8
-    assert load(result.folder / "requested.yaml").train.batch_size == "auto"
-    assert sha256_of(result.folder / "config.yaml") == sha256_of(again.folder / "config.yaml")
-    table = json.loads((result.folder / "environment.json").read_text())["batch_sizes_tried"]
+    assert load(result.run_dir / "config.yaml").train.batch_size == 8
+    assert load(result.run_dir / "requested.yaml").train.batch_size == "auto"
+    assert sha256_of(result.run_dir / "config.yaml") == sha256_of(again.run_dir / "config.yaml")
+    table = json.loads((result.run_dir / "environment.json").read_text())["batch_sizes_tried"]
     assert [row["batch_size"] for row in table][:2] == [8, 16]
-    assert all(row["fits"] and row["pictures_per_second"] > 0 for row in table)
-    assert json.loads((again.folder / "environment.json").read_text())["batch_sizes_tried"] == []
-    assert json.loads((result.folder / "memory.json").read_text())["batch_size"] == 8
+    assert all(row["fits"] and row["images_per_second"] > 0 for row in table)
+    assert json.loads((again.run_dir / "environment.json").read_text())["batch_sizes_tried"] == []
+    assert json.loads((result.run_dir / "memory.json").read_text())["batch_size"] == 8
 
 
 def test_only_who_trains_can_find_a_batch_size(tiny: Config) -> None:
     with pytest.raises(ConfigError, match="when it trains; write a number") as caught:
-        resolve(auto(tiny), this_machine())
+        resolve(auto(tiny), detect_machine())
     assert len(caught.value.lines) == 1
 
 
@@ -266,5 +270,5 @@ def test_a_found_batch_smaller_than_its_parts_has_none(
     tiny: Config, micro: int | None, size: int, left: int | None
 ) -> None:
     config = training(tiny, batch_size="auto", micro_batch_size=micro)
-    resolved = resolve(config, this_machine(best_batch_size=lambda _: size))
+    resolved = resolve(config, detect_machine(best_batch_size=lambda _: size))
     assert (resolved.train.batch_size, resolved.train.micro_batch_size) == (size, left)

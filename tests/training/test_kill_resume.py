@@ -18,8 +18,8 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("forks, and asks Linux for a process's end", allow_module_level=True)
 
-from kill_storm import TINY, Storm, Training, new_store
-from leavings import differences, reached
+from kill_resume import TINY, Storm, Training, new_store
+from run_snapshot import differences, reached
 from support.fork_server import AFTER_STEP, PHASES, ForkServer, Interruption, Place
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -65,7 +65,7 @@ def undisturbed(server: ForkServer, store: Path, tmp_path_factory: pytest.TempPa
     reached."""
     training = Training(server, tmp_path_factory.mktemp("undisturbed") / "root", (), store)
     assert training.start().code == 0
-    return training.leavings()
+    return training.run_snapshot()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_nothing_that_a_training_has_reached_is_another_for_an_interruption(
     ended = training.start()
 
     assert ended.code == 0, ended.output
-    assert differences(undisturbed["runs"], training.leavings()["runs"]) == []
+    assert differences(undisturbed["runs"], training.run_snapshot()["runs"]) == []
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -128,10 +128,10 @@ def test_asked_to_end_it_saves_and_says_so_and_goes_on(
     saved = max((reached(path.stem) for path in training.root.rglob("step-*")), default=0)
     assert ended.steps_done - saved <= 1
     training.next_start()
-    statuses = set(training.leavings()["MLflow"].get("runs", ()))
+    statuses = set(training.run_snapshot()["MLflow"].get("runs", ()))
     assert statuses <= {training.status()}
     assert training.finish().code == 0
-    assert differences(undisturbed, training.leavings()) == []
+    assert differences(undisturbed, training.run_snapshot()) == []
 
 
 def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(
@@ -147,13 +147,13 @@ def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(
     assert "RUNNING" not in training.next_start().output
 
     assert training.finish().code == 0
-    assert differences(undisturbed, training.leavings()) == []
+    assert differences(undisturbed, training.run_snapshot()) == []
 
 
 def test_when_its_time_is_up_it_ends_and_the_same_command_goes_on(
     training: Training, undisturbed: dict[str, Any]
 ) -> None:
-    training.words.append("train.stop_after_minutes=0.012")
+    training.words.append("train.max_minutes=0.012")
     codes: list[int] = []
     while not codes or (codes[-1] and len(codes) < 45):
         codes.append(training.start().code)
@@ -161,4 +161,4 @@ def test_when_its_time_is_up_it_ends_and_the_same_command_goes_on(
 
     assert set(codes[:-1]) == {75}
     assert codes[-1] == 0
-    assert differences(undisturbed, training.leavings()) == []
+    assert differences(undisturbed, training.run_snapshot()) == []

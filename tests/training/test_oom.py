@@ -13,9 +13,9 @@ from conftest import Heard, training
 from captcha_exp import runs
 from captcha_exp.config import Config
 from captcha_exp.memory.plan import Planner
-from captcha_exp.runs import find, read_rows
+from captcha_exp.runs import find_run, read_metrics_rows
 from captcha_exp.runtime import device as devices
-from captcha_exp.sweep.supervisor import _in_smaller_parts
+from captcha_exp.sweep.supervisor import _halve_micro_batch
 from captcha_exp.training import oom, train
 
 PICTURES = {"train": 150, "validation": 75, "test": 75}
@@ -74,9 +74,9 @@ def short(config: Config, monkeypatch: pytest.MonkeyPatch, where: str) -> tuple[
         return original(state, *arguments)
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
-    with pytest.raises(oom.OutOfMemory) as caught:
+    with pytest.raises(oom.TrainingOutOfMemoryError) as caught:
         train.train(config, display=Heard())
-    folder = find("latest")
+    folder = find_run("latest")
     return json.loads((folder / "run.json").read_text()), folder, str(caught.value)
 
 
@@ -90,7 +90,7 @@ def test_the_record_says_where_and_what_was_foretold(
     assert (said["during"], said["epoch"], said["step"]) == (where, 2, step)
     assert said["predicted_mib"] == json.loads((folder / "memory.json").read_text())["process_mib"]
     assert state["tags"] == {"oom": "true"}
-    rows = read_rows(folder)[0]
+    rows = read_metrics_rows(folder)[0]
     assert rows[-1].step == 2
     assert rows[-1].metrics["memory/process_peak_mib"] == said["peak_mib"] > 100
     assert rows[-1].metrics["memory/predicted_peak_mib"] == said["predicted_mib"][1]
@@ -112,42 +112,42 @@ def test_what_it_is_taken_for_is_a_choice(
         raise MemoryError
 
     monkeypatch.setattr(train, "fit", fail)
-    with pytest.raises(oom.OutOfMemory) as caught:
+    with pytest.raises(oom.TrainingOutOfMemoryError) as caught:
         train.train(training(tiny, on_oom=on_oom), display=Heard())
 
     assert caught.value.exit_code == code
-    assert json.loads((find("latest") / "run.json").read_text())["status"] == status
+    assert json.loads((find_run("latest") / "run.json").read_text())["status"] == status
 
 
 def test_alone_it_is_a_failure_unless_somebody_says_otherwise(tiny: Config) -> None:
     from captcha_exp.config import resolve
 
     assert tiny.train.on_oom == "auto"
-    assert resolve(tiny, devices.this_machine()).train.on_oom == "fail"
+    assert resolve(tiny, devices.detect_machine()).train.on_oom == "fail"
 
 
 def roomy(tiny: Config, budget_mib: int | None) -> Config:
     """A config whose activations outweigh what a card takes by itself; its pictures are larger."""
-    zero = replace(tiny.card.cudnn_workspace_mib, least=0.0, most=0.0)
+    zero = replace(tiny.gpu.cudnn_workspace_mib, min=0.0, max=0.0)
     card = replace(
-        tiny.card,
-        context_mib=replace(tiny.card.context_mib, least=10.0, most=10.0),
+        tiny.gpu,
+        context_mib=replace(tiny.gpu.context_mib, min=10.0, max=10.0),
         cudnn_workspace_mib=zero,
         cublas_workspace_mib=zero,
     )
     return replace(
         training(tiny, batch_size=100),
-        card=card,
+        gpu=card,
         captcha=replace(tiny.captcha, width=512, height=64),
-        device=replace(tiny.device, vram_budget_mib=budget_mib, resident_limit_mib=0, threads=2),
+        device=replace(tiny.device, vram_budget_mib=budget_mib, preload_limit_mib=0, threads=2),
     )
 
 
 @pytest.mark.parametrize("budget_mib", [None, 60, 10_000])
 def test_a_remedy_needs_clearly_less(tiny: Config, budget_mib: int | None) -> None:
     config = roomy(tiny, budget_mib)
-    planned = Planner(config, PICTURES).at(100)
-    named = oom.remedies(planned, PICTURES, config, Heard())
+    planned = Planner(config, PICTURES).plan_for(100)
+    named = oom.find_remedies(planned, PICTURES, config, Heard())
 
     assert 1 <= len(named) <= 3
     for each in named:
@@ -155,15 +155,15 @@ def test_a_remedy_needs_clearly_less(tiny: Config, budget_mib: int | None) -> No
         assert found is not None
         overrides, least, most = found.groups()
         needs = float((most or least).replace(",", ""))
-        assert needs <= 0.9 * planned.process_mib.most + 1
+        assert needs <= 0.9 * planned.process_mib.max + 1
         assert needs <= (budget_mib or needs)
         assert "=" in overrides
         assert "vram_budget" not in overrides
 
 
 def test_where_nothing_helps_it_says_so() -> None:
-    assert oom.words([]).startswith("nothing known here needs clearly less")
-    assert oom.words(["a=1 (5 MiB)", "b=2 (6 MiB)"]) == (
+    assert oom.format_remedies([]).startswith("nothing known here needs clearly less")
+    assert oom.format_remedies(["a=1 (5 MiB)", "b=2 (6 MiB)"]) == (
         "the cheapest that spare memory: a=1 (5 MiB), or b=2 (6 MiB)"
     )
 
@@ -173,10 +173,10 @@ def test_where_nothing_helps_it_says_so() -> None:
 
 def again(config: Config, during: str) -> Config | None:
     """What is tried after a run of this config was short of memory."""
-    run = runs.create(config, config)
+    run = runs.create_run(config, config)
     run.write_json("dataset.json", {"splits": PICTURES})
-    run.note(oom={"during": during})
-    return _in_smaller_parts(config, run.folder)
+    run.update(oom={"during": during})
+    return _halve_micro_batch(config, run.run_dir)
 
 
 def test_the_micro_batch_is_halved_down_to_one_picture_and_the_batch_stays(tiny: Config) -> None:
@@ -191,21 +191,21 @@ def test_the_micro_batch_is_halved_down_to_one_picture_and_the_batch_stays(tiny:
 
 
 def test_a_batch_of_more_than_all_pictures_is_halved_from_all_of_them(tiny: Config) -> None:
-    config = training(tiny, on_oom="split", batch_size=1000, evaluation_batch_size=1000)
+    config = training(tiny, on_oom="split", batch_size=1000, eval_batch_size=1000)
     in_training, in_evaluation = again(config, "training"), again(config, "evaluation")
 
     assert in_training is not None
     assert in_evaluation is not None
     assert (in_training.train.batch_size, in_training.train.micro_batch_size) == (1000, 75)
-    assert in_evaluation.train.evaluation_batch_size == 38
+    assert in_evaluation.train.eval_batch_size == 38
 
 
 def test_in_evaluation_its_own_batch_is_halved(tiny: Config) -> None:
-    config = training(tiny, on_oom="split", evaluation_batch_size=3)
+    config = training(tiny, on_oom="split", eval_batch_size=3)
     smaller = again(config, "evaluation")
 
-    assert smaller == training(config, evaluation_batch_size=2)
-    assert again(training(config, evaluation_batch_size=1), "evaluation") is None
+    assert smaller == training(config, eval_batch_size=2)
+    assert again(training(config, eval_batch_size=1), "evaluation") is None
 
 
 @pytest.mark.parametrize("on_oom", ["record", "fail"])
@@ -216,10 +216,10 @@ def test_it_starts_again_only_if_asked(tiny: Config, on_oom: str) -> None:
 def test_what_was_measured_the_first_time_is_kept_the_second(tiny: Config) -> None:
     """train.batch_size=auto may come out otherwise in another run."""
     asked = training(tiny, on_oom="split", batch_size="auto")
-    run = runs.create(training(asked, batch_size=48), asked)
+    run = runs.create_run(training(asked, batch_size=48), asked)
     run.write_json("dataset.json", {"splits": PICTURES})
-    run.note(oom={"during": "training"})
-    smaller = _in_smaller_parts(asked, run.folder)
+    run.update(oom={"during": "training"})
+    smaller = _halve_micro_batch(asked, run.run_dir)
 
     assert smaller is not None
     assert (smaller.train.batch_size, smaller.train.micro_batch_size) == (48, 24)

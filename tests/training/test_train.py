@@ -28,7 +28,7 @@ from conftest import (
 )
 
 from captcha_exp import compose, load
-from captcha_exp.config import Config, Mlflow, to_dict
+from captcha_exp.config import Config, MlflowConfig, to_dict
 from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Batch, Dataset, Split
 from captcha_exp.errors import RunFailed, UserError
@@ -36,14 +36,14 @@ from captcha_exp.memory.plan import Planner
 from captcha_exp.model import networks
 from captcha_exp.model.evaluate import Evaluation, evaluate
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import Step, fresh_state, train_step
+from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.model.weights import load_weights, weights_sha256
 from captcha_exp.report import figures
-from captcha_exp.runs import MetricsRow, Run, Status, read_rows
-from captcha_exp.runtime.console import Silent
+from captcha_exp.runs import MetricsRow, Run, Status, read_metrics_rows
+from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.device import MemoryMeter
-from captcha_exp.runtime.paths import root as root_of_runs
-from captcha_exp.runtime.shutdown import Leaving, TimeIsUp
+from captcha_exp.runtime.paths import root_dir as root_of_runs
+from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 from captcha_exp.training import sanity, train
 
 
@@ -58,13 +58,13 @@ class Notes:
 
     def start(self, run: Run, config: Config) -> None:
         self.calls.append("start")
-        self.folder = run.folder
+        self.folder = run.run_dir
 
-    def describe(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        self.calls.append("describe")
+    def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        self.calls.append("log_inputs")
 
-    def log(self, row: MetricsRow) -> None:
-        self.calls.append("log")
+    def log_metrics(self, row: MetricsRow) -> None:
+        self.calls.append("log_metrics")
         self.rows.append(row)
 
     def finish(self, run: Run, status: Status) -> None:
@@ -105,21 +105,21 @@ def test_the_first_bad_step_is_the_one_that_is_told(config: Config) -> None:
     """Later good ones do not hide it, later bad ones do not replace it."""
     config, batch = training(config, batch_size=2), batch_of(config, 20)
     guard = guarding(config, batch)
-    model = fresh_state(config, CPU).model
-    guard.note(10, torch.tensor(1.0), GOOD)
-    guard.look(model, 2)
-    guard.note(17, torch.tensor(math.nan), BAD)
-    guard.note(18, torch.tensor(1.0), BAD)
-    guard.note(19, torch.tensor(1.0), GOOD)
+    model = init_train_state(config, CPU).model
+    guard.observe(10, torch.tensor(1.0), GOOD)
+    guard.check(model, 2)
+    guard.observe(17, torch.tensor(math.nan), BAD)
+    guard.observe(18, torch.tensor(1.0), BAD)
+    guard.observe(19, torch.tensor(1.0), GOOD)
     with pytest.raises(RunFailed, match=r"^step 18 \(epoch 2\): the loss is not a finite number"):
-        guard.look(model, 2)
+        guard.check(model, 2)
 
 
 def test_a_bad_gradient_is_told_from_a_bad_loss(config: Config) -> None:
     guard = guarding(config, batch_of(config))
-    guard.note(0, torch.tensor(1.0), BAD)
+    guard.observe(0, torch.tensor(1.0), BAD)
     with pytest.raises(RunFailed, match=r"^step 1 \(epoch 1\): a gradient is not a finite number"):
-        guard.look(fresh_state(config, CPU).model, 1)
+        guard.check(init_train_state(config, CPU).model, 1)
 
 
 def test_a_learning_rate_that_is_too_high_is_said_in_one_line(config: Config, no_report: None) -> None:
@@ -162,12 +162,12 @@ def test_the_line_names_step_epoch_and_batch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = training(config, batch_size=32, epochs=3)
-    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
+    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     side = data.split("train", CPU, 512)
     per_epoch = math.ceil(len(side) / 32)
     line = poisoned(config, monkeypatch, per_epoch + per_epoch, "head.read.bias", math.inf)
-    last = side.shuffled(config.seed, 2)[32 * (per_epoch - 1) :]
-    labels = ", ".join(repr(data.labels[int(side.rows[n])]) for n in last[:4])
+    last = side.permutation(config.seed, 2)[32 * (per_epoch - 1) :]
+    labels = ", ".join(repr(data.labels[int(side.indices[n])]) for n in last[:4])
     assert line.startswith(f"step {2 * per_epoch} (epoch 2): the loss is not a finite number")
     assert f"in the batch of {len(last)} pictures that begins with {labels};" in line
 
@@ -184,9 +184,9 @@ def test_the_line_names_the_weight_that_is_no_number(
 def test_16_bits_that_overflow_are_named_as_the_cause(config: Config) -> None:
     config = replace(config, device=replace(config.device, precision="bf16"))
     guard = guarding(config, batch_of(config))
-    guard.note(0, torch.tensor(math.nan), BAD)
+    guard.observe(0, torch.tensor(math.nan), BAD)
     with pytest.raises(RunFailed, match=r"bf16 overflows where fp32 does not; write device\.precision=fp32"):
-        guard.look(fresh_state(config, CPU).model, 1)
+        guard.check(init_train_state(config, CPU).model, 1)
 
 
 # -- losses and readings at chance ---------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_the_first_loss_of_fresh_weights_is_at_chance(
     config: Config, head: Literal["position", "grouped_softmax"]
 ) -> None:
     config = replace(config, model=replace(config.model, head=head))
-    state = fresh_state(config, CPU)
+    state = init_train_state(config, CPU)
     step = train_step(state, batch_of(config, 32), config)
     assert sanity.check_first_loss(float(step.loss), state.model) is None
 
@@ -207,7 +207,7 @@ def test_the_first_loss_of_fresh_weights_is_at_chance(
 )
 def test_a_first_loss_far_from_chance_is_said(config: Config, loss: float, trouble: bool) -> None:
     """ln 5 is 1.609; half and twice of it are borne."""
-    text = sanity.check_first_loss(loss, fresh_state(config, CPU).model)
+    text = sanity.check_first_loss(loss, init_train_state(config, CPU).model)
     assert (text is not None) == trouble
     if text:
         assert f"the first loss is {loss:.3f}, but a head that knows nothing has 1.609" in text
@@ -218,15 +218,15 @@ def test_a_first_loss_far_from_chance_is_in_the_record(
 ) -> None:
     plain = networks.build
 
-    def large(*args: Any) -> networks.Recogniser:
+    def large(*args: Any) -> networks.Recognizer:
         model = plain(*args)
-        torch.nn.init.normal_(model.head.read.weight, std=100)  # type: ignore[union-attr, arg-type]
+        torch.nn.init.normal_(model.head.classifier.weight, std=100)  # type: ignore[union-attr, arg-type]
         return model
 
     monkeypatch.setattr(networks, "build", large)
     heard = Heard()
     result = train.train(config, None, heard)
-    (warning,) = state_of(result.folder)["warnings"]
+    (warning,) = state_of(result.run_dir)["warnings"]
     assert warning.startswith("the first loss is ")
     assert heard.warnings == [warning]
 
@@ -235,14 +235,14 @@ def test_a_first_loss_far_from_chance_is_in_the_record(
 def learnable(config: Config) -> Config:
     """Three characters that the tiny network learns to read in a second."""
     captcha = replace(config.captcha, alphabet="017", length=3, width=40)
-    learning = training(config, epochs=20, batch_size=16, learning_rate=0.02, chance_after_steps=170)
+    learning = training(config, epochs=20, batch_size=16, learning_rate=0.02, sanity_check_steps=170)
     return replace(learning, captcha=captcha)
 
 
 def test_characters_that_stay_at_chance_are_told_with_causes(
     learnable: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = dataset.prepare
+    plain = dataset.load_or_build
 
     def shuffled(*args: Any) -> Dataset:
         data = plain(*args)
@@ -256,7 +256,7 @@ def test_characters_that_stay_at_chance_are_told_with_causes(
     for cause in ("labels that do not belong", "train.learning_rate=0.02", "at 40x16", "patience"):
         assert cause in warning
     assert "  " not in warning
-    assert state_of(result.folder)["warnings"] == [warning]
+    assert state_of(result.run_dir)["warnings"] == [warning]
 
 
 def test_a_training_that_learns_is_not_warned(learnable: Config, no_report: None) -> None:
@@ -269,8 +269,8 @@ def test_a_training_that_learns_is_not_warned(learnable: Config, no_report: None
 def test_chance_is_not_judged_before_its_time(config: Config) -> None:
     targets = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
     blind = Evaluation(1.0, np.zeros_like(targets), targets, np.ones((100, 2), np.float32), np.arange(100))
-    assert sanity.check_moving(blind, config, config.train.chance_after_steps - 1) is None
-    assert sanity.check_moving(blind, config, config.train.chance_after_steps) is not None
+    assert sanity.check_above_chance(blind, config, config.train.sanity_check_steps - 1) is None
+    assert sanity.check_above_chance(blind, config, config.train.sanity_check_steps) is not None
 
 
 # -- the same again ------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_the_weights_are_a_function_of_the_config(config: Config, no_report: Non
     assert weights(config) == expected
     drawn_by_two = replace(drawn(config), workers=2, cache=str(tmp_path / "fresh"))
     assert weights(replace(config, data=drawn_by_two)) == expected
-    assert weights(replace(config, device=replace(config.device, resident_limit_mib=0))) == expected
+    assert weights(replace(config, device=replace(config.device, preload_limit_mib=0))) == expected
     assert weights(replace(config, seed=1)) != expected
 
 
@@ -324,9 +324,9 @@ def test_the_digest_sees_names_shapes_values_and_statistics(config: Config) -> N
     def digest() -> str:
         return weights_sha256(model)
 
-    model = fresh_state(config, CPU).model
+    model = init_train_state(config, CPU).model
     before = digest()
-    assert weights_sha256(fresh_state(config, CPU).model) == before
+    assert weights_sha256(init_train_state(config, CPU).model) == before
     plain = networks.build(config.model, config.captcha)
     plain.load_state_dict(model.state_dict())
     assert weights_sha256(plain) == before  # another layout in memory
@@ -342,7 +342,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[t
     """Gives validation these accuracies; returns (pictures, digest of the weights) of each evaluation."""
     seen: list[tuple[int, str]] = []
 
-    def chosen(model: networks.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
+    def chosen(model: networks.Recognizer, split: Split, config: Config, *_: object) -> Evaluation:
         number = len(seen)
         seen.append((len(split), weights_sha256(model)))
         made = evaluate(model, split, config)
@@ -367,10 +367,10 @@ def test_the_best_epochs_weights_are_kept_and_tested(
     assert len(set(digests[:4])) == 4
     assert result.best_epoch == 2
     assert digests[4] == digests[1] == result.weights_sha256
-    stored, _ = load_weights(result.folder / "model.safetensors", CPU)
+    stored, _ = load_weights(result.run_dir / "model.safetensors", CPU)
     assert weights_sha256(stored) == digests[1]
-    assert state_of(result.folder)["result"]["best_epoch"] == 2
-    assert state_of(result.folder)["result"]["epochs"] == 4
+    assert state_of(result.run_dir)["result"]["best_epoch"] == 2
+    assert state_of(result.run_dir)["result"]["epochs"] == 4
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_patience_bears_so_many_epochs_and_one_more_stops(
     scripted(monkeypatch, accuracies + [0.0] * (8 - len(accuracies)))
     heard = Heard()
     result = train.train(training(config, epochs=8, patience=patience, batch_size=200), None, heard)
-    assert state_of(result.folder)["result"]["epochs"] == epochs
+    assert state_of(result.run_dir)["result"]["epochs"] == epochs
     assert any("stopping early" in line for line in heard.lines) == (epochs < 8)
 
 
@@ -408,10 +408,10 @@ def test_an_evaluation_is_finished_though_the_time_is_up(
         return evaluate(*arguments)
 
     monkeypatch.setattr(train, "evaluate", evaluated)
-    with pytest.raises(TimeIsUp):
-        train.train(training(config, epochs=4), leaving=Leaving(1.0, lambda: seconds[0]))
+    with pytest.raises(TimeLimitReached):
+        train.train(training(config, epochs=4), shutdown=ShutdownHandler(1.0, lambda: seconds[0]))
     (folder,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
-    assert [row.step for row in read_rows(folder)[0]] == [1]
+    assert [row.step for row in read_metrics_rows(folder)[0]] == [1]
     assert state_of(folder)["status"] == "KILLED"
 
 
@@ -419,8 +419,8 @@ def test_what_changed_while_a_run_was_interrupted_is_told_and_recorded(
     config: Config, no_report: None, unplanned: None
 ) -> None:
     seconds = iter([0.0, *[1e9] * 9])
-    with pytest.raises(TimeIsUp):
-        train.train(config, leaving=Leaving(1.0, lambda: next(seconds)))
+    with pytest.raises(TimeLimitReached):
+        train.train(config, shutdown=ShutdownHandler(1.0, lambda: next(seconds)))
     (folder,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
     path = folder / "environment.json"
     values = json.loads(path.read_text())
@@ -452,17 +452,19 @@ def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
         events.append(f"open {name}")
         return plain_split(self, name, device, limit)
 
-    def evaluated(model: networks.Recogniser, split: Split, config: Config, *_: object) -> Evaluation:
+    def evaluated(model: networks.Recognizer, split: Split, config: Config, *_: object) -> Evaluation:
         made = evaluate(model, split, config)
-        (side,) = (name for name, rows in data.members.items() if set(made.rows) <= set(rows.tolist()))
-        assert sorted(made.rows) == data.members[side].tolist()
+        (side,) = (
+            name for name, rows in data.split_indices.items() if set(made.indices) <= set(rows.tolist())
+        )
+        assert sorted(made.indices) == data.split_indices[side].tolist()
         events.append(f"evaluate {side}")
         return made
 
-    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
+    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     monkeypatch.setattr(Dataset, "split", opened)
     monkeypatch.setattr(train, "evaluate", evaluated)
-    train.train(training(config, epochs=3, evaluation_batch_size=7), None, Heard())
+    train.train(training(config, epochs=3, eval_batch_size=7), None, Heard())
     assert [e for e in events if e.startswith("evaluate")] == ["evaluate validation"] * 3 + ["evaluate test"]
     assert [e for e in events if "test" in e] == ["open test", "evaluate test"]
     assert events[-2:] == ["open test", "evaluate test"]
@@ -476,13 +478,13 @@ def test_every_epoch_trains_on_all_training_pictures_in_another_order(
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
         assert state.model.training
-        rows.extend(batch.rows.tolist())
+        rows.extend(batch.indices.tolist())
         return plain(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
     train.train(training(config, epochs=2), None, Heard())
-    data = dataset.prepare(dataset.outline(config, Silent()), config, Silent())
-    expected = data.members["train"].tolist()
+    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
+    expected = data.split_indices["train"].tolist()
     first, second = rows[: len(expected)], rows[len(expected) :]
     assert sorted(first) == sorted(second) == expected
     assert first != second
@@ -518,14 +520,14 @@ def test_training_accuracy_and_loss_are_means_over_pictures(
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
         made = plain(state, batch, config)
-        seen.append((float(made.loss), int(made.right), len(batch.rows)))
+        seen.append((float(made.loss), int(made.num_correct), len(batch.indices)))
         return made
 
     monkeypatch.setattr(train, "train_step", step)
     result = train.train(training(config, batch_size=100), None, Heard())
     count = sum(n for _, _, n in seen)
     assert seen[-1][2] < 100
-    metrics = rows_of(result.folder)[0].metrics
+    metrics = rows_of(result.run_dir)[0].metrics
     assert metrics["train/loss"] == pytest.approx(sum(loss * n for loss, _, n in seen) / count, rel=1e-5)
     assert metrics["train/accuracy"] == pytest.approx(sum(right for _, right, _ in seen) / count)
 
@@ -537,16 +539,16 @@ def test_every_optimiser_trains_in_every_precision(
 ) -> None:
     config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
     result = train.train(config, None, Heard())
-    (epoch, test) = rows_of(result.folder)
+    (epoch, test) = rows_of(result.run_dir)
     assert all(math.isfinite(value) for value in (*epoch.metrics.values(), *test.metrics.values()))
-    stored, _ = load_weights(result.folder / "model.safetensors", CPU)
+    stored, _ = load_weights(result.run_dir / "model.safetensors", CPU)
     assert {p.dtype for p in stored.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model=resnet18", "train=constant"),
+        ("model=resnet18", "train=constant_lr"),
         ("model=resnet18", "model.head=position"),
         ("captcha.channels=1", "model.head=grouped_softmax", "train.deterministic=false"),
         ("data=wheezy", "train.optimizer=sgd", "train.patience=1"),
@@ -560,7 +562,7 @@ def test_the_choices_of_conf_train(
     asked = compose(*tiny, f"data.cache={cache}", "tracking=none", *overrides, "train.epochs=1")
     result = train.train(load(asked), None, Heard())
 
-    assert state_of(result.folder)["status"] == "FINISHED"
+    assert state_of(result.run_dir)["status"] == "FINISHED"
     assert math.isfinite(result.test.loss)
 
 
@@ -572,24 +574,24 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
     notes = Notes()
     result = train.train(tiny, notes, Heard())
 
-    rows = rows_of(result.folder)
+    rows = rows_of(result.run_dir)
     assert [row.step for row in rows] == [1, 2, 2]
     assert all(row.metrics.keys() >= EVERY_EPOCH for row in rows[:2])
     names = {"test/loss", "test/accuracy", "test/char_accuracy", "test/accuracy_low", "test/accuracy_high"}
-    names |= {"memory/predicted_peak_mib", "memory/predicted_peak_least_mib"}
+    names |= {"memory/predicted_peak_mib", "memory/predicted_peak_min_mib"}
     assert rows[2].metrics.keys() == names
     assert notes.rows == rows
-    assert notes.calls == ["start", "describe", "log", "log", "log", "finish"]
+    assert notes.calls == ["start", "log_inputs", "log", "log", "log", "finish"]
 
-    state = state_of(result.folder)
+    state = state_of(result.run_dir)
     assert state["status"] == notes.status == "FINISHED"
     assert state["error"] is None
     assert state["ended"] is not None
     assert state["result"]["weights_sha256"] == result.weights_sha256
     assert state["result"]["test_accuracy"] == result.test.accuracy == rows[2].metrics["test/accuracy"]
     present = {
-        path.relative_to(result.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in result.folder.rglob("*")
+        path.relative_to(result.run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in result.run_dir.rglob("*")
         if path.is_file() and path.name != "run.json"
     }
     assert state["files"] == present
@@ -603,8 +605,8 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
         "test.json",
         "report/curves.png",
         "report/confusion.png",
-        "report/errors.png",
-        "report/pictures.png",
+        "report/misreads.png",
+        "report/images.png",
     } <= present.keys()
 
 
@@ -613,13 +615,13 @@ def test_the_plan_of_the_memory_is_in_the_record(tiny: Config, no_report: None) 
     heard = Heard()
     result = train.train(training(tiny, epochs=1), None, heard)
 
-    pictures = dataset.outline(result.config, Heard()).counts
-    plan = Planner(result.config, pictures).at(64)
-    assert json.loads((result.folder / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
-    assert f"memory: {plan.words('any CUDA card')}" in heard.lines
-    last = rows_of(result.folder)[-1].metrics
-    assert last["memory/predicted_peak_mib"] == plan.process_mib.most
-    assert last["memory/predicted_peak_least_mib"] == plan.process_mib.least
+    pictures = dataset.inspect_dataset(result.config, Heard()).split_sizes
+    plan = Planner(result.config, pictures).plan_for(64)
+    assert json.loads((result.run_dir / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
+    assert f"memory: {plan.describe('any CUDA card')}" in heard.lines
+    last = rows_of(result.run_dir)[-1].metrics
+    assert last["memory/predicted_peak_mib"] == plan.process_mib.max
+    assert last["memory/predicted_peak_min_mib"] == plan.process_mib.min
     assert not any(name.endswith("_error") for name in last)  # a CPU measures no card
 
 
@@ -637,14 +639,14 @@ def test_what_a_card_measures_stands_beside_the_plan(
     monkeypatch.setattr(MemoryMeter, "process_peak_mib", lambda _: 20_000.0)
     result = train.train(tiny, None, Heard())
 
-    plan = Planner(result.config, dataset.outline(result.config, Heard()).counts).at(64)
-    last = rows_of(result.folder)[-1].metrics
+    plan = Planner(result.config, dataset.inspect_dataset(result.config, Heard()).split_sizes).plan_for(64)
+    last = rows_of(result.run_dir)[-1].metrics
     assert {name: value for name, value in last.items() if name.endswith("_error")} == {
-        "memory/train_peak_allocated_error": plan.training.allocated_mib.error(40.0),
-        "memory/train_peak_reserved_error": plan.training.reserved_mib.error(40.0),
-        "memory/eval_peak_allocated_error": plan.evaluation.allocated_mib.most / 10_000 - 1,
-        "memory/eval_peak_reserved_error": plan.evaluation.reserved_mib.most / 10_000 - 1,
-        "memory/process_peak_error": plan.process_mib.most / 20_000 - 1,
+        "memory/train_peak_allocated_error": plan.training.allocated_mib.relative_error(40.0),
+        "memory/train_peak_reserved_error": plan.training.reserved_mib.relative_error(40.0),
+        "memory/eval_peak_allocated_error": plan.evaluation.allocated_mib.max / 10_000 - 1,
+        "memory/eval_peak_reserved_error": plan.evaluation.reserved_mib.max / 10_000 - 1,
+        "memory/process_peak_error": plan.process_mib.max / 20_000 - 1,
     }
 
 
@@ -712,20 +714,20 @@ def test_the_record_holds_what_was_asked_and_what_ran(config: Config, no_report:
     requested = replace(
         config,
         device=replace(config.device, name="auto"),
-        tracking=Mlflow(backend="mlflow", uri="auto", experiment="x"),
+        tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"),
     )
     result = train.train(requested, None, Heard())
-    assert "auto" not in (result.folder / "config.yaml").read_text()
-    assert "name: auto" in (result.folder / "requested.yaml").read_text()
-    assert "uri: auto" in (result.folder / "requested.yaml").read_text()
+    assert "auto" not in (result.run_dir / "config.yaml").read_text()
+    assert "name: auto" in (result.run_dir / "requested.yaml").read_text()
+    assert "uri: auto" in (result.run_dir / "requested.yaml").read_text()
 
 
 def test_the_model_is_on_disk_from_the_first_epoch_on(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting(Notes):
-        def log(self, row: MetricsRow) -> None:
-            super().log(row)
+        def log_metrics(self, row: MetricsRow) -> None:
+            super().log_metrics(row)
             if row.step == 2:
                 raise KeyboardInterrupt
 

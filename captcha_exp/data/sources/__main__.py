@@ -1,5 +1,5 @@
 """A drawing process; `drawing` starts it and talks to it."""
 
-from captcha_exp.data.sources.rendering import serve
+from captcha_exp.data.sources.rendering import worker_main
 
-serve()
+worker_main()

@@ -16,84 +16,103 @@ from typing import Any, assert_never
 
 from PIL import Image, ImageFont
 
-from captcha_exp.config import Article, Captcha, CaptchaLibrary, Drawn, Generator, WheezyLibrary
+from captcha_exp.config import (
+    ArticleConfig,
+    BaseGeneratorConfig,
+    CaptchaConfig,
+    CaptchaLibraryConfig,
+    GeneratorConfig,
+    WheezyLibraryConfig,
+)
 from captcha_exp.data.sources import article
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
 
-Draw = Callable[[str, random.Random], Image.Image]
+RenderFn = Callable[[str, random.Random], Image.Image]
 
 
 @dataclass(frozen=True)
-class Library:
+class RendererSpec:
     """A generator: what decides the pixels, with its version; its own fonts; how it comes to draw, and to a
     text."""
 
-    maker: str
-    own_fonts: Sequence[Path]
-    make: Callable[[], Draw]
-    text: Callable[[Captcha, random.Random], str]
+    package: str
+    default_fonts: Sequence[Path]
+    make_renderer: Callable[[], RenderFn]
+    sample_label: Callable[[CaptchaConfig, random.Random], str]
 
 
-def library(data: Generator) -> Library:
+def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
     """The generator of a config.
 
     Raises:
         UserError: it brings no font and the config names none.
     """
     match data:
-        case CaptchaLibrary():
+        case CaptchaLibraryConfig():
             from captcha.image import DEFAULT_FONTS
 
-            return Library(
-                _package("captcha"), [Path(path) for path in DEFAULT_FONTS], lambda: _captcha(data), _any_text
+            return RendererSpec(
+                _package_version("captcha"),
+                [Path(path) for path in DEFAULT_FONTS],
+                lambda: _make_captcha_renderer(data),
+                _sample_uniform_label,
             )
-        case WheezyLibrary():
-            _need_fonts(data, "wheezy.captcha")
-            return Library(_package("wheezy.captcha"), [], lambda: _wheezy(data), _any_text)
-        case Article():
-            _need_fonts(data, "article")
+        case WheezyLibraryConfig():
+            _require_fonts(data, "wheezy.captcha")
+            return RendererSpec(
+                _package_version("wheezy.captcha"),
+                [],
+                lambda: _make_wheezy_renderer(data),
+                _sample_uniform_label,
+            )
+        case ArticleConfig():
+            _require_fonts(data, "article")
 
-            def paint() -> Draw:
-                return article.painter(data.width, data.height, font_files(data))
+            def paint() -> RenderFn:
+                return article.make_renderer(data.width, data.height, font_files(data))
 
-            return Library(f"article {article.VERSION}", [], paint, _article_text)
+            return RendererSpec(f"article {article.VERSION}", [], paint, _sample_article_label)
         case _:
             assert_never(data)
 
 
-def _package(name: str) -> str:
+def _package_version(name: str) -> str:
     return f"{name} {version(name)}"
 
 
-def _need_fonts(data: Drawn, generator: str) -> None:
+def _require_fonts(data: BaseGeneratorConfig, generator: str) -> None:
     if not data.fonts:
         raise UserError(f"data.fonts=[]: {generator} brings none; name one, such as DejaVuSans.ttf")
 
 
-def _article_text(captcha: Captcha, stream: random.Random) -> str:
+def _sample_article_label(captcha: CaptchaConfig, rng: random.Random) -> str:
     try:
-        return article.label(captcha.alphabet, captcha.length, stream)
+        return article.sample_label(captcha.alphabet, captcha.length, rng)
     except ValueError as error:
         raise UserError(f"captcha.alphabet={captcha.alphabet}: data=article: {error}") from None
 
 
-def stream(data: Drawn, index: int) -> random.Random:
+def image_rng(data: BaseGeneratorConfig, index: int) -> random.Random:
     """The chance of picture number `index`: first its text is drawn from it, then the picture."""
-    return seeding.stream(data.seed, "picture", index)
+    return seeding.rng(data.seed, "picture", index)
 
 
-def label(data: Generator, captcha: Captcha, index: int) -> str:
+def generate_label(data: GeneratorConfig, captcha: CaptchaConfig, index: int) -> str:
     """The text in picture number `index`."""
-    return library(data).text(captcha, stream(data, index))
+    return get_renderer_spec(data).sample_label(captcha, image_rng(data, index))
 
 
-def labels(data: Generator, captcha: Captcha) -> list[str]:
+def generate_labels(data: GeneratorConfig, captcha: CaptchaConfig) -> list[str]:
     """Return the texts of all pictures, each equal to `label`.
 
     One generator is seeded again for every picture, which gives the stream of a new one in less time.
     """
-    text, rng, seed_of = library(data).text, random.Random(0), seeding.seeds(data.seed, "picture")
+    text, rng, seed_of = (
+        get_renderer_spec(data).sample_label,
+        random.Random(0),
+        seeding.make_seed_fn(data.seed, "picture"),
+    )
     found = []
     for index in range(data.count):
         rng.seed(seed_of(index))
@@ -101,17 +120,17 @@ def labels(data: Generator, captcha: Captcha) -> list[str]:
     return found
 
 
-def _any_text(captcha: Captcha, stream: random.Random) -> str:
+def _sample_uniform_label(captcha: CaptchaConfig, rng: random.Random) -> str:
     """Every character of the alphabet is as likely as any other."""
-    return "".join(stream.choices(captcha.alphabet, k=captcha.length))
+    return "".join(rng.choices(captcha.alphabet, k=captcha.length))
 
 
-def origin(data: Generator) -> dict[str, Any]:
+def rendering_dependencies(data: GeneratorConfig) -> dict[str, Any]:
     """Everything beside the config that the pixels of a source depend on: packages and font files."""
     from PIL import features
 
     return {
-        "package": library(data).maker,
+        "package": get_renderer_spec(data).package,
         "pillow": version("pillow"),
         "freetype": features.version("freetype2"),
         "raqm": features.version("raqm"),
@@ -119,7 +138,7 @@ def origin(data: Generator) -> dict[str, Any]:
     }
 
 
-def font_files(data: Drawn) -> list[Path]:
+def font_files(data: BaseGeneratorConfig) -> list[Path]:
     """The font files that data.fonts names.
 
     Raises:
@@ -141,13 +160,13 @@ def font_files(data: Drawn) -> list[Path]:
     return found
 
 
-def check_glyphs(data: Generator, captcha: Captcha) -> None:
+def check_glyphs(data: GeneratorConfig, captcha: CaptchaConfig) -> None:
     """Nothing, if every font can draw every character.
 
     Raises:
         UserError: a font would draw an empty box; the line names it and the characters.
     """
-    for path in font_files(data) or library(data).own_fonts:
+    for path in font_files(data) or get_renderer_spec(data).default_fonts:
         try:
             font = ImageFont.truetype(str(path), 32)
         except OSError as error:
@@ -162,7 +181,7 @@ def check_glyphs(data: Generator, captcha: Captcha) -> None:
             )
 
 
-def _captcha(data: CaptchaLibrary) -> Draw:
+def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
     """A function (text, random stream) -> picture; the generator's module is handed a seeded stand-in."""
     import captcha.image
 
@@ -170,22 +189,22 @@ def _captcha(data: CaptchaLibrary) -> Draw:
     generator = captcha.image.ImageCaptcha(data.width, data.height, fonts=fonts or None)
 
     def draw_one(text: str, stream: random.Random) -> Image.Image:
-        captcha.image.secrets = _Secrets(stream)  # type: ignore[assignment, attr-defined]  # as a module is
+        captcha.image.secrets = _SeededSecrets(stream)  # type: ignore[assignment, attr-defined]  # as a module is
         return generator.generate_image(text)
 
     return draw_one
 
 
-class _Secrets:
+class _SeededSecrets:
     """What `captcha` asks of the module `secrets`, from a seeded stream."""
 
-    def __init__(self, stream: random.Random) -> None:
-        self.randbelow = stream.randrange
-        self.choice = stream.choice
-        self.randbits = stream.getrandbits
+    def __init__(self, rng: random.Random) -> None:
+        self.randbelow = rng.randrange
+        self.choice = rng.choice
+        self.randbits = rng.getrandbits
 
 
-def _wheezy(data: WheezyLibrary) -> Draw:
+def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:
     import wheezy.captcha.image as wheezy
 
     def colour() -> tuple[int, int, int]:

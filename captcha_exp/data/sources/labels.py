@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captcha_exp.config import Folder
+from captcha_exp.config import FolderConfig
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import shown
+from captcha_exp.runtime.console import escape_unprintable
 
-TABLES = ("labels.csv", "labels.tsv", "labels.jsonl")
+TABLE_NAMES = ("labels.csv", "labels.tsv", "labels.jsonl")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
 LABEL_COLUMNS = ("label", "text", "code")
 
@@ -33,23 +33,23 @@ class Candidate:
     sha256: str = ""  # of its content, where it could be read
 
 
-def by_name(names: list[str], pattern: re.Pattern[str]) -> list[Candidate]:
+def from_filenames(names: list[str], pattern: re.Pattern[str]) -> list[Candidate]:
     """Candidates whose label stands in the file name."""
     candidates = []
     for name in names:
         match = pattern.fullmatch(PurePosixPath(name).stem)
         label = (match and match["label"]) or ""
-        reason = "" if label else f"has no label in its name (data.pattern is {pattern.pattern})"
+        reason = "" if label else f"has no label in its name (data.filename_pattern is {pattern.pattern})"
         candidates.append(Candidate(name, label, reason))
     return candidates
 
 
-def table_of(data: Folder, folder: Path) -> Path | None:
+def find_table(data: FolderConfig, folder: Path) -> Path | None:
     """The file that the labels stand in, or None if they stand in the file names."""
     if data.labels == "names":
         return None
     if data.labels is None:
-        there = [path for path in folder.iterdir() if path.name.lower() in TABLES and path.is_file()]
+        there = [path for path in folder.iterdir() if path.name.lower() in TABLE_NAMES and path.is_file()]
         if len(there) > 1:
             names = " and ".join(sorted(path.name for path in there))
             raise UserError(f"data.labels=null: {names} are in {folder}; say which one, as data.labels=NAME")
@@ -59,12 +59,12 @@ def table_of(data: Folder, folder: Path) -> Path | None:
     return folder / data.labels
 
 
-def by_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
+def from_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
     """Candidates whose label stands in a table; rows without a picture, and pictures without a row, too."""
     labels: dict[str, set[str]] = defaultdict(set)
     written = {unicodedata.normalize("NFC", name): name for name in names}  # macOS takes names apart
     refused = []
-    for row, name, label in _rows(table):
+    for row, name, label in _read_rows(table):
         where = f"{table.name}, row {row}"
         name = PurePosixPath(name).as_posix()
         if not os.path.lexists(folder / name):
@@ -73,9 +73,11 @@ def by_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
         if not name or name == ".":
             refused.append(Candidate(where, label, "names no file"))
         elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-            refused.append(Candidate(where, label, f"names {shown(name)}, which is outside the folder"))
+            refused.append(
+                Candidate(where, label, f"names {escape_unprintable(name)}, which is outside the folder")
+            )
         elif not os.path.lexists(folder / name):
-            refused.append(Candidate(where, label, f"names {shown(name)}, which is not there"))
+            refused.append(Candidate(where, label, f"names {escape_unprintable(name)}, which is not there"))
         else:
             labels[name].add(label)
     for name in names:
@@ -91,7 +93,7 @@ def by_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
     ]
 
 
-def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
+def _read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
     """(number of the row, file, label) of a table.
 
     Raises:
@@ -100,7 +102,9 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             if table.suffix.lower() == ".jsonl":
-                lines = ((n, _object(table, n, line)) for n, line in enumerate(file, 1) if line.strip())
+                lines = (
+                    (n, _parse_json_row(table, n, line)) for n, line in enumerate(file, 1) if line.strip()
+                )
             else:
                 header = file.readline()
                 file.seek(0)
@@ -110,14 +114,14 @@ def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
             for number, row in lines:
                 yield (
                     number,
-                    _cell(table, number, row, FILE_COLUMNS),
-                    _cell(table, number, row, LABEL_COLUMNS),
+                    _get_cell(table, number, row, FILE_COLUMNS),
+                    _get_cell(table, number, row, LABEL_COLUMNS),
                 )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table}: cannot be read as a table of labels: {error}") from None
 
 
-def _object(table: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_json_row(table: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -127,7 +131,7 @@ def _object(table: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _cell(table: Path, number: int, row: dict[Any, Any], columns: tuple[str, ...]) -> str:
+def _get_cell(table: Path, number: int, row: dict[Any, Any], columns: tuple[str, ...]) -> str:
     """The text under the first of these columns that there is."""
     there = {key.strip().lower(): key for key in row if isinstance(key, str)}
     for column in columns:
@@ -139,6 +143,6 @@ def _cell(table: Path, number: int, row: dict[Any, Any], columns: tuple[str, ...
                     "quotes, so that 00123 stays what it is"
                 )
             return (value or "").strip()
-    has = ", ".join(shown(key) for key in there.values())[:200] or "none"
+    has = ", ".join(escape_unprintable(key) for key in there.values())[:200] or "none"
     wanted = f"{columns[0]} (or {', '.join(columns[1:])})"
     raise UserError(f"{table}, row {number}: has no column {wanted}; its columns are {has}")

@@ -4,7 +4,7 @@ Prints one JSON line: for each way of sparing memory the seconds of a training s
 config (the median of the ratios, each of two steps right beside each other), beside what the advice of
 captcha-exp plan takes for it, and the MiB of a step's tensors.
 
-    python benchmarks/levers.py [--experiment article] [--batch-size 64] [--runs 5] [--device cpu]
+    python benchmarks/memory_tradeoffs.py [--experiment article] [--batch-size 64] [--runs 5] [--device cpu]
 """
 
 import argparse
@@ -17,11 +17,11 @@ import torch
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config, resolve
-from captcha_exp.data.dataset import Batch, noise
+from captcha_exp.data.dataset import Batch, random_batch
 from captcha_exp.memory.advisor import relative_time
 from captcha_exp.memory.plan import Planner
-from captcha_exp.model.step import fresh_state, train_step
-from captcha_exp.runtime.device import set_up, this_machine
+from captcha_exp.model.step import init_train_state, train_step
+from captcha_exp.runtime.device import detect_machine, setup_device
 
 LEVERS = {
     "checkpointing": ["train.activation_checkpointing=true"],
@@ -29,8 +29,8 @@ LEVERS = {
     "four passes": ["train.micro_batch_size={quarter}"],
     "bf16": ["device.precision=bf16"],
     "bf16, checkpointing": ["device.precision=bf16", "train.activation_checkpointing=true"],
-    "foreach": ["train.optimizer_kernel=foreach"],
-    "loop": ["train.optimizer_kernel=loop"],
+    "foreach": ["train.optimizer_impl=foreach"],
+    "for_loop": ["train.optimizer_impl=for_loop"],
 }
 PICTURES = {"train": 8000, "validation": 1000}
 
@@ -40,7 +40,7 @@ class Stepper:
 
     def __init__(self, config: Config, batch: Batch) -> None:
         self.config, self.batch = config, batch
-        self.state = fresh_state(config, batch.images.device)
+        self.state = init_train_state(config, batch.images.device)
         self.seconds()  # loads kernels
 
     def seconds(self) -> float:
@@ -54,7 +54,7 @@ def measured(config: Config, plain: Stepper, runs: int) -> dict[str, Any]:
     """One lever beside the plain config."""
     stepper = Stepper(config, plain.batch)
     ratios = [stepper.seconds() / plain.seconds() for _ in range(runs)]
-    tensors_mib = Planner(config, PICTURES).at(int(config.train.batch_size)).tensors_mib
+    tensors_mib = Planner(config, PICTURES).plan_for(int(config.train.batch_size)).tensors_mib
     return {
         "time": round(statistics.median(ratios), 3),
         "advice": round(relative_time(config, plain.config), 3),
@@ -80,10 +80,10 @@ def main() -> None:
 
     def config(*levers: str) -> Config:
         written = [each.format(half=size // 2, quarter=size // 4) for each in levers]
-        return resolve(load(compose(*base, *written)), this_machine())
+        return resolve(load(compose(*base, *written)), detect_machine())
 
-    device = set_up(config())
-    plain = Stepper(config(), noise(config(), size, device))
+    device = setup_device(config())
+    plain = Stepper(config(), random_batch(config(), size, device))
     found = {name: measured(config(*levers), plain, arguments.runs) for name, levers in LEVERS.items()}
     figures = {
         "benchmark": "levers",
@@ -92,7 +92,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "runs": arguments.runs,
-        "plain_tensors_mib": round(Planner(config(), PICTURES).at(size).tensors_mib, 1),
+        "plain_tensors_mib": round(Planner(config(), PICTURES).plan_for(size).tensors_mib, 1),
         "levers": found,
     }
     print(json.dumps(figures))

@@ -6,7 +6,7 @@ compared with what one leaves that nobody disturbed. Others are asked to end by 
 one JSON line: kills and terms by what the training was at, the faults that were found, seconds; exit code 1
 if there is a fault.
 
-    python benchmarks/kill_storm.py [--kills 200] [--terms 20] [--seed 0]
+    python benchmarks/kill_resume.py [--kills 200] [--terms 20] [--seed 0]
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from leavings import differences, leavings, reached
+from run_snapshot import differences, reached, run_snapshot
 from support.fork_server import PHASES, Ended, ForkServer, Interruption
 
 TINY = (
@@ -39,7 +39,7 @@ TINY = (
     "captcha.height=16",
     "model.channels=[4,8,8]",
     "train.batch_size=16",
-    "train.evaluation_batch_size=16",
+    "train.eval_batch_size=16",
     "train.epochs=4",
     "train.checkpoint_every='3 steps'",
     "device.name=cpu",
@@ -92,8 +92,8 @@ class Training:
         """To its end, undisturbed; a run that has reached it is not started anew."""
         return self.next_start() if self.status() == "FINISHED" else self.start()
 
-    def leavings(self) -> dict[str, Any]:
-        return leavings(self.root)
+    def run_snapshot(self) -> dict[str, Any]:
+        return run_snapshot(self.root)
 
 
 def aims(chance: random.Random, early: int, middle: int, late: int) -> list[Interruption]:
@@ -163,7 +163,7 @@ class Storm:
             ended = training.start()
             if ended.code:
                 raise RuntimeError(f"{name}, undisturbed: exit code {ended.code}\n{ended.output}")
-            self._undisturbed[name] = training.leavings()
+            self._undisturbed[name] = training.run_snapshot()
         return self._undisturbed[name]
 
     def _begin(self, name: str) -> tuple[Training, dict[str, Any]]:
@@ -229,7 +229,7 @@ class Storm:
             if not ended.code:
                 break
             self._fault(training, f"exit code {ended.code}, with nobody disturbing it", ended)
-        found = differences(undisturbed, training.leavings())
+        found = differences(undisturbed, training.run_snapshot())
         self.faults += [f"{training.root.name}: {difference}" for difference in found]
         for difference in found:
             print(f"{training.root}: {difference}", file=sys.stderr)
@@ -273,7 +273,7 @@ def main() -> None:
             storm.term(names[number % len(names)])
             number += 1
     figures = storm.figures() | {"seconds": round(time.perf_counter() - began)}
-    print(json.dumps({"benchmark": "kill_storm", "seed": asked.seed, **figures}))
+    print(json.dumps({"benchmark": "kill_resume", "seed": asked.seed, **figures}))
     sys.exit(bool(storm.faults))
 
 

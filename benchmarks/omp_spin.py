@@ -3,7 +3,7 @@
 Trains two short epochs per setting, alone and beside one process that keeps a core busy, each in a fresh
 process (the setting is read when torch is imported). Prints one JSON line: pictures/s of the second epoch.
 
-    python benchmarks/spinning.py [--spins 300000,5000] [--limit 120]
+    python benchmarks/omp_spin.py [--spins 300000,5000] [--limit 120]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 OVERRIDES = ("data.count=12000", "train.epochs=2", "tracking=none", "device.name=cpu")
 
 
-def pictures_per_second(spins: str, neighbours: int, root: str, limit: int) -> float | None:
+def images_per_second(spins: str, neighbours: int, root: str, limit: int) -> float | None:
     """The rate, or None if the training took longer than the limit in seconds."""
     command = [sys.executable, "-m", "captcha_exp", "train", "--json", *OVERRIDES]
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]
@@ -36,7 +36,7 @@ def pictures_per_second(spins: str, neighbours: int, root: str, limit: int) -> f
         for process in busy:
             process.kill()
             process.wait()
-    rows = (Path(json.loads(done.stdout)["folder"]) / "metrics.jsonl").read_text().splitlines()
+    rows = (Path(json.loads(done.stdout)["run_dir"]) / "metrics.jsonl").read_text().splitlines()
     rate: float = json.loads(rows[1])["metrics"]["speed/images_per_second"]
     return round(rate)
 
@@ -49,15 +49,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120, help="seconds for one training")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        pictures_per_second("5000", 0, root, arguments.limit)  # draws the pictures
+        images_per_second("5000", 0, root, arguments.limit)  # draws the pictures
         figures = {
             spins: {
-                f"beside {n}": pictures_per_second(spins, n, root, arguments.limit)
+                f"beside {n}": images_per_second(spins, n, root, arguments.limit)
                 for n in range(os.cpu_count() or 1)
             }
             for spins in arguments.spins.split(",")
         }
-    print(json.dumps({"benchmark": "spinning", "cores": os.cpu_count(), "pictures_per_second": figures}))
+    print(json.dumps({"benchmark": "spinning", "cores": os.cpu_count(), "images_per_second": figures}))
 
 
 if __name__ == "__main__":

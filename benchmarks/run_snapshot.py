@@ -20,7 +20,7 @@ def reached(stem: str) -> int:
     return int("".join(filter(str.isdigit, stem.partition("step-")[2].partition(".")[0])))
 
 
-def leavings(root: Path) -> dict[str, Any]:
+def run_snapshot(root: Path) -> dict[str, Any]:
     """All that the trainings below this root have left but times and memory, by what it is."""
     folders = [path for path in (root / "outputs").glob("*/*") if path.is_dir()]
     runs = [path for path in folders if (path / "run.json").exists()]

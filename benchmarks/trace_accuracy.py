@@ -5,8 +5,8 @@ foretold of a training step, the error without what oneDNN takes and gives back 
 the raw one with it: of one layer, and so much beside passes of fewer pictures
 than 32 (up to 11 %). The oracle is that of tests/memory/test_trace.py.
 
-    python benchmarks/oracle.py
-    python benchmarks/oracle.py --modules     plan_module on the four networks of tests/support/networks.py
+    python benchmarks/trace_accuracy.py
+    python benchmarks/trace_accuracy.py --modules     plan_module on tests/support/networks.py
 """
 
 import itertools
@@ -21,7 +21,7 @@ import torch
 from support import networks as modules
 from support.profiling import HEADS, network, real_peaks, run_for_real
 
-from captcha_exp.memory.plan import with_batch
+from captcha_exp.memory.plan import with_batch_size
 from captcha_exp.memory.trace import trace
 
 LEVERS = {
@@ -36,8 +36,8 @@ SIZES = (32, 48, 64, 96)
 
 def compared(model: str, head: str, lever: str, size: int) -> dict[str, Any]:
     """One configuration, foretold and run for an epoch of two steps."""
-    overrides = ("train.epochs=1", f"train.evaluation_batch_size={size}", *LEVERS[lever])
-    config = with_batch(network(model, head, "fp32", *overrides), size)
+    overrides = ("train.epochs=1", f"train.eval_batch_size={size}", *LEVERS[lever])
+    config = with_batch_size(network(model, head, "fp32", *overrides), size)
     pictures = {"train": 2 * size, "validation": 2 * size}
     foretold = trace(config, size, pictures).peak_bytes("step")
     moments = run_for_real(config, pictures)
