@@ -24,8 +24,8 @@ from matplotlib.gridspec import SubplotSpec
 from PIL import Image
 
 from captcha_exp import compose, load
-from captcha_exp.config import CaptchaLibrary
-from captcha_exp.data.sources.generators import label, library, stream
+from captcha_exp.config import CaptchaLibraryConfig
+from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NUM_CAPTCHAS = 8
@@ -66,13 +66,14 @@ def sweep_of(page: str) -> tuple[list[Job], str]:
 def captchas(folder: Path) -> list[tuple[Path, str]]:
     """Render new captchas into a folder; return each file with its label."""
     config = load(compose("experiment=quickstart", "tracking=none"))
-    assert isinstance(config.data, CaptchaLibrary)
+    assert isinstance(config.data, CaptchaLibraryConfig)
     data = replace(config.data, seed=SEED)
-    render = library(data).make()
+    spec = get_renderer_spec(data)
+    render = spec.make_renderer()
     made = []
     for index in range(NUM_CAPTCHAS):
-        rng, text = stream(data, index), label(data, config.captcha, index)
-        library(data).text(config.captcha, rng)  # the label is drawn before the image
+        rng = image_rng(data, index)
+        text = spec.sample_label(config.captcha, rng)
         path = folder / f"{index}.png"
         render(text, rng).save(path)
         made.append((path, text))
