@@ -7,6 +7,7 @@ process, with tiny overrides, or only checked where a comment in the line before
     <!-- test: any exit code --> run; a problem that is found is not an error
     <!-- test: run -->           run a Python block; without it, the block is compiled
 
+A command that occurs on several pages is run on the first one, and checked on the others.
 The working directory has a folder my_captchas/ and an image captcha.png; `latest` is a tiny finished run.
 """
 
@@ -93,6 +94,16 @@ def blocks_of(path: Path) -> list[Block]:
         )
         for found in _FENCE.finditer(text)
     ]
+
+
+def runs_of(page: Path) -> set[tuple[str, ...]]:
+    """Return the commands that a page has run for real."""
+    return {
+        tuple(words)
+        for block in blocks_of(page)
+        if block.language in ("bash", "console") and block.mode != "compose"
+        for words in block.commands()
+    }
 
 
 # -- commands ------------------------------------------------------------------------------------------------
@@ -186,6 +197,7 @@ def test_commands_run(
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path / "root"))
     monkeypatch.chdir(tmp_path / "cwd")
     names: dict[str, Any] = {}
+    run_before: set[tuple[str, ...]] = set().union(*(runs_of(other) for other in PAGES[: PAGES.index(page)]))
     for block in blocks_of(page):
         if block.language == "python":
             code = compile(block.text, block.where, "exec")
@@ -197,7 +209,7 @@ def test_commands_run(
             print(f"{block.where}: {shlex.join(words)}")  # noqa: T201 - shown where the test fails
             if words[0] != PROGRAM:
                 check_program(words)
-            elif block.mode == "compose":
+            elif block.mode == "compose" or tuple(words) in run_before:
                 check_composes(words)
             else:
                 code = run_command(make_tiny(words, cache), monkeypatch)

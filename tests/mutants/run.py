@@ -73,7 +73,11 @@ def run_tests(tests: Iterable[str], mutant: Mutant | None) -> "subprocess.Comple
         copy = Path(folder)
         for name in ("benchmarks", "captcha_exp", "conf", "docs", "tests"):
             shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(PROJECT / "pyproject.toml", copy)
+        for path in [
+            *PROJECT.glob("*.md"),
+            *(PROJECT / n for n in ("Makefile", "mkdocs.yml", "pyproject.toml")),
+        ]:
+            shutil.copy(path, copy)
         if mutant is not None:
             file = copy / mutant.file
             file.write_text(file.read_text().replace(mutant.original, mutant.mutated))
