@@ -36,6 +36,7 @@ from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.cli.parser import COMMANDS, PROGRAM, build_parser
 from captcha_exp.config import CaptchaLibraryConfig
 from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
+from captcha_exp.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = PROJECT / "README.md"
@@ -138,10 +139,10 @@ def check_composes(words: Sequence[str]) -> None:
     if words[1] == "reproduce":
         overrides = ["data=folder", "data.path=.", *overrides]  # the run's own config is not known here
     if getattr(parsed, "multirun", False):
-        for _, composed in compose_grid(overrides, None).points:
-            composed.checked(None)
+        for _, composed in compose_grid(overrides, None).jobs:
+            composed.to_config(None)
     else:
-        try_compose(overrides, None).checked(None)
+        try_compose(overrides, None).to_config(None)
     for name in (getattr(parsed, "gpu", None) or "all").split(","):
         assert name == "all" or (PROJECT / "conf" / "gpu" / f"{name}.yaml").is_file()
 
@@ -212,8 +213,10 @@ def test_commands_run(
             elif block.mode == "compose" or tuple(words) in run_before:
                 check_composes(words)
             else:
-                code = run_command(make_tiny(words, cache), monkeypatch)
-                assert code == 0 or block.mode == "any exit code", f"{block.where}: {words}: exit code {code}"
+                ended = run_command(make_tiny(words, cache), monkeypatch)
+                assert ended == 0 or block.mode == "any exit code", (
+                    f"{block.where}: {words}: exit code {ended}"
+                )
 
 
 def test_every_mode_is_known() -> None:
@@ -223,7 +226,7 @@ def test_every_mode_is_known() -> None:
 
 
 def test_a_command_in_an_unmarked_block_is_not_overlooked() -> None:
-    """Blocks without a language, or of text, have no commands except behind a prompt, beside their output."""
+    """Blocks without a language, or of text, have no commands except after a prompt, with their output."""
     for page in PAGES:
         for block in blocks_of(page):
             if block.language in ("", "text"):
@@ -258,7 +261,7 @@ def test_commands_are_found(line: str, expected: list[list[str]]) -> None:
     ],
 )
 def test_a_wrong_command_is_found(command: str) -> None:
-    with pytest.raises((Exception, SystemExit)):
+    with pytest.raises((ConfigError, AssertionError, SystemExit)):
         check_composes(shlex.split(command))
 
 
