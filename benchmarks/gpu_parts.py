@@ -1,8 +1,8 @@
 """The parts of gpu_session: what each measures, its time limit, and in which call it runs.
 
 `Part.estimate` is the expected number of seconds on an H200; `python benchmarks/gpu_session.py --list` prints
-the table. They are those of the session of 2026-11-27 (`wall_seconds` in results/), rounded up. Three tests of
-tests-1 to -3 failed early in it and one ran for 95 s: the estimates of these parts allow for both.
+the table. They are those of the session of 2026-11-27 (`wall_seconds` in results/), rounded up. Three tests
+of tests-1 to -3 failed early in it and one ran for 95 s: the estimates of these parts allow for both.
 
     START         3 s    a forked child: 1 s for the CUDA context, 2 s to load kernels of cuBLAS and cuDNN
 """

@@ -96,6 +96,21 @@ def test_a_card_of_figures_worked_out_by_hand() -> None:
     assert bounds(card.bf16_speed) == (0.4, 0.91)
 
 
+def test_a_workspace_that_grows_to_the_largest_batch_tried_has_no_measured_bound() -> None:
+    """On an H200 it was 0.34 MiB per image up to 1,024, the largest: 352, and plans said *fits* falsely."""
+
+    def cudnn(*mib: float) -> Interval:
+        found = [Transient("resnet18", "fp32", 16 * 4**n, each) for n, each in enumerate(mib)]
+        return judge(replace(READINGS, transients=tuple(found)), GENERIC).cudnn_workspace_mib
+
+    grows = cudnn(5.5, 22, 88, 352)
+    assert bounds(grows) == (5, GENERIC.cudnn_workspace_mib.most)
+    assert grows.source.endswith(f"so most is not measured: {GENERIC.cudnn_workspace_mib.source}")
+    assert bounds(cudnn(5.5, 22, 88, 88)) == (5, 88)
+    assert bounds(cudnn(5.5, 9000)) == (5, 9000)
+    assert bounds(cudnn(5.5)) == (5, 6)
+
+
 def test_the_sources_say_what_was_seen() -> None:
     card = judge(READINGS, GENERIC)
     assert card.context_mib.source == (

@@ -184,7 +184,11 @@ def _taken(stage: Stage, read: Readings, total: float) -> tuple[float, float]:
 
 
 def _cudnn(read: Readings, known: Interval) -> Interval:
-    """From the batch whose hungriest convolution takes least to the one whose takes most."""
+    """From the batch whose hungriest convolution takes least to the one whose takes most.
+
+    Where the largest batch of a network takes the most, a larger one may take more: then the most is at least
+    that of the card known before.
+    """
     groups: dict[tuple[str, Precision, int], Transient] = {}
     for each in read.transients:
         group = (each.network, each.precision, each.batch_size)
@@ -193,12 +197,27 @@ def _cudnn(read: Readings, known: Interval) -> Interval:
         return _unmeasured(known)
     worst = sorted(groups.values(), key=lambda transient: transient.mib)
     sizes = sorted({each.batch_size for each in worst})
-    return _mib(
-        worst[0].mib,
-        worst[-1].mib,
+    source = (
         f"measured, {worst[0]} to {worst[-1]}; forward and backward, batches of "
-        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(read.deterministic).lower()}",
+        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(read.deterministic).lower()}"
     )
+    most = worst[-1].mib
+    if most < known.most and _grows(groups.values()):
+        most = known.most
+        source += f"; it grows to the largest batch tried, so most is not measured: {known.source}"
+    return _mib(worst[0].mib, most, source)
+
+
+def _grows(found: Iterable[Transient]) -> bool:
+    """Return whether the largest batch of a network in a precision took more than each smaller one."""
+    of_network: dict[tuple[str, Precision], list[Transient]] = {}
+    for each in found:
+        of_network.setdefault((each.network, each.precision), []).append(each)
+    for several in of_network.values():
+        *smaller, largest = sorted(several, key=lambda transient: transient.batch_size)
+        if smaller and largest.mib > max(each.mib for each in smaller):
+            return True
+    return False
 
 
 def _speed(rounds: Iterable[Round], precision: Precision, known: Interval) -> Interval:
