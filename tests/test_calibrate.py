@@ -310,7 +310,7 @@ def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path
     ("old", "new", "line"),
     [
         ("name: NVIDIA H200", "name: ''", "name=.*: must be .+"),
-        ("least: 500", "least: 5000", "context_mib: least=5000 is more than most=768"),
+        ("least: 500", "least: 5000", "context_mib: least=5000 is more than most=1000"),
         ("least: 500", "leest: 500", "context_mib.leest=500: there is no such key; did you mean .+least\\?"),
         ("bf16_speed:", "speed:", "bf16_speed: is missing; .+|speed: .+"),
     ],
