@@ -186,7 +186,11 @@ def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: flo
 
 
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
-    """From the batch whose hungriest convolution takes least to the one whose takes most."""
+    """From the batch whose hungriest convolution takes least to the one whose takes most.
+
+    Where the largest batch of a network takes the most, a larger one may take more: then the most is at least
+    that of the fallback.
+    """
     groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
     for each in measurements.transients:
         group = (each.network, each.precision, each.batch_size)
@@ -195,12 +199,27 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
         return _unmeasured_bounds(fallback)
     worst = sorted(groups.values(), key=lambda transient: transient.mib)
     sizes = sorted({each.batch_size for each in worst})
-    return _mib_bounds(
-        worst[0].mib,
-        worst[-1].mib,
+    source = (
         f"measured, {worst[0]} to {worst[-1]}; forward and backward, batches of "
-        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}",
+        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}"
     )
+    max_mib = worst[-1].mib
+    if max_mib < fallback.max and _grows(groups.values()):
+        max_mib = fallback.max
+        source += f"; it grows to the largest batch tried, so max is not measured: {fallback.source}"
+    return _mib_bounds(worst[0].mib, max_mib, source)
+
+
+def _grows(found: Iterable[ConvWorkspace]) -> bool:
+    """Return whether the largest batch of a network in a precision took more than each smaller one."""
+    of_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
+    for each in found:
+        of_network.setdefault((each.network, each.precision), []).append(each)
+    for several in of_network.values():
+        *smaller, largest = sorted(several, key=lambda transient: transient.batch_size)
+        if smaller and largest.mib > max(each.mib for each in smaller):
+            return True
+    return False
 
 
 def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:

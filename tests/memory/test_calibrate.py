@@ -98,6 +98,21 @@ def test_a_card_of_figures_worked_out_by_hand() -> None:
     assert bounds(gpu.bf16_speedup) == (0.4, 0.91)
 
 
+def test_a_workspace_that_grows_to_the_largest_batch_tried_has_no_measured_bound() -> None:
+    """On an H200 it was 0.34 MiB per image up to 1,024, the largest: 352, and plans said *fits* falsely."""
+
+    def cudnn(*mib: float) -> Bounds:
+        found = [ConvWorkspace("resnet18", "fp32", 16 * 4**n, each) for n, each in enumerate(mib)]
+        return build_gpu_spec(replace(READINGS, transients=tuple(found)), GENERIC).cudnn_workspace_mib
+
+    grows = cudnn(5.5, 22, 88, 352)
+    assert bounds(grows) == (5, GENERIC.cudnn_workspace_mib.max)
+    assert grows.source.endswith(f"so max is not measured: {GENERIC.cudnn_workspace_mib.source}")
+    assert bounds(cudnn(5.5, 22, 88, 88)) == (5, 88)
+    assert bounds(cudnn(5.5, 9000)) == (5, 9000)
+    assert bounds(cudnn(5.5)) == (5, 6)
+
+
 def test_the_sources_say_what_was_seen() -> None:
     gpu = build_gpu_spec(READINGS, GENERIC)
     assert gpu.context_mib.source == (
