@@ -23,7 +23,7 @@ check: .venv/installed
 
 # The site of docs/, in build/site. A warning is an error, also of a page that loads something from another host.
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 ui: .venv/installed
 	$(BIN)/captcha-exp ui

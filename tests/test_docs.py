@@ -16,6 +16,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -365,6 +366,34 @@ def test_what_a_page_loads_from_elsewhere_is_found(
     (tmp_path / name).write_text(content)
 
     assert remote_loads(tmp_path) == [f"{name}: loads {address}" for address in remote]
+
+
+@pytest.mark.parametrize(
+    ("added", "warning"),
+    [
+        ("", None),
+        ("[a link](nowhere.md)", "'nowhere.md'"),
+        ("[a link](data.md#nowhere)", "'data.md#nowhere'"),
+        ("<script src='https://example.invalid/a.js'></script>", "loads https://example.invalid/a.js"),
+    ],
+)
+def test_make_docs_fails_on_a_warning(added: str, warning: str | None, tmp_path: Path) -> None:
+    """The command of `make docs`, on a copy."""
+    (recipe,) = re.findall(
+        r"^docs:.*\n\t.*\$\(BIN\)/(mkdocs .*)$", (PROJECT / "Makefile").read_text(), re.MULTILINE
+    )
+    for name in ("mkdocs.yml", "tests/support/offline_site.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    shutil.copytree(PROJECT / "docs", tmp_path / "docs")
+    with (tmp_path / "docs" / "glossary.md").open("a", encoding="utf-8") as file:
+        file.write(f"\n{added}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", *recipe.split()], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == (0 if warning is None else 1), done.stderr
+    assert warning is None or warning in done.stderr
 
 
 def _without_blocks(page: Path) -> str:
