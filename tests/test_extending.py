@@ -1,6 +1,6 @@
-"""What the README says about adding a network, a head or a source is all that it takes.
+"""Add a network, a head and a source by the steps of docs/extending.md alone.
 
-Each test does it to a copy of the project, by those steps alone, and trains the result.
+Each test does so in a copy of the project, and trains the result.
 """
 
 import os
