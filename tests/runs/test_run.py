@@ -23,6 +23,7 @@ from captcha_exp import runs
 from captcha_exp.config import Config, load
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run, resume
+from captcha_exp.runs.fields import RunFields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive, process_identity
@@ -423,6 +424,12 @@ def test_a_zombie_process_is_not_alive() -> None:
 
 def test_a_reused_pid_is_not_alive(run: Run) -> None:
     assert not is_alive({**run.state, "process_started": run.state["process_started"] - 3600})
+
+
+def test_the_status_of_a_running_run_without_its_process_is_stale(run: Run) -> None:
+    for process_started, status in ((run.state["process_started"], "RUNNING"), (1.0, "stale")):
+        run.update(process_started=process_started)
+        assert RunFields(run.run_dir, run.state, pytest.fail)["status"] == status
 
 
 def test_a_run_of_another_host_counts_as_alive(run: Run) -> None:

@@ -53,9 +53,9 @@ def make_old(run_dir: Path, seconds: float = LONG_AGO) -> None:
         os.utime(path, (seconds, seconds))
 
 
-def write_stale_sweep(run_dir: Path, **state: Any) -> Path:
+def write_stale_sweep(sweep_dir: Path, **state: Any) -> Path:
     """Write the sweep.json of a stale sweep."""
-    run_dir.mkdir(parents=True)
+    sweep_dir.mkdir(parents=True)
     fields: dict[str, Any] = {
         "name": "grid",
         "status": "RUNNING",
@@ -63,8 +63,8 @@ def write_stale_sweep(run_dir: Path, **state: Any) -> Path:
     }
     fields |= {"ended": None, "error": None}
     fields |= {"host": platform.node(), "pid": os.getpid(), "process_started": 1.0, "mlflow": None}
-    (run_dir / "sweep.json").write_text(json.dumps(fields | state))
-    return run_dir
+    (sweep_dir / "sweep.json").write_text(json.dumps(fields | state))
+    return sweep_dir
 
 
 # -- run directories -----------------------------------------------------------------------------------------
@@ -164,18 +164,16 @@ def test_an_empty_root_stays_empty(root: Path) -> None:
         '{"status": "RUNNING", "host": HOST, "pid": 1, "process_started": 1, "mlflow": null}',
     ],
     ids=[
-        *(
-            "truncated",
-            "list",
-            "number",
-            "deep",
-            "bytes",
-            "incomplete",
-            "text",
-            "negative",
-            "no time",
-            "mlflow",
-        ),
+        "truncated",
+        "list",
+        "number",
+        "deep",
+        "bytes",
+        "incomplete",
+        "text pid",
+        "negative pid",
+        "no time",
+        "mlflow",
         "version 0.1",
     ],
 )
@@ -291,18 +289,18 @@ def test_temporary_files_of_exited_processes_are_removed(tiny: Config) -> None:
 
 
 def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root: Path, tiny: Config) -> None:
-    run_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid")
-    stale, running = (record.create_run(tiny, tiny, run_dir / name) for name in ("1-seed=1", "2-seed=2"))
+    sweep_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid")
+    stale, running = (record.create_run(tiny, tiny, sweep_dir / name) for name in ("1-seed=1", "2-seed=2"))
     make_stale(stale)
-    (run_dir / f".summary.json.{os.getpid()}.part").write_text("partial")
+    (sweep_dir / f".summary.json.{os.getpid()}.part").write_text("partial")
     (running.run_dir / f".model.safetensors.{os.getpid()}.part").write_text("partial")
-    make_old(run_dir)
+    make_old(sweep_dir)
     os.utime(running.run_dir / "config.yaml", (LONG_AGO + 5, LONG_AGO + 5))
     before = contents(running.run_dir)
 
-    assert close_stale_runs(NullDisplay()) == [run_dir, stale.run_dir]
+    assert close_stale_runs(NullDisplay()) == [sweep_dir, stale.run_dir]
 
-    state = state_of(run_dir, "sweep.json")
+    state = state_of(sweep_dir, "sweep.json")
     assert state["status"] == "KILLED"
     assert datetime.fromisoformat(state["ended"]).timestamp() == LONG_AGO + 5
     assert set(state) == {
@@ -310,7 +308,7 @@ def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root:
     }
     assert datetime.fromisoformat(state_of(stale.run_dir)["ended"]).timestamp() == LONG_AGO
     assert contents(running.run_dir) == before
-    assert not (run_dir / f".summary.json.{os.getpid()}.part").exists()
+    assert not (sweep_dir / f".summary.json.{os.getpid()}.part").exists()
 
 
 # -- concurrency ---------------------------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
         return close_stale_runs(NullDisplay())
 
     with ThreadPoolExecutor(8) as pool:
-        closed = [run_dir for folders in pool.map(close, range(8)) for run_dir in folders]
+        closed = [run_dir for run_dirs in pool.map(close, range(8)) for run_dir in run_dirs]
 
     assert sorted(closed) == sorted(run.run_dir for run in runs)
     for run in runs:
@@ -609,15 +607,15 @@ def test_a_run_deleted_in_mlflow_is_not_retried(
 
 def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: Path) -> None:
     parent, _ = start_run(tracked)
-    run_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid", mlflow=parent.state["mlflow"])
+    sweep_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid", mlflow=parent.state["mlflow"])
     shutil.rmtree(parent.run_dir)
-    record.create_run(tracked, tracked, run_dir / "1-seed=1")
-    (run_dir / "images").mkdir()
-    (run_dir / "images/grid.png").write_bytes(b"image")
+    record.create_run(tracked, tracked, sweep_dir / "1-seed=1")
+    (sweep_dir / "images").mkdir()
+    (sweep_dir / "images/grid.png").write_bytes(b"image")
 
-    assert close_stale_runs(NullDisplay()) == [run_dir]
+    assert close_stale_runs(NullDisplay()) == [sweep_dir]
 
-    mlflow_ref = state_of(run_dir, "sweep.json")["mlflow"]
+    mlflow_ref = state_of(sweep_dir, "sweep.json")["mlflow"]
     client = MlflowClient(mlflow_ref["uri"])
     assert client.get_run(mlflow_ref["run_id"]).info.status == "KILLED"
     assert {item.path for item in client.list_artifacts(mlflow_ref["run_id"])} == {"images", "sweep.json"}
