@@ -49,9 +49,9 @@ def test_mistakes_end_the_real_command_with_a_line_each_and_leave_nothing_behind
         (["train", "--config-dir", "/nowhere"], r"--config-dir=/nowhere: .+"),
         (["data", "data.count=0"], r"data\.count=0: must be .+"),
         (["ui", "tracking=none"], r"tracking=none: .+ take tracking=mlflow"),
-        (["evaluate", "nosuchrun"], r"'nosuchrun' is no run: .+captcha-exp runs.+"),
+        (["evaluate", "nosuchrun"], r"'nosuchrun' is not a run: .+captcha-exp runs.+"),
         (["runs", "x"], r"x: is no condition; .+"),
-        (["evaluate", "latest"], r"latest: no run in .+ captcha-exp train makes one"),
+        (["evaluate", "latest"], r"latest: no runs in .+ captcha-exp train creates one"),
     ],
 )
 def test_a_call_that_cannot_be_done_says_why_in_one_line(

@@ -96,7 +96,7 @@ def test_by_itself_a_call_goes_on_with_what_it_asks_for(
     assert code == 0
     (only,) = trained.calls
     assert only == {"requested": load(compose(*words)), "run_dir": folder, "links": {}, "start_from": None}
-    assert f"goes on with {folder}, from its beginning: it had no checkpoint yet" in err
+    assert f"goes on with {folder}, from the start (no checkpoint yet)" in err
     code, _, err = call("train", *words)
     assert trained.calls[1]["run_dir"] is None, "it is finished now"
     assert err == ""
@@ -118,7 +118,7 @@ def test_what_died_just_now_is_closed_and_gone_on_with(
     folder = left(words, "RUNNING")
     _, _, err = call("train", *words)
     assert trained.calls[0]["run_dir"] == folder
-    assert err.splitlines()[0].endswith("is gone; closed as KILLED")
+    assert err.splitlines()[0].endswith("has exited; marked KILLED")
 
 
 def test_other_code_is_named_and_a_new_run_begins(call: Call, trained: Trained, words: list[str]) -> None:
@@ -126,8 +126,8 @@ def test_other_code_is_named_and_a_new_run_begins(call: Call, trained: Trained, 
     _, _, err = call("train", *words)
     assert trained.calls[0]["run_dir"] is None
     assert err == (
-        f"{folder}: is unfinished and was asked for the same, but other code began it; --resume={folder} "
-        "goes on with it\n"
+        f"{folder}: unfinished run with the same config, started by different code; --resume={folder} "
+        "resumes it\n"
     )
 
 
@@ -241,7 +241,7 @@ def test_a_named_run_that_finishes_just_then_is_not_gone_on_with(
 def test_a_reproduction_that_was_interrupted_is_begun_anew(
     call: Call, trained: Trained, words: list[str]
 ) -> None:
-    folder = left(words, links={"reproduces": {"run_dir": "/a run", "run_id": None}})
+    folder = left(words, lineage={"reproduces": {"run_dir": "/a run", "run_id": None}})
     code, out, err = call("train", f"--resume={folder}")
     assert (code, out) == (2, "")
     assert err == (
@@ -279,7 +279,7 @@ def test_more_epochs_make_a_new_run_that_is_linked(call: Call, trained: Trained,
         {
             "requested": load(compose(*words, "train.epochs=5", "train.patience=9")),
             "run_dir": None,
-            "links": {"continues": {"run_dir": str(folder), "run_id": "abc"}},
+            "links": {"extends": {"run_dir": str(folder), "run_id": "abc"}},
             "start_from": folder,
         }
     ]
@@ -290,18 +290,18 @@ def test_a_new_run_of_more_epochs_that_was_interrupted_goes_on_itself(
     call: Call, trained: Trained, words: list[str]
 ) -> None:
     folder = finished(words)
-    links = {"continues": {"run_dir": str(folder), "run_id": None}}
-    begun = left([*words, "train.epochs=5"], links=links)
+    links = {"extends": {"run_dir": str(folder), "run_id": None}}
+    begun = left([*words, "train.epochs=5"], lineage=links)
     for _ in range(2):
         code, _, err = call("train", f"--resume={folder}", "train.epochs=5")
         assert code == 0, err
-        assert (trained.calls[-1]["links"], trained.calls[-1]["start_from"]) == (links, folder)
+        assert (trained.calls[-1]["lineage"], trained.calls[-1]["start_from"]) == (links, folder)
     assert [each["run_dir"] for each in trained.calls] == [begun, None]
 
-    by_name = left([*words, "train.epochs=5"], links=links)
+    by_name = left([*words, "train.epochs=5"], lineage=links)
     assert call("train", f"--resume={by_name}")[0] == 0
     assert (trained.calls[-1]["run_dir"], trained.calls[-1]["start_from"]) == (by_name, folder)
-    begun = left([*words, "train.epochs=5"], links=links)
+    begun = left([*words, "train.epochs=5"], lineage=links)
     assert call("train", *words, "train.epochs=5")[0] == 0
     assert trained.calls[-1]["run_dir"] is None, "from the beginning is another thing"
 
@@ -512,7 +512,7 @@ def test_more_epochs_are_as_if_there_had_been_so_many_from_the_start(
     assert_same_state(Path(more["run_dir"]), whole.run_dir)
     assert figures(Path(more["run_dir"])) == figures(whole.run_dir)
     state = json.loads((Path(more["run_dir"]) / "run.json").read_text())
-    assert state["links"] == {"continues": {"run_dir": first["run_dir"], "run_id": None}}
+    assert state["lineage"] == {"extends": {"run_dir": first["run_dir"], "run_id": None}}
 
 
 def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
@@ -521,7 +521,7 @@ def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
     words = [*words, "train.schedule=constant", "train.warmup_fraction=0", "train.epochs=1"]
     first = json.loads(call("train", *words, "--json")[1])
     config = load(compose(*words[:-1], "train.epochs=3"))
-    links = {"continues": {"run_dir": first["run_dir"], "run_id": None}}
+    links = {"extends": {"run_dir": first["run_dir"], "run_id": None}}
     begun = runs.create_run(config, config, None, links)
     begun.update(status="KILLED", **NOBODY)
 

@@ -178,7 +178,7 @@ def test_the_folder_of_a_point_is_told_with_that_of_its_sweep(tiny: Config, root
 
 def test_a_run_whose_process_is_gone_is_closed_at_once(make: Make, call: Call) -> None:
     gone, there = make(result=None, process_started=1.0), make(result=None)
-    assert "closed as KILLED" in call("runs")[2]
+    assert "marked KILLED" in call("runs")[2]
     assert listed(call, "status=KILLED") == names([gone])
     assert listed(call, "status=RUNNING") == names([there])
 
@@ -473,7 +473,7 @@ def test_a_row_of_other_things_than_numbers_is_told(make: Make, call: Call, row:
         file.write(row.to_line())
     code, _, err = call("runs", "val/accuracy>=0.9")
     path = run.run_dir / "metrics.jsonl"
-    line = f"{path}, line 5: is left out: a step or a metric is no number\n"
+    line = f"{path}, line 5: skipped: a step or a metric is not a number\n"
     assert (code, err) == (0, line)
 
 
@@ -484,11 +484,11 @@ BOMB = b"a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     ("text", "reason"),
     [
         (b"seed: [1", "while parsing .+"),
-        (b"", "it holds no keys"),
-        (b"- 1", "it holds no keys"),
-        (BOMB, "it holds an alias"),
-        (b"a: &a\n  b: *a", "it holds an alias"),
-        (b"a: 2026-03-01", "it holds a date"),
+        (b"", "not a mapping of keys to values"),
+        (b"- 1", "not a mapping of keys to values"),
+        (BOMB, "contains an alias"),
+        (b"a: &a\n  b: *a", "contains an alias"),
+        (b"a: 2026-03-01", "contains a value of type date"),
         (b"a: !!python/name:os.system", "could not determine a constructor .+"),
         (b"a: " + b"[" * 100_000, "maximum recursion .+"),
         (b"- " * 40_000, "maximum recursion .+"),
@@ -506,7 +506,7 @@ def test_a_damaged_config_is_told_and_the_run_goes_on_without(
     assert [each["run_dir"] for each in json.loads(out)] == names([whole, run])
     assert json.loads(out)[1]["values"] == {"test/accuracy": 0.875}
     path = re.escape(str(run.run_dir / "config.yaml"))
-    assert re.fullmatch(f"{path}: cannot be read as a config: {reason}\n", err)
+    assert re.fullmatch(f"{path}: is not a valid config: {reason}\n", err)
 
 
 def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> None:
@@ -535,7 +535,7 @@ def test_a_record_of_another_shape_is_told_of_and_not_listed(make: Make, call: C
     code, out, err = call("runs", "--json")
     assert [each["run_dir"] for each in json.loads(out)] == [str(good.run_dir)]
     assert code == 0
-    assert err.endswith("run.json: is not the record of a run: result=['[b]'] is nothing that a run writes\n")
+    assert err.endswith("run.json: is not a valid run.json: result=['[b]'] has the wrong type\n")
 
 
 def test_a_file_is_read_only_when_a_key_needs_it(make: Make, call: Call) -> None:
@@ -696,7 +696,7 @@ def test_a_run_that_is_none_is_refused(make: Make, call: Call) -> None:
     make()
     code, out, err = call("diff", "latest", "nosuchrun")
     assert (code, out) == (2, "")
-    assert err.startswith("'nosuchrun' is no run: ")
+    assert err.startswith("'nosuchrun' is not a run: ")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_folder_is_read_whole_and_json_says_it_all(run: Path, pictures: Path, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "x.png"], "'nowhere' is no run"),
+        (["nowhere", "x.png"], "'nowhere' is not a run"),
         (["nowhere.safetensors", "x.png"], "nowhere.safetensors: there is no such file"),
         (["latest", "x.png", "--device", "cuda:7"], "--device=cuda:7: "),
         (["latest", "x.png", "--device", "gpu"], "--device=gpu: "),

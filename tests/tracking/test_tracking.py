@@ -1,4 +1,4 @@
-"""MLflow's view of a run, read back through its own client."""
+"""Runs in MLflow, read back through its client."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from captcha_exp.training.train import train
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One root with one store for the tests of this file: a new store takes two seconds to set up."""
+    """Return a root with a store for all tests of this file; creating one takes two seconds."""
     root = tmp_path_factory.mktemp("store")
     before = os.environ.get("CAPTCHA_EXP_ROOT")
     os.environ["CAPTCHA_EXP_ROOT"] = str(root)
@@ -47,25 +47,25 @@ def tracked(store: Path, cache: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def finished(store: Path, cache: Path) -> tuple[MlflowClient, MlflowRun, Path]:
-    """A run that finished, as MLflow has it, and its folder."""
+    """Return the client, the MLflow run and the run directory of a finished run."""
     config = load(compose(*TINY, f"data.cache={cache}", "tracking=mlflow"))
     result = train(config, MlflowTracker(NullDisplay(), {"model": "compact"}))
-    client, run = _last(result.run_dir)
+    client, run = _mlflow_run(result.run_dir)
     return client, run, result.run_dir
 
 
-def _last(folder: Path) -> tuple[MlflowClient, MlflowRun]:
-    noted = json.loads((folder / "run.json").read_text())["mlflow"]
-    client = MlflowClient(noted["uri"])
-    return client, client.get_run(noted["run_id"])
+def _mlflow_run(run_dir: Path) -> tuple[MlflowClient, MlflowRun]:
+    mlflow_ref = json.loads((run_dir / "run.json").read_text())["mlflow"]
+    client = MlflowClient(mlflow_ref["uri"])
+    return client, client.get_run(mlflow_ref["run_id"])
 
 
-def _newest() -> Path:
+def _latest() -> Path:
     return runs.find_run("latest")
 
 
-def test_every_metric_stands_at_every_epoch(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
-    client, run, folder = finished
+def test_every_metric_is_logged_for_every_epoch(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
+    client, run, run_dir = finished
 
     assert set(run.data.metrics) >= EVERY_EPOCH
     for name in EVERY_EPOCH:
@@ -79,65 +79,69 @@ def test_every_metric_stands_at_every_epoch(finished: tuple[MlflowClient, Mlflow
         "memory/predicted_peak_mib",
     ):
         assert len(client.get_metric_history(run.info.run_id, name)) == 1, name
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    sent = client.get_metric_history(run.info.run_id, "val/loss")
-    assert [(m.step, m.value, m.timestamp) for m in sent] == [
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    logged = client.get_metric_history(run.info.run_id, "val/loss")
+    assert [(m.step, m.value, m.timestamp) for m in logged] == [
         (row["step"], row["metrics"]["val/loss"], row["timestamp_ms"]) for row in rows[:2]
     ]
 
 
-def test_every_leaf_of_the_resolved_config_is_a_param(
+def test_every_key_of_the_resolved_config_is_a_param(
     finished: tuple[MlflowClient, MlflowRun, Path],
 ) -> None:
-    _, run, folder = finished
-    resolved = flatten(load(folder / "config.yaml"))
+    _, run, run_dir = finished
+    resolved = flatten(load(run_dir / "config.yaml"))
 
     assert run.data.params == resolved
     assert "auto" not in resolved.values()
     assert resolved["model.channels"] == "[4, 8, 8]"
 
 
-def test_a_finished_run_says_so_and_says_where_it_comes_from(
+def test_a_finished_run_has_its_status_and_tags(
     finished: tuple[MlflowClient, MlflowRun, Path],
 ) -> None:
-    _, run, folder = finished
+    _, run, run_dir = finished
     tags = run.data.tags
 
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == folder.name
+    assert run.info.run_name == run_dir.name
     assert tags["choice.model"] == "compact"
-    assert tags["run_dir"] == str(folder)
+    assert tags["run_dir"] == str(run_dir)
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["git.dirty"] in ("True", "False")
     assert "mlflow.source.git.branch" in tags
 
 
-def test_the_dataset_is_an_input_of_the_run(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
-    _, run, folder = finished
-    manifest = json.loads((folder / "dataset.json").read_text())
+def test_the_dataset_is_logged_as_an_input(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
+    _, run, run_dir = finished
+    manifest = json.loads((run_dir / "dataset.json").read_text())
     assert run.inputs is not None
-    (used,) = run.inputs.dataset_inputs
+    (logged,) = run.inputs.dataset_inputs
 
-    assert used.dataset.name == "captcha"
-    assert used.dataset.digest == manifest["key"]
-    assert json.loads(str(used.dataset.profile))["images"] == 300
+    assert logged.dataset.name == "captcha"
+    assert logged.dataset.digest == manifest["key"]
+    assert json.loads(str(logged.dataset.profile))["images"] == 300
 
 
-def test_artifacts_open(finished: tuple[MlflowClient, MlflowRun, Path], tmp_path: Path) -> None:
+def test_artifacts_can_be_downloaded_and_read(
+    finished: tuple[MlflowClient, MlflowRun, Path], tmp_path: Path
+) -> None:
     client, run, _ = finished
-    there = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
+    artifacts = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
 
-    for picture in ("curves", "confusion", "errors", "images"):
-        with Image.open(there / "report" / f"{picture}.png") as image:
+    figures = list((artifacts / "report").glob("*.png"))
+    assert len(figures) == 4
+    for figure in figures:
+        with Image.open(figure) as image:
             image.verify()
-    for text in ("config.yaml", "requested.yaml"):
-        load(there / text)
-    for text in ("environment.json", "dataset.json", "test.json", "run.json"):
-        json.loads((there / text).read_text())
-    load_weights(there / "model.safetensors", torch.device("cpu"))
+    for name in ("config.yaml", "requested.yaml"):
+        load(artifacts / name)
+    for name in ("environment.json", "dataset.json", "test.json", "run.json"):
+        json.loads((artifacts / name).read_text())
+    load_weights(artifacts / "model.safetensors", torch.device("cpu"))
 
 
-def test_artifacts_stand_beside_the_store_by_an_absolute_path(
+def test_the_artifact_location_is_absolute_and_next_to_the_store(
     finished: tuple[MlflowClient, MlflowRun, Path], store: Path
 ) -> None:
     _, run, _ = finished
@@ -149,111 +153,114 @@ def test_artifacts_stand_beside_the_store_by_an_absolute_path(
     ("raised", "status"),
     [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")],
 )
-def test_a_run_that_is_cut_short_says_how(
+def test_an_interrupted_run_has_its_status_in_mlflow(
     tracked: Config, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: str
 ) -> None:
-    def broken(*_: object) -> None:
+    def fit(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("captcha_exp.training.train.fit", broken)
+    monkeypatch.setattr("captcha_exp.training.train.fit", fit)
     with pytest.raises(type(raised)):
         train(tracked, MlflowTracker(NullDisplay()))
 
-    _, run = _last(_newest())
+    _, run = _mlflow_run(_latest())
     assert run.info.status == status
-    assert json.loads((_newest() / "run.json").read_text())["status"] == status
+    assert json.loads((_latest() / "run.json").read_text())["status"] == status
 
 
-def test_a_store_that_goes_away_costs_nothing_and_gets_the_rows_when_it_is_back(
+def test_rows_are_queued_while_the_store_is_unreachable(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     display = Heard()
-    send = MlflowClient.log_batch
+    log_batch = MlflowClient.log_batch
     calls = 0
 
-    def away_for_the_first_epoch(self: MlflowClient, *arguments: Any, **named: Any) -> None:
+    def fail_first(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
         nonlocal calls
-        if "metrics" in named:
+        if "metrics" in kwargs:
             calls += 1
             if calls == 1:
-                raise MlflowException("the store is away")
-        send(self, *arguments, **named)
+                raise MlflowException("the store is unreachable")
+        log_batch(self, *args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", away_for_the_first_epoch)
+    monkeypatch.setattr(MlflowClient, "log_batch", fail_first)
     result = train(tracked, MlflowTracker(display))
 
-    client, run = _last(result.run_dir)
+    client, run = _mlflow_run(result.run_dir)
     assert run.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]
     assert display.warnings == [
-        "MLflow did not take metrics of step 1: the store is away; the run's folder has it"
+        "metrics of step 1 not logged to MLflow: the store is unreachable; the run directory is complete"
     ]
 
 
-def test_a_store_that_is_never_there_again_leaves_the_folder_complete(
+def test_the_run_directory_is_complete_if_the_store_stays_unreachable(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     display = Heard()
     tracker = MlflowTracker(display)
 
-    def away(*_: object, **named: object) -> None:
-        raise ConnectionError("the store is away")
+    def refuse(*_: object, **kwargs: object) -> None:
+        raise ConnectionError("the store is unreachable")
 
-    def start_and_leave(run: runs.Run, config: Config) -> None:
+    def start_then_disconnect(run: runs.Run, config: Config) -> None:
         MlflowTracker.start(tracker, run, config)
         for name in ("log_batch", "log_inputs", "log_artifacts", "set_terminated"):
-            monkeypatch.setattr(MlflowClient, name, away)
+            monkeypatch.setattr(MlflowClient, name, refuse)
 
-    monkeypatch.setattr(tracker, "start", start_and_leave)
+    monkeypatch.setattr(tracker, "start", start_then_disconnect)
     result = train(tracked, tracker)
 
     state = json.loads((result.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
     assert len((result.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
-    assert any("the end of the run" in warning for warning in display.warnings)
+    assert any("the final status" in warning for warning in display.warnings)
 
 
 def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> None:
-    (root / "mlruns").write_text("a file where the folder should be")
+    (root / "mlruns").write_text("a file in place of the directory")
     config = load(compose(*TINY, f"data.cache={cache}", "tracking=mlflow"))
 
     with pytest.raises(
-        RunFailed, match=r"^tracking.uri=sqlite:///.*; mend the store \(.*\), or train with tracking=none$"
+        RunFailed,
+        match=r"^tracking.uri=sqlite:///.*; run captcha-exp doctor for the fix, or use tracking=none$",
     ):
         train(config, MlflowTracker(NullDisplay()))
 
-    assert json.loads((_newest() / "run.json").read_text())["status"] == "FAILED"
+    assert json.loads((_latest() / "run.json").read_text())["status"] == "FAILED"
 
 
-def test_rows_sent_twice_stay_one(tracked: Config, finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
-    client, run, folder = finished
-    assert isinstance(load(folder / "config.yaml").tracking, MlflowConfig)
+def test_rows_logged_twice_are_stored_once(
+    tracked: Config, finished: tuple[MlflowClient, MlflowRun, Path]
+) -> None:
+    client, run, run_dir = finished
+    assert isinstance(load(run_dir / "config.yaml").tracking, MlflowConfig)
     tracker = MlflowTracker(NullDisplay())
     tracker._client, tracker._run_id = client, run.info.run_id
 
-    for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True):
         tracker.log_metrics(runs.MetricsRow.from_line(line))
 
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == [1, 2]
 
 
-def test_the_ui_names_what_is_missing(root: Path) -> None:
+def test_the_ui_reports_a_missing_store(root: Path) -> None:
     tracking = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlruns/mlflow.db", experiment="none")
 
     with pytest.raises(
-        Exception, match=r"mlflow.db: there is no MLflow store yet; captcha-exp train makes it"
+        Exception, match=r"mlflow.db: MLflow store does not exist yet; captcha-exp train creates it"
     ):
         serve_ui(tracking, None, NullDisplay())
 
 
-def test_names_and_values_are_what_mlflow_takes(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
+def test_no_metric_is_nan(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
     _, run, _ = finished
-    numbers: Mapping[str, float] = run.data.metrics
+    metrics: Mapping[str, float] = run.data.metrics
 
-    assert all(value == value for value in numbers.values()), "NaN would be hidden in the UI"
+    assert all(value == value for value in metrics.values()), "the UI hides NaN"
 
 
-CUT_STORE = """
+KILLED_CREATION = """
 import os
 import signal
 import sys
@@ -263,13 +270,13 @@ from sqlalchemy.engine import Engine
 
 from captcha_exp.tracking.store import open_store
 
-made = []
+created = []
 
 
 @event.listens_for(Engine, "after_cursor_execute")
 def count(connection, cursor, statement, *_):
-    made.append(statement.strip().startswith("CREATE TABLE"))
-    if sum(made) == 9:
+    created.append(statement.strip().startswith("CREATE TABLE"))
+    if sum(created) == 9:
         connection.connection.commit()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -278,9 +285,9 @@ open_store(sys.argv[1])
 """
 
 
-def test_a_store_that_was_cut_while_it_was_made_is_made_anew(tmp_path: Path) -> None:
+def test_an_interrupted_creation_of_a_store_is_repeated(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    cut = subprocess.run([sys.executable, "-c", CUT_STORE, uri], check=False)
-    assert cut.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", KILLED_CREATION, uri], check=False)
+    assert process.returncode == -signal.SIGKILL
     assert open_store(uri).search_experiments() != []
     assert [path.name for path in tmp_path.glob(".mlflow.db.*")] == []

@@ -1,6 +1,6 @@
-"""MLflow's UI as a person sees it, in a real browser. Needs Debian's chromium and the package playwright.
+"""The MLflow UI in a real browser. Needs Debian's chromium and the package playwright.
 
-Each test leaves a picture of its page; CAPTCHA_EXP_SCREENSHOTS=FOLDER keeps them.
+Each test saves a screenshot of its page; CAPTCHA_EXP_SCREENSHOTS=DIR keeps them.
 """
 
 import json
@@ -45,30 +45,30 @@ class Served:
     """A store with a sweep and a single run, served by `captcha-exp ui`."""
 
     root: Path
-    addresses: dict[str, str]
-    """label -> address, as printed"""
+    urls: dict[str, str]
+    """Label -> URL, as printed."""
     server: "subprocess.Popen[str]"
 
     @property
     def sweep(self) -> Path:
-        (found,) = self.root.glob("outputs/2*/*/sweep.json")
-        return found.parent
+        (path,) = self.root.glob("outputs/2*/*/sweep.json")
+        return path.parent
 
     @property
     def single(self) -> Path:
-        (found,) = (path.parent for path in self.root.glob("outputs/2*/*/run.json"))
-        return found
+        (run_dir,) = (path.parent for path in self.root.glob("outputs/2*/*/run.json"))
+        return run_dir
 
     @property
-    def points(self) -> dict[str, Path]:
-        """name in MLflow -> folder"""
-        folders = sorted(path.parent for path in self.sweep.glob("*/run.json"))
-        return {folder.name.split("-", 1)[1]: folder for folder in folders}
+    def jobs(self) -> dict[str, Path]:
+        """Return name in MLflow -> run directory."""
+        run_dirs = sorted(path.parent for path in self.sweep.glob("*/run.json"))
+        return {run_dir.name.split("-", 1)[1]: run_dir for run_dir in run_dirs}
 
     @property
     def runs(self) -> dict[str, Path]:
-        """The newest first."""
-        return {self.single.name: self.single} | dict(reversed(self.points.items()))
+        """Return name in MLflow -> run directory, newest first."""
+        return {self.single.name: self.single} | dict(reversed(self.jobs.items()))
 
 
 @pytest.fixture(scope="module")
@@ -76,32 +76,32 @@ def served(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Se
     root = tmp_path_factory.mktemp("ui")
     environment = os.environ | {"CAPTCHA_EXP_ROOT": str(root)}
     command = [sys.executable, "-m", "captcha_exp"]
-    words = [*TINY, f"data.cache={cache}"]
-    swept = [word for word in words if not word.startswith("train.batch_size=")]
+    args = [*TINY, f"data.cache={cache}"]
+    swept = [arg for arg in args if not arg.startswith("train.batch_size=")]
     sizes = f"train.batch_size={','.join(map(str, SIZES))}"
     subprocess.run([*command, "train", "-m", *swept, sizes], env=environment, check=True)
-    subprocess.run([*command, "train", *words], env=environment, check=True)
+    subprocess.run([*command, "train", *args], env=environment, check=True)
     server = subprocess.Popen([*command, "ui"], env=environment, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
-    lines = iter(server.stderr.readline, "Ctrl-C ends it\n")
-    addresses = dict(line.split() for line in lines if "http" in line)
-    yield Served(root, addresses, server)
+    lines = iter(server.stderr.readline, "Press Ctrl-C to stop\n")
+    urls = dict(line.split() for line in lines if "http" in line)
+    yield Served(root, urls, server)
     server.terminate()
     server.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
 def context(served: Served) -> Iterator[Any]:
-    """A browser as it is from the second visit on: MLflow's assistant is shut, and stays so."""
+    """Return a browser context in which MLflow's assistant is closed."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=[*FLAGS])
-        # Wide enough for all columns, for MLflow leaves out of the page what nobody can see.
+        # Wide enough for all columns, since MLflow does not render columns outside the viewport.
         context = browser.new_context(viewport={"width": 1900, "height": 1100})
         context.set_default_timeout(30_000)
         page = context.new_page()
-        page.goto(served.addresses["runs"].split("#")[0])
+        page.goto(served.urls["runs"].split("#")[0])
         page.locator("[aria-label=Close]").last.click()
         page.close()
         yield context
@@ -112,32 +112,32 @@ def context(served: Served) -> Iterator[Any]:
 def page(context: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     page = context.new_page()
     yield page
-    folder = Path(os.environ.get("CAPTCHA_EXP_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder / f"{request.node.name}.png")
+    screenshot_dir = Path(os.environ.get("CAPTCHA_EXP_SCREENSHOTS", tmp_path))
+    screenshot_dir.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=screenshot_dir / f"{request.node.name}.png")
     page.close()
 
 
-def logged(folder: Path) -> dict[str, list[float]]:
-    """metric -> its values by step, out of the run's folder."""
-    found: dict[str, list[float]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+def logged(run_dir: Path) -> dict[str, list[float]]:
+    """Return metric -> values by step, from metrics.jsonl."""
+    values: dict[str, list[float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         for metric, value in json.loads(line)["metrics"].items():
-            found.setdefault(metric, []).append(value)
-    return found
+            values.setdefault(metric, []).append(value)
+    return values
 
 
-def wait_for(read: Callable[[], Any], done: Callable[[Any], bool]) -> Any:
-    """What is read once it is done, or at the last try."""
+def wait_for(get_value: Callable[[], Any], is_ready: Callable[[Any], bool]) -> Any:
+    """Return the value once it is ready, or the last one after 20 s."""
     for _ in range(200):
-        if done(found := read()):
+        if is_ready(value := get_value()):
             break
         time.sleep(0.1)
-    return found
+    return value
 
 
 def rows_of(page: Any) -> list[dict[str, str]]:
-    """Column -> text, for each row of the list of runs from the top; a row stands in several parts."""
+    """Return column -> text for each row of the run table; the grid splits a row into several elements."""
     cells = page.evaluate(
         """[...document.querySelectorAll('.ag-row [col-id]')].map(cell => [
             Number(cell.closest('.ag-row').getAttribute('row-index')),
@@ -150,7 +150,7 @@ def rows_of(page: Any) -> list[dict[str, str]]:
 
 
 def charts_of(page: Any) -> dict[str, dict[str, Any]]:
-    """Title -> the points of each run by its name (or None), and how many lines or dots are drawn."""
+    """Return title -> data of each run by its name (or None), and the number of lines or points drawn."""
     return dict(
         page.evaluate(
             """[...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')]
@@ -165,14 +165,14 @@ def charts_of(page: Any) -> dict[str, dict[str, Any]]:
     )
 
 
-def test_every_run_has_a_row_with_its_figures(served: Served, page: Any) -> None:
-    page.goto(served.addresses["runs"])
+def test_every_run_has_a_row_with_its_metrics(served: Served, page: Any) -> None:
+    page.goto(served.urls["runs"])
     rows = wait_for(lambda: rows_of(page), lambda found: any("metrics.val/accuracy" in row for row in found))
 
     assert [row["attributes.Run Name"] for row in rows] == [*served.runs, served.sweep.name]
     assert [row["params.train.batch_size"] for row in rows] == ["64", "32", "16", "16, 32"]
     assert [row["params.model.name"] for row in rows] == ["compact"] * 4
-    for row, folder in zip(rows, served.runs.values(), strict=False):
+    for row, run_dir in zip(rows, served.runs.values(), strict=False):
         for metric in (
             "val/accuracy",
             "test/accuracy",
@@ -180,11 +180,11 @@ def test_every_run_has_a_row_with_its_figures(served: Served, page: Any) -> None
             "memory/predicted_peak_mib",
             "speed/images_per_second",
         ):
-            assert float(row[f"metrics.{metric}"]) == logged(folder)[metric][-1], (folder.name, metric)
+            assert float(row[f"metrics.{metric}"]) == logged(run_dir)[metric][-1], (run_dir.name, metric)
 
 
 def test_the_curves_of_all_runs_are_drawn(served: Served, page: Any) -> None:
-    page.goto(served.addresses["curves"])
+    page.goto(served.urls["curves"])
     charts = wait_for(
         lambda: charts_of(page),
         lambda found: [title for title in found if len(found[title]["runs"]) == 3][:6] == CURVES,
@@ -194,12 +194,12 @@ def test_the_curves_of_all_runs_are_drawn(served: Served, page: Any) -> None:
     for metric in CURVES:
         assert charts[metric]["drawn"] >= 3
         assert charts[metric]["runs"] == {
-            name: [[1, 2], logged(folder)[metric]] for name, folder in served.runs.items()
+            name: [[1, 2], logged(run_dir)[metric]] for name, run_dir in served.runs.items()
         }
 
 
-def test_the_sweeps_page_has_memory_accuracy_and_speed_by_batch_size(served: Served, page: Any) -> None:
-    page.goto(served.addresses["sweep"])
+def test_the_sweep_page_has_memory_accuracy_and_speed_by_batch_size(served: Served, page: Any) -> None:
+    page.goto(served.urls["sweep"])
     titles = [
         f"train.batch_size vs. {metric}"
         for metric in ("memory/process_peak_mib", "val/accuracy", "speed/images_per_second")
@@ -211,31 +211,31 @@ def test_the_sweeps_page_has_memory_accuracy_and_speed_by_batch_size(served: Ser
         ((sizes, values),) = charts[title]["runs"].values()
         metric = title.removeprefix("train.batch_size vs. ")
         assert dict(zip(map(int, sizes), values, strict=True)) == {
-            size: logged(folder)[metric][-1]
-            for size, folder in zip(SIZES, served.points.values(), strict=True)
+            size: logged(run_dir)[metric][-1]
+            for size, run_dir in zip(SIZES, served.jobs.values(), strict=True)
         }
         assert charts[title]["drawn"] == len(SIZES)
     page.get_by_text(f"{len(SIZES)} matching runs").wait_for()
     assert page.locator(".ag-row a").all_inner_texts() == ["batch_size=32", "batch_size=16"]
 
 
-def test_the_sweeps_run_tells_its_verdict(served: Served, page: Any) -> None:
-    page.goto(served.addresses["verdict"])
+def test_the_sweep_run_shows_the_summary(served: Served, page: Any) -> None:
+    page.goto(served.urls["summary"])
     page.get_by_text("Show more").click()
     table = page.locator("table").first.inner_text()
-    verdict = json.loads((served.sweep / "summary.json").read_text())
+    summary = json.loads((served.sweep / "summary.json").read_text())
 
     assert [line.split("\t")[0] for line in table.splitlines()] == ["batch_size", "16", "32"]
     assert table.count("finished") == 2
     text = page.inner_text("body")
-    assert verdict["title"] in text
-    for sentence in verdict["sentences"]:
+    assert summary["title"] in text
+    for sentence in summary["sentences"]:
         assert sentence in text
     assert served.sweep.name in text
 
 
-def test_the_sweeps_own_metrics_are_lines_over_the_batch_size(served: Served, page: Any) -> None:
-    page.goto(served.addresses["verdict"])
+def test_the_metrics_of_the_sweep_are_lines_over_the_batch_size(served: Served, page: Any) -> None:
+    page.goto(served.urls["summary"])
     page.get_by_role("tab", name="Model metrics").click()
     charts = wait_for(lambda: charts_of(page), lambda found: "images_per_second" in found)
 
@@ -244,28 +244,28 @@ def test_the_sweeps_own_metrics_are_lines_over_the_batch_size(served: Served, pa
     assert charts["images_per_second"]["drawn"] >= 1
     steps, mib = charts["measured_mib"]["runs"][served.sweep.name]
     assert steps == list(SIZES)
-    assert mib == [logged(folder)["memory/process_peak_mib"][-1] for folder in served.points.values()]
+    assert mib == [logged(run_dir)["memory/process_peak_mib"][-1] for run_dir in served.jobs.values()]
 
 
-def test_the_sweeps_picture_is_shown(served: Served, page: Any) -> None:
-    page.goto(served.addresses["verdict"])
+def test_the_figure_of_the_sweep_is_shown(served: Served, page: Any) -> None:
+    page.goto(served.urls["summary"])
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("summary.png").first.click()
-    picture = page.locator("img[src^=blob]:visible")
-    picture.wait_for()
+    figure = page.locator("img[src^=blob]:visible")
+    figure.wait_for()
 
-    width = wait_for(lambda: picture.evaluate("image => image.naturalWidth"), lambda found: found > 0)
+    width = wait_for(lambda: figure.evaluate("image => image.naturalWidth"), lambda value: value > 0)
     assert width > 100
 
 
-def test_the_compare_page_has_the_points_side_by_side(served: Served, page: Any) -> None:
-    page.goto(served.addresses["compare"])
+def test_the_compare_page_shows_the_jobs(served: Served, page: Any) -> None:
+    page.goto(served.urls["compare"])
     page.get_by_text("Show diff only").first.wait_for()
     rows = page.evaluate(
         "[...document.querySelectorAll('tr')].map(row => row.innerText.split(/\\s*\\t\\s*/))"
     )
     metrics = ("memory/process_peak_mib", "val/accuracy")
-    for metric in metrics:  # MLflow starts with the first param that differs and the first metric
+    for metric in metrics:  # by default MLflow selects one param and one metric
         page.get_by_role("combobox").nth(1).click()
         page.keyboard.type(metric)
         page.keyboard.press("Enter")
@@ -281,40 +281,40 @@ def test_the_compare_page_has_the_points_side_by_side(served: Served, page: Any)
     )
 
     assert ["train.batch_size", "16", "32"] in rows
-    assert ["Run Name:", *served.points] in rows
+    assert ["Run Name:", *served.jobs] in rows
     assert axes["train.batch_size"] == list(SIZES)
     for metric in metrics:
-        assert axes[metric] == [logged(folder)[metric][-1] for folder in served.points.values()]
+        assert axes[metric] == [logged(run_dir)[metric][-1] for run_dir in served.jobs.values()]
 
 
-def test_a_view_that_is_not_there_leaves_mlflows_own_page(served: Served, page: Any) -> None:
-    page.goto(served.addresses["runs"] + "-of-another-version")
+def test_a_missing_view_shows_the_default_page(served: Served, page: Any) -> None:
+    page.goto(served.urls["runs"] + "-of-another-version")
     page.get_by_text("Model training").wait_for()
-    page.goto(served.addresses["runs"].split("&viewStateShareKey")[0])
+    page.goto(served.urls["runs"].split("&viewStateShareKey")[0])
     names = wait_for(lambda: [row.get("attributes.Run Name") for row in rows_of(page)], bool)
-    assert names == [served.single.name, served.sweep.name]  # as MLflow has it: the points are hidden
+    assert names == [served.single.name, served.sweep.name]  # MLflow nests the jobs by default
 
 
-def test_the_pages_ask_nobody_but_this_machine(served: Served, context: Any, page: Any) -> None:
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(served.addresses["curves"])
+def test_the_pages_send_no_requests_to_other_hosts(served: Served, context: Any, page: Any) -> None:
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(served.urls["curves"])
     page.get_by_text("val/accuracy").first.wait_for()
 
-    server = served.addresses["runs"].split("#")[0]
-    assert asked
-    assert not [url for url in asked if not url.startswith((server, "data:", f"blob:{server}"))]
+    server = served.urls["runs"].split("#")[0]
+    assert requests
+    assert not [url for url in requests if not url.startswith((server, "data:", f"blob:{server}"))]
 
 
-def test_it_listens_on_this_machine_alone_and_leaves_nothing_behind(served: Served) -> None:
+def test_the_server_listens_only_on_localhost_and_exits_with_its_parent(served: Served) -> None:
     parent = psutil.Process(served.server.pid)
     processes = [parent, *parent.children(recursive=True)]
     listening = {
         c.laddr for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN
     }
-    found = re.search(r"127\.0\.0\.1:(\d+)/", served.addresses["runs"])
-    assert found is not None
-    port = int(found[1])
+    match = re.search(r"127\.0\.0\.1:(\d+)/", served.urls["runs"])
+    assert match is not None
+    port = int(match[1])
 
     assert listening == {("127.0.0.1", port)}
     parent.send_signal(signal.SIGKILL)
@@ -326,4 +326,4 @@ def test_it_listens_on_this_machine_alone_and_leaves_nothing_behind(served: Serv
                 break
             time.sleep(0.1)
         else:
-            pytest.fail("the server is still there")
+            pytest.fail("the server is still listening")
