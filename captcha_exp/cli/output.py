@@ -145,7 +145,7 @@ def print_sweep(summary: "SweepSummary") -> None:
     heads, lines = build_table(summary.groups)
     table = Table(title=Text(summary.title), title_justify="left")
     for head in heads:
-        is_figure = head.partition(" (")[0] in {"points", *HEADERS} - {"fits", "status"}
+        is_figure = head.partition(" (")[0] in {"jobs", *HEADERS} - {"fits", "status"}
         justify: JustifyMethod = "right" if is_figure else "left"
         table.add_column(Text(head), justify=justify, overflow="fold")
     for group, line in zip(summary.groups, lines, strict=True):
@@ -155,9 +155,9 @@ def print_sweep(summary: "SweepSummary") -> None:
         out.width = max(out.width, out.measure(table, options=whole).maximum)
     out.print(table)
     for row in summary.results:
-        if row.became in ("failed", "killed"):
-            folder = f", folder {escape_unprintable(row.folder)}" if row.folder else ""
-            error = escape_unprintable(row.error).strip() if row.error else row.became
+        if row.outcome in ("failed", "killed"):
+            folder = f", run directory {escape_unprintable(row.run_dir)}" if row.run_dir else ""
+            error = escape_unprintable(row.error).strip() if row.error else row.outcome
             out.print(Text.assemble((f"{escape_unprintable(row.name)}: ", "bold red"), f"{error}{folder}"))
     for sentence in summary.conclusions:
         out.print(Text(sentence, "bold"))
@@ -168,7 +168,7 @@ def _status_color(group: "SeedGroup") -> str:
         return "bold red"
     if "killed" in group.outcome_counts or "not run" in group.outcome_counts:
         return "yellow"
-    if "oom" in group.outcome_counts or "unfit" in group.outcome_counts:
+    if "oom" in group.outcome_counts or "skipped" in group.outcome_counts:
         return "yellow" if group.fits == "unsure" else "red"
     return "green"
 

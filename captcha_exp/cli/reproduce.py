@@ -65,7 +65,9 @@ def print_reproduction(reproduction: Reproduction) -> None:
         differing = len(reproduction.differences)
         out.print(f"{differing:,} figure{'s differ' if differing > 1 else ' differs'} in all")
     told = [
-        each for each in reproduction.attributed_changes if each.change.is_headline or each.role != "cleared"
+        each
+        for each in reproduction.attributed_changes
+        if each.change.is_headline or each.role != "ruled_out"
     ]
     if told:
         table = Table("changed", "then", "now", "is", title="what is not as it was", title_justify="left")

@@ -152,7 +152,7 @@ def _launch(folder: Path, numbers: Sequence[int], grid: Grid, config_dir: str | 
         "hydra.output_subdir=null",
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
-        f"+point={','.join(map(str, numbers))}",
+        f"+job={','.join(map(str, numbers))}",
     ]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions come here, and are not printed by it
     try:
@@ -195,4 +195,4 @@ def run_hydra_job(config: "DictConfig") -> None:
     """A launcher's job: the point with the number that it was given."""
     from hydra.core.hydra_config import HydraConfig
 
-    run_job(Path(HydraConfig.get().sweep.dir), int(config.point))
+    run_job(Path(HydraConfig.get().sweep.dir), int(config.job))
