@@ -115,10 +115,10 @@ def _plan_named(
         start = replace(_plan_extension(name, seen, saved, wanted, other), choices=choices)
         _warn_epoch_schedules(wanted, set(other), display)
         return _or_resume(start, display, stack)
-    if "reproduces" in (seen.state.get("links") or {}):
+    if "reproduces" in (seen.state.get("lineage") or {}):
         raise UserError(
             f"--resume={name}: is a reproduction that was interrupted; captcha-exp reproduce "
-            f"{_reproduced_run(seen.state['links'])} begins it anew"
+            f"{_reproduced_run(seen.state['lineage'])} begins it anew"
         )
     if strange := {key: words for key, words in other.items() if key != TIME_LIMIT_KEY}:
         raise UserError(
@@ -141,7 +141,7 @@ def _plan_named(
             "interrupted"
         )
     _report_resume(found, display)
-    links = found.state.get("links") or {}
+    links = found.state.get("lineage") or {}
     return ResumePlan(
         requested=wanted,
         choices=choices,
@@ -188,7 +188,7 @@ def _plan_extension(
             "train.epochs=N beside it, make a new run that starts from its state"
         )
     run_id = (left.state["mlflow"] or {}).get("run_id")
-    links = {"continues": {"run_dir": str(left.run_dir), "run_id": run_id}}
+    links = {"extends": {"run_dir": str(left.run_dir), "run_id": run_id}}
     return ResumePlan(requested=wanted, lineage=links, extend_from=left.run_dir)
 
 
@@ -200,7 +200,7 @@ def _reproduced_run(links: Mapping[str, Any]) -> str:
 
 def _find_extended_run(links: Mapping[str, Any], folder: Path) -> Path | None:
     """The finished run that the run in this folder, with these links, starts from."""
-    continued = links.get("continues")
+    continued = links.get("extends")
     return (find_linked(continued, folder) or Path(continued["run_dir"])) if continued else None
 
 

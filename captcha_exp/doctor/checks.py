@@ -191,7 +191,7 @@ def _describe_store_problem(store: StoreInfo, facts: MachineInfo) -> tuple[str, 
         case "deleted":
             remedy = "mlflow experiments restore --help shows how; or another tracking.experiment"
             return "the experiment of this config was deleted in it", remedy
-        case "silent":
+        case "unreachable":
             return "does not answer", "start the server, mend the address in tracking.uri, " + otherwise
         case _:
             remedy = "mend it or move it away (a new one is made), " + otherwise

@@ -98,7 +98,7 @@ class ReferenceRun:
     @property
     def extends(self) -> Mapping[str, Any] | None:
         """Reference to the run that this one extends."""
-        link = _as_mapping(self.state.get("links")).get("continues")
+        link = _as_mapping(self.state.get("lineage")).get("extends")
         return None if link is None else _as_mapping(link)
 
 

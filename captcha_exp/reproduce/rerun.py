@@ -90,16 +90,16 @@ def reproduce(
         run.update(tags={**run.state["tags"], **tags})
         reproductions.append(reproduction)
 
-    links: dict[str, Any] = {"reproduces": reference.link}
+    lineage: dict[str, Any] = {"reproduces": reference.link}
     if reference.extends is not None:
-        links["continues"] = dict(reference.extends)
+        lineage["extends"] = dict(reference.extends)
     extend_from = reference.find_extended_run()
     try:
         train.train(
             config,
             make_tracker(config),
             display,
-            lineage=links,
+            lineage=lineage,
             on_complete=on_complete,
             extend_from=extend_from,
         )

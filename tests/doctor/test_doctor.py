@@ -631,7 +631,7 @@ def test_a_folder_that_cannot_be_written_to(refusal: str, remedy: str) -> None:
         ("locked", "is locked by another process", "end what has it open"),
         ("deleted", "the experiment of this config was deleted in it", "mlflow experiments restore"),
         ("broken", "cannot be used", "mend it or move it away"),
-        ("silent", "does not answer", "start the server"),
+        ("unreachable", "does not answer", "start the server"),
     ],
 )
 def test_a_store_that_takes_no_run(state: str, text: str, remedy: str) -> None:
@@ -1093,14 +1093,14 @@ def test_a_server_that_answers_and_one_that_refuses(server: tuple[str, type[_Ser
 
 def test_a_server_that_is_not_there() -> None:
     state, words = inspect_store("http://127.0.0.1:9", "x")
-    assert state == "silent"
+    assert state == "unreachable"
     assert words
 
 
 def test_a_store_that_never_answers_is_given_up(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captcha_exp.tracking.store.SECONDS_TO_ANSWER", 0.05)
     monkeypatch.setattr("captcha_exp.tracking.store._look_at_file", lambda *_: time.sleep(1))
-    assert look(store) == ("silent", "no answer within 0 s")
+    assert look(store) == ("unreachable", "no answer within 0 s")
 
 
 def test_other_databases(store: Path) -> None:
