@@ -101,7 +101,7 @@ def compose_overrides(
         else:
             accepted.append("++" + text.lstrip("+"))
             written[override.key_or_group] = text.partition("=")[2]
-            if override.key_or_group.startswith("card."):
+            if override.key_or_group.startswith("gpu."):
                 of_card[override.key_or_group] = override.value()
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
@@ -194,6 +194,8 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
     """The override, and what is wrong with it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    from captcha_exp.config.messages import renamed
+
     override = OverridesParser.create().parse_overrides([text])[0]
     key = override.key_or_group
     if override.is_sweep_override():
@@ -205,6 +207,8 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
         return override, f"{text}: launches the points of a sweep; add -m to train"
     if key == "hydra" or key.startswith(("hydra/", "hydra.")):
         return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
+    if new_name := renamed(key, override.value()):
+        return override, f"{text}: was renamed to {new_name}"
     if key in groups and not override.is_delete():
         choice = override.value()
         if choice not in groups[key]:

@@ -125,7 +125,7 @@ def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
     changes = [
         *_code_changes(reference, rerun),
         *_package_changes(old, new),
-        *_origin_changes(reference, rerun),
+        *_dependency_changes(reference, rerun),
     ]
     if old.get("python") != new.get("python"):
         changes.append(Change("python", old.get("python"), new.get("python"), "numbers"))
@@ -154,12 +154,12 @@ def _package_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
         yield Change(name, before, after, _affects(f"packages.{name}"))
 
 
-def _origin_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
+def _dependency_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
     """Yield changes of the native libraries that render text and decode images."""
     provenances = [_as_mapping(result.dataset.get("provenance")) for result in (reference, rerun)]
-    origins = [_as_mapping(provenance.get("origin")) for provenance in provenances]
-    for name in dict.fromkeys([*origins[0], *origins[1]]):
-        before, after = (origin.get(name) or ABSENT for origin in origins)
+    dependencies = [_as_mapping(each.get("dependencies")) for each in provenances]
+    for name in dict.fromkeys([*dependencies[0], *dependencies[1]]):
+        before, after = (versions.get(name) or ABSENT for versions in dependencies)
         if before != after and name not in IMAGE_PACKAGES:
             yield Change(f"images' {name}", before, after, "images")
 

@@ -101,7 +101,7 @@ def _image_provenance(result: RunResult) -> list[Any]:
     provenance = result.dataset.get("provenance")
     if not isinstance(provenance, dict):
         return []
-    return [provenance.get(key) for key in ("captcha", "format", "origin")]
+    return [provenance.get(key) for key in ("captcha", "format", "dependencies")]
 
 
 def _metric_differences(reference: RunResult, rerun: RunResult) -> Iterator[Difference]:
