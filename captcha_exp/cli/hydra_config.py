@@ -200,6 +200,8 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
     """Parse an override; also return the mistake in it, if any."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    from captcha_exp.config.messages import renamed
+
     override = OverridesParser.create().parse_overrides([text])[0]
     key = override.key_or_group
     if override.is_sweep_override():
@@ -211,6 +213,8 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
         return override, f"{text}: configures the launcher of a sweep; use train -m"
     if key == "hydra" or key.startswith(("hydra/", "hydra.")):
         return override, f"{text}: has no effect, Hydra only composes the config; remove it"
+    if new_name := renamed(key, override.value()):
+        return override, f"{text}: was renamed to {new_name}"
     if key in groups and not override.is_delete():
         choice = override.value()
         if choice not in groups[key]:
