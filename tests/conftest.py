@@ -70,7 +70,7 @@ class Heard(NullDisplay):
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
-    def line(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
     def warn(self, text: str) -> None:

@@ -112,10 +112,10 @@ def _plan_named(
         plan = replace(_plan_extension(name, named, saved, requested, changes), choices=choices)
         _warn_epoch_schedules(requested, set(changes), display)
         return _or_resume(plan, display, stack)
-    if "reproduces" in (named.state.get("links") or {}):
+    if "reproduces" in (named.state.get("lineage") or {}):
         raise UserError(
             f"--resume={name}: is an interrupted reproduction, which cannot be resumed; start it again with "
-            f"captcha-exp reproduce {_reproduced_run(named.state['links'])}"
+            f"captcha-exp reproduce {_reproduced_run(named.state["lineage"])}"
         )
     if rejected := {key: text for key, text in changes.items() if key != TIME_LIMIT_KEY}:
         raise UserError(
@@ -137,7 +137,7 @@ def _plan_named(
             "uninterrupted run"
         )
     _report_resume(stale, display)
-    links = stale.state.get("links") or {}
+    links = stale.state.get("lineage") or {}
     return ResumePlan(
         requested=requested,
         choices=choices,
@@ -186,7 +186,7 @@ def _plan_extension(
             "train.epochs=N to start a new run from its final state"
         )
     run_id = (finished.state["mlflow"] or {}).get("run_id")
-    links = {"continues": {"run_dir": str(finished.run_dir), "run_id": run_id}}
+    links = {"extends": {"run_dir": str(finished.run_dir), "run_id": run_id}}
     return ResumePlan(requested=requested, lineage=links, extend_from=finished.run_dir)
 
 
@@ -198,7 +198,7 @@ def _reproduced_run(links: Mapping[str, Any]) -> str:
 
 def _find_extended_run(links: Mapping[str, Any], run_dir: Path) -> Path | None:
     """Return the finished run that the run with these links extends; None if there is none."""
-    continued = links.get("continues")
+    continued = links.get("extends")
     return (find_linked(continued, run_dir) or Path(continued["run_dir"])) if continued else None
 
 

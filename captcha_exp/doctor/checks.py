@@ -192,7 +192,7 @@ def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, s
         case "deleted":
             remedy = "restore it (see mlflow experiments restore --help), or set another tracking.experiment"
             return "the experiment of this config is deleted", remedy
-        case "silent":
+        case "unreachable":
             return "does not answer", "start the server, correct the address in tracking.uri, " + untracked
         case _:
             remedy = "repair it, or move it away to get a new one, " + untracked

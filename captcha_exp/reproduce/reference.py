@@ -101,7 +101,7 @@ class ReferenceRun:
     @property
     def extends(self) -> Mapping[str, Any] | None:
         """The link to the run from whose last state it began."""
-        link = _as_mapping(self.state.get("links")).get("continues")
+        link = _as_mapping(self.state.get("lineage")).get("extends")
         return None if link is None else _as_mapping(link)
 
 

@@ -102,7 +102,7 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, TimeLimitReached) as interruption:
         status, error = "KILLED", type(interruption).__name__
         # Who reproduces a run would get its end and no verdict.
-        again = "" if "reproduces" in run.state.get("links", ()) else "; the same command goes on"
+        again = "" if "reproduces" in run.state.get("lineage", ()) else "; the same command goes on"
         display.info(f"interrupted: {run.run_dir} keeps what was reached, as KILLED{again}")
         raise
     except BaseException as exception:

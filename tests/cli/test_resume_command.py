@@ -279,7 +279,7 @@ def test_more_epochs_make_a_new_run_that_is_linked(call: Call, trained: Trained,
         {
             "requested": load(compose(*words, "train.epochs=5", "train.patience=9")),
             "run_dir": None,
-            "links": {"continues": {"run_dir": str(folder), "run_id": "abc"}},
+            "links": {"extends": {"run_dir": str(folder), "run_id": "abc"}},
             "start_from": folder,
         }
     ]
@@ -290,12 +290,12 @@ def test_a_new_run_of_more_epochs_that_was_interrupted_goes_on_itself(
     call: Call, trained: Trained, words: list[str]
 ) -> None:
     folder = finished(words)
-    links = {"continues": {"run_dir": str(folder), "run_id": None}}
+    links = {"extends": {"run_dir": str(folder), "run_id": None}}
     begun = left([*words, "train.epochs=5"], links=links)
     for _ in range(2):
         code, _, err = call("train", f"--resume={folder}", "train.epochs=5")
         assert code == 0, err
-        assert (trained.calls[-1]["links"], trained.calls[-1]["start_from"]) == (links, folder)
+        assert (trained.calls[-1]["lineage"], trained.calls[-1]["start_from"]) == (links, folder)
     assert [each["run_dir"] for each in trained.calls] == [begun, None]
 
     by_name = left([*words, "train.epochs=5"], links=links)
@@ -512,7 +512,7 @@ def test_more_epochs_are_as_if_there_had_been_so_many_from_the_start(
     assert_same_state(Path(more["run_dir"]), whole.run_dir)
     assert figures(Path(more["run_dir"])) == figures(whole.run_dir)
     state = json.loads((Path(more["run_dir"]) / "run.json").read_text())
-    assert state["links"] == {"continues": {"run_dir": first["run_dir"], "run_id": None}}
+    assert state["lineage"] == {"extends": {"run_dir": first["run_dir"], "run_id": None}}
 
 
 def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
@@ -521,7 +521,7 @@ def test_more_epochs_that_were_killed_at_once_start_from_the_finished_run_again(
     words = [*words, "train.schedule=constant", "train.warmup_fraction=0", "train.epochs=1"]
     first = json.loads(call("train", *words, "--json")[1])
     config = load(compose(*words[:-1], "train.epochs=3"))
-    links = {"continues": {"run_dir": first["run_dir"], "run_id": None}}
+    links = {"extends": {"run_dir": first["run_dir"], "run_id": None}}
     begun = runs.create_run(config, config, None, links)
     begun.update(status="KILLED", **NOBODY)
 

@@ -631,7 +631,7 @@ def test_unwritable_directory(write_error: str, remedy: str) -> None:
         ("locked", "locked by another process", "close the program that has it open"),
         ("deleted", "the experiment of this config is deleted", "restore it (see mlflow experiments restore"),
         ("broken", "cannot be used", "repair it, or move it away"),
-        ("silent", "does not answer", "start the server"),
+        ("unreachable", "does not answer", "start the server"),
     ],
 )
 def test_unusable_store(state: str, text: str, remedy: str) -> None:
@@ -1087,14 +1087,14 @@ def test_server_with_and_without_access(server: tuple[str, type[_Server]]) -> No
 
 def test_unreachable_server() -> None:
     state, detail = inspect_store("http://127.0.0.1:9", "x")
-    assert state == "silent"
+    assert state == "unreachable"
     assert detail
 
 
 def test_store_that_does_not_respond(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captcha_exp.tracking.store.RESPONSE_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr("captcha_exp.tracking.store._inspect_file", lambda *_: time.sleep(1))
-    assert inspect_file(store) == ("silent", "no answer within 0 s")
+    assert inspect_file(store) == ("unreachable", "no answer within 0 s")
 
 
 def test_other_databases(store: Path) -> None:
