@@ -163,7 +163,8 @@ def load_result(run_dir: Path, state: Mapping[str, Any]) -> RunResult:
             dataset=_check_manifest(dataset),
             environment=_read_json(run_dir / "environment.json"),
             misreads={
-                str(error["picture"]): (str(error["label"]), str(error["read"])) for error in test["errors"]
+                str(misread["image"]): (str(misread["label"]), str(misread["predicted"]))
+                for misread in test["errors"]
             },
             num_test_images=int(test["images"]),
             code_hashes=_read_json(code_file) if code_file.is_file() else {},

@@ -242,7 +242,7 @@ def check_resumed(workspace: Workspace, overrides: Sequence[str], blocked_size: 
         (workspace.sweep_dir() / f"{number + 1}-batch_size={blocked_size}" / "run.json").read_text()
     )
     assert (state["status"], len(state["resumed"])) == ("FINISHED", 1)
-    assert f"goes on with {workspace.sweep_dir()}, an unfinished sweep of these points" in result.stderr
+    assert f"Resuming {workspace.sweep_dir()}, an unfinished sweep" in result.stderr
     assert re.search(rf"batch_size={blocked_size}\] Resuming .*no checkpoint", result.stderr)
     assert f"{number} of {len(workspace.jobs())} jobs are already done" in result.stderr
 
