@@ -211,7 +211,8 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     max_mib = largest[-1].mib
     if max_mib < fallback.max and _grows(groups.values()):
         max_mib = fallback.max
-        source += f"; it grows up to the largest batch size tried, so the maximum is not measured: {fallback.source}"
+        source += f"; it grows up to the largest batch size tried, so the maximum is not measured: "
+        source += fallback.source
     return _mib_bounds(largest[0].mib, max_mib, source)
 
 
@@ -221,7 +222,7 @@ def _grows(found: Iterable[ConvWorkspace]) -> bool:
     for each in found:
         of_network.setdefault((each.network, each.precision), []).append(each)
     for several in of_network.values():
-        *smaller, largest = sorted(several, key=lambda workspace: transient.batch_size)
+        *smaller, largest = sorted(several, key=lambda workspace: workspace.batch_size)
         if smaller and largest.mib > max(each.mib for each in smaller):
             return True
     return False

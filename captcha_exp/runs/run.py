@@ -26,7 +26,8 @@ from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.files import hash_files, sha256_of, write_atomically, write_json
+from captcha_exp.runs.files import hash_files
+from captcha_exp.runtime.files import sha256_of, write_atomically, write_json
 from captcha_exp.runtime.paths import root_dir
 
 CHECKPOINT_DIR = "checkpoint"  # relative to the run directory
