@@ -115,7 +115,7 @@ def _plan_named(
     if "reproduces" in (named.state.get("lineage") or {}):
         raise UserError(
             f"--resume={name}: is an interrupted reproduction, which cannot be resumed; start it again with "
-            f"captcha-exp reproduce {_reproduced_run(named.state["lineage"])}"
+            f"captcha-exp reproduce {_reproduced_run(named.state['lineage'])}"
         )
     if rejected := {key: text for key, text in changes.items() if key != TIME_LIMIT_KEY}:
         raise UserError(
