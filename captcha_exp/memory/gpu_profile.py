@@ -211,7 +211,7 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     max_mib = largest[-1].mib
     if max_mib < fallback.max and _grows(groups.values()):
         max_mib = fallback.max
-        source += f"; it grows up to the largest batch size tried, so the maximum is not measured: "
+        source += "; it grows up to the largest batch size tried, so the maximum is not measured: "
         source += fallback.source
     return _mib_bounds(largest[0].mib, max_mib, source)
 
