@@ -21,7 +21,7 @@ from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
 from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, build_parser
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.shutdown import TimeLimitReached
+from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
     from captcha_exp.config import GpuSpec, Machine
@@ -98,6 +98,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return train_sweep(arguments, _detect_machine(), display)
     from captcha_exp.cli import resume
+    from captcha_exp.training.train import resume as resume_training
     from captcha_exp.training.train import train
 
     with resume.plan_resume(arguments, composed, _detect_machine(), display) as start:
@@ -113,9 +114,16 @@ def _train(arguments: argparse.Namespace) -> int:
             folder = train_with_oom_retry(order, resume.run_dir_factory(start, arguments.resume, display))
         else:
             tracker = make_tracker(config, display, start.choices)
-            folder = train(
-                config, tracker, display, start.run_dir, lineage=start.lineage, extend_from=start.extend_from
-            ).run_dir
+            if start.run_dir is None:
+                result = train(config, tracker, display, lineage=start.lineage, extend_from=start.extend_from)
+            else:
+                shutdown = ShutdownHandler(
+                    config.train.max_minutes
+                )  # the limit of this process, not of the run
+                result = resume_training(
+                    start.run_dir, tracker, display, extend_from=start.extend_from, shutdown=shutdown
+                )
+            folder = result.run_dir
     return _report_training(folder, arguments)
 
 
@@ -320,7 +328,7 @@ HANDLERS = {
 def _detect_machine() -> "Machine":
     from captcha_exp.runtime.device import detect_machine
 
-    return detect_machine(best_batch_size=lambda _: 1)  # a training asks anew; nobody else looks at it
+    return detect_machine()
 
 
 def _print_values(values: Any) -> int:

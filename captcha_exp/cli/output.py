@@ -88,10 +88,10 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
     ]
     for character, share in sorted(occurring, key=lambda item: item[1])[:12]:
         characters.add_row(character, f"{share:.2%}")
-    confusions = Table("label", "read", "times", title="most frequent confusions", title_justify="left")
+    confusions = Table("label", "predicted", "count", title="most frequent confusions", title_justify="left")
     for label, read, count in evaluation.confused_pairs(alphabet)[:12]:
         confusions.add_row(label, read, str(count))
-    errors = Table("picture", "label", "read", "sure", title="worst errors", title_justify="left")
+    errors = Table("image", "label", "predicted", "confidence", title="worst misreads", title_justify="left")
     for error in evaluation.misreads(data)[:12]:
         texts = (Text(text) for text in (escape_unprintable(error.image), error.label, error.predicted))
         errors.add_row(*texts, f"{error.confidence:.1%}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp.cli.output import get_console
-from captcha_exp.config import Config, resolve, to_dict
+from captcha_exp.config import Config, resolve, to_dict, with_untuned_defaults
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import Advice, advise
 from captcha_exp.memory.interval import MiBRange
@@ -113,9 +113,9 @@ def _check_advise(arguments: argparse.Namespace, wanted: int | str, budget_mib: 
 
 def resolve_for_plan(config: Config) -> Config:
     """The resolved config, whether or not its device is here: nothing runs on it."""
-    # A batch that is to be found out is more than a part of it; sizes that are planned replace it.
-    machine = detect_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
-    return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
+    machine = detect_machine()
+    machine = replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name))
+    return with_untuned_defaults(resolve(config, machine))
 
 
 def parse_batch_sizes(text: str | None, batch_size: int | str) -> list[int]:

@@ -11,6 +11,7 @@ import safetensors
 
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import MetricsRow, find_linked, read_metrics_rows
 from captcha_exp.runs.fields import flatten, read_flat_config
 from captcha_exp.runtime.files import list_run_files, sha256_of
@@ -168,7 +169,8 @@ def load_result(run_dir: Path, state: Mapping[str, Any]) -> RunResult:
             dataset=_check_manifest(dataset),
             environment=_read_json(run_dir / "environment.json"),
             misreads={
-                str(error["picture"]): (str(error["label"]), str(error["read"])) for error in test["errors"]
+                str(misread["image"]): (str(misread["label"]), str(misread["predicted"]))
+                for misread in test["misreads"]
             },
             num_test_images=int(test["images"]),
             code_hashes=_read_json(code) if code.is_file() else {},
@@ -237,7 +239,7 @@ def _config_of_weights(path: Path) -> dict[str, Any] | None:
     """The leaves of the config that is kept inside the weights; None where they are gone or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return flatten(json.loads((file.metadata() or {})["config"]))
+            return flatten(config_from_metadata(file.metadata() or {}))
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

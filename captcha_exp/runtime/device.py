@@ -29,11 +29,8 @@ _OOM_MARKERS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STAT
 T = TypeVar("T")
 
 
-def detect_machine(
-    fastest_precision: Callable[[Config], Precision] = lambda _: "fp32",
-    best_batch_size: Callable[[Config], int] | None = None,
-) -> Machine:
-    """What `resolve` has to know of this machine; who does not train has no use for a precision."""
+def detect_machine() -> Machine:
+    """Return the facts about this machine that `resolve` needs."""
     cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
     devices = (
         (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
@@ -46,9 +43,7 @@ def detect_machine(
         no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
     why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
     why_not["mps"] = "only Macs with Apple's own processors have mps"
-    return Machine(
-        tuple(devices), _num_physical_cores(), root_dir(), why_not, fastest_precision, best_batch_size
-    )
+    return Machine(tuple(devices), _num_physical_cores(), root_dir(), why_not)
 
 
 def _is_cuda_available() -> bool:
@@ -174,7 +169,7 @@ def describe(config: Config) -> str:
 def autocast(config: Config, device: torch.device) -> Iterator[None]:
     """The precision of the config, inside the network; the loss is taken in fp32 outside."""
     match config.device.precision:
-        case "fp32" | "auto":  # resolve has left no auto
+        case "fp32" | "auto":  # autotuning has replaced auto before any training
             yield
         case "bf16" | "fp16" as half:
             with torch.autocast(device.type, torch.bfloat16 if half == "bf16" else torch.float16):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from captcha_exp import runs
-from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve
+from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_untuned_defaults
 from captcha_exp.data import dataset
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
@@ -48,7 +48,7 @@ def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
     Raises:
         ConfigError: the pictures of points cannot be had; the lines say why, for all points.
     """
-    machine = devices.detect_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
+    machine = devices.detect_machine()
     outlines: dict[
         tuple[DataConfig, CaptchaConfig], Mapping[str, int]
     ] = {}  # a folder is read once for all points
@@ -56,7 +56,7 @@ def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
     mistakes: dict[str, None] = {}  # each once
     with display.progress_bar("planning", len(jobs)) as bar:
         for point in jobs:
-            config = resolve(point.requested, machine)
+            config = with_untuned_defaults(resolve(point.requested, machine))
             seen = (config.data, config.captcha)
             try:
                 if seen not in outlines:

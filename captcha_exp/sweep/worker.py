@@ -30,7 +30,7 @@ def worker_main() -> None:
     from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.runtime.shutdown import ShutdownHandler
     from captcha_exp.tracking import make_tracker
-    from captcha_exp.training.train import train
+    from captcha_exp.training.train import resume, train
 
     config, display = load(order["config"]), RichDisplay()
     tracker = make_tracker(config, display, order["choices"], order["name"], order["parent"])
@@ -38,7 +38,18 @@ def worker_main() -> None:
         start_from = order["start_from"] and Path(order["start_from"])
         folder, links = Path(order["run_dir"]), order["links"]
         leaving = ShutdownHandler(order["leave_at"] and (order["leave_at"] - time.time()) / 60)
-        train(config, tracker, display, folder, lineage=links, extend_from=start_from, shutdown=leaving)
+        if (folder / "run.json").exists():
+            resume(folder, tracker, display, extend_from=start_from, shutdown=leaving)
+        else:
+            train(
+                config,
+                tracker,
+                display,
+                run_dir=folder,
+                lineage=links,
+                extend_from=start_from,
+                shutdown=leaving,
+            )
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)
