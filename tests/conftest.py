@@ -70,7 +70,7 @@ class Heard(NullDisplay):
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
-    def line(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
     def warn(self, text: str) -> None:
@@ -133,7 +133,7 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
         budget_mib=None,
         fits=None,
     )
-    monkeypatch.setattr(Planner, "at", lambda *_: planned)
+    monkeypatch.setattr(Planner, "plan_for", lambda *_: planned)
 
 
 @pytest.fixture
