@@ -1,31 +1,37 @@
-"""How much memory of a graphics card a training takes, told without one, and what makes it fit.
+"""Predict the GPU memory of a training run without a GPU, and suggest settings that make it fit.
 
-    process = context + reserved            in MiB of the card, as nvidia-smi shows it for the process
+    process = context + reserved            in MiB, as nvidia-smi shows it for the process
     reserved = allocator(tensors + workspaces)
 
-- tensors: `trace` runs the training's own code (three steps, evaluations) on tensors without numbers, and
-  `recorder` sees their memory come and go
-- allocator: `allocator` and `blocks`, a model of torch's caching allocator to which all that is played: 512
-  bytes at least, small and large segments, splits, best fit, and at the limit flush and try again
-- workspaces: cuBLAS keeps one from its first product on; cuDNN takes one for each convolution while it runs,
-  at most that of the card's file and WORKSPACE_TIMES the tensors of the convolution
-- context: the card's file; like the workspaces an interval with its source
+- tensors: `trace` runs the training code (three steps, evaluations) on tensors without values, and
+  `fake_device` records each allocation and deallocation
+- allocator: `allocator` and `blocks` model torch's caching allocator: sizes rounded to 512 bytes, small and
+  large segments, splits, best fit, and a flush of the cache before running out of memory
+- workspaces: cuBLAS keeps one from its first matrix product on; cuDNN allocates one while a convolution runs,
+  bounded by the GPU's file and by CONV_WORKSPACE_FACTOR times the tensors of the convolution
+- context: bounds with their source, from the GPU's file like those of the workspaces
 
-`plan` puts it together and says *fits*, *does not fit* or *unsure*, which counts as no. `advice` names what
-makes a batch fit. On a card `calibrate` replaces the intervals by what it measures (`measuring`, `judging`).
+`plan` combines these into *fits*, *does not fit* or *unsure*, which is treated as *does not fit*. `advisor`
+suggests settings with which a batch fits. On a GPU `calibrate` replaces the bounds by measured ones
+(`gpu_probe`, `gpu_profile`).
 
 Sources: torch 2.10 to 2.13, c10/cuda/CUDACachingAllocator.cpp, aten/src/ATen/cuda/CublasHandlePool.cpp,
-aten/src/ATen/native/cudnn/Conv_v8.cpp; each card's in conf/gpu/.
+aten/src/ATen/native/cudnn/Conv_v8.cpp; those of each GPU are in conf/gpu/.
 
-Known error: of the tensors at most 1.0 % against torch's profiler in 80 trainings run on a CPU, without what
-its kernels take and give back inside one convolution, and at most 4.9 % with it, from passes of 32 pictures
-on (benchmarks/trace_accuracy.py; with fewer up to 11 %). plan.ERROR adds 2 % to all that is reserved.
+Known error of the tensors: at most 1.0 % against torch's profiler in 80 training runs on a CPU, without the
+blocks that CPU kernels allocate and free inside one convolution, and at most 4.9 % with them for 32 images or
+more per forward pass (benchmarks/trace_accuracy.py; up to 11 % for fewer). plan.ERROR_MARGIN adds 2 % to the
+reserved memory.
 
-On a GPU: not measured yet.
+On a GPU: 14 plans were compared on an NVIDIA H200 (driver 580.159.04, torch 2.11.0+cu130, 2026-11-27,
+benchmarks/results/2026-11-27-nvidia-h200.json). The peak of the process was never outside the predicted
+bounds, allocated memory was within its bounds, and no *fits* was wrong. With the published figures of
+conf/gpu/h200.yaml the middle of the process bounds was off by 26.7 % (median) and 78.6 % (worst), because
+cuDNN's workspace is bounded by an estimate.
 
-Bounds of workspaces and contexts are measured, published by others, or estimates; each file says which. Not
-counted: what a GPU's kernels take outside torch's allocator beyond the context, fragmentation by other
-streams, cuDNN's search for the fastest engine (train.deterministic=false), which tries larger workspaces.
+The bounds of workspaces and contexts are measured, published by others, or estimates; each file says which.
+Not counted: memory that GPU kernels use outside torch's allocator beyond the context, fragmentation by other
+streams, and cuDNN's benchmark of its engines (train.deterministic=false), which tries larger workspaces.
 """
 
 from typing import TYPE_CHECKING
@@ -38,7 +44,7 @@ __all__ = ["ModulePlan", "plan_module"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the public names at first use: torch takes seconds."""
+    """Import the public names on first use, because importing torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'captcha_exp.memory' has no attribute {name!r}")
     from captcha_exp.memory import module

@@ -1,11 +1,10 @@
-"""Ways to make a batch fit a card: combinations of what spares memory, the cheapest in time first.
+"""Suggest settings with which a batch fits a GPU: combinations of memory savings, the fastest first.
 
-What is compared: 16 bits instead of 32, blocks whose activations are computed twice, a batch in parts,
-evaluations in smaller batches, pictures that are sent batch by batch. Another optimiser would spare memory
-too, but it would learn something else.
+Compared are 16-bit precision, activation checkpointing, micro-batches, smaller evaluation batches, and images
+that are transferred batch by batch. Another optimizer would save memory, too, but change the training.
 
-How long a step takes is estimated, from the card's file and from how often the network is passed through; the
-order is what counts.
+The time of a step is an estimate from the GPU's file and the number of forward passes; it is used only to
+order the suggestions.
 """
 
 import functools
@@ -20,42 +19,25 @@ from captcha_exp.config import Config, Precision, flatten
 from captcha_exp.memory.plan import Plan, Planner, with_batch_size
 from captcha_exp.runtime.console import Display
 
-MICRO_BATCH_COUNTS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    10,
-    12,
-    16,
-    20,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-)  # parts of a batch that are tried
-RECOMPUTE_TIME_FACTOR = 4 / 3  # a backward pass is the work of two forward passes; then there is one more
-MICRO_BATCH_OVERHEAD = 0.01  # of a step: smaller parts keep a card less busy
-MIN_SPEED = 0.01  # of 16 bits, times as fast as fp32: a card's file may say 0
-TRANSFER_OVERHEAD = 0.01  # of a step: pictures that come from the host
+# micro-batches per step that are tried
+MICRO_BATCH_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+RECOMPUTE_TIME_FACTOR = 4 / 3  # a backward pass costs two forward passes; recomputation adds one
+MICRO_BATCH_OVERHEAD = 0.01  # of a step, for each further micro-batch: small ones underuse a GPU
+MIN_SPEED = 0.01  # of 16 bits relative to fp32, because a GPU's file may have 0
+TRANSFER_OVERHEAD = 0.01  # of a step, for transferring its images from the host
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One combination with which the wanted batch fits."""
+    """One combination of settings with which the requested batch fits."""
 
-    overrides: tuple[str, ...]  # to be added to the command; none: it fits as it stands
+    overrides: tuple[str, ...]  # to add to the command; none: the config fits unchanged
     plan: Plan
-    relative_time: float  # estimated, of a step; 1 is the config as it stands
-    notes: tuple[str, ...]  # what else it changes
+    relative_time: float  # estimated time of a step; 1 is the unchanged config
+    notes: tuple[str, ...]  # other consequences of the overrides
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return values that `json` can write."""
         return {
             "overrides": list(self.overrides),
             "relative_time": self.relative_time,
@@ -67,14 +49,15 @@ class Advice:
 def advise(
     config: Config, split_sizes: Mapping[str, int], total_mib: float | None, display: Display
 ) -> list[Advice]:
-    """Every combination with which train.batch_size fits the budget, unless it costs more than one with less.
+    """Return the combinations with which train.batch_size fits the budget, the fastest first.
 
-    Each takes as few parts of the batch as will do. The config as it stands comes first, if it fits.
+    A combination is left out if a subset of its overrides is as fast. Each one uses the smallest number of
+    micro-batches that fits. The unchanged config comes first, if it fits.
     """
     base = with_batch_size(config, int(config.train.batch_size))
     variants = list(_variants(base))
     found: list[Advice] = []
-    if not _could_fit(variants[-1], split_sizes, total_mib):  # it has all that spares memory
+    if not _could_fit(variants[-1], split_sizes, total_mib):  # the one with every saving
         return found
     with display.progress_bar("planning", len(variants)) as bar:
         for variant in variants:
@@ -92,7 +75,7 @@ def advise(
 
 
 def _variants(config: Config) -> Iterator[Config]:
-    """The config with each combination of what is on or off."""
+    """Yield the config with each combination of the settings that are switched on or off."""
     resident = {config.device.preload_limit_mib, 0}
     checkpointing = {config.train.activation_checkpointing, True}
     for limit, recompute, precision in itertools.product(
@@ -103,7 +86,7 @@ def _variants(config: Config) -> Iterator[Config]:
 
 
 def _precisions(config: Config) -> list[Precision]:
-    """That of the config, and the one of 16 bits that should be faster on the card."""
+    """Return the precision of the config and, for fp32, the faster 16-bit precision of the GPU."""
     speeds = {half: _speed(config, half) for half in ("bf16", "fp16")}
     faster: Precision = "fp16" if speeds["fp16"] > speeds["bf16"] else "bf16"
     own: Precision = "fp32" if config.device.precision == "auto" else config.device.precision
@@ -113,7 +96,7 @@ def _precisions(config: Config) -> list[Precision]:
 def _with_fewest_micro_batches(
     variant: Config, base: Config, split_sizes: Mapping[str, int], total_mib: float | None
 ) -> Iterator[Advice]:
-    """The variant with its batch in as few parts as will do; nothing where no number of parts does."""
+    """Yield the variant with the fewest micro-batches that fit; nothing if no number of them fits."""
     batch = int(variant.train.batch_size)
     largest = variant.train.micro_batch_size or batch
     sizes = sorted({min(largest, -(-batch // passes)) for passes in MICRO_BATCH_COUNTS}, reverse=True)
@@ -136,11 +119,10 @@ def _with_fewest_micro_batches(
 
 
 def _could_fit(variant: Config, split_sizes: Mapping[str, int], total_mib: float | None) -> bool:
-    """Whether the least of all parts would fit if it were the whole batch: that is told at once, where a
-    search through the parts takes long."""
-    part = with_batch_size(variant, -(-int(variant.train.batch_size) // MICRO_BATCH_COUNTS[-1]))
-    least = replace(part, train=replace(part.train, micro_batch_size=None, eval_batch_size=1))
-    return Planner(least, split_sizes, total_mib).plan_for(int(least.train.batch_size)).fits == "fits"
+    """Return whether the smallest micro-batch would fit on its own: a quick check before the slow search."""
+    micro = with_batch_size(variant, -(-int(variant.train.batch_size) // MICRO_BATCH_COUNTS[-1]))
+    smallest = replace(micro, train=replace(micro.train, micro_batch_size=None, eval_batch_size=1))
+    return Planner(smallest, split_sizes, total_mib).plan_for(int(smallest.train.batch_size)).fits == "fits"
 
 
 def _with_micro_batch_size(config: Config, size: int) -> Config:
@@ -151,7 +133,7 @@ def _with_micro_batch_size(config: Config, size: int) -> Config:
 def _with_fitting_eval_batch(
     config: Config, split_sizes: Mapping[str, int], total_mib: float | None
 ) -> tuple[Config, Plan]:
-    """The config and its plan, with an evaluation no larger than needed if it is what stands in the way."""
+    """Return the config and its plan, with eval_batch_size halved while the evaluation does not fit."""
     plan = Planner(config, split_sizes, total_mib).plan_for(int(config.train.batch_size))
     while plan.fits != "fits" and plan.is_evaluation_peak:
         size = config.train.eval_batch_size // 2
@@ -163,18 +145,18 @@ def _with_fitting_eval_batch(
 
 
 def _overrides(config: Config, base: Config) -> tuple[str, ...]:
-    """What has to be written to make the one of the other."""
-    before = flatten(base)
-    return tuple(f"{key}={value}" for key, value in flatten(config).items() if value != before[key])
+    """Return the overrides that turn `base` into `config`."""
+    base_values = flatten(base)
+    return tuple(f"{key}={value}" for key, value in flatten(config).items() if value != base_values[key])
 
 
 def relative_time(config: Config, base: Config) -> float:
-    """How long a step of the one is estimated to take, in steps of the other."""
+    """Return the estimated time of a step of `config`, relative to a step of `base`."""
     return _step_time(config) / _step_time(base)
 
 
 def _step_time(config: Config) -> float:
-    """Of a step, in steps of fp32 in one pass with all pictures on the device."""
+    """Return the time of a step, relative to fp32 in one pass with all images on the device."""
     half = config.device.precision in ("bf16", "fp16")
     time = 1 / _speed(config, str(config.device.precision)) if half else 1.0
     time *= RECOMPUTE_TIME_FACTOR if config.train.activation_checkpointing else 1.0
@@ -187,7 +169,7 @@ def _step_time(config: Config) -> float:
 
 
 def _speed(config: Config, precision: str) -> float:
-    """Times as fast as fp32: the middle of what the card's file says, of a ratio the geometric one."""
+    """Return the speed relative to fp32: the geometric mean of the bounds in the GPU's file."""
     known = config.gpu.fp16_speedup if precision == "fp16" else config.gpu.bf16_speedup
     return math.sqrt(max(known.min, MIN_SPEED) * max(known.max, MIN_SPEED))
 
@@ -196,16 +178,16 @@ def _notes(config: Config, base: Config) -> tuple[str, ...]:
     notes = []
     if config.device.precision != base.device.precision:
         known = config.gpu.fp16_speedup if config.device.precision == "fp16" else config.gpu.bf16_speedup
-        pace = f"{known.min:g} to {known.max:g} times as fast on this card"
-        notes.append(f"{config.device.precision} rounds, and is {pace}")
+        speed = f"{known.min:g} to {known.max:g} times as fast as fp32 on this GPU"
+        notes.append(f"{config.device.precision} is less precise, and {speed}")
     if config.train.activation_checkpointing != base.train.activation_checkpointing:
-        notes.append("a third more work, the same numbers")
+        notes.append("a third more computation, identical results")
     if (micro := config.train.micro_batch_size) != base.train.micro_batch_size:
-        notes.append(f"batch norms see {micro:,} pictures at a time")
+        notes.append(f"batch norm statistics are computed over {micro:,} images")
     return tuple(notes)
 
 
 def _dominates(other: Advice, each: Advice) -> bool:
-    """Whether the other does with a part of the same, and takes no longer."""
-    less = set(other.overrides) < set(each.overrides)
-    return less and other.relative_time <= each.relative_time
+    """Return whether the other has a subset of these overrides and is as fast."""
+    is_subset = set(other.overrides) < set(each.overrides)
+    return is_subset and other.relative_time <= each.relative_time

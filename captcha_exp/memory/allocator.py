@@ -1,25 +1,25 @@
 """A model of torch's CUDA caching allocator: how many bytes it allocates and reserves, without a GPU.
 
-A GPU needs more than the sum of the tensors: sizes are rounded, memory comes from the driver in
-segments, and a free piece of a segment is of use only to who fits in. The rules are torch's.
+A GPU needs more than the sum of the tensors: sizes are rounded, memory comes from the driver in segments, and
+a free block of a segment can only hold what fits into it. The rules are torch's.
 
 Source: pytorch, torch 2.10 to 2.13, c10/cuda/CUDACachingAllocator.cpp (class DeviceCachingAllocator) and
-c10/core/AllocatorConfig.h. The names at the rules below are the names there.
+c10/core/AllocatorConfig.h. The names in the comments below are those of that source.
 
-Left out, since no training of this project has it: further streams (so `active_bytes` is
+Not modeled, because no training of this project uses it: further streams (so `active_bytes` is
 `allocated_bytes`); the private pools of CUDA graphs and of MemPool; max_split_size_mb,
-roundup_power2_divisions, large_segment_size_mb and garbage_collection_threshold, which are off unless
-asked for. Left out, since it goes past the allocator: the CUDA context, what libraries take for
-themselves, other programs; take that off the limit. Workspaces that torch allocates for cuBLAS and cuDNN
-are events like tensors.
+roundup_power2_divisions, large_segment_size_mb and garbage_collection_threshold, which are off by default.
+Not modeled, because it bypasses the allocator: the CUDA context, memory that libraries allocate themselves,
+other programs; subtract these from the limit. Workspaces that torch allocates for cuBLAS and cuDNN are events
+like tensors.
 
-Unknown here are the addresses that the driver chooses, which matter between free blocks of equal size: the
-lowest is taken. On an H200 most new segments lay below the earlier ones and some filled holes above them;
-replayed with each below, the recorded events reserve what the GPU reserved, to the byte, and with each above
-5.2 % less (tests/test_recorded_gpu.py). So downward is the default, and plans play both. The limit is what
-the driver has, to the byte. A limit by `set_per_process_memory_fraction` is the same, but with expandable
-segments torch holds it against the request and not the pages: it may be passed by less than a page, or be met
-though free pages would do.
+The addresses that the driver chooses are unknown. They matter between free blocks of equal size, of which the
+lowest is used. On an H200 most new segments were below the earlier ones and some filled holes above them.
+Replayed with each segment below, the recorded events reserve what the GPU reserved, to the byte; with each
+above, 5.2 % less (tests/benchmarks/test_recorded_gpu.py). So downward is the default, and plans replay both.
+The limit is the memory of the driver, to the byte. `set_per_process_memory_fraction` sets the same limit, but
+with expandable segments torch compares it with the request instead of the pages: it may be exceeded by less
+than a page, or be reached although free pages would suffice.
 """
 
 from bisect import bisect_left, insort
@@ -32,36 +32,36 @@ MIB = 2**20
 MIN_BLOCK_BYTES = 512  # kMinBlockSize: sizes are multiples of it
 SMALL_BYTES = 1 * MIB  # kSmallSize: the largest size of the small pool
 SMALL_SEGMENT_BYTES = 2 * MIB  # kSmallBuffer: segments and pages of the small pool
-MIN_LARGE_BYTES = 10 * MIB  # kMinLargeAlloc: the least size with a segment of its own
-LARGE_SEGMENT_BYTES = 20 * MIB  # large_segment_size(), once kLargeBuffer: what smaller ones share; pages
+MIN_LARGE_BYTES = 10 * MIB  # kMinLargeAlloc: the smallest size with a segment of its own
+LARGE_SEGMENT_BYTES = 20 * MIB  # large_segment_size(), once kLargeBuffer: shared segments; pages
 ROUND_LARGE_BYTES = 2 * MIB  # kRoundLarge: segments of their own are multiples of it
 
 
 class MemoryEvent(NamedTuple):
-    """The memory of a tensor comes or goes."""
+    """An allocation or a deallocation."""
 
     tensor_id: int
-    requested_bytes: int | None  # None: it is freed
+    requested_bytes: int | None  # None: freed
 
 
 class Usage(NamedTuple):
-    """Sums of `torch.cuda.memory_stats`, under their names there."""
+    """Sums of `torch.cuda.memory_stats`, with the same names."""
 
-    requested_bytes: int  # what was asked for
-    allocated_bytes: int  # what it took, in whole blocks: `torch.cuda.memory_allocated`
-    reserved_bytes: int  # what the driver gave: `torch.cuda.memory_reserved`
+    requested_bytes: int  # the sizes of the requests
+    allocated_bytes: int  # the blocks of the requests: `torch.cuda.memory_allocated`
+    reserved_bytes: int  # segments from the driver: `torch.cuda.memory_reserved`
 
 
 class SimulatedOutOfMemoryError(Exception):
-    """The driver has too little, even after it got back all that was wholly free."""
+    """The driver has too little memory, even after all free segments were returned to it."""
 
     def __init__(self, requested_bytes: int, tried_bytes: int, usage: Usage, limit_bytes: int) -> None:
         super().__init__(
-            f"{requested_bytes} bytes need {tried_bytes} from the driver, which has given"
-            f" {usage.reserved_bytes} ({usage.allocated_bytes} of them in use) of {limit_bytes}"
+            f"{requested_bytes} bytes need {tried_bytes} from the driver; reserved are {usage.reserved_bytes}"
+            f" ({usage.allocated_bytes} of them allocated) of {limit_bytes}"
         )
         self.requested_bytes = requested_bytes
-        self.tried_bytes = tried_bytes  # what torch's message says it tried to allocate
+        self.tried_bytes = tried_bytes  # the size in torch's message
         self.usage = usage
         self.limit_bytes = limit_bytes
 
@@ -77,48 +77,51 @@ class CachingAllocator:
         downward: bool = True,
         addresses: Iterable[int] = (),
     ) -> None:
-        """With what the driver has to give; `expandable` is torch's option expandable_segments.
+        """Create an allocator with the memory of the driver; `expandable` is torch's expandable_segments.
 
-        A new segment lies below all earlier ones of its pool if `downward`, else above them. `addresses` are
-        those of the first segments, where they are known. Expandable segments use neither.
+        A new segment is placed below all earlier ones of its pool if `downward`, else above them. `addresses`
+        are those of the first segments, if known. Expandable segments use neither.
         """
         self.limit_bytes = limit_bytes
         self.expandable = expandable
         self._addresses = iter(addresses)
         # should_split. Addresses are far apart, and begin at a page of either size.
-        least_rest = MIN_BLOCK_BYTES if expandable else SMALL_BYTES + 1
+        min_remainder = MIN_BLOCK_BYTES if expandable else SMALL_BYTES + 1
         small, large = LARGE_SEGMENT_BYTES << 40, LARGE_SEGMENT_BYTES << 41
         self._small = Pool(SMALL_SEGMENT_BYTES, MIN_BLOCK_BYTES, small, expandable, downward)
-        self._large = Pool(LARGE_SEGMENT_BYTES, least_rest, large, expandable, downward)
+        self._large = Pool(LARGE_SEGMENT_BYTES, min_remainder, large, expandable, downward)
         self._requested = self._allocated = self._reserved = 0
         self.num_device_alloc = 0  # as in torch.cuda.memory_stats: cudaMalloc, or mappings
         self.num_device_free = 0  # cudaFree, or unmappings
-        self.num_alloc_retries = 0  # flushes of the cache, since the driver had too little
+        self.num_alloc_retries = 0  # flushes of the cache because the driver had too little
         self.num_ooms = 0
         self.reset_peaks()
 
     @property
     def usage(self) -> Usage:
-        """What is in use now."""
+        """Return the current usage."""
         return Usage(self._requested, self._allocated, self._reserved)
 
     @property
     def peak(self) -> Usage:
-        """The most of each since the last reset, maybe at different moments."""
+        """Return the maximum of each sum since the last reset, maybe at different moments."""
         return Usage(self._max_requested, self._max_allocated, self._max_reserved)
 
     def reset_peaks(self) -> None:
-        """Peaks begin again at what is in use now: `torch.cuda.reset_peak_memory_stats`."""
+        """Reset the peaks to the current usage, as `torch.cuda.reset_peak_memory_stats`."""
         self._max_requested, self._max_allocated, self._max_reserved = self.usage
 
     def segments(self) -> list[list[Block]]:
-        """All reserved memory: runs of neighbouring blocks, by address. torch.cuda.memory_snapshot."""
+        """Return all reserved memory as runs of adjacent blocks, by address; cf. memory_snapshot."""
         return self._small.mapped_runs() + self._large.mapped_runs()
 
     def allocate(self, requested_bytes: int) -> Block:
-        """A block for so many bytes, good until it is freed, or OutOfMemory. Source: malloc.
+        """Return a block that holds this many bytes. Source: malloc.
 
-        0 bytes are no block of any segment: torch does not ask the allocator for them.
+        A block of 0 bytes is in no segment, because torch does not request it from the allocator.
+
+        Raises:
+            SimulatedOutOfMemoryError: the limit is reached.
         """
         if requested_bytes <= 0:
             if requested_bytes < 0:
@@ -127,16 +130,16 @@ class CachingAllocator:
         size = -(-requested_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES  # round_size
         pool = self._small if size <= SMALL_BYTES else self._large
         free = pool.free_blocks
-        place = bisect_left(free, (size,))
-        if place == len(free):
+        index = bisect_left(free, (size,))
+        if index == len(free):
             block = self._allocate_from_driver(pool, size, requested_bytes)
         else:
             if self.expandable:
-                place = pool.best_fit_index(place)
-            block = free.pop(place)[2]
+                index = pool.best_fit_index(index)
+            block = free.pop(index)[2]
         if block.size_bytes - size >= pool.min_remainder_bytes:
-            rest = block.split(size)
-            insort(free, (rest.size_bytes, rest.address, rest))
+            remainder = block.split(size)
+            insort(free, (remainder.size_bytes, remainder.address, remainder))
         block.allocated = True
         block.requested_bytes = requested_bytes
         self._requested += requested_bytes
@@ -148,7 +151,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Gives it back to its pool; the driver gets nothing. Source: free_block."""
+        """Return a block to its pool, not to the driver. Source: free_block."""
         if not block.allocated:
             if block.size_bytes == 0:
                 return
@@ -160,7 +163,7 @@ class CachingAllocator:
         block.pool.add(block)
 
     def empty_cache(self) -> None:
-        """Gives wholly free segments, or pages, back to the driver: `torch.cuda.empty_cache`.
+        """Return free segments, or free pages, to the driver, as `torch.cuda.empty_cache`.
 
         Source: release_cached_blocks, release_blocks.
         """
@@ -177,10 +180,10 @@ class CachingAllocator:
                 self.num_device_free += size > 0
 
     def _allocate_from_driver(self, pool: Pool, size: int, requested_bytes: int) -> Block:
-        """A block with memory from the driver, for which the cache may have to go first. Source: malloc.
+        """Return a block with memory from the driver, after a flush of the cache if needed. Source: malloc.
 
-        torch does not search the pool again after the flush; nothing in it has grown.
-        release_available_cached_blocks, which comes before it, does nothing without max_split_size_mb.
+        torch does not search the pool again after the flush, in which no free block has grown.
+        release_available_cached_blocks, called before it, does nothing without max_split_size_mb.
         """
         from_driver = self._expand_segment if self.expandable else self._new_segment
         block = from_driver(pool, size)
@@ -197,14 +200,14 @@ class CachingAllocator:
         return block
 
     def _new_segment(self, pool: Pool, size: int) -> Block | None:
-        """A whole segment that holds this size; None without memory. Source: alloc_block."""
+        """Return a new segment for this size; None if out of memory. Source: alloc_block."""
         size = segment_bytes(size)
         return pool.new_segment(size, next(self._addresses, None)) if self._try_reserve(size) else None
 
     def _expand_segment(self, pool: Pool, size: int) -> Block | None:
-        """The lowest place with room for this size, its holes mapped; None without memory.
+        """Return the lowest range with space for this size, its holes mapped; None if out of memory.
 
-        Pages that were mapped before the memory ended stay in the pool.
+        Pages that were mapped before the driver ran out of memory stay in the pool.
 
         Source: try_allocate_expandable_block.
         """
@@ -220,7 +223,7 @@ class CachingAllocator:
         return block
 
     def _try_reserve(self, new_bytes: int) -> bool:
-        """Whether the driver had so much."""
+        """Reserve memory of the driver; return whether it had enough."""
         if self.limit_bytes is not None and self._reserved + new_bytes > self.limit_bytes:
             return False
         self._reserved += new_bytes
@@ -230,7 +233,7 @@ class CachingAllocator:
 
 
 def segment_bytes(size: int) -> int:
-    """What the driver is asked for when no free block holds a size. Source: get_allocation_size."""
+    """Return the bytes to request from the driver if no free block fits. Source: get_allocation_size."""
     if size <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if size < MIN_LARGE_BYTES:
@@ -241,9 +244,10 @@ def segment_bytes(size: int) -> int:
 def replay_events(
     events: Iterable[MemoryEvent], allocator: CachingAllocator, live_blocks: dict[int, Block]
 ) -> Usage:
-    """The peaks after a list of events. `live`, the tensors there are, is brought up to date.
+    """Replay events and return the peaks. `live_blocks`, the block of each live tensor, is updated.
 
-    OutOfMemory comes where it would on a GPU.
+    Raises:
+        SimulatedOutOfMemoryError: the limit is reached, at the event where a GPU would run out of memory.
     """
     allocate, free, pop = allocator.allocate, allocator.free, live_blocks.pop
     for tensor, requested_bytes in events:

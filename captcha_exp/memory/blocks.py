@@ -1,4 +1,4 @@
-"""Memory in one line of blocks after another, free or in use: what the allocator cuts and joins.
+"""The free and allocated blocks of memory segments, which the allocator splits and merges.
 
 Source: pytorch, c10/cuda/CUDACachingAllocator.cpp, Block and BlockPool.
 """
@@ -11,7 +11,7 @@ _EXPANDABLE_RANGE_BYTES = 2**60  # of addresses in an expandable range; torch re
 
 
 class Block:
-    """A piece of a segment."""
+    """A range of addresses in a segment."""
 
     __slots__ = ("address", "allocated", "mapped", "next", "pool", "prev", "requested_bytes", "size_bytes")
 
@@ -19,45 +19,45 @@ class Block:
         self.pool = pool
         self.address = address
         self.size_bytes = size_bytes
-        self.requested_bytes = 0  # for a live one what was asked for
+        self.requested_bytes = 0  # of an allocated block: the size of the request
         self.allocated = False
         self.mapped = mapped  # False: a hole, addresses of an expandable range without memory
-        self.prev: Block | None = None  # the neighbours in the segment
+        self.prev: Block | None = None  # adjacent blocks in the segment
         self.next: Block | None = None
 
     def split(self, size_bytes: int) -> "Block":
-        """What it had above so many bytes, as a block of its own."""
-        rest = Block(self.pool, self.address + size_bytes, self.size_bytes - size_bytes, self.mapped)
-        rest.prev, rest.next = self, self.next
+        """Cut the block to this size and return the remainder, as a block above it."""
+        remainder = Block(self.pool, self.address + size_bytes, self.size_bytes - size_bytes, self.mapped)
+        remainder.prev, remainder.next = self, self.next
         if self.next is not None:
-            self.next.prev = rest
-        self.next, self.size_bytes = rest, size_bytes
-        return rest
+            self.next.prev = remainder
+        self.next, self.size_bytes = remainder, size_bytes
+        return remainder
 
     def merge_next(self, next_block: "Block") -> None:
-        """The upper neighbour becomes part of it, so the lowest of a segment stays the same object."""
+        """Absorb the block above, so that a segment's lowest block stays the same object."""
         self.size_bytes += next_block.size_bytes
         self.next = next_block.next
         if self.next is not None:
             self.next.prev = self
 
     def expandable_bytes(self) -> int:
-        """How large it can grow."""
+        """Return the size to which the block can grow."""
         hole = self.next
         return self.size_bytes + (hole.size_bytes if hole is not None and not hole.mapped else 0)
 
 
 class Pool:
-    """The segments of the small sizes, or of the large ones, and the free blocks in them.
+    """The segments of small or of large sizes, and their free blocks.
 
-    An expandable pool is one endless segment, which holds memory in some places and holes in the others.
+    An expandable pool is one unlimited segment, parts of which are mapped and the others are holes.
     """
 
     def __init__(
         self, page_bytes: int, min_remainder_bytes: int, address: int, expandable: bool, downward: bool
     ) -> None:
-        self.page_bytes = page_bytes  # of an expandable one
-        self.min_remainder_bytes = min_remainder_bytes  # a smaller rest is not cut off
+        self.page_bytes = page_bytes  # of an expandable pool
+        self.min_remainder_bytes = min_remainder_bytes  # a smaller remainder is not split off
         self.downward = downward and not expandable
         self.next_address = address  # of the next segment: its end if downward, else its begin
         self.free_blocks: list[tuple[int, int, Block]] = []  # by size, then address
@@ -66,7 +66,7 @@ class Pool:
             self.new_segment(_EXPANDABLE_RANGE_BYTES).mapped = False
 
     def new_segment(self, size_bytes: int, address: int | None = None) -> Block:
-        """Return a new segment as one block, below or above all before it unless its address is known."""
+        """Return a new segment as one block, below or above all earlier ones unless its address is given."""
         if address is None:
             address = self.next_address - size_bytes if self.downward else self.next_address
         if self.downward:
@@ -77,7 +77,7 @@ class Pool:
         return block
 
     def add(self, block: Block) -> Block:
-        """The free block that it becomes with its free neighbours. Source: try_merge_blocks."""
+        """Add a free block, merged with its free neighbors, and return it. Source: try_merge_blocks."""
         after, before, free = block.next, block.prev, self.free_blocks
         if after is not None and after.mapped and not after.allocated:
             del free[bisect_left(free, (after.size_bytes, after.address))]
@@ -90,22 +90,26 @@ class Pool:
         return block
 
     def remove(self, block: Block) -> None:
-        """It is no longer free."""
+        """Remove a block from the free blocks."""
         del self.free_blocks[bisect_left(self.free_blocks, (block.size_bytes, block.address))]
 
     def mapped_runs(self) -> list[list[Block]]:
-        """All memory, in runs of neighbours."""
+        """Return all mapped memory as runs of adjacent blocks."""
         found = []
         for _, lowest in sorted(self.first_blocks.items()):
             runs = groupby(_iter_blocks(lowest), lambda block: block.mapped)
             found += [list(blocks) for mapped, blocks in runs if mapped]
         return found
 
-    # -- expandable ones only ---------------------------------------------------------------------------
+    # -- expandable pools only --------------------------------------------------------------------------
 
     def best_fit_index(self, first_index: int) -> int:
-        """The place of the best fit in `free`, from the first that fits. A block counts as large as it
-        can grow, so the end of the range is kept for what fits nowhere else. Source: get_free_block."""
+        """Return the index of the best fit among the free blocks; `first_index` is the first that fits.
+
+        A block counts with the size to which it can grow, so the last one is used only if nothing else fits.
+
+        Source: get_free_block.
+        """
         free = self.free_blocks
         while (
             first_index + 1 < len(free)
@@ -115,22 +119,24 @@ class Pool:
         return first_index
 
     def find_expandable_block(self, size_bytes: int) -> Block:
-        """The first block of the lowest run of free blocks and holes with so much room; the last has it.
-        Source: find_expandable_block."""
+        """Return the first block of the lowest run of free blocks and holes that is large enough.
+
+        The last run always is. Source: find_expandable_block.
+        """
         (lowest,) = self.first_blocks.values()
         runs = groupby(_iter_blocks(lowest), lambda block: block.allocated)
-        rooms = (list(blocks) for live, blocks in runs if not live)
-        return next(room[0] for room in rooms if sum(block.size_bytes for block in room) >= size_bytes)
+        free_runs = (list(blocks) for allocated, blocks in runs if not allocated)
+        return next(run[0] for run in free_runs if sum(block.size_bytes for block in run) >= size_bytes)
 
     def map_block(self, hole: Block, size_bytes: int) -> Block:
-        """The free block that so many bytes of a hole, in pages, become part of. Source: map_block."""
+        """Map this many bytes of a hole, in whole pages; return their free block. Source: map_block."""
         if size_bytes < hole.size_bytes:
             hole.split(size_bytes)
         hole.mapped = True
         return self.add(hole)
 
     def unmap_block(self, block: Block) -> int:
-        """How many bytes, the whole pages inside a free block, become a hole. Source: unmap_block."""
+        """Unmap the whole pages inside a free block and return their bytes. Source: unmap_block."""
         page, top = self.page_bytes, block.address + block.size_bytes
         begin, end = -(-block.address // page) * page, top // page * page
         if begin >= end:

@@ -1,7 +1,8 @@
-"""A card file of the CUDA card that is here: `measuring` reads its counters, `judging` makes a card of it.
+"""Measure the CUDA GPU of this machine (`gpu_probe`) and write the file of its bounds (`gpu_profile`).
 
-In a process that has not touched CUDA before: what is there already cannot be seen to come. `calibrate_from`
-writes the file of a GPU that is elsewhere, from the readings in a session's file (`session`).
+The process must not have used CUDA before, because the size of the context is measured as a difference.
+`calibrate_from_session` writes the file of another machine's GPU from the measurements in a session's file
+(`session`).
 """
 
 import re
@@ -25,7 +26,7 @@ from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import checkout_dir, conf_dir
 
 NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-RESERVED_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values for Hydra; every GPU for plan --gpu
+RESERVED_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values in Hydra; plan --gpu all: every GPU
 
 
 def calibrate(
@@ -38,10 +39,12 @@ def calibrate(
     force: bool = False,
     command: Sequence[str] = (),
 ) -> tuple[GpuSpec, Path]:
-    """The measured card and its file; the configs say which networks are tried, the first one which card.
+    """Measure the GPU and write its file; return the figures and the path.
+
+    The networks of all configs are measured, on the device of the first one.
 
     Raises:
-        UserError: there is no CUDA card, or no place for the file; nothing has been measured.
+        UserError: no CUDA GPU is available, or the file cannot be written; nothing has been measured.
     """
     device_name = _resolve_device(configs[0], machine)
     folder = resolve_gpu_dir(config_dir)
@@ -53,7 +56,7 @@ def calibrate(
     path = _output_path(folder, name or slug(properties.name), force)
     chosen = [replace(c, device=replace(c.device, name=device_name, precision="fp32")) for c in configs]
     free_before = free.get(str(getattr(properties, "uuid", "")))
-    display.info(f"{properties.name}: measuring; nothing else should use the card meanwhile")
+    display.info(f"{properties.name}: measuring; do not use the GPU for anything else meanwhile")
     readings = measure(
         [resolve(config, machine) for config in chosen],
         device,
@@ -82,12 +85,12 @@ def calibrate_from_session(
     force: bool = False,
     command: Sequence[str] = (),
 ) -> tuple[GpuSpec, Path]:
-    """Write a GPU's file from a session of benchmarks/gpu_session.py; return the card and the file's path.
+    """Write a GPU's file from a session of benchmarks/gpu_session.py; return the figures and the path.
 
-    Needs no GPU. What the session did not measure keeps the bounds of the known card.
+    Needs no GPU. Figures that the session did not measure keep the bounds of `fallback`.
 
     Raises:
-        UserError: the session has no calibration, or there is no place for the file; nothing is written.
+        UserError: the session has no calibration, or the file cannot be written; nothing is written.
     """
     folder = resolve_gpu_dir(config_dir)
     if name is not None:
@@ -112,12 +115,12 @@ def calibrate_from_session(
 def _output_path(folder: Path, stem: str, force: bool) -> Path:
     path = folder / f"{stem}.yaml"
     if path.exists() and not force:
-        raise UserError(f"{path}: is there already; take --force to write over it, or another --name")
+        raise UserError(f"{path}: exists already; use --force to overwrite it, or another --name")
     return path
 
 
 def _format_measurement(gpu: GpuSpec, date: str, software: Mapping[str, object]) -> str:
-    """Return the first line of a card file: the GPU, when it was measured, and with what."""
+    """Return the first line of a GPU file: the GPU, the date and the software versions."""
     known = ", ".join(f"{part} {version or 'unknown'}" for part, version in software.items())
     return f"{gpu.name}, measured on {date} with {known}"
 
@@ -127,48 +130,46 @@ def _format_command(command: Sequence[str]) -> str:
 
 
 def _resolve_device(config: Config, machine: Machine) -> str:
-    """The name of the CUDA card that is meant.
+    """Return the name of the requested CUDA device.
 
     Raises:
-        UserError: it is not here, or cannot be measured any more.
+        UserError: it is not available, or this process has used CUDA already.
     """
     asked = config.device.name
     name = "cuda" if asked == "auto" else asked
     if not name.startswith("cuda"):
-        raise UserError(f"device.name={asked}: only a CUDA card can be measured; write auto or cuda")
+        raise UserError(f"device.name={asked}: only a CUDA GPU can be measured; use auto or cuda")
     if name not in machine.devices:
         raise UserError(
-            f"device.name={asked}: no CUDA card to measure: "
-            f"{machine.unavailable_reason['cuda']}; without one take "
-            "gpu=generic, or the file of somebody who has the card, in DIR/card/ of --config-dir DIR"
+            f"device.name={asked}: no CUDA GPU to measure: "
+            f"{machine.unavailable_reason['cuda']}; without one use "
+            "gpu=generic, or a file measured on another machine, in DIR/gpu/ of --config-dir DIR"
         )
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types for it
-        raise UserError("this process has used CUDA already; call captcha-exp calibrate by itself")
+        raise UserError("this process has used CUDA already; run captcha-exp calibrate in a new process")
     return name
 
 
 def resolve_gpu_dir(config_dir: str | None) -> Path:
-    """The folder of the card files.
+    """Return the directory of the GPU files.
 
     Raises:
-        UserError: there is none that would outlive the next installation.
+        UserError: it is part of the installed package, whose next installation would delete the file.
     """
     if config_dir is not None:
         return Path(config_dir).expanduser().absolute() / "gpu"
     if checkout_dir() is None:
         raise UserError(
-            f"{conf_dir()}: belongs to the installed package; give a folder of your own: --config-dir DIR"
+            f"{conf_dir()}: belongs to the installed package; use a directory of your own: --config-dir DIR"
         )
     return conf_dir() / "gpu"
 
 
 def slug(text: str) -> str:
-    """A card's name as the name of its file."""
+    """Return a GPU's name as the stem of its file."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-")
     return (
-        words
-        if NAME_PATTERN.fullmatch(words) and words not in RESERVED_NAMES
-        else f"card-{words}".rstrip("-")
+        words if NAME_PATTERN.fullmatch(words) and words not in RESERVED_NAMES else f"gpu-{words}".rstrip("-")
     )
 
 
@@ -180,13 +181,13 @@ def _check_name(name: str) -> None:
 
 
 def _write_gpu_file(path: Path, gpu: GpuSpec, header: Sequence[str]) -> None:
-    """Write the card file under these lines of comment, once it has been read back as the same card."""
+    """Write the GPU file below these comment lines, after a check that it loads as the same figures."""
     text = "".join(f"# {' '.join(line.split())}\n" for line in header) + gpu_to_yaml(gpu)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         draft.write_text(text, encoding="utf-8")
         if load_gpu(draft) != gpu:
-            raise RunFailed(f"{path}: would not say what was measured; nothing is written")
+            raise RunFailed(f"{path}: does not load as the measured figures; nothing is written")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
@@ -195,7 +196,7 @@ def _write_gpu_file(path: Path, gpu: GpuSpec, header: Sequence[str]) -> None:
 
 
 def format_cudnn_version(number: object) -> str | None:
-    """Return the version in words: 90100 is 9.1.0; 8902, as before version 9, is 8.9.2."""
+    """Return the version as text: 90100 is 9.1.0; 8902, the format before version 9, is 8.9.2."""
     if not isinstance(number, int):
         return None
     major, rest = divmod(number, 10_000 if number >= 90_000 else 1000)

@@ -1,7 +1,7 @@
 """Run torch's optimizers without importing torch's compiler, which takes longer than several traces.
 
 An optimizer's `step` imports `torch._dynamo` the first time it runs, only to exclude itself from compilation.
-Where nothing is compiled, as in a trace, a stand-in does.
+A trace compiles nothing, so a stub suffices.
 
 Source: torch/_compile.py, `_disable_dynamo`, and torch/optim/optimizer.py, `_use_grad_for_differentiable`.
 """
@@ -17,14 +17,14 @@ DYNAMO_MODULE = "torch._dynamo"
 
 
 class _DynamoStub(ModuleType):
-    """Has the two functions that an optimizer calls; any other attribute imports the real module."""
+    """A stub with the two functions that an optimizer calls; any other attribute imports the real module."""
 
     def __init__(self) -> None:
         super().__init__(DYNAMO_MODULE)
         self._disabled_functions: list[Any] = []
 
     def disable(self, function: Callable[..., Any], recursive: bool = True, **_: Any) -> Callable[..., Any]:
-        """Return the function itself: what is not compiled needs no exclusion."""
+        """Return the function itself, because nothing is compiled."""
         del recursive
         self._disabled_functions.append(function)
         return function
@@ -39,7 +39,7 @@ class _DynamoStub(ModuleType):
         return getattr(importlib.import_module(DYNAMO_MODULE), name)
 
     def uninstall(self) -> None:
-        """Leave torch as it was: later calls import the real module."""
+        """Restore torch, whose later calls import the real module."""
         if sys.modules.get(DYNAMO_MODULE) is self:
             del sys.modules[DYNAMO_MODULE]
         for function in self._disabled_functions:
@@ -50,12 +50,12 @@ class _DynamoStub(ModuleType):
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Replace `torch._dynamo` by a stand-in unless the process has imported it already."""
+    """Replace `torch._dynamo` by a stub unless the process has imported it already."""
     if DYNAMO_MODULE in sys.modules:
         yield
         return
-    sys.modules[DYNAMO_MODULE] = stand_in = _DynamoStub()
+    sys.modules[DYNAMO_MODULE] = stub = _DynamoStub()
     try:
         yield
     finally:
-        stand_in.uninstall()
+        stub.uninstall()

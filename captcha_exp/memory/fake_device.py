@@ -1,12 +1,12 @@
-"""Tensors of a device that is not there, and a mode that sees their memory come and go.
+"""Tensors of a simulated device, and a dispatch mode that records their allocations and deallocations.
 
-A tensor of the device has a shape and no numbers. What an operator gives is asked of torch's kernel for
-`meta`, once for each kind of arguments: a training asks the same thousands of times, and the next trace
-knows the answers too. Tensors of the host are torch's own of `meta`, and nobody looks at them.
+A tensor of the device has a shape and no values. The result of an operator comes from torch's `meta` kernel,
+which runs once for each combination of arguments: a training repeats the same calls thousands of times, and
+later traces use the same cache. Tensors of the host are plain `meta` tensors and are not recorded.
 
-torch's FakeTensorMode does the same for a compiler and takes five times as long. tests/memory/test_trace.py
-compares the two: they differ only in the mean and deviation of a batch norm, which have 32 bits where the
-images have 16, as they do on the CPU and on CUDA.
+torch's FakeTensorMode does the same for the compiler and takes five times as long. The two are compared in
+tests/memory/test_trace.py: they differ only in the mean and deviation of a batch norm, which are fp32 for
+16-bit images, as they are on the CPU and on CUDA.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captcha_exp.memory.allocator import MemoryEvent
 
 HOST, DEVICE = torch.device("meta"), torch.device("cpu")
-# The answer where an optimizer reads a number. Not 1: NAdam divides by 1 - product of its momenta, and RAdam
-# needs less memory in the first five steps.
+# The value that an optimizer reads as its step count. With 1 NAdam would divide by zero, and RAdam needs less
+# memory in the first five steps.
 ASSUMED_STEP = 100
-MAX_CACHED_RESULTS = (
-    50_000  # answers that are kept, of 800 bytes each; each batch size has a hundred of its own
-)
+MAX_CACHED_RESULTS = 50_000  # about 800 bytes each; a batch size adds about a hundred
 
 _aten = torch.ops.aten
 _CTC = {_aten._ctc_loss.default, _aten._ctc_loss.Tensor}
@@ -35,7 +33,7 @@ _CONVOLUTIONS = {_aten.convolution.default, _aten.convolution_backward.default, 
 
 
 class TensorMeta(NamedTuple):
-    """A tensor but for its numbers."""
+    """The shape, strides and dtype of a tensor."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -43,7 +41,7 @@ class TensorMeta(NamedTuple):
 
 
 class Storage:
-    """Where tensors that look at the same numbers lie. It goes with the last of them."""
+    """The storage that a tensor shares with its views; freed with the last of them."""
 
     __slots__ = ("_events", "_storage_id")
 
@@ -56,7 +54,7 @@ class Storage:
 
 
 class DeviceTensor(Tensor):
-    """A tensor of the device."""
+    """A tensor of the device: a shape without values."""
 
     tensor_meta: TensorMeta
     fake_storage: Storage
@@ -64,10 +62,10 @@ class DeviceTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as in Parameter
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's is one that is switched off
+    def __torch_dispatch__(  # type: ignore[override]  # torch's is a disabled implementation
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise RuntimeError(f"{func}: a tensor without numbers outlived its Recorder")
+        raise RuntimeError(f"{func}: a tensor without values was used after its TensorRecorder exited")
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]
         del tensor_contents
@@ -77,29 +75,27 @@ class DeviceTensor(Tensor):
         raise _value_read_error("numpy.asarray")
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        """Raise Untraceable: there are no values."""
+        """Raise UntraceableError, because the tensor has no values."""
         raise _value_read_error("Tensor.numpy")
 
     def tolist(self) -> Any:
-        """Raise Untraceable: there are no values."""
+        """Raise UntraceableError, because the tensor has no values."""
         raise _value_read_error("Tensor.tolist")
 
 
 class Convolution(NamedTuple):
-    """A convolution, forward or backward, which may want a workspace while it runs."""
+    """A convolution, forward or backward, which may need a workspace while it runs."""
 
-    event_index: int  # its results have come with the events before this one
-    fp32_bytes: int  # of the pictures that go in, those that come out, and the weights
+    event_index: int  # its results were allocated by the events before this one
+    fp32_bytes: int  # of input, output and weight
 
 
 class OpResult(NamedTuple):
-    """A tensor that an operator gives."""
+    """A tensor that an operator returns."""
 
-    aliased_input: (
-        int | None
-    )  # of the device's tensors among the arguments, whose memory it has; None: its own
-    meta: TensorMeta | None  # None: it is that argument
-    storage_bytes: int  # of its own memory
+    aliased_input: int | None  # index of the device tensor whose storage it shares; None: a new storage
+    meta: TensorMeta | None  # None: the input itself
+    storage_bytes: int  # of a new storage
 
 
 OpResults = OpResult | list["OpResults"] | tuple["OpResults", ...] | None
@@ -112,7 +108,7 @@ class UntraceableError(NotImplementedError):
     def __init__(self, operator: str, reason: str, remedy: str) -> None:
         super().__init__(f"{operator} {reason}; {remedy}")
         self.operator, self.reason, self.remedy = operator, reason, remedy
-        self.module_path: str | None = None  # of the submodule that called it, where a tracer knows it
+        self.module_path: str | None = None  # of the submodule that called it, if known
 
 
 def _value_read_error(name: str) -> UntraceableError:
@@ -123,12 +119,12 @@ def _value_read_error(name: str) -> UntraceableError:
 
 
 class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Sees memory of the device come and go."""
+    """Record the allocations and deallocations of the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.events: list[MemoryEvent] = []
-        self.phase_starts: list[tuple[str, int]] = []  # where phases begin
+        self.phase_starts: list[tuple[str, int]] = []  # name and index of the first event
         self.convolutions: list[Convolution] = []
         self.get_module_path: Callable[[], str | None] = lambda: (
             None
@@ -137,12 +133,12 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self._value_reads_allowed = False
 
     def begin_phase(self, phase: str) -> None:
-        """A phase begins, and the one before it ends."""
+        """Begin a phase, which ends the one before it."""
         self.phase_starts.append((phase, len(self.events)))
 
     @contextmanager
     def allow_value_reads(self) -> Iterator[None]:
-        """Answer a read of a number with LATE_STEP. An optimizer reads how many steps it has taken."""
+        """Return ASSUMED_STEP for a value that is read, which in an optimizer is its step count."""
         self._value_reads_allowed = True
         try:
             yield
@@ -157,67 +153,67 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             raise
 
     def _run_op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return what the operator gives."""
-        given: list[DeviceTensor] = []
+        """Return the result of an operator."""
+        inputs: list[DeviceTensor] = []
         devices: list[torch.device] = []
-        question = [func, torch.is_inference_mode_enabled(), torch.get_default_dtype(), *kwargs]
-        _collect_cache_key(args, question, given, devices)
-        _collect_cache_key(kwargs.values(), question, given, devices)
-        if func is _aten.lift_fresh.default:  # of torch.tensor, which has just made it somewhere
+        cache_key = [func, torch.is_inference_mode_enabled(), torch.get_default_dtype(), *kwargs]
+        _collect_cache_key(args, cache_key, inputs, devices)
+        _collect_cache_key(kwargs.values(), cache_key, inputs, devices)
+        if func is _aten.lift_fresh.default:  # called by torch.tensor for a new tensor
             devices.append(args[0].device)
         if func is _aten._local_scalar_dense.default and self._value_reads_allowed:
             return True if args[0].dtype == torch.bool else ASSUMED_STEP
-        if not given and DEVICE not in devices:
+        if not inputs and DEVICE not in devices:
             with _raise_untraceable(func, args):
                 return func(*args, **kwargs)
-        if (key := tuple(question)) not in _result_cache:
-            stand_ins = [_empty_meta(each.tensor_meta) for each in given]
+        if (key := tuple(cache_key)) not in _result_cache:
+            meta_inputs = [_empty_meta(each.tensor_meta) for each in inputs]
             with _raise_untraceable(func, args):
-                result = _run_on_meta(func, args, kwargs, stand_ins)
+                result = _run_on_meta(func, args, kwargs, meta_inputs)
             if HOST in devices:
                 return result
             if len(_result_cache) >= MAX_CACHED_RESULTS:
                 _result_cache.clear()
-            _result_cache[key] = _to_op_results(result, stand_ins)
-        result = self._make_tensors(_result_cache[key], given)
+            _result_cache[key] = _to_op_results(result, meta_inputs)
+        result = self._make_tensors(_result_cache[key], inputs)
         if func in _CONVOLUTIONS:
-            sides = args[:3] if func is _aten.convolution_backward.default else (*args[:2], result)
-            self.convolutions.append(Convolution(len(self.events), 4 * sum(x.numel() for x in sides)))
+            operands = args[:3] if func is _aten.convolution_backward.default else (*args[:2], result)
+            self.convolutions.append(Convolution(len(self.events), 4 * sum(x.numel() for x in operands)))
         return result
 
     def _make_tensors(self, result: OpResults, inputs: list[DeviceTensor]) -> Any:
-        """The tensors of an answer."""
+        """Return device tensors for the results of an operator."""
         if result is None:
             return None
         if not isinstance(result, OpResult):
             return type(result)(self._make_tensors(each, inputs) for each in result)
-        argument, form, storage_bytes = result
-        if form is None:
-            assert argument is not None
-            return inputs[argument]
-        if argument is None:
+        aliased_input, meta, storage_bytes = result
+        if meta is None:
+            assert aliased_input is not None
+            return inputs[aliased_input]
+        if aliased_input is None:
             self._num_storages += 1
-            memory = Storage(self.events, self._num_storages, storage_bytes)
+            storage = Storage(self.events, self._num_storages, storage_bytes)
         else:
-            memory = inputs[argument].fake_storage
-        # While a model reads, a view of its weights is still no tensor of inference_mode.
+            storage = inputs[aliased_input].fake_storage
+        # In inference mode a view of the weights is still not an inference tensor.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            made = Tensor._make_wrapper_subclass(
-                DeviceTensor, form.shape, form.strides, dtype=form.dtype, device=DEVICE
+            tensor = Tensor._make_wrapper_subclass(
+                DeviceTensor, meta.shape, meta.strides, dtype=meta.dtype, device=DEVICE
             )
-        made.tensor_meta, made.fake_storage = form, memory
-        return made
+        tensor.tensor_meta, tensor.fake_storage = meta, storage
+        return tensor
 
 
 def _collect_cache_key(
     values: Iterable[Any], key: list[Any], inputs: list[DeviceTensor], devices: list[torch.device]
 ) -> None:
-    """All that an answer depends on; the tensors of the device, and the devices that are named."""
+    """Collect what a result depends on, the tensors of the device, and the devices given as arguments."""
     for value in values:
         kind = type(value)
         if kind is DeviceTensor:
             inputs.append(value)
-            key.append(value.form)
+            key.append(value.tensor_meta)
         elif kind is list or kind is tuple:
             key.append(len(value))
             _collect_cache_key(value, key, inputs, devices)
@@ -231,7 +227,7 @@ def _collect_cache_key(
 
 @contextmanager
 def _raise_untraceable(func: Any, args: Any) -> Iterator[None]:
-    """Raise Untraceable for an operator that needs values: to be read on the host, or for a shape."""
+    """Raise UntraceableError for an operator that reads values on the host or needs them for a shape."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
@@ -241,50 +237,50 @@ def _raise_untraceable(func: Any, args: Any) -> Iterator[None]:
             remedy = "remove .item(), bool(), tolist() and formatting from the step"
             raise UntraceableError(str(func), "reads a value on the host", remedy) from error
         is_dynamic = torch.Tag.dynamic_output_shape in func.tags
-        if func is _aten.index.Tensor:  # by integers its shape is known
+        if func is _aten.index.Tensor:  # integer indices give a known shape
             is_dynamic = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         if is_dynamic:
             remedy = "use a fixed shape (torch.where, masked_fill, topk)"
             raise UntraceableError(str(func), "has a result whose shape depends on values", remedy) from error
         if isinstance(error, NotImplementedError):
-            remedy = "replace it by an operator that has one"
+            remedy = "use an operator that has one"
             raise UntraceableError(str(func), "has no implementation for device='meta'", remedy) from error
         raise
 
 
-def _run_on_meta(func: Any, args: Any, kwargs: Any, stand_ins: list[Tensor]) -> Any:
-    """What the kernel for `meta` gives."""
+def _run_on_meta(func: Any, args: Any, kwargs: Any, meta_inputs: list[Tensor]) -> Any:
+    """Run the `meta` kernel on the inputs, in place of the device tensors."""
     if torch.Tag.inplace_view in func.tags:
         raise UntraceableError(
-            str(func), "changes the form of a tensor in place", "use the variant that returns a new tensor"
+            str(func), "changes the shape of a tensor in place", "use the variant that returns a new tensor"
         )
     if not func._schema.returns:
-        return None  # it writes to what is there; that of fused SGD has no kernel for `meta`
-    left = iter(stand_ins)
+        return None  # writes to its inputs; fused SGD has no `meta` kernel
+    remaining = iter(meta_inputs)
 
-    def replaced(value: Any) -> Any:
+    def to_meta(value: Any) -> Any:
         if isinstance(value, DeviceTensor):
-            return next(left)
+            return next(remaining)
         if isinstance(value, torch.device):
             return HOST
         if isinstance(value, (list, tuple)):
-            return type(value)(map(replaced, value))
+            return type(value)(map(to_meta, value))
         if isinstance(value, Tensor):
-            return torch.empty_like(value, device=HOST)  # else one that is sent nowhere comes back itself
+            return torch.empty_like(value, device=HOST)  # otherwise a transfer to meta would return the input
         return value
 
-    arguments = replaced(tuple(args))
+    arguments = to_meta(tuple(args))
     if func in _CTC:
         return _ctc_loss_meta(*arguments[:4])
     if func in _CTC_BACKWARD:
         return torch.empty_like(arguments[1])
-    result = func(*arguments, **{name: replaced(value) for name, value in kwargs.items()})
+    result = func(*arguments, **{name: to_meta(value) for name, value in kwargs.items()})
     if isinstance(result, Tensor) and result.layout is not torch.strided:
         remedy = "use dense tensors, e.g. nn.Embedding(..., sparse=False)"
         raise UntraceableError(str(func), "returns a sparse tensor", remedy)
-    # The kernel for `meta` looks at the input alone.
-    sides = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
-    if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in sides):
+    # The `meta` kernel considers the memory format of the input only.
+    operands = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
+    if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in operands):
         result = _to_channels_last(result)
     return result
 
@@ -294,7 +290,7 @@ def _ctc_loss_meta(
 ) -> tuple[Tensor, Tensor]:
     """Return the losses (B,) and log_alpha (B, T, 2S + 1) for log_probs (T, B, C) and the longest target S.
 
-    Where lengths are a tensor, S is the most that the form of the targets allows.
+    If the lengths are a tensor, S is the width of the targets.
 
     Source: aten/src/ATen/native/LossCTC.cpp, ctc_loss_allocate_outputs.
     """
@@ -304,7 +300,7 @@ def _ctc_loss_meta(
 
 
 def _to_channels_last(result: Any) -> Any:
-    """Return it with the channels last, as a convolution does if its input or its weight has them last."""
+    """Return the result in channels_last, the format of a convolution with such an input or weight."""
     if isinstance(result, tuple):
         return tuple(map(_to_channels_last, result))
     if isinstance(result, Tensor) and result.ndim == 4:
@@ -312,19 +308,19 @@ def _to_channels_last(result: Any) -> Any:
     return result
 
 
-def _to_op_results(result: Any, stand_ins: list[Tensor]) -> OpResults:
-    """The same without tensors, to be kept."""
+def _to_op_results(result: Any, meta_inputs: list[Tensor]) -> OpResults:
+    """Return the result without tensors, for the cache."""
     if result is None:
         return None
     if isinstance(result, (list, tuple)):
-        return type(result)(_to_op_results(each, stand_ins) for each in result)
-    assert isinstance(result, Tensor)  # numbers are not read
+        return type(result)(_to_op_results(each, meta_inputs) for each in result)
+    assert isinstance(result, Tensor)  # values cannot be read
     storage = result.untyped_storage()
-    for number, each in enumerate(stand_ins):
+    for index, each in enumerate(meta_inputs):
         if each is result:
-            return OpResult(number, None, 0)
+            return OpResult(index, None, 0)
         if each.untyped_storage()._cdata == storage._cdata:
-            return OpResult(number, _tensor_meta(result), 0)
+            return OpResult(index, _tensor_meta(result), 0)
     return OpResult(None, _tensor_meta(result), storage.nbytes())
 
 

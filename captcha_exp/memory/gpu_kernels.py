@@ -1,14 +1,14 @@
-"""Make torch choose, for tensors that only have a shape, the operators that it chooses on a CUDA device.
+"""Make torch dispatch tensors without values to the operators that it uses on a CUDA device.
 
-The device of a trace is called `cpu` (see `trace`), and for some operators torch's CPU code saves other
+The device of a trace has the type `cpu` (see `trace`), and for some operators torch's CPU code saves other
 tensors for the backward pass than its CUDA code:
 
 - dropout saves a mask of the input's dtype on the CPU and a bool mask on CUDA (`native_dropout`)
 - scaled_dot_product_attention with dropout, or with a mask, may save the attention matrix on the CPU; the
   fused CUDA kernels save the output and one fp32 number per query
 - autocast runs normalizations, softmax and losses in fp32 on CUDA and in 16 bits on the CPU
-- an LSTM or GRU is one oneDNN call on the CPU and one cuDNN call on CUDA, whose sizes neither library
-  documents. Here it is torch's loop over the time steps (see docs/plan_module.md)
+- an LSTM or GRU is one oneDNN call on the CPU and one cuDNN call on CUDA, whose sizes are documented in
+  neither library. Here it is torch's loop over the time steps (see docs/plan_module.md)
 - ctc_loss reads the lengths, which a trace may not know
 - torch.autocast("cuda") does nothing without CUDA
 
@@ -42,8 +42,7 @@ _AUTOCAST_FP32_OPS = (
 
 @contextmanager
 def emulate_cuda_operators() -> Iterator[None]:
-    """Apply the choices of the header to tensors of the CPU until the end of the block."""
-    # torch has no types for a Library.
+    """Replace the operators listed in the module docstring for CPU tensors inside the block."""
     with (
         torch.library._scoped_library("aten", "IMPL") as library,
         warnings.catch_warnings(),
@@ -70,7 +69,7 @@ def emulate_cuda_operators() -> Iterator[None]:
 
 @contextmanager
 def _emulate_cuda_autocast() -> Iterator[None]:
-    """Apply torch.autocast("cuda") of this thread to the traced device, with the default dtype of CUDA."""
+    """Apply torch.autocast("cuda") in this thread to the traced device, with the default dtype of CUDA."""
     plain, thread = torch.autocast.__init__, threading.get_ident()
 
     def init(self: torch.autocast, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +77,7 @@ def _emulate_cuda_autocast() -> Iterator[None]:
             device_type, dtype = "cpu", dtype or torch.float16
         plain(self, device_type, dtype, *args, **kwargs)
 
-    setattr(torch.autocast, "__init__", init)  # noqa: B010 - mypy refuses an assignment to a method
+    setattr(torch.autocast, "__init__", init)  # noqa: B010 - mypy rejects an assignment to a method
     try:
         yield
     finally:
@@ -94,7 +93,7 @@ def _ctc_loss(
     reduction: int = 1,
     zero_infinity: bool = False,
 ) -> Tensor:
-    """Return the CTC loss by the operators of torch's own, without a look at the lengths."""
+    """Return the CTC loss, computed by torch's operators without reading the lengths."""
     is_batched = log_probs.ndim == 3
     if not is_batched:
         log_probs, targets = log_probs.unsqueeze(1), targets.unsqueeze(0)
@@ -133,7 +132,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return the attention by the fused kernel if a CUDA device has one for these arguments."""
+    """Return the attention of the fused kernel if CUDA has one for these arguments."""
     result: Tensor
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
@@ -149,7 +148,7 @@ def _attention(
 
 
 def _has_fused_kernel(query: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> bool:
-    """Return whether the memory-efficient kernel (or, in 16 bits, the flash kernel) takes these tensors."""
+    """Return whether the memory-efficient kernel (or, in 16 bits, the flash kernel) supports these."""
     allowed = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
     aligned = query.shape[-1] % 8 == value.shape[-1] % 8 == 0 or (
         query.dtype == torch.float32 and query.shape[-1] % 4 == value.shape[-1] % 4 == 0
@@ -159,7 +158,7 @@ def _has_fused_kernel(query: Tensor, value: Tensor, mask: Tensor | None, enable_
 
 
 def _recurrent_kernel(name: str) -> Callable[..., Any]:
-    """Return a recurrent layer that transposes its output out of place: torch's does so in place."""
+    """Return a recurrent layer that transposes its output out of place, as torch does in place."""
     operator = getattr(_aten, name).input
 
     def kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

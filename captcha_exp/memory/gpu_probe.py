@@ -1,6 +1,6 @@
-"""What a CUDA card's counters say while the project's own networks do their first steps on it.
+"""Measure memory and speed of a CUDA GPU during the first steps of the project's networks.
 
-Only readings; what they mean is `judging`'s part.
+`gpu_profile` derives the bounds of the GPU's file from these measurements.
 """
 
 import copy
@@ -33,75 +33,79 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 MATRIX_SIZE = 256  # of the matrices
 BATCH_SIZES = (16, 64, 256, 1024)  # of the convolutions
-DEFAULT_BATCH_SIZE = 256  # pictures in a training step where train.batch_size is auto
+DEFAULT_BATCH_SIZE = 256  # of a training step if train.batch_size is auto
 NUM_ROUNDS, NUM_WARMUP_STEPS, NUM_TIMED_STEPS = 3, 2, 5
 
 T = TypeVar("T")
 
 
 class ConvLayer(NamedTuple):
-    """A convolution of a network, on the host."""
+    """A convolution layer of a network, on the host."""
 
     layer: nn.Module
-    input_shape: torch.Size  # of one picture
-    input_requires_grad: bool  # its input has a gradient
+    input_shape: torch.Size  # of one image
+    input_requires_grad: bool
 
 
 def measure(
     configs: Sequence[Config], device: torch.device, free_before_mib: float | None, display: Display
 ) -> GpuMeasurements:
-    """The readings of the card, on which this process has done nothing so far.
+    """Measure a GPU that this process has not used yet.
 
     The configs are resolved; the first one sets threads and determinism.
 
     Raises:
-        RunFailed: the card has no room for a training step, or cannot do one in fp32.
+        RunFailed: a training step does not fit, or fails in fp32; run captcha-exp doctor.
     """
-    # Deterministic trainings have it, and on no card does cuBLAS take more without it.
+    # Deterministic training sets it, and cuBLAS takes no more memory without it on any GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     devices.setup_device(configs[0])
     networks = [(config, list_conv_layers(config)) for config in configs]
     stages: list[MemoryStage] = []
 
-    def stage(after: str) -> None:
+    def record_stage(after: str) -> None:
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
-        own = devices.nvml_process_bytes(device)
+        process = devices.nvml_process_bytes(device)
         reserved = torch.cuda.memory_reserved(device) / MIB
-        stages.append(MemoryStage(after, (total - free) / MIB, reserved, None if own is None else own / MIB))
-        display.info(f"{stages[-1].used_mib:,.0f} MiB of the card in use after {after}")
+        stages.append(
+            MemoryStage(after, (total - free) / MIB, reserved, None if process is None else process / MIB)
+        )
+        display.info(f"{stages[-1].used_mib:,.0f} MiB of GPU memory in use after {after}")
 
     total = 1 + len(DTYPES) * (1 + len(networks) * (len(BATCH_SIZES) + NUM_ROUNDS))
     with display.progress_bar("calibrate", total) as bar:
         torch.zeros(1, device=device)
-        stage("the first tensor")
-        kept = _cublas_workspace(device, display)
-        stage("the first matrix products")
+        record_stage("the first tensor")
+        cublas_mib = _cublas_workspace(device, display)
+        record_stage("the first matrix products")
         bar.advance(1)
         for precision, dtype in DTYPES.items():
             first = functools.partial(_max_conv_workspace, networks[0][1][:1], BATCH_SIZES[0], dtype, device)
             if _attempt(first, f"a convolution in {precision}", display) is not None:
-                stage(f"the first convolution in {precision}")
+                record_stage(f"the first convolution in {precision}")
             elif precision == "fp32":
-                raise RunFailed("a convolution in fp32 fails on this card; captcha-exp doctor may tell why")
+                raise RunFailed(
+                    "a convolution in fp32 fails on this GPU; run captcha-exp doctor to find the cause"
+                )
             bar.advance(1)
-        transients = [
-            t
+        workspaces = [
+            each
             for config, convs in networks
-            for t in _measure_conv_workspaces(config, convs, device, display, bar)
+            for each in _measure_conv_workspaces(config, convs, device, display, bar)
         ]
         rounds = [each for config, _ in networks for each in _time_rounds(config, device, display, bar)]
-        stage("training steps in every precision")
+        record_stage("training steps in every precision")
     properties = torch.cuda.get_device_properties(device)
     return GpuMeasurements(
         name=properties.name,
         totals_mib=(torch.cuda.mem_get_info(device)[1] / MIB, properties.total_memory / MIB),
         free_before_mib=free_before_mib,
         stages=tuple(stages),
-        smallest=2,  # a training in fp32 alone comes so far
-        cublas_mib=kept,
+        smallest=2,  # fp32 training reaches this stage
+        cublas_mib=cublas_mib,
         cublas_config=os.environ["CUBLAS_WORKSPACE_CONFIG"],
-        transients=tuple(transients),
+        transients=tuple(workspaces),
         deterministic=configs[0].train.deterministic,
         rounds=tuple(rounds),
         compute_capability=f"{properties.major}.{properties.minor}",
@@ -109,7 +113,7 @@ def measure(
 
 
 def _attempt(work: Callable[[], T], what: str, display: Display) -> T | None:
-    """What it gives; None where the card has no room for it, or cannot do it, which is told."""
+    """Return the result of `work`; None if memory does not suffice, or if it fails, with a warning."""
     try:
         return work()
     except torch.OutOfMemoryError:
@@ -125,17 +129,17 @@ def _attempt(work: Callable[[], T], what: str, display: Display) -> T | None:
 
 
 def _cublas_workspace(device: torch.device, display: Display) -> float:
-    """MiB that stay allocated when the tensors of products, forward and backward, have gone."""
+    """Return the MiB that stay allocated after matrix products, forward and backward."""
     before = torch.cuda.memory_allocated(device)
     for precision, dtype in DTYPES.items():
-        product = functools.partial(_run_matmul, dtype, device)
-        _attempt(product, f"a matrix product in {precision}", display)
+        matmul = functools.partial(_run_matmul, dtype, device)
+        _attempt(matmul, f"a matrix product in {precision}", display)
     torch.cuda.synchronize(device)
     return (torch.cuda.memory_allocated(device) - before) / MIB
 
 
 def _run_matmul(dtype: torch.dtype, device: torch.device) -> None:
-    """As in the heads: a linear layer with a bias, and a product of stacks of matrices."""
+    """Run a linear layer with a bias and a batched matrix product, as the heads do."""
     matrix = torch.zeros(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device, requires_grad=True)
     stack = F.linear(matrix, matrix, matrix[0])[None] @ matrix[None]
     stack.sum().backward()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -145,17 +149,17 @@ def _run_matmul(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def list_conv_layers(config: Config) -> list[ConvLayer]:
-    """The different convolutions of a config's network, in their order."""
+    """Return the distinct convolutions of a config's network, in order of execution."""
     captcha, found = config.captcha, dict[str, ConvLayer]()
 
-    def note(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
-        sees = inputs[0].shape[1:]
-        found.setdefault(f"{layer} {tuple(sees)}", ConvLayer(layer, sees, input_requires_grad=bool(found)))
+    def collect(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        shape = inputs[0].shape[1:]
+        found.setdefault(f"{layer} {tuple(shape)}", ConvLayer(layer, shape, input_requires_grad=bool(found)))
 
     model = models.build(config.model, captcha)
     for layer in model.modules():
         if isinstance(layer, nn.Conv1d | nn.Conv2d):
-            layer.register_forward_hook(note)
+            layer.register_forward_hook(collect)
     with torch.no_grad():
         shape = (1, captcha.height, captcha.width, captcha.channels)
         model.eval()(torch.zeros(shape, dtype=torch.uint8))
@@ -165,12 +169,12 @@ def list_conv_layers(config: Config) -> list[ConvLayer]:
 def _measure_conv_workspaces(
     config: Config, convs: Sequence[ConvLayer], device: torch.device, display: Display, bar: ProgressBar
 ) -> Iterator[ConvWorkspace]:
-    """For each precision and each batch size that fits: what its hungriest convolution takes."""
+    """Yield the largest workspace of any convolution, for each precision and batch size that fits."""
     network = config.model.name
     for precision, dtype in DTYPES.items():
         fits = True
         for size in BATCH_SIZES:
-            what = f"{network}, {precision}, a batch of {size}"
+            what = f"{network}, {precision}, batch size {size}"
             if fits:
                 work = functools.partial(_max_conv_workspace, convs, size, dtype, device)
                 mib = _attempt(work, what, display)
@@ -183,32 +187,35 @@ def _measure_conv_workspaces(
 def _max_conv_workspace(
     convs: Sequence[ConvLayer], size: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """MiB: the most that one of them takes beside its tensors while it runs, forward or backward."""
+    """Return the largest workspace of any of these layers in MiB, forward or backward."""
     return max(_conv_workspace_bytes(conv, size, dtype, device) for conv in convs) / MIB
 
 
 def _conv_workspace_bytes(conv: ConvLayer, size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes. Each gradient is asked for alone: the room of one is not to hide in the tensors of both."""
+    """Return the largest workspace of a layer in bytes.
+
+    Each gradient is computed alone, so its workspace is not hidden by the memory of another gradient.
+    """
     layer = copy.deepcopy(conv.layer).to(device, dtype)
-    seen = torch.zeros(size, *conv.input_shape, dtype=dtype, device=device)
-    if seen.ndim == 4:  # as models.place lays them out
-        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types other forms alone
-        seen = seen.to(memory_format=torch.channels_last)
-    seen.requires_grad_()
-    given, most = _measure_transient_bytes(functools.partial(layer, seen), device)
-    gradient = torch.ones_like(given)
-    for wanted in [*layer.parameters(), *([seen] if conv.input_requires_grad else [])]:
-        backward = functools.partial(torch.autograd.grad, given, wanted, gradient, retain_graph=True)
-        most = max(most, _measure_transient_bytes(backward, device)[1])
-    return most
+    x = torch.zeros(size, *conv.input_shape, dtype=dtype, device=device)
+    if x.ndim == 4:  # as in networks.to_device
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has no type for it
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    output, max_bytes = _measure_transient_bytes(functools.partial(layer, x), device)
+    gradient = torch.ones_like(output)
+    for tensor in [*layer.parameters(), *([x] if conv.input_requires_grad else [])]:
+        backward = functools.partial(torch.autograd.grad, output, tensor, gradient, retain_graph=True)
+        max_bytes = max(max_bytes, _measure_transient_bytes(backward, device)[1])
+    return max_bytes
 
 
 def _measure_transient_bytes(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
-    """What it gives, and the bytes that were allocated at its peak and are not any more."""
+    """Return the result of `work`, and the bytes that were allocated at its peak and freed at its end."""
     torch.cuda.reset_peak_memory_stats(device)
-    given = work()
+    result = work()
     torch.cuda.synchronize(device)
-    return given, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return result, torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
 # -- training steps ------------------------------------------------------------------------------------------
@@ -217,27 +224,27 @@ def _measure_transient_bytes(work: Callable[[], T], device: torch.device) -> tup
 def _time_rounds(
     config: Config, device: torch.device, display: Display, bar: ProgressBar
 ) -> Iterator[TimingRound]:
-    """Each precision in turn, several times over, so that a card that warms up does so to all alike."""
+    """Yield the step times of several rounds over all precisions, which warm-up thus affects alike."""
     batch = _find_fitting_batch(config, device)
     size = batch.indices.shape[0]
     for _ in range(NUM_ROUNDS):
         seconds: dict[Precision, float] = {}
         for precision in DTYPES:
             chosen = replace(config, device=replace(config.device, precision=precision))
-            what = f"{config.model.name}, {precision}, training steps of {size}"
-            found = _attempt(functools.partial(_time_step, chosen, batch), what, display)
-            if found is not None:
-                seconds[precision] = found
+            what = f"{config.model.name}, {precision}, training steps of batch size {size}"
+            step_seconds = _attempt(functools.partial(_time_step, chosen, batch), what, display)
+            if step_seconds is not None:
+                seconds[precision] = step_seconds
             bar.advance(1, what)
         if "fp32" in seconds:
             yield TimingRound(config.model.name, size, seconds)
 
 
 def _find_fitting_batch(config: Config, device: torch.device) -> Batch:
-    """Noise, with which a step in fp32 fits: as much as the config's batch size, or a half, a quarter ...
+    """Return a random batch with which an fp32 step fits, its size halved from the config's until it does.
 
     Raises:
-        RunFailed: not one picture fits, or the step fails.
+        RunFailed: not even one image fits, or the step fails; run captcha-exp doctor.
     """
     network = config.model.name
     size = DEFAULT_BATCH_SIZE if config.train.batch_size == "auto" else config.train.batch_size
@@ -250,23 +257,23 @@ def _find_fitting_batch(config: Config, device: torch.device) -> Batch:
             size //= 2
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            text = f"a training step of {network} in fp32 fails on this card: {reason}"
+            text = f"a training step of {network} in fp32 fails on this GPU: {reason}"
             raise RunFailed(text) from None
-        torch.cuda.empty_cache()  # when what failed has gone
+        torch.cuda.empty_cache()  # after the exception has released the tensors
     raise RunFailed(
-        f"no room on this card for one picture of {network}; captcha-exp doctor tells who holds it"
+        f"{network}: one image does not fit on this GPU; captcha-exp doctor lists the processes that use it"
     )
 
 
 def _time_step(config: Config, batch: Batch) -> float:
-    """Of one training step, the median of some."""
+    """Return the median time of a training step after warm-up."""
     device = batch.images.device
     state = init_train_state(config, device)
     seconds = []
-    for _ in range(NUM_WARMUP_STEPS + NUM_TIMED_STEPS):  # the first ones load kernels and make room
+    for _ in range(NUM_WARMUP_STEPS + NUM_TIMED_STEPS):  # the first ones load kernels and fill the cache
         torch.cuda.synchronize(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         train_step(state, batch, config)
         torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[NUM_WARMUP_STEPS:])

@@ -1,6 +1,6 @@
-"""What a card is, from what was read on it (`calibrate`), as its card file says it.
+"""Derive the bounds in a GPU's file from the measurements of `gpu_probe`.
 
-Nothing here touches a card, so that cards which nobody has can be played in a test.
+Nothing here uses a GPU, so tests can cover any GPU with made-up measurements.
 """
 
 import json
@@ -14,8 +14,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from captcha_exp.config import Bounds, GpuSpec, Precision
 from captcha_exp.errors import UserError
 
-CONTEXT_MARGIN_MIB = 64  # on top of a measured context: kernels that a training loads and no try here did
-# Limits of readings from a file; a dataclass made in code is not checked.
+CONTEXT_MARGIN_MIB = 64  # added to a measured context, for kernels that only training loads
+# These limits are checked for measurements from a file, not for a dataclass created in code.
 STRICT_JSON = with_config(ConfigDict(extra="forbid", strict=True))
 MiB = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,23 +26,23 @@ NonEmptyStr = Annotated[str, Field(min_length=1)]
 @STRICT_JSON
 @dataclass(frozen=True)
 class MemoryStage:
-    """The memory of the card after something was done for the first time."""
+    """The memory of the GPU after an operation ran for the first time."""
 
     after: NonEmptyStr
     used_mib: MiB  # by all processes
     reserved_mib: MiB  # by torch's allocator in this one
-    process_mib: MiB | None  # this one's, by NVML; None where NVML does not know it
+    process_mib: MiB | None  # of this process, by NVML; None if NVML does not report it
 
     @property
     def non_allocator_mib(self) -> float:
-        """What is in use beside this process's allocator, by whomever."""
+        """Return the memory in use outside this process's allocator, other processes included."""
         return max(0.0, self.used_mib - self.reserved_mib)
 
 
 @STRICT_JSON
 @dataclass(frozen=True)
 class ConvWorkspace:
-    """The most that a convolution of a network took beside its tensors."""
+    """The largest workspace of a network's convolutions."""
 
     network: NonEmptyStr
     precision: Precision
@@ -50,7 +50,7 @@ class ConvWorkspace:
     mib: MiB
 
     def __str__(self) -> str:
-        return f"{self.mib:.0f} ({self.network}, {self.precision}, batch of {self.batch_size})"
+        return f"{self.mib:.0f} ({self.network}, {self.precision}, batch size {self.batch_size})"
 
 
 @STRICT_JSON
@@ -66,61 +66,63 @@ class TimingRound:
 @STRICT_JSON
 @dataclass(frozen=True)
 class GpuMeasurements:
-    """All that was read on a card."""
+    """All measurements of a GPU."""
 
     name: NonEmptyStr
-    totals_mib: Annotated[tuple[MiB, ...], Field(min_length=1)]  # as torch tells it, in each of its ways
-    free_before_mib: MiB | None  # before this process came, by NVML
+    totals_mib: Annotated[tuple[MiB, ...], Field(min_length=1)]  # as torch reports it, in both of its ways
+    free_before_mib: MiB | None  # before this process used CUDA, by NVML
     stages: Annotated[tuple[MemoryStage, ...], Field(min_length=1)]  # in order
-    smallest: Count  # the stage at which every training has arrived
-    cublas_mib: MiB  # kept by the workspaces of the forward and of the backward thread
+    smallest: Count  # index of the first stage that every training reaches
+    cublas_mib: MiB  # workspaces of the forward and of the backward thread
     cublas_config: str  # CUBLAS_WORKSPACE_CONFIG
     transients: tuple[ConvWorkspace, ...]
-    deterministic: bool  # whether the convolutions had to be
+    deterministic: bool  # whether the convolutions were
     rounds: tuple[TimingRound, ...]
     compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
 
 
 def measurements_to_json(measurements: GpuMeasurements) -> dict[str, Any]:
-    """Return the readings as values that `json` can write; `readings_from_json` reads them back."""
+    """Return the measurements as values that `json` can write; see `measurements_from_json`."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(measurements), allow_nan=False))
     return values
 
 
 def measurements_from_json(values: Any) -> GpuMeasurements:
-    """Return the readings that `readings_to_json` wrote.
+    """Return the measurements that `measurements_to_json` wrote.
 
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type, is not finite or is out of
-            range; the line names the first such key. Measure the GPU again, or correct the file.
+            range; the message names the first such key. Measure the GPU again, or fix the file.
     """
-    try:  # as JSON, because strict validation of Python values would refuse a list for a tuple
-        readings = TypeAdapter(GpuMeasurements).validate_json(json.dumps(values))
+    try:  # as JSON, because strict validation of Python values rejects a list for a tuple
+        measurements = TypeAdapter(GpuMeasurements).validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        raise UserError(f"readings of a GPU: {key}: {first['msg'].lower()}") from None
+        key = ".".join(map(str, first["loc"])) or "top level"
+        raise UserError(f"GPU measurements: {key}: {first['msg'].lower()}") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"readings of a GPU: not JSON values: {error}") from None
-    if readings.smallest >= len(readings.stages):
+        raise UserError(f"GPU measurements: not JSON values: {error}") from None
+    if measurements.smallest >= len(measurements.stages):
         raise UserError(
-            f"readings of a GPU: smallest: must be below the number of stages, {len(readings.stages)}"
+            f"GPU measurements: smallest: must be below the number of stages, {len(measurements.stages)}"
         )
-    for number, each in enumerate(readings.rounds):
+    for number, each in enumerate(measurements.rounds):
         if "fp32" not in each.seconds:
-            raise UserError(f"readings of a GPU: rounds.{number}.seconds: must have fp32")
-    return readings
+            raise UserError(f"GPU measurements: rounds.{number}.seconds: fp32 is missing")
+    return measurements
 
 
 def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
-    """The card. What could not be measured keeps the bounds of the card known before."""
+    """Return the figures of the GPU; those that were not measured keep the bounds of `fallback`."""
     total = min(measurements.totals_mib)
     others = _others_bounds(measurements, total)
     return GpuSpec(
         name=measurements.name,
         compute_capability=measurements.compute_capability,
         total_mib=_mib_bounds(
-            total, max(measurements.totals_mib), "torch reports it, by cudaMemGetInfo and by the properties"
+            total,
+            max(measurements.totals_mib),
+            "reported by torch, from cudaMemGetInfo and from the device properties",
         ),
         other_processes_mib=others,
         context_mib=_context_bounds(measurements, total),
@@ -128,7 +130,7 @@ def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
             0,
             measurements.cublas_mib,
             f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
-            f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less where it is not set",
+            f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less if it is not set",
         ),
         cudnn_workspace_mib=_cudnn_bounds(measurements, fallback.cudnn_workspace_mib),
         fp16_speedup=_speed_bounds(measurements.rounds, "fp16", fallback.fp16_speedup),
@@ -137,90 +139,95 @@ def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
 
 
 def _mib_bounds(min_mib: float, max_mib: float, source: str) -> Bounds:
-    """In whole MiB, rounded outwards."""
+    """Return bounds in whole MiB, rounded outwards."""
     return Bounds(min=float(math.floor(min_mib)), max=float(math.ceil(max_mib)), source=source)
 
 
 def _others_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
-    """What other processes held: before this one, and beside it."""
-    seen = [max(0.0, s.used_mib - s.process_mib) for s in measurements.stages if s.process_mib is not None]
+    """Return the memory that other processes used, before this one started and during the measurements."""
+    used_mib = [
+        max(0.0, s.used_mib - s.process_mib) for s in measurements.stages if s.process_mib is not None
+    ]
     if measurements.free_before_mib is not None:
-        seen.append(max(0.0, total - measurements.free_before_mib))
-    if seen:
-        return _mib_bounds(min(seen), max(seen), "measured by NVML, what other programs held at that time")
-    source = "NVML tells nothing here; at most what was in use after this process's own start"
+        used_mib.append(max(0.0, total - measurements.free_before_mib))
+    if used_mib:
+        source = "measured by NVML, memory of other programs at that time"
+        return _mib_bounds(min(used_mib), max(used_mib), source)
+    source = "not reported by NVML; at most the memory in use after this process started"
     return _mib_bounds(0, measurements.stages[0].non_allocator_mib, source)
 
 
 def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
-    """From the smallest that trains to the largest that was seen, and a margin."""
+    """Return the context from the smallest that can train to the largest measured one, with a margin."""
     bounds = [_context_range(stage, measurements, total) for stage in measurements.stages]
     steps = ", ".join(
         (f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}") + f" after {stage.after}"
         for stage, (low, high) in zip(measurements.stages, bounds, strict=True)
     )
     by = (
-        "by NVML's figure for the process"
+        "by NVML for the process"
         if all(stage.process_mib is not None for stage in measurements.stages)
-        else "by what is in use on the card and was not before"
+        else "as the increase of the memory in use on the GPU"
     )
     return _mib_bounds(
         min(low for low, _ in bounds[measurements.smallest :]),
         max(high for _, high in bounds) + CONTEXT_MARGIN_MIB,
-        f"measured {by}, {steps}; most has {CONTEXT_MARGIN_MIB} on top for kernels loaded later",
+        f"measured {by}, {steps}; max includes {CONTEXT_MARGIN_MIB} for kernels loaded later",
     )
 
 
 def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> tuple[float, float]:
-    """MiB of the process beside torch's allocator: the least and the most that it can be."""
+    """Return the minimum and maximum MiB of the process outside torch's allocator."""
     if stage.process_mib is not None:
         exact = max(0.0, stage.process_mib - stage.reserved_mib)
         return exact, exact
     if measurements.free_before_mib is not None:
         exact = max(0.0, stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib))
         return exact, exact
-    # Of what was in use after its own start all may be others', or nothing.
+    # The memory in use after the start may belong to other processes entirely, or not at all.
     return max(
         0.0, stage.non_allocator_mib - measurements.stages[0].non_allocator_mib
     ), stage.non_allocator_mib
 
 
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
-    """From the batch whose hungriest convolution takes least to the one whose takes most."""
+    """Return the largest workspace per batch: its minimum and maximum over all batches."""
     groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
     for each in measurements.transients:
         group = (each.network, each.precision, each.batch_size)
-        groups[group] = max(groups.get(group, each), each, key=lambda transient: transient.mib)
+        groups[group] = max(groups.get(group, each), each, key=lambda workspace: workspace.mib)
     if not groups:
         return _unmeasured_bounds(fallback)
-    worst = sorted(groups.values(), key=lambda transient: transient.mib)
-    sizes = sorted({each.batch_size for each in worst})
+    largest = sorted(groups.values(), key=lambda workspace: workspace.mib)
+    sizes = sorted({each.batch_size for each in largest})
     return _mib_bounds(
-        worst[0].mib,
-        worst[-1].mib,
-        f"measured, {worst[0]} to {worst[-1]}; forward and backward, batches of "
+        largest[0].mib,
+        largest[-1].mib,
+        f"measured, {largest[0]} to {largest[-1]}; forward and backward, batch sizes "
         f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}",
     )
 
 
 def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:
-    """Times as fast as fp32: the slowest round to the fastest, of all networks."""
-    of_network: dict[str, list[float]] = {}
+    """Return the speed relative to fp32, from the slowest to the fastest round of all networks."""
+    ratios_by_network: dict[str, list[float]] = {}
     for each in rounds:
         if precision in each.seconds:
             ratio = each.seconds["fp32"] / each.seconds[precision]
-            of_network.setdefault(f"{each.network}, batch of {each.batch_size}", []).append(ratio)
-    if not of_network:
+            ratios_by_network.setdefault(f"{each.network}, batch size {each.batch_size}", []).append(ratio)
+    if not ratios_by_network:
         return _unmeasured_bounds(fallback)
-    ratios = [ratio for several in of_network.values() for ratio in several]
-    seen = "; ".join(f"{min(some):.2f} to {max(some):.2f} ({name})" for name, some in of_network.items())
+    ratios = [ratio for each in ratios_by_network.values() for ratio in each]
+    ranges = "; ".join(
+        f"{min(each):.2f} to {max(each):.2f} ({name})" for name, each in ratios_by_network.items()
+    )
     return Bounds(
         min=math.floor(min(ratios) * 100) / 100,
         max=math.ceil(max(ratios) * 100) / 100,
-        source=f"measured in training steps, {seen}",
+        source=f"measured in training steps, {ranges}",
     )
 
 
 def _unmeasured_bounds(fallback: Bounds) -> Bounds:
-    source = f"not measured, it fails here; {fallback.source}"
+    source = f"not measured, because it failed; {fallback.source}"
     return Bounds(min=fallback.min, max=fallback.max, source=source)

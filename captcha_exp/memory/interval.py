@@ -1,4 +1,4 @@
-"""What is foretold: so many MiB within bounds, and whether that fits."""
+"""The types of a prediction: a range in MiB, and whether it fits."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -6,16 +6,16 @@ Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
 
 
 class MiBRange(NamedTuple):
-    """MiB, within bounds."""
+    """A range in MiB."""
 
     min: float
     max: float
 
     def __str__(self) -> str:
-        """5 to 7, or just 5."""
-        least, most = f"{self.min:,.0f}", f"{self.max:,.0f}"
-        return least if least == most else f"{least} to {most}"
+        """Return the range in whole MiB, as 5 to 7 or just 5."""
+        low, high = f"{self.min:,.0f}", f"{self.max:,.0f}"
+        return low if low == high else f"{low} to {high}"
 
     def relative_error(self, measured: float) -> float:
-        """How far this lies beside what was measured, as a share of it; 0 where it holds it."""
+        """Return the relative distance from a measured value: positive if the range is above it, 0 inside."""
         return (min(max(measured, self.min), self.max) - measured) / measured

@@ -1,6 +1,6 @@
 """Predict the peak GPU memory of training any `nn.Module`, without a GPU and without captchas.
 
-See docs/plan_module.md for examples, and for what the prediction includes. The parts are those of `plan`.
+See docs/plan_module.md for examples and for the parts of the prediction, which are those of `plan`.
 """
 
 from dataclasses import dataclass
@@ -69,19 +69,20 @@ def plan_module(
     as torch.optim.AdamW, or a lambda or partial with its arguments. `loss` is called as
     `loss(output, targets)`, which allows nn.CrossEntropyLoss(), and without targets as `loss(output)`.
     Targets are an argument of their own because they occupy memory of the device, too. `precision` is fp32 or
-    that of autocast. `card` is the name of a file in conf/gpu/, the path of another, or a Card.
+    that of autocast. `gpu` is the name of a file in conf/gpu/, the path of another file, or a GpuSpec.
 
-    Raises: UserError, one line that names the argument, or the operator and the submodule that cannot be
-    traced (`encoder.layer.3`), and the remedy.
+    Raises:
+        UserError: an argument is invalid, or the module cannot be traced. The message names the argument, or
+            the operator and the submodule (`encoder.layer.3`), and the remedy.
     """
     if precision not in ("fp32", *AUTOCAST_DTYPES):
         raise UserError(f"precision={precision!r}: must be one of fp32, bf16, fp16")
     check_budget_and_steps(budget_mib, steps)
-    known = gpu if isinstance(gpu, GpuSpec) else load_gpu(_gpu_spec_path(gpu))
+    spec = gpu if isinstance(gpu, GpuSpec) else load_gpu(_gpu_spec_path(gpu))
     traced = trace_module(
         module, example_batch, optimizer, loss, targets=targets, precision=precision, steps=steps
     )
-    return _plan_trace(traced, known, _budget(known, budget_mib))
+    return _plan_trace(traced, spec, _budget(spec, budget_mib))
 
 
 def _gpu_spec_path(gpu: str | Path) -> Path:
@@ -93,17 +94,17 @@ def _gpu_spec_path(gpu: str | Path) -> Path:
 
 
 def _budget(gpu: GpuSpec, requested_mib: float | None) -> MiBRange | None:
-    """Return the budget that was asked for, else what other programs leave of the card; None if unknown."""
+    """Return the requested budget, else the memory that other programs leave on the GPU; None if unknown."""
     if gpu.total_mib is not None and (requested_mib is None or requested_mib > gpu.total_mib.max):
-        least = gpu.total_mib.min - gpu.other_processes_mib.max
-        return MiBRange(max(0.0, least), max(0.0, gpu.total_mib.max - gpu.other_processes_mib.min))
+        min_mib = gpu.total_mib.min - gpu.other_processes_mib.max
+        return MiBRange(max(0.0, min_mib), max(0.0, gpu.total_mib.max - gpu.other_processes_mib.min))
     return None if requested_mib is None else MiBRange(requested_mib, requested_mib)
 
 
 def _plan_trace(trace: Trace, gpu: GpuSpec, budget_mib: MiBRange | None) -> ModulePlan:
-    """Return the plan of a trace."""
+    """Return the plan for a trace."""
     context, workspaces = gpu.context_mib, workspace_scenarios(gpu)
-    peaks = [found for each in workspaces if (found := replay_trace(trace, each)) is not None]
+    peaks = [result for each in workspaces if (result := replay_trace(trace, each)) is not None]
     reserved = peak_range(peaks, "reserved_bytes")
     fits = None
     if budget_mib is not None:

@@ -1,4 +1,4 @@
-"""Check the arguments of `plan_module` and what the caller's functions return, one line for each mistake."""
+"""Check the arguments of `plan_module` and the results of the caller's functions; an error is one line."""
 
 import inspect
 import math
@@ -14,7 +14,7 @@ _OPTIMIZER = "optimizer: must be callable with the parameters, e.g. torch.optim.
 
 
 def check_budget_and_steps(budget_mib: Any, steps: Any) -> None:
-    """Raise UserError for a budget or a number of steps that cannot be."""
+    """Raise UserError for an invalid budget or number of steps."""
     if isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 2:
         raise UserError(
             f"steps={steps!r}: must be at least 2, as an integer; the optimizer's state exists from the "
@@ -29,7 +29,7 @@ def check_budget_and_steps(budget_mib: Any, steps: Any) -> None:
 
 
 def check_module(module: Any) -> None:
-    """Raise UserError for what is not a module, or one of which nothing can be trained."""
+    """Raise UserError if this is not a module, or has nothing to train."""
     if not isinstance(module, nn.Module):
         raise UserError(f"module: must be a torch.nn.Module, not {_type_name(module)}")
     for name, child in module.named_modules():
@@ -46,7 +46,7 @@ def check_module(module: Any) -> None:
 
 
 def check_optimizer_factory(factory: Any) -> None:
-    """Raise UserError for an optimizer in place of a function that makes one."""
+    """Raise UserError unless this is a function that creates an optimizer."""
     if isinstance(factory, torch.optim.Optimizer):
         raise UserError(f"{_OPTIMIZER}not an instance")
     if not callable(factory):
@@ -77,18 +77,18 @@ def check_optimizer(optimizer: Any, module: nn.Module) -> None:
 
 
 def check_loss(loss: Any, has_targets: bool) -> None:
-    """Raise UserError for a loss that cannot be called with the output, or with the output and targets."""
+    """Raise UserError unless the loss can be called with the output, and the targets if there are any."""
     if not callable(loss):
         raise UserError(f"loss: must be callable with the output, not {_type_name(loss)}")
     try:
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    except (TypeError, ValueError):  # a function of C
+    except (TypeError, ValueError):  # implemented in C
         return
     one, two = (_accepts_num_args(signature, count) for count in (1, 2))
     if not has_targets and not one and two:
         second = list(signature.parameters)[1]
         raise UserError(
-            f"loss: missing its argument {second!r}; pass targets=..., of which the shape is used"
+            f"loss: missing its argument {second!r}; pass targets=..., of which only the shape is used"
         )
     if has_targets and one and not two:
         raise UserError("loss: takes the output only; leave targets out, or take them as a second argument")
@@ -103,7 +103,7 @@ def _accepts_num_args(signature: inspect.Signature, count: int) -> bool:
 
 
 def check_loss_value(value: Any) -> None:
-    """Raise UserError for a loss whose result has no gradient for the parameters."""
+    """Raise UserError unless the loss is a scalar tensor that depends on the parameters."""
     if not isinstance(value, Tensor):
         raise UserError(f"loss: must return a tensor, not {_type_name(value)}")
     if value.numel() != 1:

@@ -1,8 +1,8 @@
-"""Name the submodule that calls an operator, in the forward pass and in the backward pass.
+"""Find the submodule that calls an operator, in the forward pass and in the backward pass.
 
-In the forward pass hooks keep a stack of the modules that are running. In the backward pass no module runs;
-there the autograd node that is running has the sequence number of the forward operator that made it, and the
-module that was running at this number is known.
+In the forward pass, hooks keep a stack of the running modules. In the backward pass no module runs, but the
+current autograd node has the sequence number of the forward operator that created it, and the module that was
+running at that number is known.
 """
 
 from bisect import bisect_right
@@ -13,30 +13,28 @@ from torch import nn
 
 
 class ModulePathTracker:
-    """Follows which submodule is running."""
+    """Tracks the running submodule."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Add hooks to each submodule of `module`, which is a copy that nobody else uses."""
+        """Add hooks to each submodule of `module`, which must be a private copy."""
         self._names: list[str] = []
-        self._sequence_numbers: list[
-            int
-        ] = []  # autograd sequence numbers, at which another module began to run
+        self._sequence_numbers: list[int] = []  # of autograd, at each change of the running module
         self._module_stack: list[str] = []
         for name, child in module.named_modules():
             child.register_forward_pre_hook(self._make_pre_hook(name or type(module).__name__))
             child.register_forward_hook(self._forward_hook)
 
     def begin_step(self) -> None:
-        """Forget the step before this one."""
+        """Clear the records of the previous step."""
         self._names, self._sequence_numbers, self._module_stack = [], [], []
 
     def current(self) -> str | None:
-        """Return the path of the submodule that is running or whose backward pass is; None outside of all."""
+        """Return the path of the submodule whose forward or backward pass is running; None outside of all."""
         node = torch._C._current_autograd_node()
         if node is None or self._module_stack:
             return self._module_stack[-1] if self._module_stack else None
-        place = bisect_right(self._sequence_numbers, node._sequence_nr()) - 1
-        return (self._names[place] or None) if place >= 0 else None
+        index = bisect_right(self._sequence_numbers, node._sequence_nr()) - 1
+        return (self._names[index] or None) if index >= 0 else None
 
     def _make_pre_hook(self, name: str) -> Any:
         def hook(*_: Any) -> None:

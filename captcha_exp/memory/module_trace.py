@@ -1,7 +1,7 @@
-"""Trace the training steps of any `nn.Module`: which memory they ask of a GPU, in order, without a GPU.
+"""Record the memory that training steps of any `nn.Module` allocate on a GPU, in order, without a GPU.
 
-As `trace` does for a training of this project: a copy of the module whose parameters and buffers have shapes
-and no values takes a few steps of the usual training loop, and `recorder` sees memory come and go.
+As `trace` does for this project's own training: a copy of the module whose parameters and buffers have shapes
+but no values takes a few steps of the usual training loop, and `fake_device` records the allocations.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +49,8 @@ def trace_module(
 ) -> Trace:
     """Return the trace of this many training steps; the arguments are those of `plan_module`.
 
-    Raises: UserError for a module that cannot be traced; it names the operator, the submodule and a remedy.
+    Raises:
+        UserError: the module cannot be traced; the message names the operator, the submodule and a remedy.
     """
     check_module(module)
     check_optimizer_factory(optimizer)
@@ -85,12 +86,12 @@ def _run_on_copy(
     recorder: TensorRecorder,
     sizes: dict[str, int],
 ) -> None:
-    """Train a copy, which is freed at the end."""
+    """Train a copy of the module, which is freed at the end."""
     memo: dict[int, Any] = {}
     on_device = copy_to_fake_device(module, memo)
     if isinstance(loss, nn.Module):
         loss = copy_to_fake_device(loss, memo)
-    memo.clear()  # it keeps the originals
+    memo.clear()  # it holds references to the originals
     path, grads = ModulePathTracker(on_device), SavedGradients()
     recorder.get_module_path = path.current
     try:
@@ -116,13 +117,13 @@ def _train(
     grads: SavedGradients,
     sizes: dict[str, int],
 ) -> None:
-    """Take the steps of the usual loop. Batch, output and loss live until the next ones replace them."""
+    """Run steps of the usual loop. Batch, output and loss live until the next ones replace them."""
     loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
     optimizer = optimizer_factory(module.parameters())
     check_optimizer(optimizer, module)
     _use_foreach(optimizer)
-    for number in range(1, steps + 1):
-        recorder.begin_phase(f"epoch 1: step {number}")
+    for step in range(1, steps + 1):
+        recorder.begin_phase(f"epoch 1: step {step}")
         path.begin_step()
         batch, targets = _batch_to_fake_device(example)
         optimizer.zero_grad()
@@ -135,14 +136,14 @@ def _train(
         grads.save(loss)
         scaled = loss if loss_scale is None else loss * loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        with recorder.allow_value_reads():  # most read their step count, a tensor of the host
+        with recorder.allow_value_reads():  # most optimizers read their step count
             optimizer.step()
     recorder.begin_phase("end")
-    kept = [value for values in optimizer.state.values() for value in values.values()]
+    state = [value for values in optimizer.state.values() for value in values.values()]
     parts = nn.ModuleList([module, *([loss_function] if isinstance(loss_function, nn.Module) else [])])
     sizes["parameters_bytes"] = _device_bytes(parts.parameters())
     sizes["buffers_bytes"] = _device_bytes(parts.buffers())
-    sizes["optimizer_bytes"] = _device_bytes(value for value in kept if isinstance(value, Tensor))
+    sizes["optimizer_bytes"] = _device_bytes(value for value in state if isinstance(value, Tensor))
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
@@ -152,10 +153,10 @@ def _call(module: nn.Module, batch: Any) -> Any:
 
 
 def _use_foreach(optimizer: torch.optim.Optimizer) -> None:
-    """Choose the multi-tensor implementation, torch's default on CUDA, where the user chose none."""
+    """Select the multi-tensor implementation, torch's default on CUDA, unless the user chose one."""
     for group in (optimizer.defaults, *optimizer.param_groups):
-        is_open = group.get("foreach") is None and not group.get("fused")
-        if "foreach" in group and is_open and not group.get("differentiable"):
+        is_default = group.get("foreach") is None and not group.get("fused")
+        if "foreach" in group and is_default and not group.get("differentiable"):
             group["foreach"] = True
 
 
@@ -165,7 +166,7 @@ def _device_bytes(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
-    """Turn an error of the steps into one line that says where it came from and what to do."""
+    """Convert an exception of a step into a UserError with the submodule and a remedy."""
     try:
         yield
     except UserError:
@@ -179,7 +180,7 @@ def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
             where = path.current() or "outside of the module (loss or optimizer)"
             no_cuda = "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error)
             remedy = (
-                "use the device of the input, e.g. x.device, in place of 'cuda'"
+                "use the device of the input, e.g. x.device, instead of 'cuda'"
                 if no_cuda
                 else "check that the step runs on the CPU"
             )

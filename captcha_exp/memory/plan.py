@@ -1,11 +1,11 @@
-"""Whether a training fits a graphics card, for a config and a batch size.
+"""Predict whether training fits a GPU, for a config and a batch size.
 
-    process = context + what torch's allocator reserves for (tensors + workspaces)
+    process = context + memory that torch's allocator reserves for (tensors + workspaces)
 
-Tensors come from a trace of the training itself (`trace`), what is reserved for them from a model of the
-allocator (`allocator`). Context and workspaces no tensor shows: they are intervals of the card's file, and so
-the answer is one. A batch *fits* if it does with all that is against it at its most, it *does not fit* if it
-does not with all at its least, and between the two it is *unsure*, which counts as no.
+Tensors come from a trace of the training (`trace`), reserved memory from a model of the allocator
+(`allocator`). Context and workspaces cannot be traced: the GPU's file has bounds for them, so the prediction
+is a range. A batch *fits* if it does with every bound at its maximum, and *does not fit* if it does not with
+every bound at its minimum. Otherwise the verdict is *unsure*, which is treated as *does not fit*.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +28,13 @@ from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import TraceCache
 from captcha_exp.memory.workspaces import Workspaces, workspace_scenarios
 
-ERROR_MARGIN = (
-    0.02  # of what is reserved: the largest error of a trace (tests/memory/test_trace.py), and a margin
-)
-MAX_MICRO_BATCHES = 16  # micro-batches of a step up to which the largest batch is searched
+# Of the reserved memory: the largest error of a trace (tests/memory/test_trace.py), with some margin.
+ERROR_MARGIN = 0.02
+MAX_MICRO_BATCHES = 16  # micro-batches per step in the search for the maximum batch size
 
 
 class Peak(NamedTuple):
-    """The peak of one kind of work: what torch.cuda.max_memory_allocated and _reserved would say."""
+    """The peak of training or of evaluation, as torch.cuda.max_memory_allocated and _reserved."""
 
     allocated_mib: MiBRange
     reserved_mib: MiBRange
@@ -43,56 +42,55 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch size needs, and whether there is room for it."""
+    """The predicted memory of a batch size, and whether it fits."""
 
     batch_size: int
-    tensors_mib: float  # of a training step, without the pictures that live on the device
-    state_mib: float  # of them weights, statistics, the optimiser's state
-    activations_mib: float  # of them all others at the peak: activations, gradients, the batch
-    images_mib: float  # what lives on the device from the first step to the last
-    workspace_mib: MiBRange  # at most at one time
+    tensors_mib: float  # of a training step, without the images that stay on the device
+    state_mib: float  # of them parameters, buffers and the optimizer's state
+    activations_mib: float  # of them everything else at the peak: activations, gradients, the batch
+    images_mib: float  # splits that stay on the device
+    workspace_mib: MiBRange  # of cuBLAS and cuDNN, at most at one time
     training: Peak
     evaluation: Peak
-    reserved_mib: MiBRange  # over the whole run
+    reserved_mib: MiBRange  # of the whole run
     process_mib: MiBRange
-    budget_mib: MiBRange | None  # what there is for the process; None: unknown
+    budget_mib: MiBRange | None  # available to the process; None: unknown
     fits: Fits | None
 
     @property
     def is_evaluation_peak(self) -> bool:
-        """Whether a smaller evaluation batch would need less."""
+        """Return whether a smaller evaluation batch would lower the peak."""
         return self.evaluation.allocated_mib.max > self.training.allocated_mib.max
 
     def describe(self, gpu_name: str) -> str:
-        """The plan in one line."""
-        text = f"a batch of {self.batch_size:,} has {self.tensors_mib:,.0f} MiB of tensors"
-        if self.budget_mib is None:
-            return f"{text} and takes {self.process_mib} MiB on {gpu_name}"
-        return f"{text} and takes {self.process_mib} of {self.budget_mib} MiB on {gpu_name}: {self.fits}"
+        """Return the plan in one line."""
+        text = f"batch size {self.batch_size}: predicted {self.process_mib} MiB on {gpu_name}"
+        text += f" (tensors {self.tensors_mib:,.0f})"
+        return text if self.budget_mib is None else f"{text}, budget {self.budget_mib} MiB: {self.fits}"
 
     def prediction_error_metrics(self, measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Metrics: what was foretold, and how far what was measured in each epoch lies outside of it.
+        """Return metrics of the prediction and of its error, from the measured metrics of each epoch.
 
-        An error is a share of what was measured: 0 within the bounds, above 0 where too much was foretold.
+        An error is relative to the measured value: 0 within the bounds, above 0 if predicted too high.
         """
-        found = {
+        metrics = {
             "memory/predicted_peak_min_mib": self.process_mib.min,
             "memory/predicted_peak_mib": self.process_mib.max,
         }
-        on_card = False
+        is_measured = False
         for kind, peak in (("train", self.training), ("eval", self.evaluation)):
-            for what, bounds in (("allocated", peak.allocated_mib), ("reserved", peak.reserved_mib)):
-                key = f"memory/{kind}_peak_{what}_mib"
-                if seen := max((row[key] for row in measured if key in row), default=0.0):
-                    found[f"memory/{kind}_peak_{what}_error"] = bounds.relative_error(seen)
-                    on_card = True
-        seen = max((row.get("memory/process_peak_mib", 0.0) for row in measured), default=0.0)
-        return found | (
-            {"memory/process_peak_error": self.process_mib.relative_error(seen)} if on_card else {}
-        )
+            for field, bounds in (("allocated", peak.allocated_mib), ("reserved", peak.reserved_mib)):
+                key = f"memory/{kind}_peak_{field}_mib"
+                if peak_mib := max((row[key] for row in measured if key in row), default=0.0):
+                    metrics[f"memory/{kind}_peak_{field}_error"] = bounds.relative_error(peak_mib)
+                    is_measured = True
+        if is_measured:
+            peak_mib = max((row.get("memory/process_peak_mib", 0.0) for row in measured), default=0.0)
+            metrics["memory/process_peak_error"] = self.process_mib.relative_error(peak_mib)
+        return metrics
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an interval is a list of two."""
+        """Return values that `json` can write; a range is a list of two."""
         values = asdict(self)
         for kind in ("training", "evaluation"):
             values[kind] = getattr(self, kind)._asdict()
@@ -100,24 +98,24 @@ class Plan:
 
 
 class PlannerCache:
-    """What planners share whose configs differ in the GPU or the budget alone: no trace depends on those."""
+    """Traces and replays for planners whose configs differ only in the GPU or the budget."""
 
     def __init__(self, config: Config, split_sizes: Mapping[str, int]) -> None:
-        def traced(batch_size: int) -> Trace:
+        def trace_batch(batch_size: int) -> Trace:
             return trace(with_batch_size(config, batch_size), batch_size, split_sizes)
 
-        self.traces = TraceCache(traced, split_sizes["train"], config.train.micro_batch_size is not None)
+        self.traces = TraceCache(trace_batch, split_sizes["train"], config.train.micro_batch_size is not None)
         self._replayers: dict[int, TraceReplayer] = {}
         self._fits_cache: dict[tuple[int, Workspaces, float, bool], bool] = {}
 
     def replayer_for(self, batch_size: int) -> TraceReplayer:
-        """Return the plays of the traced batch size, whose peaks without a limit are kept."""
+        """Return the replayer of a batch size, which caches the peaks without a limit."""
         if batch_size not in self._replayers:
             self._replayers[batch_size] = TraceReplayer(self.traces.trace(batch_size))
         return self._replayers[batch_size]
 
     def fits(self, batch_size: int, workspaces: Workspaces, available_mib: float) -> bool:
-        """Return whether the allocator has room; GPUs with equal figures share the answer."""
+        """Return whether this much memory suffices; GPUs with equal figures share the result."""
         key = batch_size, workspaces, available_mib, uses_expandable_segments()
         if key not in self._fits_cache:
             traced = self.traces.trace_or_interpolate(batch_size)
@@ -126,7 +124,7 @@ class PlannerCache:
 
 
 class Planner:
-    """Plans of one resolved config, for so many pictures of each split."""
+    """Plans for one resolved config and these numbers of images per split."""
 
     def __init__(
         self,
@@ -135,13 +133,13 @@ class Planner:
         total_mib: float | None = None,
         cache: PlannerCache | None = None,
     ) -> None:
-        """`total_mib` is what the device at hand has, if it is one that the card's file leaves open."""
+        """`total_mib` is the memory of the device in use, for a GPU file without a size."""
         self.config = config
         self.split_sizes = dict(split_sizes)
         self.budget_mib = memory_budget(config, total_mib)
         self.cache = cache or PlannerCache(config, split_sizes)
         micro = config.train.micro_batch_size
-        # Passes repeat, and each is traced: memory hardly grows with their number, but time does.
+        # Each micro-batch is traced: their number hardly changes memory, but the time of the trace.
         self.batch_size_limit = (
             min(split_sizes["train"], MAX_MICRO_BATCHES * micro) if micro else split_sizes["train"]
         )
@@ -149,93 +147,94 @@ class Planner:
         self._workspaces = workspace_scenarios(config.gpu)
 
     def plan_for(self, batch_size: int) -> Plan:
-        """The plan of a batch size."""
+        """Return the plan for a batch size."""
         if batch_size not in self._plans:
-            plays = self.cache.replayer_for(batch_size)
-            self._plans[batch_size] = _make_plan(plays, self.config.gpu, batch_size, self.budget_mib)
+            replayer = self.cache.replayer_for(batch_size)
+            self._plans[batch_size] = _make_plan(replayer, self.config.gpu, batch_size, self.budget_mib)
         return self._plans[batch_size]
 
     def max_batch_plan(self) -> Plan | None:
-        """The plan of a batch that fits where one more picture would not; None if no batch does.
+        """Return the plan of the maximum batch size; None if no batch fits.
 
-        At most `max_batch`: the whole training split, or MAX_PASSES micro-batches.
+        It is at most `batch_size_limit`: the whole training split, or MAX_MICRO_BATCHES micro-batches.
         """
         batch_size = self.max_batch_size()
         return self.plan_for(batch_size) if batch_size else None
 
     def max_batch_size(self) -> int | None:
-        """Return the batch size of `largest` without its plan: 0 if none fits; None without a budget."""
+        """Return a batch size that fits while the next larger one does not; 0: none fits; None: no budget."""
         if self.budget_mib is None:
             return None
-        pilot = self._workspaces[-1]  # as a rule those that fail first
-        most = self.batch_size_limit
-        guess = min(max(self._guess_max_batch_size(), 1), most)
-        while found := find_max_batch_size(partial(self._fits, pilot), most, guess):
-            failed = next((each for each in self._workspaces if not self._fits(each, found)), None)
+        scenario = self._workspaces[-1]  # usually the first to fail
+        limit = self.batch_size_limit
+        guess = min(max(self._guess_max_batch_size(), 1), limit)
+        while size := find_max_batch_size(partial(self._fits, scenario), limit, guess):
+            failed = next((each for each in self._workspaces if not self._fits(each, size)), None)
             if failed is None:
                 break
-            pilot, most, guess = failed, found - 1, found - 1
-            if not most:
+            scenario, limit, guess = failed, size - 1, size - 1
+            if not limit:
                 return 0
-        return found
+        return size
 
     def _fits(self, workspaces: Workspaces, batch_size: int) -> bool:
-        """Return whether it fits with these workspaces, as it must with all."""
+        """Return whether a batch size fits with these workspaces."""
         assert self.budget_mib is not None
-        room_mib = allocator_limits(self.config.gpu, self.budget_mib)[0]
-        return self.cache.fits(batch_size, workspaces, room_mib)
+        available_mib = allocator_limits(self.config.gpu, self.budget_mib)[0]
+        return self.cache.fits(batch_size, workspaces, available_mib)
 
     def _guess_max_batch_size(self) -> int:
-        """A batch size near the largest: what is needed grows almost in a straight line."""
+        """Return an estimate of the maximum batch size, as memory is almost linear in the batch size."""
         assert self.budget_mib is not None
-        few = min(32, self.split_sizes["train"])
-        one, two = (self.cache.traces.trace_or_interpolate(size) for size in (few, 2 * few))
-        each = (_activations_mib(two) - _activations_mib(one)) / few
-        if each <= 0:
-            return few
-        free = self.budget_mib.min - self.config.gpu.context_mib.max
-        size = few
-        for _ in range(2):  # workspaces grow with the batch
-            room = (free - self._workspaces[-1].max_mib(self.cache.traces.trace_or_interpolate(size))) * 0.95
-            room -= _state_mib(one) + one.resident_bytes / MIB + _activations_mib(one)
-            size = min(max(int(room / each) + few, 1), self.batch_size_limit)
+        small = min(32, self.split_sizes["train"])
+        one, two = (self.cache.traces.trace_or_interpolate(size) for size in (small, 2 * small))
+        mib_per_image = (_activations_mib(two) - _activations_mib(one)) / small
+        if mib_per_image <= 0:
+            return small
+        allocator_mib = self.budget_mib.min - self.config.gpu.context_mib.max
+        size = small
+        for _ in range(2):  # workspaces grow with the batch size
+            workspace_mib = self._workspaces[-1].max_mib(self.cache.traces.trace_or_interpolate(size))
+            free_mib = (allocator_mib - workspace_mib) * 0.95
+            free_mib -= _state_mib(one) + one.resident_bytes / MIB + _activations_mib(one)
+            size = min(max(int(free_mib / mib_per_image) + small, 1), self.batch_size_limit)
         return size
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
-    """The config with this batch size; a micro-batch is at most all of it."""
+    """Return the config with this batch size, and without micro-batches if they are as large."""
     micro = config.train.micro_batch_size
     micro = None if micro is None or micro >= batch_size else micro
     return replace(config, train=replace(config.train, batch_size=batch_size, micro_batch_size=micro))
 
 
 def memory_budget(config: Config, total_mib: float | None = None) -> MiBRange | None:
-    """What the process may take: the budget of the config, if the card has so much, else what others leave.
+    """Return the memory available to the process; None if unknown.
 
-    None where nobody says.
+    This is the budget of the config if the GPU has that much, else the memory that other programs leave.
     """
-    asked, gpu = config.device.vram_budget_mib, config.gpu
+    requested, gpu = config.device.vram_budget_mib, config.gpu
     if gpu.total_mib is not None:
-        least, most = gpu.total_mib.min, gpu.total_mib.max
+        min_total, max_total = gpu.total_mib.min, gpu.total_mib.max
     elif total_mib is not None:
-        least = most = total_mib
+        min_total = max_total = total_mib
     else:
-        return None if asked is None else MiBRange(asked, asked)
-    if asked is not None and asked <= most:
-        return MiBRange(asked, asked)
+        return None if requested is None else MiBRange(requested, requested)
+    if requested is not None and requested <= max_total:
+        return MiBRange(requested, requested)
     return MiBRange(
-        max(0.0, least - gpu.other_processes_mib.max), max(0.0, most - gpu.other_processes_mib.min)
+        max(0.0, min_total - gpu.other_processes_mib.max), max(0.0, max_total - gpu.other_processes_mib.min)
     )
 
 
 def allocator_limits(gpu: GpuSpec, budget_mib: MiBRange) -> tuple[float, float]:
-    """Return the MiB that the allocator has with all that is against it at its most, and at its least."""
+    """Return the MiB left to the allocator in the worst and in the best case of the bounds."""
     tight_mib = (budget_mib.min - gpu.context_mib.max) / (1 + ERROR_MARGIN)
     return tight_mib, (budget_mib.max - gpu.context_mib.min) / (1 - ERROR_MARGIN)
 
 
 def classify_fit(fits_at_max: bool, fits_at_min: bool) -> Fits:
-    """Return the verdict from whether it fits with the bounds at their most, and at their least."""
+    """Return the verdict, given whether it fits with the bounds at their maximum and at their minimum."""
     if fits_at_max:
         return "fits"
     return "unsure" if fits_at_min else "does not fit"
@@ -243,18 +242,18 @@ def classify_fit(fits_at_max: bool, fits_at_min: bool) -> Fits:
 
 def _make_plan(replayer: TraceReplayer, gpu: GpuSpec, batch_size: int, budget_mib: MiBRange | None) -> Plan:
     traced, context, workspaces = replayer.trace, gpu.context_mib, workspace_scenarios(gpu)
-    tried: list[float | None] = [None]
+    limits: list[float | None] = [None]
     if budget_mib is not None:
-        # At a limit the allocator gives its cache back before it gives up: a run may need less than it takes
-        # where there is plenty.
-        tried = [*allocator_limits(gpu, budget_mib), None]
-    peaks, within = [], []
+        # At a limit the allocator flushes its cache before it fails: a run may need less than it uses when
+        # memory is plentiful.
+        limits = [*allocator_limits(gpu, budget_mib), None]
+    peaks, limit_indices = [], []
     for each in workspaces:
-        played = ((limit, replayer.peaks(each, limit)) for limit in tried)
-        limit, found = next((limit, found) for limit, found in played if found is not None)
-        peaks.append(found)
-        within.append(tried.index(limit))
-    fits = None if budget_mib is None else classify_fit(max(within) == 0, min(within) < 2)
+        replays = ((limit, replayer.peaks(each, limit)) for limit in limits)
+        limit, first = next((limit, result) for limit, result in replays if result is not None)
+        peaks.append(first)
+        limit_indices.append(limits.index(limit))
+    fits = None if budget_mib is None else classify_fit(max(limit_indices) == 0, min(limit_indices) < 2)
     reserved = peak_range(peaks, "reserved_bytes")
     return Plan(
         batch_size=batch_size,
@@ -279,7 +278,7 @@ def _state_mib(traced: Trace) -> float:
 
 
 def _activations_mib(traced: Trace) -> float:
-    """Return all tensors of a step but the state and the pictures that live on the device."""
+    """Return the tensors of a step without the state and the images that stay on the device."""
     tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
     return (tensors_bytes - traced.parameters_bytes - traced.buffers_bytes - traced.optimizer_bytes) / MIB
 
@@ -293,6 +292,6 @@ def _is_evaluation(phase: str) -> bool:
 
 
 def _make_peak(replays: Sequence[PhasePeaks], is_included: Callable[[str], bool]) -> Peak:
-    """The peak of the chosen phases."""
+    """Return the peak over the included phases."""
     replays = [{name: usage for name, usage in peaks.items() if is_included(name)} for peaks in replays]
     return Peak(peak_range(replays, "allocated_bytes"), peak_range(replays, "reserved_bytes"))

@@ -1,4 +1,4 @@
-"""Replay a trace with its workspaces through the model of the allocator, with or without a limit."""
+"""Replay a trace and its workspaces on the model of the allocator, with or without a limit."""
 
 import os
 from bisect import bisect_right
@@ -18,29 +18,29 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.trace import Phase, Trace
 from captcha_exp.memory.workspaces import Workspaces
 
-_CUBLAS_ID, _CUDNN_ID = -1, -2  # workspaces among the events, where tensors count from 1
+_CUBLAS_ID, _CUDNN_ID = -1, -2  # of workspaces; tensor IDs start at 1
 
 
 PhasePeaks: TypeAlias = Mapping[str, Usage]  # phase -> peak of each sum
 
 
 class TraceReplayer:
-    """Replay one trace; without a limit each workspace is replayed once."""
+    """Replays one trace, and caches the peaks without a limit."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self._unlimited: dict[tuple[Workspaces, bool], PhasePeaks] = {}
 
     def peaks(self, workspaces: Workspaces, limit_mib: float | None) -> PhasePeaks | None:
-        """Return the peaks as `play` does.
+        """Return the peaks of each phase; None if the memory does not suffice.
 
-        A limit that is never met changes nothing; one below the tensors and workspaces cannot do.
+        A limit that is never reached changes nothing; one below tensors and workspaces is never enough.
         """
         key = workspaces, uses_expandable_segments()
         if key not in self._unlimited:
-            played = replay_trace(self.trace, workspaces)
-            assert played is not None
-            self._unlimited[key] = played
+            unlimited = replay_trace(self.trace, workspaces)
+            assert unlimited is not None
+            self._unlimited[key] = unlimited
         peaks = self._unlimited[key]
         if limit_mib is None or max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
             return peaks
@@ -67,32 +67,32 @@ def replay_trace(trace: Trace, workspaces: Workspaces, limit_mib: float | None =
 
 
 def phase_events(trace: Trace, phase: Phase, workspaces: Workspaces) -> list[MemoryEvent]:
-    """Return the events of a phase, with those of the workspaces."""
-    found = []
+    """Return the events of a phase, including those of the workspaces."""
+    result = []
     if phase.name == "epoch 1: step 1":
-        found.append(MemoryEvent(_CUBLAS_ID, workspaces.cublas_bytes))
+        result.append(MemoryEvent(_CUBLAS_ID, workspaces.cublas_bytes))
     begin, events = phase.begin, trace.events
     first = bisect_right(trace.convolutions, phase.begin, key=lambda each: each.event_index)
     for convolution in trace.convolutions[first:]:
         if convolution.event_index > phase.end:
             break
-        found += events[begin : convolution.event_index]
-        found += (
+        result += events[begin : convolution.event_index]
+        result += (
             MemoryEvent(_CUDNN_ID, workspaces.conv_workspace_bytes(convolution)),
             MemoryEvent(_CUDNN_ID, None),
         )
         begin = convolution.event_index
-    found += events[begin : phase.end]
-    return found
+    result += events[begin : phase.end]
+    return result
 
 
 def uses_expandable_segments() -> bool:
     """Return whether the environment enables this option of torch's allocator."""
-    asked = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    return any("expandable_segments:true" in text.replace(" ", "").lower() for text in asked)
+    options = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in text.replace(" ", "").lower() for text in options)
 
 
 def peak_range(replays: Sequence[PhasePeaks], field: str) -> MiBRange:
-    """Return the bounds in MiB of the peaks over all plays."""
-    found = [max(getattr(usage, field) for usage in peaks.values()) / MIB for peaks in replays]
-    return MiBRange(min(found), max(found))
+    """Return the range in MiB of the peaks over all replays."""
+    values = [max(getattr(usage, field) for usage in peaks.values()) / MIB for peaks in replays]
+    return MiBRange(min(values), max(values))

@@ -1,13 +1,13 @@
-"""Find the largest batch size that fits in few trials."""
+"""Find the maximum batch size that fits in few trials."""
 
 from collections.abc import Callable
 
 
 def find_max_batch_size(fits: Callable[[int], bool], limit: int, guess: int) -> int:
-    """Return a batch size that fits where one more does not, at most `most`; 0 if none fits.
+    """Return a batch size up to `limit` that fits while the next larger one does not; 0 if none fits.
 
-    Verdicts need not be monotonic: the allocator may have room for a batch and not for a smaller one. The
-    answer depends on `guess`.
+    Fitting need not be monotonic: a batch may fit while a smaller one does not, due to fragmentation. The
+    result then depends on `guess`.
     """
     low, high = 0, limit + 1  # low fits, high does not
     batch = guess

@@ -1,4 +1,4 @@
-"""The file of a GPU session (benchmarks/gpu_session.py): what a calibration needs of it.
+"""Read the file of a GPU session (benchmarks/gpu_session.py) for a calibration.
 
 Needs no GPU, and no part of the benchmarks: a session is a JSON file with `benchmark`, `date`, `machine` and
 `parts`, each part with `figures` or an `error`.
@@ -25,31 +25,33 @@ def read_session(file: Path) -> dict[str, Any]:
     """Return a session of a GPU.
 
     Raises:
-        UserError: the file cannot be read, is cut, is of another program or of a dry run. Give another one.
+        UserError: the file cannot be read, is incomplete, is no session or is a dry run. Use another one.
     """
     try:
         session = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}; give another --from") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}; use another --from") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among these
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{file}: not a whole JSON file ({reason}); copy it again, or {REMEASURE_HINT}"
+            f"{file}: not a complete JSON file ({reason}); copy it again, or {REMEASURE_HINT}"
         ) from None
     if not isinstance(session, dict) or session.get("benchmark") != BENCHMARK:
         raise UserError(f"{file}: not a session of benchmarks/gpu_session.py; {REMEASURE_HINT}")
     if not isinstance(session.get("machine"), dict) or not isinstance(session.get("parts"), dict):
         raise UserError(f"{file}: has no machine or no parts; {REMEASURE_HINT}")
     if not session["machine"].get("gpu") or session.get("dry_run"):
-        raise UserError(f"{file}: no GPU was measured, only a dry run or predictions; {REMEASURE_HINT}")
+        raise UserError(
+            f"{file}: contains no GPU measurements, only a dry run or predictions; {REMEASURE_HINT}"
+        )
     return session
 
 
 def gpu_spec_from_session(session: Mapping[str, Any], fallback: GpuSpec, file: Path) -> GpuSpec:
-    """Return the card that a session's calibration makes; its trainings may widen the context's interval.
+    """Return the figures from a session's calibration; its trainings may widen the bounds of the context.
 
     Raises:
-        UserError: the part is missing, failed or damaged, or is of another GPU; the line names the file.
+        UserError: the part is missing, failed, invalid or of another GPU. Measure the GPU again.
     """
     part = session["parts"].get("calibration")
     if not isinstance(part, dict):
@@ -74,19 +76,19 @@ def read_versions(session: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
     """Return the session's date and its versions of torch, CUDA, cuDNN (a number) and the driver."""
     machine = session["machine"]
     dates = [date for date in (machine.get("date"), session.get("date")) if isinstance(date, str)]
-    date = next((date for date in dates if re.fullmatch(r"\d{4}-\d\d-\d\d", date)), "an unknown day")
+    date = next((date for date in dates if re.fullmatch(r"\d{4}-\d\d-\d\d", date)), "an unknown date")
     keys = {"torch": "torch", "CUDA": "cuda", "cuDNN": "cudnn", "driver": "driver"}
     return date, {name: machine.get(key) for name, key in keys.items()}
 
 
 def _measured_contexts_mib(parts: Mapping[str, Any]) -> Iterator[float]:
-    """Yield the MiB that each measured training's process held beside torch's allocator, by NVML."""
+    """Yield the MiB of each measured training's process outside torch's allocator, by NVML."""
     for name, part in parts.items():
         figures = part.get("figures") if isinstance(part, dict) else None
         if not name.startswith("plan-") or not isinstance(figures, dict):
             continue
         context, by = figures.get("context_mib"), figures.get("process_by")
-        # Without NVML a process is all that the GPU has in use, other programs included.
+        # Without NVML the figure includes the memory of other programs.
         if isinstance(by, str) and by.startswith("NVML") and _is_mib(context):
             yield float(context)
 
@@ -96,7 +98,7 @@ def _is_mib(value: object) -> TypeGuard[float]:
 
 
 def _widen_context(gpu: GpuSpec, contexts_mib: list[float]) -> GpuSpec:
-    """Return the card with an interval of the context that holds these, too, with the same margin."""
+    """Return the GPU with bounds of the context that include these values, with the same margin."""
     if not contexts_mib:
         return gpu
     was, low, high = gpu.context_mib, min(contexts_mib), max(contexts_mib)
@@ -105,6 +107,6 @@ def _widen_context(gpu: GpuSpec, contexts_mib: list[float]) -> GpuSpec:
         was,
         min=min(was.min, float(math.floor(low))),
         max=max(was.max, float(math.ceil(high) + CONTEXT_MARGIN_MIB)),
-        source=f"{was.source}; {len(contexts_mib)} trainings of the session held {seen}",
+        source=f"{was.source}; {len(contexts_mib)} trainings of the session used {seen}",
     )
     return replace(gpu, context_mib=context)

@@ -1,21 +1,20 @@
-"""What a training allocates on its device, in order, without the device: the project's own code on tensors
-which have shapes and no numbers (`recorder`).
+"""Record the memory that training allocates on its device, in order, without the device.
 
-What runs is what a training runs: Dataset.split, Changes, train_step, evaluate.read.
-Host and device are `meta` and `cpu` (tensors said to be on `cuda` end a process whose torch has no CUDA):
-what is made without a device stays on the host, what is sent is seen. New memory on the device is an
-event; another comes when the last reference to it goes, by reference counting, without the collector of
-garbage. A precision of 16 bits is the CPU's autocast.
+The training code itself runs (Dataset.split, Augmenter, train_step, predict_split), on tensors that have
+shapes but no values (`fake_device`). The host is `meta` and the device is `cpu`, because tensors on `cuda`
+crash a torch without CUDA. A tensor created without a device stays on the host and is not recorded; one that
+is moved to the device is. Each new storage on the device is an event, and so is its deallocation when
+reference counting frees it; the garbage collector is disabled. 16-bit precision is the CPU's autocast.
 
-Epochs are cut to their first steps, evaluations to their last batches: the others do the same, and what
-they leave on the device is one event.
+Epochs are cut to their first steps and evaluations to their last batches: the others allocate the same, and
+tensors that they leave on the device are one event.
 
-Not seen, since no tensor of a dispatched operator holds it:
-- what an operator takes and gives back inside itself: workspaces of cuDNN, cuBLAS and reductions
+Not recorded, because it is in no tensor of a dispatched operator:
+- memory that an operator allocates and frees internally: workspaces of cuDNN, cuBLAS and reductions
 - the CUDA context and its kernels, pinned memory of the host, other processes
-- tensors that only CUDA's operators keep: what cuDNN reserves for a batch norm; a softmax under
-  autocast, which is fp32 there and has 16 bits here, on small tensors alone
-- scalars of the progress bar and of watch.Guard
+- tensors that only CUDA operators save: cuDNN's reserve for a batch norm; a softmax under autocast, which is
+  fp32 on CUDA and 16 bits here, on small tensors only
+- scalars of the progress bar and of training.sanity.SanityChecker
 """
 
 import gc
@@ -43,39 +42,39 @@ from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import make_train_state, train_step
 
 NUM_FIRST_EPOCH_STEPS, NUM_LATER_EPOCH_STEPS = 3, 1  # of the first epoch, and of a later one
-NUM_EVAL_BATCHES = 2  # whole ones of an evaluation
+NUM_EVAL_BATCHES = 2  # full batches of an evaluation
 
 
 class Phase(NamedTuple):
-    """A stretch of the events: events[begin:end]."""
+    """A range of the events: events[begin:end]."""
 
     name: str
     begin: int
     end: int
-    peak_bytes: int  # the most that was requested at one time
+    peak_bytes: int  # maximum of the bytes in use
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a training asks of the device's allocator."""
+    """The requests of a training run to the device's allocator."""
 
     events: list[MemoryEvent]
-    phases: list[Phase]  # one after another, all events
+    phases: list[Phase]  # consecutive; they cover all events
     convolutions: list[Convolution]
     parameters_bytes: int
     buffers_bytes: int
-    optimizer_bytes: int  # its state, from the first step on
-    resident_bytes: int  # of splits that live on the device while it trains
+    optimizer_bytes: int  # of its state, which the first step creates
+    resident_bytes: int  # of splits that stay on the device during training
 
     def peak_bytes(self, phase: str = "") -> int:
-        """The most that was requested at one time in phases whose name has this in it."""
+        """Return the maximum of the bytes in use over the phases whose name contains `phase`."""
         return max(each.peak_bytes for each in self.phases if phase in each.name)
 
 
 def trace(config: Config, batch_size: int, split_sizes: Mapping[str, int]) -> Trace:
-    """The trace of a resolved config with this batch size, for so many pictures of each split.
+    """Return the trace of a resolved config with this batch size and these numbers of images per split.
 
-    `device.name` plays no part. Without "test" among the pictures there is no test after the training.
+    `device.name` is ignored. Without a "test" split the run has no evaluation after training.
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
     recorder = TensorRecorder()
@@ -87,7 +86,7 @@ def trace(config: Config, batch_size: int, split_sizes: Mapping[str, int]) -> Tr
 
 @contextmanager
 def disable_gc() -> Iterator[None]:
-    """Where nothing waits for the collector, it would walk over all that torch has imported for nothing."""
+    """Disable garbage collection, which would visit every object of the imported modules to no effect."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -99,7 +98,7 @@ def disable_gc() -> Iterator[None]:
 
 
 def _run_recorded(config: Config, split_sizes: Mapping[str, int], recorder: TensorRecorder) -> dict[str, int]:
-    """`_training`; with its end everything that it made is gone, and seen to go."""
+    """Call `_run_training`, whose tensors are freed on return while they are still recorded."""
     with torch.device(HOST):
         model = networks.build(config.model, config.captcha)
     with torch.device(HOST), allow_device_step_counts(), recorder:
@@ -108,30 +107,30 @@ def _run_recorded(config: Config, split_sizes: Mapping[str, int], recorder: Tens
 
 @contextmanager
 def allow_device_step_counts() -> Iterator[None]:
-    """Let torch's optimizers count steps on the device or on the host, which are not CUDA and CPU here.
+    """Allow torch's optimizers to count steps on the device or on the host, which are not CUDA and CPU here.
 
     Each module of torch.optim imports the list of devices that may count steps, which lacks the CPU. And
     torch groups the tensors of a multi-tensor step only if each is on its parameter's device or the CPU.
     """
     name = "_get_capturable_supported_devices"
     modules = [each for path, each in sorted(sys.modules.items()) if path.startswith("torch.optim.")]
-    plain = {each: getattr(each, name) for each in modules if hasattr(each, name)}
-    grouped = Optimizer.__dict__["_group_tensors_by_device_and_dtype"]
-    for each in plain:
+    originals = {each: getattr(each, name) for each in modules if hasattr(each, name)}
+    original_grouping = Optimizer.__dict__["_group_tensors_by_device_and_dtype"]
+    for each in originals:
         setattr(each, name, lambda *_, **__: [DEVICE.type])
     Optimizer._group_tensors_by_device_and_dtype = staticmethod(_group_tensors)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        Optimizer._group_tensors_by_device_and_dtype = grouped  # type: ignore[method-assign]
-        for each, function in plain.items():
+        Optimizer._group_tensors_by_device_and_dtype = original_grouping  # type: ignore[method-assign]
+        for each, function in originals.items():
             setattr(each, name, function)
 
 
 def _group_tensors(tensors: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
-    """Return the lists of tensors, by device and dtype of the first list's, and the indices if asked.
+    """Return the lists of tensors, grouped by device and dtype of the first list, with indices on request.
 
-    Source: torch/csrc/Module.cpp and aten/src/ATen/native/ForeachUtils.h, without their checks of devices.
+    Source: torch/csrc/Module.cpp and aten/src/ATen/native/ForeachUtils.h, without their device checks.
     """
     groups: dict[Any, tuple[list[list[Any]], list[int]]] = {}
     for index, first in enumerate(tensors[0]):
@@ -147,7 +146,7 @@ def _group_tensors(tensors: list[list[Any]], with_indices: bool = False) -> dict
 def _run_training(
     model: Recognizer, config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
 ) -> dict[str, int]:
-    """`train` and `fit`, shortened; bytes of parameters, buffers, optimiser and resident splits."""
+    """Run a shortened training; return the bytes of parameters, buffers, optimizer and resident splits."""
     data = _make_dataset(config, split_sizes)
     splits: list[Split] = []
 
@@ -160,48 +159,48 @@ def _run_training(
     begin_phase("state")
     state = make_train_state(_to_device(model), config, DEVICE, on_gpu=True)
     last = config.train.epochs
-    # A later epoch differs by its table of changes alone, and by the last one a ramp has ended.
+    # Later epochs differ only in their augmentation parameters, and the warm-up has ended by the last one.
     for epoch in [1] if is_off(config.augment) else sorted({1, min(2, last), last}):
         begin_phase(f"epoch {epoch}: start")
-        change = Augmenter(config, epoch, len(data.images), DEVICE)
+        augmenter = Augmenter(config, epoch, len(data.images), DEVICE)
         _run_epoch(
-            state, training, training.permutation(config.seed, epoch), change, config, epoch, begin_phase
+            state, training, training.permutation(config.seed, epoch), augmenter, config, epoch, begin_phase
         )
         begin_phase(f"epoch {epoch}: evaluation")
         _run_evaluation(state.model, validation, config)
-    del change
-    resident_bytes = _device_bytes(x for side in splits for x in (side.images, side.targets, side.indices))
+    del augmenter
+    resident_bytes = _device_bytes(x for each in splits for x in (each.images, each.targets, each.indices))
     if "test" in split_sizes:
         test = split("test")
         begin_phase("test evaluation")
         _run_evaluation(state.model, test, config)
     begin_phase("end")
-    kept = [value for values in state.optimizer.state.values() for value in values.values()]
+    optimizer_state = [value for values in state.optimizer.state.values() for value in values.values()]
     return {
         "parameters_bytes": _device_bytes(state.model.parameters()),
         "buffers_bytes": _device_bytes(state.model.buffers()),
-        "optimizer_bytes": _device_bytes(kept),
+        "optimizer_bytes": _device_bytes(optimizer_state),
         "resident_bytes": resident_bytes,
     }
 
 
 def _make_dataset(config: Config, split_sizes: Mapping[str, int]) -> Dataset:
-    """So many pictures on the host."""
+    """Return a dataset of these sizes on the host."""
     captcha, count = config.captcha, sum(split_sizes.values())
     images = torch.empty(count, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
     targets = torch.empty(count, captcha.length, dtype=torch.int64)
-    members = {name: torch.empty(size, dtype=torch.int64) for name, size in split_sizes.items()}
-    return Dataset(images, targets, [], members, {})
+    split_indices = {name: torch.empty(size, dtype=torch.int64) for name, size in split_sizes.items()}
+    return Dataset(images, targets, [], split_indices, {})
 
 
 def _to_device(model: Recognizer) -> Recognizer:
-    """As from `models.place`, of which torch does the second line on no parameter without numbers."""
+    """Do what `networks.to_device` does, whose memory format change fails for parameters without values."""
     model.to(DEVICE)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.ndim == 4:
-                laid_out = weight.detach().to(memory_format=torch.channels_last)
-                module.register_parameter(name, nn.Parameter(laid_out))
+                converted = weight.detach().to(memory_format=torch.channels_last)
+                module.register_parameter(name, nn.Parameter(converted))
     return model
 
 
@@ -214,7 +213,7 @@ def _run_epoch(
     epoch: int,
     begin_phase: Callable[[str], None],
 ) -> None:
-    """The first steps of `train_epoch`. As there, a batch goes when the next one has come."""
+    """Run the first steps of `train_epoch`. As there, a batch is freed after the next one is allocated."""
     size = int(config.train.batch_size)
     batches = training.batches(size, order)
     state.model.train()
@@ -222,41 +221,46 @@ def _run_epoch(
     for number in range(1, steps + 1):
         begin_phase(f"epoch {epoch}: step {number}")
         batch = next(batches)
-        step = train_step(state, augmenter(batch), config)  # noqa: F841 - lives until the next one
+        step = train_step(state, augmenter(batch), config)  # noqa: F841 - lives until the next step
 
 
 def _run_evaluation(model: Recognizer, split: Split, config: Config) -> None:
-    """The last batches of `evaluate`."""
+    """Run the last batches of `evaluate`."""
     size, count = config.train.eval_batch_size, len(split)
-    left_out = max(0, count // size - NUM_EVAL_BATCHES) * size
-    # Of a picture stay class ids and how sure they are; of one that was sent, targets and row too.
+    skipped = max(0, count // size - NUM_EVAL_BATCHES) * size
+    # An image leaves its class IDs and confidences; one that was transferred, also its targets and index.
     length = config.captcha.length
-    stays = (8 + 4) * length + (0 if split.indices.device == DEVICE else 8 * length + 8)
-    between = torch.empty(left_out * stays, dtype=torch.uint8, device=DEVICE)
-    images, targets, rows = (x[left_out:] for x in (split.images, split.targets, split.indices))
-    found = predict_split(model, Split(images, targets, rows, DEVICE), config)
+    image_bytes = (8 + 4) * length + (0 if split.indices.device == DEVICE else 8 * length + 8)
+    skipped_results = torch.empty(skipped * image_bytes, dtype=torch.uint8, device=DEVICE)
+    images, targets, indices = (x[skipped:] for x in (split.images, split.targets, split.indices))
+    predictions = predict_split(model, Split(images, targets, indices, DEVICE), config)
     with torch.inference_mode():
-        for parts in (found.predicted, found.targets, found.confidences, found.indices):
+        for parts in (
+            predictions.predicted,
+            predictions.targets,
+            predictions.confidences,
+            predictions.indices,
+        ):
             torch.cat(parts)
-    del between
+    del skipped_results
 
 
 def _device_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of those on the device."""
+    """Return the bytes of the tensors that are on the device."""
     return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
 
 
 def compute_phases(events: Sequence[MemoryEvent], phase_starts: Sequence[tuple[str, int]]) -> list[Phase]:
-    """The phases that begin at these marks. What is there at the beginning counts to the peak."""
-    phases, sizes, now = [], dict[int, int](), 0
+    """Return the phases with these starts. Tensors that exist at the start count towards the peak."""
+    phases, sizes, in_use = [], dict[int, int](), 0
     for (name, begin), (_, end) in pairwise([*phase_starts, ("", len(events))]):
-        peak = now
+        peak = in_use
         for tensor, requested_bytes in events[begin:end]:
             if requested_bytes is None:
-                now -= sizes.pop(tensor)
+                in_use -= sizes.pop(tensor)
             else:
                 sizes[tensor] = requested_bytes
-                now += requested_bytes
-                peak = max(peak, now)
+                in_use += requested_bytes
+                peak = max(peak, in_use)
         phases.append(Phase(name, begin, end, peak))
     return phases

@@ -157,7 +157,7 @@ def _package_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
 
 def _origin_changes(then: RunResult, now: RunResult) -> Iterator[Change]:
     """Libraries below the packages that make pictures: those that draw letters and decode files."""
-    origins = [_as_mapping(_as_mapping(o.dataset.get("provenance")).get("origin")) for o in (then, now)]
+    origins = [_as_mapping(_as_mapping(o.dataset.get("provenance")).get("dependencies")) for o in (then, now)]
     for name in dict.fromkeys([*origins[0], *origins[1]]):
         before, after = (origin.get(name) or ABSENT for origin in origins)
         if before != after and name not in IMAGE_PACKAGES:

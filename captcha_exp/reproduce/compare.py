@@ -96,7 +96,7 @@ def _image_provenance(outcome: RunResult) -> list[Any]:
     provenance = outcome.dataset.get("provenance")
     if not isinstance(provenance, dict):
         return []
-    return [provenance.get(key) for key in ("captcha", "format", "origin")]
+    return [provenance.get(key) for key in ("captcha", "format", "dependencies")]
 
 
 def _metric_differences(then: RunResult, now: RunResult) -> Iterator[Difference]:

@@ -14,7 +14,8 @@ from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import MetricsRow, find_linked, read_metrics_rows
 from captcha_exp.runs.fields import flatten, read_flat_config
-from captcha_exp.runtime.files import list_run_files, sha256_of
+from captcha_exp.runs.files import list_run_files
+from captcha_exp.runtime.files import sha256_of
 
 REQUIRED_FILES = ("config.yaml", "run.json", "dataset.json", "environment.json", "metrics.jsonl", "test.json")
 READ_FILES = (*REQUIRED_FILES, "model.safetensors", "code.json", "code.diff")
@@ -101,7 +102,7 @@ class ReferenceRun:
     @property
     def extends(self) -> Mapping[str, Any] | None:
         """The link to the run from whose last state it began."""
-        link = _as_mapping(self.state.get("links")).get("continues")
+        link = _as_mapping(self.state.get("lineage")).get("extends")
         return None if link is None else _as_mapping(link)
 
 

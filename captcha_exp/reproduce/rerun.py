@@ -93,7 +93,7 @@ def reproduce(
 
     links: dict[str, Any] = {"reproduces": reference.link}
     if reference.extends is not None:
-        links["continues"] = dict(reference.extends)
+        links["extends"] = dict(reference.extends)
     begin = reference.find_extended_run()
     try:
         train.train(

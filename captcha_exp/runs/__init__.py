@@ -1,6 +1,9 @@
-"""A run's folder: begun by one process (`beginning`), written atomically and hashed (`files`), with what it
-ran on (`environment`) and the code that it ran (`code`), closed by another process when its own is gone
-(`closing`), and gone on with (`unfinished`)."""
+"""Run directories: create, read, close and resume them.
+
+`create` makes a run directory, `run` reads and writes it, `environment` and `source_code` record the machine
+and the code, `fields` gives access by key, `stale` closes runs whose process has exited, and `resume` finds
+the run to continue.
+"""
 
 from captcha_exp.runs.create import create_run as create_run
 from captcha_exp.runs.create import make_run_dir as make_run_dir

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, code, machine. Whatever may make two runs differ is written down here."""
+"""Record versions, code, and machine of a run: everything that can make two runs differ."""
 
 import os
 import platform
@@ -26,19 +26,27 @@ _PACKAGES = (
     "mlflow",
 )
 _NUMERICS_PREFIXES = (
-    *("ATEN_", "TORCH", "PYTORCH_", "NPY_"),  # which kernels torch and NumPy take
-    *("ONEDNN_", "DNNL_", "MKL_", "MKLDNN_", "OPENBLAS_", "BLIS_", "VECLIB_"),  # and their libraries
-    *("OMP_", "GOMP_", "KMP_"),  # how work is shared among threads
+    *("ATEN_", "TORCH", "PYTORCH_", "NPY_"),  # kernel selection in torch and NumPy
+    *(
+        "ONEDNN_",
+        "DNNL_",
+        "MKL_",
+        "MKLDNN_",
+        "OPENBLAS_",
+        "BLIS_",
+        "VECLIB_",
+    ),  # and in the libraries that they call
+    *("OMP_", "GOMP_", "KMP_"),  # threading
     *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_OVERRIDE"),
-    *("GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_"),  # which mathematical functions are loaded
-    *("FREETYPE_PROPERTIES", "PYTHONHASHSEED"),  # how letters are drawn; the order of sets
+    *("GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_"),  # which math library is loaded
+    *("FREETYPE_PROPERTIES", "PYTHONHASHSEED"),  # glyph rendering; order of sets
 )
 _SECRET_NAME = re.compile(r"(?i)token|secret|passw|pwd|credential|auth|_key($|_)")
-_URL_CREDENTIALS = re.compile(r"://[^/]*@")  # an address with a password
+_URL_CREDENTIALS = re.compile(r"://[^/]*@")  # user:password in a URL
 
 
 def collect_environment(config: Config) -> dict[str, Any]:
-    """The content of environment.json for a resolved config."""
+    """Return the content of environment.json for a resolved config."""
     return {
         "captcha_exp": package_version("captcha-exp"),
         "python": platform.python_version(),
@@ -61,7 +69,7 @@ def collect_environment(config: Config) -> dict[str, Any]:
 
 
 def package_version(package: str) -> str | None:
-    """Return the installed version, or None; of torch with its build, which its metadata may lack."""
+    """Return the installed version, or None; for torch with the build tag, which its metadata may lack."""
     if package == "torch":
         return str(torch.__version__)
     try:
@@ -71,7 +79,7 @@ def package_version(package: str) -> str | None:
 
 
 def numerics_variables() -> dict[str, str]:
-    """The environment variables that can change what comes out of a training, by name; never a secret."""
+    """Return the environment variables that can change the numerics of a training, without secrets."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
@@ -89,15 +97,17 @@ def _detect_cpu_name() -> str:
 
 
 def parse_cpu_name(cpuinfo: str) -> str | None:
-    """What /proc/cpuinfo calls the first processor, with its numbers: a virtual machine may call all of a
-    maker's the same, and libraries choose their kernels by the numbers."""
-    facts: dict[str, str] = {}
+    """Return name, family, model and stepping of the first CPU in the text of /proc/cpuinfo.
+
+    A virtual machine may report the same name for different CPUs; libraries select kernels by the numbers.
+    """
+    fields: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    name = facts.get("model name")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name")
     keys = ("cpu family", "model", "stepping")
-    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in keys if key in facts]
+    numbers = [f"{key.removeprefix('cpu ')} {fields[key]}" for key in keys if key in fields]
     return f"{name} ({', '.join(numbers)})" if name and numbers else name
 
 

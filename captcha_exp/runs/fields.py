@@ -1,8 +1,7 @@
-"""What a run's folder says, by key: facts of run.json, leaves of config.yaml, metrics.
+"""Access the values of a run by key: fields of run.json, keys of config.yaml, and metrics.
 
-A metric has a row for each epoch; one rule makes one value of them: train/* and val/* are those of the best
-epoch (of the last one, in a run without a result), memory/* the maximum, speed/* the median, and test/* the
-only one there is.
+A metric has one row per epoch and is aggregated to one value: train/* and val/* of the best epoch (the last
+one, if the run has no result), the maximum of memory/*, the median of speed/*, the only value of test/*.
 """
 
 import json
@@ -33,8 +32,8 @@ RUN_KEYS = (
     "oom",
     "sweep",
 )
-"""Keys of run.json. status: also died, for a run whose process is gone; folder and sweep: below outputs/;
-oom: whether memory was too little"""
+"""Keys of run.json. status: also "stale", for a running run whose process has exited; run_dir and sweep:
+relative to outputs/; oom: whether the run ran out of memory"""
 
 _DATASET_KEYS = (
     "key",
@@ -46,11 +45,11 @@ _DATASET_KEYS = (
     "images_sha256",
     "labels_sha256",
 )
-_NESTING_CHARS = "[{-?"  # without one of these, a YAML text goes deeper by indentation alone
+_NESTING_CHARS = "[{-?"  # without these, only indentation nests YAML
 
 
 class RunFields:
-    """What one run says. A file is read when a key first needs it, and what cannot be read is told then."""
+    """The values of one run by key. Files are read on first use; `warn` reports unreadable ones."""
 
     def __init__(self, run_dir: Path, state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
         self.run_dir, self.state, self._warn = run_dir, state, warn
@@ -63,25 +62,25 @@ class RunFields:
         return self._mapping_with(key)[key]
 
     def get(self, key: str) -> Any:
-        """The value; None also where there is no such key."""
+        """Return the value of a key, or None if the run does not have it."""
         return self._mapping_with(key).get(key)
 
     def all_keys(self) -> list[str]:
-        """All that can be asked for; every file is read."""
+        """Return all keys of the run; reads every file."""
         return [*self._run_json, *self._config, *self._metrics]
 
     def metrics(self) -> dict[str, float]:
-        """Metric -> its one value; damaged lines are told.
+        """Return metric -> aggregated value; warns of damaged lines.
 
         Raises:
-            UserError: there is no metrics.jsonl, or it cannot be read.
+            UserError: metrics.jsonl is missing or unreadable.
         """
         best = _as_mapping(self.state["result"]).get("best_epoch")
-        steps: dict[str, dict[int, float]] = {}
+        values_by_step: dict[str, dict[int, float]] = {}
         for row in _iter_rows(self.run_dir / "metrics.jsonl", self._warn):
             for key, value in row.metrics.items():
-                steps.setdefault(key, {})[row.step] = value  # a step that was done again counts as done last
-        values = {key: _aggregate(key, by_step, best) for key, by_step in steps.items()}
+                values_by_step.setdefault(key, {})[row.step] = value  # the last row of a repeated step counts
+        values = {key: _aggregate(key, by_step, best) for key, by_step in values_by_step.items()}
         return {key: value for key, value in values.items() if value is not None}
 
     def _mapping_with(self, key: str) -> Mapping[str, Any]:
@@ -93,23 +92,23 @@ class RunFields:
     def _run_json(self) -> dict[str, Any]:
         state = self.state
         result = _as_mapping(state["result"])
-        facts = {
+        fields = {
             "name": state["name"],
-            "status": "died" if state["status"] == "RUNNING" and not is_alive(state) else state["status"],
+            "status": "stale" if state["status"] == "RUNNING" and not is_alive(state) else state["status"],
             "started": state["started"],
             "run_dir": self.short_name,
             "run_id": _as_mapping(state["mlflow"]).get("run_id"),
         }
-        facts |= {key: state[key] for key in ("error",) if key in state}
-        facts |= {
+        fields |= {key: state[key] for key in ("error",) if key in state}
+        fields |= {
             key: result[key] for key in ("epochs", "best_epoch", "seconds", "weights_sha256") if key in result
         }
         if "oom" in state:
-            facts["oom"] = state["oom"] is not None
+            fields["oom"] = state["oom"] is not None
         if "sweep" in state:
-            folder = _as_mapping(state["sweep"]).get("run_dir")
-            facts["sweep"] = short_name(Path(folder)) if isinstance(folder, str) else None
-        return facts
+            sweep_dir = _as_mapping(state["sweep"]).get("run_dir")
+            fields["sweep"] = short_name(Path(sweep_dir)) if isinstance(sweep_dir, str) else None
+        return fields
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:
@@ -122,7 +121,7 @@ class RunFields:
     @cached_property
     def _metrics(self) -> Mapping[str, float]:
         if not (self.run_dir / "metrics.jsonl").exists():
-            return {}  # it ended before its first epoch did
+            return {}  # the run ended before its first epoch did
         try:
             return self.metrics()
         except UserError as error:
@@ -131,53 +130,53 @@ class RunFields:
 
 
 def short_name(run_dir: Path) -> str:
-    """The path below outputs/, as `find` takes it; of a folder elsewhere the whole path."""
+    """Return the path relative to outputs/, as `find_run` accepts it; the full path for other directories."""
     outputs = root_dir() / "outputs"
     return (run_dir.relative_to(outputs) if run_dir.is_relative_to(outputs) else run_dir).as_posix()
 
 
 def read_flat_config(run_dir: Path) -> dict[str, Any]:
-    """Every leaf of config.yaml as `group.key` -> value; a list is one leaf.
+    """Return config.yaml flattened to `group.key` -> value; lists are not flattened.
 
     Raises:
-        UserError: it is not there, or cannot be read; the line says which.
+        UserError: config.yaml is missing or not a valid config.
     """
     path = run_dir / "config.yaml"
     try:
         text = _read_bytes(path).decode()
-        # The C parser is eight times as fast, and ends the process where a text is nested too deep.
-        flat = len(text) < 100_000 and sum(map(text.count, _NESTING_CHARS)) < 1_000
-        safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if flat else yaml.SafeLoader
-        values = safe(text).get_single_data()
+        # The C parser is eight times faster, but crashes the process on deeply nested input.
+        is_flat = len(text) < 100_000 and sum(map(text.count, _NESTING_CHARS)) < 1_000
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if is_flat else yaml.SafeLoader
+        values = loader(text).get_single_data()
         _check_plain(values, set())
         return dict(_iter_leaves(values))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as a config: {_one_line(error)}") from None
+        raise UserError(f"{path}: is not a valid config: {_one_line(error)}") from None
 
 
 def read_flat_environment(run_dir: Path) -> dict[str, Any]:
-    """Every leaf of environment.json, as `device.threads` -> value.
+    """Return environment.json flattened to `device.threads` -> value.
 
     Raises:
-        UserError: it is not there, or cannot be read; the line says which.
+        UserError: environment.json is missing or unreadable.
     """
     return _read_flat_json(run_dir / "environment.json")
 
 
 def read_flat_dataset(run_dir: Path) -> dict[str, Any]:
-    """Which pictures: key, what they were made from, how many there are of what, and their SHA-256.
+    """Return the identifying fields of dataset.json, flattened: key, provenance, counts, and hashes.
 
     Raises:
-        UserError: dataset.json is not there, or cannot be read; the line says which.
+        UserError: dataset.json is missing or unreadable.
     """
-    found = _read_flat_json(run_dir / "dataset.json")
-    refused = found.get("rejected")
-    chosen = {key: value for key, value in found.items() if key.partition(".")[0] in _DATASET_KEYS}
-    return chosen | ({"rejected": len(refused)} if isinstance(refused, list) else {})
+    values = _read_flat_json(run_dir / "dataset.json")
+    rejected = values.get("rejected")
+    chosen = {key: value for key, value in values.items() if key.partition(".")[0] in _DATASET_KEYS}
+    return chosen | ({"rejected": len(rejected)} if isinstance(rejected, list) else {})
 
 
 def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: object) -> float | None:
-    """The value that stands for all; None where the best epoch has none."""
+    """Return the aggregated value; None if the best epoch has none."""
     match key.partition("/")[0]:
         case "train" | "val" if isinstance(best_epoch, int):
             return by_step.get(best_epoch)
@@ -190,15 +189,15 @@ def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: object) -> fl
 
 
 def _iter_rows(path: Path, warn: Callable[[str], None]) -> Iterator[MetricsRow]:
-    text = _read_bytes(path).decode(errors="replace")  # a line that is no UTF-8 fails its own checksum
+    text = _read_bytes(path).decode(errors="replace")  # a line of invalid UTF-8 fails its checksum
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         try:
             row = MetricsRow.from_line(line)
             values = row.metrics.values() if isinstance(row.metrics, dict) else [None]
             if not all(isinstance(value, int | float) for value in (row.step, *values)):
-                raise ValueError("a step or a metric is no number")
+                raise ValueError("a step or a metric is not a number")
         except (ValueError, RecursionError) as error:
-            warn(f"{path}, line {number}: is left out: {_one_line(error)}")
+            warn(f"{path}, line {number}: skipped: {_one_line(error)}")
             continue
         yield row
 
@@ -220,18 +219,18 @@ def _read_flat_json(path: Path) -> dict[str, Any]:
 
 
 def flatten(node: object) -> dict[str, Any]:
-    """Every leaf of plain values as `group.key` -> value; a list is one leaf.
+    """Flatten nested mappings to `group.key` -> value; lists are not flattened.
 
     Raises:
-        ValueError: it holds no keys.
+        ValueError: `node` is not a mapping.
     """
     return dict(_iter_leaves(node))
 
 
 def _iter_leaves(node: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(`group.key`, value) of everything that is no group."""
+    """Yield (`group.key`, value) for every value that is not a group."""
     if not isinstance(node, Mapping):
-        raise ValueError("it holds no keys")
+        raise ValueError("not a mapping of keys to values")
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
             yield from _iter_leaves(value, f"{prefix}{key}.")
@@ -240,16 +239,17 @@ def _iter_leaves(node: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_plain(node: Any, seen: set[int]) -> None:
-    """Nothing, if this is what a config is made of.
+    """Check that a config consists of plain values without aliases.
 
     Raises:
-        ValueError: it holds an alias, which can make a small file endless, or what JSON cannot write.
+        ValueError: It contains an alias, with which a small file can expand without bound, or a value that
+            JSON cannot represent.
     """
     if not isinstance(node, str | int | float | list | dict | None):
-        raise ValueError(f"it holds a {type(node).__name__}")
+        raise ValueError(f"contains a value of type {type(node).__name__}")
     if isinstance(node, list | dict):
         if id(node) in seen:
-            raise ValueError("it holds an alias")
+            raise ValueError("contains an alias")
         seen.add(id(node))
         for inner in node.values() if isinstance(node, dict) else node:
             _check_plain(inner, seen)

@@ -1,7 +1,7 @@
-"""Unfinished runs: which one a call goes on with, from where, and the right to do so for one process.
+"""Find the run to resume, and claim it for one process.
 
-A run is gone on with on its own where it was asked for with the same config and by the same code, so that its
-end is that of a run that nobody interrupted, and where its process is gone.
+A run is resumed automatically if it is unfinished, its process has exited, and both the requested config and
+the source code are unchanged; it then ends exactly like an uninterrupted run.
 """
 
 import contextlib
@@ -30,86 +30,90 @@ from captcha_exp.runtime.files import write_json
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive, is_remote, process_identity
 
-LOCK_TIMEOUT_SECONDS = 60.0  # another process may be telling MLflow the end of many runs
+LOCK_TIMEOUT_SECONDS = 60.0  # another process may be syncing many runs to MLflow
 
-_Resumability: TypeAlias = Literal["free", "other code", "other host", "no"]
+_Resumability: TypeAlias = Literal["resumable", "other code", "other host", "no"]
 
 
 def find_resumable(
     requested: Config, warn: Callable[[str], None], lineage: Mapping[str, Any] | None = None
 ) -> StaleRun | None:
-    """The newest run in outputs/ that was asked for just so, is unfinished, and has no process any more.
+    """Return the newest resumable run in outputs/ with this requested config, or None.
 
-    Told of and left is one that other code began, or that says it runs on another machine. Points of a sweep
-    belong to the sweep.
+    Warns of the newest run that is skipped because other code started it or because it may still run on
+    another host. Jobs of a sweep are resumed with the sweep and not considered.
     """
     code = code_sha256()
-    told = False
-    for folder, _ in reversed(list_runs()):
-        left = read_stale_run(folder / "run.json")
-        if left is None or (folder.parent / "sweep.json").is_file():
+    has_warned = False
+    for run_dir, _ in reversed(list_runs()):
+        stale = read_stale_run(run_dir / "run.json")
+        if stale is None or (run_dir.parent / "sweep.json").is_file():
             continue
-        stand = _resumability(left, requested, code, lineage or {})
-        if stand == "free":
-            return left
-        if stand != "no" and not told:
-            warn(_skip_reason(left, stand))
-            told = True
+        resumability = _resumability(stale, requested, code, lineage or {})
+        if resumability == "resumable":
+            return stale
+        if resumability != "no" and not has_warned:
+            warn(_skip_reason(stale, resumability))
+            has_warned = True
     return None
 
 
 def find_resumable_job(run_dir: Path, requested: Config) -> StaleRun | None:
-    """The run in this folder of a sweep, if it is what `newest` looks for."""
-    left = read_stale_run(run_dir / "run.json")
-    return left if left is not None and _resumability(left, requested, code_sha256(), {}) == "free" else None
+    """Return the run in this job directory of a sweep if it is resumable with this requested config."""
+    stale = read_stale_run(run_dir / "run.json")
+    if stale is None or _resumability(stale, requested, code_sha256(), {}) != "resumable":
+        return None
+    return stale
 
 
 def find_named(name: str) -> StaleRun:
-    """The run that somebody wants to go on with: a folder, the beginning of an MLflow run id, or `latest`.
+    """Return the run to resume by its directory, by a prefix of its MLflow run ID, or as `latest`.
 
     Raises:
-        UserError: there is none, or somebody is at work on it.
+        UserError: No run matches, or its process or that of its sweep is still running.
     """
     if resolve_dir(name, "sweep.json"):
-        raise UserError(f"--resume={name}: is a sweep; add -m to go on with it")
-    folder = find_run(name)
-    left, sweep = read_stale_run(folder / "run.json"), read_stale_run(folder.parent / "sweep.json")
-    if left is None:
-        raise UserError(f"--resume={name}: {folder / 'run.json'} cannot be read as the record of a run")
-    if _is_active(left):
-        raise UserError(f"--resume={name}: its process {left.state['pid']} is still at work")
+        raise UserError(f"--resume={name}: is a sweep; add -m to resume it")
+    run_dir = find_run(name)
+    run, sweep = read_stale_run(run_dir / "run.json"), read_stale_run(run_dir.parent / "sweep.json")
+    if run is None:
+        raise UserError(f"--resume={name}: {run_dir / 'run.json'} is not a valid run.json")
+    if _is_active(run):
+        raise UserError(f"--resume={name}: process {run.state['pid']} is still running; stop it first")
     if sweep is not None and _is_active(sweep):
-        raise UserError(f"--resume={name}: the process {sweep.state['pid']} of its sweep is still at work")
-    return left
+        raise UserError(
+            f"--resume={name}: process {sweep.state['pid']} of its sweep is still running; stop it first"
+        )
+    return run
 
 
 def has_code_changed(run_dir: Path) -> bool:
-    """Whether it is known that the run was begun by other code than today's."""
+    """Check whether the run is known to have been started by different source code."""
     return _recorded_code_sha256(run_dir) not in (None, code_sha256())
 
 
 @contextlib.contextmanager
 def claim(find_candidate: Callable[[], StaleRun | None]) -> Iterator[StaleRun | None]:
-    """What `look` finds, held for this process: another one that found it too looks again.
+    """Claim the run that `find_candidate` returns, so no other process resumes it.
 
-    Its record says RUNNING by this process. At the end it says again what it said, unless somebody has gone
-    on with it in the meantime.
+    If another process claims the same run first, `find_candidate` is called again. While claimed, run.json
+    has the status RUNNING and this process; on exit it is restored, unless the run was continued meanwhile.
 
     Raises:
-        UserError: its record cannot be written now; the line says why.
+        UserError: run.json cannot be written, or another process holds the lock; try again later.
     """
-    mine = None
-    while (found := find_candidate()) is not None and (mine := _try_claim(found)) is None:
+    claimed = None
+    while (candidate := find_candidate()) is not None and (claimed := _try_claim(candidate)) is None:
         pass
     try:
-        yield mine
+        yield claimed
     finally:
-        if mine is not None:
-            _release(mine)
+        if claimed is not None:
+            _release(claimed)
 
 
 def describe_progress(run_dir: Path) -> str:
-    """From where a run goes on, in words."""
+    """Describe the position from which a run resumes, for status lines."""
     for path in list_checkpoints(run_dir / CHECKPOINT_DIR):
         try:
             with safetensors.safe_open(path, "np") as file:
@@ -117,43 +121,43 @@ def describe_progress(run_dir: Path) -> str:
             step, epoch = int(counters["step"]), int(counters["epoch"])
             saved = datetime.fromtimestamp(path.stat().st_mtime)
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-            continue  # who reads the whole of it tells so
-        where = f"epoch {epoch}" if counters.get("progress") else f"the end of epoch {epoch}"
-        today = saved.date() == datetime.now().date()
-        return f"from {where}, step {step} (saved {saved:{'%H:%M' if today else '%Y-%m-%d %H:%M'}})"
-    return "from its beginning: it had no checkpoint yet"
+            continue  # loading the checkpoint reports the damage
+        position = f"epoch {epoch}" if counters.get("progress") else f"the end of epoch {epoch}"
+        is_today = saved.date() == datetime.now().date()
+        return f"from {position}, step {step} (saved {saved:{'%H:%M' if is_today else '%Y-%m-%d %H:%M'}})"
+    return "from the start (no checkpoint yet)"
 
 
 def _resumability(
     stale: StaleRun, requested: Config, current_code: str, lineage: Mapping[str, Any]
 ) -> _Resumability:
-    """Whether a run may be gone on with where this is asked for, or what is against it."""
-    state, folder = stale.state, stale.run_dir
-    is_same = state.get("config_sha256") == config_sha256(requested) and state.get("links") == lineage
+    """Return whether a run can be resumed with this config, code and lineage, or the obstacle."""
+    state, run_dir = stale.state, stale.run_dir
+    is_same = state.get("config_sha256") == config_sha256(requested) and state.get("lineage") == lineage
     if not is_same or state["status"] not in ("RUNNING", "KILLED", "FAILED"):
         return "no"
-    if not all((folder / name).is_file() for name in ("config.yaml", "requested.yaml")):
-        return "no"  # killed before it said what it is
-    if stale.is_running and is_alive(state):  # which for another machine nobody knows
+    if not all((run_dir / name).is_file() for name in ("config.yaml", "requested.yaml")):
+        return "no"
+    if stale.is_running and is_alive(state):  # a process of another host counts as alive
         return "other host" if is_remote(state) else "no"
-    has_checkpoint = bool(list_checkpoints(folder / CHECKPOINT_DIR))
+    has_checkpoint = bool(list_checkpoints(run_dir / CHECKPOINT_DIR))
     if state["status"] == "FAILED" and not has_checkpoint:
         return "no"
-    known = _recorded_code_sha256(folder)
-    # Killed before it wrote what it runs on, it reached nothing that other code could have had a part in.
-    return "free" if known == current_code or (known is None and not has_checkpoint) else "other code"
+    recorded = _recorded_code_sha256(run_dir)
+    # A run killed before it wrote environment.json has no checkpoint, so nothing depends on its code.
+    is_same_code = recorded == current_code or (recorded is None and not has_checkpoint)
+    return "resumable" if is_same_code else "other code"
 
 
 def _skip_reason(stale: StaleRun, resumability: _Resumability) -> str:
-    again = f"--resume={shlex.quote(str(stale.run_dir))} goes on with it"
+    remedy = f"--resume={shlex.quote(str(stale.run_dir))} resumes it"
     if resumability == "other code":
-        return f"{stale.run_dir}: is unfinished and was asked for the same, but other code began it; {again}"
-    host = stale.state["host"]
-    return f"{stale.run_dir}: runs on {host}, if that is still so; if it is not, {again}"
+        return f"{stale.run_dir}: unfinished run with the same config, started by different code; {remedy}"
+    return f"{stale.run_dir}: has status RUNNING on host {stale.state['host']}; if it has stopped, {remedy}"
 
 
 def _recorded_code_sha256(run_dir: Path) -> str | None:
-    """The SHA-256 of the code that began the run; None where its record does not say."""
+    """Return the SHA-256 of the code that started the run, or None if it is not recorded."""
     try:
         code = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["code_sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -169,24 +173,29 @@ def _is_active(stale: StaleRun) -> bool:
 
 
 def _try_claim(candidate: StaleRun) -> StaleRun | None:
-    """The record, which says from now on that this process is at work, as it was until then; None if that is
-    not any more what was seen."""
+    """Claim a run by writing this process to its run.json.
+
+    Returns the run as it was before, or None if it has changed since `candidate` was read.
+    """
     (root_dir() / "outputs").mkdir(parents=True, exist_ok=True)
     try:
         with stale_lock(LOCK_TIMEOUT_SECONDS) as granted:
             if not granted:
                 raise UserError(
-                    f"{candidate.run_dir}: cannot be gone on with now, since another process has been "
-                    "closing runs "
-                    f"for {LOCK_TIMEOUT_SECONDS:.0f} s; start again when it is done"
+                    f"{candidate.run_dir}: cannot resume: another process held the lock for "
+                    f"{LOCK_TIMEOUT_SECONDS:.0f} s; try again later"
                 )
-            now = read_stale_run(candidate.path)
-            if now is None or _owner(now) != _owner(candidate) or _has_finished_since(candidate, now):
+            current = read_stale_run(candidate.path)
+            if (
+                current is None
+                or _owner(current) != _owner(candidate)
+                or _has_finished_since(candidate, current)
+            ):
                 return None
-            write_json(now.path, now.state | _claim_fields())
-            return now
+            write_json(current.path, current.state | _claim_fields())
+            return current
     except OSError as error:
-        raise UserError(f"{candidate.run_dir}: cannot be gone on with: {error}") from None
+        raise UserError(f"{candidate.run_dir}: cannot resume: {error}") from None
 
 
 def _has_finished_since(before: StaleRun, current: StaleRun) -> bool:
@@ -194,9 +203,9 @@ def _has_finished_since(before: StaleRun, current: StaleRun) -> bool:
 
 
 def _release(claimed: StaleRun) -> None:
-    now = read_stale_run(claimed.path)
-    if now is not None and now.state == claimed.state | _claim_fields():
-        with contextlib.suppress(OSError):  # the next start closes it
+    current = read_stale_run(claimed.path)
+    if current is not None and current.state == claimed.state | _claim_fields():
+        with contextlib.suppress(OSError):  # the next start closes it as stale
             write_json(claimed.path, claimed.state)
 
 

@@ -1,7 +1,6 @@
-"""The code that a run ran: the package's own files by their SHA-256, its commit, and what was changed since.
+"""Record the source code of a run: the SHA-256 of each file, the git commit, and the uncommitted changes.
 
-The files hold without git too: an installed package has no commit, and a file that was edited after a commit
-is not that of the commit.
+The hashes are recorded because an installed package has no commit, and a checkout may differ from its commit.
 """
 
 import hashlib
@@ -15,9 +14,9 @@ from captcha_exp.runs.run import Run
 from captcha_exp.runtime.paths import conf_dir
 
 MAX_DIFF_BYTES = 10 * 2**20
-"""bytes of code.diff: more is no change of code, and every run would keep it"""
+"""Limit of code.diff in bytes; a larger diff contains data rather than code."""
 
-# No program, colour or prefix of a person's own settings: `git apply` is to take it anywhere.
+# Overrides the user's git settings, so the diff works with `git apply` everywhere.
 _DIFF_COMMAND = (
     "diff",
     "--binary",
@@ -30,10 +29,9 @@ _DIFF_COMMAND = (
 
 
 def hash_source_files() -> dict[str, str]:
-    """File -> SHA-256 of each source file of the package and each YAML file of conf/, by name.
+    """Return name -> SHA-256 of each source file of the package and each YAML file of conf/.
 
-    The names are the same for a checkout and for an installed package, and the hashes for either way to end
-    a line.
+    Names are equal for a checkout and an installed package; hashes do not depend on the line endings.
     """
     package, configs = Path(__file__).resolve().parents[1], conf_dir()
     named = {f"captcha_exp/{_relative_posix(package, path)}": path for path in package.rglob("*.py")}
@@ -43,50 +41,49 @@ def hash_source_files() -> dict[str, str]:
 
 
 def code_sha256() -> str:
-    """SHA-256 over the names and contents of the package's files: equal for equal code, with git or without.
+    """Return the SHA-256 over names and contents of the package's source files.
 
-    Without those of conf/: a run's config has all that it took of them.
+    conf/ is left out, because the config of a run contains all values taken from it.
     """
     files = {name: sha256 for name, sha256 in hash_source_files().items() if not name.startswith("conf/")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def write_source_info(run: Run, warn: Callable[[str], None]) -> None:
-    """code.json, the SHA-256 of each source file; and code.diff, what the checkout has changed since its
-    commit, if that is not too much: then it is told."""
+    """Write code.json and code.diff; warns and omits code.diff if it exceeds `MAX_DIFF_BYTES`."""
     run.write_json("code.json", hash_source_files())
-    difference = _git_diff() if git_info() else b""
-    if len(difference) > MAX_DIFF_BYTES:
-        size = f"{len(difference) / 2**20:,.0f} MiB"
-        warn(f"the checkout's changes are {size}, too much for the run's record: commit them")
-    elif difference:
-        run.write("code.diff", difference)
+    diff = _git_diff() if git_info() else b""
+    if len(diff) > MAX_DIFF_BYTES:
+        size, limit = (f"{value / 2**20:,.0f}" for value in (len(diff), MAX_DIFF_BYTES))
+        warn(f"code.diff not saved: the uncommitted changes have {size} MiB, limit {limit} MiB; commit them")
+    elif diff:
+        run.write("code.diff", diff)
 
 
 def git_info() -> dict[str, Any] | None:
-    """Commit, branch and local changes of the checkout that the code runs from, or None."""
+    """Return commit, branch and state of the checkout that the code runs from; None without git."""
     here = Path(__file__)
     try:
         if _run_git("ls-files", "--error-unmatch", here.name) is None:
-            return None  # installed: a repository around site-packages is somebody else's
-        difference = _git_diff()
+            return None  # installed; a repository around site-packages is unrelated
+        diff = _git_diff()
         return {
             "commit": _git_text("rev-parse", "HEAD"),
             "branch": _git_text("rev-parse", "--abbrev-ref", "HEAD"),
-            "dirty": bool(difference),
-            "diff_sha256": hashlib.sha256(difference).hexdigest() if difference else None,
+            "dirty": bool(diff),
+            "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
         }
     except OSError:
-        return None  # git is not on this machine
+        return None  # git is not installed
 
 
 def _git_diff() -> bytes:
-    """What `git apply` makes this code of its commit: changed files, and new ones of package and conf/."""
+    """Return the diff from the commit to the working tree, with untracked files of the package and conf/."""
     top = Path(_git_text("rev-parse", "--show-toplevel") or Path(__file__).parent)
     parts = [_run_git(*_DIFF_COMMAND, "HEAD", cwd=top) or b""]
     untracked = ("ls-files", "--others", "--exclude-standard", "-z")
-    new = _run_git(*untracked, "--", "captcha_exp", "conf", cwd=top) or b""
-    for name in filter(None, new.decode(errors="surrogateescape").split("\0")):
+    names = _run_git(*untracked, "--", "captcha_exp", "conf", cwd=top) or b""
+    for name in filter(None, names.decode(errors="surrogateescape").split("\0")):
         parts.append(
             _run_git(*_DIFF_COMMAND, "--no-index", "--", "/dev/null", name, cwd=top, ok_codes=(0, 1)) or b""
         )
@@ -94,17 +91,17 @@ def _git_diff() -> bytes:
 
 
 def _git_text(*args: str) -> str | None:
-    out = _run_git(*args)
-    return None if out is None else out.decode(errors="replace").strip()
+    output = _run_git(*args)
+    return None if output is None else output.decode(errors="replace").strip()
 
 
 def _run_git(*args: str, cwd: Path | None = None, ok_codes: tuple[int, ...] = (0,)) -> bytes | None:
-    done = subprocess.run(
-        ["git", *args],  # noqa: S607 - the git that the person uses, wherever it is
+    completed = subprocess.run(
+        ["git", *args],  # noqa: S607 - the user's git, found on PATH
         cwd=cwd or Path(__file__).parent,
         capture_output=True,
     )
-    return done.stdout if done.returncode in ok_codes else None
+    return completed.stdout if completed.returncode in ok_codes else None
 
 
 def _relative_posix(base: Path, path: Path) -> str:

@@ -138,7 +138,7 @@ def _train_in_child(order: TrainJob, folder: Path, listen: Callable[[str], None]
                     "name": order.name,
                     "parent": order.parent_run_id,
                     "run_dir": str(folder),
-                    "links": dict(order.lineage),
+                    "lineage": dict(order.lineage),
                     "start_from": order.extend_from and str(order.extend_from),
                     "leave_at": order.deadline,
                 }

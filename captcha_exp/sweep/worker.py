@@ -36,7 +36,7 @@ def worker_main() -> None:
     tracker = make_tracker(config, display, order["choices"], order["name"], order["parent"])
     try:
         start_from = order["start_from"] and Path(order["start_from"])
-        folder, links = Path(order["run_dir"]), order["links"]
+        folder, links = Path(order["run_dir"]), order["lineage"]
         leaving = ShutdownHandler(order["leave_at"] and (order["leave_at"] - time.time()) / 60)
         if (folder / "run.json").exists():
             resume(folder, tracker, display, extend_from=start_from, shutdown=leaving)

@@ -1,15 +1,14 @@
-"""MLflow: a `Tracker` (`tracker`), the store behind it (`store`), its UI (`server`, `views`), the files of
-a run that it alone has (`fetching`), and the end of runs whose process is gone (`closing`).
+"""MLflow tracking: runs (`tracker`), sweep parent runs (`parent_run`), the backend store (`store`), the UI
+(`server`, `views`), artifacts (`download`), and stale runs (`sync`).
 
-The names are looked up at first use: `closing` is asked at each start and mostly needs no MLflow.
+Names are imported on first use, because `sync` runs at each start and rarely needs MLflow.
 """
 
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Read by MLflow when it is imported, so before any module of this package: nothing about a run leaves the
-# machine, and a server that is away is given up after seconds instead of minutes.
+# MLflow reads these on import: no telemetry, and an unreachable server fails within seconds, not minutes.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -29,15 +28,15 @@ if TYPE_CHECKING:
     from captcha_exp.tracking.views import compare_url as compare_url
     from captcha_exp.training.recorder import Tracker
 
-_HOMES = {
+_MODULES = {
     "MlflowTracker": "tracker",
-    "Parent": "parent_run",
-    "close_dead": "sync",
-    "close_left": "sync",
-    "compare_address": "views",
-    "fetch": "download",
+    "SweepParentRun": "parent_run",
+    "close_stale_runs": "sync",
+    "compare_url": "views",
+    "download_artifacts": "download",
+    "finalize_run": "sync",
     "serve_ui": "server",
-    "server_of": "parent_run",
+    "ui_url": "parent_run",
 }
 
 
@@ -48,7 +47,7 @@ def make_tracker(
     run_name: str | None = None,
     parent_run_id: str | None = None,
 ) -> "Tracker":
-    """The tracker that the config asks for; the rest is as MlflowTracker has it."""
+    """Create the tracker that the config selects; the other arguments are those of `MlflowTracker`."""
     from captcha_exp.config import MlflowConfig
     from captcha_exp.training.recorder import NullTracker
 
@@ -60,6 +59,6 @@ def make_tracker(
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'captcha_exp.tracking' has no attribute {name!r}")
-    return getattr(import_module(f"captcha_exp.tracking.{_HOMES[name]}"), name)
+    return getattr(import_module(f"captcha_exp.tracking.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The files of a run whose folder is not here, out of MLflow's artifacts."""
+"""Download the files of a run that exists only in MLflow."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +9,10 @@ from captcha_exp.tracking.uri import sqlite_path
 
 
 def download_artifacts(run_id: str, uri: str, names: Iterable[str], dst_dir: Path) -> bool:
-    """Whether the store has the run; then these of its files, as far as it has them, are in the folder.
+    """Download the named artifacts of a run, as far as they exist; returns False if the store lacks the run.
 
     Raises:
-        UserError: the store, or the place where it keeps files, cannot be read; the line says why.
+        UserError: The store or its artifacts cannot be read; give the run directory instead.
     """
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
@@ -21,12 +21,12 @@ def download_artifacts(run_id: str, uri: str, names: Iterable[str], dst_dir: Pat
         client = open_store(uri)
         if not run_exists(client, run_id):
             return False
-        there = {file.path for file in client.list_artifacts(run_id)}
+        available = {file.path for file in client.list_artifacts(run_id)}
         for name in names:
-            if name in there:
+            if name in available:
                 client.download_artifacts(run_id, name, str(dst_dir))
-    except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
+    except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
         raise UserError(
-            f"{run_id}: its files cannot be had from {uri}: {first_line(error)}; give the run's folder"
+            f"{run_id}: cannot download its files from {uri}: {first_line(error)}; give the run directory"
         ) from error
     return True

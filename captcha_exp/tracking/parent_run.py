@@ -1,4 +1,4 @@
-"""The run in MLflow that stands above the runs of a sweep."""
+"""The MLflow parent run of a sweep."""
 
 import contextlib
 import getpass
@@ -17,20 +17,20 @@ from captcha_exp.tracking.store import first_line, get_or_create_experiment, ope
 from captcha_exp.tracking.tracker import PARAMS_PER_REQUEST, send_artifacts, send_metrics, send_status
 
 StepMetrics: TypeAlias = tuple[int, Mapping[str, float]]
-"""step, and metrics"""
+"""(step, metrics)"""
 
-DEFAULT_PORT = 5000  # of the UI, if it is free
-MAX_PARAM_LENGTH = 6000  # characters of a param that MLflow takes
+DEFAULT_PORT = 5000  # of the UI
+MAX_PARAM_LENGTH = 6000  # characters; limit of MLflow
 
 
 class SweepParentRun:
-    """The parent run of a sweep; made before the first point, so that one process makes a new store."""
+    """The parent run of a sweep. Created before the first job, so a single process creates a new store."""
 
     def __init__(self, tracking: MlflowConfig, display: Display) -> None:
-        """In the store and the experiment of the config.
+        """Open the store and get or create the experiment.
 
         Raises:
-            RunFailed: the store cannot be opened; the line says which.
+            RunFailed: The store cannot be opened; fix it, or use tracking=none.
         """
         self._display, self._uri = display, tracking.uri
         with self._raise_run_failed():
@@ -40,7 +40,7 @@ class SweepParentRun:
 
     @property
     def mlflow_ref(self) -> dict[str, str | bool | None]:
-        """What the sweep's record keeps of it while it runs."""
+        """Return the field `mlflow` of sweep.json while the sweep runs."""
         return {
             "uri": self._uri,
             "experiment_id": self.experiment_id,
@@ -49,10 +49,10 @@ class SweepParentRun:
         }
 
     def start(self, sweep_dir: Path, state: Mapping[str, Any], params: Mapping[str, str]) -> None:
-        """A new run, known by its folder and its process, with the grid as its params.
+        """Create the run, tagged with its directory and process, with the grid as params.
 
         Raises:
-            RunFailed: the store does not take it.
+            RunFailed: The store rejects it; fix the store, or use tracking=none.
         """
         tags = {
             "mlflow.user": getpass.getuser(),
@@ -61,19 +61,18 @@ class SweepParentRun:
             "run_dir": str(sweep_dir),
             **{key: str(state[key]) for key in ("host", "pid", "process_started")},
         }
-        named = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items()]
+        entities = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items()]
         with self._raise_run_failed():
             created = self._client.create_run(self.experiment_id, tags=tags, run_name=sweep_dir.name)
             self.run_id = str(created.info.run_id)
-            for start in range(0, len(named), PARAMS_PER_REQUEST):
-                self._client.log_batch(self.run_id, params=named[start : start + PARAMS_PER_REQUEST])
+            for start in range(0, len(entities), PARAMS_PER_REQUEST):
+                self._client.log_batch(self.run_id, params=entities[start : start + PARAMS_PER_REQUEST])
 
     def resume(self, run_id: str) -> bool:
-        """Whether the run of a sweep that is gone on with is there still: it, or all of the store, may have
-        been deleted.
+        """Reattach to the sweep's existing MLflow run; returns False if the run or the store was deleted.
 
         Raises:
-            RunFailed: the store does not take it.
+            RunFailed: The store cannot be used; fix it, or use tracking=none.
         """
         with self._raise_run_failed():
             if not run_exists(self._client, run_id):
@@ -86,16 +85,16 @@ class SweepParentRun:
     def _raise_run_failed(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
+        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
             raise RunFailed(
-                f"tracking.uri={self._uri}: MLflow cannot record there: {first_line(error)}; "
-                "mend the store (captcha-exp doctor says how), or sweep with tracking=none"
+                f"tracking.uri={self._uri}: MLflow cannot write to this store: {first_line(error)}; "
+                "run captcha-exp doctor for the fix, or use tracking=none"
             ) from error
 
     def finish(
         self, sweep_dir: Path, state: Mapping[str, Any], step_metrics: Sequence[StepMetrics], description: str
     ) -> bool:
-        """Whether MLflow has taken the sweep's figures, by step, its table in words, its files, its end."""
+        """Log metrics, description, artifacts and status of the sweep; returns False if MLflow failed."""
         now = now_ms()
         rows = [MetricsRow(step, now, metrics) for step, metrics in step_metrics]
         assert self.run_id is not None
@@ -104,12 +103,14 @@ class SweepParentRun:
             self._client.set_tag(self.run_id, "mlflow.note.content", description)
             send_artifacts(self._client, self.run_id, sweep_dir)
             send_status(self._client, self.run_id, state)
-        except Exception as error:  # as above; the sweep's folder has it all, and `closing` sends it again
-            self._display.warn(f"MLflow did not take the verdict: {first_line(error)}; the folder has it")
+        except Exception as error:  # as above; the sweep directory is complete, and `sync` retries
+            self._display.warn(
+                f"sweep summary not logged to MLflow: {first_line(error)}; it is in the sweep directory"
+            )
             return False
         return True
 
 
 def ui_url(uri: str) -> str:
-    """The address of the UI of a store: the server itself, or else what `captcha-exp ui` takes first."""
+    """Return the URL of the UI of a store: the tracking server, or the default of `captcha-exp ui`."""
     return uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{DEFAULT_PORT}"

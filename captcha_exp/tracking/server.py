@@ -1,4 +1,4 @@
-"""MLflow's own UI with the right store, on 127.0.0.1, for as long as it is asked for."""
+"""Serve the MLflow UI for a store on 127.0.0.1."""
 
 import contextlib
 import os
@@ -24,23 +24,23 @@ from captcha_exp.tracking.uri import sqlite_path
 
 
 def serve_ui(tracking: MlflowConfig, port: int | None, display: Display) -> None:
-    """MLflow's UI on 127.0.0.1 until it is stopped; prints the addresses of its pages.
+    """Serve the MLflow UI on 127.0.0.1 until Ctrl-C, and print the URLs of its pages.
 
     Raises:
-        UserError: there is no such store or experiment, or the port is taken.
+        UserError: The store or the experiment does not exist (train a model first), or the port is in use.
     """
     uri = tracking.uri
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
-        raise UserError(f"{path}: there is no MLflow store yet; captcha-exp train makes it")
+        raise UserError(f"{path}: MLflow store does not exist yet; captcha-exp train creates it")
     client = open_store(uri)
-    found = client.get_experiment_by_name(tracking.experiment)
-    if found is None:
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
         raise UserError(
-            f"tracking.experiment={tracking.experiment}: {uri} has no such experiment; a training makes it"
+            f"tracking.experiment={tracking.experiment}: not found in {uri}; captcha-exp train creates it"
         )
     port = _free_port(port)
-    # Without this, MLflow starts eight processes more, for jobs that nobody here gives it.
+    # Otherwise MLflow starts eight more processes, for background jobs that are not used here.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "captcha_exp.tracking.server", uri, str(port)]
     with subprocess.Popen(
@@ -53,25 +53,27 @@ def serve_ui(tracking: MlflowConfig, port: int | None, display: Display) -> None
     ) as server:
         try:
             _wait_until_up(server, port)
-            _print_pages(client, f"http://127.0.0.1:{port}", str(found.experiment_id), display)
+            _print_pages(client, f"http://127.0.0.1:{port}", str(experiment.experiment_id), display)
             assert server.stderr is not None
-            for _ in server.stderr:  # read, so that the server never waits for a reader
+            for _ in server.stderr:  # drain the pipe, or the server blocks when it is full
                 pass
         except KeyboardInterrupt:
-            display.info("the UI has ended")
+            display.info("UI stopped")
         finally:
             server.terminate()
 
 
 def _print_pages(client: MlflowClient, base_url: str, experiment_id: str, display: Display) -> None:
     try:
-        found = views.create_views(client, base_url, experiment_id)
-    except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
-        display.warn(f"MLflow did not take the views: {first_line(error)}; its pages open as it has them")
-        plain = views.runs_url(base_url, experiment_id)
-        found = {"runs": plain, "curves": views.runs_url(base_url, experiment_id, charts=True)}
-    lines = [f"{label:7}  {address}" for label, address in found.items()]
-    display.info("\n".join([*lines, "Ctrl-C ends it"]))
+        urls = views.create_views(client, base_url, experiment_id)
+    except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+        display.warn(f"views were not saved to MLflow: {first_line(error)}; showing its default pages")
+        urls = {
+            "runs": views.runs_url(base_url, experiment_id),
+            "curves": views.runs_url(base_url, experiment_id, charts=True),
+        }
+    lines = [f"{label:7}  {url}" for label, url in urls.items()]
+    display.info("\n".join([*lines, "Press Ctrl-C to stop"]))
 
 
 def _free_port(requested: int | None) -> int:
@@ -84,34 +86,34 @@ def _free_port(requested: int | None) -> int:
             except OSError:
                 continue
             return port
-    raise UserError(f"port {candidates[0]} is taken; give another with --port")
+    raise UserError(f"--port={candidates[0]}: in use; give a free port")
 
 
 def _wait_until_up(server: subprocess.Popen[str], port: int) -> None:
     for _ in range(600):
         if server.poll() is not None:
-            words = (server.stderr.read() if server.stderr else "").strip().splitlines()
-            raise UserError(f"MLflow's UI did not start: {words[-1] if words else 'it said nothing'}")
+            lines = (server.stderr.read() if server.stderr else "").strip().splitlines()
+            raise UserError(f"the MLflow UI did not start: {lines[-1] if lines else 'no error message'}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise UserError("MLflow's UI did not answer within a minute")
+    raise UserError("the MLflow UI did not answer within a minute; try again")
 
 
 def _server_main(uri: str, port: str) -> None:
-    """MLflow's server, in a process that ends, with all that it started, when its standard input does."""
+    """Run the MLflow server; exits with all child processes when standard input is closed."""
 
-    def end_with_the_parent() -> None:
+    def exit_with_parent() -> None:
         sys.stdin.read()
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.terminate()
         os._exit(0)
 
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     from mlflow.cli import cli
 
     cli(["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"])

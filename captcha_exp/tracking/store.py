@@ -1,4 +1,4 @@
-"""The store that MLflow keeps runs in: opened, made when it is new, found by name; or only looked at."""
+"""MLflow's backend store: open or create it, or inspect it without changing anything."""
 
 import contextlib
 import logging
@@ -17,59 +17,57 @@ from mlflow.exceptions import MlflowException
 
 from captcha_exp.tracking.uri import sqlite_path
 
-# MLflow tells in detail how it sets up its own tables.
+# MLflow logs each step of creating its tables.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def open_store(uri: str) -> MlflowClient:
-    """A client of the store; a store in a new SQLite file is made first, by one process at a time."""
+    """Open a store; a missing SQLite file is created first, by one process at a time."""
     if path := sqlite_path(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock"), timeout=60):
             if not path.exists():
                 _create_sqlite_store(path)
             client = MlflowClient(uri)
-            client.search_experiments(max_results=1)  # brings the tables of an older one up to date
+            client.search_experiments(max_results=1)  # migrates the tables of an older store
             return client
     return MlflowClient(uri)
 
 
 def _create_sqlite_store(path: Path) -> None:
-    """A new store, whole or not at all: MLflow makes tables one by one, and never opens one that was cut."""
-    making, whole = (path.with_name(f".{path.name}.{what}") for what in ("making", "whole"))
-    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-        left.unlink()
-    # The first question makes the tables.
-    MlflowClient(f"sqlite:///{making}").search_experiments(max_results=1)
-    # A copy, which nobody has open, as MLflow keeps its connection.
-    with closing(sqlite3.connect(making)) as made, closing(sqlite3.connect(whole)) as copy:
-        made.backup(copy)
-    whole.replace(path)
-    with contextlib.suppress(PermissionError):  # Windows removes no open file; the next one does
-        making.unlink()
+    """Create a store atomically: MLflow creates its tables one by one and cannot open an incomplete store."""
+    temporary, copy = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "copy"))
+    for leftover in path.parent.glob(f".{path.name}.*"):  # from a killed process
+        leftover.unlink()
+    MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)  # creates the tables
+    # MLflow keeps its connection to the temporary file open, so a copy is renamed.
+    with closing(sqlite3.connect(temporary)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    copy.replace(path)
+    with contextlib.suppress(PermissionError):  # Windows cannot remove an open file; the next call does
+        temporary.unlink()
 
 
 def get_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of an experiment, made when it is new.
+    """Return the ID of an experiment; creates it if missing.
 
-    The place of its artifacts is stored as an absolute path: a relative one would mean another folder to
-    whoever starts the UI elsewhere.
+    The artifact location is stored as an absolute path, so the UI finds it from any working directory.
     """
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
+    if experiment := client.get_experiment_by_name(name):
+        return str(experiment.experiment_id)
     path = sqlite_path(uri)
     location = (path.parent / "artifacts").resolve().as_uri() if path else None
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:
-        if found := client.get_experiment_by_name(name):  # another process made it in between
-            return str(found.experiment_id)
+        if experiment := client.get_experiment_by_name(name):  # another process created it in between
+            return str(experiment.experiment_id)
         raise
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
-    """Whether the store has the run, and it was not deleted."""
+    """Check whether the store has the run and it was not deleted."""
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
@@ -80,55 +78,56 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the name of the exception if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# -- looked at, not opened ------------------------------------------------------------------------------
+# -- inspect -----------------------------------------------------------------------------------------------
 
-StoreStatus = Literal["new", "current", "older", "newer", "locked", "deleted", "broken", "silent"]
+StoreStatus = Literal["new", "current", "older", "newer", "locked", "deleted", "broken", "unreachable"]
 RESPONSE_TIMEOUT_SECONDS = 8.0
 LOCK_TIMEOUT_SECONDS = 2.0
 
 
 def inspect_store(uri: str, experiment: str) -> tuple[StoreStatus, str]:
-    """How a store would take a run, and its own words where there are any; nothing is made or changed.
+    """Return the status of a store and a detail message, without creating or migrating anything.
 
-    Opening it would make one that is not there, and may bring the tables of an old one up to date.
-
-        new       there is none yet, or an empty one: the first run makes it
-        current   made by this version of MLflow, or a server that answers
-        older     made by an older one; `newer`: by a newer one
-        locked    another process has it for longer than a moment
-        deleted   the experiment was deleted in it: it takes no run
-        broken    it is no store, or refuses us; `silent`: no answer within seconds
+    new          missing or empty; the first run creates it
+    current      the schema of this MLflow version, or a server that answers
+    older        the schema of an older MLflow version
+    newer        the schema of a newer MLflow version
+    locked       another process holds the lock
+    deleted      the experiment was deleted
+    broken       not a store, or access is denied
+    unreachable  no answer within `RESPONSE_TIMEOUT_SECONDS`
     """
-    answer: list[tuple[StoreStatus, str]] = []
+    results: list[tuple[StoreStatus, str]] = []
 
-    def look() -> None:
+    def inspect() -> None:
         try:
             if path := sqlite_path(uri):
-                answer.append(_inspect_file(path, experiment))
+                results.append(_inspect_file(path, experiment))
             elif urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
-                answer.append(_inspect_database(uri))
+                results.append(_inspect_database(uri))
             else:
-                answer.append(_inspect_server(uri))
-        except Exception as error:  # as MlflowTracker.start: they come as they come
-            answer.append(("broken", first_line(error)))
+                results.append(_inspect_server(uri))
+        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+            results.append(("broken", first_line(error)))
 
-    # A thread, for a name server or a database that never answers has no time limit of its own.
-    thread = threading.Thread(target=look, daemon=True)
+    # In a thread, because name resolution and database drivers have no timeout of their own.
+    thread = threading.Thread(target=inspect, daemon=True)
     thread.start()
     thread.join(RESPONSE_TIMEOUT_SECONDS)
-    return answer[0] if answer else ("silent", f"no answer within {RESPONSE_TIMEOUT_SECONDS:.0f} s")
+    return results[0] if results else ("unreachable", f"no answer within {RESPONSE_TIMEOUT_SECONDS:.0f} s")
 
 
 def _inspect_file(path: Path, experiment: str) -> tuple[StoreStatus, str]:
-    standing = next(place for place in (path, *path.parents) if place.exists())
-    if standing != path:
-        return ("new", "") if standing.is_dir() else ("broken", f"{standing} is a file, not a folder")
+    existing = next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
+    if existing != path:
+        return ("new", "") if existing.is_dir() else ("broken", f"{existing} is a file, not a directory")
     lock = path.with_suffix(".lock")
     try:
-        if lock.exists():  # open_store would wait for it without end
+        if lock.exists():  # open_store would wait for it
             with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_SECONDS):
                 pass
         with closing(_connect(path, "ro")) as database:
@@ -136,7 +135,7 @@ def _inspect_file(path: Path, experiment: str) -> tuple[StoreStatus, str]:
             if not names - {"alembic_version"}:
                 return "new", ""
             if "alembic_version" not in names:
-                return "broken", "a database, but not one of MLflow's"
+                return "broken", "not an MLflow database"
             (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
             if (state := _schema_status(revision)) != "current":
                 return state, f"schema {revision}"
@@ -144,7 +143,7 @@ def _inspect_file(path: Path, experiment: str) -> tuple[StoreStatus, str]:
             if (database.execute(query, (experiment,)).fetchone() or ("active",))[0] != "active":
                 return "deleted", ""
         with closing(_connect(path, "rw")) as database:
-            database.execute("BEGIN IMMEDIATE")  # what a writer asks for first; nothing is written
+            database.execute("BEGIN IMMEDIATE")  # takes the write lock; nothing is written
             database.rollback()
     except filelock.Timeout:
         return "locked", f"{lock} is held by another process"
@@ -174,7 +173,7 @@ def _inspect_database(uri: str) -> tuple[StoreStatus, str]:
 
 
 def _schema_status(revision: str) -> StoreStatus:
-    """Whether this version of MLflow would make tables like these, or knows them at least."""
+    """Compare a schema revision with the migrations of the installed MLflow version."""
     from alembic.script import ScriptDirectory
 
     steps = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
@@ -184,15 +183,15 @@ def _schema_status(revision: str) -> StoreStatus:
 
 
 def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
-    # Read at each request: one try, so that the answer comes while somebody waits for it.
+    # MLflow reads these for each request; a single try keeps the check short.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in limits}
     os.environ.update(limits)
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
-        away = "failed with exception" in str(error) or "timed out" in str(error)
-        return "silent" if away else "broken", first_line(error)
+        is_unreachable = "failed with exception" in str(error) or "timed out" in str(error)
+        return "unreachable" if is_unreachable else "broken", first_line(error)
     finally:
         for name, value in before.items():
             if value is None:

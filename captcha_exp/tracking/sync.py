@@ -1,7 +1,7 @@
-"""The end of runs and sweeps whose process is gone, in their folders and in MLflow.
+"""Close stale runs and sweeps in their directories and in MLflow.
 
-MLflow is imported only where it lacks an end and its store is there. What it has already, it keeps once: all
-of a run is sent again.
+MLflow is imported only if it lacks the end of a run and the store exists. Syncing sends the whole run again;
+MLflow ignores rows that it already has.
 """
 
 from collections.abc import Sequence
@@ -26,51 +26,52 @@ if TYPE_CHECKING:
 
 
 def close_stale_runs(display: Display) -> list[Path]:
-    """The folders of runs and sweeps whose end was written now, there or in MLflow: their process, of this
-    host, is gone.
+    """Close the stale runs and sweeps of this host, sync them to MLflow, and return their directories.
 
-    Nothing raises: what cannot be closed is told in a line and tried again at the next start.
+    Errors are reported as warnings, and the next start tries again.
     """
     remove_partial_runs()
-    left = [each for each in find_stale() if each.is_running or _can_sync(each)]
-    if not left:
+    stale_runs = [stale for stale in find_stale() if stale.is_running or _can_sync(stale)]
+    if not stale_runs:
         return []
     try:
         with stale_lock() as granted:
             if not granted:
                 return []  # another process is closing them
-            left = [now for each in left if (now := each.reload()) is not None]
-            closed = _close_runs(left, display)
-            sent = [each for each in _sync_all(left, display) if each not in closed]
+            stale_runs = [current for stale in stale_runs if (current := stale.reload()) is not None]
+            closed = _close_runs(stale_runs, display)
+            synced = [stale for stale in _sync_all(stale_runs, display) if stale not in closed]
     except OSError as error:
-        display.warn(f"{root_dir() / 'outputs'}: runs whose process is gone cannot be closed: {error}")
+        display.warn(
+            f"{root_dir() / 'outputs'}: cannot close stale runs: {error}; the next start tries again"
+        )
         return []
-    for each in closed:
-        display.info(f"{_format_name(each)}: its process {each.state['pid']} is gone; closed as KILLED")
-    for each in sent:
-        display.info(f"{_format_name(each)}: MLflow has its end now, {each.state['status']}")
-    return [each.run_dir for each in (*closed, *sent)]
+    for stale in closed:
+        display.info(f"{_format_name(stale)}: process {stale.state['pid']} has exited; marked KILLED")
+    for stale in synced:
+        display.info(f"{_format_name(stale)}: synced to MLflow as {stale.state['status']}")
+    return [stale.run_dir for stale in (*closed, *synced)]
 
 
 def finalize_run(run_dir: Path, status: Status, error: str, display: Display) -> None:
-    """The end of the run in this folder, if its process, which this one has seen end, has not written it."""
-    left = stale_in(run_dir)
-    if left is not None:
-        if left.is_running:
-            left.close(status, error)
-        _sync_all([left], display)
+    """Close a run whose process has exited without doing so, and sync it to MLflow."""
+    stale = stale_in(run_dir)
+    if stale is not None:
+        if stale.is_running:
+            stale.close(status, error)
+        _sync_all([stale], display)
 
 
 def _close_runs(stale_runs: Sequence[StaleRun], display: Display) -> list[StaleRun]:
     closed = []
-    for each in stale_runs:
-        if each.is_running:
+    for stale in stale_runs:
+        if stale.is_running:
             try:
-                each.close()
-                closed.append(each)
+                stale.close()
+                closed.append(stale)
             except OSError as error:
                 display.warn(
-                    f"{_format_name(each)}: its process is gone, and its end cannot be written: {error}"
+                    f"{_format_name(stale)}: its process has exited, but it cannot be marked KILLED: {error}"
                 )
     return closed
 
@@ -83,9 +84,9 @@ def _format_name(stale: StaleRun) -> str:
 
 
 def _can_sync(stale: StaleRun) -> bool:
-    """Whether MLflow lacks the end, and its store may be there.
+    """Check whether MLflow lacks the end of the run and the store may be reachable.
 
-    A file that is gone is looked for and no more: it was deleted, or its disk is away and comes back.
+    A missing SQLite file is not an error: it was deleted, or its disk is not mounted.
     """
     if not stale.needs_sync or not _store_uri(stale):
         return False
@@ -99,12 +100,12 @@ def _store_uri(stale: StaleRun) -> str:
 
 
 def _sync_all(stale_runs: Sequence[StaleRun], display: Display) -> list[StaleRun]:
-    """Those whose end MLflow has taken."""
+    """Sync the closed runs to their stores, and return those that MLflow has now."""
     by_store: dict[str, list[StaleRun]] = {}
-    for each in stale_runs:
-        if not each.is_running and _can_sync(each):
-            by_store.setdefault(_store_uri(each), []).append(each)
-    return [each for uri, several in by_store.items() for each in _sync_to_store(uri, several, display)]
+    for stale in stale_runs:
+        if not stale.is_running and _can_sync(stale):
+            by_store.setdefault(_store_uri(stale), []).append(stale)
+    return [stale for uri, group in by_store.items() for stale in _sync_to_store(uri, group, display)]
 
 
 def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun], display: Display) -> list[StaleRun]:
@@ -112,40 +113,38 @@ def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun], display: Display) -
 
     from captcha_exp.tracking.store import first_line, inspect_store
 
-    state, words = inspect_store(uri, "")
-    trouble = f"it is {state}" + (f" ({words})" if words else "")
-    if state == "silent":
-        trouble = "it does not answer"
-    elif state in ("current", "new"):  # a store without a table has none of the runs, and is left without
-        trouble = ""
-    taken: list[StaleRun] = []
-    done = 0
-    for each in () if trouble else stale_runs:
+    status, detail = inspect_store(uri, "")
+    problem = f"the store is {status}" + (f" ({detail})" if detail else "")
+    if status in ("current", "new"):  # a new store has none of the runs, and stays empty
+        problem = ""
+    synced: list[StaleRun] = []
+    num_handled = 0
+    for stale in () if problem else stale_runs:
         try:
-            run_id = _sync_run(MlflowClient(uri), each) if state == "current" else None
-            known = each.state["mlflow"]
-            each.update(mlflow={**known, "run_id": run_id or known.get("run_id"), "closed": True})
-            done += 1
-            taken += [each] if run_id is not None else []
-        except Exception as error:  # as in MlflowTracker.start
-            trouble = first_line(error)
+            run_id = _sync_run(MlflowClient(uri), stale) if status == "current" else None
+            mlflow_ref = stale.state["mlflow"]
+            stale.update(mlflow={**mlflow_ref, "run_id": run_id or mlflow_ref.get("run_id"), "closed": True})
+            num_handled += 1
+            synced += [stale] if run_id is not None else []
+        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+            problem = first_line(error)
             if inspect_store(uri, "")[0] != "current":
-                break  # it went away: each of the others would wait for it in vain
-    if trouble:
-        of = f"{len(stale_runs) - done} of {len(stale_runs)} runs whose process is gone"
+                break  # the store became unreachable: the other runs would wait for a timeout each
+    if problem:
+        count = f"{len(stale_runs) - num_handled} of {len(stale_runs)} stale runs"
         display.warn(
-            f"{escape_unprintable(uri)}: did not take the end of {of}: {trouble}; the next start tries again"
+            f"{escape_unprintable(uri)}: {count} not synced to MLflow: {problem}; the next start tries again"
         )
-    return taken
+    return synced
 
 
 def _sync_run(client: "MlflowClient", stale: StaleRun) -> str | None:
-    """The id of the run in MLflow, which has all of it now; None where it was deleted there."""
+    """Send the whole run to MLflow and return its run ID; None if it was deleted in MLflow."""
     from captcha_exp.tracking.tracker import send_artifacts, send_metrics, send_status
 
     run_id = _find_run_id(client, stale)
     if run_id is not None:
-        stale.remove_partial_files()  # those of its very end, which nobody had to write
+        stale.remove_partial_files()  # a run that ended by itself still has them
         send_metrics(client, run_id, read_metrics_rows(stale.run_dir)[0])
         send_artifacts(client, run_id, stale.run_dir)
         send_status(client, run_id, stale.state)
@@ -155,9 +154,9 @@ def _sync_run(client: "MlflowClient", stale: StaleRun) -> str | None:
 def _find_run_id(client: "MlflowClient", stale: StaleRun) -> str | None:
     from captcha_exp.tracking.store import run_exists
 
-    known = stale.state["mlflow"]
-    if known.get("run_id") is None:  # killed while MLflow made the run
-        found = client.search_runs([known["experiment_id"]], f"tags.pid = '{stale.state['pid']}'")
-        ids = (run.info.run_id for run in found if run.data.tags.get("run_dir") == str(stale.run_dir))
+    mlflow_ref = stale.state["mlflow"]
+    if mlflow_ref.get("run_id") is None:  # killed while MLflow created the run
+        candidates = client.search_runs([mlflow_ref["experiment_id"]], f"tags.pid = '{stale.state['pid']}'")
+        ids = (run.info.run_id for run in candidates if run.data.tags.get("run_dir") == str(stale.run_dir))
         return next(ids, None)
-    return str(known["run_id"]) if run_exists(client, known["run_id"]) else None
+    return str(mlflow_ref["run_id"]) if run_exists(client, mlflow_ref["run_id"]) else None

@@ -1,8 +1,7 @@
-"""MLflow as a `Tracker`.
+"""The `Tracker` that logs to MLflow.
 
-The run's folder is written first and is complete without MLflow. A store that goes away during a training
-costs the training nothing: rows wait, are sent again with the next one, and keep their own timestamps, by
-which MLflow knows a row that it has already.
+The run directory is written first and is complete without MLflow. If the store becomes unreachable, training
+continues: rows are queued and sent with the next one. Their timestamps let MLflow ignore duplicates.
 """
 
 import getpass
@@ -21,12 +20,12 @@ from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, Run, Status
 from captcha_exp.runtime.console import Display
 from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
 
-PARAMS_PER_REQUEST = 100  # params or tags that MLflow takes at once
-METRICS_PER_REQUEST = 1000  # and values of metrics
+PARAMS_PER_REQUEST = 100  # limit of MLflow, also for tags
+METRICS_PER_REQUEST = 1000  # limit of MLflow
 
 
 class MlflowTracker:
-    """A run in MLflow for each training."""
+    """Logs a training as an MLflow run."""
 
     def __init__(
         self,
@@ -35,8 +34,13 @@ class MlflowTracker:
         run_name: str | None = None,
         parent_run_id: str | None = None,
     ) -> None:
-        """`choices` are conf group -> the file chosen; `name` is that of the folder, if it is left out;
-        `parent` is the id of a sweep's run."""
+        """Initialize the tracker.
+
+        Args:
+            choices: Conf group -> name of the chosen file; logged as tags.
+            run_name: Name of the MLflow run; defaults to the name of the run directory.
+            parent_run_id: ID of the MLflow run of the sweep.
+        """
         self._display = display
         self._run_name = run_name
         self._tags = {f"choice.{group}": choice for group, choice in (choices or {}).items()}
@@ -47,12 +51,12 @@ class MlflowTracker:
         self._run_id = ""
 
     def start(self, run: Run, config: Config) -> None:
-        """The run in MLflow, with its params: a new one, or that of a run that is gone on with.
+        """Create the MLflow run, or reattach to that of a resumed run, and log the config as params.
 
         Raises:
-            RunFailed: the store cannot be opened; the line says which.
+            RunFailed: The store cannot be used; fix it, or use tracking=none.
         """
-        assert isinstance(config.tracking, MlflowConfig)  # cli makes a tracker for no other
+        assert isinstance(config.tracking, MlflowConfig)  # `make_tracker` checks this
         uri = config.tracking.uri
         try:
             self._client = open_store(uri)
@@ -68,41 +72,40 @@ class MlflowTracker:
                 **run.state["tags"],
                 **self._tags,
             }
-            known = self._existing_run_id(run, uri)
-            if known is None:
-                # Before there is a run in MLflow, so that none stays there that no folder knows of.
-                noted = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
-                run.update(mlflow=noted)
+            run_id = self._existing_run_id(run, uri)
+            if run_id is None:
+                # Recorded before creating the MLflow run: after a kill in between, `sync` can find that run.
+                mlflow_ref = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
+                run.update(mlflow=mlflow_ref)
                 name = self._run_name or run.run_dir.name
-                known = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-                run.update(mlflow={**noted, "run_id": known})
+                run_id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
+                run.update(mlflow={**mlflow_ref, "run_id": run_id})
             else:
-                self._client.update_run(known, status="RUNNING")
-                self._client.log_batch(known, tags=[RunTag(key, value) for key, value in tags.items()])
-                send_metrics(
-                    self._client, known, run.metrics_rows()
-                )  # the process before may not have come to it
-            self._run_id = known
+                self._client.update_run(run_id, status="RUNNING")
+                self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+                # The interrupted process may not have sent its last rows.
+                send_metrics(self._client, run_id, run.metrics_rows())
+            self._run_id = run_id
             params = [Param(key, value) for key, value in flatten(config).items()]
             for start in range(0, len(params), PARAMS_PER_REQUEST):
                 self._client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_REQUEST])
-        except Exception as error:  # MLflow lets exceptions of SQL, HTTP and files through as they come
+        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
             raise RunFailed(
-                f"tracking.uri={uri}: MLflow cannot record there: {first_line(error)}; "
-                "mend the store (captcha-exp doctor says how), or train with tracking=none"
+                f"tracking.uri={uri}: MLflow cannot write to this store: {first_line(error)}; "
+                "run captcha-exp doctor for the fix, or use tracking=none"
             ) from error
 
     def _existing_run_id(self, run: Run, uri: str) -> str | None:
-        """The id of the run that is gone on with; None where there is none, or it was deleted."""
+        """Return the MLflow run ID of a resumed run, or None if it has none in this store."""
         assert self._client is not None
-        known = run.state["mlflow"] or {}
-        run_id = known.get("run_id")
-        if run_id is None or known.get("uri") != uri or not run_exists(self._client, run_id):
+        mlflow_ref = run.state["mlflow"] or {}
+        run_id = mlflow_ref.get("run_id")
+        if run_id is None or mlflow_ref.get("uri") != uri or not run_exists(self._client, run_id):
             return None
         return str(run_id)
 
     def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """The dataset as MLflow's dataset, the code's commit as tags."""
+        """Log the dataset as an MLflow dataset, and the git commit as tags."""
         git = environment["git"] or {}
         tags = {
             "mlflow.source.git.commit": git.get("commit"),
@@ -121,8 +124,8 @@ class MlflowTracker:
         )
 
         def send(client: MlflowClient) -> None:
-            named = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
-            client.log_batch(self._run_id, tags=named)
+            entities = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
+            client.log_batch(self._run_id, tags=entities)
             client.log_inputs(
                 self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
             )
@@ -130,7 +133,7 @@ class MlflowTracker:
         self._try_send("the dataset", send)
 
     def log_metrics(self, row: MetricsRow) -> None:
-        """One row of metrics, and those that could not be sent before."""
+        """Log a row of metrics, and the rows that are still queued."""
         self._pending_rows.append(row)
 
         def send(client: MlflowClient) -> None:
@@ -140,31 +143,35 @@ class MlflowTracker:
         self._try_send(f"metrics of step {row.step}", send)
 
     def finish(self, run: Run, status: Status) -> None:
-        """What has not been sent, the files of the run's folder as artifacts, and the status."""
+        """Log queued rows, the files of the run directory as artifacts, and the final status."""
         if not self._run_id:
             return
         if self._pending_rows:
             self.log_metrics(self._pending_rows.pop())
-        files = self._try_send("artifacts", lambda client: send_artifacts(client, self._run_id, run.run_dir))
-        end = self._try_send(
-            "the end of the run",
+        artifacts_sent = self._try_send(
+            "artifacts", lambda client: send_artifacts(client, self._run_id, run.run_dir)
+        )
+        status_sent = self._try_send(
+            "the final status",
             lambda client: send_status(client, self._run_id, {**run.state, "status": status}),
         )
-        if files and end and not self._pending_rows:
-            run.update(mlflow={**run.state["mlflow"], "closed": True})  # else `closing` sends all of it again
+        if artifacts_sent and status_sent and not self._pending_rows:
+            run.update(mlflow={**run.state["mlflow"], "closed": True})  # otherwise `sync` sends the run again
 
     def _try_send(self, what: str, send: Callable[[Any], object]) -> bool:
-        """Whether MLflow took it; whatever happens, the training goes on and the folder has it all."""
+        """Call `send`; on an error, warn and return False, since the run directory has all data."""
         try:
             send(self._client)
         except Exception as error:  # as in start()
-            self._display.warn(f"MLflow did not take {what}: {first_line(error)}; the run's folder has it")
+            self._display.warn(
+                f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete"
+            )
             return False
         return True
 
 
 def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
-    """The rows in MLflow, once each, however often they are sent."""
+    """Log rows; MLflow ignores those that it already has."""
     metrics = [
         Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
     ]
@@ -173,8 +180,7 @@ def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) 
 
 
 def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
-    """The files of a run's or a sweep's folder as artifacts; a point of a sweep has a run for its own, and
-    checkpoints, which are large, serve none but who has the folder."""
+    """Log the files of a run or sweep as artifacts, without checkpoints and the jobs of a sweep."""
     for path in sorted(run_dir.iterdir()):
         if path.is_file():
             client.log_artifact(run_id, str(path))
@@ -183,7 +189,7 @@ def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
 
 
 def send_status(client: MlflowClient, run_id: str, state: Mapping[str, Any]) -> None:
-    """The status and the time of the end, as the record has them, and the tags that it got on the way."""
+    """Log the final status, the end time, and the tags of a run."""
     if tags := [RunTag(key, str(value)) for key, value in state.get("tags", {}).items()]:
         client.log_batch(run_id, tags=tags)
     ended = state["ended"] and int(datetime.fromisoformat(state["ended"]).timestamp() * 1000)

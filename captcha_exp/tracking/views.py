@@ -1,8 +1,8 @@
-"""What MLflow's pages are to show: the columns, the charts, and the addresses that open them so.
+"""Saved views of the MLflow UI: columns and charts, and the URLs that open them.
 
-By itself MLflow's list of runs has no figures and hides the runs of a sweep below its parent. It can keep
-a view of an experiment as a tag, in which `viewStateShareKey` in an address finds it. That format is
-MLflow's own: a version that does not know it opens its page as if there were no view.
+By default MLflow's run table shows no metrics and nests the runs of a sweep under their parent. A view is
+saved as an experiment tag and opened with `viewStateShareKey` in the URL. The format is internal to MLflow; a
+version that does not support it shows its default page.
 """
 
 import json
@@ -14,11 +14,11 @@ from urllib.parse import quote, urlencode
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-WORKFLOW_PARAMS = {"workflowType": "machine_learning"}  # and not the pages for chats, MLflow's first choice
-MAX_COMPARED_RUNS = 100  # runs in one address
-MAX_SWEPT_KEYS = 3  # keys with charts of their own
+WORKFLOW_PARAMS = {"workflowType": "machine_learning"}  # instead of MLflow's default, the GenAI pages
+MAX_COMPARED_RUNS = 100  # limited by the length of a URL
+MAX_SWEPT_KEYS = 3  # keys with one section of charts each
 
-# In the order of the columns; the figures are their widths in pixels, in which the names can be read.
+# Column -> width in pixels, in the order of the table.
 COLUMN_WIDTHS = {
     "attributes.`Created`": 130,
     "params.`train.batch_size`": 130,
@@ -44,7 +44,7 @@ SWEEP_METRICS = (
     "memory/process_peak_mib",
     "val/accuracy",
     "speed/images_per_second",
-    "memory/predicted_peak_mib",  # the only one of a point that was not trained
+    "memory/predicted_peak_mib",  # the only metric of a job that was skipped
 )
 
 ViewState: TypeAlias = dict[str, Any]
@@ -53,71 +53,71 @@ Chart: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class LatestSweep:
-    """The sweep that was started last, as MLflow has it."""
+    """The most recently started sweep in MLflow."""
 
     parent_run_id: str
     jobs: tuple[Run, ...]
-    """by their start"""
+    """Child runs by start time."""
 
     @property
     def swept_keys(self) -> list[str]:
-        """What its points do not have in common, the batch size first."""
-        params = [point.data.params for point in self.jobs]
-        names = dict.fromkeys(name for one in params for name in one)
-        swept = [name for name in names if len({one.get(name) for one in params}) > 1]
+        """Return the params that differ between the jobs, the batch size first."""
+        params = [job.data.params for job in self.jobs]
+        names = dict.fromkeys(name for job_params in params for name in job_params)
+        swept = [name for name in names if len({job_params.get(name) for job_params in params}) > 1]
         return sorted(swept, key=lambda name: name != "train.batch_size")
 
 
 def create_views(client: MlflowClient, base_url: str, experiment_id: str) -> dict[str, str]:
-    """Label -> address of the pages worth opening; the views that they name are kept in the store."""
-    found = {"runs": runs_view(), "curves": curves_view()}
+    """Save the views in the store, and return label -> URL of the pages."""
+    saved = {"runs": runs_view(), "curves": curves_view()}
     sweep = find_latest_sweep(client, experiment_id)
     if sweep is not None:
-        found["sweep"] = sweep_view(sweep)
-    for name, state in found.items():
+        saved["sweep"] = sweep_view(sweep)
+    for name, state in saved.items():
         client.set_experiment_tag(
             experiment_id, f"mlflow.sharedViewState.{_view_key(name)}", _serialize_view(name, state)
         )
-    addresses = {
-        name: runs_url(base_url, experiment_id, view=_view_key(name), charts=name != "runs") for name in found
+    urls = {
+        name: runs_url(base_url, experiment_id, view=_view_key(name), charts=name != "runs") for name in saved
     }
     if sweep is not None:
-        ids = [point.info.run_id for point in sweep.jobs[-MAX_COMPARED_RUNS:]]
-        addresses["verdict"] = run_url(base_url, experiment_id, sweep.parent_run_id)
-        addresses["compare"] = compare_url(base_url, experiment_id, ids)
-    return addresses
+        ids = [job.info.run_id for job in sweep.jobs[-MAX_COMPARED_RUNS:]]
+        urls["summary"] = run_url(base_url, experiment_id, sweep.parent_run_id)
+        urls["compare"] = compare_url(base_url, experiment_id, ids)
+    return urls
 
 
 def find_latest_sweep(client: MlflowClient, experiment_id: str) -> LatestSweep | None:
-    """The sweep whose point started last; None where there is none."""
-    last = client.search_runs(
+    """Return the sweep with the most recently started job, or None."""
+    newest = client.search_runs(
         [experiment_id], "tags.`mlflow.parentRunId` LIKE '%'", order_by=["start_time DESC"], max_results=1
     )
-    if not last:
+    if not newest:
         return None
-    parent = last[0].data.tags["mlflow.parentRunId"]
-    points = client.search_runs([experiment_id], _child_runs_filter(parent), order_by=["start_time ASC"])
-    return LatestSweep(parent, tuple(points))
+    parent_run_id = newest[0].data.tags["mlflow.parentRunId"]
+    jobs = client.search_runs([experiment_id], _child_runs_filter(parent_run_id), order_by=["start_time ASC"])
+    return LatestSweep(parent_run_id, tuple(jobs))
 
 
-# -- addresses ---------------------------------------------------------------------------------------------
+# -- URLs --------------------------------------------------------------------------------------------------
 
 
 def runs_url(base_url: str, experiment_id: str, view: str | None = None, charts: bool = False) -> str:
-    """The page of an experiment's runs: a table, or their charts."""
-    shown = WORKFLOW_PARAMS | ({"compareRunsMode": "CHART"} if charts else {})
+    """Return the URL of the run table of an experiment, or of its charts."""
+    query = WORKFLOW_PARAMS | ({"compareRunsMode": "CHART"} if charts else {})
     if view is not None:
-        shown |= {"viewStateShareKey": view}
-    return f"{base_url}/#/experiments/{experiment_id}/runs?{urlencode(shown)}"
+        query |= {"viewStateShareKey": view}
+    return f"{base_url}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 
 
 def run_url(base_url: str, experiment_id: str, run_id: str) -> str:
-    """The page of a run, which for a sweep has its verdict as the description."""
+    """Return the URL of a run; the run of a sweep has its summary as the description."""
     return f"{base_url}/#/experiments/{experiment_id}/runs/{run_id}?{urlencode(WORKFLOW_PARAMS)}"
 
 
 def compare_url(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """The page that shows these runs side by side."""
+    """Return the URL of the page that compares these runs."""
     runs, experiments = quote(json.dumps(list(run_ids))), quote(json.dumps([experiment_id]))
     return f"{base_url}/#/compare-runs?runs={runs}&experiments={experiments}&{urlencode(WORKFLOW_PARAMS)}"
 
@@ -126,21 +126,21 @@ def compare_url(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> st
 
 
 def runs_view() -> ViewState:
-    """Every run in a row of its own, the newest first."""
+    """Return the view with one row per run, newest first."""
     return _base_view()
 
 
 def curves_view() -> ViewState:
-    """The curves of all runs."""
+    """Return the view with the learning curves of all runs."""
     return _base_view() | _chart_sections({"curves": [_line_chart(metric) for metric in CURVE_METRICS]})
 
 
 def sweep_view(sweep: LatestSweep) -> ViewState:
-    """The points of a sweep alone: memory, accuracy and speed by what was swept; then their curves."""
+    """Return the view of one sweep: memory, accuracy and speed by swept key, then learning curves."""
     keys = sweep.swept_keys[:MAX_SWEPT_KEYS]
     sections = {f"by {key}": [_scatter_chart(key, metric) for metric in SWEEP_METRICS] for key in keys}
     if len(keys) > 1:
-        sections["all that was swept"] = [_parallel_chart(keys, SWEEP_METRICS)]
+        sections["all swept keys"] = [_parallel_chart(keys, SWEEP_METRICS)]
     sections["curves"] = [_line_chart(metric) for metric in CURVE_METRICS]
     return _base_view(_child_runs_filter(sweep.parent_run_id)) | _chart_sections(sections)
 
@@ -154,15 +154,15 @@ def _child_runs_filter(parent_run_id: str) -> str:
 
 
 def _serialize_view(name: str, state: ViewState) -> str:
-    """The state as MLflow keeps it, under a name in its own list of views."""
+    """Return a view in MLflow's JSON format."""
     return json.dumps({"name": name, "createdAt": 0, "state": json.dumps(state)})
 
 
 def _base_view(search_filter: str = "") -> ViewState:
     return {
         "searchFilter": search_filter,
-        # Sorted by anything but "Created", MLflow gives the runs of a sweep rows of their own instead of
-        # hiding them below their parent; runs of one source, as all of ours are, come by their start.
+        # MLflow nests child runs under their parent only when sorting by "Created". All runs have the same
+        # source, so sorting by it keeps them in the order of their start.
         "orderByKey": "tags.`mlflow.source.name`",
         "orderByAsc": False,
         "startTime": "ALL",
@@ -177,7 +177,7 @@ def _base_view(search_filter: str = "") -> ViewState:
 
 
 def _chart_sections(sections: Mapping[str, Sequence[Chart]]) -> ViewState:
-    """These charts, in sections that can be folded; MLflow adds the metrics that are left, in its own."""
+    """Return the charts in collapsible sections; MLflow appends one section with all other metrics."""
     return {
         "compareRunCharts": [
             {"uuid": f"{name} {number}", "metricSectionId": name, "isGenerated": False, "deleted": False}
@@ -193,7 +193,7 @@ def _chart_sections(sections: Mapping[str, Sequence[Chart]]) -> ViewState:
 
 
 def _line_chart(metric: str) -> Chart:
-    """A curve by epoch for each run; a dot for a run of one epoch."""
+    """Return a chart with one curve over epochs per run."""
     return {
         "type": "LINE",
         "runsCountToCompare": MAX_COMPARED_RUNS,
@@ -221,7 +221,7 @@ def _scatter_chart(param: str, metric: str) -> Chart:
 
 
 def _parallel_chart(params: Sequence[str], metrics: Sequence[str]) -> Chart:
-    """Parallel coordinates: a line for each run across an axis for each param and metric."""
+    """Return a parallel coordinates plot of params and metrics, one line per run."""
     return {
         "type": "PARALLEL",
         "selectedParams": list(params),

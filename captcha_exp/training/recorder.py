@@ -102,7 +102,9 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, TimeLimitReached) as interruption:
         status, error = "KILLED", type(interruption).__name__
         # A resumed reproduction would finish the run but give no verdict.
-        hint = "" if "reproduces" in run.state.get("links", ()) else "; run the same command again to resume"
+        hint = (
+            "" if "reproduces" in run.state.get("lineage", ()) else "; run the same command again to resume"
+        )
         display.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
         raise
     except BaseException as exception:

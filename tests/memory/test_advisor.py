@@ -21,16 +21,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
 CARD = ("device.name=cpu", "device.precision=fp32", "gpu=gtx1650")
 ARTICLE = ("experiment=article", *CARD, "train.batch_size=1000", "device.vram_budget_mib=3908")
-PICTURES = {"train": 80_000, "validation": 10_000, "test": 10_000}
+SPLIT_SIZES = {"train": 80_000, "validation": 10_000, "test": 10_000}
 FEW = {"train": 256, "validation": 32, "test": 32}
 # Nothing but the tensors counts: batches of `compact`, whose network is as it stands.
 ALONE = (
     "tracking=none",
-    *("gpu.context_mib.least=0", "gpu.context_mib.most=0"),
-    *("gpu.cublas_workspace_mib.most=0", "gpu.cudnn_workspace_mib.most=0"),
+    *("gpu.context_mib.min=0", "gpu.context_mib.max=0"),
+    *("gpu.cublas_workspace_mib.max=0", "gpu.cudnn_workspace_mib.max=0"),
 )
 SMALL = (*CARD, *ALONE, "train.batch_size=128", "train.eval_batch_size=16")
-FEW_PASSES = (1, 2, 3, 4, 5)  # of PASSES; what is said is the same, and sooner
+FEW_MICRO_BATCH_COUNTS = (1, 2, 3, 4, 5)  # of PASSES; what is said is the same, and sooner
 BUDGET = 45  # MiB, where the whole takes 69
 
 
@@ -38,12 +38,12 @@ def configured(*overrides: str) -> Config:
     return load(compose(*overrides))
 
 
-def plan_of(config: Config, pictures: Mapping[str, int]) -> Plan:
-    return Planner(config, pictures).plan_for(int(config.train.batch_size))
+def plan_of(config: Config, split_sizes: Mapping[str, int]) -> Plan:
+    return Planner(config, split_sizes).plan_for(int(config.train.batch_size))
 
 
-def advised(*overrides: str, pictures: Mapping[str, int] = FEW) -> list[Advice]:
-    return advise(configured(*overrides), pictures, None, NullDisplay())
+def advised(*overrides: str, split_sizes: Mapping[str, int] = FEW) -> list[Advice]:
+    return advise(configured(*overrides), split_sizes, None, NullDisplay())
 
 
 def keys(advice: Advice) -> set[str]:
@@ -54,14 +54,14 @@ def keys(advice: Advice) -> set[str]:
 def article() -> list[Advice]:
     """What is said of batches of 1000 in the article's memory, once: it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advisor, "PASSES", FEW_PASSES)
-        return advised(*ARTICLE, pictures=PICTURES)
+        patch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
+        return advised(*ARTICLE, split_sizes=SPLIT_SIZES)
 
 
 @pytest.fixture(scope="module")
 def small() -> list[Advice]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advisor, "PASSES", FEW_PASSES)
+        patch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
         return advised(*SMALL, f"device.vram_budget_mib={BUDGET}")
 
 
@@ -91,12 +91,12 @@ def test_no_combination_costs_more_than_a_part_of_it(article: list[Advice], smal
 
 
 def test_the_overrides_typed_give_the_plan_that_was_said(article: list[Advice], small: list[Advice]) -> None:
-    for base, pictures, found in ((ARTICLE, PICTURES, article), (SMALL, FEW, small)):
+    for base, split_sizes, found in ((ARTICLE, SPLIT_SIZES, article), (SMALL, FEW, small)):
         budget = f"device.vram_budget_mib={3908 if base is ARTICLE else BUDGET}"
         assert found
         for each in found:
             typed = configured(*base, budget, *each.overrides)
-            assert plan_of(typed, pictures) == each.plan
+            assert plan_of(typed, split_sizes) == each.plan
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_batch_is_in_as_few_parts_as_will_do(
     base: tuple[str, ...], article: list[Advice], small: list[Advice]
 ) -> None:
     """In one part fewer it does not fit, with all else as advised."""
-    found, pictures = (article, PICTURES) if base is ARTICLE else (small, FEW)
+    found, split_sizes = (article, SPLIT_SIZES) if base is ARTICLE else (small, FEW)
     in_parts = [each for each in found if "train.micro_batch_size" in keys(each)]
     assert in_parts
     for each in in_parts:
@@ -115,7 +115,7 @@ def test_a_batch_is_in_as_few_parts_as_will_do(
         assert micro is not None
         larger = min(-(-batch // passes) for passes in MICRO_BATCH_COUNTS if -(-batch // passes) > micro)
         one_fewer = replace(config, train=replace(config.train, micro_batch_size=larger))
-        assert plan_of(one_fewer, pictures).fits != "fits"
+        assert plan_of(one_fewer, split_sizes).fits != "fits"
 
 
 def test_what_a_combination_changes_is_noted(article: list[Advice]) -> None:
@@ -125,7 +125,7 @@ def test_what_a_combination_changes_is_noted(article: list[Advice]) -> None:
         assert ("a third more work" in notes) == ("train.activation_checkpointing" in keys(each))
         assert ("0.12 to 1.1 times as fast" in notes) == ("device.precision" in keys(each))
         if micro := [x.partition("=")[2] for x in each.overrides if x.startswith("train.micro")]:
-            assert f"batch norms see {micro[0]} pictures at a time" in each.notes
+            assert f"batch norms see {micro[0]} split_sizes at a time" in each.notes
 
 
 def test_what_is_said_is_plain_json(article: list[Advice]) -> None:
@@ -139,19 +139,19 @@ def test_what_is_said_is_plain_json(article: list[Advice]) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["gtx1650", "h200"])
-def test_what_fits_as_it_stands_is_said_first(card: str) -> None:
+def test_a_config_that_fits_unchanged_comes_first(gpu: str) -> None:
     """Though in 16 bits it may be faster on that card."""
-    found = advised(*SMALL, f"gpu={card}", "device.vram_budget_mib=4000")
+    found = advised(*SMALL, f"gpu={gpu}", "device.vram_budget_mib=4000")
     assert found[0].overrides == ()
     assert found[0].relative_time == 1.0
     assert found[0].notes == ()
     assert found[0].plan.fits == "fits"
     assert all(each.relative_time < 1.0 for each in found[1:])
-    assert (len(found) > 1) == (card == "h200")
+    assert (len(found) > 1) == (gpu == "h200")
 
 
 def test_where_nothing_helps_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advisor, "PASSES", (1, 2))  # more take long
+    monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", (1, 2))  # more take long
     assert advised(*SMALL, "device.vram_budget_mib=21") == []
 
 
@@ -164,7 +164,7 @@ def test_a_precision_of_16_bits_is_left_as_it_is() -> None:
 
 
 def test_parts_that_were_asked_for_are_not_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advisor, "PASSES", FEW_PASSES)
+    monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
     base = (*SMALL, "train.micro_batch_size=90", f"device.vram_budget_mib={BUDGET}")
     found = advised(*base)
     assert found
@@ -177,8 +177,8 @@ def test_parts_that_were_asked_for_are_not_made_larger(monkeypatch: pytest.Monke
 def test_a_card_that_is_said_to_be_no_times_as_fast_in_16_bits_is_no_crash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(advisor, "PASSES", FEW_PASSES)
-    none = ("gpu.fp16_speedup.least=0", "gpu.bf16_speedup.least=0")
+    monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
+    none = ("gpu.fp16_speedup.min=0", "gpu.bf16_speedup.min=0")
     found = advised(*SMALL, f"device.vram_budget_mib={BUDGET}", *none)
     assert found
     assert found[0].relative_time < 2
@@ -189,7 +189,7 @@ EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.eval_batch_size=256")
 
 
 @pytest.mark.parametrize(
-    ("images", "budget_mib"),
+    ("split_sizes", "budget_mib"),
     [
         ({"train": 20, "validation": 300, "test": 10}, 50),
         ({"train": 20, "validation": 300, "test": 300}, 60),
@@ -197,26 +197,28 @@ EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.eval_batch_size=256")
     ],
     ids=["validation", "validation and test", "no test"],
 )
-def test_an_evaluation_that_stands_in_the_way_is_lowered(pictures: dict[str, int], budget_mib: int) -> None:
+def test_an_evaluation_that_stands_in_the_way_is_lowered(
+    split_sizes: dict[str, int], budget_mib: int
+) -> None:
     """And no further than needed."""
     asked = (*EVALUATED, f"device.vram_budget_mib={budget_mib}")
-    assert plan_of(configured(*asked), pictures).fits != "fits"
+    assert plan_of(configured(*asked), split_sizes).fits != "fits"
 
-    found = advised(*asked, pictures=pictures)
+    found = advised(*asked, split_sizes=split_sizes)
 
     alone = [each for each in found if keys(each) == {"train.eval_batch_size"}]
     assert len(alone) == 1
     config = configured(*asked, *alone[0].overrides)
-    assert plan_of(config, pictures).fits == "fits"
+    assert plan_of(config, split_sizes).fits == "fits"
     size = config.train.eval_batch_size
     larger = replace(config, train=replace(config.train, eval_batch_size=2 * size))
-    assert plan_of(larger, pictures).fits != "fits"
+    assert plan_of(larger, split_sizes).fits != "fits"
 
 
 # -- for real ------------------------------------------------------------------------------------------------
 
 
-def check_for_real(base: tuple[str, ...], each: Advice, pictures: Mapping[str, int], record: Any) -> None:
+def check_for_real(base: tuple[str, ...], each: Advice, split_sizes: Mapping[str, int], record: Any) -> None:
     """One step on the CPU needs what the plan says of its tensors.
 
     In bf16 where fp16 is advised: of the same size, and a CPU takes 29 times as long over fp16.
@@ -229,7 +231,7 @@ def check_for_real(base: tuple[str, ...], each: Advice, pictures: Mapping[str, i
     picture = captcha.height * captcha.width * captcha.channels + 8 * captcha.length + 8
     # Splits lie in the CPU's memory wherever they are to be.
     needed = (real_peaks(moments, False)["step"] - sum(run.values()) * picture) / MIB
-    said = each.plan.tensors_mib - 8 * (pictures["train"] - size) / MIB  # the order of an epoch
+    said = each.plan.tensors_mib - 8 * (split_sizes["train"] - size) / MIB  # the order of an epoch
     record(" ".join(each.overrides), f"said {said:.1f} MiB, needed {needed:.1f}")
     assert needed == pytest.approx(said, rel=0.02)
 
@@ -247,6 +249,6 @@ def test_a_real_step_of_1000_of_the_article_needs_what_was_said(
     article: list[Advice], record_property: Any
 ) -> None:
     """Four steps of ResNet-18 on one core: five minutes, and 3 GiB."""
-    assert advised(*ARTICLE, pictures=PICTURES) == article
+    assert advised(*ARTICLE, split_sizes=SPLIT_SIZES) == article
     for each in article:
-        check_for_real(ARTICLE, each, PICTURES, record_property)
+        check_for_real(ARTICLE, each, SPLIT_SIZES, record_property)

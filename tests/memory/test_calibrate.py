@@ -299,8 +299,8 @@ def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path
     ("old", "new", "line"),
     [
         ("name: NVIDIA H200", "name: ''", "name=.*: must be .+"),
-        ("least: 500", "least: 5000", "context_mib: least=5000 is more than most=1000"),
-        ("least: 500", "leest: 500", "context_mib.leest=500: there is no such key; did you mean .+least\\?"),
+        ("least: 500", "least: 5000", "context_mib: min=5000 is greater than max=1000"),
+        ("least: 500", "leest: 500", "context_mib.leest=500: unknown key; did you mean .+least\\?"),
         ("bf16_speedup:", "speed:", "bf16_speedup: is missing; .+|speed: .+"),
     ],
 )
@@ -330,7 +330,7 @@ def card_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(device, "nvml_free_bytes", lambda: {"1234": 3311 * MIB, "5678": 7 * MIB})
     monkeypatch.setattr(device, "driver_version", lambda: "550.54.14")
-    monkeypatch.setattr(device, "this_machine", lambda **_: MACHINE)
+    monkeypatch.setattr(device, "detect_machine", lambda **_: MACHINE)
     monkeypatch.setattr(calibration, "measure", measure)
     return asked
 
@@ -379,7 +379,7 @@ def test_the_verb_prints_json_for_a_script(call: Call, card_here: list[Any], tmp
     told = json.loads(out)
     assert (code, set(told)) == (0, {"path", "gpu"})
     assert told["path"] == str(tmp_path / "gpu/mine.yaml")
-    assert told["gpu"]["context_mib"]["most"] == 244
+    assert told["gpu"]["context_mib"]["max"] == 244
     assert load_gpu(Path(told["path"])).name == told["gpu"]["name"] == GTX
 
 
@@ -449,7 +449,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 
 def test_a_checkout_keeps_its_cards_in_conf(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calibration.resolve_gpu_dir(None) == conf_dir() / "gpu"
-    monkeypatch.setattr(calibration, "checkout", lambda: None)
+    monkeypatch.setattr(calibration, "checkout_dir", lambda: None)
     with pytest.raises(UserError, match=r"belongs to the installed package; .+ --config-dir DIR"):
         calibration.resolve_gpu_dir(None)
 
@@ -668,7 +668,7 @@ class Played:
             ),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(device, "nvml_bytes", lambda _: 600 * MIB)
+        monkeypatch.setattr(device, "nvml_process_bytes", lambda _: 600 * MIB)
 
     def reset(self, _: torch.device) -> None:
         self.peak = self.allocated
@@ -690,7 +690,7 @@ class Counted(Heard):
 
     total = done = 0
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[ProgressBar]:
+    def progress_bar(self, what: str, total: int) -> AbstractContextManager[ProgressBar]:
         self.total = total
         return nullcontext(self)
 
@@ -729,8 +729,8 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
 def test_what_a_deterministic_training_gives_cublas_is_the_upper_bound(
     tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, deterministic: bool, one_thread: None
 ) -> None:
-    monkeypatch.setattr(gpu_probe, "_transients", lambda *_: [])
-    monkeypatch.setattr(gpu_probe, "_rounds", lambda *_: [])
+    monkeypatch.setattr(gpu_probe, "_measure_conv_workspaces", lambda *_: [])
+    monkeypatch.setattr(gpu_probe, "_time_rounds", lambda *_: [])
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     config = training(tiny, deterministic=deterministic)
     read = gpu_probe.measure([config], CPU, None, Heard())
@@ -744,7 +744,7 @@ def test_what_products_leave_allocated_is_their_workspace(
 ) -> None:
     card.take(10)
     monkeypatch.setattr(
-        gpu_probe, "_product", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
+        gpu_probe, "_run_matmul", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
     )
     assert gpu_probe._cublas_workspace(CPU, Heard()) == 65
 
@@ -786,7 +786,7 @@ def test_a_convolution_is_asked_for_its_result_and_for_each_gradient_alone(
         given.append(work())
         return given[-1], next(room)
 
-    monkeypatch.setattr(gpu_probe, "_beside", beside)
+    monkeypatch.setattr(gpu_probe, "_measure_transient_bytes", beside)
     stem, second = gpu_probe.list_conv_layers(tiny)[:2]
     assert gpu_probe._conv_workspace_bytes(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
     out, (weight,) = given
@@ -809,7 +809,7 @@ def test_a_batch_that_does_not_fit_ends_the_batches_of_its_precision(
     def hungriest(convs: Any, size: int, dtype: torch.dtype, on: torch.device) -> float:
         return no_room() if size * dtype.itemsize >= 16 else float(size)
 
-    monkeypatch.setattr(gpu_probe, "_hungriest", hungriest)
+    monkeypatch.setattr(gpu_probe, "_max_conv_workspace", hungriest)
     display = Counted()
     found = list(gpu_probe._measure_conv_workspaces(tiny, [], CPU, display, display))
     seen: list[tuple[Precision, int]] = [(t.precision, t.batch_size) for t in found]
@@ -825,7 +825,7 @@ def test_a_precision_that_the_card_cannot_do_is_told_and_left_out(
             raise RuntimeError("no\nengine")
         return {"fp32": 0.3, "fp16": 0.1}[config.device.precision]
 
-    monkeypatch.setattr(gpu_probe, "_seconds", seconds)
+    monkeypatch.setattr(gpu_probe, "_time_step", seconds)
     display = Counted()
     found = list(gpu_probe._time_rounds(training(tiny, batch_size=4), CPU, display, display))
     assert found == [TimingRound("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.NUM_ROUNDS
@@ -840,9 +840,9 @@ def test_a_batch_is_halved_until_it_fits(
     tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, batch_size: Any, limit: int, fits: int
 ) -> None:
     def seconds(_: Config, batch: Any) -> float:
-        return no_room() if len(batch.rows) > limit else 0.1
+        return no_room() if len(batch.indices) > limit else 0.1
 
-    monkeypatch.setattr(gpu_probe, "_seconds", seconds)
+    monkeypatch.setattr(gpu_probe, "_time_step", seconds)
     batch = gpu_probe._find_fitting_batch(training(tiny, batch_size=batch_size), CPU)
     assert {len(part) for part in batch} == {fits}
     assert batch.images.shape[1:] == (16, 32, 3)
@@ -852,14 +852,14 @@ def test_a_batch_is_halved_until_it_fits(
 def test_a_card_without_room_for_one_picture_fails_in_one_line(
     tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_probe, "_seconds", no_room)
+    monkeypatch.setattr(gpu_probe, "_time_step", no_room)
     with pytest.raises(
         RunFailed, match=r"^no room on this card for one picture of compact; .+ who holds it$"
     ):
         gpu_probe._find_fitting_batch(tiny, CPU)
 
 
-@pytest.mark.parametrize("broken", ["_taken", "_seconds"])
+@pytest.mark.parametrize("broken", ["_conv_workspace_bytes", "_time_step"])
 def test_a_card_that_cannot_do_fp32_fails_in_one_line(
     tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, broken: str, one_thread: None
 ) -> None:
@@ -888,7 +888,7 @@ def test_a_card_that_reads_back_as_another_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card: GpuSpec = build_gpu_spec(READINGS, GENERIC)
-    monkeypatch.setattr(calibration, "card_to_yaml", lambda card: gpu_to_yaml(replace(card, name="another")))
+    monkeypatch.setattr(calibration, "gpu_to_yaml", lambda card: gpu_to_yaml(replace(card, name="another")))
     with pytest.raises(RunFailed, match="nothing is written"):
         calibration._write_gpu_file(tmp_path / "gpu/x.yaml", card, [])
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import sys
 import torch
-from captcha_exp.memory.compiler import NAME, without_compiler
+from captcha_exp.memory.compiler import DYNAMO_MODULE, without_compiler
 
 def step():
     weight = torch.nn.Parameter(torch.ones(2))
@@ -31,7 +31,7 @@ def run(code: str) -> str:
 
 
 def test_a_step_inside_imports_no_compiler() -> None:
-    code = "with without_compiler():\n    step()\nprint(NAME in sys.modules, 'sympy' in sys.modules)"
+    code = "with without_compiler():\n    step()\nprint(DYNAMO_MODULE in sys.modules, 'sympy' in sys.modules)"
     assert run(code) == "False False"
 
 
@@ -41,7 +41,7 @@ with without_compiler():
     step()
 step()
 import torch._dynamo
-print(sys.modules[NAME].__file__.endswith("__init__.py"))
+print(sys.modules[DYNAMO_MODULE].__file__.endswith("__init__.py"))
 excluded = torch.compiler.disable(step)
 print(excluded is not step, getattr(excluded, "_torchdynamo_disable", False))
 inner = torch.optim.AdamW.step.__wrapped__ if hasattr(torch.optim.AdamW.step, "__wrapped__") else None
@@ -66,7 +66,7 @@ try:
             raise KeyError
 except KeyError:
     pass
-print(marked, hasattr(function, "__dynamo_disable"), NAME in sys.modules)
+print(marked, hasattr(function, "__dynamo_disable"), DYNAMO_MODULE in sys.modules)
 """
     assert run(code) == "True False False"
 
@@ -75,8 +75,8 @@ def test_an_imported_compiler_is_left_alone() -> None:
     code = """
 import torch._dynamo
 with without_compiler():
-    print(sys.modules[NAME] is torch._dynamo)
-print(sys.modules[NAME] is torch._dynamo)
+    print(sys.modules[DYNAMO_MODULE] is torch._dynamo)
+print(sys.modules[DYNAMO_MODULE] is torch._dynamo)
 """
     assert run(code).split() == ["True", "True"]
 
@@ -84,7 +84,7 @@ print(sys.modules[NAME] is torch._dynamo)
 def test_another_attribute_imports_the_real_one() -> None:
     code = """
 with without_compiler():
-    print(sys.modules[NAME].is_compiling.__module__ != "captcha_exp.memory.compiler")
-print(NAME in sys.modules)
+    print(sys.modules[DYNAMO_MODULE].is_compiling.__module__ != "captcha_exp.memory.compiler")
+print(DYNAMO_MODULE in sys.modules)
 """
     assert run(code).split() == ["True", "True"]

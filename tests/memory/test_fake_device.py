@@ -89,8 +89,8 @@ def test_an_answer_is_for_its_own_question(recorder: TensorRecorder, again: bool
 
 
 def test_answers_are_not_kept_for_ever(recorder: TensorRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_known", {})
-    monkeypatch.setattr(module, "KNOWN", 5)
+    monkeypatch.setattr(module, "_result_cache", {})
+    monkeypatch.setattr(module, "MAX_CACHED_RESULTS", 5)
     for size in range(1, 20):
         torch.zeros(size, device=DEVICE)
         assert len(module._result_cache) <= 5

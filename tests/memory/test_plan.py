@@ -354,7 +354,7 @@ def test_few_plans_are_made_on_the_way_to_the_largest(
         return size <= most
 
     monkeypatch.setattr(Planner, "_fits", fits)
-    monkeypatch.setattr(Planner, "_guess", lambda _: 1)
+    monkeypatch.setattr(Planner, "_guess_max_batch_size", lambda _: 1)
     assert Planner(budgeted(tiny, 1000), {"train": everything}).max_batch_size() == most
     assert len(set(made)) <= 30
     assert all(1 <= size <= max(everything, 2 * min(32, everything)) for size in made)
@@ -370,7 +370,7 @@ def test_a_guess_below_nothing_is_no_walk_from_one_size_to_the_next(
         return size <= 700
 
     monkeypatch.setattr(Planner, "_fits", fits)
-    monkeypatch.setattr(Planner, "_guess", lambda _: -1_000_000)
+    monkeypatch.setattr(Planner, "_guess_max_batch_size", lambda _: -1_000_000)
     assert Planner(budgeted(tiny, 1000), {"train": 1000}).max_batch_size() == 700
     assert len(made) <= 25
 

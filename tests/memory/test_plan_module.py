@@ -155,7 +155,7 @@ def test_a_batch_is_a_tuple_or_a_dict_and_a_module_may_be_on_meta() -> None:
     with torch.device("meta"):
         meta = Two()
     expected = peak(Two(), (left, right))
-    assert peak(Two(), {"correct": right, "left": left}) == expected
+    assert peak(Two(), {"right": right, "left": left}) == expected
     assert peak(meta, [left, right]) == expected
 
 

@@ -145,7 +145,7 @@ def test_a_shortened_evaluation_needs_what_the_whole_one_needs(
     config = on_device(training(tiny, eval_batch_size=8), preload_limit_mib=limit_mib)
     pictures = PICTURES | {"test": 80}
     short = trace(config, 16, pictures)
-    monkeypatch.setattr(module, "READ_BATCHES", 1000)
+    monkeypatch.setattr(module, "NUM_EVAL_BATCHES", 1000)
     whole = trace(config, 16, pictures)
 
     assert len(whole.events) > len(short.events)
@@ -260,9 +260,9 @@ class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.events: list[MemoryEvent] = []
-        self.marks: list[tuple[str, int]] = []
+        self.phase_starts: list[tuple[str, int]] = []
         self.convolutions: list[Convolution] = []
-        self.begin = TensorRecorder.begin_phase.__get__(self)
+        self.begin_phase = TensorRecorder.begin_phase.__get__(self)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._count = 0
@@ -320,7 +320,7 @@ def test_torchs_own_fake_tensors_say_the_same(
     config, pictures = configured(*overrides), PICTURES | {"test": 90}
     found = trace(config, 48, pictures)
 
-    monkeypatch.setattr(module, "Recorder", FakeRecorder)
+    monkeypatch.setattr(module, "TensorRecorder", FakeRecorder)
 
     expected = trace(config, 48, pictures)
     assert in_order(found.events) == in_order(expected.events)
@@ -417,7 +417,7 @@ def test_a_trace_is_the_same_again_and_leaves_nothing(tiny: Config, collecting: 
 FIRST = """
 import gc, torch
 from captcha_exp import compose, load
-from captcha_exp.memory.recorder import DeviceTensor, Convolution
+from captcha_exp.memory.fake_device import DeviceTensor, Convolution
 from captcha_exp.memory.trace import trace
 config = load(compose("device.name=cpu", "device.precision=fp32"))
 gc.disable()

@@ -147,7 +147,7 @@ def test_planners_that_share_traces_answer_as_each_alone(
     shared = PlannerCache(small, PICTURES)
     seen = set()
     for card in ("generic", "gtx1650"):
-        carded = load(compose(*WORDS, f"gpu={card}", "gpu.cudnn_workspace_mib.most=40"))
+        carded = load(compose(*WORDS, f"gpu={card}", "gpu.cudnn_workspace_mib.max=40"))
         for room in (60, 860, 890, 2000) if card == "generic" else (70, 330, 380, 420):
             config = replace(carded, device=replace(carded.device, vram_budget_mib=room))
             planner = Planner(config, PICTURES, cache=shared)

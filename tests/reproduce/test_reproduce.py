@@ -105,7 +105,7 @@ def test_the_new_run_is_linked_and_has_the_verdict_in_its_record(run: Path) -> N
     made = again(run)
     state = json.loads((made.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
-    assert state["links"] == {"reproduces": {"run_dir": str(run), "run_id": None}}
+    assert state["lineage"] == {"reproduces": {"run_dir": str(run), "run_id": None}}
     assert state["tags"] == {"reproduces": str(run), "reproduction": "identical"}
     assert json.loads((made.run_dir / "reproduction.json").read_text()) == made.to_json()
     assert state["files"]["reproduction.json"] == sha256_of(made.run_dir / "reproduction.json")
@@ -492,7 +492,7 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     state = json.loads((Path(json.loads(out)["run_dir"]) / "run.json").read_text())
     tags = MlflowClient(store.uri).get_run(state["mlflow"]["run_id"]).data.tags
     assert (tags["reproduces"], tags["reproduction"]) == (run_id, "identical")
-    assert state["links"] == {"reproduces": {"run_dir": None, "run_id": run_id, "store": store.uri}}
+    assert state["lineage"] == {"reproduces": {"run_dir": None, "run_id": run_id, "store": store.uri}}
     assert json.loads(out)["of"] == f"MLflow run {run_id} of {store.uri}"
     assert call("reproduce", "0" * 32)[0] == 2
 
@@ -501,12 +501,12 @@ def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Pa
     config = load_reference(run).config
     more = replace(config, train=replace(config.train, epochs=4, schedule="constant"))
     first = train(replace(more, train=replace(more.train, epochs=2))).run_dir
-    links = {"continues": {"run_dir": str(first), "run_id": None}}
+    links = {"extends": {"run_dir": str(first), "run_id": None}}
     second = train(more, lineage=links, extend_from=first).run_dir
     assert again(second).summary == "identical"
     reproduced = again(second)
-    links = json.loads((reproduced.run_dir / "run.json").read_text())["links"]
-    assert links["continues"] == {"run_dir": str(first), "run_id": None}
+    links = json.loads((reproduced.run_dir / "run.json").read_text())["lineage"]
+    assert links["extends"] == {"run_dir": str(first), "run_id": None}
     assert again(reproduced.run_dir).summary == "identical", "it begins from that state, too"
 
     elsewhere = tmp_path / "elsewhere" / first.parent.name

@@ -1,4 +1,4 @@
-"""A run's folder: its own, whole at every moment, checked by hash, found again."""
+"""Run directories: creation, atomic writes, metrics, hashes, lookup, and process identity."""
 
 import contextlib
 import hashlib
@@ -24,21 +24,21 @@ from captcha_exp.config import Config, load
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run, resume
 from captcha_exp.runtime.files import write_atomically
-from captcha_exp.runtime.paths import root_dir as root_of_runs
+from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive, process_identity
 
 
-class OneSecond(datetime):
-    """A clock that stands still."""
+class FrozenTime(datetime):
+    """A clock that always shows the same time."""
 
     @classmethod
-    def now(cls, tz: tzinfo | None = None) -> "OneSecond":
+    def now(cls, tz: tzinfo | None = None) -> "FrozenTime":
         return cls(2026, 3, 1, 12, 30, 45)
 
 
 @pytest.fixture
-def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.runs.create.datetime", OneSecond)
+def frozen_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captcha_exp.runs.create.datetime", FrozenTime)
 
 
 @pytest.fixture
@@ -46,18 +46,18 @@ def run(tiny: Config) -> Run:
     return runs.create_run(tiny, tiny)
 
 
-# -- folders -------------------------------------------------------------------------------------------------
+# -- create --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_second")
-def test_runs_of_the_same_second_have_folders_of_their_own(tiny: Config, root: Path) -> None:
+@pytest.mark.usefixtures("frozen_time")
+def test_runs_started_in_the_same_second_get_different_directories(tiny: Config, root: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: runs.create_run(tiny, tiny).run_dir, range(8)))
+        run_dirs = list(pool.map(lambda _: runs.create_run(tiny, tiny).run_dir, range(8)))
     names = ["123045-tiny", *(f"123045-tiny-{number}" for number in range(2, 9))]
-    assert sorted(made) == [root / "outputs/2026-03-01" / name for name in names]
+    assert sorted(run_dirs) == [root / "outputs/2026-03-01" / name for name in names]
 
 
-def test_a_new_run_says_what_runs_where_and_since_when(run: Run, tiny: Config) -> None:
+def test_a_new_run_records_status_process_start_time_and_config(run: Run, tiny: Config) -> None:
     state = json.loads((run.run_dir / "run.json").read_text())
     assert state["status"] == "RUNNING"
     assert (state["host"], state["pid"]) == (platform.node(), os.getpid())
@@ -65,29 +65,27 @@ def test_a_new_run_says_what_runs_where_and_since_when(run: Run, tiny: Config) -
     assert load(run.run_dir / "config.yaml") == load(run.run_dir / "requested.yaml") == tiny
 
 
-def test_the_root_is_the_folder_that_the_environment_names(
+def test_the_root_is_read_from_the_environment_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path / "elsewhere"))
-    assert root_of_runs() == tmp_path / "elsewhere"
+    assert root_dir() == tmp_path / "elsewhere"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", "~/mine")
-    assert root_of_runs() == tmp_path / "mine"
+    assert root_dir() == tmp_path / "mine"
 
 
-def test_without_a_name_the_root_is_the_checkout_wherever_the_command_is_called(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_default_root_is_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CAPTCHA_EXP_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert root_of_runs() == Path(__file__).resolve().parents[2]
+    assert root_dir() == Path(__file__).resolve().parents[2]
 
 
 # -- atomic writes -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])
-def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
+def test_a_failed_write_keeps_the_old_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     path = tmp_path / "run.json"
@@ -102,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"run.json": b"old"}
 
 
-def test_content_is_on_the_disk_before_it_gets_the_name_and_the_name_is_on_the_disk_too(
+def test_content_is_flushed_before_the_rename_and_the_directory_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.json"
@@ -110,22 +108,22 @@ def test_content_is_on_the_disk_before_it_gets_the_name_and_the_name_is_on_the_d
     steps = []
     fsync, replace = os.fsync, os.replace
 
-    def note_fsync(descriptor: int) -> None:
-        what = "folder" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "content"
-        steps.append((f"fsync {what}", path.read_bytes()))
+    def record_fsync(descriptor: int) -> None:
+        target = "directory" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "content"
+        steps.append((f"fsync {target}", path.read_bytes()))
         fsync(descriptor)
 
-    def note_replace(source: Path, target: Path) -> None:
+    def record_replace(source: Path, target: Path) -> None:
         steps.append(("replace", source.read_bytes()))
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
     write_atomically(path, b"new")
-    assert steps == [("fsync content", b"old"), ("replace", b"new"), ("fsync folder", b"new")]
+    assert steps == [("fsync content", b"old"), ("replace", b"new"), ("fsync directory", b"new")]
 
 
-def test_a_whole_run_leaves_no_temporary_file(run: Run) -> None:
+def test_a_complete_run_leaves_no_temporary_files(run: Run) -> None:
     run.write("model.safetensors", b"weights")
     run.write_json("dataset.json", {})
     run.log_metrics(MetricsRow(1, 2, {}))
@@ -152,18 +150,18 @@ LINE = MetricsRow(3, 1_700_000_000_000, {"train/loss": 0.125, "val/accuracy": 0.
     st.integers(0, 2**53),
     st.dictionaries(st.text(), st.floats(allow_nan=False) | st.integers(0, 2**53)),
 )
-def test_a_row_survives_the_file(step: int, timestamp: int, metrics: dict[str, float]) -> None:
+def test_a_row_round_trips(step: int, timestamp: int, metrics: dict[str, float]) -> None:
     row = MetricsRow(step, timestamp, metrics)
     assert MetricsRow.from_line(row.to_line()) == row
     assert row.to_line().count("\n") == 1
 
 
-def test_a_metric_that_is_not_a_number_survives_the_file() -> None:
+def test_nan_round_trips() -> None:
     line = MetricsRow(1, 2, {"train/loss": float("nan")}).to_line()
     assert MetricsRow.from_line(line).to_line() == line
 
 
-def test_logged_rows_come_back_in_their_order(run: Run) -> None:
+def test_logged_rows_are_returned_in_order(run: Run) -> None:
     rows = [MetricsRow(step, 10 * step, {"val/accuracy": step / 3}) for step in (1, 2, 3)]
     assert run.metrics_rows() == []
     for row in rows:
@@ -173,15 +171,15 @@ def test_logged_rows_come_back_in_their_order(run: Run) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, len(LINE) - 1))
-def test_a_line_that_was_cut_is_noticed(end: int) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - json's own words where the JSON is cut
+def test_a_truncated_line_is_rejected(end: int) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the message may come from json
         MetricsRow.from_line(LINE[:end])
 
 
 @settings(deadline=None)
 @given(st.integers(0, len(LINE) - 1), st.characters(codec="utf-8"))
-def test_a_line_with_one_changed_character_is_noticed(place: int, character: str) -> None:
-    changed = LINE[:place] + character + LINE[place + 1 :]
+def test_a_line_with_one_changed_character_is_rejected(position: int, character: str) -> None:
+    changed = LINE[:position] + character + LINE[position + 1 :]
     if changed != LINE:
         with pytest.raises(ValueError):  # noqa: PT011
             MetricsRow.from_line(changed)
@@ -190,17 +188,17 @@ def test_a_line_with_one_changed_character_is_noticed(place: int, character: str
 @pytest.mark.parametrize(
     "line", ["", "\n", "{}\n", "[]\n", "5\n", LINE.replace('"step"', '"stop"'), LINE + LINE]
 )
-def test_a_line_that_is_no_row_is_noticed(line: str) -> None:
+def test_a_line_that_is_not_a_row_is_rejected(line: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         MetricsRow.from_line(line)
 
 
-# -- the end -------------------------------------------------------------------------------------------------
+# -- close ---------------------------------------------------------------------------------------------------
 
 
-def test_close_writes_down_the_hash_of_every_file(run: Run) -> None:
+def test_close_records_the_hash_of_every_file(run: Run) -> None:
     run.write("model.safetensors", b"weights")
-    (run.report_dir / "curves.png").write_bytes(b"picture")
+    (run.report_dir / "curves.png").write_bytes(b"image")
     run.close("FINISHED")
     state = json.loads((run.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
@@ -212,17 +210,17 @@ def test_close_writes_down_the_hash_of_every_file(run: Run) -> None:
     assert {"config.yaml", "model.safetensors", "report/curves.png"} <= state["files"].keys()
 
 
-def test_a_failed_run_says_why(run: Run) -> None:
+def test_close_records_the_error(run: Run) -> None:
     run.close("FAILED", "step 3: the loss is not a finite number")
     state = json.loads((run.run_dir / "run.json").read_text())
     assert (state["status"], state["error"]) == ("FAILED", "step 3: the loss is not a finite number")
     assert datetime.fromisoformat(state["ended"]) >= datetime.fromisoformat(state["started"])
 
 
-# -- found again ---------------------------------------------------------------------------------------------
+# -- find_run and list_runs ----------------------------------------------------------------------------------
 
 
-def test_a_run_is_found_by_folder_by_date_and_time_and_by_the_start_of_its_id(
+def test_a_run_is_found_by_directory_and_by_a_prefix_of_its_mlflow_id(
     tiny: Config, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
@@ -240,27 +238,27 @@ def test_a_run_is_found_by_folder_by_date_and_time_and_by_the_start_of_its_id(
     assert runs.find_run("abd") == second.run_dir
 
 
-def test_an_ambiguous_beginning_is_refused(tiny: Config) -> None:
+def test_an_ambiguous_prefix_is_rejected(tiny: Config) -> None:
     for run_id in ("abc123", "abd456"):
         runs.create_run(tiny, tiny).update(mlflow={"run_id": run_id})
-    with pytest.raises(UserError, match=r"^'ab' begins the ids of 2 runs; give more of it$"):
+    with pytest.raises(UserError, match=r"^'ab' matches 2 MLflow run IDs; give a longer prefix$"):
         runs.find_run("ab")
 
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("name", ["nosuchrun", "", "None", "ab"])
-def test_what_is_no_run_is_refused_with_the_ways_to_name_one(name: str) -> None:
-    with pytest.raises(UserError, match=r"is no run: .*captcha-exp runs lists them"):
+def test_an_unknown_run_is_rejected_with_the_accepted_names(name: str) -> None:
+    with pytest.raises(UserError, match=r"is not a run: .*captcha-exp runs lists all runs"):
         runs.find_run(name)
 
 
-def test_latest_is_refused_while_there_is_no_run(root: Path) -> None:
-    with pytest.raises(UserError, match=r"^latest: no run in .*outputs yet; captcha-exp train makes one$"):
+def test_latest_without_runs_is_rejected(root: Path) -> None:
+    with pytest.raises(UserError, match=r"^latest: no runs in .*outputs yet; captcha-exp train creates one$"):
         runs.find_run("latest")
 
 
-def test_latest_is_the_run_that_began_last_by_the_clock_of_the_world(tiny: Config) -> None:
-    """When summer time ends, the wall clock shows the same hour twice."""
+def test_latest_compares_start_times_across_time_zones(tiny: Config) -> None:
+    """Check that the hour that repeats at the end of daylight saving time is ordered correctly."""
     summer, winter = (timezone(timedelta(hours=hours)) for hours in (2, 1))
     older, newer = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
     older.update(started=datetime(2026, 10, 25, 2, 50, tzinfo=summer).isoformat())
@@ -268,9 +266,7 @@ def test_latest_is_the_run_that_began_last_by_the_clock_of_the_world(tiny: Confi
     assert runs.find_run("latest") == newer.run_dir
 
 
-def test_latest_is_the_run_that_began_last_also_within_a_second(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latest_compares_start_times_within_a_second(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count(100_000)
 
     class Ticking(datetime):
@@ -279,105 +275,142 @@ def test_latest_is_the_run_that_began_last_also_within_a_second(
             return cls(2026, 3, 1, 12, 30, 45, next(clock))
 
     monkeypatch.setattr("captcha_exp.runs.run.datetime", Ticking)
-    for number in range(1, 12):  # an alphabet puts -10 before -2
-        newest = runs.create_run(tiny, tiny)
-        assert runs.find_run("latest") == newest.run_dir, f"run {number} of this second"
+    for number in range(1, 12):  # sorted by name, -10 would precede -2
+        run = runs.create_run(tiny, tiny)
+        assert runs.find_run("latest") == run.run_dir, f"run {number}"
 
 
-def test_a_damaged_record_is_named_when_asked_for_and_hides_no_other(tiny: Config) -> None:
+def test_a_damaged_run_json_is_reported_and_other_runs_are_listed(tiny: Config) -> None:
     damaged, good = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
     (damaged.run_dir / "run.json").write_text("{")
-    assert [folder for folder, _ in runs.list_runs()] == [good.run_dir]
-    with pytest.raises(UserError, match=r"run\.json: cannot be read as the record of a run"):
+    assert [run_dir for run_dir, _ in runs.list_runs()] == [good.run_dir]
+    with pytest.raises(UserError, match=r"run\.json: cannot be read: "):
         runs.find_run(str(damaged.run_dir))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "message"),
     [
         ("mlflow", "x", "mlflow='x'"),
         ("pid", "7", "pid='7'"),
         ("result", None, "result=None"),
-        ("links", ["a"], r"links=\['a'\]"),
+        ("lineage", ["a"], r"lineage=\['a'\]"),
         ("started", 5, "started=5"),
         ("started", None, "started=None"),
     ],
 )
-def test_a_record_of_another_shape_is_one_line(tiny: Config, key: str, value: object, words: str) -> None:
+def test_a_field_of_the_wrong_type_is_one_line(tiny: Config, key: str, value: object, message: str) -> None:
     run = runs.create_run(tiny, tiny)
     run.update(**{key: value})
-    with pytest.raises(UserError, match=rf"run\.json: is not the record of a run: {words} is nothing that"):
+    with pytest.raises(UserError, match=rf"run\.json: is not a valid run.json: {message} has the wrong type"):
         runs.find_run(str(run.run_dir))
-    told: list[str] = []
-    assert runs.list_runs(told.append) == []
-    assert len(told) == 1
+    warnings: list[str] = []
+    assert runs.list_runs(warnings.append) == []
+    assert len(warnings) == 1
 
 
-def test_an_id_that_is_no_text_ends_no_search(tiny: Config) -> None:
+def write_as_0_1(run: Run) -> None:
+    """Rewrite run.json as version 0.1 wrote it."""
+    state = {key: value for key, value in run.state.items() if key not in ("format", "lineage")}
+    (run.run_dir / "run.json").write_text(json.dumps({**state, "links": {}}))
+
+
+def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) -> None:
+    write_as_0_1(run)
+    message = (
+        f"{run.run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
+        "train again, or use captcha_exp 0.1"
+    )
+    for find in (runs.find_run, resume.find_named):
+        with pytest.raises(UserError) as caught:
+            find(str(run.run_dir))
+        assert caught.value.lines == (message,)
+    with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
+        runs.reopen_run(run.run_dir)
+    with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
+        runs.check_file_unchanged(run.run_dir, "config.yaml")
+    assert resume.find_resumable(tiny, pytest.fail) is None
+
+
+def test_a_run_of_version_0_1_is_listed_as_a_warning(tiny: Config, run: Run) -> None:
+    write_as_0_1(run)
+    readable = runs.create_run(tiny, tiny)
+    warnings: list[str] = []
+    assert [run_dir for run_dir, _ in runs.list_runs(warnings.append)] == [readable.run_dir]
+    (warning,) = warnings
+    assert warning.startswith(f"{run.run_dir}: was written by captcha_exp 0.1")
+
+
+@pytest.mark.parametrize("value", [1, 3, "2"])
+def test_a_run_of_another_format_is_rejected(run: Run, value: object) -> None:
+    run.update(format=value)
+    with pytest.raises(
+        UserError, match=rf": format={value!r} in run.json cannot be read by this version, which"
+    ):
+        runs.find_run(str(run.run_dir))
+
+
+def test_a_numeric_run_id_does_not_break_the_search(tiny: Config) -> None:
     run = runs.create_run(tiny, tiny)
     run.update(mlflow={"run_id": 12})
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         runs.find_run("ab")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x\0y", "a/" * 3000])
-def test_a_name_that_no_file_has_is_no_run(name: str, root: Path) -> None:
-    with pytest.raises(UserError, match="is no run"):
+def test_an_impossible_file_name_is_not_a_run(name: str, root: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
         runs.find_run(name)
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         resume.find_named(name)
 
 
-# -- gone on with --------------------------------------------------------------------------------------------
+# -- reopen_run ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "requested.yaml"])
-def test_an_edited_config_is_refused_and_the_key_named(run: Run, name: str) -> None:
+def test_a_modified_config_is_rejected_with_the_changed_key(run: Run, name: str) -> None:
     path = run.run_dir / name
     path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 32"))
-    with pytest.raises(UserError, match=rf"{name}: was changed since .*\(train.batch_size=\d+, asked for as"):
+    with pytest.raises(UserError, match=rf"{name}: was modified since .*\(train.batch_size=\d+, requested"):
         runs.reopen_run(run.run_dir)
     assert run.state["status"] == "RUNNING"
 
 
-def test_a_line_that_is_no_row_is_set_aside_with_the_file(run: Run) -> None:
+def test_a_damaged_metrics_file_is_kept_beside_the_valid_rows(run: Run) -> None:
     rows = [MetricsRow(step, 5, {"val/loss": 0.5}) for step in (1, 2, 3)]
     first, second, third = (row.to_line() for row in rows)
     damaged = f"{first}{second[:9]}#{second[10:]}{third}"
     (run.run_dir / "metrics.jsonl").write_text(damaged + first[:7])
 
-    again = runs.reopen_run(run.run_dir)
-    assert again.metrics_rows() == [rows[0], rows[2]]
+    reopened = runs.reopen_run(run.run_dir)
+    assert reopened.metrics_rows() == [rows[0], rows[2]]
     assert (run.run_dir / "metrics.jsonl").read_text() == first + third
     assert (run.run_dir / "metrics.jsonl.damaged").read_text() == damaged
-    again.log_metrics(rows[1])
+    reopened.log_metrics(rows[1])
     assert runs.read_metrics_rows(run.run_dir) == (rows, [])
 
 
-# -- alive or dead -------------------------------------------------------------------------------------------
-
-
-def state_of(process: psutil.Process) -> dict[str, Any]:
-    return process_identity(process.pid)
+# -- is_alive ------------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_this_process_is_alive(run: Run) -> None:
     assert is_alive(run.state)
 
 
-def test_a_run_whose_process_has_ended_is_dead() -> None:
+def test_a_run_whose_process_has_exited_is_not_alive() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    state = state_of(psutil.Process(child.pid))
+    state = process_identity(child.pid)
     assert is_alive(state)
     child.communicate()
     assert not is_alive(state)
 
 
-def test_a_run_whose_process_has_ended_is_dead_even_if_nobody_has_asked_how() -> None:
-    """In a container whose first process is no init, such a process stays in the table for ever."""
+def test_a_zombie_process_is_not_alive() -> None:
+    """Check a process that was not waited for; in a container without an init process it stays a zombie."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     process = psutil.Process(child.pid)
-    state = state_of(process)
+    state = process_identity(child.pid)
     child.kill()
     with contextlib.suppress(psutil.NoSuchProcess):
         while process.status() != psutil.STATUS_ZOMBIE:
@@ -388,32 +421,34 @@ def test_a_run_whose_process_has_ended_is_dead_even_if_nobody_has_asked_how() ->
         child.communicate()
 
 
-def test_a_process_that_only_has_the_same_number_is_not_the_run(run: Run) -> None:
+def test_a_reused_pid_is_not_alive(run: Run) -> None:
     assert not is_alive({**run.state, "process_started": run.state["process_started"] - 3600})
 
 
-def test_a_run_of_another_machine_is_not_called_dead(run: Run) -> None:
+def test_a_run_of_another_host_counts_as_alive(run: Run) -> None:
     assert is_alive({**run.state, "host": "another", "pid": -1})
 
 
-def test_a_run_of_a_container_with_the_machines_name_is_not_called_dead(run: Run) -> None:
-    """`docker run --net=host`: the same host and folder, and numbers of its own."""
+def test_a_run_of_a_container_with_the_same_host_name_counts_as_alive(run: Run) -> None:
+    """Check `docker run --net=host`: the same host name and directory, but another pid namespace."""
     assert is_alive({**run.state, "pid_namespace": "pid:[1]", "pid": 2**22 + 1})
 
 
-def test_a_run_before_the_machine_was_started_again_is_dead(run: Run) -> None:
+def test_a_run_from_before_a_reboot_is_not_alive(run: Run) -> None:
     assert not is_alive({**run.state, "boot_id": "before", "pid_namespace": "pid:[1]"})
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux counts from the machine's start")
-def test_a_clock_that_is_set_ends_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="only Linux has start times relative to boot"
+)
+def test_a_changed_system_clock_does_not_matter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: time.time() + 3600)
     assert is_alive(run.state)
     assert process_identity() == {key: run.state[key] for key in process_identity()}
 
 
-def test_a_process_may_have_any_name(tmp_path: Path) -> None:
-    """In /proc its name stands amid the numbers, in brackets."""
+def test_a_process_name_may_contain_brackets(tmp_path: Path) -> None:
+    """Check parsing of /proc/PID/stat, which contains the name in brackets."""
     odd = tmp_path / "a) R 1 (b"
     odd.symlink_to(sys.executable)
     child = subprocess.Popen([odd, "-c", "input()"], stdin=subprocess.PIPE)
@@ -425,41 +460,39 @@ def test_a_process_may_have_any_name(tmp_path: Path) -> None:
         child.communicate()
 
 
-def test_a_file_that_has_changed_since_the_run_ended_is_refused(tiny: Config) -> None:
+def test_a_file_that_was_modified_after_the_run_is_rejected(tiny: Config) -> None:
     run = runs.create_run(tiny, tiny)
     run.write("model.safetensors", b"weights")
-    runs.check_file_unchanged(run.run_dir, "model.safetensors")  # the run goes on: nothing is promised yet
+    runs.check_file_unchanged(run.run_dir, "model.safetensors")  # not checked while the run is running
     run.close("FINISHED")
     runs.check_file_unchanged(run.run_dir, "model.safetensors")
     (run.run_dir / "model.safetensors").write_bytes(b"weightz")
 
-    with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
+    with pytest.raises(UserError, match=r"model.safetensors: was modified or deleted since the run ended"):
         runs.check_file_unchanged(run.run_dir, "model.safetensors")
     (run.run_dir / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: is not the file that the run ended with"):
+    with pytest.raises(UserError, match=r"model.safetensors: was modified or deleted since the run ended"):
         runs.check_file_unchanged(run.run_dir, "model.safetensors")
 
 
-def test_a_run_that_cannot_be_read_is_told_and_the_others_are_listed(tiny: Config) -> None:
-    whole, broken = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
-    (broken.run_dir / "run.json").write_text("{")
-    told: list[str] = []
+def test_an_unreadable_run_is_a_warning_and_the_others_are_listed(tiny: Config) -> None:
+    readable, damaged = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    (damaged.run_dir / "run.json").write_text("{")
+    warnings: list[str] = []
 
-    assert [folder for folder, _ in runs.list_runs(told.append)] == [whole.run_dir]
-    assert len(told) == 1
-    assert told[0].startswith(str(broken.run_dir / "run.json"))
+    assert [run_dir for run_dir, _ in runs.list_runs(warnings.append)] == [readable.run_dir]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(str(damaged.run_dir / "run.json"))
 
 
 @pytest.mark.parametrize("started", ["yesterday", "2026-01-01T00:00:00"])
-def test_a_record_with_an_odd_time_does_not_keep_the_others_from_being_found(
-    tiny: Config, started: str
-) -> None:
-    odd, good = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
-    odd.update(started=started)
+def test_an_invalid_start_time_is_a_warning_and_the_others_are_found(tiny: Config, started: str) -> None:
+    invalid, valid = runs.create_run(tiny, tiny), runs.create_run(tiny, tiny)
+    invalid.update(started=started)
 
-    told: list[str] = []
-    assert [folder for folder, _ in runs.list_runs(told.append)] == [good.run_dir]
-    assert told == [
-        f"{odd.run_dir / 'run.json'}: started={started!r} is no time with a zone, as a run writes it"
+    warnings: list[str] = []
+    assert [run_dir for run_dir, _ in runs.list_runs(warnings.append)] == [valid.run_dir]
+    assert warnings == [
+        f"{invalid.run_dir / 'run.json'}: started={started!r} is not an ISO 8601 time with a zone"
     ]
-    assert runs.find_run("latest") == good.run_dir
+    assert runs.find_run("latest") == valid.run_dir

@@ -1,4 +1,4 @@
-"""The record of the code: the same for the same files, wherever they stand, and another for any other."""
+"""Source code hashes, git information, and the recorded environment."""
 
 import hashlib
 import json
@@ -18,35 +18,35 @@ from captcha_exp.runtime import paths
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of a few files, in the place of this one."""
+    """Return a package of a few files that replaces captcha_exp."""
     home = tmp_path / "captcha_exp"
-    (home / "record").mkdir(parents=True)
+    (home / "runs").mkdir(parents=True)
     (tmp_path / "conf" / "data").mkdir(parents=True)
     (home / "__init__.py").write_bytes(b"x = 1\n")
-    (home / "record" / "code.py").write_bytes(b"y = 2\n")
+    (home / "runs" / "source_code.py").write_bytes(b"y = 2\n")
     (tmp_path / "conf" / "data" / "a.yaml").write_bytes(b"a: 1\n")
-    monkeypatch.setattr(source_code, "__file__", str(home / "record" / "code.py"))
-    monkeypatch.setattr(paths, "_PACKAGE", home)
+    monkeypatch.setattr(source_code, "__file__", str(home / "runs" / "source_code.py"))
+    monkeypatch.setattr(paths, "_PACKAGE_DIR", home)
     return home
 
 
-def test_each_source_file_is_there_by_name(package: Path) -> None:
-    found = source_code.hash_source_files()
-    assert list(found) == ["captcha_exp/__init__.py", "captcha_exp/runs/source_code.py", "conf/data/a.yaml"]
-    assert found["captcha_exp/__init__.py"] == hashlib.sha256(b"x = 1\n").hexdigest()
+def test_each_source_file_is_hashed(package: Path) -> None:
+    hashes = source_code.hash_source_files()
+    assert list(hashes) == ["captcha_exp/__init__.py", "captcha_exp/runs/source_code.py", "conf/data/a.yaml"]
+    assert hashes["captcha_exp/__init__.py"] == hashlib.sha256(b"x = 1\n").hexdigest()
 
 
-def test_this_package_has_its_code_and_its_configs() -> None:
-    found = source_code.hash_source_files()
+def test_the_real_package_and_conf_are_hashed() -> None:
+    hashes = source_code.hash_source_files()
     assert {
         "captcha_exp/training/train.py",
         "captcha_exp/runs/source_code.py",
         "conf/config.yaml",
-    } <= found.keys()
-    assert not any("__pycache__" in name or name.startswith("tests/") for name in found)
+    } <= hashes.keys()
+    assert not any("__pycache__" in name or name.startswith("tests/") for name in hashes)
 
 
-def test_an_installed_package_has_the_names_of_a_checkout(package: Path) -> None:
+def test_names_are_equal_for_an_installed_package(package: Path) -> None:
     before = source_code.hash_source_files()
     shutil.move(package.parent / "conf", package / "conf")
     assert paths.conf_dir() == package / "conf"
@@ -56,14 +56,11 @@ def test_an_installed_package_has_the_names_of_a_checkout(package: Path) -> None
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        (
-            "captcha_exp/__init__.py",
-            "x = 1  # why\n",
-        ),  # a comment is another file; who compares says what it is
+        ("captcha_exp/__init__.py", "x = 1  # a comment counts too\n"),
         ("captcha_exp/new.py", ""),
     ],
 )
-def test_any_change_is_another_sha256(package: Path, name: str, text: str) -> None:
+def test_any_change_changes_the_hash(package: Path, name: str, text: str) -> None:
     before = source_code.code_sha256()
     (package.parent / name).write_text(text)
     assert source_code.code_sha256() != before
@@ -72,14 +69,14 @@ def test_any_change_is_another_sha256(package: Path, name: str, text: str) -> No
 @pytest.mark.parametrize(
     "name", ["notes.txt", "captcha_exp/__pycache__/x.pyc", "conf/README.md", "conf/b.yaml"]
 )
-def test_what_is_no_source_does_not_count(package: Path, name: str) -> None:
+def test_other_files_do_not_change_the_hash(package: Path, name: str) -> None:
     before = source_code.code_sha256()
     (package.parent / name).parent.mkdir(exist_ok=True)
     (package.parent / name).write_text("other")
     assert source_code.code_sha256() == before
 
 
-def test_how_a_line_ends_does_not_count(package: Path) -> None:
+def test_line_endings_do_not_change_the_hash(package: Path) -> None:
     before = source_code.code_sha256()
     (package / "__init__.py").write_bytes(b"x = 1\r\n")
     assert source_code.code_sha256() == before
@@ -92,10 +89,10 @@ GIT = ("git", "-c", "user.name=n", "-c", "user.email=n@example.invalid", "-c", "
 
 @pytest.fixture
 def checkout(package: Path) -> Path:
-    """The package in a repository of its own, committed."""
+    """Return a repository with the package committed."""
     home = package.parent
-    for words in (("init", "-q"), ("add", "--all"), ("commit", "-qm", "all")):
-        subprocess.run([*GIT, *words], cwd=home, check=True)
+    for args in (("init", "-q"), ("add", "--all"), ("commit", "-qm", "all")):
+        subprocess.run([*GIT, *args], cwd=home, check=True)
     return home
 
 
@@ -104,63 +101,67 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("run"), {})
 
 
-def written(run: Run) -> list[str]:
-    """The troubles that it told."""
-    told: list[str] = []
-    source_code.write_source_info(run, told.append)
-    return told
+def write_source_info(run: Run) -> list[str]:
+    """Write the files and return the warnings."""
+    warnings: list[str] = []
+    source_code.write_source_info(run, warnings.append)
+    return warnings
 
 
 def test_a_clean_checkout_has_a_commit_and_no_diff(checkout: Path, run: Run) -> None:
-    found = source_code.git_info()
-    assert found is not None
-    assert len(found["commit"]) == 40
-    assert (found["dirty"], found["diff_sha256"]) == (False, None)
-    assert written(run) == []
+    hashes = source_code.git_info()
+    assert hashes is not None
+    assert len(hashes["commit"]) == 40
+    assert (hashes["dirty"], hashes["diff_sha256"]) == (False, None)
+    assert write_source_info(run) == []
     assert json.loads((run.run_dir / "code.json").read_text()) == source_code.hash_source_files()
     assert not (run.run_dir / "code.diff").exists()
 
 
-def test_the_diff_makes_the_code_of_its_commit_again(checkout: Path, run: Run, tmp_path: Path) -> None:
-    # Spaces at the end of a line, bytes that are no UTF-8, a new file, settings of the person's own.
+def test_applying_the_diff_restores_the_code(checkout: Path, run: Run, tmp_path: Path) -> None:
+    # Trailing spaces, invalid UTF-8, a new file, and the user's git settings.
     (checkout / "captcha_exp" / "__init__.py").write_bytes(b"x = 3  \n# \xff\n\n")
     (checkout / "captcha_exp" / "new one.py").write_bytes(b"z = 1\n")
     for key, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false")):
         subprocess.run(["git", "config", key, value], cwd=checkout, check=True)
-    assert written(run) == []
-    found = source_code.git_info()
-    assert found is not None
-    assert found["dirty"]
-    assert found["diff_sha256"] == hashlib.sha256((run.run_dir / "code.diff").read_bytes()).hexdigest()
+    assert write_source_info(run) == []
+    hashes = source_code.git_info()
+    assert hashes is not None
+    assert hashes["dirty"]
+    assert hashes["diff_sha256"] == hashlib.sha256((run.run_dir / "code.diff").read_bytes()).hexdigest()
     changed = source_code.hash_source_files()
-    for words in (("stash", "-qu"), ("apply", str(run.run_dir / "code.diff"))):
-        subprocess.run([*GIT, *words], cwd=checkout, check=True)
+    for args in (("stash", "-qu"), ("apply", str(run.run_dir / "code.diff"))):
+        subprocess.run([*GIT, *args], cwd=checkout, check=True)
     assert source_code.hash_source_files() == changed
 
 
-def test_a_diff_too_large_is_told_and_left_out(
+def test_a_diff_over_the_limit_is_a_warning_and_not_saved(
     checkout: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_code, "LARGEST_DIFF", 100)
+    monkeypatch.setattr(source_code, "MAX_DIFF_BYTES", 100)
     (checkout / "captcha_exp" / "__init__.py").write_text("x = 3\n" * 50)
-    (told,) = written(run)
-    assert "too much for the run's record: commit them" in told
+    (warning,) = write_source_info(run)
+    assert warning.startswith("code.diff not saved: ")
     assert not (run.run_dir / "code.diff").exists()
 
 
-def test_without_git_there_are_the_files_alone(package: Path, run: Run) -> None:
+def test_without_git_only_the_hashes_are_written(package: Path, run: Run) -> None:
     assert source_code.git_info() is None
-    assert written(run) == []
+    assert write_source_info(run) == []
     assert sorted(path.name for path in run.run_dir.iterdir()) == ["code.json", "run.json"]
 
 
 # -- environment variables -----------------------------------------------------------------------------------
 
 
-def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numerics_variables_are_recorded_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         monkeypatch.delenv(name)
-    kept = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    recorded = {
+        "ATEN_CPU_CAPABILITY": "default",
+        "OMP_NUM_THREADS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
     others = {
         "HOME": "/home/me",
         "TORCH_HUB_TOKEN": "x",
@@ -168,12 +169,12 @@ def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: p
         "MKL_API_KEY": "x",
         "PYTORCH_MIRROR": "https://me:word@example.invalid/",
     }
-    for name, value in (kept | others).items():
+    for name, value in (recorded | others).items():
         monkeypatch.setenv(name, value)
-    assert numerics_variables() == kept
+    assert numerics_variables() == recorded
 
 
-# -- the processor -------------------------------------------------------------------------------------------
+# -- CPU and packages ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_variables_that_change_numbers_are_kept_and_secrets_never(monkeypatch: p
         ("", None),
     ],
 )
-def test_a_processor_is_told_from_others_of_its_name(cpuinfo: str, name: str | None) -> None:
+def test_the_cpu_name_includes_family_model_and_stepping(cpuinfo: str, name: str | None) -> None:
     assert parse_cpu_name(cpuinfo) == name
 
 
@@ -197,7 +198,7 @@ def test_a_processor_is_told_from_others_of_its_name(cpuinfo: str, name: str | N
 def test_the_version_of_torch_is_recorded_with_its_build(
     monkeypatch: pytest.MonkeyPatch, tiny: Config, build: str
 ) -> None:
-    """The metadata of the build that pip takes by default leave it out."""
+    """Check against torch.__version__, because the metadata of the default build lack the build tag."""
     monkeypatch.setattr(torch, "__version__", build)
 
     assert collect_environment(tiny)["packages"]["torch"] == build

@@ -1,4 +1,4 @@
-"""No run stays RUNNING without its process: closed by whoever comes next, once, and nobody else's."""
+"""Close stale runs and sweeps in their directories and in MLflow."""
 
 import hashlib
 import json
@@ -33,47 +33,47 @@ LONG_AGO = 1_700_000_000.25  # 2023
 ROWS = [MetricsRow(step, 10 * step, {"val/accuracy": step / 4, "val/loss": 1 / step}) for step in (1, 2, 3)]
 
 
-def died(run: Run, **state: Any) -> Run:
-    """The run as a process leaves it that was killed: its number is there, and is another process."""
+def make_stale(run: Run, **state: Any) -> Run:
+    """Change the recorded process of a run to one that has exited (a pid that is now in use by another)."""
     run.update(process_started=1.0, **state)
     return run
 
 
-def state_of(folder: Path, name: str = "run.json") -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+def state_of(run_dir: Path, name: str = "run.json") -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((run_dir / name).read_text(encoding="utf-8"))
     return state
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(run_dir: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def make_old(folder: Path, seconds: float = LONG_AGO) -> None:
-    for path in folder.rglob("*"):
+def make_old(run_dir: Path, seconds: float = LONG_AGO) -> None:
+    for path in run_dir.rglob("*"):
         os.utime(path, (seconds, seconds))
 
 
-def sweep_in(folder: Path, **state: Any) -> Path:
-    """A sweep's record beside the folders of its points."""
-    folder.mkdir(parents=True)
-    known: dict[str, Any] = {
+def write_stale_sweep(run_dir: Path, **state: Any) -> Path:
+    """Write the sweep.json of a stale sweep."""
+    run_dir.mkdir(parents=True)
+    fields: dict[str, Any] = {
         "name": "grid",
         "status": "RUNNING",
         "started": "2026-01-01T00:00:00.000000+00:00",
     }
-    known |= {"ended": None, "error": None}
-    place = {"host": platform.node(), "pid": os.getpid(), "process_started": 1.0, "mlflow": None}
-    (folder / "sweep.json").write_text(json.dumps(known | place | state))
-    return folder
+    fields |= {"ended": None, "error": None}
+    fields |= {"host": platform.node(), "pid": os.getpid(), "process_started": 1.0, "mlflow": None}
+    (run_dir / "sweep.json").write_text(json.dumps(fields | state))
+    return run_dir
 
 
-# -- the folder ----------------------------------------------------------------------------------------------
+# -- run directories -----------------------------------------------------------------------------------------
 
 
-def test_the_end_is_written_down_and_what_was_saved_can_be_used(tiny: Config) -> None:
-    run = died(record.create_run(tiny, tiny))
+def test_a_stale_run_is_marked_killed_and_its_files_are_kept(tiny: Config) -> None:
+    run = make_stale(record.create_run(tiny, tiny))
     run.write("model.safetensors", b"weights")
-    (run.report_dir / "curves.png").write_bytes(b"picture")
+    (run.report_dir / "curves.png").write_bytes(b"image")
     make_old(run.run_dir)
     os.utime(run.run_dir / "model.safetensors", (LONG_AGO + 7, LONG_AGO + 7))
     before = contents(run.run_dir)
@@ -83,7 +83,7 @@ def test_the_end_is_written_down_and_what_was_saved_can_be_used(tiny: Config) ->
 
     state = state_of(run.run_dir)
     assert state["status"] == "KILLED"
-    assert state["error"].startswith("its process ended without a word")
+    assert state["error"].startswith("the process exited without closing the run")
     assert datetime.fromisoformat(state["ended"]).timestamp() == LONG_AGO + 7
     after = contents(run.run_dir)
     del before[run.run_dir / "run.json"], after[run.run_dir / "run.json"]
@@ -98,12 +98,12 @@ def test_the_end_is_written_down_and_what_was_saved_can_be_used(tiny: Config) ->
     }
     record.check_file_unchanged(run.run_dir, "model.safetensors")
     name = f"outputs/{run.run_dir.parent.name}/{run.run_dir.name}"
-    assert display.lines == [f"{name}: its process {os.getpid()} is gone; closed as KILLED"]
+    assert display.lines == [f"{name}: process {os.getpid()} has exited; marked KILLED"]
     assert display.warnings == []
     assert close_stale_runs(display) == []
 
 
-def test_a_process_that_has_ended_and_is_not_known_any_more(tiny: Config) -> None:
+def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
     run = record.create_run(tiny, tiny)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -123,18 +123,18 @@ def test_a_process_that_has_ended_and_is_not_known_any_more(tiny: Config) -> Non
         {"status": "FINISHED", "mlflow": {"uri": "x", "run_id": "y", "closed": False}},
     ],
     ids=[
-        "alive",
-        "elsewhere",
-        "ended",
-        "ended, of an older version",
-        "ended and sent",
-        "alive, not yet sent",
+        "running",
+        "other host",
+        "ended, not tracked",
+        "ended, without the field closed",
+        "ended and synced",
+        "running, not yet synced",
     ],
 )
-def test_what_is_none_of_ours_is_left_alone(tiny: Config, root: Path, state: dict[str, Any]) -> None:
+def test_other_runs_are_not_changed(tiny: Config, root: Path, state: dict[str, Any]) -> None:
     run = record.create_run(tiny, tiny)
     run.update(**state)
-    (run.run_dir / f".metrics.jsonl.{os.getpid()}.part").write_text("half")
+    (run.run_dir / f".metrics.jsonl.{os.getpid()}.part").write_text("partial")
     before = contents(root)
     display = Heard()
 
@@ -143,7 +143,7 @@ def test_what_is_none_of_ours_is_left_alone(tiny: Config, root: Path, state: dic
     assert display.lines == display.warnings == []
 
 
-def test_a_root_without_runs_stays_empty(root: Path) -> None:
+def test_an_empty_root_stays_empty(root: Path) -> None:
     assert close_stale_runs(NullDisplay()) == []
     assert list(root.iterdir()) == []
 
@@ -157,26 +157,43 @@ def test_a_root_without_runs_stays_empty(root: Path) -> None:
         "[" * 100_000,
         "\udcff",
         '{"status": "RUNNING"}',
-        '{"status": "RUNNING", "host": HOST, "pid": "1", "process_started": 1, "mlflow": null}',
-        '{"status": "RUNNING", "host": HOST, "pid": -1, "process_started": 1, "mlflow": null}',
-        '{"status": "RUNNING", "host": HOST, "pid": 1, "process_started": null, "mlflow": null}',
-        '{"status": "RUNNING", "host": HOST, "pid": 1, "process_started": 1, "mlflow": ["x"]}',
+        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": "1", "process_started": 1, "mlflow": null}',
+        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": -1, "process_started": 1, "mlflow": null}',
+        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": 1, "process_started": null, "mlflow": null}',
+        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": 1, "process_started": 1, "mlflow": ["x"]}',
+        '{"status": "RUNNING", "host": HOST, "pid": 1, "process_started": 1, "mlflow": null}',
     ],
-    ids=["cut", "list", "number", "deep", "bytes", "short", "text", "negative", "no time", "mlflow"],
+    ids=[
+        *(
+            "truncated",
+            "list",
+            "number",
+            "deep",
+            "bytes",
+            "incomplete",
+            "text",
+            "negative",
+            "no time",
+            "mlflow",
+        ),
+        "version 0.1",
+    ],
 )
-def test_a_record_that_is_none_stops_nothing_and_is_not_touched(tiny: Config, root: Path, text: str) -> None:
-    odd = root / "outputs/2026-01-01/000000-odd/run.json"
-    odd.parent.mkdir(parents=True)
+def test_an_invalid_run_json_is_skipped_and_not_changed(tiny: Config, root: Path, text: str) -> None:
+    path = root / "outputs/2026-01-01/000000-renamed/run.json"
+    path.parent.mkdir(parents=True)
     content = text.replace("HOST", json.dumps(record.create_run(tiny, tiny).state["host"]))
-    odd.write_bytes(content.encode("utf-8", "surrogateescape"))
-    other = died(record.create_run(tiny, tiny))
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    other = make_stale(record.create_run(tiny, tiny))
 
     assert close_stale_runs(NullDisplay()) == [other.run_dir]
-    assert odd.read_bytes() == content.encode("utf-8", "surrogateescape")
+    assert path.read_bytes() == content.encode("utf-8", "surrogateescape")
 
 
-def test_a_folder_that_cannot_be_closed_hides_no_other(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [died(record.create_run(tiny, tiny)) for _ in range(3)]
+def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [make_stale(record.create_run(tiny, tiny)) for _ in range(3)]
 
     def disk_full(path: Path, content: Any) -> None:
         if path.parent == runs[1].run_dir:
@@ -188,39 +205,43 @@ def test_a_folder_that_cannot_be_closed_hides_no_other(tiny: Config, monkeypatch
 
     assert sorted(close_stale_runs(display)) == sorted([runs[0].run_dir, runs[2].run_dir])
     (warning,) = display.warnings
-    assert warning.endswith("its end cannot be written: [Errno 28] No space left on device")
+    assert warning.endswith("it cannot be marked KILLED: [Errno 28] No space left on device")
     assert state_of(runs[1].run_dir)["status"] == "RUNNING"
 
 
-def test_a_lock_that_cannot_be_had_is_one_warning(tiny: Config, root: Path) -> None:
-    died(record.create_run(tiny, tiny))
+def test_a_lock_that_cannot_be_created_is_one_warning(tiny: Config, root: Path) -> None:
+    make_stale(record.create_run(tiny, tiny))
     (root / "outputs/.closing.lock").mkdir()
     display = Heard()
 
     assert close_stale_runs(display) == []
     (warning,) = display.warnings
-    assert warning.startswith(f"{root}/outputs: runs whose process is gone cannot be closed: ")
+    assert warning.startswith(f"{root}/outputs: cannot close stale runs: ")
 
 
-def test_a_name_is_shown_as_it_is(root: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    run = died(record.create_run(tiny, tiny))
-    odd = run.run_dir.with_name("[red]a\x1b[31m\nb")
-    run.run_dir.rename(odd)
+def test_control_characters_in_a_name_are_escaped(
+    root: Path, tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_stale(record.create_run(tiny, tiny))
+    renamed = run.run_dir.with_name("[red]a\x1b[31m\nb")
+    run.run_dir.rename(renamed)
 
-    assert close_stale_runs(RichDisplay()) == [odd]
-    assert "/[red]a\\x1b[31m\\nb: its process" in capsys.readouterr().err
+    assert close_stale_runs(RichDisplay()) == [renamed]
+    assert "/[red]a\\x1b[31m\\nb: process" in capsys.readouterr().err
 
 
-# -- what was being written ----------------------------------------------------------------------------------
+# -- partial files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("torn", [ROWS[2].to_line()[:-1], ROWS[2].to_line()[:20], "{", "\0\0", "[" * 99_999])
-def test_a_torn_last_line_stays_and_is_told_and_the_rows_before_it_are_read(tiny: Config, torn: str) -> None:
-    run = died(record.create_run(tiny, tiny))
+@pytest.mark.parametrize(
+    "partial", [ROWS[2].to_line()[:-1], ROWS[2].to_line()[:20], "{", "\0\0", "[" * 99_999]
+)
+def test_a_truncated_last_line_is_a_warning_and_the_other_rows_are_read(tiny: Config, partial: str) -> None:
+    run = make_stale(record.create_run(tiny, tiny))
     for row in ROWS[:2]:
         run.log_metrics(row)
     path = run.run_dir / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + torn.encode())
+    path.write_bytes(path.read_bytes() + partial.encode())
     before = path.read_bytes()
 
     close_stale_runs(NullDisplay())
@@ -228,14 +249,12 @@ def test_a_torn_last_line_stays_and_is_told_and_the_rows_before_it_are_read(tiny
     assert path.read_bytes() == before
     assert record.read_metrics_rows(run.run_dir) == (ROWS[:2], [3])
     assert run.metrics_rows() == ROWS[:2]
-    assert state_of(run.run_dir)["warnings"] == [
-        "metrics.jsonl: no whole row in line 3; the other 2 are read"
-    ]
+    assert state_of(run.run_dir)["warnings"] == ["metrics.jsonl: skipped damaged line 3; 2 valid rows"]
     record.check_file_unchanged(run.run_dir, "metrics.jsonl")
 
 
-def test_a_line_that_is_damaged_in_the_middle_hides_no_other(tiny: Config) -> None:
-    run = died(record.create_run(tiny, tiny), warnings=["slow"])
+def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tiny: Config) -> None:
+    run = make_stale(record.create_run(tiny, tiny), warnings=["slow"])
     lines = [row.to_line().encode() for row in ROWS]
     (run.run_dir / "metrics.jsonl").write_bytes(lines[0] + b"\xff" + lines[1] + lines[2])
 
@@ -244,22 +263,22 @@ def test_a_line_that_is_damaged_in_the_middle_hides_no_other(tiny: Config) -> No
     assert record.read_metrics_rows(run.run_dir) == ([ROWS[0], ROWS[2]], [2])
     assert state_of(run.run_dir)["warnings"] == [
         "slow",
-        "metrics.jsonl: no whole row in line 2; the other 2 are read",
+        "metrics.jsonl: skipped damaged line 2; 2 valid rows",
     ]
 
 
-def test_parts_of_files_that_nobody_will_finish_are_removed(tiny: Config) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+def test_temporary_files_of_exited_processes_are_removed(tiny: Config) -> None:
+    exited = subprocess.Popen([sys.executable, "-c", ""])
+    exited.wait()
     run = record.create_run(tiny, tiny)
-    run.update(pid=gone.pid)
-    kept = {f".a.{os.getpid()}.part", "b.1.part", ".c.part", f".d.{gone.pid}.parts", ".e.x.part"}
-    for name in (*kept, f".model.safetensors.{gone.pid}.part"):
-        (run.run_dir / name).write_text("half")
-    (run.report_dir / f".curves.png.{gone.pid}.part").write_text("half")
-    (run.run_dir / f".model.safetensors.{gone.pid}.part").touch()
+    run.update(pid=exited.pid)
+    kept = {f".a.{os.getpid()}.part", "b.1.part", ".c.part", f".d.{exited.pid}.parts", ".e.x.part"}
+    for name in (*kept, f".model.safetensors.{exited.pid}.part"):
+        (run.run_dir / name).write_text("partial")
+    (run.report_dir / f".curves.png.{exited.pid}.part").write_text("partial")
+    (run.run_dir / f".model.safetensors.{exited.pid}.part").touch()
     make_old(run.run_dir)
-    os.utime(run.report_dir / f".curves.png.{gone.pid}.part", (LONG_AGO + 9, LONG_AGO + 9))
+    os.utime(run.report_dir / f".curves.png.{exited.pid}.part", (LONG_AGO + 9, LONG_AGO + 9))
 
     close_stale_runs(NullDisplay())
 
@@ -271,42 +290,42 @@ def test_parts_of_files_that_nobody_will_finish_are_removed(tiny: Config) -> Non
 # -- a sweep -------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_and_its_dead_points_are_closed_and_its_living_ones_left(root: Path, tiny: Config) -> None:
-    folder = sweep_in(root / "outputs/2026-01-01/000000-grid")
-    dead, alive = (record.create_run(tiny, tiny, folder / name) for name in ("1-seed=1", "2-seed=2"))
-    died(dead)
-    (folder / f".summary.json.{os.getpid()}.part").write_text("half")
-    (alive.run_dir / f".model.safetensors.{os.getpid()}.part").write_text("half")
-    make_old(folder)
-    os.utime(alive.run_dir / "config.yaml", (LONG_AGO + 5, LONG_AGO + 5))
-    before = contents(alive.run_dir)
+def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root: Path, tiny: Config) -> None:
+    run_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid")
+    stale, running = (record.create_run(tiny, tiny, run_dir / name) for name in ("1-seed=1", "2-seed=2"))
+    make_stale(stale)
+    (run_dir / f".summary.json.{os.getpid()}.part").write_text("partial")
+    (running.run_dir / f".model.safetensors.{os.getpid()}.part").write_text("partial")
+    make_old(run_dir)
+    os.utime(running.run_dir / "config.yaml", (LONG_AGO + 5, LONG_AGO + 5))
+    before = contents(running.run_dir)
 
-    assert close_stale_runs(NullDisplay()) == [folder, dead.run_dir]
+    assert close_stale_runs(NullDisplay()) == [run_dir, stale.run_dir]
 
-    state = state_of(folder, "sweep.json")
+    state = state_of(run_dir, "sweep.json")
     assert state["status"] == "KILLED"
     assert datetime.fromisoformat(state["ended"]).timestamp() == LONG_AGO + 5
     assert set(state) == {
         *("name", "status", "started", "ended", "host", "pid", "process_started", "mlflow", "error")
     }
-    assert datetime.fromisoformat(state_of(dead.run_dir)["ended"]).timestamp() == LONG_AGO
-    assert contents(alive.run_dir) == before
-    assert not (folder / f".summary.json.{os.getpid()}.part").exists()
+    assert datetime.fromisoformat(state_of(stale.run_dir)["ended"]).timestamp() == LONG_AGO
+    assert contents(running.run_dir) == before
+    assert not (run_dir / f".summary.json.{os.getpid()}.part").exists()
 
 
-# -- several at once -----------------------------------------------------------------------------------------
+# -- concurrency ---------------------------------------------------------------------------------------------
 
 
-def test_of_eight_that_close_at_once_one_closes_each_run(tiny: Config) -> None:
-    runs = [died(record.create_run(tiny, tiny)) for _ in range(12)]
-    together = Barrier(8)
+def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
+    runs = [make_stale(record.create_run(tiny, tiny)) for _ in range(12)]
+    barrier = Barrier(8)
 
     def close(_: int) -> list[Path]:
-        together.wait()
+        barrier.wait()
         return close_stale_runs(NullDisplay())
 
     with ThreadPoolExecutor(8) as pool:
-        closed = [folder for folders in pool.map(close, range(8)) for folder in folders]
+        closed = [run_dir for folders in pool.map(close, range(8)) for run_dir in folders]
 
     assert sorted(closed) == sorted(run.run_dir for run in runs)
     for run in runs:
@@ -314,9 +333,8 @@ def test_of_eight_that_close_at_once_one_closes_each_run(tiny: Config) -> None:
         record.check_file_unchanged(run.run_dir, "config.yaml")
 
 
-def test_a_closer_that_works_long_is_not_waited_for(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = died(record.create_run(tiny, tiny))
-    monkeypatch.setattr("captcha_exp.runs.stale.SECONDS_FOR_THE_LOCK", 0.05)
+def test_close_returns_if_another_process_holds_the_lock(tiny: Config) -> None:
+    run = make_stale(record.create_run(tiny, tiny))
     display = Heard()
     with record.stale_lock() as granted, ThreadPoolExecutor(1) as pool:
         assert granted
@@ -325,15 +343,17 @@ def test_a_closer_that_works_long_is_not_waited_for(tiny: Config, monkeypatch: p
     assert state_of(run.run_dir)["status"] == "RUNNING"
 
 
-def test_a_run_that_ends_just_now_keeps_its_own_end(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_finishes_meanwhile_keeps_its_status(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = record.create_run(tiny, tiny)
 
-    def ends_when_asked(_: object) -> bool:
+    def finish_and_exit(_: object) -> bool:
         if run.state["status"] == "RUNNING":
             run.close("FINISHED")
         return False
 
-    monkeypatch.setattr("captcha_exp.runs.stale.is_alive", ends_when_asked)
+    monkeypatch.setattr("captcha_exp.runs.stale.is_alive", finish_and_exit)
 
     assert close_stale_runs(NullDisplay()) == []
     assert state_of(run.run_dir)["status"] == "FINISHED"
@@ -344,7 +364,7 @@ def test_a_run_that_ends_just_now_keeps_its_own_end(tiny: Config, monkeypatch: p
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One store for the tests of this file: a new one takes two seconds to set up."""
+    """Return a store for all tests of this file; creating one takes two seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     open_store(uri)
     return uri
@@ -352,154 +372,156 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def tracked(tiny: Config, store: str) -> Config:
-    """A config with a store of this test's own: copying one is quick."""
-    own = Path(os.environ["CAPTCHA_EXP_ROOT"]) / "mlruns" / "mlflow.db"
-    own.parent.mkdir()
-    shutil.copy(store.removeprefix("sqlite:///"), own)
-    return replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=f"sqlite:///{own}", experiment="tests"))
+    """Return a config with a copy of the store for one test."""
+    path = Path(os.environ["CAPTCHA_EXP_ROOT"]) / "mlruns" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copy(store.removeprefix("sqlite:///"), path)
+    return replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=f"sqlite:///{path}", experiment="tests"))
 
 
-def begin(config: Config) -> tuple[Run, MlflowTracker]:
+def start_run(config: Config) -> tuple[Run, MlflowTracker]:
     run, tracker = record.create_run(config, config), MlflowTracker(NullDisplay())
     tracker.start(run, config)
     return run, tracker
 
 
 def in_mlflow(run: Run | Path) -> tuple[MlflowClient, Any]:
-    known = state_of(run if isinstance(run, Path) else run.run_dir)["mlflow"]
-    client = MlflowClient(known["uri"])
-    return client, client.get_run(known["run_id"])
+    mlflow_ref = state_of(run if isinstance(run, Path) else run.run_dir)["mlflow"]
+    client = MlflowClient(mlflow_ref["uri"])
+    return client, client.get_run(mlflow_ref["run_id"])
 
 
-def steps(run: Run) -> list[int]:
-    client, there = in_mlflow(run)
-    return [m.step for m in client.get_metric_history(there.info.run_id, "val/loss")]
+def logged_steps(run: Run) -> list[int]:
+    client, mlflow_run = in_mlflow(run)
+    return [m.step for m in client.get_metric_history(mlflow_run.info.run_id, "val/loss")]
 
 
-def never(*_: object) -> Any:
-    raise AssertionError("looked at the store")
+def must_not_be_called(*_: object) -> Any:
+    raise AssertionError("the store was inspected")
 
 
-def away(*_: object) -> tuple[str, str]:
-    return "silent", "no answer within 8 s"
+def unreachable(*_: object) -> tuple[str, str]:
+    return "unreachable", "no answer within 8 s"
 
 
-def test_mlflow_gets_every_row_once_the_files_and_the_end(
+def test_rows_artifacts_and_status_are_synced_to_mlflow(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, tracker = begin(tracked)
+    run, tracker = start_run(tracked)
     for row in ROWS:
         run.log_metrics(row)
     tracker.log_metrics(ROWS[0])
-    (run.report_dir / "curves.png").write_bytes(b"picture")
-    died(run)
+    (run.report_dir / "curves.png").write_bytes(b"image")
+    make_stale(run)
     display = Heard()
 
     assert close_stale_runs(display) == [run.run_dir]
 
-    client, there = in_mlflow(run)
+    client, mlflow_run = in_mlflow(run)
     state = state_of(run.run_dir)
-    assert there.info.status == state["status"] == "KILLED"
-    assert there.info.end_time == int(datetime.fromisoformat(state["ended"]).timestamp() * 1000)
-    assert steps(run) == [1, 2, 3]
-    names = {item.path for item in client.list_artifacts(there.info.run_id)}
+    assert mlflow_run.info.status == state["status"] == "KILLED"
+    assert mlflow_run.info.end_time == int(datetime.fromisoformat(state["ended"]).timestamp() * 1000)
+    assert logged_steps(run) == [1, 2, 3]
+    names = {item.path for item in client.list_artifacts(mlflow_run.info.run_id)}
     assert names == {"config.yaml", "metrics.jsonl", "report", "requested.yaml", "run.json"}
-    assert [item.path for item in client.list_artifacts(there.info.run_id, "report")] == ["report/curves.png"]
+    assert [item.path for item in client.list_artifacts(mlflow_run.info.run_id, "report")] == [
+        "report/curves.png"
+    ]
     assert state["mlflow"] == {**run.state["mlflow"], "closed": True}
     assert len(display.lines) == 1
-    monkeypatch.setattr("captcha_exp.tracking.store.look_at_store", never)
+    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
     assert close_stale_runs(display) == []
 
 
-def test_a_process_that_died_between_the_two_ends_is_sent_with_its_own(tracked: Config) -> None:
-    run, _ = begin(tracked)
+def test_a_run_closed_but_not_synced_keeps_its_status(tracked: Config) -> None:
+    run, _ = start_run(tracked)
     run.log_metrics(ROWS[0])
     run.close("FINISHED")
     ended = run.state["ended"]
-    died(run)
+    make_stale(run)
     display = Heard()
 
     assert close_stale_runs(display) == [run.run_dir]
 
-    _, there = in_mlflow(run)
-    assert (there.info.status, steps(run)) == ("FINISHED", [1])
-    assert there.info.end_time == int(datetime.fromisoformat(ended).timestamp() * 1000)
+    _, mlflow_run = in_mlflow(run)
+    assert (mlflow_run.info.status, logged_steps(run)) == ("FINISHED", [1])
+    assert mlflow_run.info.end_time == int(datetime.fromisoformat(ended).timestamp() * 1000)
     state = state_of(run.run_dir)
     assert (state["status"], state["ended"], state["error"]) == ("FINISHED", ended, None)
     (line,) = display.lines
-    assert line.endswith(": MLflow has its end now, FINISHED")
+    assert line.endswith(": synced to MLflow as FINISHED")
 
 
-def test_a_tracker_notes_that_mlflow_has_all_of_a_run(tracked: Config) -> None:
-    run, tracker = begin(tracked)
+def test_the_tracker_marks_the_run_as_closed(tracked: Config) -> None:
+    run, tracker = start_run(tracked)
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
     run.close("FINISHED")
     tracker.finish(run, "FINISHED")
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
 
 
-@pytest.mark.parametrize("lacking", ["log_batch", "log_artifact", "set_terminated"])
-def test_what_a_store_did_not_take_at_the_end_is_sent_at_the_next_start(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch, lacking: str
+@pytest.mark.parametrize("method", ["log_batch", "log_artifact", "set_terminated"])
+def test_a_failed_end_is_synced_at_the_next_start(
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    run, tracker = begin(tracked)
+    run, tracker = start_run(tracked)
 
-    def refuse(*_: object, **named: object) -> None:
-        raise ConnectionError("the store is away")
+    def refuse(*_: object, **kwargs: object) -> None:
+        raise ConnectionError("the store is unreachable")
 
-    with monkeypatch.context() as then:
-        then.setattr(MlflowClient, lacking, refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, method, refuse)
         run.log_metrics(ROWS[0])
         tracker._display = Heard()
         tracker.log_metrics(ROWS[0])
         run.close("FINISHED")
         tracker.finish(run, "FINISHED")
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
-    died(run)
+    make_stale(run)
 
     assert close_stale_runs(NullDisplay()) == [run.run_dir]
-    client, there = in_mlflow(run)
-    assert (there.info.status, steps(run)) == ("FINISHED", [1])
-    assert "config.yaml" in {item.path for item in client.list_artifacts(there.info.run_id)}
+    client, mlflow_run = in_mlflow(run)
+    assert (mlflow_run.info.status, logged_steps(run)) == ("FINISHED", [1])
+    assert "config.yaml" in {item.path for item in client.list_artifacts(mlflow_run.info.run_id)}
 
 
-def test_a_run_of_an_older_version_is_closed_in_mlflow_if_it_says_running(tracked: Config) -> None:
-    run, _ = begin(tracked)
-    older = {key: run.state["mlflow"][key] for key in ("uri", "experiment_id", "run_id")}
-    died(run, mlflow=older)
+def test_a_running_run_without_the_field_closed_is_synced(tracked: Config) -> None:
+    run, _ = start_run(tracked)
+    mlflow_ref = {key: run.state["mlflow"][key] for key in ("uri", "experiment_id", "run_id")}
+    make_stale(run, mlflow=mlflow_ref)
 
     assert close_stale_runs(NullDisplay()) == [run.run_dir]
     assert in_mlflow(run)[1].info.status == "KILLED"
 
 
-def test_a_process_killed_while_mlflow_made_the_run(tracked: Config) -> None:
-    made, other = begin(tracked)[0], begin(tracked)[0]
-    run_id = made.state["mlflow"]["run_id"]
-    died(made, mlflow={**made.state["mlflow"], "run_id": None})
-    before = died(record.create_run(tracked, tracked), mlflow=made.state["mlflow"])
+def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(tracked: Config) -> None:
+    created, other = start_run(tracked)[0], start_run(tracked)[0]
+    run_id = created.state["mlflow"]["run_id"]
+    make_stale(created, mlflow={**created.state["mlflow"], "run_id": None})
+    before = make_stale(record.create_run(tracked, tracked), mlflow=created.state["mlflow"])
 
     display = Heard()
-    assert sorted(close_stale_runs(display)) == sorted([made.run_dir, before.run_dir])
+    assert sorted(close_stale_runs(display)) == sorted([created.run_dir, before.run_dir])
 
-    assert state_of(made.run_dir)["mlflow"]["run_id"] == run_id
-    assert in_mlflow(made)[1].info.status == "KILLED"
+    assert state_of(created.run_dir)["mlflow"]["run_id"] == run_id
+    assert in_mlflow(created)[1].info.status == "KILLED"
     assert in_mlflow(other)[1].info.status == "RUNNING"
     assert state_of(before.run_dir)["mlflow"]["closed"] is True
     assert display.warnings == []
 
 
-def test_a_store_that_is_away_is_one_warning_and_gets_all_when_it_is_back(
+def test_an_unreachable_store_is_one_warning_and_synced_later(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [died(begin(tracked)[0]) for _ in range(3)]
+    runs = [make_stale(start_run(tracked)[0]) for _ in range(3)]
     display = Heard()
-    with monkeypatch.context() as then:
-        then.setattr("captcha_exp.tracking.store.look_at_store", away)
+    with monkeypatch.context() as patch:
+        patch.setattr("captcha_exp.tracking.store.inspect_store", unreachable)
         assert len(close_stale_runs(display)) == 3
     (warning,) = display.warnings
     assert warning.endswith(
-        "mlflow.db: did not take the end of 3 of 3 runs whose process is gone: "
-        "it does not answer; the next start tries again"
+        "mlflow.db: 3 of 3 stale runs not synced to MLflow: the store is unreachable (no answer within 8 s); "
+        "the next start tries again"
     )
     assert {state_of(run.run_dir)["status"] for run in runs} == {"KILLED"}
     assert {in_mlflow(run)[1].info.status for run in runs} == {"RUNNING"}
@@ -509,67 +531,69 @@ def test_a_store_that_is_away_is_one_warning_and_gets_all_when_it_is_back(
     assert len(display.warnings) == 1
 
 
-@pytest.mark.parametrize(("still_there", "sent"), [(True, 2), (False, 0)])
-def test_a_run_that_is_refused_keeps_no_other_from_a_store_that_is_there(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch, still_there: bool, sent: int
+@pytest.mark.parametrize(("reachable", "num_synced"), [(True, 2), (False, 0)])
+def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachable(
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, reachable: bool, num_synced: int
 ) -> None:
     for _ in range(3):
-        died(begin(tracked)[0])
-    asked = 0
+        make_stale(start_run(tracked)[0])
+    calls = 0
     get_run = MlflowClient.get_run
 
-    def refuse_the_first(self: MlflowClient, run_id: str) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            raise ConnectionError("[no] way")
+    def fail_first(self: MlflowClient, run_id: str) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ConnectionError("[connection] refused")
         return get_run(self, run_id)
 
-    looks = iter([("current", ""), ("current", "") if still_there else away()])
-    monkeypatch.setattr(MlflowClient, "get_run", refuse_the_first)
-    monkeypatch.setattr("captcha_exp.tracking.store.look_at_store", lambda *_: next(looks))
+    statuses = iter([("current", ""), ("current", "") if reachable else unreachable()])
+    monkeypatch.setattr(MlflowClient, "get_run", fail_first)
+    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", lambda *_: next(statuses))
     display = Heard()
     close_stale_runs(display)
 
-    known = [state["mlflow"]["closed"] for _, state in record.list_runs()]
-    assert known.count(True) == sent
+    closed = [state["mlflow"]["closed"] for _, state in record.list_runs()]
+    assert closed.count(True) == num_synced
     assert len(display.warnings) == 1
-    assert f"the end of {3 - sent} of 3 runs whose process is gone: [no] way;" in display.warnings[0]
+    assert (
+        f"{3 - num_synced} of 3 stale runs not synced to MLflow: [connection] refused;" in display.warnings[0]
+    )
 
 
-def test_a_store_that_was_deleted_is_not_made_nor_asked_for(
+def test_a_missing_store_is_neither_created_nor_inspected(
     tracked: Config, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = died(begin(tracked)[0])
+    run = make_stale(start_run(tracked)[0])
     (root / "mlruns").rename(root / "elsewhere")
     display = Heard()
-    with monkeypatch.context() as then:
-        then.setattr("captcha_exp.tracking.store.look_at_store", never)
+    with monkeypatch.context() as patch:
+        patch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
         assert close_stale_runs(display) == [run.run_dir]
         assert close_stale_runs(display) == []
     assert not (root / "mlruns").exists()
     assert display.warnings == []
 
-    (root / "elsewhere").rename(root / "mlruns")  # it was a disk that was away
+    (root / "elsewhere").rename(root / "mlruns")  # as if its disk was mounted again
     assert close_stale_runs(display) == [run.run_dir]
     assert in_mlflow(run)[1].info.status == "KILLED"
 
 
-@pytest.mark.parametrize("what", ["the run", "the experiment", "another store", "an empty file"])
-def test_a_run_that_mlflow_no_longer_has_is_asked_for_once(
-    tracked: Config, root: Path, store: str, monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize("deleted", ["run", "experiment", "store", "tables"])
+def test_a_run_deleted_in_mlflow_is_not_retried(
+    tracked: Config, root: Path, store: str, monkeypatch: pytest.MonkeyPatch, deleted: str
 ) -> None:
-    run = died(begin(tracked)[0])
-    client, there = in_mlflow(run)
+    run = make_stale(start_run(tracked)[0])
+    client, mlflow_run = in_mlflow(run)
     path = root / "mlruns/mlflow.db"
-    match what:
-        case "the run":
-            client.delete_run(there.info.run_id)
-        case "the experiment":
-            client.delete_experiment(there.info.experiment_id)
-        case "another store":
+    match deleted:
+        case "run":
+            client.delete_run(mlflow_run.info.run_id)
+        case "experiment":
+            client.delete_experiment(mlflow_run.info.experiment_id)
+        case "store":
             shutil.copy(store.removeprefix("sqlite:///"), path)
-        case "an empty file":
+        case "tables":
             path.write_bytes(b"")
     display = Heard()
 
@@ -577,79 +601,96 @@ def test_a_run_that_mlflow_no_longer_has_is_asked_for_once(
     assert display.warnings == []
     assert len(display.lines) == 1
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
-    if what == "an empty file":
+    if deleted == "tables":
         assert path.read_bytes() == b""
-    monkeypatch.setattr("captcha_exp.tracking.store.look_at_store", never)
+    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
     assert close_stale_runs(display) == []
 
 
-def test_a_sweep_ends_in_mlflow_and_keeps_the_files_of_its_points_out(tracked: Config, root: Path) -> None:
-    parent, _ = begin(tracked)
-    folder = sweep_in(root / "outputs/2026-01-01/000000-grid", mlflow=parent.state["mlflow"])
+def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: Path) -> None:
+    parent, _ = start_run(tracked)
+    run_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid", mlflow=parent.state["mlflow"])
     shutil.rmtree(parent.run_dir)
-    record.create_run(tracked, tracked, folder / "1-seed=1")
-    (folder / "images").mkdir()
-    (folder / "pictures/grid.png").write_bytes(b"picture")
+    record.create_run(tracked, tracked, run_dir / "1-seed=1")
+    (run_dir / "images").mkdir()
+    (run_dir / "images/grid.png").write_bytes(b"image")
 
-    assert close_stale_runs(NullDisplay()) == [folder]
+    assert close_stale_runs(NullDisplay()) == [run_dir]
 
-    known = state_of(folder, "sweep.json")["mlflow"]
-    client = MlflowClient(known["uri"])
-    assert client.get_run(known["run_id"]).info.status == "KILLED"
-    assert {item.path for item in client.list_artifacts(known["run_id"])} == {"images", "sweep.json"}
-
-
-# -- from the command ----------------------------------------------------------------------------------------
+    mlflow_ref = state_of(run_dir, "sweep.json")["mlflow"]
+    client = MlflowClient(mlflow_ref["uri"])
+    assert client.get_run(mlflow_ref["run_id"]).info.status == "KILLED"
+    assert {item.path for item in client.list_artifacts(mlflow_ref["run_id"])} == {"images", "sweep.json"}
 
 
-def test_runs_closes_what_it_lists(
+# -- command line --------------------------------------------------------------------------------------------
+
+
+def test_the_runs_command_closes_stale_runs(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    died(record.create_run(tiny, tiny))
+    make_stale(record.create_run(tiny, tiny))
     monkeypatch.setattr(sys, "argv", ["captcha-exp", "runs", "--json"])
     with pytest.raises(SystemExit, match="0"):
         main.main()
-    said = capsys.readouterr()
-    assert [run["status"] for run in json.loads(said.out)] == ["KILLED"]
-    assert "closed as KILLED" in said.err
+    captured = capsys.readouterr()
+    assert [run["status"] for run in json.loads(captured.out)] == ["KILLED"]
+    assert "marked KILLED" in captured.err
 
 
-def test_closing_a_folder_imports_neither_torch_nor_mlflow(tiny: Config, root: Path) -> None:
-    died(record.create_run(tiny, tiny))
+def test_the_runs_command_lists_a_run_of_version_0_1_as_a_warning(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [record.create_run(tiny, tiny) for _ in range(2)]
+    state = {key: value for key, value in runs[0].state.items() if key != "format"}
+    (runs[0].run_dir / "run.json").write_text(json.dumps(state))
+    monkeypatch.setattr(sys, "argv", ["captcha-exp", "runs", "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main.main()
+    captured = capsys.readouterr()
+    assert [Path(run["run_dir"]) for run in json.loads(captured.out)] == [runs[1].run_dir]
+    assert captured.err.splitlines() == [
+        f"{runs[0].run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
+        "train again, or use captcha_exp 0.1"
+    ]
+
+
+def test_closing_a_run_imports_neither_torch_nor_mlflow(tiny: Config, root: Path) -> None:
+    make_stale(record.create_run(tiny, tiny))
     script = (
-        "import sys; from captcha_exp.runtime.console import Silent;"
-        "from captcha_exp.tracking import close_dead;"
-        "print(len(close_dead(Silent())), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
+        "import sys; from captcha_exp.runtime.console import NullDisplay;"
+        "from captcha_exp.tracking import close_stale_runs;"
+        "print(len(close_stale_runs(NullDisplay())), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split(maxsplit=1) == ["1", "set()\n"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_a_training_that_is_killed_is_closed_by_the_next_start(tracked: Config, cache: Path) -> None:
+def test_a_killed_training_is_closed_by_the_next_start(tracked: Config, cache: Path) -> None:
     assert isinstance(tracked.tracking, MlflowConfig)
-    words = (*TINY, f"data.cache={cache}", "train.epochs=100000", f"tracking.uri={tracked.tracking.uri}")
+    args = (*TINY, f"data.cache={cache}", "train.epochs=100000", f"tracking.uri={tracked.tracking.uri}")
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "captcha_exp", "train", *words], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-m", "captcha_exp", "train", *args], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    seen = (line for line in process.stderr if line.startswith("epoch"))
-    next(seen)
-    next(seen)
-    assert close_stale_runs(NullDisplay()) == []  # it lives
+    epochs = (line for line in process.stderr if line.startswith("epoch"))
+    next(epochs)
+    next(epochs)
+    assert close_stale_runs(NullDisplay()) == []  # still running
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
-    (folder,) = close_stale_runs(NullDisplay())
+    (run_dir,) = close_stale_runs(NullDisplay())
 
-    state = state_of(folder)
+    state = state_of(run_dir)
     assert (state["status"], state["pid"]) == ("KILLED", process.pid)
-    evaluation, _ = evaluate_run(folder, "test", NullDisplay(), "cpu")
+    evaluation, _ = evaluate_run(run_dir, "test", NullDisplay(), "cpu")
     assert len(evaluation.indices) > 0
-    rows, _ = record.read_metrics_rows(folder)
-    client, there = in_mlflow(folder)
-    assert there.info.status == "KILLED"
-    history = client.get_metric_history(there.info.run_id, "val/accuracy")
+    rows, _ = record.read_metrics_rows(run_dir)
+    client, mlflow_run = in_mlflow(run_dir)
+    assert mlflow_run.info.status == "KILLED"
+    history = client.get_metric_history(mlflow_run.info.run_id, "val/accuracy")
     assert [(m.step, m.value) for m in history] == [(r.step, r.metrics["val/accuracy"]) for r in rows]
     assert len(rows) >= 2
-    assert "model.safetensors" in {item.path for item in client.list_artifacts(there.info.run_id)}
+    assert "model.safetensors" in {item.path for item in client.list_artifacts(mlflow_run.info.run_id)}
