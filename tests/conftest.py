@@ -133,7 +133,7 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
         budget_mib=None,
         fits=None,
     )
-    monkeypatch.setattr(Planner, "at", lambda *_: planned)
+    monkeypatch.setattr(Planner, "plan_for", lambda *_: planned)
 
 
 @pytest.fixture

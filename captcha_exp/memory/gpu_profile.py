@@ -193,8 +193,8 @@ def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: flo
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     """Return the largest workspace per batch: its minimum and maximum over all batches.
 
-    If the largest batch of a network needed the most, a larger one may need more: the maximum is then at least
-    that of the fallback.
+    If the largest batch of a network needed the most, a larger one may need more: the maximum is then
+    at least that of the fallback.
     """
     groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
     for each in measurements.transients:
