@@ -69,7 +69,7 @@ def make_run(sweep: Sweep, number: int, outcome: Outcome) -> runs.Run:
             run.update(pid=2**22 + 1)  # above the maximum process id
         case "failed":
             run.close("FAILED", "an error")
-        case "oom" | "unfit":
+        case "oom" | "skipped":
             run.update(**{outcome: {"remedies": []}})
             run.close("FINISHED")
         case _:
@@ -90,7 +90,7 @@ class SummaryRecorder:
 
 
 def outcomes(summary: SweepSummary) -> list[str]:
-    return [result.became for result in summary.results]
+    return [result.outcome for result in summary.results]
 
 
 # -- interruption --------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
 
 def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
     found, recorder = plan_jobs(make_jobs(tiny, 5), Heard()), SummaryRecorder()
-    expected: list[Outcome] = ["finished", "oom", "unfit", "failed", "killed"]
+    expected: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         for number, outcome in zip(numbers, expected, strict=True):
@@ -215,7 +215,7 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
     sweep = Sweep(path.parent)
     assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeLimitReached")
     assert json.loads((path.parent / "summary.json").read_text())["title"].startswith("sweep of seed: ")
-    assert [row.became for row in collect_results(sweep)] == ["finished", "killed", "not run"]
+    assert [row.outcome for row in collect_results(sweep)] == ["finished", "killed", "not run"]
     assert len({moment for _, moment in started}) == 1, "the jobs share one deadline"
 
     assert train_all(*words, "train.max_minutes=5", resume="auto") == 0
@@ -479,7 +479,7 @@ def test_incomplete_runs_are_listed(tiny: Config) -> None:
     sweep.new_attempt(sweep.jobs[2])
 
     results = collect_results(sweep)
-    assert [result.became for result in results] == ["killed", "failed", "not run"]
+    assert [result.outcome for result in results] == ["killed", "failed", "not run"]
     assert "cannot be read as the record of a run" in (results[1].error or "")
 
 
