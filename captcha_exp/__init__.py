@@ -1,20 +1,20 @@
-"""captcha_exp trains text-captcha recognisers in PyTorch, configured with Hydra and recorded in MLflow.
+"""Train text-captcha recognizers in PyTorch, configured with Hydra and tracked in MLflow.
 
-As a library, this does what `captcha-exp train experiment=quickstart` does, without MLflow:
+The equivalent of `captcha-exp train experiment=quickstart` in Python, without MLflow:
 
     from captcha_exp import compose, load
-    from captcha_exp.train import train
+    from captcha_exp.training.train import train
     result = train(load(compose("experiment=quickstart")))
 
-The names are looked up at first use, so that importing the package costs nothing.
+The names are imported on first use, which keeps `import captcha_exp` fast.
 """
 
 import os
 from typing import TYPE_CHECKING
 
-# Threads of libgomp, which carries torch's CPU arithmetic on Linux, spin for 300,000 turns before they sleep:
-# beside any other busy process they wait for each other, and a training takes many times as long (LOG.md).
-# This is read once, when torch is imported; the numbers that come out do not depend on it.
+# libgomp, torch's OpenMP runtime on Linux, spins 300,000 times before a thread sleeps. When other processes
+# compete for the cores, this slows training down many times (LOG.md). Read once, when torch is imported; it
+# does not affect results.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`python -m captcha_exp` is `captcha-exp`."""
+"""Run the command line as `python -m captcha_exp`."""
 
 from captcha_exp.cli.main import main
 

@@ -1,9 +1,8 @@
-"""Mistakes that a person can put right: one line each, and no traceback."""
+"""Errors that the user can fix: reported as one line each, without a traceback."""
 
 
 class UserError(Exception):
-    """Lines for the person at the keyboard: each names the thing, what is wrong, what is allowed or what to
-    do."""
+    """An error reported to the user, one line per problem: which key or file, the problem, the fix."""
 
     exit_code = 2
 
@@ -13,10 +12,10 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Every mistake of a config at once, one line each; nothing has been created yet."""
+    """All errors of a config at once, one line each; raised before anything is created."""
 
 
 class RunFailed(UserError):
-    """A run that cannot go on; its record says FAILED and the lines say why."""
+    """A run that cannot continue; its record is marked FAILED with these lines as the reason."""
 
     exit_code = 1

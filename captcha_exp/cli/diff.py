@@ -1,4 +1,4 @@
-"""`captcha-exp diff`: what two runs differ in, section by section."""
+"""`captcha-exp diff`: compare two runs, section by section."""
 
 import argparse
 import json
@@ -33,13 +33,13 @@ SECTIONS: dict[str, Callable[[RunFields], Mapping[str, Any]]] = {
     "metrics": lambda run: run.metrics(),
     "result": lambda run: {key: run[key] for key in RESULT_KEYS if key in run},
 }
-MISSING = object()  # null is a value
-MAX_VALUE_LENGTH = 100  # characters of a value in a table; --json has all of them
+MISSING = object()  # None is a value
+MAX_VALUE_LENGTH = 100  # characters in a table; --json is not truncated
 
 
 @dataclass(frozen=True)
 class DiffSection:
-    """One part of two runs, side by side."""
+    """A section of two runs, side by side."""
 
     title: str
     first: Mapping[str, Any]
@@ -48,35 +48,35 @@ class DiffSection:
     """a line for each run whose file is missing or damaged"""
 
     def keys(self) -> list[str]:
-        """Every key that one of them has."""
+        """Return the keys of either run."""
         return list(dict.fromkeys([*self.first, *self.second]))
 
     def differing_keys(self) -> list[str]:
-        """The keys whose values are not the same."""
+        """Return the keys whose values differ."""
         return [key for key in self.keys() if not is_equal(*self.values(key))]
 
     def selected_keys(self, show_all: bool) -> list[str]:
-        """The keys to tell of: those that differ, or everything; the result is short and always whole."""
+        """Return the keys to show: those that differ, or all; always all of the short section "result"."""
         return self.keys() if show_all or self.title == "result" else self.differing_keys()
 
     def values(self, key: str) -> tuple[Any, Any]:
-        """The two values; LACKING for that of a run without this key."""
+        """Return the two values; MISSING for a run without this key."""
         return self.first.get(key, MISSING), self.second.get(key, MISSING)
 
 
 def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """What two runs differ in as JSON values where they are asked for, else printed.
+    """Return the differences of two runs as JSON values, or None if they are printed.
 
-    In JSON a key has the two values, null also for what a run lacks. A section is null where a file is
-    missing or damaged, and standard error says which.
+    In JSON each key has the two values; null also means that the run lacks the key. A section is null if a
+    file is missing or damaged, and standard error names the file.
 
     Raises:
-        UserError: one of them is no run.
+        UserError: no such run; the line says how to name one.
     """
-    folders = [runs.find_run(name) for name in arguments.run]
+    run_dirs = [runs.find_run(name) for name in arguments.run]
     first, second = (
-        RunFields(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")), print_stderr)
-        for folder in folders
+        RunFields(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")), print_stderr)
+        for run_dir in run_dirs
     )
     values: dict[str, Any] = {}
     for title in SECTIONS:
@@ -95,20 +95,20 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def compare_section(title: str, first: RunFields, second: RunFields) -> DiffSection:
-    """One part of two runs."""
-    found: list[Mapping[str, Any]] = []
-    unread: list[str] = []
+    """Read a section of two runs."""
+    values: list[Mapping[str, Any]] = []
+    errors: list[str] = []
     for run in (first, second):
         try:
-            found.append(SECTIONS[title](run))
+            values.append(SECTIONS[title](run))
         except UserError as error:
-            found.append({})
-            unread += error.lines
-    return DiffSection(title, found[0], found[1], tuple(dict.fromkeys(unread)))
+            values.append({})
+            errors += error.lines
+    return DiffSection(title, values[0], values[1], tuple(dict.fromkeys(errors)))
 
 
 def is_equal(first: Any, second: Any) -> bool:
-    """Whether two values are the same; true is not 1, and what is no number is the same as another such."""
+    """Return whether two values are equal; True differs from 1, and NaN equals NaN."""
     if first is MISSING or second is MISSING:
         return first is second
     if is_number(first) and is_number(second):
@@ -116,25 +116,25 @@ def is_equal(first: Any, second: Any) -> bool:
     return json.dumps(first) == json.dumps(second)
 
 
-def _print_section(section: DiffSection, labels: tuple[str, str], everything: bool) -> None:
+def _print_section(section: DiffSection, labels: tuple[str, str], show_all: bool) -> None:
     out = get_console()
     differing, keys = section.differing_keys(), section.keys()
     lines = [escape_unprintable(line) for line in section.errors]
     if not lines and not keys:
-        lines = ["neither run has any"]
-    elif not lines and not differing and not everything:
-        lines = ["the same"]
+        lines = ["empty in both runs"]
+    elif not lines and not differing and not show_all:
+        lines = ["equal"]
     for line in lines:
         out.print(Text.assemble((section.title, "bold"), f": {line}"))
     if lines:
         return
-    counts = f"{len(differing)} of {len(keys)} differ" if differing else "the same"
+    counts = f"{len(differing)} of {len(keys)} differ" if differing else "equal"
     title = Text.assemble((section.title, "bold not italic"), (f": {counts}", "not italic"))
     table = Table("", title=title, title_justify="left")
     for label in labels:
         table.add_column(Text(escape_unprintable(label)))
     table.add_column("difference", justify="right")
-    for key in section.selected_keys(everything):
+    for key in section.selected_keys(show_all):
         pair = section.values(key)
         cells = [_format_cell(key, value, exact=section.title not in ("metrics", "result")) for value in pair]
         table.add_row(Text(escape_unprintable(key)), *map(Text, cells), format_difference(key, *pair))
@@ -142,9 +142,9 @@ def _print_section(section: DiffSection, labels: tuple[str, str], everything: bo
 
 
 def format_difference(key: str, first: Any, second: Any) -> str:
-    """How much the second number is above the first; of shares in points, which are hundredths."""
+    """Format the second number minus the first; fractions in percentage points."""
     if is_equal(first, second):
-        return "the same"
+        return "equal"
     if not is_number(first) or not is_number(second) or not math.isfinite(second - first):
         return ""
     if is_fraction(key):

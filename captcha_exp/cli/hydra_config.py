@@ -1,7 +1,7 @@
-"""Composing a config with Hydra: conf/, the groups, the grammar of overrides.
+"""Compose a config with Hydra from conf/, its groups, and overrides.
 
-Hydra composes plain YAML and nothing more: no schema is registered with it, its own folders and loggings stay
-out, and `load` does all the checking, so that every mistake is reported at once.
+Hydra only composes plain YAML: no schema is registered with it, and its output directories and logging are
+disabled. `config.load` validates the result, which reports all mistakes at once.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComposedConfig:
-    """A composed config, and what was wrong with the words that asked for it."""
+    """A composed config, and the mistakes in its overrides."""
 
     config: "DictConfig"
-    choices: dict[str, str]  # conf group -> the file chosen
+    choices: dict[str, str]  # config group -> selected file
     raw_overrides: dict[str, str]  # key -> value as typed
     errors: list[str]
-    multirun: bool = False  # a file of conf/ says that this is a sweep
+    multirun: bool = False  # hydra.mode is MULTIRUN
 
     def to_config(self, machine: "Machine | None") -> "Config":
-        """The config as dataclasses.
+        """Return the config as dataclasses, checked against the machine if there is one.
 
         Raises:
             ConfigError: every mistake, one line each.
@@ -52,10 +52,10 @@ class ComposedConfig:
 
 
 def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
-    """The config that conf/ and the overrides describe, for `load`.
+    """Compose conf/ and the overrides, for `config.load`.
 
     Raises:
-        ConfigError: an override cannot be read or names a file that is not there.
+        ConfigError: an override is invalid or selects a file that does not exist.
     """
     composed = try_compose(list(overrides), config_dir)
     if composed.errors:
@@ -64,10 +64,9 @@ def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
 
 
 def try_compose(overrides: Sequence[str], config_dir: str | None) -> ComposedConfig:
-    """The composed config, with the mistakes that only Hydra's grammar and groups can show.
+    """Compose conf/ and the overrides, and collect mistakes in the grammar and in choices of groups.
 
-    Overrides of values are forced in, so that `load` sees unknown keys too, and reports them with all the
-    rest.
+    Unknown keys are added to the config: `config.load` reports them with all other mistakes.
     """
     with hydra_loader(config_dir) as loader:
         return compose_overrides(overrides, list_groups(loader))[0]
@@ -76,16 +75,16 @@ def try_compose(overrides: Sequence[str], config_dir: str | None) -> ComposedCon
 def compose_overrides(
     overrides: Sequence[str], groups: dict[str, list[str]], launcher_overrides: Sequence[str] = ()
 ) -> "tuple[ComposedConfig, DictConfig]":
-    """What the overrides describe, in an opened conf/; and Hydra's settings, with those of the launcher."""
+    """Compose the overrides inside `hydra_loader`; also return Hydra's own config, with the launcher's."""
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from yaml import YAMLError
 
     from captcha_exp.config import frozen_without, with_gpu
 
-    mistakes, accepted, written = [], [], {}
-    card_file: Path | None = None
-    of_card: dict[str, Any] = {}
+    mistakes, accepted, raw_overrides = [], [], {}
+    gpu_file: Path | None = None
+    gpu_overrides: dict[str, Any] = {}
     for text in overrides:
         try:
             override, mistake = _parse_override(text, groups)
@@ -93,35 +92,38 @@ def compose_overrides(
             mistakes.append(_format_invalid_override(text))
             continue
         if override.key_or_group == "gpu" and str(override.value()).endswith((".yaml", ".yml")):
-            card_file = Path(str(override.value()))
+            gpu_file = Path(str(override.value()))
         elif mistake:
             mistakes.append(mistake)
         elif override.key_or_group in groups or override.is_delete():
             accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
         else:
             accepted.append("++" + text.lstrip("+"))
-            written[override.key_or_group] = text.partition("=")[2]
-            if override.key_or_group.startswith("card."):
-                of_card[override.key_or_group] = override.value()
+            raw_overrides[override.key_or_group] = text.partition("=")[2]
+            if override.key_or_group.startswith("gpu."):
+                gpu_overrides[override.key_or_group] = override.value()
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
     except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(*mistakes, _one_line(error)) from None
     hydra = config.hydra
-    if card_file is not None:
-        config = with_gpu(config, card_file, of_card)
+    if gpu_file is not None:
+        config = with_gpu(config, gpu_file, gpu_overrides)
     choices = {str(g): str(c) for g, c in hydra.runtime.choices.items() if g in groups and c is not None}
-    if card_file is not None:
-        choices["gpu"] = str(card_file)
+    if gpu_file is not None:
+        choices["gpu"] = str(gpu_file)
     multirun = str(hydra.mode).endswith("MULTIRUN")
-    return ComposedConfig(frozen_without(config, group="hydra"), choices, written, mistakes, multirun), hydra
+    composed = ComposedConfig(
+        frozen_without(config, group="hydra"), choices, raw_overrides, mistakes, multirun
+    )
+    return composed, hydra
 
 
 def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machine | None" = None) -> "Config":
-    """A saved config with other values in it, checked as a whole. Each word is key=value, in Hydra's grammar.
+    """Return a saved config with other values, validated. Each override is key=value in Hydra's grammar.
 
     Raises:
-        ConfigError: every mistake, one line each; a choice between files of conf/ is one.
+        ConfigError: every mistake, one line each; selecting a file of conf/ is one.
     """
     from hydra.errors import HydraException
 
@@ -129,7 +131,7 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
 
     values = to_dict(config)
     mistakes: list[str] = []
-    written: dict[str, str] = {}
+    raw_overrides: dict[str, str] = {}
     for text in overrides:
         try:
             override, mistake = _parse_override(text, {})
@@ -144,17 +146,17 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
             mistakes.append(mistake)
         elif override.is_delete() or (len(key) == 1 and not isinstance(values.get(name, {}), str | int)):
             mistakes.append(
-                f"{text}: gives no key of a saved config a value; beside a run, write GROUP.KEY=VALUE"
+                f"{text}: does not set a key of a saved config; together with RUN, write GROUP.KEY=VALUE"
             )
         elif not isinstance(node, dict):
-            mistakes.append(f"{text}: there is no such key; known are those of the run's config.yaml")
+            mistakes.append(f"{text}: unknown key; see the run's config.yaml for the known ones")
         else:
             node[name] = override.value()
-            written[override.key_or_group] = text.partition("=")[2]
+            raw_overrides[override.key_or_group] = text.partition("=")[2]
     if isinstance(tracking := values["tracking"], dict) and tracking.get("backend") == "none":
-        values["tracking"] = {"backend": "none"}  # the store has no keys then
+        values["tracking"] = {"backend": "none"}  # without the keys of a store
     try:
-        changed = load(values, machine, written)
+        changed = load(values, machine, raw_overrides)
     except ConfigError as error:
         mistakes.extend(error.lines)
     if mistakes:
@@ -163,19 +165,23 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
 
 
 def _format_invalid_override(text: str) -> str:
-    return f"{text!r}: is no override; write key=value, with quotes around odd values"
+    return f"{text!r}: invalid override; write key=value, with quotes around special characters"
 
 
 @contextlib.contextmanager
 def hydra_loader(config_dir: str | None) -> Iterator["ConfigLoader"]:
-    """conf/ as Hydra reads it, with another folder beside it."""
+    """Initialize Hydra with conf/ and, if given, a directory that is searched first.
+
+    Raises:
+        UserError: the directory does not exist.
+    """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from captcha_exp.runtime.paths import conf_dir
 
     if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir={config_dir}: there is no such folder")
+        raise UserError(f"--config-dir={config_dir}: no such directory")
     with initialize_config_dir(str(conf_dir()), job_name="captcha-exp", version_base="1.3"):
         loader: Any = GlobalHydra.instance().config_loader()
         if config_dir is not None:
@@ -185,26 +191,30 @@ def hydra_loader(config_dir: str | None) -> Iterator["ConfigLoader"]:
 
 
 def list_groups(loader: Any) -> dict[str, list[str]]:
-    """Each group of conf/ with the files to choose from."""
+    """Return the files of each config group."""
     names = [name for name in loader.list_groups("") if name != "hydra"]
     return {name: sorted(loader.get_group_options(name)) for name in names}
 
 
 def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
-    """The override, and what is wrong with it."""
+    """Parse an override; also return the mistake in it, if any."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from captcha_exp.config.messages import renamed
 
     override = OverridesParser.create().parse_overrides([text])[0]
     key = override.key_or_group
     if override.is_sweep_override():
         return (
             override,
-            f"{text}: is a sweep; train -m runs each point (a list is written [1,2], a text in quotes)",
+            f"{text}: is a sweep, which needs train -m (for a list write [1,2], for text use quotes)",
         )
     if key.startswith(("hydra/launcher", "hydra.launcher.")):
-        return override, f"{text}: launches the points of a sweep; add -m to train"
+        return override, f"{text}: configures the launcher of a sweep; use train -m"
     if key == "hydra" or key.startswith(("hydra/", "hydra.")):
-        return override, f"{text}: Hydra only composes here; its own settings have nothing to act on"
+        return override, f"{text}: has no effect, Hydra only composes the config; remove it"
+    if new_name := renamed(key, override.value()):
+        return override, f"{text}: was renamed to {new_name}"
     if key in groups and not override.is_delete():
         choice = override.value()
         if choice not in groups[key]:
@@ -212,7 +222,7 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
             hint = f"did you mean {close[0]}? " if close else ""
             return (
                 override,
-                f"{text}: there is no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
+                f"{text}: no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
             )
     return override, None
 
@@ -222,21 +232,21 @@ def _one_line(error: Exception) -> str:
 
 
 def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:
-    """Hydra's own command line: it shows, completes or launches; to show and complete it needs no task."""
+    """Run Hydra's own command line to print a config, complete words, or launch `task`."""
     import hydra
 
     from captcha_exp.runtime.paths import conf_dir
 
     sys.argv = [sys.argv[0], *argv]
 
-    def nothing(config: "DictConfig") -> None:
+    def no_task(config: "DictConfig") -> None:
         del config
 
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task or nothing)()
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task or no_task)()
 
 
 def show_config(kind: str, overrides: Sequence[str], config_dir: str | None) -> int:
-    """`--cfg`: Hydra prints what it composed, checked by nobody."""
+    """Print the composed config for `--cfg`, not validated; return the exit code."""
     composed = try_compose(overrides, config_dir)
     if composed.errors:
         raise ConfigError(*composed.errors)
@@ -245,20 +255,20 @@ def show_config(kind: str, overrides: Sequence[str], config_dir: str | None) -> 
 
         print(OmegaConf.to_yaml(composed.config), end="")
         return 0
-    folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
-    run_hydra([*folder, "--cfg", kind, *overrides])
+    flag = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
+    run_hydra([*flag, "--cfg", kind, *overrides])
     return 0
 
 
 def complete(argv: list[str], commands: Iterable[str], override_commands: Iterable[str]) -> int:
-    """What the shell may put at TAB: verbs by ourselves, groups and keys by Hydra."""
+    """Complete a command line for the shell: commands here, groups and keys by Hydra."""
     words = os.environ.get("COMP_LINE", "").split(" ")
     if any(word.startswith("query=") for word in argv):
         if len(words) <= 2:
-            print("\n".join(verb for verb in commands if verb.startswith(words[-1])))
+            print("\n".join(command for command in commands if command.startswith(words[-1])))
             return 0
         if words[1] not in override_commands:
             return 0
-        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra knows no verbs
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra has no commands
     run_hydra(argv)
     return 0

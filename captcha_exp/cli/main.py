@@ -1,8 +1,7 @@
-"""The verbs. Each parses, calls one function of the package, and prints.
+"""The entry point `captcha-exp` and its commands: each parses, calls one function of the package, and prints.
 
-Config says what a run is, a flag says how this call is made: flags and the verb are taken off before Hydra's
-grammar sees the rest. Only this package knows Hydra (`composing`); `summary` is what a person reads at the
-end.
+The config defines a run, flags define a call: argparse removes the command and the flags before Hydra parses
+the overrides.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
-from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, build_parser
+from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, RENAMED_FLAGS, build_parser
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import TimeLimitReached
 
@@ -27,22 +26,21 @@ if TYPE_CHECKING:
     from captcha_exp.config import GpuSpec, Machine
 
 OS_ERROR_HINTS = {
-    errno.ENOSPC: "make room and start again",
-    errno.EDQUOT: "make room and start again",
-    errno.EROFS: "CAPTCHA_EXP_ROOT=FOLDER chooses a folder that can be written to",
-    errno.EACCES: "give yourself the right, or choose another folder with CAPTCHA_EXP_ROOT=FOLDER",
-    errno.EIO: "the disk is faulty: bring what is on it to another",
+    errno.ENOSPC: "free up disk space and start again",
+    errno.EDQUOT: "free up disk space and start again",
+    errno.EROFS: "set CAPTCHA_EXP_ROOT to a writable directory",
+    errno.EACCES: "change the permissions, or set CAPTCHA_EXP_ROOT to another directory",
+    errno.EIO: "the disk has errors: copy its files to another one",
 }
-"""troubles of a machine, and what to do; whatever else a file raises is a mistake of ours"""
+"""remedies for errors of the machine; any other OSError is a bug and has a traceback"""
 
 
 def main() -> NoReturn:
-    """The command: exit code 0, 1 for a run that failed or a problem that was found, 2 for a mistake in
-    the call, 130 for Ctrl-C."""
+    """Run a command. Exit codes: 0 success, 1 a failed run or a problem found, 2 usage error, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an odd terminal cannot show does not end a sweep
+        if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks must not end a sweep
             stream.reconfigure(errors="backslashreplace")
-    # SIGTERM ends in order, as Ctrl-C does: a run's record says KILLED, a server that was started ends too.
+    # Exit cleanly on SIGTERM: runs are marked KILLED and child processes are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(_dispatch(sys.argv[1:]))
@@ -52,7 +50,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read along has gone: `| head`
+    except BrokenPipeError:  # the reader has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
@@ -69,17 +67,20 @@ def _dispatch(argv: list[str]) -> int:
         return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
     parser = build_parser(HANDLERS)
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes the overrides, or conditions, before the first flag alone.
+    for word in rest:
+        if (flag := word.partition("=")[0]) in RENAMED_FLAGS:
+            raise UserError(f"{flag}: was renamed to {RENAMED_FLAGS[flag]}")
+    # argparse accepts overrides, or conditions, only before the first flag.
     words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
     if rest and (words is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif words is not None:
         words += rest
-    code: int = arguments.act(arguments)
-    return code
+    exit_code: int = arguments.handler(arguments)
+    return exit_code
 
 
-# -- verbs ---------------------------------------------------------------------------------------------------
+# -- commands ------------------------------------------------------------------------------------------------
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -100,34 +101,34 @@ def _train(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import resume
     from captcha_exp.training.train import train
 
-    with resume.plan_resume(arguments, composed, _detect_machine(), display) as start:
-        config = start.requested
-        if config.train.on_oom == "split":  # a process that ran out of memory is no place to start again
+    with resume.plan_resume(arguments, composed, _detect_machine(), display) as plan:
+        config = plan.requested
+        if config.train.on_oom == "split":  # each attempt needs a process without leftover allocations
             from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
 
-            minutes = config.train.max_minutes  # of all its processes together
-            leave_at = None if minutes is None else time.time() + 60 * minutes
-            order = TrainJob(
-                config, start.choices, lineage=start.lineage, extend_from=start.extend_from, deadline=leave_at
+            minutes = config.train.max_minutes  # of all processes together
+            deadline = None if minutes is None else time.time() + 60 * minutes
+            job = TrainJob(
+                config, plan.choices, lineage=plan.lineage, extend_from=plan.extend_from, deadline=deadline
             )
-            folder = train_with_oom_retry(order, resume.run_dir_factory(start, arguments.resume, display))
+            run_dir = train_with_oom_retry(job, resume.run_dir_factory(plan, arguments.resume, display))
         else:
-            tracker = make_tracker(config, display, start.choices)
-            folder = train(
-                config, tracker, display, start.run_dir, lineage=start.lineage, extend_from=start.extend_from
+            tracker = make_tracker(config, display, plan.choices)
+            run_dir = train(
+                config, tracker, display, plan.run_dir, lineage=plan.lineage, extend_from=plan.extend_from
             ).run_dir
-    return _report_training(folder, arguments)
+    return _report_training(run_dir, arguments)
 
 
-def _report_training(folder: Path, arguments: argparse.Namespace) -> int:
-    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+def _report_training(run_dir: Path, arguments: argparse.Namespace) -> int:
+    state = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     if arguments.json:
-        _print_json({"run_dir": str(folder), "status": state["status"], **state["result"]})
+        _print_json({"run_dir": str(run_dir), "status": state["status"], **state["result"]})
     elif state["result"]:
         from captcha_exp.cli import output
 
-        output.print_training(folder, _program_name())
-    if state["error"] == TimeLimitReached.__name__:  # in a process of its own, which cannot say so itself
+        output.print_training(run_dir, _program_name())
+    if state["error"] == TimeLimitReached.__name__:  # raised in a child process
         return TimeLimitReached.exit_code
     return 0 if state["status"] == "FINISHED" else 1
 
@@ -143,12 +144,12 @@ def _data(arguments: argparse.Namespace) -> int:
 
     config, display = resolve(config, _detect_machine()), RichDisplay()
     data = dataset.load_or_build(dataset.inspect_dataset(config, display), config, display)
-    sheet = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
-    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], sheet)
+    preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
+    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], preview)
     if arguments.json:
-        _print_json({**data.manifest, "sheet": str(sheet)})
+        _print_json({**data.manifest, "preview": str(preview)})
     else:
-        output.print_dataset(data.manifest, sheet)
+        output.print_dataset(data.manifest, preview)
     return 0
 
 
@@ -169,12 +170,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from captcha_exp.runs import find_run
     from captcha_exp.runtime.console import RichDisplay
 
-    folder = find_run(arguments.run)
-    evaluation, data = evaluate_run(folder, arguments.split, RichDisplay(), arguments.device)
+    run_dir = find_run(arguments.run)
+    evaluation, data = evaluate_run(run_dir, arguments.split, RichDisplay(), arguments.device)
     if arguments.json:
-        _print_json({"run_dir": str(folder), "split": arguments.split, **evaluation.to_json(data)})
+        _print_json({"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)})
     else:
-        output.print_evaluation(evaluation, data, folder, arguments.split)
+        output.print_evaluation(evaluation, data, run_dir, arguments.split)
     return 0
 
 
@@ -184,16 +185,16 @@ def _predict(arguments: argparse.Namespace) -> int:
     from captcha_exp.runtime.console import RichDisplay
 
     display = RichDisplay()
-    reader = Predictor(resolve_weights(arguments.run), arguments.device, display)
-    if not arguments.pictures:
-        interactive.prompt_loop(reader, arguments.json)
+    predictor = Predictor(resolve_weights(arguments.run), arguments.device, display)
+    if not arguments.images:
+        interactive.prompt_loop(predictor, arguments.json)
         return 0
-    readings = list(reader.predict_all(find_images(arguments.pictures), display))
+    predictions = list(predictor.predict_all(find_images(arguments.images), display))
     if arguments.json:
-        _print_json([reading.to_json() for reading in readings])
+        _print_json([prediction.to_json() for prediction in predictions])
     else:
-        output.print_predictions(readings)
-    return 1 if any(reading.error for reading in readings) else 0
+        output.print_predictions(predictions)
+    return 1 if any(prediction.error for prediction in predictions) else 0
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
@@ -203,12 +204,12 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
     display = RichDisplay()
     close_stale_runs(display)
-    made = reproduce.reproduce(arguments, _detect_machine(), display)
+    reproduction = reproduce.reproduce(arguments, _detect_machine(), display)
     if arguments.json:
-        _print_json(made.to_json())
+        _print_json(reproduction.to_json())
     else:
-        reproduce.print_reproduction(made)
-    return reproduce.EXIT_CODES[made.verdict]
+        reproduce.print_reproduction(reproduction)
+    return reproduce.EXIT_CODES[reproduction.verdict]
 
 
 def _runs(arguments: argparse.Namespace) -> int:
@@ -234,7 +235,7 @@ def _ui(arguments: argparse.Namespace) -> int:
 
     tracking = resolve(config, _detect_machine()).tracking
     if not isinstance(tracking, MlflowConfig):
-        raise UserError("tracking=none: keeps no MLflow store to show; take tracking=mlflow")
+        raise UserError("tracking=none: has no MLflow store to show; use tracking=mlflow")
     serve_ui(tracking, arguments.port, RichDisplay())
     return 0
 
@@ -246,27 +247,26 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "force": arguments.force,
         "command": [PROGRAM, *sys.argv[1:]],
     }
-    card, path = (_calibrate_this_gpu if arguments.session is None else _calibrate_from_session)(
-        arguments, options
-    )
+    calibrate = _calibrate_this_gpu if arguments.session is None else _calibrate_from_session
+    gpu, path = calibrate(arguments, options)
     from captcha_exp.cli import output
     from captcha_exp.config import to_dict
 
     if arguments.json:
-        _print_json({"path": str(path), "gpu": to_dict(card)})
+        _print_json({"path": str(path), "gpu": to_dict(gpu)})
     else:
-        output.print_gpu(card, path, arguments.config_dir)
+        output.print_gpu(gpu, path, arguments.config_dir)
     return 0
 
 
 def _calibrate_this_gpu(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
-    # The article's network and this project's own, on the same pictures; an override goes before.
-    asked = {text.partition("=")[0] for text in arguments.overrides}
-    words = (("experiment=article",), ("experiment=article", "model=compact"))
-    left = (tuple(w for w in several if w.partition("=")[0] not in asked) for several in words)
+    # By default the article's network and the compact one, on the same images.
+    overridden = {text.partition("=")[0] for text in arguments.overrides}
+    defaults = (("experiment=article",), ("experiment=article", "model=compact"))
+    remaining = (tuple(w for w in words if w.partition("=")[0] not in overridden) for words in defaults)
     configs = [
-        try_compose([*several, *arguments.overrides], arguments.config_dir).to_config(None)
-        for several in dict.fromkeys(left)
+        try_compose([*words, *arguments.overrides], arguments.config_dir).to_config(None)
+        for words in dict.fromkeys(remaining)
     ]
     from captcha_exp.memory.calibrate import calibrate
     from captcha_exp.runtime.console import RichDisplay
@@ -277,8 +277,7 @@ def _calibrate_this_gpu(arguments: argparse.Namespace, options: dict[str, Any]) 
 def _calibrate_from_session(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
     if arguments.overrides:
         raise UserError(
-            f"{arguments.overrides[0]}: calibrate --from takes no overrides, "
-            "the session says what was measured"
+            f"{arguments.overrides[0]}: calibrate --from takes no overrides, it uses the session's config"
         )
     known = try_compose(["gpu=generic"], arguments.config_dir).to_config(None).gpu
     from captcha_exp.memory.calibrate import calibrate_from_session
@@ -287,19 +286,19 @@ def _calibrate_from_session(arguments: argparse.Namespace, options: dict[str, An
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    # Checked without the machine: a device that is not here is something to be found, not a refusal.
+    # Not checked against the machine: a missing device is a finding, not an error.
     config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
     from dataclasses import asdict
 
     from captcha_exp.cli import output
     from captcha_exp.doctor import collect_info, run_checks
 
-    found = run_checks(collect_info(config))
+    findings = run_checks(collect_info(config))
     if arguments.json:
-        _print_json([asdict(finding) for finding in found])
+        _print_json([asdict(finding) for finding in findings])
     else:
-        output.print_findings(found)
-    return 1 if any(finding.level == "problem" for finding in found) else 0
+        output.print_findings(findings)
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
 HANDLERS = {
@@ -320,11 +319,11 @@ HANDLERS = {
 def _detect_machine() -> "Machine":
     from captcha_exp.runtime.device import detect_machine
 
-    return detect_machine(best_batch_size=lambda _: 1)  # a training asks anew; nobody else looks at it
+    return detect_machine(best_batch_size=lambda _: 1)  # only training uses it, and searches for its own
 
 
 def _print_values(values: Any) -> int:
-    """Exit code 0, with values printed unless they have been told in words."""
+    """Print values as JSON unless they are None (already printed as text); return exit code 0."""
     if values is not None:
         _print_json(values)
     return 0
@@ -332,11 +331,11 @@ def _print_values(values: Any) -> int:
 
 def _print_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may be no UTF-8
+    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may not be UTF-8
 
 
 def _program_name() -> str:
-    """The command as this person can type it: by name if the shell finds it, else by its path from here."""
+    """Return the command as typed here: its name if it is on PATH, else its relative path."""
     import shutil
 
     if shutil.which(PROGRAM):

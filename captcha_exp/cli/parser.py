@@ -1,4 +1,4 @@
-"""The command line: the verbs, and what each takes beside overrides."""
+"""The argument parser: the commands and their flags."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -7,26 +7,30 @@ from typing import TypeAlias
 PROGRAM = "captcha-exp"
 
 Handler: TypeAlias = Callable[[argparse.Namespace], int]
-"""does what a verb is for; gives the exit code"""
+"""runs a command and returns the exit code"""
 
 COMMANDS = {
-    "train": "train a recogniser, test it, record it",
-    "data": "draw the pictures of a config and show some",
-    "plan": "memory of a graphics card that batch sizes need, told without one",
-    "evaluate": "accuracy of a run: whole, per character, per position, confusions",
-    "reproduce": "train a finished run again from what it saved, and say whether it came out the same",
-    "predict": "the text in pictures; asks for them where none is given",
-    "runs": "list the runs in outputs/, or some of them",
-    "diff": "what two runs differ in: config, environment, dataset, metrics",
-    "ui": "MLflow's UI on 127.0.0.1, with the right store",
-    "calibrate": "measure the CUDA card of this machine, into a file for gpu=NAME",
-    "doctor": "what is wrong with this machine's set-up, and what to do",
+    "train": "train a recognizer, test it, and record the run",
+    "data": "build the dataset of a config and save a preview image",
+    "plan": "predict the GPU memory that batch sizes need, without a GPU",
+    "evaluate": "evaluate a run: accuracy per label, character and position, confusions",
+    "reproduce": "train a finished run again from its saved config and compare the results",
+    "predict": "predict the text in images; without images, prompt for them",
+    "runs": "list the runs in outputs/",
+    "diff": "compare two runs: config, environment, dataset, metrics",
+    "ui": "start MLflow's UI on 127.0.0.1 with the configured store",
+    "calibrate": "measure the GPU of this machine and write a file for gpu=NAME",
+    "doctor": "check this machine's setup and suggest fixes",
 }
-OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # the verbs that take overrides
+OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # commands that take overrides
+RENAMED_FLAGS = {"--card": "--gpu"}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's help, with every verb beside its text: argparse forgets that verbs are indented."""
+    """A help formatter with each command and its description on one line.
+
+    argparse does not count the indentation of the commands.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
@@ -34,112 +38,114 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
-    """The command line, with what each verb does as `act`."""
+    """Return the parser; the namespace has the command's handler as `handler`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Train text-captcha recognisers in PyTorch: configured with Hydra, recorded in MLflow.",
+        description="Train text-captcha recognizers in PyTorch: configured with Hydra, recorded in MLflow.",
         formatter_class=_HelpFormatter,
         epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
         allow_abbrev=False,
     )
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def verb(name: str, json: bool = True) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False)
-        added.set_defaults(act=handlers[name])
+    def add_command(name: str, json: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False
+        )
+        command.set_defaults(handler=handlers[name])
         if name in OVERRIDE_COMMANDS:
-            what = "experiment=NAME, group=NAME or key=value; see conf/"
-            added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
-            added.add_argument(
-                "--config-dir", "-cd", metavar="DIR", help="a folder of YAML files beside conf/"
-            )
+            text = "experiment=NAME, group=NAME or key=value; see conf/"
+            command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
+            text = "a directory of YAML files that is searched before conf/"
+            command.add_argument("--config-dir", "-cd", metavar="DIR", help=text)
         if json:
-            added.add_argument("--json", action="store_true", help="print JSON, for a script")
-        return added
+            command.add_argument("--json", action="store_true", help="print JSON")
+        return command
 
-    train = verb("train")
-    what = "a sweep: key=value,value,... spans a grid of trainings"
-    train.add_argument("--multirun", "-m", action="store_true", help=what)
-    what = (
-        "auto, the default: go on with the newest unfinished run (-m: sweep) of just this config and code, "
-        "or begin one; never: begin one; RUN: this one, its folder, the beginning of its MLflow id, or latest"
+    train = add_command("train")
+    text = "run a sweep: key=value,value,... spans a grid of jobs"
+    train.add_argument("--multirun", "-m", action="store_true", help=text)
+    text = (
+        "auto (default): resume the latest unfinished run (-m: sweep) with the same config and code, or "
+        "start a new one; never: start a new one; RUN: resume this one (run directory, prefix of its MLflow "
+        "run id, or latest)"
     )
-    train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=what)
-    what = "print the composed config and stop"
-    train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=what)
-    verb("data")
-    plan = verb("plan")
+    train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=text)
+    text = "print the composed config and exit"
+    train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=text)
+    add_command("data")
+    plan = add_command("plan")
     plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
-    what = (
-        "a file in conf/gpu/ by its name, or the path of another; gpu=NAME does the same. NAME,FILE,... or "
-        "all (every file of conf/gpu/ but generic) prints one row for each GPU"
+    text = (
+        "name of a file in conf/gpu/, or the path of another file; the same as gpu=NAME. NAME,FILE,... or "
+        "all (every file in conf/gpu/ except generic) prints one row for each GPU"
     )
-    plan.add_argument("--gpu", metavar="NAME", help=what)
-    what = "exit with code 3 unless the verdict of train.batch_size, or of every --batch-sizes, is fits"
-    plan.add_argument("--must-fit", action="store_true", help=what)
-    what = "name what makes train.batch_size fit, the cheapest in time first"
-    plan.add_argument("--advise", action="store_true", help=what)
+    plan.add_argument("--gpu", metavar="NAME", help=text)
+    text = "exit with code 3 unless train.batch_size, or every size in --batch-sizes, fits"
+    plan.add_argument("--must-fit", action="store_true", help=text)
+    text = "list overrides with which train.batch_size fits, fastest first"
+    plan.add_argument("--advise", action="store_true", help=text)
     plan.epilog = (
-        "exit code: 0; 3 with --must-fit if a batch size does not fit or is unsure; 2 a mistake in the call"
+        "exit codes: 0 success; 2 usage error; 3 with --must-fit if a batch size does not fit or is unsure"
     )
-    evaluate = verb("evaluate")
-    what = "a run's folder, the beginning of an MLflow run id, or latest"
-    evaluate.add_argument("run", metavar="RUN", help=what)
+    evaluate = add_command("evaluate")
+    run_help = "run directory, prefix of an MLflow run id, or latest"
+    evaluate.add_argument("run", metavar="RUN", help=run_help)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    _add_reproduce_arguments(verb("reproduce"))
-    predict = verb("predict")
-    predict.add_argument("run", metavar="RUN", help=f"{what}, or a .safetensors file of weights")
-    what = "a picture, or a folder of them; with none, asks for one after the other"
-    predict.add_argument("images", nargs="*", metavar="PICTURE", help=what)
-    for reading in (evaluate, predict):
-        what = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
-        reading.add_argument("--device", default="auto", metavar="NAME", help=what)
-    _add_runs_arguments(verb("runs"))
-    _add_diff_arguments(verb("diff"))
-    ui = verb("ui", json=False)
+    _add_reproduce_arguments(add_command("reproduce"))
+    predict = add_command("predict")
+    predict.add_argument("run", metavar="RUN", help=f"{run_help}, or a .safetensors file of weights")
+    text = "an image or a directory of images; without any, prompt for paths"
+    predict.add_argument("images", nargs="*", metavar="IMAGE", help=text)
+    for inference in (evaluate, predict):
+        text = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
+        inference.add_argument("--device", default="auto", metavar="NAME", help=text)
+    _add_runs_arguments(add_command("runs"))
+    _add_diff_arguments(add_command("diff"))
+    ui = add_command("ui", json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
-    calibrate = verb("calibrate")
-    calibrate.add_argument("--name", metavar="NAME", help="default: after the card, as in nvidia-h200")
-    calibrate.add_argument("--force", action="store_true", help="write over a file that is there")
-    what = "a session of benchmarks/gpu_session.py: write its GPU's file; needs no GPU, takes no overrides"
-    calibrate.add_argument("--from", dest="session", metavar="FILE.json", help=what)
-    verb("doctor")
+    calibrate = add_command("calibrate")
+    text = "name of the file; default: the name of the GPU, as in nvidia-h200"
+    calibrate.add_argument("--name", metavar="NAME", help=text)
+    calibrate.add_argument("--force", action="store_true", help="overwrite an existing file")
+    text = "write the file from a session of benchmarks/gpu_session.py; needs no GPU, takes no overrides"
+    calibrate.add_argument("--from", dest="session", metavar="FILE.json", help=text)
+    add_command("doctor")
     return parser
 
 
-_METRICS_NOTE = (  # that of record/facts.py
-    "train/* and val/* are those of the best epoch, memory/* is the maximum, speed/* the median of the epochs"
+_METRICS_NOTE = (  # see runs/fields.py
+    "train/* and val/* are values of the best epoch, memory/* the maximum and speed/* the median over epochs"
 )
 
 
 def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONDITION..., --sort, --reverse, --columns and --limit."""
-    what = (
-        "KEY OP VALUE in one word, OP one of = != > >= < <= ~ (contains): test/accuracy>98%%; all must hold"
+    """Add CONDITION..., --sort, --reverse, --columns and --limit."""
+    text = (
+        "KEY OP VALUE without spaces, OP one of = != > >= < <= ~ (contains), as in test/accuracy>98%%; "
+        "all conditions must hold"
     )
-    parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=what)
-    what = "by a leaf of the config, a metric or a fact of run.json; the smallest first (default: started)"
-    parser.add_argument("--sort", metavar="KEY", help=what)
-    parser.add_argument("--reverse", action="store_true", help="the largest first; without --sort the newest")
-    parser.add_argument("--columns", metavar="KEY,KEY,...", help="show these keys too")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N")
+    parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=text)
+    text = "sort by a config key, a metric or a field of run.json, ascending (default: started)"
+    parser.add_argument("--sort", metavar="KEY", help=text)
+    parser.add_argument("--reverse", action="store_true", help="sort in descending order")
+    parser.add_argument("--columns", metavar="KEY,KEY,...", help="also show these keys")
+    parser.add_argument("--limit", type=int, metavar="N", help="show only the first N runs")
     parser.epilog = _METRICS_NOTE
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN and OVERRIDE..."""
-    what = "a run's folder, an MLflow run id (its beginning, or whole where only the store has it), or latest"
-    parser.add_argument("run", metavar="RUN", help=what)
-    what = "key=value: another value than the saved one; the verdict names it"
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=what)
-    parser.epilog = (
-        "exit code: 0 identical, 3 equivalent, 4 different; 1 the new run failed, 2 a mistake in the call"
-    )
+    """Add RUN and OVERRIDE..."""
+    text = "run directory, prefix of an MLflow run id (the full id for a run that only MLflow has), or latest"
+    parser.add_argument("run", metavar="RUN", help=text)
+    text = "key=value: change a value of the saved config; the verdict lists it"
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
+    parser.epilog = "exit codes: 0 identical, 3 equivalent, 4 different; 1 the new run failed, 2 usage error"
 
 
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN RUN and --all."""
-    what = "a run's folder, the beginning of an MLflow run id, or latest"
-    parser.add_argument("run", nargs=2, metavar="RUN", help=what)
-    parser.add_argument("--all", action="store_true", help="show what is the same, too")
+    """Add RUN RUN and --all."""
+    text = "run directory, prefix of an MLflow run id, or latest"
+    parser.add_argument("run", nargs=2, metavar="RUN", help=text)
+    parser.add_argument("--all", action="store_true", help="also show equal values")
     parser.epilog = _METRICS_NOTE

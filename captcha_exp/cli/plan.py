@@ -1,6 +1,6 @@
-"""`captcha-exp plan`: which module plans, one GPU (`planning`) or several (`planning_cards`).
+"""`captcha-exp plan`: compose the config and plan for one GPU (`plan_report`) or several (`plan_gpus`).
 
-This module is imported before torch, so that a mistake in the config is reported without waiting for it.
+This module does not import torch: a mistake in the config is reported without waiting for that.
 """
 
 import argparse
@@ -22,11 +22,11 @@ MISFIT_EXIT_CODE = 3  # exit code of --must-fit
 
 
 def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
-    names = gpu_specs.parse_gpu_names(arguments.card, arguments.config_dir) if arguments.card else None
+    """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit."""
+    names = gpu_specs.parse_gpu_names(arguments.gpu, arguments.config_dir) if arguments.gpu else None
     if names is not None and arguments.advise:
         raise UserError(
-            f"plan --advise: works for one GPU, but --gpu={arguments.card} names several; choose one"
+            f"plan --advise: works for one GPU, but --gpu={arguments.gpu} names several; choose one"
         )
     with contextlib.ExitStack() as stack:
         with _gc_disabled():
@@ -34,9 +34,9 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
                 configs = gpu_specs.compose_configs(names, arguments.overrides, arguments.config_dir)
                 config = next(iter(configs.values()))  # they differ in the GPU alone
             else:
-                # Checked without the machine: what is planned for need not be here.
-                words = [*arguments.overrides, *_gpu_override(arguments.card)]
-                config = try_compose(words, arguments.config_dir).to_config(None)
+                # Not checked against the machine: the planned device may be another one.
+                overrides = [*arguments.overrides, *_gpu_override(arguments.gpu)]
+                config = try_compose(overrides, arguments.config_dir).to_config(None)
             count = stack.enter_context(_image_counter(config))
             from captcha_exp.cli import plan_gpus, plan_report
             from captcha_exp.runtime.console import RichDisplay
@@ -49,8 +49,8 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
 def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, int]]]:
     """Yield a function of the resolved config that counts the images of each split.
 
-    Drawn images are counted in a child process while this one imports torch, which takes as long. A folder is
-    read with progress and warnings, which belong here.
+    Generated images are counted in a child process while this one imports torch, which takes as long. A
+    folder is read in this process, which shows progress and warnings.
     """
     from captcha_exp.config import FolderConfig
     from captcha_exp.data.splits import generated_split_sizes
@@ -69,17 +69,17 @@ def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, 
     yield count
 
 
-def _gpu_override(card: str | None) -> list[str]:
-    if not card:
+def _gpu_override(name: str | None) -> list[str]:
+    if not name:
         return []
-    # In quotes, as Hydra's grammar sees more than a path in some paths.
-    quoted = card.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"gpu='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"gpu={card}"]
+    # Quoted: some paths have characters with a meaning in Hydra's grammar.
+    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
+    return [f"gpu='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"gpu={name}"]
 
 
 @contextlib.contextmanager
 def _gc_disabled() -> Iterator[None]:
-    """Import without the garbage collector, which would traverse all objects of torch to free none."""
+    """Disable the garbage collector during imports: it would traverse torch's objects and free none."""
     gc.disable()
     try:
         yield

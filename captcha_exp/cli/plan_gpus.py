@@ -1,4 +1,4 @@
-"""`captcha-exp plan --gpu all`: the same batch sizes on several GPUs, a row for each."""
+"""`captcha-exp plan --gpu all`: plan the same batch sizes on several GPUs, one row for each."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +28,14 @@ from captcha_exp.runtime.console import Display
 class GpuRow(NamedTuple):
     """A GPU with its plans."""
 
-    name: str  # of its file, or the file
+    name: str  # as given to --gpu: the name or path of its file
     config: Config
-    memory_mib: MiBRange | None  # what the GPU has in all
+    memory_mib: MiBRange | None  # total memory of the GPU
     plans: list[Plan]
     max_batch_size: int | None  # 0: no batch size fits; None: memory unknown
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return JSON values."""
         return {
             "name": self.name,
             "gpu": to_dict(self.config.gpu),
@@ -52,59 +52,59 @@ def run(
     count_images: Callable[[Config], dict[str, int]],
     display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit.
+    """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit.
 
-    The configs differ in the GPU alone.
+    The configs differ only in the GPU.
     """
     first = next(iter(configs.values()))
-    wanted = first.train.batch_size
-    own = wanted if isinstance(wanted, int) else 64
-    sizes = parse_batch_sizes(arguments.batch_sizes or str(own), wanted)
+    batch_size = first.train.batch_size
+    default = batch_size if isinstance(batch_size, int) else 64
+    sizes = parse_batch_sizes(arguments.batch_sizes or str(default), batch_size)
     resolved = {name: resolve_for_plan(config) for name, config in configs.items()}
     if arguments.must_fit:
         unknown = [name for name, config in resolved.items() if memory_budget(config) is None]
-        check_must_fit(arguments, wanted, unknown)
+        check_must_fit(arguments, batch_size, unknown)
     first = next(iter(resolved.values()))
-    pictures = count_images(first)
-    rows = _rows(resolved, sizes, pictures, display)
+    split_sizes = count_images(first)
+    rows = _rows(resolved, sizes, split_sizes, display)
     misfits = []
     if arguments.must_fit:
         misfits = [text for row in rows for text in list_misfits(row.plans, row.config.gpu.name)]
     if arguments.json:
-        about = {"precision": first.device.precision, "images": pictures}
-        return about | {"gpus": [row.to_json() for row in rows]}, misfits
+        header = {"precision": first.device.precision, "images": split_sizes}
+        return header | {"gpus": [row.to_json() for row in rows]}, misfits
     _print_rows(rows, first)
-    _print_notes(rows, next(iter(configs.values())), pictures["train"])
+    _print_notes(rows, next(iter(configs.values())), split_sizes["train"])
     return None, misfits
 
 
 def _rows(
-    configs: Mapping[str, Config], sizes: Sequence[int], pictures: Mapping[str, int], display: Display
+    configs: Mapping[str, Config], sizes: Sequence[int], split_sizes: Mapping[str, int], display: Display
 ) -> list[GpuRow]:
-    """Return the GPUs with the least memory first, those of unknown memory last."""
-    shared = PlannerCache(next(iter(configs.values())), pictures)
-    planners = {name: Planner(config, pictures, cache=shared) for name, config in configs.items()}
+    """Return a row for each GPU, sorted by memory; GPUs of unknown memory come last."""
+    cache = PlannerCache(next(iter(configs.values())), split_sizes)
+    planners = {name: Planner(config, split_sizes, cache=cache) for name, config in configs.items()}
     names = list(planners)
 
-    def largest_batches(of: Sequence[str]) -> dict[str, int | None]:
-        return {name: planners[name].max_batch_size() for name in of}
+    def find_max_batch_sizes(names: Sequence[str]) -> dict[str, int | None]:
+        return {name: planners[name].max_batch_size() for name in names}
 
-    # Each of two processes searches for half of the GPUs, once what both need has been traced.
-    others = partial(largest_batches, names[1::2])
-    start = fork.run_in_child if shared.traces.can_interpolate() else nullcontext
-    plans, largest = {}, dict[str, int | None]()
-    with start(others) as wait, display.progress_bar("planning", len(names)) as bar:
-        for number, name in enumerate(names):
+    # Once the shared traces exist, a child process searches for half of the GPUs.
+    half = partial(find_max_batch_sizes, names[1::2])
+    start = fork.run_in_child if cache.traces.can_interpolate() else nullcontext
+    plans, max_batch_sizes = {}, dict[str, int | None]()
+    with start(half) as wait, display.progress_bar("planning", len(names)) as bar:
+        for index, name in enumerate(names):
             plans[name] = [planners[name].plan_for(size) for size in sizes]
-            if number % 2 == 0:
-                largest |= largest_batches([name])
+            if index % 2 == 0:
+                max_batch_sizes |= find_max_batch_sizes([name])
             bar.advance(1)
-        largest |= wait()
+        max_batch_sizes |= wait()
     rows = []
     for name, config in configs.items():
         total = config.gpu.total_mib
         memory_mib = MiBRange(total.min, total.max) if total else None
-        rows.append(GpuRow(name, config, memory_mib, plans[name], largest[name]))
+        rows.append(GpuRow(name, config, memory_mib, plans[name], max_batch_sizes[name]))
     return sorted(rows, key=_by_memory)
 
 
@@ -119,7 +119,7 @@ def _print_rows(rows: Sequence[GpuRow], config: Config) -> None:
     table = Table(
         "GPU", "memory", "batch", "process", "verdict", "largest", title="MiB", title_justify="left"
     )
-    if sixteen := config.device.precision != "fp32":
+    if is_16_bit := config.device.precision != "fp32":
         table.add_column("speed")
     for column in (1, 2, 3, 5):
         table.columns[column].justify = "right"
@@ -138,43 +138,43 @@ def _print_rows(rows: Sequence[GpuRow], config: Config) -> None:
                 else "none",
                 *(
                     [f"{_low_precision_speed(row).min:g} to {_low_precision_speed(row).max:g}"]
-                    if sixteen
+                    if is_16_bit
                     else []
                 ),
             )
     out.print(table)
-    if sixteen:
-        out.print(f"speed is that of training in {config.device.precision}, times as fast as in fp32")
+    if is_16_bit:
+        out.print(f"speed: of training in {config.device.precision}, relative to fp32")
         for row in rows:
             if _low_precision_speed(row).min < 1:
                 out.print(f"{row.config.gpu.name}: {_low_precision_speed(row).source}", markup=False)
     if config.device.vram_budget_mib is not None:
         budget_mib = config.device.vram_budget_mib
-        out.print(f"the process may take {budget_mib:,} MiB where a GPU has as much (device.vram_budget_mib)")
+        out.print(f"memory limit: {budget_mib:,} MiB on GPUs that have as much (device.vram_budget_mib)")
     out.print(
-        "largest is the largest batch that fits; unsure counts as no; a desktop and other programs may hold "
-        "some of the memory (other_processes_mib in a GPU's file)",
+        "largest: the largest batch size that fits; unsure is treated as does not fit; a desktop and other "
+        "programs use some of the memory (other_processes_mib in a GPU's file)",
         markup=False,
     )
 
 
-def _print_notes(rows: Sequence[GpuRow], asked: Config, train_images: int) -> None:
-    """Print what the plans assume that the config leaves open."""
+def _print_notes(rows: Sequence[GpuRow], requested: Config, train_images: int) -> None:
+    """Print the assumptions about values that the config leaves open."""
     out = get_console()
-    if asked.device.precision == "auto":
+    if requested.device.precision == "auto":
         out.print("device.precision=auto is planned as fp32, which needs the most memory")
-    if asked.train.batch_size == "auto":
-        out.print("train.batch_size=auto is planned as the batch sizes above; name others with --batch-sizes")
+    if requested.train.batch_size == "auto":
+        out.print("train.batch_size=auto is planned as the batch sizes above; set others with --batch-sizes")
     if max(plan.batch_size for row in rows for plan in row.plans) > train_images:
-        out.print(f"a batch holds no more than the training split has, {train_images:,} images")
-    if 0 < max_searched_batch_size(asked) < train_images:
+        out.print(f"a batch is limited to the training split, {train_images:,} images")
+    if 0 < max_searched_batch_size(requested) < train_images:
         out.print(
             f"largest is searched up to {MAX_MICRO_BATCHES} micro-batches, "
-            f"{max_searched_batch_size(asked):,} images"
+            f"{max_searched_batch_size(requested):,} images"
         )
 
 
 def _low_precision_speed(row: GpuRow) -> Bounds:
-    """Return how fast this GPU trains in 16 bits, as its file says."""
+    """Return the speed of training in 16 bits relative to fp32, from the GPU's file."""
     gpu = row.config.gpu
     return gpu.bf16_speedup if row.config.device.precision == "bf16" else gpu.fp16_speedup

@@ -1,4 +1,4 @@
-"""The JSON of `captcha-exp plan --json`, as types; docs/plan.schema.json is made from them.
+"""The types of the JSON of `captcha-exp plan --json`. They generate docs/plan.schema.json:
 
 python -m captcha_exp.cli.plan_json > docs/plan.schema.json
 """
@@ -13,7 +13,7 @@ from captcha_exp.config.gpu import STRICT, GpuSpec
 from captcha_exp.memory.interval import Fits
 
 MiB = Annotated[float, Field(ge=0)]
-Range = tuple[float, float]  # the smallest and the largest value that is possible; a budget may be fractional
+Range = tuple[float, float]  # smallest and largest possible value; a budget may be fractional
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class MemoryPeak:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class BatchPlan:
-    """What a batch size needs, in a comparison of GPUs."""
+    """Memory that a batch size needs, in a comparison of GPUs."""
 
     batch_size: Annotated[int, Field(ge=1)]
     """images of a training step"""
@@ -47,21 +47,21 @@ class BatchPlan:
     evaluation: MemoryPeak
     """peak of the evaluations"""
     reserved_mib: Range
-    """what torch's allocator takes from the driver over the whole run"""
+    """memory that torch's allocator reserves over the whole run"""
     process_mib: Range
     """memory of the process: CUDA context and reserved memory"""
     budget_mib: Range | None
     """memory available to the process; null: unknown"""
     fits: Fits | None
-    """the verdict; unsure counts as no; null: the available memory is unknown"""
+    """the verdict; treat unsure as does not fit; null: the available memory is unknown"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TimedBatchPlan(BatchPlan):
-    """What a batch size needs on one GPU."""
+    """Memory that a batch size needs on one GPU."""
 
     seconds: Annotated[float, Field(ge=0)]
-    """time that the plan took"""
+    """time to compute the plan"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Advice:
     """Overrides with which train.batch_size fits."""
 
     overrides: list[str]
-    """words to add to the command; none: it fits without them"""
+    """overrides to add to the command; none: it fits without them"""
     relative_time: Annotated[float, Field(gt=0)]
     """estimated time of a step; 1: the config without changes"""
     notes: list[str]
@@ -137,7 +137,7 @@ class AdviceOutput(_Output):
     batch_size: Annotated[int, Field(ge=1)]
     """train.batch_size"""
     advice: list[Advice]
-    """combinations that fit, the fastest first; none: nothing known makes it fit"""
+    """combinations that fit, fastest first; none: no known combination fits"""
 
 
 OUTPUT: TypeAdapter[OneGpuOutput | ManyGpusOutput | AdviceOutput] = TypeAdapter(

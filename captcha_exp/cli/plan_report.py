@@ -1,9 +1,9 @@
-"""`captcha-exp plan`: predict what batch sizes need on a GPU and what makes one fit, and print it."""
+"""`captcha-exp plan` for one GPU: print the memory of batch sizes, or advice to make one fit."""
 
 import argparse
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from captcha_exp.memory.plan import MAX_MICRO_BATCHES, Plan, Planner, memory_bud
 from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.device import detect_machine, gpu_total_mib
 
-BATCH_SIZE_FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, where no sizes are asked for
+BATCH_SIZE_FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, without --batch-sizes
 COLORS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
 
 
@@ -29,57 +29,57 @@ def run(
     count_images: Callable[[Config], dict[str, int]],
     display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return plans as JSON values, or None if they are printed; and, with --must-fit, what does not fit."""
-    wanted, config = config.train.batch_size, resolve_for_plan(config)
-    sizes = parse_batch_sizes(arguments.batch_sizes, wanted)
+    """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit."""
+    batch_size, config = config.train.batch_size, resolve_for_plan(config)
+    sizes = parse_batch_sizes(arguments.batch_sizes, batch_size)
     budget_mib = memory_budget(config, total_mib := gpu_total_mib(config))
     if arguments.advise:
-        _check_advise(arguments, wanted, budget_mib)
+        _check_advise(arguments, batch_size, budget_mib)
     if arguments.must_fit:
-        check_must_fit(arguments, wanted, [] if budget_mib else [config.gpu.name])
-    pictures = count_images(config)
-    about = {
+        check_must_fit(arguments, batch_size, [] if budget_mib else [config.gpu.name])
+    split_sizes = count_images(config)
+    header = {
         "gpu": to_dict(config.gpu),
         "precision": config.device.precision,
-        "images": pictures,
+        "images": split_sizes,
         "budget_mib": budget_mib,
     }
     if arguments.advise:
-        found = advise(config, pictures, total_mib, display)
+        advice = advise(config, split_sizes, total_mib, display)
         if arguments.json:
-            return about | {"batch_size": wanted, "advice": [each.to_json() for each in found]}, []
-        _print_advice(found, int(wanted), config, budget_mib)
+            return header | {"batch_size": batch_size, "advice": [each.to_json() for each in advice]}, []
+        _print_advice(advice, int(batch_size), config, budget_mib)
         return None, []
-    planner = Planner(config, pictures, total_mib)
+    planner = Planner(config, split_sizes, total_mib)
     plans, seconds = [], []
     with display.progress_bar("planning", len(sizes)) as bar:
         for size in sizes:
-            began = time.perf_counter()
+            start = time.perf_counter()
             plans.append(planner.plan_for(size))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
             bar.advance(1)
-    largest = planner.max_batch_size()
-    required = plans if arguments.batch_sizes else [plan for plan in plans if plan.batch_size == wanted]
+    max_batch_size = planner.max_batch_size()
+    required = plans if arguments.batch_sizes else [plan for plan in plans if plan.batch_size == batch_size]
     misfits = list_misfits(required, config.gpu.name) if arguments.must_fit else []
     if arguments.json:
         timed = [plan.to_json() | {"seconds": each} for plan, each in zip(plans, seconds, strict=True)]
-        return about | {"plans": timed, "max_batch_size": largest or None}, misfits
-    _print_plans(plans, largest, config, pictures)
+        return header | {"plans": timed, "max_batch_size": max_batch_size or None}, misfits
+    _print_plans(plans, max_batch_size, config, split_sizes["train"])
     return None, misfits
 
 
 def check_must_fit(arguments: argparse.Namespace, batch_size: int | str, unknown_gpus: Sequence[str]) -> None:
-    """Check that --must-fit has an answer; `unknown` are GPUs whose memory size is not known.
+    """Check that --must-fit can be decided; `unknown_gpus` are GPUs whose memory size is unknown.
 
     Raises:
-        UserError: it has none; the line says what to add.
+        UserError: it cannot; the line says which flag or override to add or remove.
     """
     if arguments.advise:
-        raise UserError("plan --must-fit: is not for --advise, which searches for what fits; leave one out")
+        raise UserError("plan --must-fit: cannot be combined with --advise; remove one of them")
     if unknown_gpus:
         raise UserError(
-            f"plan --must-fit: the memory of {', '.join(unknown_gpus)} is not known; add "
-            "device.vram_budget_mib=MIB, or --gpu with a card whose size is known"
+            f"plan --must-fit: the memory size of {', '.join(unknown_gpus)} is unknown; add "
+            "device.vram_budget_mib=MIB, or --gpu with a GPU of known memory size"
         )
     if batch_size == "auto" and not arguments.batch_sizes:
         raise UserError(
@@ -89,7 +89,7 @@ def check_must_fit(arguments: argparse.Namespace, batch_size: int | str, unknown
 
 
 def list_misfits(plans: Sequence[Plan], gpu_name: str) -> list[str]:
-    """Return the plans whose verdict is not "fits", in words; unsure counts as no."""
+    """Describe the plans whose verdict is not "fits"; unsure is treated as does not fit."""
     return [
         f"batch {plan.batch_size:,} on {gpu_name}: needs {plan.process_mib} MiB, "
         f"available {plan.budget_mib} MiB "
@@ -99,46 +99,51 @@ def list_misfits(plans: Sequence[Plan], gpu_name: str) -> list[str]:
     ]
 
 
-def _check_advise(arguments: argparse.Namespace, wanted: int | str, budget_mib: MiBRange | None) -> None:
+def _check_advise(arguments: argparse.Namespace, batch_size: int | str, budget_mib: MiBRange | None) -> None:
     if arguments.batch_sizes is not None:
-        raise UserError("plan --advise: is about train.batch_size alone; leave --batch-sizes out")
+        raise UserError("plan --advise: uses train.batch_size only; remove --batch-sizes")
     if budget_mib is None:
         raise UserError(
-            "plan --advise: nothing says how much memory there is; add device.vram_budget_mib=MIB, or "
-            "--gpu with a card whose size is known"
+            "plan --advise: the memory size is unknown; add device.vram_budget_mib=MIB, or --gpu with a GPU "
+            "of known memory size"
         )
-    if wanted == "auto":
-        raise UserError("plan --advise: wants the batch as a number; add train.batch_size=NUMBER")
+    if batch_size == "auto":
+        raise UserError("plan --advise: train.batch_size=auto is not a number; add train.batch_size=NUMBER")
 
 
 def resolve_for_plan(config: Config) -> Config:
-    """The resolved config, whether or not its device is here: nothing runs on it."""
-    # A batch that is to be found out is more than a part of it; sizes that are planned replace it.
-    machine = detect_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
+    """Resolve the config, whether or not its device is available: nothing runs on it."""
+    # batch_size=auto: any value above micro_batch_size is valid, and the planned sizes replace it.
+    machine = detect_machine(best_batch_size=lambda config: (config.train.micro_batch_size or 0) + 1)
     return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
 
 
 def parse_batch_sizes(text: str | None, batch_size: int | str) -> list[int]:
+    """Parse --batch-sizes; by default return sizes around train.batch_size.
+
+    Raises:
+        UserError: the text is not a list of whole numbers from 1 to 1000000; the line has an example.
+    """
     if text is None:
-        own = batch_size if isinstance(batch_size, int) else 64
-        return sorted({max(1, int(own * factor)) for factor in BATCH_SIZE_FACTORS})
+        center = batch_size if isinstance(batch_size, int) else 64
+        return sorted({max(1, int(center * factor)) for factor in BATCH_SIZE_FACTORS})
     if not re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", text) or max(map(int, text.split(","))) > 1_000_000:
         raise UserError(
-            f"--batch-sizes={text}: must be whole numbers from 1 to 1000000 with commas between them, as in "
+            f"--batch-sizes={text}: must be whole numbers from 1 to 1000000, separated by commas, as in "
             "25,50,100"
         )
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def max_searched_batch_size(config: Config) -> int:
-    """Return the images of MAX_PASSES micro-batches, up to which `largest` is searched; 0 without them."""
+    """Return the images of MAX_MICRO_BATCHES, the limit of the search; 0 without micro-batches."""
     return MAX_MICRO_BATCHES * (config.train.micro_batch_size or 0)
 
 
 def _print_plans(
-    plans: Sequence[Plan], largest: int | None, config: Config, pictures: Mapping[str, int]
+    plans: Sequence[Plan], max_batch_size: int | None, config: Config, train_images: int
 ) -> None:
-    """A row for each batch size, and the largest that fits."""
+    """Print a row for each batch size, and the largest that fits."""
     out = get_console()
     out.print(_headline(config, plans[0].budget_mib), markup=False)
     columns = ("batch", "state", "activations", "images", "workspace", "reserved", "process", "verdict")
@@ -157,54 +162,55 @@ def _print_plans(
             Text(plan.fits or "", COLORS[plan.fits]),
         )
     out.print(table)
-    if max(plan.batch_size for plan in plans) > pictures["train"]:
-        out.print(f"a batch holds no more than the training split has, {pictures['train']:,} pictures")
-    if evaluating := [f"{plan.batch_size:,}" for plan in plans if plan.is_evaluation_peak]:
+    if max(plan.batch_size for plan in plans) > train_images:
+        out.print(f"a batch is limited to the training split, {train_images:,} images")
+    if sizes := [f"{plan.batch_size:,}" for plan in plans if plan.is_evaluation_peak]:
         out.print(
-            f"with a batch of {', '.join(evaluating)} the evaluation is the peak: it takes "
-            f"{config.train.eval_batch_size:,} pictures at a time (train.eval_batch_size)",
+            f"batch size {', '.join(sizes)}: evaluation needs the most memory, with "
+            f"train.eval_batch_size={config.train.eval_batch_size:,}",
             markup=False,
         )
     if plans[0].budget_mib is None:
         out.print(
-            "no verdict: the memory size is not known; add device.vram_budget_mib=MIB or --gpu",
+            "no verdict: the memory size is unknown; add device.vram_budget_mib=MIB or --gpu",
             markup=False,
         )
-    elif not largest:
-        out.print("no batch size fits; captcha-exp plan --advise names what does", markup=False)
-    elif largest == max_searched_batch_size(config) < pictures["train"]:
+    elif not max_batch_size:
+        out.print("no batch size fits; captcha-exp plan --advise suggests other overrides", markup=False)
+    elif max_batch_size == max_searched_batch_size(config) < train_images:
         out.print(
-            f"batches up to {largest:,} fit, {MAX_MICRO_BATCHES} micro-batches; larger ones were not tried"
+            f"batch sizes up to {max_batch_size:,} fit ({MAX_MICRO_BATCHES} micro-batches, the limit of the "
+            "search)"
         )
-    elif largest == pictures["train"]:
-        out.print(f"the whole training split, {largest:,} pictures, fits in one batch")
+    elif max_batch_size == train_images:
+        out.print(f"the whole training split, {max_batch_size:,} images, fits in one batch")
     else:
-        out.print(f"largest batch that fits: {largest:,}", style="bold")
+        out.print(f"largest batch that fits: {max_batch_size:,}", style="bold")
     if any(plan.fits == "unsure" for plan in plans):
         out.print(
-            "unsure counts as no: context and workspaces are known within bounds; on the card itself "
-            "captcha-exp calibrate measures them",
+            "unsure is treated as does not fit: context and workspaces are only known within bounds; "
+            "captcha-exp calibrate measures them on the GPU",
             markup=False,
         )
 
 
 def _print_advice(
-    found: Sequence[Advice], batch_size: int, config: Config, budget_mib: MiBRange | None
+    advice: Sequence[Advice], batch_size: int, config: Config, budget_mib: MiBRange | None
 ) -> None:
-    """A row for each combination, the cheapest in time first."""
+    """Print a row for each combination of overrides, fastest first."""
     out = get_console()
     out.print(_headline(config, budget_mib), markup=False)
-    if not found:
-        out.print(f"nothing known here makes a batch of {batch_size:,} fit; take a smaller one")
+    if not advice:
+        out.print(f"no known combination makes batch size {batch_size:,} fit; use a smaller one")
         return
-    if not found[0].overrides:
-        out.print(f"a batch of {batch_size:,} fits as it stands")
+    if not advice[0].overrides:
+        out.print(f"batch size {batch_size:,} fits without changes")
         return
-    title = f"with one of these a batch of {batch_size:,} fits; MiB"
+    title = f"batch size {batch_size:,} fits with one of these; MiB"
     table = Table(
         "time", "tensors", "process", "add to the command", "note", title=title, title_justify="left"
     )
-    for each in found:
+    for each in advice:
         table.add_row(
             f"{each.relative_time:.2f}",
             f"{each.plan.tensors_mib:,.0f}",
@@ -217,5 +223,5 @@ def _print_advice(
 
 
 def _headline(config: Config, budget_mib: MiBRange | None) -> str:
-    room = f", {budget_mib} MiB for the process" if budget_mib else ""
-    return f"{config.name} in {config.device.precision} on {config.gpu.name}{room}"
+    budget = f", {budget_mib} MiB for the process" if budget_mib else ""
+    return f"{config.name} in {config.device.precision} on {config.gpu.name}{budget}"

@@ -1,4 +1,4 @@
-"""`captcha-exp reproduce`: which run is meant, and what became of it in words."""
+"""`captcha-exp reproduce`: find the run, reproduce it, and print the verdict."""
 
 import argparse
 import contextlib
@@ -17,10 +17,10 @@ from captcha_exp.cli.output import get_console
 from captcha_exp.cli.runs import print_table
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import UserError
+from captcha_exp.reproduce import rerun
 from captcha_exp.reproduce.changes import to_short_text
 from captcha_exp.reproduce.reference import READ_FILES, load_reference
 from captcha_exp.reproduce.rerun import Reproduction
-from captcha_exp.reproduce.rerun import reproduce as run_again
 from captcha_exp.runtime.console import Display, escape_unprintable
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.training.recorder import Tracker
@@ -30,10 +30,10 @@ COLORS = {"identical": "bold green", "equivalent": "bold yellow", "different": "
 
 
 def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display) -> Reproduction:
-    """The named run, run again.
+    """Train the named run again and compare the results.
 
     Raises:
-        UserError: there is no such run, or it cannot be run again; the line says why.
+        UserError: there is no such run, or it cannot be reproduced; the line says why.
         RunFailed: the new run failed.
     """
 
@@ -42,14 +42,14 @@ def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display)
 
         return make_tracker(config, display, {})
 
-    with _find_run_dir(arguments.run, display) as (folder, store):
-        first = load_reference(folder, store)
-        wanted = apply_overrides(first.config, arguments.overrides)
-        return run_again(first, wanted, machine, tracker, display)
+    with _find_run_dir(arguments.run, display) as (run_dir, store):
+        reference = load_reference(run_dir, store)
+        requested = apply_overrides(reference.config, arguments.overrides)
+        return rerun.reproduce(reference, requested, machine, tracker, display)
 
 
 def print_reproduction(reproduction: Reproduction) -> None:
-    """The verdict in a line, what changed around the run, and where the new one is."""
+    """Print the verdict, the changes since the reference run, and both run directories."""
     out = get_console()
     out.print()
     out.print(Text(escape_unprintable(reproduction.summary), COLORS[reproduction.verdict]))
@@ -58,60 +58,57 @@ def print_reproduction(reproduction: Reproduction) -> None:
         out.print(
             Text(
                 f"{reproduction.num_epochs} epochs, {reproduction.num_test_images:,} predictions "
-                f"and {weights}: the same bits"
+                f"and {weights}: bit-identical"
             )
         )
     else:
         differing = len(reproduction.differences)
-        out.print(f"{differing:,} figure{'s differ' if differing > 1 else ' differs'} in all")
-    told = [
-        each for each in reproduction.attributed_changes if each.change.is_headline or each.role != "cleared"
+        out.print(f"{differing:,} value{'s differ' if differing > 1 else ' differs'} in total")
+    changes = [
+        each
+        for each in reproduction.attributed_changes
+        if each.change.is_headline or each.role != "ruled_out"
     ]
-    if told:
-        table = Table("changed", "then", "now", "is", title="what is not as it was", title_justify="left")
-        for each in told:
-            drift = each.change
-            cells = (
-                drift.name,
-                *(
-                    "" if drift.is_name_only else to_short_text(value)
-                    for value in (drift.before, drift.after)
-                ),
-            )
-            table.add_row(*(Text(escape_unprintable(cell)) for cell in (*cells, each.role)))
+    if changes:
+        table = Table("changed", "before", "now", "role", title="changes", title_justify="left")
+        for each in changes:
+            values = (each.change.before, each.change.after)
+            texts = ["" if each.change.is_name_only else to_short_text(value) for value in values]
+            cells = (each.change.name, *texts, each.role)
+            table.add_row(*(Text(escape_unprintable(cell)) for cell in cells))
         print_table(table)
-    out.print(f"run     {reproduction.reference}", markup=False)
-    out.print(f"again   {reproduction.run_dir}", markup=False)
+    out.print(f"reference  {reproduction.reference}", markup=False)
+    out.print(f"new run    {reproduction.run_dir}", markup=False)
 
 
 @contextlib.contextmanager
 def _find_run_dir(name: str, display: Display) -> Iterator[tuple[Path, str | None]]:
-    """The folder of a run; of one that only MLflow has, a temporary one with its files, and the store."""
+    """Yield the run directory and None; for a run that only MLflow has, a temporary copy and the store."""
     try:
-        found = runs.find_run(name)
+        run_dir = runs.find_run(name)
     except UserError:
         if not re.fullmatch(r"[0-9a-f]{32}", name):
             raise
-        with tempfile.TemporaryDirectory() as folder:
-            store = _download_run(name, Path(folder), display)
+        with tempfile.TemporaryDirectory() as temporary_dir:
+            store = _download_run(name, Path(temporary_dir), display)
             if store is None:
                 raise
             try:
-                yield Path(folder), store
-            except UserError as error:  # nobody knows the folder, nor will it be there
-                lines = (line.replace(folder, f"MLflow run {name} of {store}") for line in error.lines)
+                yield Path(temporary_dir), store
+            except UserError as error:  # the temporary directory means nothing to the user
+                lines = (line.replace(temporary_dir, f"MLflow run {name} of {store}") for line in error.lines)
                 raise type(error)(*lines) from error
         return
-    yield found, None
+    yield run_dir, None
 
 
-def _download_run(run_id: str, folder: Path, display: Display) -> str | None:
-    """The store that has the run, as it can be told; its files are in the folder then."""
+def _download_run(run_id: str, directory: Path, display: Display) -> str | None:
+    """Download the files of a run; return the store's URI without its password, or None if not found."""
     from captcha_exp.tracking import download_artifacts
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root_dir() / 'mlruns' / 'mlflow.db'}"
-    if not download_artifacts(run_id, uri, READ_FILES, folder):
+    if not download_artifacts(run_id, uri, READ_FILES, directory):
         return None
-    told = re.sub(r"://[^/@]*@", "://", uri)  # without a password
-    display.info(f"run {run_id} from {told}")
-    return told
+    public_uri = re.sub(r"://[^/@]*@", "://", uri)
+    display.info(f"Downloaded run {run_id} from {public_uri}")
+    return public_uri

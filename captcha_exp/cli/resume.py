@@ -1,4 +1,4 @@
-"""What `--resume` means: a new run, an unfinished one to go on with, or more epochs of a finished one."""
+"""`--resume`: start a new run, resume an unfinished one, or extend a finished one by more epochs."""
 
 import argparse
 import contextlib
@@ -16,84 +16,81 @@ from captcha_exp.runs import CHECKPOINT_DIR, StaleRun, find_linked, list_checkpo
 from captcha_exp.runs import resume as unfinished
 from captcha_exp.runtime.console import Display
 
-TIME_LIMIT_KEY = "train.max_minutes"  # of a process, not of its run
-EXTENDABLE_KEYS = {
-    "train.epochs",
-    "train.patience",
-    TIME_LIMIT_KEY,
-}  # what may differ where a finished run gets more epochs
+TIME_LIMIT_KEY = "train.max_minutes"  # limits a process, not a run
+EXTENDABLE_KEYS = {"train.epochs", "train.patience", TIME_LIMIT_KEY}  # may change to extend a finished run
 MAX_NAMED = 4  # keys in one line
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePlan:
-    """What a training begins with."""
+    """How a training starts."""
 
     requested: Config
     choices: Mapping[str, str] = field(default_factory=dict)
-    """conf group -> the file chosen; of a run that was named, those beside its name"""
+    """config group -> selected file; with --resume RUN, only those on the command line"""
     run_dir: Path | None = None
-    """of the unfinished run that it goes on with; None: a new one"""
+    """of the unfinished run to resume; None: a new run"""
     lineage: Mapping[str, Any] = field(default_factory=dict)
-    """the run that it belongs to, as in run.json"""
+    """links to other runs, as in run.json"""
     extend_from: Path | None = None
-    """the finished run whose state a new run starts from"""
+    """the finished run whose final state is the initial state"""
 
 
 @contextlib.contextmanager
 def plan_resume(
     arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine, display: Display
 ) -> Iterator[ResumePlan]:
-    """The training that --resume and the overrides ask for; the run that it goes on with is held meanwhile.
+    """Yield the plan for --resume and the overrides. A run to resume is claimed until the context exits.
 
     Raises:
         ConfigError: every mistake of the overrides.
-        UserError: what is named cannot be gone on with, or not like this; the line says what can.
+        UserError: the named run cannot be resumed with these overrides; the line says what is possible.
     """
     with contextlib.ExitStack() as stack:
         if arguments.resume not in ("auto", "never"):
             yield _plan_named(arguments, composed, machine, display, stack)
             return
-        start = ResumePlan(requested=composed.to_config(machine), choices=composed.choices)
-        yield start if arguments.resume == "never" else _or_resume(start, display, stack)
+        plan = ResumePlan(requested=composed.to_config(machine), choices=composed.choices)
+        yield plan if arguments.resume == "never" else _or_resume(plan, display, stack)
 
 
 def run_dir_factory(
     resume_plan: ResumePlan, resume: str, display: Display
 ) -> Callable[[Config], AbstractContextManager[Path]]:
-    """Where each process of a training writes that starts again in smaller parts: the first as `start` says,
-    each after it in an unfinished run of its own config, or in a new one."""
+    """Return a function that opens the run directory for each attempt of `train_with_oom_retry`.
+
+    The first attempt follows the plan. Later ones have another config: they resume an unfinished run with it,
+    or start a new one.
+    """
 
     @contextlib.contextmanager
-    def place(requested: Config) -> Iterator[Path]:
+    def open_run_dir(requested: Config) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
-            each = (
-                resume_plan
-                if requested == resume_plan.requested
-                else replace(resume_plan, requested=requested, run_dir=None)
-            )
-            if each is not resume_plan and resume != "never":
-                each = _or_resume(each, display, stack)
-            yield each.run_dir or make_run_dir(requested.name)
+            plan = resume_plan
+            if requested != plan.requested:
+                plan = replace(plan, requested=requested, run_dir=None)
+                if resume != "never":
+                    plan = _or_resume(plan, display, stack)
+            yield plan.run_dir or make_run_dir(requested.name)
 
-    return place
+    return open_run_dir
 
 
-def _or_resume(start: ResumePlan, display: Display, stack: contextlib.ExitStack) -> ResumePlan:
-    """The unfinished run that is just this one, where there is one."""
+def _or_resume(plan: ResumePlan, display: Display, stack: contextlib.ExitStack) -> ResumePlan:
+    """Resume an unfinished run with the same config and code if there is one; else return the plan."""
 
-    def look() -> StaleRun | None:
-        return unfinished.find_resumable(start.requested, display.info, start.lineage)
+    def find() -> StaleRun | None:
+        return unfinished.find_resumable(plan.requested, display.info, plan.lineage)
 
-    found = stack.enter_context(unfinished.claim(look))
-    if found is None:
-        return start
-    _report_resume(found, display)
-    return replace(start, run_dir=found.run_dir)
+    stale = stack.enter_context(unfinished.claim(find))
+    if stale is None:
+        return plan
+    _report_resume(stale, display)
+    return replace(plan, run_dir=stale.run_dir)
 
 
-def _report_resume(left: StaleRun, display: Display) -> None:
-    display.info(f"goes on with {left.run_dir}, {unfinished.describe_progress(left.run_dir)}")
+def _report_resume(stale: StaleRun, display: Display) -> None:
+    display.info(f"Resuming {stale.run_dir} {unfinished.describe_progress(stale.run_dir)}")
 
 
 # -- --resume RUN --------------------------------------------------------------------------------------------
@@ -107,130 +104,127 @@ def _plan_named(
     stack: contextlib.ExitStack,
 ) -> ResumePlan:
     name = arguments.resume
-    seen = unfinished.find_named(name)
-    saved = load(seen.run_dir / "requested.yaml")
-    wanted, choices = _requested_config(saved, arguments, composed, machine)
-    other = _changed_keys(saved, wanted)
-    if seen.state["status"] == "FINISHED":
-        start = replace(_plan_extension(name, seen, saved, wanted, other), choices=choices)
-        _warn_epoch_schedules(wanted, set(other), display)
-        return _or_resume(start, display, stack)
-    if "reproduces" in (seen.state.get("lineage") or {}):
+    named = unfinished.find_named(name)
+    saved = load(named.run_dir / "requested.yaml")
+    requested, choices = _requested_config(saved, arguments, composed, machine)
+    changes = _changed_keys(saved, requested)
+    if named.state["status"] == "FINISHED":
+        plan = replace(_plan_extension(name, named, saved, requested, changes), choices=choices)
+        _warn_epoch_schedules(requested, set(changes), display)
+        return _or_resume(plan, display, stack)
+    if "reproduces" in (named.state.get("lineage") or {}):
         raise UserError(
-            f"--resume={name}: is a reproduction that was interrupted; captcha-exp reproduce "
-            f"{_reproduced_run(seen.state['lineage'])} begins it anew"
+            f"--resume={name}: is an interrupted reproduction, which cannot be resumed; start it again with "
+            f"captcha-exp reproduce {_reproduced_run(named.state['lineage'])}"
         )
-    if strange := {key: words for key, words in other.items() if key != TIME_LIMIT_KEY}:
+    if rejected := {key: text for key, text in changes.items() if key != TIME_LIMIT_KEY}:
         raise UserError(
-            f"--resume={name}: is unfinished and goes on as it was begun; "
-            f"{_format_changes(strange)}: leave that "
-            "out, or begin a new run with --resume=never"
+            f"--resume={name}: is unfinished and can only be resumed with its own config; "
+            f"{_format_changes(rejected)}: remove the override, or start a new run with --resume=never"
         )
 
-    def look() -> StaleRun:
-        left = unfinished.find_named(name)
-        if left.state["status"] == "FINISHED":
-            raise UserError(f"--resume={name}: has finished just now; train.epochs=N beside it gives it more")
-        return left
+    def find() -> StaleRun:
+        stale = unfinished.find_named(name)
+        if stale.state["status"] == "FINISHED":
+            raise UserError(f"--resume={name}: has just finished; add train.epochs=N to train more epochs")
+        return stale
 
-    found = stack.enter_context(unfinished.claim(look))
-    assert found is not None  # look() raises where it finds nothing
-    if unfinished.has_code_changed(found.run_dir):
+    stale = stack.enter_context(unfinished.claim(find))
+    assert stale is not None  # find() raises if there is no such run
+    if unfinished.has_code_changed(stale.run_dir):
         display.warn(
-            f"{found.run_dir}: other code than today's began it; it may not end as a run does that nobody "
-            "interrupted"
+            f"{stale.run_dir}: started with different code; the result may differ from that of an "
+            "uninterrupted run"
         )
-    _report_resume(found, display)
-    links = found.state.get("lineage") or {}
+    _report_resume(stale, display)
+    links = stale.state.get("lineage") or {}
     return ResumePlan(
-        requested=wanted,
+        requested=requested,
         choices=choices,
-        run_dir=found.run_dir,
+        run_dir=stale.run_dir,
         lineage=links,
-        extend_from=_find_extended_run(links, found.run_dir),
+        extend_from=_find_extended_run(links, stale.run_dir),
     )
 
 
 def _requested_config(
     saved: Config, arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine
 ) -> tuple[Config, Mapping[str, str]]:
-    """What the words beside a run ask for: values are put onto its config; with a choice between files all is
-    composed as usual."""
-    words = [text.lstrip("+") for text in arguments.overrides]
-    if all(text.partition("=")[0] in composed.raw_overrides for text in words) and not composed.errors:
-        return apply_overrides(saved, words, machine), {}
+    """Return the requested config and the selected files of the config groups.
+
+    Overrides of values apply to the saved config. If one selects a file, the config is composed from conf/.
+    """
+    overrides = [text.lstrip("+") for text in arguments.overrides]
+    if all(text.partition("=")[0] in composed.raw_overrides for text in overrides) and not composed.errors:
+        return apply_overrides(saved, overrides, machine), {}
     return composed.to_config(machine), composed.choices
 
 
 def _plan_extension(
-    name: str, left: StaleRun, saved: Config, wanted: Config, other: Mapping[str, str]
+    name: str, finished: StaleRun, saved: Config, requested: Config, changes: Mapping[str, str]
 ) -> ResumePlan:
-    """A new run that starts from the state of a finished one.
+    """Plan a new run that starts from the final state of a finished one.
 
     Raises:
-        UserError: it asks for something else than more epochs, or there is no state; the line says what.
+        UserError: other values than the epochs change, or there is no state; the line says what to do.
     """
-    result = left.state["result"]
+    result = finished.state["result"]
     epochs = result.get("epochs", saved.train.epochs) if isinstance(result, dict) else saved.train.epochs
-    if strange := {key: words for key, words in other.items() if key not in EXTENDABLE_KEYS}:
+    if rejected := {key: text for key, text in changes.items() if key not in EXTENDABLE_KEYS}:
         raise UserError(
-            f"--resume={name}: is finished and can get more epochs (train.epochs, train.patience) alone; "
-            f"{_format_changes(strange)}: leave that out, or begin a new run with --resume=never"
+            f"--resume={name}: is finished and can only be extended (train.epochs, train.patience); "
+            f"{_format_changes(rejected)}: remove the override, or start a new run with --resume=never"
         )
-    if not result or not list_checkpoints(left.run_dir / CHECKPOINT_DIR):
+    if not result or not list_checkpoints(finished.run_dir / CHECKPOINT_DIR):
         raise UserError(
-            f"--resume={name}: is finished and has no checkpoint to start from; begin a new run with "
+            f"--resume={name}: is finished, but has no checkpoint to extend; start a new run with "
             "--resume=never"
         )
-    if not other or wanted.train.epochs < saved.train.epochs or wanted.train.epochs <= epochs:
+    if not changes or requested.train.epochs < saved.train.epochs or requested.train.epochs <= epochs:
         raise UserError(
-            f"--resume={name}: is finished after epoch {epochs} of {saved.train.epochs}; more of them, with "
-            "train.epochs=N beside it, make a new run that starts from its state"
+            f"--resume={name}: finished after epoch {epochs} of {saved.train.epochs}; add a larger "
+            "train.epochs=N to start a new run from its final state"
         )
-    run_id = (left.state["mlflow"] or {}).get("run_id")
-    links = {"extends": {"run_dir": str(left.run_dir), "run_id": run_id}}
-    return ResumePlan(requested=wanted, lineage=links, extend_from=left.run_dir)
+    run_id = (finished.state["mlflow"] or {}).get("run_id")
+    links = {"extends": {"run_dir": str(finished.run_dir), "run_id": run_id}}
+    return ResumePlan(requested=requested, lineage=links, extend_from=finished.run_dir)
 
 
 def _reproduced_run(links: Mapping[str, Any]) -> str:
-    """The run that a reproduction was of, as a word of a command."""
-    first = links["reproduces"]
-    return shlex.quote(str(first.get("run_dir") or first.get("run_id")))
+    """Return the reference run of a reproduction, quoted for the shell."""
+    reference = links["reproduces"]
+    return shlex.quote(str(reference.get("run_dir") or reference.get("run_id")))
 
 
-def _find_extended_run(links: Mapping[str, Any], folder: Path) -> Path | None:
-    """The finished run that the run in this folder, with these links, starts from."""
+def _find_extended_run(links: Mapping[str, Any], run_dir: Path) -> Path | None:
+    """Return the finished run that the run with these links extends; None if there is none."""
     continued = links.get("extends")
-    return (find_linked(continued, folder) or Path(continued["run_dir"])) if continued else None
+    return (find_linked(continued, run_dir) or Path(continued["run_dir"])) if continued else None
 
 
-def _warn_epoch_schedules(wanted: Config, other: set[str], display: Display) -> None:
-    """What is laid out over all epochs is another one for more of them."""
-    train = wanted.train
-    of_all = [f"train.schedule={train.schedule}"] if train.schedule != "constant" else []
-    of_all += (
-        [f"augment.warmup_fraction={wanted.augment.warmup_fraction:g}"]
-        if wanted.augment.warmup_fraction > 0
-        else []
-    )
-    if of_all and "train.epochs" in other:
+def _warn_epoch_schedules(requested: Config, changed_keys: set[str], display: Display) -> None:
+    """Warn about settings that depend on the total number of epochs, if that changes."""
+    train, warmup = requested.train, requested.augment.warmup_fraction
+    settings = [f"train.schedule={train.schedule}"] if train.schedule != "constant" else []
+    settings += [f"augment.warmup_fraction={warmup:g}"] if warmup > 0 else []
+    if settings and "train.epochs" in changed_keys:
         display.warn(
-            f"{' and '.join(of_all)}: is laid out over all epochs, so that the result is not that of "
-            f"{train.epochs} epochs from the start"
+            f"{' and '.join(settings)}: depends on the number of epochs, and the result will differ from a "
+            f"run of {train.epochs} epochs from the start"
         )
 
 
-def _changed_keys(saved: Config, wanted: Config) -> dict[str, str]:
-    """Key -> in words, for each key whose value is not the saved one."""
-    old, new = flatten(saved), flatten(wanted)
+def _changed_keys(saved: Config, requested: Config) -> dict[str, str]:
+    """Return key -> description of the change, for each key whose value differs from the saved one."""
+    old, new = flatten(saved), flatten(requested)
     return {
-        key: f"{key}={new.get(key, '(none)')} (it was {old.get(key, '(none)')})"
+        key: f"{key}={new.get(key, '(none)')} (was {old.get(key, '(none)')})"
         for key in dict.fromkeys((*new, *old))
         if new.get(key) != old.get(key)
     }
 
 
-def _format_changes(other: Mapping[str, str]) -> str:
-    words = list(other.values())
-    more = f" and {len(words) - MAX_NAMED} keys more" if len(words) > MAX_NAMED else ""
-    return f"{', '.join(words[:MAX_NAMED])}{more} {'differ' if len(words) > 1 else 'differs'}"
+def _format_changes(changes: Mapping[str, str]) -> str:
+    texts = list(changes.values())
+    more = f" and {len(texts) - MAX_NAMED} more keys" if len(texts) > MAX_NAMED else ""
+    return f"{', '.join(texts[:MAX_NAMED])}{more} {'differ' if len(texts) > 1 else 'differs'}"

@@ -1,4 +1,4 @@
-"""`captcha-exp runs`: which runs there are, chosen, in an order, and how their values are written."""
+"""`captcha-exp runs`: filter, sort and print the recorded runs, and format their values."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from captcha_exp import runs as record
+from captcha_exp import runs
 from captcha_exp.cli.output import get_console
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RUN_KEYS, RunFields
@@ -30,7 +30,7 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
-RESULT_COLUMNS = {  # of a result: the column of each, and how it is written
+RESULT_COLUMNS = {  # column -> key of the result, and its format
     "epochs": ("epochs", ""),
     "validation": ("val_accuracy", ".2%"),
     "test": ("test_accuracy", ".2%"),
@@ -38,13 +38,13 @@ RESULT_COLUMNS = {  # of a result: the column of each, and how it is written
     "peak MiB": ("process_peak_mib", ",.0f"),
 }
 MAX_WIDTH = 10_000  # characters of a line
-SORT_LAST = 2  # place of a run without a value
-DEFAULT_COLUMNS = ("run_dir", "status", "epochs", "seconds")  # facts that every table of runs shows
+SORT_LAST = 2  # rank of a run without a value
+DEFAULT_COLUMNS = ("run_dir", "status", "epochs", "seconds")  # keys that every table shows
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a run must say of one key."""
+    """A condition on the value of a key."""
 
     key: str
     operator: str
@@ -52,16 +52,16 @@ class Condition:
 
     @staticmethod
     def parse(text: str) -> "Condition":
-        """The condition that a person wrote.
+        """Parse KEY OP VALUE.
 
         Raises:
-            UserError: it is none; the line says how one looks.
+            UserError: invalid syntax; the line has an example.
         """
         match = re.fullmatch(r"([^=!<>~]+?)\s*(!=|>=|<=|[=><~])\s*(.*)", text, re.DOTALL)
         if match is None:
             raise UserError(
-                f"{text}: is no condition; write KEY OP VALUE in one word, OP one of = != > >= < <= ~, "
-                "in quotes, for the shell: 'test/accuracy>98%'"
+                f"{text}: invalid condition; write KEY OP VALUE without spaces, OP one of = != > >= < <= ~, "
+                "quoted for the shell: 'test/accuracy>98%'"
             )
         return Condition(*match.groups())
 
@@ -69,51 +69,52 @@ class Condition:
         return f"{self.key}{self.operator}{self.expected}"
 
     def matches(self, value: Any) -> bool:
-        """Whether it is true of this value. Numbers and texts have an order; all else is equal or is not."""
+        """Return whether the value satisfies it. Only numbers and strings are ordered."""
         if self.operator == "~":
             return value is not None and self.expected in to_text(value)
         if isinstance(value, str):
             return OPERATORS[self.operator](value, self.expected)
-        if is_number(value) and (wanted := parse_number(self.expected)) is not None:
-            return OPERATORS[self.operator](value, wanted)
+        if is_number(value) and (expected := parse_number(self.expected)) is not None:
+            return OPERATORS[self.operator](value, expected)
         if self.operator not in ("=", "!="):
             return False
         return OPERATORS[self.operator](to_text(value).replace(" ", ""), self.expected.replace(" ", ""))
 
     def check(self, known: Iterable[RunFields]) -> None:
-        """Nothing, if it can be true of a run.
+        """Check that it can hold for one of the runs.
 
         Raises:
-            UserError: numbers alone are compared with what is none.
+            UserError: the key has only numbers, but the expected value is not a number.
         """
         if self.operator == "~" or self.expected == "null" or parse_number(self.expected) is not None:
             return
         values = [run[self.key] for run in known if self.key in run]
         if values and all(map(is_number, values)):
             raise UserError(
-                f"{self}: {self.key} is a number, and {self.expected!r} is none; 98% is one, and so is 0.98"
+                f"{self}: {self.key} is a number, but {self.expected!r} is not; write a number such as "
+                "0.98 or 98%"
             )
 
 
 def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """The chosen runs as JSON values where they are asked for, else printed: the oldest first, or by a key.
+    """Return the selected runs as JSON values, or None if they are printed; oldest first, or sorted by a key.
 
     Raises:
-        UserError: a condition is none, no run has a key, or there are to be fewer runs than one.
+        UserError: a condition is invalid, no run has a key, or --limit is below 1.
     """
     conditions = [Condition.parse(text) for text in arguments.conditions]
     columns = arguments.columns.split(",") if arguments.columns is not None else []
     sort: list[str] = [] if arguments.sort is None else [arguments.sort]
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit}: must be at least 1")
-    known = [RunFields(folder, state, print_stderr) for folder, state in record.list_runs(print_stderr)]
+    known = [RunFields(run_dir, state, print_stderr) for run_dir, state in runs.list_runs(print_stderr)]
     keys = list(dict.fromkeys([*(each.key for each in conditions), *sort, *columns]))
     if known:
         check_keys(keys, known)
     for each in conditions:
         each.check(known)
-    chosen = [run for run in known if all(c.key in run and c.matches(run[c.key]) for c in conditions)]
-    chosen = sort_runs(chosen, arguments.sort, arguments.reverse)[: arguments.limit]
+    selected = [run for run in known if all(c.key in run and c.matches(run[c.key]) for c in conditions)]
+    selected = sort_runs(selected, arguments.sort, arguments.reverse)[: arguments.limit]
     if arguments.json:
         return [
             {
@@ -121,65 +122,65 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
                 **run.state,
                 "values": {key: finite_or_none(run[key]) for key in keys if key in run},
             }
-            for run in chosen
+            for run in selected
         ]
     outputs = root_dir() / "outputs"
     if not known:
-        get_console().print(f"no run in {outputs} yet", markup=False)
-    elif not chosen:
-        words = " and ".join(map(str, conditions))
-        get_console().print(f"none of {len(known):,} runs in {outputs}: {words}", markup=False)
+        get_console().print(f"no runs in {outputs} yet", markup=False)
+    elif not selected:
+        text = " and ".join(map(str, conditions))
+        get_console().print(f"none of the {len(known):,} runs in {outputs} matches {text}", markup=False)
     else:
-        _print_runs(chosen, [key for key in keys if key not in DEFAULT_COLUMNS])
+        _print_runs(selected, [key for key in keys if key not in DEFAULT_COLUMNS])
     return None
 
 
 def check_keys(keys: Iterable[str], known: Sequence[RunFields]) -> None:
-    """Nothing, if some run has each key, or may have it once it has ended.
+    """Check that each key exists in some run, or is a standard key of run.json.
 
     Raises:
-        UserError: a line for each key that no run has, with the nearest spelling.
+        UserError: a line for each unknown key, with the closest one.
     """
     lines = []
     for key in keys:
         if key in RUN_KEYS or any(key in run for run in known):
             continue
-        there = {name for run in known for name in run.all_keys()} | set(RUN_KEYS)
-        close = difflib.get_close_matches(key, sorted(there), n=1, cutoff=0.7)
-        known_are = f"known are the leaves of config.yaml, metrics, and {', '.join(RUN_KEYS)}"
-        hint = f"did you mean {close[0]}?" if close else known_are
-        lines.append(f"{key}: no run has such a key; {hint}")
+        all_keys = {name for run in known for name in run.all_keys()} | set(RUN_KEYS)
+        close = difflib.get_close_matches(key, sorted(all_keys), n=1, cutoff=0.7)
+        allowed = f"use a key of config.yaml, a metric, or one of {', '.join(RUN_KEYS)}"
+        hint = f"did you mean {close[0]}?" if close else allowed
+        lines.append(f"{key}: no run has this key; {hint}")
     if lines:
         raise UserError(*lines)
 
 
 def sort_runs(selected: Sequence[RunFields], sort: str | None, reverse: bool) -> list[RunFields]:
-    """By this key, else as they stand, by start; those that have no value come last in either direction."""
-    if sort is None or sort == "started":  # as texts, times of two zones have another order
+    """Sort by a key, or keep the order of their start. Runs without a value come last, also in reverse."""
+    if sort is None or sort == "started":  # strings of different time zones would sort in another order
         return list(reversed(selected)) if reverse else list(selected)
     ordered = sorted(selected, key=lambda run: _sort_key(run, sort), reverse=reverse)
     return sorted(ordered, key=lambda run: _sort_key(run, sort)[0] == SORT_LAST)
 
 
 def _sort_key(run: RunFields, key: str) -> tuple[int, Any]:
-    """Where a run stands by a key: numbers come before texts."""
+    """Return the sort key of a run: numbers before strings."""
     value = run.get(key)
-    if value is None or value != value:  # nan is not even equal to itself
+    if value is None or value != value:  # NaN
         return SORT_LAST, 0
     return (0, value) if is_number(value) else (1, to_text(value))
 
 
-def _print_runs(chosen: Sequence[RunFields], keys: Sequence[str]) -> None:
+def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
     table = Table("run", "status", *RESULT_COLUMNS, "MLflow id")
     for key in keys:
         table.add_column(Text(escape_unprintable(key)), justify="right")
-    for run in chosen:
+    for run in selected:
         result = run.state["result"] if isinstance(run.state["result"], dict) else {}
-        figures = ((result.get(key), form) for key, form in RESULT_COLUMNS.values())
+        results = ((result.get(key), spec) for key, spec in RESULT_COLUMNS.values())
         cells = (
             run.short_name,
             to_text(run["status"]),
-            *(format(value, form) if is_number(value) else "" for value, form in figures),
+            *(format(value, spec) if is_number(value) else "" for value, spec in results),
             to_text(run["run_id"] or "")[:8],
             *(format_value(key, run[key]) if key in run else "" for key in keys),
         )
@@ -188,7 +189,7 @@ def _print_runs(chosen: Sequence[RunFields], keys: Sequence[str]) -> None:
 
 
 def format_value(key: str, value: Any) -> str:
-    """A value as a table shows it: accuracies in per cent, MiB without fractions, texts as they are."""
+    """Format a value for a table: accuracies in percent, MiB without decimals, strings unchanged."""
     if not isinstance(value, float):
         return to_text(value)
     if not math.isfinite(value):
@@ -199,48 +200,48 @@ def format_value(key: str, value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number; true and false are none."""
+    """Return whether a value is a number; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_fraction(key: str) -> bool:
-    """Whether the numbers of this key are shares of a whole."""
+    """Return whether the values of this key are fractions, shown in percent."""
     return re.search(r"accuracy(_low|_high)?$", key) is not None
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a person wrote, 98% for 0.98; None if it is none."""
+    """Parse a number such as 0.98 or 98%; return None if it is not one."""
     try:
         return int(text)
     except ValueError:
         pass
     try:
-        # 97.3 / 100 would be another number than 0.973 in floats.
+        # Decimal, because 97.3 / 100 differs from 0.973 in floating point.
         return float(Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1))
     except ArithmeticError:
         return None
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value, or None for a number that JSON cannot write."""
+    """Return the value, or None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_text(value: Any) -> str:
-    """A value on one line: a text as it is, the rest as YAML and JSON both write it."""
+    """Return a value as one line: a string unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def print_stderr(line: str) -> None:
-    """The line on standard error."""
+    """Print a line to standard error."""
     print(escape_unprintable(line), file=sys.stderr)
 
 
 def print_table(table: Table) -> None:
-    """The table with nothing cut off: one that is wider than the terminal has no frame and long lines."""
+    """Print a table without truncation: one wider than the terminal has no frame and long lines."""
     out = get_console()
-    edge = out.width if out.is_terminal else MAX_WIDTH
+    width = out.width if out.is_terminal else MAX_WIDTH
     out.width = MAX_WIDTH
-    if out.measure(table).maximum > edge:
+    if out.measure(table).maximum > width:
         table.box, table.pad_edge = None, False
     out.print(table)

@@ -1,4 +1,4 @@
-"""What can be set (`schema`), and how it is read and checked (`loading`, `mistakes`)."""
+"""The config: its schema (`schema`, `train`, `gpu`), loading and validation (`loading`, `messages`)."""
 
 from captcha_exp.config.gpu import Bounds as Bounds
 from captcha_exp.config.gpu import GpuSpec as GpuSpec

@@ -1,8 +1,8 @@
-"""`load` types and checks, the same for a fresh config and for the file of an old run; `resolve` ends every
-`auto`.
+"""Load, validate and resolve configs.
 
-`load` reports all mistakes at once and never edits. Values are checked as JSON in pydantic's strict mode, so
-nothing is converted on the way: an alphabet that YAML has read as a number is refused, not turned into text.
+`load` validates a composed config or a saved file, reports all errors at once and changes nothing. Values are
+validated as JSON in pydantic's strict mode, without conversion: an alphabet that YAML parsed as a number is
+rejected, not converted to text. `resolve` replaces every `auto`.
 """
 
 import contextlib
@@ -31,20 +31,20 @@ _DATA_ADAPTER: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 @dataclass(frozen=True)
 class Machine:
-    """What `resolve` has to know of the machine."""
+    """What `resolve` needs to know about this machine."""
 
     devices: tuple[str, ...]
-    """every name that device.name may have here, the preferred one first"""
+    """valid values of device.name on this machine, preferred first"""
     num_cores: int
-    """cores that this process may use"""
+    """CPU cores that this process may use"""
     root: Path
-    """the folder in which outputs/ and mlruns/ stand"""
+    """directory that contains outputs/ and mlruns/"""
     unavailable_reason: Mapping[str, str]
-    """for device kinds that are not here: the likely reason"""
+    """device type -> likely reason why it is not available"""
     fastest_precision: Callable[[Config], Precision] = lambda _: "fp32"
-    """the answer to device.precision=auto, asked with all but the batch size resolved; who trains tries it"""
+    """resolves device.precision=auto, given a config in which only the batch size may be auto"""
     best_batch_size: Callable[[Config], int] | None = None
-    """the answer to train.batch_size=auto, asked with all else resolved; only who trains can find it out"""
+    """resolves train.batch_size=auto, given a config in which all else is resolved; None: not training"""
 
 
 def load(
@@ -52,54 +52,52 @@ def load(
     machine: Machine | None = None,
     raw_overrides: Mapping[str, str] | None = None,
 ) -> Config:
-    """A checked config, from a composed one or from the file of a run.
+    """Return the validated config of a composed config or a saved config file.
 
-    With a machine, device.name is checked against it too, so that all mistakes are reported together.
-    `written` holds values as a person typed them, by key, for the words of a mistake: YAML has made 100000.0
-    of a typed 1e5.
+    With a machine, device.name is checked against it too. `raw_overrides` maps keys to the values as typed on
+    the command line, which error messages quote: YAML turns 1e5 into 100000.0.
 
     Raises:
-        ConfigError: one line for each mistake: the key, the value, what is allowed.
+        ConfigError: the config is invalid; one line per error: the key, the value, the limits.
     """
     raw = _load_raw(source)
-    mistakes: list[str] = []
+    errors: list[str] = []
     config: Config | None = None
     try:
         config = _CONFIG_ADAPTER.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
     except ValidationError as error:
-        mistakes = format_errors(error, raw, _json_schema(), raw_overrides or {})
-    told = any(line.startswith("device.name") for line in mistakes)
-    if machine is not None and not told and (mistake := _device_error(raw, machine, raw_overrides or {})):
-        mistakes.append(mistake)
-    if mistakes or config is None:
-        raise ConfigError(*mistakes)
+        errors = format_errors(error, raw, _json_schema(), raw_overrides or {})
+    has_device_error = any(line.startswith("device.name") for line in errors)
+    if machine is not None and not has_device_error:
+        errors += filter(None, [_device_error(raw, machine, raw_overrides or {})])
+    if errors or config is None:
+        raise ConfigError(*errors)
     return config
 
 
 def load_gpu(path: Path) -> GpuSpec:
-    """The checked card of a card file.
+    """Return the validated specification in a GPU file.
 
     Raises:
-        ConfigError: one line for each mistake: the file, the key, the value, what is allowed.
+        ConfigError: the file is invalid; one line per error: the file, the key, the value, the limits.
     """
     raw = _load_raw(path)
     try:
         return _GPU_ADAPTER.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
     except ValidationError as error:
-        lines = format_errors(error, raw, _GPU_ADAPTER.json_schema(), {})
+        lines = format_errors(error, raw, _GPU_ADAPTER.json_schema(), {}, group="gpu.")
         raise ConfigError(*(f"{path}: {line}" for line in lines)) from None
 
 
 def resolve(config: Config, machine: Machine) -> Config:
-    """The config with a value in the place of every `auto`; the only place that decides them.
-
-    A relative data.path becomes absolute, so that the record means the same folder to whoever reads it.
+    """Replace every `auto` of a config by a value, and make data.path absolute.
 
     Raises:
-        ConfigError: the device is not on this machine, or data.path leads nowhere; the line says what.
+        ConfigError: the device is not available, data.path cannot be resolved, or train.batch_size=auto is
+            asked for outside of training; the line says what to change.
     """
-    if mistake := _device_error({"device": {"name": config.device.name}}, machine, {}):
-        raise ConfigError(mistake)
+    if error := _device_error({"device": {"name": config.device.name}}, machine, {}):
+        raise ConfigError(error)
     config = with_tracking_uri(config, machine.root)
     device, data = config.device, config.data
     if device.name == "auto":
@@ -111,7 +109,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     elif data.workers == "auto":
         data = dataclasses.replace(data, workers=machine.num_cores)
     train = config.train
-    if train.on_oom == "auto":  # a sweep has said "record" by now
+    if train.on_oom == "auto":  # a sweep has set "record" before
         train = dataclasses.replace(train, on_oom="fail")
     config = dataclasses.replace(config, device=device, data=data, train=train)
     if device.precision == "auto":
@@ -120,7 +118,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     if config.train.batch_size == "auto":
         if machine.best_batch_size is None:
             raise ConfigError(
-                "train.batch_size=auto: is measured on the device that trains, when it trains; write a number"
+                "train.batch_size=auto: can only be resolved by training on the device; set a number"
             )
         size, micro = machine.best_batch_size(config), config.train.micro_batch_size
         micro = None if micro is None or micro >= size else micro  # as in memory.plan.with_batch
@@ -130,7 +128,7 @@ def resolve(config: Config, machine: Machine) -> Config:
 
 
 def with_tracking_uri(config: Config, root: Path) -> Config:
-    """The config with the store that tracking.uri=auto is."""
+    """Replace tracking.uri=auto by the SQLite store below the root directory."""
     tracking = config.tracking
     if not isinstance(tracking, MlflowConfig) or tracking.uri != "auto":
         return config
@@ -139,10 +137,10 @@ def with_tracking_uri(config: Config, root: Path) -> Config:
 
 
 def _absolute(path: str) -> str:
-    """The whole path of the folder that data.path names.
+    """Return the absolute path of data.path.
 
     Raises:
-        ConfigError: it names a person that this machine does not know, or a link in a circle.
+        ConfigError: the path has an unknown ~user or a circular symbolic link.
     """
     try:
         return str(Path(path).expanduser().resolve())
@@ -151,18 +149,18 @@ def _absolute(path: str) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, as they are written to config.yaml; lists for tuples."""
+    """Convert a config to plain values as in config.yaml, with lists for tuples."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
 
 
 def to_yaml(config: Config) -> str:
-    """The text of config.yaml, in the order of the dataclasses."""
+    """Return the text of config.yaml, with keys in the order of the dataclasses."""
     return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(to_dict(config)))
 
 
 def gpu_to_yaml(gpu: GpuSpec) -> str:
-    """The text of a card file, in the order of the dataclass, a line for each value."""
+    """Return the text of a GPU file, with keys in the order of the dataclass and one value per line."""
     values = {
         key: {name: _drop_trailing_zero(inner) for name, inner in value.items()}
         if isinstance(value, dict)
@@ -174,17 +172,17 @@ def gpu_to_yaml(gpu: GpuSpec) -> str:
 
 
 def _drop_trailing_zero(value: Any) -> Any:
-    """A whole number without its `.0`, as a person writes it."""
+    """Convert a float that is a whole number to int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def data_from_json(text: str) -> DataConfig:
-    """The data group from JSON, as a drawing process receives it."""
+    """Return the validated data group of a JSON text, which a rendering process receives."""
     return _DATA_ADAPTER.validate_json(text)
 
 
 def flatten(config: Config) -> dict[str, str]:
-    """Every leaf as `group.key` -> text; a list is one leaf, written as YAML writes it on one line."""
+    """Return a flat dict of `group.key` -> text; a list is one value, in JSON."""
     return {key: _format_leaf(value) for key, value in _iter_leaves(to_dict(config))}
 
 
@@ -201,15 +199,19 @@ def _format_leaf(value: Any) -> str:
 
 
 def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
-    """Plain values of a composed config or of a file, with the types that YAML gave them."""
+    """Return the plain values of a composed config or a file, with the types that YAML gave them.
+
+    Raises:
+        ConfigError: the source cannot be read; the line says why.
+    """
     try:
         if isinstance(source, Path):
-            # A saved file is data: what looks like an interpolation in it is text and is never followed.
+            # A saved file is data: interpolations in it are text and are never resolved.
             return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(source), resolve=False)
         if isinstance(source, omegaconf.DictConfig):
             return _drop_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
     except FileNotFoundError:
-        raise ConfigError(f"{source}: there is no such file") from None
+        raise ConfigError(f"{source}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{source}: cannot be read as a config: {reason}") from None
@@ -221,10 +223,10 @@ def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
 
 @functools.cache
 def _json_schema() -> dict[str, Any]:
-    """What each key may be, as JSON schema, with the texts under the fields."""
+    """Return the JSON schema of the config, with a description for each field."""
     rules = _CONFIG_ADAPTER.json_schema()
     for name, rule in rules["$defs"].items():
-        # pydantic reads the texts of a class itself and forgets those of the classes that it extends.
+        # pydantic takes the descriptions of a class itself and omits those of its base classes.
         for base in getattr(schema, name).__mro__:
             for key, field in getattr(base, "__pydantic_fields__", {}).items():
                 if field.description:
@@ -233,30 +235,30 @@ def _json_schema() -> dict[str, Any]:
 
 
 def _drop_missing(node: Any) -> Any:
-    """Without the keys that are marked `???`: a value has still to be given."""
+    """Remove the keys marked `???`, which still need a value."""
     if isinstance(node, dict):
         return {key: _drop_missing(value) for key, value in node.items() if value != "???"}
     return node
 
 
 def with_gpu(config: omegaconf.DictConfig, path: Path, overrides: Mapping[str, Any]) -> omegaconf.DictConfig:
-    """A composed config with the card of a file, and then with these values, by their keys.
+    """Set the gpu group of a composed config to the content of a file, then apply overrides by key.
 
     Raises:
         ConfigError: the file cannot be read; the line says why.
     """
-    card = _load_raw(path)
+    gpu = _load_raw(path)
     with omegaconf.open_dict(config):
-        config.card = card
+        config.gpu = gpu
         for key, value in overrides.items():
-            # Where the file has a list and no group of keys; load says so.
+            # The file has a list instead of a group of keys; load reports that.
             with contextlib.suppress(TypeError, ValueError):
                 omegaconf.OmegaConf.update(config, key, value, force_add=True)
     return config
 
 
 def frozen_without(config: omegaconf.DictConfig, group: str) -> omegaconf.DictConfig:
-    """A composed config that cannot be changed any more, without one of its groups."""
+    """Remove a group from a composed config and make it read-only."""
     with omegaconf.open_dict(config):
         del config[group]
     omegaconf.OmegaConf.set_readonly(config, True)
@@ -264,6 +266,7 @@ def frozen_without(config: omegaconf.DictConfig, group: str) -> omegaconf.DictCo
 
 
 def _device_error(raw: Any, machine: Machine, raw_overrides: Mapping[str, str]) -> str | None:
+    """Return the error message if device.name is valid but not available on the machine."""
     try:
         name = raw["device"]["name"]
     except (KeyError, TypeError):
@@ -272,7 +275,7 @@ def _device_error(raw: Any, machine: Machine, raw_overrides: Mapping[str, str]) 
         return None
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
-        return None  # not a device name at all: the schema says so
-    here = ", ".join(["auto", *machine.devices])
+        return None  # not a device name: the schema reports that
+    available = ", ".join(["auto", *machine.devices])
     reason = machine.unavailable_reason.get(kind, f"this machine has no {name}")
-    return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available here: {here}"
+    return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available: {available}"

@@ -1,4 +1,7 @@
-"""Mistakes of a config in words: the key, the value, what is allowed, the nearest spelling."""
+"""Error messages of a config: the key, the value, the valid values, the closest valid key.
+
+Keys, values and files of conf/ that were renamed are answered with their new names.
+"""
 
 import difflib
 import json
@@ -7,22 +10,63 @@ from typing import Any
 
 from pydantic import ValidationError
 
+RENAMED_KEYS = {  # old key or group -> new one
+    "card": "gpu",
+    "gpu.others_mib": "gpu.other_processes_mib",
+    "gpu.fp16_speed": "gpu.fp16_speedup",
+    "gpu.bf16_speed": "gpu.bf16_speedup",
+    "data.pattern": "data.filename_pattern",
+    "data.on_bad": "data.on_invalid",
+    "device.resident_limit_mib": "device.preload_limit_mib",
+    "sweep.train_unfit": "sweep.run_over_budget",
+    "augment.shift": "augment.translate",
+    "augment.slant": "augment.shear",
+    "augment.warp": "augment.elastic",
+    "augment.colour": "augment.color_jitter",
+    "augment.invert": "augment.invert_p",
+    "augment.ramp": "augment.warmup_fraction",
+    "train.evaluation_batch_size": "train.eval_batch_size",
+    "train.optimizer_kernel": "train.optimizer_impl",
+    "train.stop_after_minutes": "train.max_minutes",
+    "train.chance_after_steps": "train.sanity_check_steps",
+}
+RENAMED_BOUNDS = {"least": "min", "most": "max"}  # last part of the keys of a GPU's figures
+RENAMED_VALUES = {  # (key or group, old value or file of conf/) -> new one
+    ("train.optimizer_impl", "loop"): "for_loop",
+    ("data.on_invalid", "refuse"): "error",
+    ("train", "few"): "small_data",
+    ("train", "constant"): "constant_lr",
+}
+
 
 def format_errors(
-    error: ValidationError, raw: Any, schema: dict[str, Any], raw_overrides: Mapping[str, str]
+    error: ValidationError,
+    raw: Any,
+    schema: dict[str, Any],
+    raw_overrides: Mapping[str, str],
+    group: str = "",
 ) -> list[str]:
-    """One line for each key that has a mistake: the key, the value as it was written, what is allowed."""
+    """Return one line per invalid key: the key, the value as it was written, the valid values.
+
+    `group` is the prefix of the keys of `raw` in the whole config, as in "gpu." for a GPU file.
+    """
     known = sorted(set(_schema_keys(schema, schema)))
     lines: dict[str, str] = {}
+    missing: set[str] = set()
+    renamed_keys: set[str] = set()
     for item in error.errors(include_url=False):
         path, value, rule = _locate(item["loc"], raw, schema)
         key = ".".join(path)
         shown = key if isinstance(value, Mapping) else f"{key}={format_raw_value(key, value, raw_overrides)}"
         match item["type"]:
             case "missing":
+                missing.add(key)
                 line = f"{key}: is missing; write {_describe_allowed(rule, schema)}"
+            case _ if new_name := renamed(group + key, value):
+                renamed_keys.add(_new_key(group + key).removeprefix(group))
+                line = f"{shown}: was renamed to {new_name.removeprefix(group)}"
             case "unexpected_keyword_argument":
-                line = f"{shown}: there is no such key; {_closest_key(path, known)}"
+                line = f"{shown}: unknown key; {_closest_key(path, known)}"
             case "secret":
                 line = f"{key}: {item['msg']}"  # without the value: terminals are logged
             case "value_error":
@@ -36,18 +80,42 @@ def format_errors(
             case _:
                 line = f"{shown}: must be {_describe_allowed(rule, schema)}{_yaml_hint(value, rule)}"
         lines.setdefault(key, line)
+    for key in missing & renamed_keys:  # present under its old name
+        del lines[key]
     return list(lines.values())
 
 
+def renamed(key: str, value: Any) -> str | None:
+    """Return the new name of a key, value or file of an earlier version as KEY or KEY=VALUE.
+
+    Return None if neither the key nor the value was renamed.
+    """
+    new_key = _new_key(key)
+    if isinstance(value, str) and (new_key, value) in RENAMED_VALUES:
+        return f"{new_key}={RENAMED_VALUES[new_key, value]}"
+    return None if new_key == key else new_key
+
+
+def _new_key(key: str) -> str:
+    """Replace each part of a key that was renamed."""
+    parts: list[str] = []
+    for part in key.split("."):
+        name = ".".join([*parts, part])
+        parts = RENAMED_KEYS.get(name, name).split(".")
+    if parts[0] == "gpu" and len(parts) == 3:
+        parts[2] = RENAMED_BOUNDS.get(parts[2], parts[2])
+    return ".".join(parts)
+
+
 def format_raw_value(key: str, value: Any, raw_overrides: Mapping[str, str]) -> str:
-    """The value as the person wrote it on the command line, else as YAML would write it."""
+    """Return a value as typed on the command line, else as JSON."""
     return raw_overrides[key] if key in raw_overrides else json.dumps(value, ensure_ascii=False, default=repr)
 
 
 def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tuple[list[str], Any, Any]:
-    """The key's path, its value in the raw config, and its part of the schema.
+    """Return the path of the key, its value in the raw config, and its part of the schema.
 
-    pydantic puts the tags of unions into the location; they are not part of the key.
+    pydantic adds the tags of unions to the location; they are not part of the key.
     """
     path: list[str] = []
     value, rule = raw, schema
@@ -56,7 +124,7 @@ def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tup
         if "discriminator" in rule and part in rule["discriminator"]["mapping"]:
             rule = {"$ref": rule["discriminator"]["mapping"][part]}
         elif isinstance(part, int) or "properties" not in rule:
-            break  # inside a list or a union of plain values: the key as a whole is meant
+            break  # inside a list or a union of plain values: report the whole key
         else:
             path.append(str(part))
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -72,12 +140,13 @@ def _deref(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_null(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The group of keys in a rule that also allows null."""
+    """Return the group of keys in a rule that also allows null, else the rule."""
     groups = [_deref(choice, schema) for choice in rule.get("anyOf", [])]
     return next((group for group in groups if "properties" in group), rule)
 
 
 def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield every key of the schema as `group.key`."""
     rule = _drop_null(_deref(rule, schema), schema)
     for choice in rule.get("oneOf", []):
         yield from _schema_keys(choice, schema, prefix)
@@ -87,25 +156,25 @@ def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "")
 
 
 def _closest_key(path: list[str], known: list[str]) -> str:
-    """The most similar key: first among its neighbours, then anywhere."""
+    """Return a hint with the most similar key, first in the same group, then anywhere."""
     group = ".".join(path[:-1])
-    known = [key for key in known if key != ".".join(path)]  # a key of another choice of this group
-    neighbours = [key for key in known if key.rpartition(".")[0] == group]
-    for candidates in (neighbours, known):
+    known = [key for key in known if key != ".".join(path)]  # valid only with another choice of this group
+    siblings = [key for key in known if key.rpartition(".")[0] == group]
+    for candidates in (siblings, known):
         names = {key.rpartition(".")[2]: key for key in candidates}
         if close := difflib.get_close_matches(path[-1], names, n=1, cutoff=0.7):
             return f"did you mean {names[close[0]]}?"
-    return f"known are {', '.join(neighbours or known)}"
+    return f"valid keys: {', '.join(siblings or known)}"
 
 
 def _describe_allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
-    """What a schema allows, in words."""
-    text = " ".join(rule.get("description", "").split())  # in the code it may take two lines
+    """Describe the values that a schema allows."""
+    text = " ".join(rule.get("description", "").split())  # the field's description may span two lines
     meaning = f" ({text})" if text and "type" in rule else ""
     for union in ("anyOf", "oneOf"):
         if union in rule:
-            words = " or ".join(_describe_allowed(_deref(choice, schema), schema) for choice in rule[union])
-            return f"{words} ({text})" if text else words
+            choices = " or ".join(_describe_allowed(_deref(choice, schema), schema) for choice in rule[union])
+            return f"{choices} ({text})" if text else choices
     if "const" in rule:
         return str(rule["const"]) + meaning
     if "enum" in rule:
@@ -119,14 +188,14 @@ def _describe_allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
         "null": "null",
     }.get(rule.get("type", ""), "a group of keys")
     limits = [
-        f"{words} {rule[limit]}"
-        for limit, words in (
+        f"{phrase} {rule[limit]}"
+        for limit, phrase in (
             ("minimum", "at least"),
             ("exclusiveMinimum", "above"),
             ("maximum", "at most"),
             ("exclusiveMaximum", "below"),
-            ("minItems", "entries at least"),
-            ("maxItems", "entries at most"),
+            ("minItems", "minimum length"),
+            ("maxItems", "maximum length"),
         )
         if limit in rule
     ]
@@ -136,9 +205,10 @@ def _describe_allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _yaml_hint(value: Any, rule: dict[str, Any]) -> str:
+    """Return a hint to quote a text that YAML parsed as another type, else an empty string."""
     if rule.get("type") == "string" and isinstance(value, bool | int | float):
         return (
-            f"; YAML has read {type(value).__name__} {value!r}: put the text into quotes, "
-            "in a file as '0123', on a command line as \"key='0123'\""
+            f"; YAML parsed it as {type(value).__name__} {value!r}: quote the text, "
+            "in a file as '0123', on the command line as \"key='0123'\""
         )
     return ""

@@ -1,8 +1,7 @@
-"""What can be set: one dataclass per group of conf/, each field with its unit, meaning and limits.
+"""The config schema: one dataclass per group of conf/, each field with its unit, meaning and limits.
 
-Numbers are written in conf/, never here: a field has a default only when it was added after a release, and
-then the default is the old behaviour. The text under a field is part of the answer to whoever writes
-something else there.
+Values are set in conf/, not here: a field has a default only if it was added after a release, and then the
+default keeps the old behavior. The text below a field is its description, which error messages show.
 """
 
 import re
@@ -14,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from captcha_exp.config.gpu import STRICT, GpuSpec
-from captcha_exp.config.gpu import Bounds as Bounds  # found here by its name, as all of the schema
+from captcha_exp.config.gpu import Bounds as Bounds  # imported from here by name, like all of the schema
 from captcha_exp.config.train import AugmentConfig, Auto, Fraction, TrainConfig
 from captcha_exp.config.validators import alphabet_error
 
@@ -24,118 +23,119 @@ Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class CaptchaConfig:
-    """What a picture looks like to the network, and what can stand in it."""
+    """Size of the images that the network receives, and the labels in them."""
 
     width: Annotated[int, Field(ge=16, le=2048)]
     """pixels, after the resize"""
     height: Annotated[int, Field(ge=16, le=2048)]
     """pixels, after the resize"""
     channels: Literal[1, 3]
-    """1 for grey, 3 for RGB"""
+    """1 for grayscale, 3 for RGB"""
     alphabet: str
-    """the characters, in class order, each once"""
+    """the characters in class order, each once"""
     length: Annotated[int, Field(ge=1, le=32)]
     """characters in a label"""
     case: Literal["fold", "keep"]
-    """fold: a letter of a label that the alphabet has in the other case alone is taken for that one; keep: no
-    letter is taken for another"""
+    """fold: convert letters of labels to the other case if the alphabet has only that one; keep: labels are
+    case-sensitive"""
 
     @field_validator("alphabet")
     @classmethod
     def _check_alphabet(cls, value: str) -> str:
-        if mistake := alphabet_error(value):
-            raise ValueError(mistake)
+        if error := alphabet_error(value):
+            raise ValueError(error)
         return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class BaseDataConfig:
-    """What every source of pictures has."""
+    """Options of every data source."""
 
     source: str
-    """which source it is"""
+    """data source"""
     validation_fraction: Fraction
-    """share of the labels whose pictures choose the best epoch"""
+    """fraction of the labels in the validation split, which selects the best epoch"""
     test_fraction: Fraction
-    """share of the labels whose pictures are looked at once, at the end"""
+    """fraction of the labels in the test split, which is evaluated once, at the end"""
     split_seed: Seed
-    """another number is another split"""
+    """seed of the split"""
     cache: str
-    """folder of the prepared pictures; a relative one stands beside outputs/"""
+    """directory of the cached images; a relative path is relative to the directory of outputs/"""
 
     @model_validator(mode="after")
     def _check_fractions(self) -> "BaseDataConfig":
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} "
-                "leave nothing to train on: their sum must be below 1"
+                "leave no training split: their sum must be below 1"
             )
         return self
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class BaseGeneratorConfig(BaseDataConfig):
-    """Pictures that a generator draws."""
+    """Options of every captcha generator."""
 
     count: Annotated[int, Field(ge=1, le=100_000_000)]
-    """images"""
+    """number of images"""
     seed: Seed
-    """another number is another set of pictures"""
+    """seed of the generated images"""
     width: Annotated[int, Field(ge=16, le=4096)]
-    """pixels, as drawn"""
+    """pixels, as rendered"""
     height: Annotated[int, Field(ge=16, le=4096)]
-    """pixels, as drawn"""
+    """pixels, as rendered"""
     fonts: tuple[str, ...]
-    """font files: a path, or the name of a free font that matplotlib brings; none for the generator's own"""
+    """font files: a path or the name of a font shipped with matplotlib; [] for the generator's own fonts"""
     workers: Annotated[int, Field(ge=1, le=1024)] | Auto
-    """drawing processes; the pictures do not depend on it"""
+    """number of rendering processes; does not affect the images"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class CaptchaLibraryConfig(BaseGeneratorConfig):
-    """Pictures of the PyPI package `captcha`."""
+    """The generator of the PyPI package `captcha`."""
 
     source: Literal["captcha"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class WheezyLibraryConfig(BaseGeneratorConfig):
-    """Pictures of the PyPI package `wheezy.captcha`."""
+    """The generator of the PyPI package `wheezy.captcha`."""
 
     source: Literal["wheezy"]
     font_sizes: Annotated[tuple[Annotated[int, Field(ge=8, le=512)], ...], Field(min_length=1)]
-    """pixels; each character takes one of them"""
+    """pixels; one is chosen per character"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class ArticleConfig(BaseGeneratorConfig):
-    """Pictures after the recipe of those that the article reads."""
+    """A generator of images like those of the article."""
 
     source: Literal["article"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class FolderConfig(BaseDataConfig):
-    """A folder of labelled pictures, and those in the folders inside it."""
+    """A folder of labeled images, including its subfolders."""
 
-    source: Literal["run_dir"]
+    source: Literal["folder"]
     path: Annotated[str, Field(min_length=1)]
-    """the folder; a relative one is looked for in the working directory"""
+    """path of the folder; a relative path is relative to the working directory"""
     labels: str | None
-    """names: in the file names; or a file in the folder, .csv, .tsv or .jsonl; null: labels.csv, .tsv or
-    .jsonl if one is there, else the names"""
+    """names: labels are in the file names; or a .csv, .tsv or .jsonl file in the folder; null: labels.csv,
+    .tsv or .jsonl if it exists, else the file names"""
     filename_pattern: str
-    """regular expression of a whole file name without its ending; its group (?P<label>...) is the label"""
+    """regular expression that matches a whole file name without its suffix; the group (?P<label>...) is the
+    label"""
     on_invalid: Literal["error", "skip"]
-    """what pictures that cannot be used do: refuse the run, or stay out of it"""
+    """what to do about images that cannot be used: report them as an error, or skip them with a warning"""
 
-    @field_validator("pattern")
+    @field_validator("filename_pattern")
     @classmethod
     def _check_filename_pattern(cls, value: str) -> str:
         try:
             groups = re.compile(value).groupindex
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+            raise ValueError(f"invalid regular expression: {error}") from None
         if "label" not in groups:
             raise ValueError("must have a group named label, as in (?P<label>.+)")
         return value
@@ -154,18 +154,18 @@ DataConfig: TypeAlias = Annotated[GeneratorConfig | FolderConfig, Field(discrimi
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class BaseModelConfig:
-    """What every network has."""
+    """Options of every network."""
 
     name: str
-    """which network it is"""
+    """network"""
     head: Literal["position", "grouped_softmax"]
-    """how features become characters: cross entropy per position, or the article's grouped softmax with
-    BCE"""
+    """classification head and loss: a classifier per position with cross entropy, or the article's grouped
+    softmax with binary cross entropy"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class CompactConfig(BaseModelConfig):
-    """The small network of this project."""
+    """A small residual network."""
 
     name: Literal["compact"]
     channels: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=2, max_length=4)]
@@ -174,7 +174,7 @@ class CompactConfig(BaseModelConfig):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class ResNet18Config(BaseModelConfig):
-    """The article's network."""
+    """ResNet-18, the network of the article."""
 
     name: Literal["resnet18"]
 
@@ -184,37 +184,37 @@ ModelConfig: TypeAlias = Annotated[CompactConfig | ResNet18Config, Field(discrim
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class DeviceConfig:
-    """The machine that trains."""
+    """Device, precision and memory limits."""
 
     name: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
-    """auto, cpu, mps, cuda, cuda:1 ...; auto takes a CUDA card, else mps, else the CPU"""
+    """auto, cpu, mps, cuda, cuda:1 ...; auto: cuda if available, else mps, else cpu"""
     precision: Precision | Auto
-    """numbers inside the network; weights and loss are always fp32; auto takes the fastest whose numbers one
-    checked step shows to be right on the device"""
+    """precision of autocast inside the network; weights and loss are always fp32; auto: the fastest with
+    correct results in a test step on the device"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto
-    """threads of the CPU's arithmetic; auto takes every core that the process may use"""
+    """number of CPU threads of torch; auto: every physical core that the process may use"""
     preload_limit_mib: Annotated[int, Field(ge=0)]
-    """MiB; a split up to this size lives on the device, a larger one is sent batch by batch"""
+    """MiB; a split up to this size is kept on the device, a larger one is copied batch by batch"""
     vram_budget_mib: Annotated[int, Field(ge=1)] | None
-    """MiB of a graphics card that the whole process may take: a CUDA card refuses more, and a plan is held
-    against it; null is all that the card has"""
+    """MiB of GPU memory that the process may use: enforced on CUDA, and the budget of memory plans; null: all
+    of the GPU's memory"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SweepConfig:
-    """What `train -m` does with its points."""
+    """Options of `train -m`."""
 
     run_over_budget: bool
-    """without a CUDA card: train what does not fit device.vram_budget_mib too, rather than only record it"""
+    """without a CUDA GPU: train jobs predicted to exceed device.vram_budget_mib instead of skipping them"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class MlflowConfig:
-    """A record in MLflow, beside the one in the run's folder."""
+    """Tracking in MLflow, in addition to the run directory."""
 
     backend: Literal["mlflow"]
     uri: str
-    """the tracking store; auto is SQLite in mlruns/ beside outputs/"""
+    """tracking URI; auto: SQLite in mlruns/ next to outputs/"""
     experiment: Annotated[str, Field(min_length=1)]
     """name of the MLflow experiment"""
 
@@ -231,19 +231,19 @@ class MlflowConfig:
         if secret:
             raise PydanticCustomError(
                 "secret",
-                "a secret must not get into the record of a run; give it by the environment "
+                "must not contain a secret, which would be saved with the run; pass it in the environment "
                 "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)",
             )
         if parts.scheme == "file" or (value != "auto" and "://" not in value):
             raise ValueError(
-                "MLflow keeps no runs in plain folders any more; write auto, sqlite:///PATH or http://HOST"
+                "MLflow no longer supports plain directories; write auto, sqlite:///PATH or http://HOST"
             )
         return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class NoTrackingConfig:
-    """The run's folder is the only record."""
+    """No tracking: only the run directory is written."""
 
     backend: Literal["none"]
 
@@ -253,12 +253,12 @@ TrackingConfig: TypeAlias = Annotated[MlflowConfig | NoTrackingConfig, Field(dis
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Config:
-    """Everything that a run is."""
+    """The complete config of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-    """letters, digits and _.- ; part of the run's folder name"""
+    """letters, digits and _.- ; part of the name of the run directory"""
     seed: Seed
-    """of the weights and of the order of the batches"""
+    """seed of weight initialization, data order and augmentation"""
     captcha: CaptchaConfig
     data: DataConfig
     model: ModelConfig

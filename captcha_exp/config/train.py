@@ -1,4 +1,4 @@
-"""What can be set about a training: how pictures are changed, and in which steps it goes."""
+"""The `augment` and `train` groups of the config schema."""
 
 import re
 from typing import Annotated, Literal, TypeAlias
@@ -13,92 +13,93 @@ Auto: TypeAlias = Literal["auto"]
 BatchSize: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 
 CHECKPOINT_EVERY_PATTERN = re.compile(r"([1-9][0-9]{0,8}) (step|epoch|minute)s?")
-"""train.checkpoint_every: how many, of what"""
+"""format of train.checkpoint_every: a number and a unit"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class AugmentConfig:
-    """How far a training picture may go from itself; even between minus and plus, and 0 is off."""
+    """Random changes of training images; each is uniform in [-value, value], and 0 disables it."""
 
     translate: Fraction
-    """share of the height by which a picture moves, right or left and down or up"""
+    """fraction of the height by which an image is moved, horizontally and vertically"""
     scale: Fraction
-    """share by which it gets wider or narrower, and on its own taller or lower"""
+    """fraction by which width and height are stretched or shrunk, independently"""
     rotate: Annotated[float, Field(ge=0, le=180)]
-    """degrees, either way"""
+    """degrees of rotation, in either direction"""
     shear: Annotated[float, Field(ge=0, le=60)]
-    """degrees by which what stands upright leans"""
+    """degrees of horizontal shear"""
     elastic: Fraction
-    """share of the height by which each of 3 by 5 points is pulled, with all that lies between them"""
+    """fraction of the height by which each point of a 3 by 5 grid is moved; interpolated in between"""
     color_jitter: Fraction
-    """share by which contrast changes, and of 255 by which brightness does, in each channel on its own"""
+    """relative change of contrast, and change of brightness as a fraction of 255, per channel"""
     invert_p: Annotated[float, Field(ge=0, le=1)]
-    """share of the pictures that become their own negative"""
+    """probability that an image is inverted"""
     warmup_fraction: Fraction
-    """share of the epochs in which all of this grows from nothing to what is written here"""
+    """fraction of the epochs over which all of these grow linearly from 0 to their values"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, in which steps, and with what."""
+    """Optimization: batches, duration, optimizer, schedule, checkpoints."""
 
     batch_size: BatchSize | Auto
-    """pictures in one training step; auto measures on the device that trains: the smallest that fits and
-    comes near the most pictures per second"""
+    """images per optimizer step; auto measures on the training device and takes the smallest size that fits
+    and comes close to the highest images per second"""
     micro_batch_size: BatchSize | None
-    """pictures that pass through the network at a time, where a whole batch takes too much memory: the
-    gradients of a batch are added up, its batch norms see one such part alone; null: all of the batch"""
+    """images per forward and backward pass, for batches that do not fit in memory: gradients are accumulated,
+    and batch norm uses the statistics of each micro-batch; null: the whole batch"""
     activation_checkpointing: bool
-    """keep what enters each block of the network and compute what lies inside again in the backward pass:
-    less memory, a third more work, the same numbers"""
+    """store only the input of each block and recompute its activations in the backward pass: less memory,
+    about a third more compute, identical results"""
     eval_batch_size: BatchSize
-    """pictures in one step of an evaluation"""
+    """images per evaluation step"""
     epochs: Annotated[int, Field(ge=1, le=1_000_000)]
-    """passes over the training split, at most"""
+    """maximum number of passes over the training split"""
     patience: Annotated[int, Field(ge=1)] | None
-    """epochs without a better validation accuracy that are borne, one more stops; null never stops early"""
+    """epochs without improvement of the validation accuracy before stopping early: stops after more than this
+    many, as in the article (Keras and Lightning stop at this many); null disables early stopping"""
     optimizer: Literal["adam", "adamw", "sgd"]
-    """sgd has Nesterov momentum 0.9"""
+    """sgd uses Nesterov momentum 0.9"""
     optimizer_impl: Literal["fused", "foreach", "for_loop"]
-    """torch's ways to do the step: fused is the fastest and takes no memory of its own; foreach and loop copy
-    weights and state in each step"""
+    """implementation of the optimizer step in torch: fused is the fastest and needs no extra memory; foreach
+    and for_loop need temporary copies of weights and state"""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """at the peak of the schedule"""
+    """learning rate at the peak of the schedule"""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """on weights of two and more axes, not on biases and batch norms"""
+    """applied to weights with two or more dimensions, not to biases and batch norms"""
     schedule: Literal["constant", "onecycle"]
-    """onecycle climbs linearly to the peak and falls linearly to zero at the last step"""
+    """onecycle rises linearly to the peak and falls linearly to zero at the last step"""
     warmup_fraction: Fraction
-    """share of all steps in which onecycle climbs"""
+    """fraction of all steps in which onecycle rises"""
     label_smoothing: Fraction
-    """share of each target that is spread over all classes; in the training loss alone"""
+    """fraction of each target that is spread over all classes; training loss only"""
     deterministic: bool
-    """the same seed gives the same bits on the same kind of machine"""
+    """use deterministic algorithms: the same seed gives bitwise identical results on the same hardware"""
     checkpoint_every: str | None
-    """how often all that a training has reached is saved, so that an interrupted one goes on from there:
-    500 steps, 1 epoch, 10 minutes, or the like; null: when it is asked to stop, and at its end"""
+    """how often a checkpoint is saved from which an interrupted run resumes, such as 500 steps, 1 epoch or
+    10 minutes; null: only when the run is stopped, and at its end"""
     max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
-    """minutes after which it saves and ends, KILLED, to be gone on with by the next call: for machines that
-    are lent for a time; null is no limit"""
+    """minutes after which the run saves a checkpoint and stops as KILLED; the same command resumes it; null:
+    no limit"""
     sanity_check_steps: Annotated[int, Field(ge=1)]
-    """steps after which characters that are still read at chance are reported as trouble"""
+    """steps after which a training accuracy still at chance level is reported"""
     on_oom: Literal["record", "split", "fail"] | Auto
-    """what too little memory is. record: a result of the run; split: a reason to start again with half the
-    micro-batch, or half the evaluation batch, in a fresh process; fail: a failure; auto: a result in a sweep,
-    else a failure"""
+    """what to do when memory runs out. record: save it as the result of the run; split: restart in a new
+    process with half the micro-batch or evaluation batch; fail: fail the run; auto: record in a sweep, else
+    fail"""
 
     @field_validator("checkpoint_every")
     @classmethod
     def _check_checkpoint_every(cls, value: str | None) -> str | None:
         if value is not None and not CHECKPOINT_EVERY_PATTERN.fullmatch(value):
-            raise ValueError("must be a whole number of steps, epochs or minutes, as in 500 steps, or null")
+            raise ValueError("must be a whole number of steps, epochs or minutes, such as 500 steps, or null")
         return value
 
     @model_validator(mode="after")
     def _check_micro_batch_size(self) -> "TrainConfig":
-        micro, whole = self.micro_batch_size, self.batch_size
-        if micro is not None and whole != "auto" and micro > whole:
+        micro, batch = self.micro_batch_size, self.batch_size
+        if micro is not None and batch != "auto" and micro > batch:
             raise ValueError(
-                f"micro_batch_size={micro} is more than batch_size={whole}: no part is more than all"
+                f"micro_batch_size={micro} is greater than batch_size={batch}; it must be at most batch_size"
             )
         return self

@@ -1,5 +1,7 @@
-"""Text <-> class ids. The order of the alphabet is the order of the classes, and part of every trained
-model."""
+"""Conversion between labels and class ids.
+
+The order of the alphabet is the order of the classes, and part of every trained model.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,31 +11,31 @@ from captcha_exp.config.validators import alphabet_error
 
 @dataclass(frozen=True)
 class Alphabet:
-    """The characters of the labels, in class order: the class id of `characters[k]` is k."""
+    """The characters of the labels in class order: `characters[k]` has class id k."""
 
     characters: str
 
     def __post_init__(self) -> None:
-        if mistake := alphabet_error(self.characters):
-            raise ValueError(f"alphabet {self.characters!r}: {mistake}")
+        if error := alphabet_error(self.characters):
+            raise ValueError(f"alphabet {self.characters!r}: {error}")
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> list[int]:
-        """Class ids of a text.
+        """Convert a text to class ids.
 
         Raises:
-            ValueError: a character is not in the alphabet; add it to captcha.alphabet, or mend the label.
+            ValueError: a character is not in the alphabet; add it to captcha.alphabet, or fix the label.
         """
         ids = [self.characters.find(character) for character in text]
         if -1 in ids:
-            stranger = text[ids.index(-1)]
-            raise ValueError(f"{stranger!r} in {text!r} is not in the alphabet {self.characters!r}")
+            unknown = text[ids.index(-1)]
+            raise ValueError(f"{unknown!r} in {text!r} is not in the alphabet {self.characters!r}")
         return ids
 
     def fold_case(self, text: str) -> str:
-        """The text with each letter that the alphabet has in the other case alone in that case."""
+        """Convert each letter to the other case if the alphabet has only that one."""
         return "".join(
             c
             if c in self.characters
@@ -42,5 +44,5 @@ class Alphabet:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that the class ids spell."""
+        """Convert class ids to text."""
         return "".join(self.characters[k] for k in ids)

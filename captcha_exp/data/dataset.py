@@ -1,11 +1,8 @@
-"""The pictures of a run: one compact uint8 array, prepared once, split without leaks, handed out in batches.
+"""Datasets: images in one uint8 tensor, cached in a file, split by label, and iterated in batches.
 
-The cache file is named by a hash of everything that made it, so another size, alphabet or version of the
-generator is another file, and the same question finds the same one. It is written once, by one process while
-others wait, checked by its SHA-256 and mapped into memory. Normalising happens on the device, per batch: a
-picture is bytes here.
-
-Which split a picture belongs to is decided in `splits`.
+The name of the cache file is a hash of everything that the images depend on: size, alphabet, generator and
+its version. It is written once, under a file lock, verified by its SHA-256 and memory-mapped. Images are
+normalized on the device, per batch.
 """
 
 import hashlib
@@ -33,25 +30,25 @@ from captcha_exp.runtime.console import Display, escape_unprintable
 from captcha_exp.runtime.files import sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
-CACHE_FORMAT_VERSION = 3  # of the cache file; raised when it would hold something else for the same question
-MAX_REJECTED_SHOWN = 50  # rows of the table of pictures that cannot be used
+CACHE_FORMAT_VERSION = 4  # raised when the cache file of the same config would have other content
+MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
 
 
 class Batch(NamedTuple):
-    """Pictures on the device, and which they are."""
+    """A batch of images on the device."""
 
     images: Tensor  # (B, H, W, C) uint8
     targets: Tensor  # (B, T) int64, class ids
-    indices: Tensor  # (B,) int64, numbers of the pictures in the dataset
+    indices: Tensor  # (B,) int64, indices of the images in the dataset
 
     def micro_batches(self, size: int) -> "Iterator[Batch]":
-        """The batch in parts of this size; the last one takes what is left."""
+        """Split the batch into micro-batches of this size; the last one may be smaller."""
         for start in range(0, self.indices.shape[0], size):
             yield Batch(*(part[start : start + size] for part in self))
 
 
 def random_batch(config: Config, size: int, device: torch.device) -> Batch:
-    """Pictures of noise with labels of noise: for what does not depend on what they show."""
+    """Return a batch of random images and labels, for measurements that do not depend on the content."""
     captcha = config.captcha
     generator = torch.Generator().manual_seed(seeding.derive_seed(config.seed, "probe"))
     shape = (size, captcha.height, captcha.width, captcha.channels)
@@ -62,63 +59,62 @@ def random_batch(config: Config, size: int, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the split."""
+    """One split of a dataset."""
 
     images: Tensor  # (N, H, W, C) uint8
     targets: Tensor  # (N, T) int64
-    indices: Tensor  # (N,) int64, numbers of the pictures in the dataset
+    indices: Tensor  # (N,) int64, indices of the images in the dataset
     device: torch.device
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """The pictures of this order (n,), else all as they stand; the last batch takes what is left."""
+        """Yield batches in the given order (n,), else in dataset order; the last one may be smaller."""
         for start in range(0, len(self) if order is None else len(order), size):
             if order is None:
-                images, targets, rows = (
+                images, targets, indices = (
                     x[start : start + size] for x in (self.images, self.targets, self.indices)
                 )
             else:
-                chosen = order[start : start + size]
-                images, targets, rows = self.images[chosen], self.targets[chosen], self.indices[chosen]
-            yield Batch(*map(self._to_device, (images, targets, rows)))
+                rows = order[start : start + size]
+                images, targets, indices = self.images[rows], self.targets[rows], self.indices[rows]
+            yield Batch(*map(self._to_device, (images, targets, indices)))
 
     def _to_device(self, part: Tensor) -> Tensor:
-        if (
-            self.device.type == "cuda" and part.is_cpu
-        ):  # "cuda" is not equal to "cuda:0", where resident parts are
-            part = part.pin_memory()  # from there the copy runs beside the step
+        # Compare types: "cuda" != "cuda:0", the device of preloaded splits.
+        if self.device.type == "cuda" and part.is_cpu:
+            part = part.pin_memory()  # the copy then overlaps with the step
         return part.to(self.device, non_blocking=True)
 
     def permutation(self, seed: int, epoch: int) -> Tensor:
-        """(N,) int64, another order for each epoch, the same for the same seed."""
+        """Return the (N,) int64 order of an epoch, a function of seed and epoch."""
         generator = torch.Generator().manual_seed(seeding.derive_seed(seed, "order", epoch))
         return torch.randperm(len(self), generator=generator).to(self.indices.device)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All pictures of a run."""
+    """The images of a run with their labels and splits."""
 
     images: Tensor  # (N, H, W, C) uint8
     targets: Tensor  # (N, T) int64, class ids
     labels: list[str]
-    split_indices: dict[str, Tensor]  # split -> (n,) int64, numbers of its pictures
-    manifest: dict[str, Any]  # the content of dataset.json
+    split_indices: dict[str, Tensor]  # split -> (n,) int64, indices of its images
+    manifest: dict[str, Any]  # content of dataset.json
 
     @property
     def alphabet(self) -> Alphabet:
-        """What the class ids stand for."""
+        """The alphabet of the class ids."""
         return Alphabet(self.manifest["provenance"]["captcha"]["alphabet"])
 
     def image_name(self, index: int) -> str:
-        """The file of a picture, or the number of a drawn one."""
+        """Return the file name of an image, or the index of a generated one."""
         files = self.manifest["files"]
         return str(files[index]["file"]) if files else str(index)
 
     def split(self, name: str, device: torch.device, preload_limit_mib: int) -> Split:
-        """One side; a side up to the limit lives on the device, a larger one is sent batch by batch."""
+        """Return a split, on the device if it is not larger than the limit."""
         rows = self.split_indices[name]
         images, targets = self.images[rows], self.targets[rows]
         if images.nbytes <= preload_limit_mib * 2**20:
@@ -128,56 +124,56 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Which pictures a run has and on which side each is, before they are drawn or written to the cache."""
+    """The labels and splits of a dataset, before its images are rendered or decoded."""
 
     source: sources.Source
     scan: ScanResult
-    split_indices: dict[str, Tensor]  # split -> (n,) int64, numbers of its pictures
-    provenance: dict[str, Any]  # everything that the bytes of the pictures depend on
+    split_indices: dict[str, Tensor]  # split -> (n,) int64, indices of its images
+    provenance: dict[str, Any]  # everything that the pixels depend on
 
     @property
     def split_sizes(self) -> dict[str, int]:
-        """Split -> its pictures."""
-        return {name: len(rows) for name, rows in self.split_indices.items()}
+        """Number of images by split."""
+        return {name: len(indices) for name, indices in self.split_indices.items()}
 
     @property
     def key(self) -> str:
-        """The name of the cache file, and of the dataset."""
+        """Name of the cache file, and of the dataset."""
         return _cache_key(self.provenance)
 
 
 def inspect_dataset(config: Config, display: Display) -> DatasetSpec:
-    """The labels and the split of a resolved config; nothing is created.
+    """Return the labels and splits of a resolved config; creates no files.
 
     Raises:
-        UserError: a split would be empty, a font cannot draw the alphabet, or pictures of a folder cannot be
-            used; the lines say which, and what to change.
+        UserError: a split would be empty, a font lacks characters of the alphabet, or images of a folder
+            cannot be used; the lines say which, and what to change.
     """
     source = sources.make_source(config.data, config.captcha, display)
     provenance = {"format": CACHE_FORMAT_VERSION, "captcha": to_dict(config.captcha), **source.provenance}
     path = _cache_path(config, _cache_key(provenance))
-    # A generator says what it will draw faster than a cache file is checked.
-    known = _load_cached_scan(path) if isinstance(config.data, FolderConfig) else None
-    verdict = known or source.scan(display)
-    _report_scan(verdict, source.ignored, config.data, display)
-    members = {
-        name: torch.tensor(numbers) for name, numbers in split_by_label(verdict.labels, config).items()
-    }
-    return DatasetSpec(source, verdict, members, provenance)
+    # For a generator, a scan is faster than verifying the cache file.
+    cached = _load_cached_scan(path) if isinstance(config.data, FolderConfig) else None
+    scan = cached or source.scan(display)
+    _report_scan(scan, source.ignored, config.data, display)
+    splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
+    return DatasetSpec(source, scan, splits, provenance)
 
 
 def load_or_build(spec: DatasetSpec, config: Config, display: Display) -> Dataset:
-    """The pictures of an outline, from the cache or drawn now.
+    """Load the images of a dataset from the cache; if they are not cached, render or decode them first.
 
     Raises:
-        RunFailed: drawing failed; the line gives the drawing process's last words.
+        RunFailed: rendering failed; the line has the last line of the rendering process's error output.
     """
-    verdict, alphabet = spec.scan, Alphabet(config.captcha.alphabet)
-    labels = verdict.labels
+    scan, alphabet = spec.scan, Alphabet(config.captcha.alphabet)
+    labels = scan.labels
     path = _cache_path(config, spec.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
-        for part in path.parent.glob(f".{path.stem}.*.part"):  # of a process that was killed while it wrote
+        for part in path.parent.glob(
+            f".{path.stem}.*.part"
+        ):  # left by a process that was killed while writing
             part.unlink()
         digest = _verify_cache(path, display)
         if digest is None:
@@ -196,12 +192,12 @@ def load_or_build(spec: DatasetSpec, config: Config, display: Display) -> Datase
         "splits": spec.split_sizes,
         "files": [
             {"file": name, "sha256": sha256, "label": label}
-            for (name, sha256), label in zip(verdict.files, labels, strict=False)
+            for (name, sha256), label in zip(scan.files, labels, strict=False)
         ],
-        "sizes": verdict.sizes,
-        "rejected": [{"file": name, "reason": reason} for name, reason in verdict.refused],
-        "notes": verdict.notes,
-        "others": spec.source.ignored,
+        "sizes": scan.sizes,
+        "rejected": [{"file": name, "reason": reason} for name, reason in scan.rejected],
+        "remarks": scan.remarks,
+        "ignored": spec.source.ignored,
     }
     return Dataset(images, targets, labels, spec.split_indices, manifest)
 
@@ -215,35 +211,35 @@ def _cache_path(config: Config, key: str) -> Path:
 
 
 def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig, display: Display) -> None:
-    """Say what became of every file that is not simply in use.
+    """Report every file of a folder that is ignored, rejected, or used with a remark.
 
     Raises:
-        UserError: pictures cannot be used, and data.on_invalid=error.
+        UserError: images cannot be used and data.on_invalid=error; fix or remove them, or set it to skip.
     """
     if not isinstance(data, FolderConfig):
         return
-    for note, names in scan.notes.items():
-        display.info(f"in use, {len(names):,} times: {note} ({_summarize_names(names)})")
+    for remark, names in scan.remarks.items():
+        display.info(f"Used ({len(names):,}): {remark} ({_summarize_names(names)})")
     if ignored:
-        display.info(f"not pictures ({len(ignored):,}): {_summarize_names(ignored)}")
-    if not scan.refused:
+        display.info(f"Ignored, not images ({len(ignored):,}): {_summarize_names(ignored)}")
+    if not scan.rejected:
         return
-    bad, good = len(scan.refused), len(scan.labels)
-    which = f"data.path={data.path}: {bad:,} of {bad + good:,} pictures cannot be used"
-    width = min(40, max(len(escape_unprintable(name)) for name, _ in scan.refused))
+    num_bad, num_good = len(scan.rejected), len(scan.labels)
+    problem = f"data.path={data.path}: {num_bad:,} of {num_bad + num_good:,} images cannot be used"
+    width = min(40, max(len(escape_unprintable(name)) for name, _ in scan.rejected))
     table = [
         f"  {escape_unprintable(name):<{width}}  {reason}"
-        for name, reason in scan.refused[:MAX_REJECTED_SHOWN]
+        for name, reason in scan.rejected[:MAX_REJECTED_SHOWN]
     ]
-    if bad > MAX_REJECTED_SHOWN:
+    if num_bad > MAX_REJECTED_SHOWN:
         table.append(
-            f"  and {bad - MAX_REJECTED_SHOWN:,} more; captcha-exp data --json "
-            "data.on_invalid=skip ... names all"
+            f"  and {num_bad - MAX_REJECTED_SHOWN:,} more; list all with captcha-exp data --json "
+            "data.on_invalid=skip ..."
         )
-    if data.on_invalid == "error" or not good:
-        what = f"train on the other {good:,} with data.on_invalid=skip" if good else "there is no other"
-        raise UserError(f"{which}; mend them or take them out, or {what}", *table)
-    display.warn("\n".join([f"{which}; the other {good:,} are taken (data.on_invalid=skip)", *table]))
+    if data.on_invalid == "error" or not num_good:
+        skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
+        raise UserError(f"{problem}; fix or remove them{skip}", *table)
+    display.warn("\n".join([f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)", *table]))
 
 
 def _summarize_names(names: list[str]) -> str:
@@ -252,37 +248,37 @@ def _summarize_names(names: list[str]) -> str:
 
 
 def _build_cache(path: Path, spec: DatasetSpec, display: Display) -> str:
-    """Draw or read, write, and return the SHA-256 of the file."""
+    """Render or decode the images, write the cache file, and return its SHA-256."""
     images = torch.from_numpy(spec.source.load_images(display))
-    # One key alone: safetensors orders several by chance, and the same pictures are to be the same file.
-    write_atomically(path, to_safetensors({"images": images}, {"verdict": json.dumps(asdict(spec.scan))}))
+    # A single metadata key: safetensors writes several in random order, which would change the SHA-256.
+    write_atomically(path, to_safetensors({"images": images}, {"scan": json.dumps(asdict(spec.scan))}))
     digest = sha256_of(path)
     write_atomically(path.with_suffix(".sha256"), digest.encode())
     return digest
 
 
 def _load_cached_scan(path: Path) -> ScanResult | None:
-    """What a whole cache file says of its source; None where there is none to be believed."""
+    """Return the scan result stored in a cache file; None if the file is missing or damaged."""
     try:
         if sha256_of(path) != path.with_suffix(".sha256").read_text(errors="replace"):
             return None
         with safetensors.safe_open(path, "pt") as file:
-            values = json.loads(file.metadata()["verdict"])
+            values = json.loads(file.metadata()["scan"])
     except FileNotFoundError:
         return None
     return ScanResult(**{**values, **{k: [tuple(pair) for pair in values[k]] for k in ("files", "rejected")}})
 
 
 def _verify_cache(path: Path, display: Display) -> str | None:
-    """The SHA-256 of a whole cache file; None if there is none, with a warning if there is a damaged one."""
+    """Return the SHA-256 of a cache file; None if it is missing or, with a warning, damaged."""
     if not path.exists():
         return None
     try:
         expected = path.with_suffix(".sha256").read_text(errors="replace")
     except FileNotFoundError:
-        return None  # the process that wrote the pictures ended before it could vouch for them
+        return None  # the process that wrote the images was killed before it wrote their hash
     if sha256_of(path) != expected:
-        display.warn(f"{path}: is damaged (its SHA-256 is another); the pictures are prepared again")
+        display.warn(f"{path}: is damaged (SHA-256 mismatch); rebuilding it")
         return None
-    display.info(f"pictures from {path}")
+    display.info(f"Using cached images from {path}")
     return expected

@@ -1,6 +1,6 @@
-"""Divide images into training, validation and test splits, without torch.
+"""Split images into training, validation and test sets, without torch.
 
-The split of an image is a hash of its label: no label is in two splits, and adding images moves none.
+The split of an image is a hash of its label: no label is in two splits, and new images move no old ones.
 """
 
 from captcha_exp.config import Config, FolderConfig
@@ -19,31 +19,31 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
         UserError: a split is empty; the line says what to change.
     """
     data = config.data
-    members: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for number, place in enumerate(seeding.hash_many_to_unit(data.split_seed, "split", labels)):
-        if place < data.test_fraction:
-            members["test"].append(number)
-        elif place < data.test_fraction + data.validation_fraction:
-            members["validation"].append(number)
+    splits: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for index, hashed in enumerate(seeding.hash_many_to_unit(data.split_seed, "split", labels)):
+        if hashed < data.test_fraction:
+            splits["test"].append(index)
+        elif hashed < data.test_fraction + data.validation_fraction:
+            splits["validation"].append(index)
         else:
-            members["train"].append(number)
-    for name, numbers in members.items():
-        if not numbers:
-            which = f"data.path={data.path}" if isinstance(data, FolderConfig) else f"data.count={data.count}"
+            splits["train"].append(index)
+    for name, indices in splits.items():
+        if not indices:
+            key = f"data.path={data.path}" if isinstance(data, FolderConfig) else f"data.count={data.count}"
             raise UserError(
-                f"{which}: {len(set(labels))} different labels leave the {name} split empty; "
-                f"take more pictures, or change data.validation_fraction and data.test_fraction"
+                f"{key}: {len(set(labels))} distinct labels leave the {name} split empty; "
+                f"use more images, or change data.validation_fraction and data.test_fraction"
             )
-    return members
+    return splits
 
 
 def generated_split_sizes(config: Config) -> dict[str, int]:
-    """Return the number of images in each split of a data source that draws its images.
+    """Return the number of images in each split of a generated dataset.
 
     Raises:
-        UserError: a split would be empty, or a font cannot draw the alphabet; the line says what to change.
+        UserError: a split would be empty, or a font lacks characters of the alphabet.
     """
     assert not isinstance(config.data, FolderConfig)
     source = sources.make_source(config.data, config.captcha, NullDisplay())
     labels = source.scan(NullDisplay()).labels
-    return {name: len(numbers) for name, numbers in split_by_label(labels, config).items()}
+    return {name: len(indices) for name, indices in split_by_label(labels, config).items()}

@@ -1,7 +1,7 @@
-"""What is wrong with a machine's set-up, and what to do: `gather` looks, `findings` judges.
+"""Check a machine's setup: `collect_info` queries it, `run_checks` turns the results into findings.
 
-Looking touches torch, NVML, psutil and MLflow and survives the failure of each; judging touches nothing,
-so that machines which nobody has here can be played in a test.
+The queries use torch, NVML, psutil and MLflow, and one that fails does not affect the others. The checks are
+pure functions of `MachineInfo`, so a test can simulate hardware that is not available.
 """
 
 from captcha_exp.doctor.checks import run_checks as run_checks

@@ -1,4 +1,4 @@
-"""Looking at this machine. What cannot be looked at is named in `Facts.unseen`; nothing raises."""
+"""Collect information about this machine. Failed queries are listed in `MachineInfo.unavailable`."""
 
 import math
 import os
@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from captcha_exp.config import Config, Machine, MlflowConfig, resolve
-from captcha_exp.config import FolderConfig as PictureFolder
+from captcha_exp.config import Config, FolderConfig, Machine, MlflowConfig, resolve
 from captcha_exp.doctor import gpu_info
 from captcha_exp.doctor.machine_info import (
     DirectoryInfo,
@@ -36,41 +35,41 @@ DISTRIBUTION = "captcha-exp"
 
 
 def collect_info(config: Config) -> MachineInfo:
-    """What is seen of this machine, for a checked config whose `auto`s may stand."""
-    unseen: list[tuple[str, str]] = []
+    """Query this machine, for a checked config; values of `auto` need not be resolved."""
+    unavailable: list[tuple[str, str]] = []
 
-    def look(what: str, at: Callable[[], T], otherwise: T) -> T:
+    def query(name: str, function: Callable[[], T], default: T) -> T:
         try:
-            return at()
-        except Exception as error:  # a thing that is broken must not hide all others
-            unseen.append((what, _one_line(error)))
-            return otherwise
+            return function()
+        except Exception as error:  # one failure must not hide the other results
+            unavailable.append((name, _one_line(error)))
+            return default
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what libraries say at import is not what this person asked
+        warnings.simplefilter("ignore")  # of libraries at import
         nothing: dict[str, Any] = {}
-        facts = MachineInfo(config.device.name, config.device.precision, config.device.threads)
-        facts = replace(facts, **look("the versions of packages", collect_versions, nothing))
+        info = MachineInfo(config.device.name, config.device.precision, config.device.threads)
+        info = replace(info, **query("the package versions", collect_versions, nothing))
         by_nvml: dict[str, GpuInfo] = {}
-        facts, by_nvml = look("torch", lambda: _add_torch_info(facts), (facts, by_nvml))
-        if facts.torch is not None:
-            seen = look("the cards, by torch", lambda: gpu_info.with_torch_info(by_nvml), facts.gpus)
-            facts = replace(facts, gpus=seen)
-        facts = replace(
-            facts,
-            num_pci_gpus=look("the PCI bus", gpu_info.count_pci_gpus, None),
+        info, by_nvml = query("torch", lambda: _add_torch_info(info), (info, by_nvml))
+        if info.torch is not None:
+            gpus = query("the GPUs with torch", lambda: gpu_info.with_torch_info(by_nvml), info.gpus)
+            info = replace(info, gpus=gpus)
+        info = replace(
+            info,
+            num_pci_gpus=query("the PCI bus", gpu_info.count_pci_gpus, None),
             visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            cpu_quota=look("the share of the CPU", _cpu_quota, None),
-            cpu_flags=look("the CPU", _cpu_flags, None),
-            available_memory_bytes=look("the memory", _available_memory, None),
+            cpu_quota=query("the CPU limit", _cpu_quota, None),
+            cpu_flags=query("the CPU flags", _cpu_flags, None),
+            available_memory_bytes=query("the memory", _available_memory, None),
             image_bytes=_image_bytes(config),
-            directories=look("the folders", lambda: _collect_directories(config), ()),
-            store=look("the MLflow store", lambda: _inspect_store(config), None),
-            git=look("git", _collect_git, None),
+            directories=query("the directories", lambda: _collect_directories(config), ()),
+            store=query("the MLflow store", lambda: _inspect_store(config), None),
+            git=query("git", _collect_git, None),
         )
-        facts = replace(facts, **look("the runs", _collect_runs, nothing))
-        facts = replace(facts, **look("the fonts", lambda: _collect_fonts(config), nothing))
-    return replace(facts, unavailable=tuple(unseen))
+        info = replace(info, **query("the runs", _collect_runs, nothing))
+        info = replace(info, **query("the fonts", lambda: _collect_fonts(config), nothing))
+    return replace(info, unavailable=tuple(unavailable))
 
 
 def _one_line(error: BaseException) -> str:
@@ -81,35 +80,38 @@ def _one_line(error: BaseException) -> str:
 
 
 def collect_versions() -> dict[str, Any]:
-    """Python's and the packages' versions, beside what the installed project says that it needs."""
-    allowed = metadata(DISTRIBUTION)["Requires-Python"] or ""
+    """Return the versions of Python and the dependencies, and the installed project's requirements.
+
+    Raises:
+        PackageNotFoundError: the project is not installed; install it with pip.
+    """
+    specifier = metadata(DISTRIBUTION)["Requires-Python"] or ""
     packages = []
     for text in requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             packages.append(_collect_package(requirement))
-    here = platform.python_version()
-    fits = SpecifierSet(allowed).contains(here, prereleases=True)
+    python_version = platform.python_version()
     return {
-        "python": here,
-        "python_allowed": allowed,
-        "python_fits": fits,
+        "python_version": python_version,
+        "python_specifier": specifier,
+        "is_python_supported": SpecifierSet(specifier).contains(python_version, prereleases=True),
         "packages": tuple(packages),
     }
 
 
 def _collect_package(requirement: Requirement) -> PackageInfo:
     try:
-        here = version(requirement.name)
+        installed = version(requirement.name)
     except PackageNotFoundError:
         return PackageInfo(requirement.name, str(requirement.specifier), None, is_supported=False)
-    fits = requirement.specifier.contains(here, prereleases=True)
-    return PackageInfo(requirement.name, str(requirement.specifier), here, fits)
+    is_supported = requirement.specifier.contains(installed, prereleases=True)
+    return PackageInfo(requirement.name, str(requirement.specifier), installed, is_supported)
 
 
 def _collect_git() -> GitInfo:
-    home = Path(__file__).resolve().parents[2]
-    checkout = str(home) if (home / ".git").exists() else None
+    project_dir = Path(__file__).resolve().parents[2]
+    checkout = str(project_dir) if (project_dir / ".git").exists() else None
     if shutil.which("git") is None:
         return GitInfo(is_installed=False, checkout_dir=checkout, commit=None)
     from captcha_exp.runs.source_code import git_info
@@ -117,28 +119,26 @@ def _collect_git() -> GitInfo:
     return GitInfo(is_installed=True, checkout_dir=checkout, commit=(git_info() or {}).get("commit"))
 
 
-# -- torch, cards, cores --------------------------------------------------------------------------------
+# -- torch, GPUs, CPU -----------------------------------------------------------------------------------
 
 
-def _add_torch_info(facts: MachineInfo) -> tuple[MachineInfo, dict[str, GpuInfo]]:
-    """With the driver, its cards, and torch if it can be imported; and the cards by their UUIDs."""
+def _add_torch_info(info: MachineInfo) -> tuple[MachineInfo, dict[str, GpuInfo]]:
+    """Add the driver, its GPUs, and torch if it can be imported; also return the GPUs by UUID."""
     driver, by_nvml = gpu_info.query_nvml()
-    facts = replace(facts, driver=driver, gpus=tuple(by_nvml.values()))
+    info = replace(info, driver=driver, gpus=tuple(by_nvml.values()))
     try:
         build = gpu_info.query_torch_build()
         from captcha_exp.runtime.device import detect_machine
 
         machine = detect_machine()
-    except Exception as error:  # libraries that are missing raise OSError, ImportError and others
-        return replace(facts, torch_error=_one_line(error)), by_nvml
-    facts = replace(
-        facts, torch=build, devices=machine.devices, unavailable_reason=machine.unavailable_reason
-    )
-    return replace(facts, cores=machine.num_cores), by_nvml
+    except Exception as error:  # a missing library raises ImportError, OSError and others
+        return replace(info, torch_error=_one_line(error)), by_nvml
+    info = replace(info, torch=build, devices=machine.devices, unavailable_reason=machine.unavailable_reason)
+    return replace(info, cores=machine.num_cores), by_nvml
 
 
 def _cpu_flags() -> frozenset[str] | None:
-    """What Linux says that the processor can do; None elsewhere."""
+    """Return the instruction set extensions of the CPU on Linux; None elsewhere."""
     if sys.platform != "linux":
         return None
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -149,46 +149,46 @@ def _cpu_flags() -> frozenset[str] | None:
 
 
 def _cpu_quota() -> float | None:
-    from captcha_exp.runtime.device import cpu_quota  # brings torch
+    from captcha_exp.runtime.device import cpu_quota  # imports torch
 
     return cpu_quota()
 
 
 def _available_memory() -> int:
-    from captcha_exp.runtime.device import free_memory_bytes  # brings torch
+    from captcha_exp.runtime.device import free_memory_bytes  # imports torch
 
     return free_memory_bytes()
 
 
-# -- what a run needs -----------------------------------------------------------------------------------
+# -- requirements of a run ------------------------------------------------------------------------------
 
 
 def _image_bytes(config: Config) -> int:
     captcha = config.captcha
-    count = getattr(config.data, "count", 0)  # a source that draws nothing has none
+    count = getattr(config.data, "count", 0)  # a folder of images has none
     return math.prod((count, captcha.width, captcha.height, captcha.channels))
 
 
 def _collect_directories(config: Config) -> tuple[DirectoryInfo, ...]:
-    places = [root_dir(), root_dir() / "outputs", root_dir() / config.data.cache]
+    directories = [root_dir(), root_dir() / "outputs", root_dir() / config.data.cache]
     if isinstance(config.tracking, MlflowConfig) and config.tracking.uri == "auto":
-        places.append(root_dir() / "mlruns")
-    return tuple({place: _inspect_directory(place) for place in map(_nearest_existing, places)}.values())
+        directories.append(root_dir() / "mlruns")
+    return tuple({path: _inspect_directory(path) for path in map(_nearest_existing, directories)}.values())
 
 
-def _nearest_existing(place: Path) -> Path:
-    """The place, or the lowest folder above it that is there already."""
-    return next(path for path in (place, *place.parents) if path.exists())
+def _nearest_existing(directory: Path) -> Path:
+    """Return the directory, or its nearest parent that exists."""
+    return next(path for path in (directory, *directory.parents) if path.exists())
 
 
 def _inspect_directory(path: Path) -> DirectoryInfo:
     try:
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"\0" * 4096)
-        refusal = ""
+        write_error = ""
     except OSError as error:
-        refusal = error.strerror or str(error)
-    return DirectoryInfo(str(path), shutil.disk_usage(path).free, path.stat().st_dev, refusal)
+        write_error = error.strerror or str(error)
+    return DirectoryInfo(str(path), shutil.disk_usage(path).free, path.stat().st_dev, write_error)
 
 
 def _inspect_store(config: Config) -> StoreInfo | None:
@@ -196,9 +196,9 @@ def _inspect_store(config: Config) -> StoreInfo | None:
         return None
     from captcha_exp.tracking.store import inspect_store
 
-    somewhere = Machine(devices=("cpu",), num_cores=1, root=root_dir(), unavailable_reason={})
-    anywhere = replace(config, device=replace(config.device, name="cpu"))
-    tracking = resolve(anywhere, somewhere).tracking
+    machine = Machine(devices=("cpu",), num_cores=1, root=root_dir(), unavailable_reason={})
+    on_cpu = replace(config, device=replace(config.device, name="cpu"))  # its device may not be available
+    tracking = resolve(on_cpu, machine).tracking
     assert isinstance(tracking, MlflowConfig)
     return StoreInfo(tracking.uri, *inspect_store(tracking.uri, tracking.experiment))
 
@@ -209,16 +209,16 @@ def _collect_runs() -> dict[str, Any]:
     unreadable: list[str] = []
     list_runs(warn=unreadable.append)
     return {
-        "dead_runs": tuple(
-            (str(left.run_dir), int(left.state["pid"])) for left in find_stale() if left.is_running
+        "stale_runs": tuple(
+            (str(run.run_dir), int(run.state["pid"])) for run in find_stale() if run.is_running
         ),
         "unreadable_runs": tuple(unreadable),
     }
 
 
 def _collect_fonts(config: Config) -> dict[str, Any]:
-    if isinstance(config.data, PictureFolder):
-        return {}  # nothing is drawn
+    if isinstance(config.data, FolderConfig):
+        return {}  # no rendering
     from captcha_exp.data.sources import check_glyphs, font_files, get_renderer_spec
 
     try:

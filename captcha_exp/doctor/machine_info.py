@@ -1,25 +1,25 @@
-"""What was seen of a machine, as plain values; and what is said of it."""
+"""Plain data classes: information about a machine, and the findings about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Level = Literal["ok", "note", "problem"]
+Level = Literal["ok", "info", "problem"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: a thing, what is the matter with it, and what to type or do about it."""
+    """One line of the report, and how to fix the problem that it states."""
 
     level: Level
     message: str
     remedy: str = ""
-    """empty where nothing is to be done"""
+    """a command to type or a step to take; empty if no action is needed"""
 
 
 @dataclass(frozen=True)
 class PackageInfo:
-    """A dependency: the versions that pyproject.toml allows, and the one that is here."""
+    """A dependency: the versions that pyproject.toml allows, and the installed one."""
 
     name: str
     specifier: str
@@ -29,44 +29,44 @@ class PackageInfo:
 
 @dataclass(frozen=True)
 class TorchInfo:
-    """The build of torch, and what it says of the machine."""
+    """The build of torch, and its view of the machine."""
 
     version: str
     cuda: str | None = None
-    """the CUDA that it was built for"""
+    """CUDA version of the build"""
     hip: str | None = None
-    """the ROCm that it was built for"""
+    """ROCm version of the build"""
     mps_built: bool = False
     cuda_available: bool = False
     """torch.cuda.is_available()"""
     archs: tuple[str, ...] = ()
-    """the cards that it holds programs for: sm_90 is machine code, compute_90 is to be translated"""
+    """torch.cuda.get_arch_list(): sm_90 is machine code (SASS), compute_90 is PTX for the JIT compiler"""
     release_archs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """CUDA version -> capabilities (75 is 7.5) of the builds of this release; {} if unknown"""
+    """CUDA version -> compute capabilities (75 is 7.5) of the builds of this release; {} if unknown"""
     warning: str = ""
-    """what it warned of when it was asked for cards"""
+    """the first warning of torch.cuda.is_available()"""
     cpu_capability: str = ""
-    """the vector instructions that it uses"""
+    """torch.backends.cpu.get_cpu_capability()"""
 
 
 @dataclass(frozen=True)
 class DriverInfo:
-    """NVIDIA's driver, by NVML."""
+    """The NVIDIA driver, as NVML reports it."""
 
     version: str | None = None
     max_cuda: tuple[int, int] | None = None
-    """the newest CUDA that it runs"""
+    """newest CUDA version that the driver supports"""
     error: str = ""
-    """why NVML does not answer"""
+    """why NVML is not available"""
     version_mismatch: bool = False
-    """the driver was updated and the old one is still running"""
+    """the driver was updated and the old kernel module is still loaded"""
     unreachable: tuple[str, ...] = ()
-    """cards that are counted and do not answer, with the reason"""
+    """GPUs that are counted but do not respond, with the reason"""
 
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that holds memory of a card."""
+    """A process that uses GPU memory."""
 
     pid: int
     name: str
@@ -75,31 +75,31 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class GpuInfo:
-    """A card, by NVML and by torch."""
+    """A GPU, as NVML and torch report it."""
 
     name: str
     device: str | None = None
-    """as device.name has it; None for a card that torch does not see"""
+    """its device.name; None for a GPU that is not visible to torch"""
     capability: tuple[int, int] | None = None
+    """compute capability; None for AMD"""
     total_mib: float | None = None
     free_mib: float | None = None
     processes: tuple[GpuProcess, ...] = ()
-    """processes other than this one; empty also where a container hides them"""
+    """processes other than this one; empty also if a container hides them"""
     supports_bf16: bool = False
-    """has it, not only emulates it"""
+    """in hardware, not by emulation"""
 
 
 @dataclass(frozen=True)
 class DirectoryInfo:
-    """A folder that runs write into."""
+    """A directory that runs write to."""
 
     path: str
     free_bytes: int
-    """bytes"""
     device_id: int
-    """folders with the same number share their free space"""
+    """st_dev: directories with the same number share their free space"""
     write_error: str = ""
-    """why nothing can be written there"""
+    """why a test file could not be written"""
 
 
 @dataclass(frozen=True)
@@ -108,27 +108,27 @@ class StoreInfo:
 
     uri: str
     state: str
-    """see tracking.store.look_at_store"""
+    """see tracking.store.inspect_store"""
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class GitInfo:
-    """What the records say of the code."""
+    """The source code version that a run can record."""
 
     is_installed: bool
-    """git is on this machine"""
+    """the git command is available"""
     checkout_dir: str | None
-    """the folder of the checkout that the code runs from; None for an installed package"""
+    """root of the checkout that the code runs from; None for an installed package"""
     commit: str | None
 
 
 @dataclass(frozen=True)
 class MachineInfo:
-    """Everything that was seen. A default is the value of what could not be looked at."""
+    """Everything that was collected. A default means: the query failed or does not apply."""
 
     device_name: str
-    """device.name, device.precision and device.threads of the config, as asked"""
+    """device.name, device.precision and device.threads as in the config"""
     precision: str
     threads: int | str
     python_version: str = ""
@@ -137,32 +137,32 @@ class MachineInfo:
     packages: tuple[PackageInfo, ...] = ()
     torch: TorchInfo | None = None
     torch_error: str = ""
+    """why torch cannot be imported"""
     driver: DriverInfo = DriverInfo()
     gpus: tuple[GpuInfo, ...] = ()
     num_pci_gpus: int | None = None
-    """NVIDIA cards on the PCI bus, driver or not"""
+    """NVIDIA GPUs on the PCI bus, with or without a driver; None if unknown"""
     visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES"""
     devices: tuple[str, ...] = ()
-    """as config.Machine has them"""
+    """see config.Machine"""
     unavailable_reason: Mapping[str, str] = field(default_factory=dict)
     cores: int | None = None
     cpu_quota: float | None = None
-    """cores' worth of time that a container is given"""
+    """CPU limit of the container, in cores"""
     cpu_flags: frozenset[str] | None = None
     available_memory_bytes: int | None = None
-    """bytes that can still be had"""
     image_bytes: int = 0
-    """bytes of the prepared pictures of the config"""
+    """memory of the decoded images of the config"""
     directories: tuple[DirectoryInfo, ...] = ()
     store: StoreInfo | None = None
     """None for tracking=none"""
     stale_runs: tuple[tuple[str, int], ...] = ()
-    """(folder, process id) of runs whose record says RUNNING and whose process is gone"""
+    """(run directory, process id) of runs with status RUNNING whose process has exited"""
     unreadable_runs: tuple[str, ...] = ()
     fonts: str | None = None
-    """the names of fonts that have every character; None for a source that draws nothing"""
+    """names of the fonts, which have every character; None for a source that renders nothing"""
     fonts_error: str = ""
     git: GitInfo | None = None
     unavailable: tuple[tuple[str, str], ...] = ()
-    """(what, why) of everything that could not be looked at"""
+    """(query, reason) of every query that failed"""

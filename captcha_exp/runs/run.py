@@ -26,7 +26,8 @@ from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.files import hash_files, sha256_of, write_atomically, write_json
+from captcha_exp.runs.files import hash_files
+from captcha_exp.runtime.files import sha256_of, write_atomically, write_json
 from captcha_exp.runtime.paths import root_dir
 
 CHECKPOINT_DIR = "checkpoint"  # relative to the run directory
@@ -298,7 +299,7 @@ def read_run_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if missing:
         raise UserError(f"{path}: is not a valid run.json: missing {', '.join(sorted(missing))}")
-    _check_format(path.parent, state.get("format"))
+    check_run_format(path.parent, state)
     types = _REQUIRED_FIELDS | _OPTIONAL_FIELDS
     wrong = [key for key in types.keys() & state.keys() if not isinstance(state[key], types[key])]
     if wrong:
@@ -314,7 +315,13 @@ def read_run_json(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_format(run_dir: Path, run_format: object) -> None:
+def check_run_format(run_dir: Path, state: Mapping[str, Any]) -> None:
+    """Check that this version of captcha_exp can read a run.
+
+    Raises:
+        UserError: Another version wrote the run; use that version, or train again.
+    """
+    run_format = state.get("format")
     if run_format is None:
         raise UserError(
             f"{run_dir}: was written by captcha_exp 0.1, which this version cannot read; "

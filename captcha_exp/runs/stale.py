@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 
+from captcha_exp.runs.files import hash_files, list_run_files
 from captcha_exp.runs.run import COMMON_FIELDS, RUN_FORMAT, Status, read_metrics_rows
-from captcha_exp.runtime.files import hash_files, list_run_files, write_json
+from captcha_exp.runtime.files import write_json
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive
 

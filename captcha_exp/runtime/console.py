@@ -1,6 +1,6 @@
-"""What a person sees while long work runs: bars, lines and warnings, on standard error.
+"""Terminal output of long operations: progress bars, status lines and warnings, on standard error.
 
-Results go to standard output, so that a pipe gets results alone.
+Results go to standard output.
 """
 
 import sys
@@ -22,13 +22,13 @@ from rich.progress import (
 
 
 class ProgressBar(Protocol):
-    """One piece of long work."""
+    """A progress bar of one operation."""
 
     def advance(self, amount: int, status: str = "") -> None: ...
 
 
 class Display(Protocol):
-    """Where long work reports to."""
+    """Where long operations report to."""
 
     def info(self, text: str) -> None: ...
 
@@ -38,7 +38,7 @@ class Display(Protocol):
 
 
 class NullDisplay:
-    """Says nothing; warnings alone go to standard error."""
+    """A display that prints only warnings, to standard error."""
 
     def info(self, text: str) -> None:
         pass
@@ -46,7 +46,7 @@ class NullDisplay:
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
-    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]:  # noqa: ARG002 - shows nothing
+    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]:  # noqa: ARG002 - shows no bar
         return nullcontext(_NullProgressBar())
 
 
@@ -56,7 +56,7 @@ class _NullProgressBar:
 
 
 class RichDisplay:
-    """Bars where a terminal can show them; in a file or a pipe a line now and then, with the time left."""
+    """A display with progress bars on a terminal; in a file or pipe, a status line once a minute."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -79,16 +79,16 @@ class RichDisplay:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[status]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield _RichProgressBar(progress, description, total)
 
 
 class _LineProgressBar:
-    """Tells how far it is, soon after the beginning and then every minute."""
+    """Prints the progress and the remaining time after 15 seconds and then every minute."""
 
-    FIRST_SECONDS, INTERVAL_SECONDS = 15.0, 60.0  # seconds
+    FIRST_SECONDS, INTERVAL_SECONDS = 15.0, 60.0
 
     def __init__(self, display: RichDisplay, description: str, total: int) -> None:
         self._display, self._description, self._total = display, description, total
@@ -102,25 +102,25 @@ class _LineProgressBar:
         if now < self._next_update or not 0 < self._done < self._total:
             return
         self._next_update = now + self.INTERVAL_SECONDS
-        left = (now - self._start_time) * (self._total - self._done) / self._done
-        spoken = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-        text = f"{self._description}: {self._done / self._total:.0%}, about {spoken} left"
+        seconds = (now - self._start_time) * (self._total - self._done) / self._done
+        remaining = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+        text = f"{self._description}: {self._done / self._total:.0%}, about {remaining} left"
         self._display.info(f"{text}  {status}".rstrip())
 
 
 class _RichProgressBar:
     def __init__(self, progress: Progress, description: str, total: int) -> None:
         self._progress = progress
-        self._task = progress.add_task(description, total=total, note="")
+        self._task = progress.add_task(description, total=total, status="")
 
     def advance(self, amount: int, status: str = "") -> None:
-        self._progress.update(self._task, advance=amount, note=status)
+        self._progress.update(self._task, advance=amount, status=status)
 
 
 def escape_unprintable(name: str) -> str:
-    """A file's name as a terminal can show it, whatever bytes are in it."""
+    """Escape the characters of a file name that a terminal cannot print, including invalid UTF-8."""
     try:
         text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half a character, as JSON can write it
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         text = name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

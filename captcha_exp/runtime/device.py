@@ -1,7 +1,6 @@
-"""The machine: which devices, precision, threads and determinism it gives, and how much memory a run takes.
+"""Devices of this machine: availability, precision, threads, determinism, and memory measurements.
 
-Nothing here depends on environment variables for threads: launchers set them, and results would depend on
-launchers.
+Environment variables for threads are ignored: launchers set them, and results would depend on the launcher.
 """
 
 import contextlib
@@ -33,21 +32,28 @@ def detect_machine(
     fastest_precision: Callable[[Config], Precision] = lambda _: "fp32",
     best_batch_size: Callable[[Config], int] | None = None,
 ) -> Machine:
-    """What `resolve` has to know of this machine; who does not train has no use for a precision."""
-    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
+    """Return what `resolve` needs to know about this machine; the functions are only needed for training."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
     devices = (
-        (["cuda", *cards] if cards else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
+        (["cuda", *gpus] if gpus else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
     )
     if torch.version.hip is not None:
-        no_cuda = "this build of torch is for ROCm, which nobody has tried here"
+        no_cuda = "this build of torch is for ROCm, which is not supported"
     elif torch.version.cuda is None:
-        no_cuda = "this build of torch has no CUDA in it (pytorch.org, 'Get started', names one that has)"
+        no_cuda = "this build of torch has no CUDA support (see pytorch.org, 'Get started', for one that has)"
     else:
-        no_cuda = "torch finds no usable CUDA card (see nvidia-smi, and the driver's version)"
-    why_not = {"cuda": f"this machine has {len(cards)} CUDA cards" if cards else no_cuda}
-    why_not["mps"] = "only Macs with Apple's own processors have mps"
+        no_cuda = "torch finds no usable CUDA GPU (check nvidia-smi and the driver version)"
+    unavailable_reason = {
+        "cuda": f"this machine has {len(gpus)} CUDA GPUs" if gpus else no_cuda,
+        "mps": "mps requires a Mac with Apple silicon",
+    }
     return Machine(
-        tuple(devices), _num_physical_cores(), root_dir(), why_not, fastest_precision, best_batch_size
+        tuple(devices),
+        _num_physical_cores(),
+        root_dir(),
+        unavailable_reason,
+        fastest_precision,
+        best_batch_size,
     )
 
 
@@ -56,7 +62,7 @@ def _is_cuda_available() -> bool:
 
 
 def _num_physical_cores() -> int:
-    """Physical cores that this process may use; hyper-threads share what a convolution keeps busy."""
+    """Return the physical cores that this process may use; convolutions do not profit from hyper-threads."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
     quota = cpu_quota()
@@ -64,26 +70,26 @@ def _num_physical_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time that control groups (version 2) give this process; None without a limit."""
+    """Return the CPU limit of this process in cores, from cgroup v2; None without a limit."""
     limits = [limit.split() for limit in read_cgroup_files("cpu.max")]
     return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=None)
 
 
 def read_cgroup_files(filename: str) -> list[str]:
-    """The content of this file in the process's control group and in each above it."""
+    """Return the content of a file in the cgroup of this process and in each of its parents."""
     groups = Path("/proc/self/cgroup")
     if not groups.is_file():
         return []
     own = next((line[3:] for line in groups.read_text().splitlines() if line.startswith("0::")), None)
     if own is None:  # version 1
         return []
-    folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-    above = [folder, *(parent for parent in folder.parents if parent.is_relative_to("/sys/fs/cgroup"))]
-    return [(place / filename).read_text().strip() for place in above if (place / filename).is_file()]
+    cgroup = Path("/sys/fs/cgroup") / own.lstrip("/")
+    cgroups = [cgroup, *(parent for parent in cgroup.parents if parent.is_relative_to("/sys/fs/cgroup"))]
+    return [(path / filename).read_text().strip() for path in cgroups if (path / filename).is_file()]
 
 
 def free_memory_bytes() -> int:
-    """Bytes that can be had before the machine swaps or the container's limit ends the process."""
+    """Return the bytes that can be allocated without swapping or exceeding the memory limit of the cgroup."""
     available: int = psutil.virtual_memory().available
     limits = [int(limit) for limit in read_cgroup_files("memory.max") if limit != "max"]
     used = [int(amount) for amount in read_cgroup_files("memory.current")]
@@ -91,90 +97,89 @@ def free_memory_bytes() -> int:
 
 
 def setup_device(config: Config) -> torch.device:
-    """The device of a resolved config, with threads and determinism set for the whole process."""
+    """Return the device of a resolved config, and set threads and determinism for the whole process."""
     device = torch.device(config.device.name)
     torch.set_num_threads(int(config.device.threads))
     if config.train.deterministic and device.type == "cuda":
-        # cuBLAS reads this when CUDA starts; without it a deterministic matrix product is an error.
+        # Read by cuBLAS at CUDA initialization; deterministic matrix products fail without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.backends.cudnn.benchmark = not config.train.deterministic
-    # Filling fresh memory would find reads of memory that nobody wrote; every tensor here is written first.
+    # Filling helps only to find reads of uninitialized memory; every tensor here is written first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
     return device
 
 
 def set_memory_limit(config: Config, device: torch.device) -> None:
-    """The process held to device.vram_budget_mib, if it is on a CUDA card; without a budget, to all of it.
+    """Limit the GPU memory of this process to device.vram_budget_mib, or to all of it without a budget.
 
-    torch's allocator is given the budget less gpu.context_mib.most, since it does not count the context.
-    The most, and not what the context takes here: by that bound memory.plan calls a batch fitting, and
-    so what is called fitting runs.
+    torch's allocator does not count the CUDA context, so it gets the budget minus gpu.context_mib.max. The
+    upper bound is used instead of the actual context because memory.plan uses it to decide what fits.
 
     Raises:
-        ConfigError: the context alone may take the whole budget.
+        ConfigError: the context alone may exceed the budget.
     """
     budget = config.device.vram_budget_mib
     if device.type != "cuda":
         return
-    # It takes no bare "cuda".
+    # set_per_process_memory_fraction needs an index.
     number = torch.cuda.current_device() if device.index is None else device.index
-    if budget is None:  # there may have been one, for another run of this process
+    if budget is None:  # an earlier run in this process may have set a limit
         torch.cuda.set_per_process_memory_fraction(1.0, number)
         return
     context = config.gpu.context_mib.max
     if budget <= context:
         raise ConfigError(
-            f"device.vram_budget_mib={budget}: gpu={config.gpu.name} takes up to {context:g} MiB for "
-            "its context alone; write more than that, null for all of the card, or take a card file with a "
-            "closer figure (captcha-exp calibrate measures one)"
+            f"device.vram_budget_mib={budget}: the CUDA context of gpu={config.gpu.name} alone takes up to "
+            f"{context:g} MiB; set a larger budget, null for the whole GPU, or gpu=FILE with a tighter bound "
+            "(captcha-exp calibrate writes one)"
         )
     _, total = torch.cuda.mem_get_info(device)
-    # Half a byte more: the allocator cuts fraction * total down to whole bytes, at times one too few.
+    # Half a byte more: the allocator truncates fraction * total, which may lose one byte to rounding.
     fraction = min(1.0, ((budget - context) * MIB + 0.5) / total)
     torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 
 def for_inference(config: Config, name: str, display: Display) -> Config:
-    """The config of a finished run, resolved for reading with it on a device of this machine.
+    """Resolve the config of a run for inference on a device of this machine.
 
     Raises:
-        UserError: there is no such device; the line says which there are.
+        UserError: the device is not available; the line lists those that are.
     """
     machine = detect_machine()
     if name not in ("auto", *machine.devices):
-        reason = machine.unavailable_reason.get(name.split(":")[0], "there is no such device")
+        reason = machine.unavailable_reason.get(name.split(":")[0], "not a device name")
         raise UserError(f"--device={name}: {reason}; available here: {', '.join(['auto', *machine.devices])}")
     config = resolve(replace(config, device=replace(config.device, name=name, threads="auto")), machine)
     precision = config.device.precision
     if precision in ("fp32", *half_precisions(torch.device(config.device.name))):
         return config
-    display.info(f"{precision} was the run's precision; {config.device.name} reads in fp32")
+    display.info(f"The run used {precision}, which {config.device.name} does not support; using fp32")
     return replace(config, device=replace(config.device, precision="fp32"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory is short: that of the card, or the machine's."""
+    """Return whether an exception means that GPU or CPU memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if isinstance(error, torch.AcceleratorError):  # CUDA itself, beside torch's allocator
+    if isinstance(error, torch.AcceleratorError):  # raised by CUDA itself, outside torch's allocator
         return getattr(error, "error_code", None) == _CUDA_ERROR_MEMORY_ALLOCATION
-    # What has no type of its own: torch's allocator of the machine's memory, and libraries that start up.
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OOM_MARKERS)
+    # torch's CPU allocator, cuBLAS and cuDNN raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(marker in str(error) for marker in _OOM_MARKERS)
 
 
 def describe(config: Config) -> str:
-    """The device of a resolved config in one line."""
+    """Describe the device of a resolved config in one line."""
     name = config.device.name
-    card = f" ({torch.cuda.get_device_name(torch.device(name))})" if name.startswith("cuda") else ""
-    return f"{name}{card}, {config.device.precision}, {config.device.threads} CPU threads"
+    gpu = f" ({torch.cuda.get_device_name(torch.device(name))})" if name.startswith("cuda") else ""
+    return f"{name}{gpu}, {config.device.precision}, {config.device.threads} CPU threads"
 
 
 @contextlib.contextmanager
 def autocast(config: Config, device: torch.device) -> Iterator[None]:
-    """The precision of the config, inside the network; the loss is taken in fp32 outside."""
+    """Autocast to the precision of the config; for the forward pass only, the loss is computed in fp32."""
     match config.device.precision:
-        case "fp32" | "auto":  # resolve has left no auto
+        case "fp32" | "auto":  # a resolved config has no auto
             yield
         case "bf16" | "fp16" as half:
             with torch.autocast(device.type, torch.bfloat16 if half == "bf16" else torch.float16):
@@ -182,10 +187,10 @@ def autocast(config: Config, device: torch.device) -> Iterator[None]:
 
 
 def half_precisions(device: torch.device) -> tuple[Precision, ...]:
-    """The 16-bit numbers that are worth a try on a device."""
+    """Return the 16-bit precisions to try on a device."""
     match device.type:
         case "cpu":
-            return ("bf16",)  # no CPU that torch knows is quick at fp16 training
+            return ("bf16",)  # fp16 training is slow on CPUs
         case "cuda" if torch.cuda.is_bf16_supported(including_emulation=False):
             return ("bf16", "fp16")
         case "cuda":
@@ -195,7 +200,7 @@ def half_precisions(device: torch.device) -> tuple[Precision, ...]:
 
 
 def gpu_total_mib(config: Config) -> float | None:
-    """What the CUDA card that a resolved config names has in all; None where it is not here."""
+    """Return the total memory in MiB of the CUDA device of a resolved config; None if it is not available."""
     name = config.device.name
     if not name.startswith("cuda") or not _is_cuda_available():
         return None
@@ -205,17 +210,16 @@ def gpu_total_mib(config: Config) -> float | None:
 
 
 def process_peak_mib(device: torch.device) -> float:
-    """MiB: on the CPU the peak of resident memory so far; on CUDA what the process holds of the card."""
+    """Return the peak memory of this process in MiB: resident memory on the CPU, GPU memory on CUDA."""
     if device.type == "cuda":
         return _cuda_process_bytes(device) / MIB
     return _peak_rss_bytes() / MIB
 
 
 def _peak_rss_bytes() -> int:
-    """Peak resident bytes of this process alone.
+    """Return the peak resident memory of this process in bytes.
 
-    Linux has two figures: ru_maxrss also counts what the parent held when it started this process; VmHWM
-    does not.
+    On Linux from VmHWM: ru_maxrss also includes the parent's memory at the time of the fork.
     """
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -229,10 +233,10 @@ def _peak_rss_bytes() -> int:
 
 
 def _cuda_process_bytes(device: torch.device) -> int:
-    """Bytes of the card that belong to this process.
+    """Return the peak GPU memory of this process in bytes.
 
-    By NVML. Where that does not know (containers, Windows): the reserved peak, plus what the card has in use
-    beyond torch's reservation, of which a part may belong to other processes.
+    Where NVML does not report processes (containers, Windows): the peak of torch's reserved memory plus all
+    other used memory of the GPU, part of which may belong to other processes.
     """
     reserved = torch.cuda.memory_reserved(device)
     peak_reserved = torch.cuda.max_memory_reserved(device)
@@ -243,22 +247,22 @@ def _cuda_process_bytes(device: torch.device) -> int:
 
 
 def nvml_process_bytes(device: torch.device) -> int | None:
-    """Bytes of the card that the driver counts for this process, or None."""
+    """Return the GPU memory of this process in bytes as NVML reports it, or None."""
 
-    def own(nvml: Any) -> int | None:
+    def query(nvml: Any) -> int | None:
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
             if process.pid == os.getpid() and process.usedGpuMemory:
                 return int(process.usedGpuMemory)
         return None
 
-    return _query_nvml(own)
+    return _query_nvml(query)
 
 
 def nvml_free_bytes() -> dict[str, int]:
-    """Free bytes of each card by its UUID, as torch writes it; to ask takes nothing of a card."""
+    """Return the free bytes of each GPU by its UUID, in torch's format; does not initialize CUDA."""
 
-    def free(nvml: Any) -> dict[str, int]:
+    def query(nvml: Any) -> dict[str, int]:
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         return {
             _decode_nvml(nvml.nvmlDeviceGetUUID(handle)).removeprefix("GPU-"): int(
@@ -267,16 +271,16 @@ def nvml_free_bytes() -> dict[str, int]:
             for handle in handles
         }
 
-    return _query_nvml(free) or {}
+    return _query_nvml(query) or {}
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver, or None."""
+    """Return the version of the NVIDIA driver, or None."""
     return _query_nvml(lambda nvml: _decode_nvml(nvml.nvmlSystemGetDriverVersion()))
 
 
 def _query_nvml(query: Callable[[Any], T]) -> T | None:
-    """NVML's answer; None where it is not there or fails."""
+    """Return the result of an NVML query; None if NVML is not installed or fails."""
     try:
         import pynvml
     except ImportError:
@@ -292,24 +296,24 @@ def _query_nvml(query: Callable[[Any], T]) -> T | None:
 
 
 def _decode_nvml(value: str | bytes) -> str:
-    """NVML's texts; its older versions answer in bytes."""
+    """Convert a text of NVML to str; old versions return bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 class MemoryMeter:
-    """Peaks of memory: of the card's allocator one phase at a time, of the process over all phases."""
+    """Peak memory of torch's CUDA allocator per phase, and of the process over all phases."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._process_peak_mib = 0.0
 
     def start_phase(self) -> None:
-        """A new phase begins."""
+        """Reset the peak of the allocator."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peaks(self, phase: str) -> dict[str, float]:
-        """MiB of the card's allocator since the phase began, as metrics; none on other devices."""
+        """Return the peaks of the CUDA allocator in this phase in MiB, as metrics; empty on other devices."""
         self._process_peak_mib = max(self._process_peak_mib, process_peak_mib(self.device))
         if self.device.type != "cuda":
             return {}
@@ -319,5 +323,5 @@ class MemoryMeter:
         }
 
     def process_peak_mib(self) -> float:
-        """MiB: the highest of all phases that have ended."""
+        """Return the peak memory of the process over all phases so far, in MiB."""
         return self._process_peak_mib

@@ -1,4 +1,4 @@
-"""Compute a value in a child process, so that a command uses a second core."""
+"""Compute a value in a forked child process, on a second core."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def run_in_child(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
-    """Start a function, and yield one that waits for its value, which JSON must be able to hold.
+    """Call a function in a forked child, and yield a function that waits for its result.
 
-    The child is a fork, and has ended when the context does. Without a second core, or where a fork is not
-    safe, the function runs when its value is asked for; so it does after a failure in the child, so that its
-    error is raised here.
+    The result must be serializable as JSON. The child ends with the context. If there is no second core, if a
+    fork is not safe, or if the child fails, the yielded function calls the function in this process instead,
+    which also raises its exceptions here.
     """
     if not _can_fork():
         yield function
@@ -41,20 +41,20 @@ def run_in_child(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
         yield wait
     finally:
         receiver.close()
-        process.kill()  # its value has been received, or is not needed
+        process.kill()  # the result has been received or is not needed
         process.join()
         process.close()
 
 
 def _can_fork() -> bool:
-    """Return whether there is another core, and no thread of this process that a child would lack."""
+    """Return whether this process has a second core and no other threads, which a fork would lose."""
     if sys.platform != "linux" or threading.active_count() > 1:
         return False
     return len(os.sched_getaffinity(0)) > 1
 
 
 def _send_result(function: Callable[[], T], sender: Connection) -> None:
-    """Send the value of the function; in the child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the parent, which ends this process
+    """Call the function in the child and send its result to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and kills this process
     with contextlib.suppress(Exception):
         sender.send_bytes(json.dumps(function()).encode())

@@ -1,4 +1,4 @@
-"""Where things stand: the YAML files, and the folder that runs are written into."""
+"""Locations of the config files, the checkout, and the directory that runs are written to."""
 
 import os
 from pathlib import Path
@@ -7,23 +7,22 @@ _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
 def conf_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it when installed."""
+    """Return the directory of the config files: next to the package in a checkout, inside it if installed."""
     inside = _PACKAGE_DIR / "conf"
     return inside if inside.is_dir() else _PACKAGE_DIR.parent / "conf"
 
 
 def checkout_dir() -> Path | None:
-    """The checkout that the package runs from, or None for an installed one."""
+    """Return the checkout that the package runs from, or None if it is installed."""
     home = _PACKAGE_DIR.parent
     return home if (home / "pyproject.toml").is_file() and conf_dir().parent == home else None
 
 
 def root_dir() -> Path:
-    """The folder in which outputs/ and mlruns/ stand.
+    """Return the directory that contains outputs/ and mlruns/.
 
-    CAPTCHA_EXP_ROOT names it; else it is the checkout that the package runs from; else, for an installed
-    package, the working directory.
+    CAPTCHA_EXP_ROOT if it is set, else the checkout, else (installed) the working directory.
     """
-    if named := os.environ.get("CAPTCHA_EXP_ROOT"):
-        return Path(named).expanduser().resolve()
+    if root := os.environ.get("CAPTCHA_EXP_ROOT"):
+        return Path(root).expanduser().resolve()
     return checkout_dir() or Path.cwd()

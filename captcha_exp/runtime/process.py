@@ -1,8 +1,8 @@
-"""Which process is at work on a record, and whether it is still there.
+"""The identity of a process, stored in a record to check later whether the process is still running.
 
-A number of a process is given again to another one, and a clock that is set makes times of the day worthless.
-Linux counts a process's start from the machine's start, so that number, start and the machine's start name a
-process as long as the disk lives. In a container the same number is another process.
+A PID alone is not enough: PIDs are reused, and are different in each container. On Linux the start time of a
+process counts from boot, which unlike the time of day never jumps; boot ID, PID namespace, PID and start time
+together identify a process.
 """
 
 import os
@@ -16,31 +16,32 @@ import psutil
 _PROC = Path("/proc")
 _BOOT_ID = _PROC / "sys/kernel/random/boot_id"
 _PID_NAMESPACE = _PROC / "self/ns/pid"
-_START_TIME_FIELD = 22  # field of /proc/PID/stat: when the process started, in ticks since the machine did
+_START_TIME_FIELD = 22  # field of /proc/PID/stat: start time in clock ticks since boot
 
 
 def process_identity(pid: int | None = None) -> dict[str, Any]:
-    """What a record says of the process that works on it: this one, or another of this machine.
+    """Return the identity of this process, or of another process of this machine, for a record.
 
     Raises:
-        psutil.NoSuchProcess: there is none of this number.
+        psutil.NoSuchProcess: no process has this PID.
     """
-    number = os.getpid() if pid is None else pid
+    if pid is None:
+        pid = os.getpid()
     return {
         "host": platform.node(),
         "boot_id": _boot_id(),
         "pid_namespace": _pid_namespace(),
-        "pid": number,
-        "process_started": _start_time(number),
+        "pid": pid,
+        "process_started": _start_time(pid),
     }
 
 
 def is_alive(state: Mapping[str, Any]) -> bool:
-    """Whether the process that works on this record is there; unknown, and so True, if it runs elsewhere."""
+    """Return whether the process of a record is running; True if it is remote, since that is unknown."""
     if is_remote(state):
         return True
     if state.get("boot_id") != _boot_id():
-        return False  # the machine has started since
+        return False  # rebooted since
     try:
         started = _start_time(state["pid"])
         if psutil.Process(state["pid"]).status() == psutil.STATUS_ZOMBIE:
@@ -51,19 +52,19 @@ def is_alive(state: Mapping[str, Any]) -> bool:
 
 
 def is_remote(state: Mapping[str, Any]) -> bool:
-    """Whether it is a process that cannot be seen from here: another machine's, or a container's."""
+    """Return whether the process of a record is on another machine or in another PID namespace."""
     if state["host"] != platform.node():
         return True
     return state.get("boot_id") == _boot_id() and state.get("pid_namespace") != _pid_namespace()
 
 
 def _start_time(pid: int) -> float:
-    """Seconds from the machine's start on Linux, and from 1970 elsewhere, where the clock is read once."""
+    """Return the start time of a process in seconds: since boot on Linux, since 1970 elsewhere."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return float(psutil.Process(pid).create_time())
-    after_name = text.rpartition(")")[2].split()  # a name may have spaces and brackets
+    after_name = text.rpartition(")")[2].split()  # the name may contain spaces and parentheses
     return int(after_name[_START_TIME_FIELD - 3]) / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,7 +1,7 @@
-"""Chance: every random draw is a function of (seed, purpose, epoch or index), and of nothing else.
+"""Seeds for random number generators: functions of (seed, purpose, epoch or index) alone.
 
-Not of how many workers there are, which launcher is used, or what was drawn before: whoever knows the key can
-repeat the draw alone. A seed for any generator is the first eight bytes of SHA-256 over the key.
+Random numbers therefore do not depend on the number of workers, the launcher, or previous draws. A seed is
+the first eight bytes of the SHA-256 of its key.
 """
 
 import hashlib
@@ -10,41 +10,41 @@ from collections.abc import Callable, Iterable
 
 
 def derive_seed(seed: int, purpose: str, *index: int) -> int:
-    """A seed in [0, 2**63) for one purpose, independent of the seeds of all other purposes and indices."""
+    """Return a seed in [0, 2**63), independent of the seeds of other purposes and indices."""
     key = ":".join([str(seed), purpose, *map(str, index)])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 def make_seed_fn(seed: int, purpose: str) -> Callable[[int], int]:
-    """Return `derive` for one seed and purpose as a function of the index, hashing the prefix once."""
+    """Return `derive_seed` for one seed and purpose as a function of the index; hashes the prefix once."""
     prefix = hashlib.sha256(f"{seed}:{purpose}:".encode())
 
-    def seed_of(index: int) -> int:
+    def derive(index: int) -> int:
         digest = prefix.copy()
         digest.update(b"%d" % index)
         return int.from_bytes(digest.digest()[:8], "big") >> 1
 
-    return seed_of
+    return derive
 
 
 def rng(seed: int, purpose: str, *index: int) -> random.Random:
-    """A stream of random numbers of its own for one purpose and index."""
+    """Return a generator for one purpose and index."""
     return random.Random(derive_seed(seed, purpose, *index))
 
 
 def hash_many_to_unit(seed: int, purpose: str, texts: Iterable[str]) -> list[float]:
-    """Return `fraction` of every text, each distinct one hashed once."""
-    prefix, known, found = hashlib.sha256(f"{seed}:{purpose}:".encode()), dict[str, float](), []
+    """Return `hash_to_unit` of each text; hashes each distinct text once."""
+    prefix, cached, numbers = hashlib.sha256(f"{seed}:{purpose}:".encode()), dict[str, float](), []
     for text in texts:
-        if (number := known.get(text)) is None:
+        if (number := cached.get(text)) is None:
             digest = prefix.copy()
             digest.update(text.encode())
-            number = known[text] = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        found.append(number)
-    return found
+            number = cached[text] = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        numbers.append(number)
+    return numbers
 
 
 def hash_to_unit(seed: int, purpose: str, text: str) -> float:
-    """A number in [0, 1) that belongs to a text: the same whenever and wherever it is asked for."""
+    """Return a number in [0, 1) that depends only on seed, purpose and text."""
     digest = hashlib.sha256(f"{seed}:{purpose}:{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

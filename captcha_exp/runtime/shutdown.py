@@ -1,8 +1,7 @@
-"""Leaving in order: a training that is asked to end does so between two steps, with all that it has reached
-saved.
+"""Graceful shutdown: on a signal or time limit, training stops between two steps after saving a checkpoint.
 
-Who asks is a signal, Ctrl-C (SIGINT) or SIGTERM, or a limit of time. A second Ctrl-C leaves at once, whatever
-is at hand: the record then says RUNNING, and the next start closes it.
+Signals are SIGINT (Ctrl-C) and SIGTERM. A second Ctrl-C quits immediately: the record then still says
+RUNNING, and the next command closes it.
 """
 
 import contextlib
@@ -16,24 +15,24 @@ from typing import Any, NoReturn
 from captcha_exp.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_STOP_NOTICE = b"\nending after this step, to be gone on with; Ctrl-C once more leaves at once\n"
+_STOP_NOTICE = b"\nStopping after the current step (resumable). Press Ctrl-C again to quit immediately.\n"
 
 
 class StopRequested(BaseException):
-    """Raised between two steps; no `except Exception` on the way takes it for an error."""
+    """Raised between two steps to stop training; not an Exception, so no handler treats it as an error."""
 
 
 class TimeLimitReached(UserError):
-    """train.max_minutes have passed; the run can be gone on with."""
+    """train.max_minutes have passed; the run can be resumed."""
 
-    exit_code = 75  # that of sysexits.h for "try again later"
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class ShutdownHandler:
-    """Whether a training has been asked to end; entered for as long as it and its last words take."""
+    """Context manager of a training run that handles stop requests until its final state is saved."""
 
     def __init__(self, max_minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Minutes are counted from here."""
+        """Start the time limit."""
         self._clock = clock
         self._deadline = None if max_minutes is None else clock() + 60 * max_minutes
         self._received: int | None = None
@@ -47,92 +46,96 @@ class ShutdownHandler:
 
     @contextlib.contextmanager
     def trap_signals(self) -> Iterator[None]:
-        """A signal waits for `look`."""
-        before = _install(self._on_signal)
+        """Keep signals pending until `check_stop` is called."""
+        previous = _install(self._on_signal)
         try:
             yield
         finally:
             if self._received is None:
-                _restore(before)
-            else:  # a second Ctrl-C is to end the last words, too
-                self._previous_handlers = before
+                _restore(previous)
+            else:  # a second Ctrl-C must also interrupt the final saving
+                self._previous_handlers = previous
 
     def _on_signal(self, number: int, _: object) -> None:
         self._received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             with contextlib.suppress(OSError):
-                os.write(2, _STOP_NOTICE)  # a console may be in the middle of a line
+                os.write(2, _STOP_NOTICE)  # print may be interrupted while it holds a lock
 
     def check_stop(self) -> None:
-        """Nothing, unless it has been asked to end.
+        """Check for a stop request.
 
         Raises:
-            Asked: it has; what was reached is to be saved, and then `leave` to be called.
+            StopRequested: a signal was received or the time limit is reached; save, then call `exit`.
         """
         self.check_signal()
         if self._deadline is not None and self._clock() >= self._deadline:
             raise StopRequested
 
     def check_signal(self) -> None:
-        """As `look`, amid what begins anew when it is interrupted: with a limit of time that is too short for
-        it, no start would ever get past it.
+        """Check for a signal, ignoring the time limit.
+
+        Used during evaluation, which restarts from zero: a limit shorter than one evaluation would never make
+        progress.
 
         Raises:
-            Asked: a signal has come.
+            StopRequested: a signal was received.
         """
         if self._received is not None:
             raise StopRequested
 
     def exit(self) -> NoReturn:
-        """End as the signal would have ended it.
+        """End the process as the received signal would have done.
 
         Raises:
-            TimeIsUp: the time is; the same command goes on.
+            TimeLimitReached: the time limit is the reason; the same command resumes the run.
         """
         if self._received == signal.SIGINT:
             raise KeyboardInterrupt
         if self._received is not None:
             raise SystemExit(128 + self._received)
         raise TimeLimitReached(
-            "train.max_minutes: the time is up; all is saved, and the same command goes on"
+            "train.max_minutes: time limit reached; saved a checkpoint; the same command resumes the run"
         )
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """A signal waits until what is written here is written, and then does what it does; a second Ctrl-C does
-    not wait."""
-    heard: list[int] = []
+    """Delay signals until the context ends, while files are written; a second Ctrl-C is not delayed."""
+    received: list[int] = []
 
-    def hear(number: int, _: object) -> None:
-        heard.append(number)
+    def on_signal(number: int, _: object) -> None:
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = _install(hear)
+    previous = _install(on_signal)
     try:
         yield
     finally:
-        _restore(before)
-    if heard:
-        signal.raise_signal(heard[0])
+        _restore(previous)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def _install(new_handler: Callable[[int, object], None]) -> dict[int, Any]:
-    """What heard the signals before. One that is ignored stays so, and so does a Ctrl-C that ends the process
-    at once: it has been pressed before."""
-    if threading.current_thread() is not threading.main_thread():  # no other hears them
+    """Install a handler and return the previous ones by signal.
+
+    Ignored signals stay ignored, and so does the default SIGINT handler: it means that Ctrl-C was pressed
+    before.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         return {}
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = {
+    current: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    replaced = {
         number: handler
-        for number, handler in before.items()
+        for number, handler in current.items()
         if handler not in (signal.SIG_IGN, None) and (number, handler) != (signal.SIGINT, signal.SIG_DFL)
     }
-    for number in taken:
+    for number in replaced:
         signal.signal(number, new_handler)
-    return taken
+    return replaced
 
 
 def _restore(previous_handlers: dict[int, Any]) -> None:

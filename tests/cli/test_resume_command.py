@@ -385,7 +385,7 @@ def test_values_are_put_onto_a_saved_config(tiny: Config) -> None:
     ("word", "line"),
     [
         ("train.epochs=0", "train.epochs=0: must be a whole number"),
-        ("train.epohcs=3", "train.epohcs=3: there is no such key; did you mean train.epochs?"),
+        ("train.epohcs=3", "train.epohcs=3: unknown key; did you mean train.epochs?"),
         ("seed.x.y=3", "seed.x.y=3: there is no such key"),
         ("train.epochs.x=3", "train.epochs.x=3: there is no such key"),
         ("experiment=alnum", "experiment=alnum: gives no key of a saved config a value; "),

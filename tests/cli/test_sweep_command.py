@@ -69,7 +69,7 @@ def record_of(sweep: Sweep, number: int, became: Outcome) -> runs.Run:
             run.update(pid=2**22 + 1)  # no process has it
         case "failed":
             run.close("FAILED", "a mistake")
-        case "oom" | "unfit":
+        case "oom" | "skipped":
             run.update(**{became: {"remedies": []}})
             run.close("FINISHED")
         case _:
@@ -90,7 +90,7 @@ class Told:
 
 
 def became(verdict: SweepSummary) -> list[str]:
-    return [row.became for row in verdict.results]
+    return [row.outcome for row in verdict.results]
 
 
 # -- interrupted, and gone on with ---------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_interrupted_in_the_second_point_and_gone_on_with(tiny: Config) -> None:
     assert told.sweep is not None
     folder = told.sweep.sweep_dir
     assert became(verdict) == ["finished", "killed", "not run"]
-    assert json.loads((folder / "summary.json").read_text())["points"][1]["became"] == "killed"
+    assert json.loads((folder / "summary.json").read_text())["jobs"][1]["outcome"] == "killed"
     states = [json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/run.json"))]
     assert states == ["FINISHED", "KILLED"]
 
@@ -162,12 +162,12 @@ def test_interrupted_in_the_second_point_and_gone_on_with(tiny: Config) -> None:
     assert became(verdict) == ["finished"] * 3
     assert [row.attempts for row in verdict.results] == [1, 2, 1]
     assert Sweep(folder).state["status"] == "FINISHED"
-    assert "1 of them are settled already" in heard.lines
+    assert "1 of 3 jobs are already done" in heard.lines
 
 
 def test_what_has_a_result_is_not_run_again(tiny: Config) -> None:
     found, told = plan_jobs(points_of(tiny, 5), Heard()), Told()
-    kinds: list[Outcome] = ["finished", "oom", "unfit", "failed", "killed"]
+    kinds: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         for number, kind in zip(numbers, kinds, strict=True):
@@ -201,23 +201,23 @@ def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
         )
         run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
         time.sleep(max(0.0, order.deadline - time.time()) if len(begun) == 2 else 0.0)
-        run.close(*(("KILLED", "TimeIsUp") if len(begun) == 2 else ("FINISHED", None)))
+        run.close(*(("KILLED", "TimeLimitReached") if len(begun) == 2 else ("FINISHED", None)))
 
     def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
         for number in numbers:
             supervisor.run_job(folder, number)
 
-    monkeypatch.setattr(supervisor, "_train", train)
+    monkeypatch.setattr(supervisor, "_train_in_child", train)
     monkeypatch.setattr(sweeping, "_launch", launch)
     words = (*TINY, "tracking=none", "seed=1,2,3")
-    with pytest.raises(TimeLimitReached, match="the same command goes on") as caught:
+    with pytest.raises(TimeLimitReached, match="run the same command to resume") as caught:
         train_all(*words, "train.max_minutes=0.05")
     assert caught.value.exit_code == 75
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
-    assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeIsUp")
-    assert json.loads((path.parent / "summary.json").read_text())["title"].startswith("sweep of seed: ")
-    assert [row.became for row in collect_results(sweep)] == ["finished", "killed", "not run"]
+    assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeLimitReached")
+    assert json.loads((path.parent / "summary.json").read_text())["title"].startswith("sweep over seed: ")
+    assert [row.outcome for row in collect_results(sweep)] == ["finished", "killed", "not run"]
     assert len({moment for _, moment in begun}) == 1, "the points have one time together"
 
     assert train_all(*words, "train.max_minutes=5", resume="auto") == 0
@@ -229,14 +229,14 @@ def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
 def test_a_point_on_another_machine_has_a_time_of_its_own(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID, "train.max_minutes=2") == 0
     sweep = Sweep(next((root / "outputs").glob("*/*/sweep.json")).parent)
-    until = datetime.fromisoformat(sweep.state["limit"]["until"]).timestamp()
+    until = datetime.fromisoformat(sweep.state["time_limit"]["deadline"]).timestamp()
     assert supervisor._job_deadline(sweep) == until
-    sweep.state["limit"]["until"] = "2000-01-01T00:00:00+00:00"
+    sweep.state["time_limit"]["deadline"] = "2000-01-01T00:00:00+00:00"
     sweep.state["host"] = "elsewhere"
     leave_at = supervisor._job_deadline(sweep)
     assert leave_at is not None
     assert time.time() + 100 < leave_at < time.time() + 121
-    del sweep.state["limit"]  # a record of before
+    del sweep.state["time_limit"]  # a record of before
     assert supervisor._job_deadline(sweep) is None
 
 
@@ -265,7 +265,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     found: list[tuple[list[int], int]] = []
 
     def launch(folder: Path, numbers: Sequence[int], grid: Any, _: object) -> None:
-        found.append((list(numbers), grid.jobs))
+        found.append((list(numbers), grid.n_jobs))
         recording()(folder, numbers)
 
     monkeypatch.setattr(sweeping, "_launch", launch)
@@ -306,8 +306,8 @@ def test_resume_with(words: tuple[str, ...], resume: str, root: Path, launched: 
     assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
     assert [row.attempts for row in collect_results(Sweep(moved))] == [1, 2]
-    limit = Sweep(moved).state["limit"]
-    assert (limit and limit["minutes"]) == (9 if "train.max_minutes=9" in words else None)
+    limit = Sweep(moved).state["time_limit"]
+    assert (limit and limit["max_minutes"]) == (9 if "train.max_minutes=9" in words else None)
     assert not folder.exists()
 
 
@@ -352,7 +352,7 @@ def test_a_sweep_whose_start_fails_is_left_as_it_was(
         assert json.loads((folder / "sweep.json").read_text())["status"] == "RUNNING"
         raise UserError("no plan")
 
-    monkeypatch.setattr(sweeping, "foretell", fail)
+    monkeypatch.setattr(sweeping, "plan_jobs", fail)
     with pytest.raises(UserError, match="no plan"):
         train_all(*GRID, resume="auto")
     assert json.loads((folder / "sweep.json").read_text()) == before
@@ -374,12 +374,12 @@ def test_what_cannot_be_gone_on_with(root: Path, launched: list[Any]) -> None:
     sweep.reopen()
     assert refused().endswith(f"its process {os.getpid()} is still at work")
     sweep.close("KILLED")
-    text = (folder / "points" / "2.yaml").read_text()
-    (folder / "points" / "2.yaml").unlink()
+    text = (folder / "jobs" / "2.yaml").read_text()
+    (folder / "jobs" / "2.yaml").unlink()
     assert "2.yaml" in refused()
-    (folder / "points" / "2.yaml").write_text(text)
-    (folder / "sweep.json").write_text('{"status": "KILLED", "points": [{}]}')
-    assert "cannot be read as the record of a sweep" in refused()
+    (folder / "jobs" / "2.yaml").write_text(text)
+    (folder / "sweep.json").write_text('{"status": "KILLED", "jobs": [{}]}')
+    assert "invalid sweep record" in refused()
     assert len(launched) == 1
 
 
@@ -471,22 +471,22 @@ def test_a_verdict_that_cannot_be_written_is_told(tiny: Config) -> None:
         recording()(folder, numbers)
         (folder / "summary.json").mkdir()
 
-    with pytest.raises(RunFailed, match="make room"):
+    with pytest.raises(RunFailed, match="free disk space"):
         run_sweep(plan_jobs(points_of(tiny), Heard()), launch, 1, heard, told)
     assert became(told.verdicts[0]) == ["finished"] * 3
-    assert any("the verdict cannot be written" in line for line in heard.warnings)
+    assert any("cannot write the summary" in line for line in heard.warnings)
 
 
 def test_a_record_that_stops_in_the_middle_is_a_row(tiny: Config) -> None:
     """Killed before config.yaml was written; damaged; an empty folder."""
-    sweep = recorded.create_sweep("tiny", points_of(tiny), {"foretold": [None] * 3})
+    sweep = recorded.create_sweep("tiny", points_of(tiny), {"predicted": [None] * 3})
     (record_of(sweep, 1, "killed").run_dir / "config.yaml").unlink()
     (record_of(sweep, 2, "finished").run_dir / "run.json").write_text('{"status": "FIN')
     sweep.new_attempt(sweep.jobs[2])
 
     found = collect_results(sweep)
-    assert [row.became for row in found] == ["killed", "failed", "not run"]
-    assert "cannot be read as the record of a run" in (found[1].error or "")
+    assert [row.outcome for row in found] == ["killed", "failed", "not run"]
+    assert "invalid run record" in (found[1].error or "")
 
 
 def process_of(script: str, folder: Path, listen: Callable[[str], None], monkeypatch: Any) -> Any:
@@ -511,7 +511,7 @@ def test_neither_a_log_nor_a_terminal_that_is_gone_stops_a_process(
         process._process.wait(30)  # for ever, if nobody reads
         process.wait()
     assert heard == ["1"]
-    assert process.how_it_ended() == "100000"
+    assert process.describe_exit() == "100000"
 
 
 def test_last_words_are_kept_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,15 +519,15 @@ def test_last_words_are_kept_short(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     heard: list[str] = []
     with process_of(script, tmp_path, heard.append, monkeypatch) as process:
         process.wait()
-    assert process.how_it_ended() == "x" * 1000
-    assert heard[-1].endswith("1-x.log cannot be written")
+    assert process.describe_exit() == "x" * 1000
+    assert re.search(r"cannot write .+1-x\.log$", heard[-1])
 
 
 def test_a_process_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "SECONDS_TO_STOP", 0.1)
+    monkeypatch.setattr(supervisor, "STOP_TIMEOUT_SECONDS", 0.1)
     with process_of("trap '' TERM INT; exec sleep 100", tmp_path, print, monkeypatch) as process:
         pass
-    assert process.how_it_ended() == "it did not stop when it was asked to, and was made to"
+    assert process.describe_exit() == "did not stop within 0.1 s; killed"
 
 
 def test_no_remedy_is_sought_where_the_context_alone_is_too_much(
@@ -578,7 +578,7 @@ def test_interrupted_at_a_terminal(
     assert process.returncode == code
     assert psutil.wait_procs(there, timeout=2)[1] == []
     told = json.loads(said)
-    assert told["points"][0]["became"] == "killed"
+    assert told["jobs"][0]["outcome"] == "killed"
     assert json.loads((Path(told["run_dir"]) / "summary.json").read_text())["title"] == told["title"]
     states = [json.loads(path.read_text()) for path in Path(told["run_dir"]).glob("*/run.json")]
     assert "RUNNING" not in {state["status"] for state in states}

@@ -299,8 +299,8 @@ def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path
     ("old", "new", "line"),
     [
         ("name: NVIDIA H200", "name: ''", "name=.*: must be .+"),
-        ("least: 500", "least: 5000", "context_mib: least=5000 is more than most=1000"),
-        ("least: 500", "leest: 500", "context_mib.leest=500: there is no such key; did you mean .+least\\?"),
+        ("least: 500", "least: 5000", "context_mib: min=5000 is greater than max=1000"),
+        ("least: 500", "leest: 500", "context_mib.leest=500: unknown key; did you mean .+least\\?"),
         ("bf16_speedup:", "speed:", "bf16_speedup: is missing; .+|speed: .+"),
     ],
 )

@@ -229,7 +229,7 @@ def test_the_sweep_run_shows_the_summary(served: Served, page: Any) -> None:
     assert table.count("finished") == 2
     text = page.inner_text("body")
     assert summary["title"] in text
-    for sentence in summary["sentences"]:
+    for sentence in summary["conclusions"]:
         assert sentence in text
     assert served.sweep.name in text
 

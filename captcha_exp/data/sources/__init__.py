@@ -1,7 +1,6 @@
-"""Labelled pictures: drawn by a generator (`generators`, `drawing`), or read from a folder (`folder`,
-`labels`).
+"""Sources of labeled images: captcha generators (`generators`, `rendering`) and folders (`folder`, `labels`).
 
-A source says first what it will give, cheaply and with nothing created, and then gives it.
+A source is first scanned for its labels, which creates nothing, and then loads its images.
 """
 
 from dataclasses import dataclass, field
@@ -21,50 +20,50 @@ from captcha_exp.data.sources.generators import rendering_dependencies as render
 from captcha_exp.data.sources.rendering import render_images as render_images
 from captcha_exp.runtime.console import Display
 
-IMAGE_INDEPENDENT_KEYS = (  # what a picture does not depend on
+IMAGE_INDEPENDENT_KEYS = (  # keys of the data group that do not affect pixels
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction"),
-    *("path", "labels", "pattern", "on_invalid"),  # of a folder: its content is what counts
+    *("path", "labels", "filename_pattern", "on_invalid"),  # of a folder, only its content counts
 )
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Which pictures a source has, and what became of the others; plain values, kept in the cache."""
+    """The images that a source has and those it rejected; plain values, stored in the cache file."""
 
     labels: list[str]  # N
-    files: list[tuple[str, str]] = field(default_factory=list)  # N (name, SHA-256); none for drawn pictures
-    refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
-    notes: dict[str, list[str]] = field(default_factory=dict)  # what to know of pictures in use -> names
-    sizes: dict[str, int] = field(default_factory=dict)  # "WxH" in the files -> pictures
+    files: list[tuple[str, str]] = field(default_factory=list)  # N (name, SHA-256); empty for a generator
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    remarks: dict[str, list[str]] = field(default_factory=dict)  # remark -> names of used images
+    sizes: dict[str, int] = field(default_factory=dict)  # original "WxH" -> number of images
 
 
 class Source(Protocol):
-    """Where pictures come from."""
+    """A source of labeled images."""
 
     provenance: dict[str, Any]
-    """everything that the bytes of the pictures depend on, beside the size and alphabet of the config"""
+    """everything that the pixels depend on, except the captcha group of the config"""
     ignored: list[str]
-    """names of files that are no pictures; not in the verdict, which is that of the pictures alone"""
+    """names of files that are not images; not part of the scan result"""
 
     def scan(self, display: Display) -> ScanResult:
-        """Which pictures there are."""
+        """Return the labels, without loading images of a generator."""
         ...
 
     def load_images(self, display: Display) -> npt.NDArray[np.uint8]:
-        """(N, H, W, C), as long as the verdict's labels."""
+        """Return the images (N, H, W, C) in the order of the labels."""
         ...
 
 
 class _GeneratorSource:
-    """Pictures of a generator."""
+    """The images of a captcha generator."""
 
     def __init__(self, data: GeneratorConfig, captcha: CaptchaConfig) -> None:
         check_glyphs(data, captcha)
         self._data, self._captcha = data, captcha
-        self.provenance = {"source": _image_config(data), "origin": rendering_dependencies(data)}
+        self.provenance = {"source": _image_config(data), "dependencies": rendering_dependencies(data)}
         self.ignored: list[str] = []
 
-    def scan(self, display: Display) -> ScanResult:  # noqa: ARG002 - too quick for a bar
+    def scan(self, display: Display) -> ScanResult:  # noqa: ARG002 - too fast for a bar
         return ScanResult(generate_labels(self._data, self._captcha))
 
     def load_images(self, display: Display) -> npt.NDArray[np.uint8]:
@@ -72,37 +71,37 @@ class _GeneratorSource:
 
 
 class _FolderSource:
-    """Pictures of a folder; decoded when their verdict is not known yet, and kept until they are fetched."""
+    """The images of a folder; a scan decodes them and keeps them until they are loaded."""
 
     def __init__(self, data: FolderConfig, captcha: CaptchaConfig, display: Display) -> None:
         self._captcha = captcha
         self._folder_scan = folder.scan_folder(data, captcha, display)
         self.ignored = list(self._folder_scan.ignored)
         self._decoded: folder.DecodedFolder | None = None
-        asked = {**_image_config(data), "files_sha256": self._folder_scan.sha256}
-        self.provenance = {"source": asked, "origin": folder.decoding_dependencies()}
+        source = {**_image_config(data), "files_sha256": self._folder_scan.sha256}
+        self.provenance = {"source": source, "dependencies": folder.decoding_dependencies()}
 
     def scan(self, display: Display) -> ScanResult:
-        read = self._decoded = folder.decode_folder(self._folder_scan, self._captcha, display)
+        decoded = self._decoded = folder.decode_folder(self._folder_scan, self._captcha, display)
         return ScanResult(
-            labels=[candidate.label for candidate in read.accepted],
-            files=[(candidate.name, candidate.sha256) for candidate in read.accepted],
-            refused=[(candidate.name, candidate.reason) for candidate in read.rejected],
-            notes=read.remarks,
-            sizes=read.sizes,
+            labels=[candidate.label for candidate in decoded.accepted],
+            files=[(candidate.name, candidate.sha256) for candidate in decoded.accepted],
+            rejected=[(candidate.name, candidate.reason) for candidate in decoded.rejected],
+            remarks=decoded.remarks,
+            sizes=decoded.sizes,
         )
 
     def load_images(self, display: Display) -> npt.NDArray[np.uint8]:
-        read = self._decoded or folder.decode_folder(self._folder_scan, self._captcha, display)
+        decoded = self._decoded or folder.decode_folder(self._folder_scan, self._captcha, display)
         self._decoded = None
-        return read.images
+        return decoded.images
 
 
 def make_source(data: DataConfig, captcha: CaptchaConfig, display: Display) -> Source:
-    """The source of a resolved config; nothing is drawn or decoded yet.
+    """Return the data source of a resolved config, without rendering or decoding images.
 
     Raises:
-        UserError: a font cannot draw the alphabet, or a folder cannot be used; the line says what to do.
+        UserError: a font lacks characters of the alphabet, or a folder cannot be used; the line says why.
     """
     return (
         _FolderSource(data, captcha, display)
@@ -112,4 +111,5 @@ def make_source(data: DataConfig, captcha: CaptchaConfig, display: Display) -> S
 
 
 def _image_config(data: DataConfig) -> dict[str, Any]:
+    """Return the keys of the data group that affect pixels."""
     return {key: value for key, value in to_dict(data).items() if key not in IMAGE_INDEPENDENT_KEYS}

@@ -1,4 +1,4 @@
-"""A drawing process; `drawing` starts it and talks to it."""
+"""Run a rendering process, which `rendering` starts and sends requests to."""
 
 from captcha_exp.data.sources.rendering import worker_main
 

@@ -1,8 +1,7 @@
-"""The generators: what draws a picture of a text, and the fonts that it draws with.
+"""Captcha generators and their fonts.
 
-A generator takes its chance from the stream that it is handed and from nothing else. Those of the packages
-keep their chance in a module: they draw in processes of their own (`drawing`), where a seeded stand-in is put
-in its place.
+A generator draws all random numbers from the generator that it is passed. The PyPI packages use module-level
+randomness instead: they run in rendering processes (`rendering`), where it is replaced by a seeded one.
 """
 
 import hashlib
@@ -33,8 +32,7 @@ RenderFn = Callable[[str, random.Random], Image.Image]
 
 @dataclass(frozen=True)
 class RendererSpec:
-    """A generator: what decides the pixels, with its version; its own fonts; how it comes to draw, and to a
-    text."""
+    """A captcha generator: its name and version, default fonts, renderer and label sampler."""
 
     package: str
     default_fonts: Sequence[Path]
@@ -43,10 +41,10 @@ class RendererSpec:
 
 
 def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
-    """The generator of a config.
+    """Return the generator of a config.
 
     Raises:
-        UserError: it brings no font and the config names none.
+        UserError: the generator has no default fonts and the config has none; add one to data.fonts.
     """
     match data:
         case CaptchaLibraryConfig():
@@ -69,10 +67,10 @@ def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
         case ArticleConfig():
             _require_fonts(data, "article")
 
-            def paint() -> RenderFn:
+            def make_renderer() -> RenderFn:
                 return article.make_renderer(data.width, data.height, font_files(data))
 
-            return RendererSpec(f"article {article.VERSION}", [], paint, _sample_article_label)
+            return RendererSpec(f"article {article.VERSION}", [], make_renderer, _sample_article_label)
         case _:
             assert_never(data)
 
@@ -83,7 +81,7 @@ def _package_version(name: str) -> str:
 
 def _require_fonts(data: BaseGeneratorConfig, generator: str) -> None:
     if not data.fonts:
-        raise UserError(f"data.fonts=[]: {generator} brings none; name one, such as DejaVuSans.ttf")
+        raise UserError(f"data.fonts=[]: {generator} has no default font; add one, such as DejaVuSans.ttf")
 
 
 def _sample_article_label(captcha: CaptchaConfig, rng: random.Random) -> str:
@@ -94,39 +92,37 @@ def _sample_article_label(captcha: CaptchaConfig, rng: random.Random) -> str:
 
 
 def image_rng(data: BaseGeneratorConfig, index: int) -> random.Random:
-    """The chance of picture number `index`: first its text is drawn from it, then the picture."""
+    """Return the random generator of an image, which draws its label first and then its pixels."""
     return seeding.rng(data.seed, "picture", index)
 
 
 def generate_label(data: GeneratorConfig, captcha: CaptchaConfig, index: int) -> str:
-    """The text in picture number `index`."""
+    """Return the label of an image."""
     return get_renderer_spec(data).sample_label(captcha, image_rng(data, index))
 
 
 def generate_labels(data: GeneratorConfig, captcha: CaptchaConfig) -> list[str]:
-    """Return the texts of all pictures, each equal to `label`.
+    """Return the labels of all images, each equal to `generate_label`.
 
-    One generator is seeded again for every picture, which gives the stream of a new one in less time.
+    Reseeding one generator per image is faster than creating one, and gives the same numbers.
     """
-    text, rng, seed_of = (
-        get_renderer_spec(data).sample_label,
-        random.Random(0),
-        seeding.make_seed_fn(data.seed, "picture"),
-    )
-    found = []
+    sample_label = get_renderer_spec(data).sample_label
+    image_seed = seeding.make_seed_fn(data.seed, "picture")
+    rng = random.Random(0)
+    labels = []
     for index in range(data.count):
-        rng.seed(seed_of(index))
-        found.append(text(captcha, rng))
-    return found
+        rng.seed(image_seed(index))
+        labels.append(sample_label(captcha, rng))
+    return labels
 
 
 def _sample_uniform_label(captcha: CaptchaConfig, rng: random.Random) -> str:
-    """Every character of the alphabet is as likely as any other."""
+    """Sample each character uniformly from the alphabet."""
     return "".join(rng.choices(captcha.alphabet, k=captcha.length))
 
 
 def rendering_dependencies(data: GeneratorConfig) -> dict[str, Any]:
-    """Everything beside the config that the pixels of a source depend on: packages and font files."""
+    """Return the packages and font files that the pixels depend on, in addition to the config."""
     from PIL import features
 
     return {
@@ -139,64 +135,68 @@ def rendering_dependencies(data: GeneratorConfig) -> dict[str, Any]:
 
 
 def font_files(data: BaseGeneratorConfig) -> list[Path]:
-    """The font files that data.fonts names.
+    """Return the paths of data.fonts.
 
     Raises:
-        UserError: a font is not to be found; the line names those that matplotlib brings.
+        UserError: a font does not exist; the line lists those shipped with matplotlib.
     """
     if not data.fonts:
         return []
-    spec = find_spec("matplotlib")  # importing it would take longer than all the rest
+    spec = find_spec("matplotlib")  # importing matplotlib is slow
     assert spec is not None
     assert spec.origin is not None
-    free = Path(spec.origin).with_name("mpl-data") / "fonts" / "ttf"
+    matplotlib_fonts = Path(spec.origin).with_name("mpl-data") / "fonts" / "ttf"
     found = []
     for name in data.fonts:
-        path = next((path for path in (Path(name).expanduser(), free / name) if path.is_file()), None)
+        path = next(
+            (path for path in (Path(name).expanduser(), matplotlib_fonts / name) if path.is_file()), None
+        )
         if path is None:
-            choices = ", ".join(sorted(path.name for path in free.glob("DejaVu*.ttf")))
-            raise UserError(f"data.fonts: {name!r} is no file and no font of matplotlib; it brings {choices}")
+            choices = ", ".join(sorted(path.name for path in matplotlib_fonts.glob("DejaVu*.ttf")))
+            raise UserError(
+                f"data.fonts: {name!r} is neither a file nor a font of matplotlib, such as {choices}"
+            )
         found.append(path)
     return found
 
 
 def check_glyphs(data: GeneratorConfig, captcha: CaptchaConfig) -> None:
-    """Nothing, if every font can draw every character.
+    """Check that every font has a glyph for every character.
 
     Raises:
-        UserError: a font would draw an empty box; the line names it and the characters.
+        UserError: a font lacks characters; remove them or use another font.
     """
     for path in font_files(data) or get_renderer_spec(data).default_fonts:
         try:
             font = ImageFont.truetype(str(path), 32)
         except OSError as error:
-            raise UserError(f"data.fonts: {path} is no font: {error}") from None
-        # A font draws what it lacks as the same box as a code point that no font has.
+            raise UserError(f"data.fonts: {path} is not a font: {error}") from None
+        # A missing glyph is drawn as the same box as a code point that no font has.
         box = bytes(font.getmask("\U0010fffe"))
-        lacking = "".join(c for c in captcha.alphabet if bytes(font.getmask(c)) == box)
-        if lacking:
+        missing = "".join(c for c in captcha.alphabet if bytes(font.getmask(c)) == box)
+        if missing:
             raise UserError(
-                f"captcha.alphabet: {path.name} has no picture of {lacking!r}; "
-                "take these out, or name a font that has them in data.fonts"
+                f"captcha.alphabet: {path.name} has no glyphs for {missing!r}; "
+                "remove these characters, or set data.fonts to fonts that have them"
             )
 
 
 def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
-    """A function (text, random stream) -> picture; the generator's module is handed a seeded stand-in."""
+    """Return a function (text, rng) -> image that replaces the module's `secrets` by a seeded version."""
     import captcha.image
 
     fonts = [str(path) for path in font_files(data)]
     generator = captcha.image.ImageCaptcha(data.width, data.height, fonts=fonts or None)
 
-    def draw_one(text: str, stream: random.Random) -> Image.Image:
-        captcha.image.secrets = _SeededSecrets(stream)  # type: ignore[assignment, attr-defined]  # as a module is
+    def render(text: str, rng: random.Random) -> Image.Image:
+        captcha.image.secrets = _SeededSecrets(rng)  # type: ignore[assignment, attr-defined]  # not a module
         return generator.generate_image(text)
 
-    return draw_one
+    return render
 
 
 class _SeededSecrets:
-    """What `captcha` asks of the module `secrets`, from a seeded stream."""
+    """The functions of `secrets` that `captcha` calls, seeded."""
 
     def __init__(self, rng: random.Random) -> None:
         self.randbelow = rng.randrange
@@ -205,13 +205,14 @@ class _SeededSecrets:
 
 
 def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:
+    """Return a function (text, rng) -> image that replaces the module's `random` by `rng`."""
     import wheezy.captcha.image as wheezy
 
-    def colour() -> tuple[int, int, int]:
-        stream: random.Random = wheezy.random
-        return stream.randrange(10, 170), stream.randrange(10, 170), stream.randrange(10, 170)
+    def random_color() -> tuple[int, int, int]:
+        rng: random.Random = wheezy.random
+        return rng.randrange(10, 170), rng.randrange(10, 170), rng.randrange(10, 170)
 
-    render = wheezy.captcha(
+    draw = wheezy.captcha(
         width=data.width,
         height=data.height,
         drawings=[
@@ -220,17 +221,17 @@ def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:
                 fonts=[str(path) for path in font_files(data)],
                 font_sizes=data.font_sizes,
                 drawings=[wheezy.warp(), wheezy.rotate(), wheezy.offset()],
-                color=colour,
+                color=random_color,
             ),
-            wheezy.curve(color=colour, width=2),
-            wheezy.noise(color=colour),
+            wheezy.curve(color=random_color, width=2),
+            wheezy.noise(color=random_color),
             wheezy.smooth(),
         ],
     )
 
-    def draw_one(text: str, stream: random.Random) -> Image.Image:
-        wheezy.random = stream
-        picture: Image.Image = render(text)
-        return picture
+    def render(text: str, rng: random.Random) -> Image.Image:
+        wheezy.random = rng
+        image: Image.Image = draw(text)
+        return image
 
-    return draw_one
+    return render

@@ -1,6 +1,6 @@
-"""Where the labels of a folder's pictures stand: in the file names, or in a table beside them.
+"""Labels of the images of a folder, from file names or from a table.
 
-Tables are read with nothing converted: 00123 stays 00123, and NA is a label like any other.
+Values of a table are not converted: 00123 stays 00123, and NA is an ordinary label.
 """
 
 import csv
@@ -25,16 +25,16 @@ LABEL_COLUMNS = ("label", "text", "code")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that may be a picture of the set."""
+    """A file of a folder that may be used as an image."""
 
-    name: str  # its path inside the folder, with /
+    name: str  # path relative to the folder, with /
     label: str
     reason: str = ""  # why it cannot be used
-    sha256: str = ""  # of its content, where it could be read
+    sha256: str = ""  # of its content; empty if it cannot be read
 
 
 def from_filenames(names: list[str], pattern: re.Pattern[str]) -> list[Candidate]:
-    """Candidates whose label stands in the file name."""
+    """Return a candidate per file, labeled by its file name."""
     candidates = []
     for name in names:
         match = pattern.fullmatch(PurePosixPath(name).stem)
@@ -45,59 +45,68 @@ def from_filenames(names: list[str], pattern: re.Pattern[str]) -> list[Candidate
 
 
 def find_table(data: FolderConfig, folder: Path) -> Path | None:
-    """The file that the labels stand in, or None if they stand in the file names."""
+    """Return the label table of a folder, or None if labels are in the file names.
+
+    Raises:
+        UserError: data.labels does not exist, or is null and several tables exist; set data.labels=NAME.
+    """
     if data.labels == "names":
         return None
     if data.labels is None:
-        there = [path for path in folder.iterdir() if path.name.lower() in TABLE_NAMES and path.is_file()]
-        if len(there) > 1:
-            names = " and ".join(sorted(path.name for path in there))
-            raise UserError(f"data.labels=null: {names} are in {folder}; say which one, as data.labels=NAME")
-        return there[0] if there else None
+        tables = [path for path in folder.iterdir() if path.name.lower() in TABLE_NAMES and path.is_file()]
+        if len(tables) > 1:
+            names = " and ".join(sorted(path.name for path in tables))
+            raise UserError(f"data.labels=null: {folder} has {names}; choose one with data.labels=NAME")
+        return tables[0] if tables else None
     if not (folder / data.labels).is_file():
-        raise UserError(f"data.labels={data.labels}: there is no such file in {folder}")
+        raise UserError(f"data.labels={data.labels}: no such file in {folder}")
     return folder / data.labels
 
 
 def from_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
-    """Candidates whose label stands in a table; rows without a picture, and pictures without a row, too."""
+    """Return a candidate per file, labeled by a table.
+
+    Rows without a file and files without a row are candidates with a reason.
+    """
     labels: dict[str, set[str]] = defaultdict(set)
-    written = {unicodedata.normalize("NFC", name): name for name in names}  # macOS takes names apart
-    refused = []
+    by_nfc_name = {unicodedata.normalize("NFC", name): name for name in names}  # macOS stores NFD names
+    rejected = []
     for row, name, label in _read_rows(table):
         where = f"{table.name}, row {row}"
         name = PurePosixPath(name).as_posix()
         if not os.path.lexists(folder / name):
-            slashed = unicodedata.normalize("NFC", name.replace("\\", "/"))  # as Windows writes a path
-            name = written.get(slashed, name)
+            nfc_name = unicodedata.normalize("NFC", name.replace("\\", "/"))  # Windows path separators
+            name = by_nfc_name.get(nfc_name, name)
         if not name or name == ".":
-            refused.append(Candidate(where, label, "names no file"))
+            rejected.append(Candidate(where, label, "names no file"))
         elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-            refused.append(
+            rejected.append(
                 Candidate(where, label, f"names {escape_unprintable(name)}, which is outside the folder")
             )
         elif not os.path.lexists(folder / name):
-            refused.append(Candidate(where, label, f"names {escape_unprintable(name)}, which is not there"))
+            rejected.append(
+                Candidate(where, label, f"names {escape_unprintable(name)}, which does not exist")
+            )
         else:
             labels[name].add(label)
     for name in names:
         labels[name] |= set()
-    for name, given in labels.items():
-        if len(given) > 1:
-            several = " and ".join(repr(label) for label in sorted(given))
-            refused.append(Candidate(name, "", f"has two labels in {table.name}: {several}"))
-        elif not given or not min(given):
-            refused.append(Candidate(name, "", f"has no label in {table.name}"))
-    return refused + [
-        Candidate(name, min(given)) for name, given in labels.items() if len(given) == 1 and min(given)
+    for name, found in labels.items():
+        if len(found) > 1:
+            quoted = " and ".join(repr(label) for label in sorted(found))
+            rejected.append(Candidate(name, "", f"has several labels in {table.name}: {quoted}"))
+        elif not found or not min(found):
+            rejected.append(Candidate(name, "", f"has no label in {table.name}"))
+    return rejected + [
+        Candidate(name, min(found)) for name, found in labels.items() if len(found) == 1 and min(found)
     ]
 
 
 def _read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    """(number of the row, file, label) of a table.
+    """Yield (row number, file, label) for each row of a table.
 
     Raises:
-        UserError: it cannot be read, or a column is missing.
+        UserError: the table cannot be read, or a column is missing; the line says which are supported.
     """
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
@@ -108,7 +117,7 @@ def _read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
             else:
                 header = file.readline()
                 file.seek(0)
-                separators = "\t,;" if table.suffix.lower() == ".tsv" else ",;\t"  # German Excel: ;
+                separators = "\t,;" if table.suffix.lower() == ".tsv" else ",;\t"  # Excel in Germany writes ;
                 reader = csv.DictReader(file, delimiter=max(separators, key=header.count), strict=True)
                 lines = ((reader.line_num, row) for row in reader)
             for number, row in lines:
@@ -125,24 +134,24 @@ def _parse_json_row(table: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{table}, row {number}: is no JSON: {error}") from None
+        raise UserError(f"{table}, row {number}: invalid JSON: {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{table}, row {number}: is no JSON object with the keys file and label")
+        raise UserError(f"{table}, row {number}: not a JSON object with the keys file and label")
     return row
 
 
 def _get_cell(table: Path, number: int, row: dict[Any, Any], columns: tuple[str, ...]) -> str:
-    """The text under the first of these columns that there is."""
-    there = {key.strip().lower(): key for key in row if isinstance(key, str)}
+    """Return the text in the first of these columns that exists."""
+    found = {key.strip().lower(): key for key in row if isinstance(key, str)}
     for column in columns:
-        if column in there:
-            value = row[there[column]]
+        if column in found:
+            value = row[found[column]]
             if value is not None and not isinstance(value, str):
                 raise UserError(
-                    f"{table}, row {number}: {column} is {value!r}, which is no text; write it in "
-                    "quotes, so that 00123 stays what it is"
+                    f"{table}, row {number}: {column} is {value!r}, not text; put it in quotes, "
+                    "which also keeps leading zeros"
                 )
             return (value or "").strip()
-    has = ", ".join(escape_unprintable(key) for key in there.values())[:200] or "none"
-    wanted = f"{columns[0]} (or {', '.join(columns[1:])})"
-    raise UserError(f"{table}, row {number}: has no column {wanted}; its columns are {has}")
+    columns_found = ", ".join(escape_unprintable(key) for key in found.values())[:200] or "none"
+    expected = f"{columns[0]} (or {', '.join(columns[1:])})"
+    raise UserError(f"{table}, row {number}: has no column {expected}; its columns are {columns_found}")

@@ -1,9 +1,9 @@
-"""Drawing on all cores: a process for each worker, asked for blocks of pictures.
+"""Render images in parallel processes.
 
-A worker is this package, started as a program; it reads one JSON line that says what to draw and then one
-line for each block of pictures, and answers with raw bytes. It ends with its standard input, so with its
-parent, however that ends. Every picture has a random stream of its own, from (seed, index): the same pictures
-come out of any number of workers, in any order.
+A worker is `python -m captcha_exp.data.sources`. It reads the config as one JSON line, then one line of image
+indices per chunk, and writes raw pixels. It exits when standard input is closed, and thus with its parent.
+Each image has its own random generator, seeded by (seed, index): the images do not depend on the number of
+workers or on their order.
 """
 
 import json
@@ -27,68 +27,66 @@ from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
 from captcha_exp.errors import RunFailed
 from captcha_exp.runtime.console import Display
 
-CHUNK_SIZE = (
-    100  # pictures asked for at a time: a tenth of a second, small enough to share the last ones fairly
-)
+CHUNK_SIZE = 100  # images per request: about 0.1 s, which keeps all workers busy until the end
 
 
 def render_images(
     data: GeneratorConfig, captcha: CaptchaConfig, indices: Sequence[int], display: Display
 ) -> npt.NDArray[np.uint8]:
-    """(N, H, W, C) uint8 of the pictures with these indices, drawn on all workers.
+    """Render the images of these indices in parallel; returns (N, H, W, C) uint8.
 
     Raises:
-        RunFailed: a drawing process failed; the line gives its last words.
+        RunFailed: a rendering process failed; the line has the last line of its error output.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     shape = (captcha.height, captcha.width, captcha.channels)
-    pictures = np.empty((len(indices), *shape), np.uint8)
-    blocks = [(start, indices[start : start + CHUNK_SIZE]) for start in range(0, len(indices), CHUNK_SIZE)]
-    workers = min(int(data.workers), len(blocks))
-    pending = iter(blocks)  # shared by the threads, each of which takes the next block
-    stop = threading.Event()  # the first failure, or Ctrl-C, is heard at once and not after the last picture
-    with display.progress_bar(f"drawing {len(indices):,} pictures", len(indices)) as bar:
+    rendered = np.empty((len(indices), *shape), np.uint8)
+    chunks = [(start, indices[start : start + CHUNK_SIZE]) for start in range(0, len(indices), CHUNK_SIZE)]
+    num_workers = min(int(data.workers), len(chunks))
+    pending = iter(chunks)  # shared by the threads
+    stop = threading.Event()  # set on the first failure or Ctrl-C
+    with display.progress_bar(f"Rendering {len(indices):,} images", len(indices)) as bar:
 
-        def serve() -> None:
+        def render_chunks() -> None:
             with _Worker(data, captcha) as worker:
-                for start, block in pending:
-                    answer = worker.render(block, int(np.prod(shape)) * len(block))
-                    pictures[start : start + len(block)] = np.frombuffer(answer, np.uint8).reshape(-1, *shape)
-                    bar.advance(len(block))
+                for start, chunk in pending:
+                    pixels = worker.render(chunk, int(np.prod(shape)) * len(chunk))
+                    rendered[start : start + len(chunk)] = np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
+                    bar.advance(len(chunk))
                     if stop.is_set():
                         return
 
-        with ThreadPoolExecutor(workers) as threads:
+        with ThreadPoolExecutor(num_workers) as threads:
             try:
-                for future in as_completed([threads.submit(serve) for _ in range(workers)]):
+                for future in as_completed([threads.submit(render_chunks) for _ in range(num_workers)]):
                     future.result()
             except BaseException:
                 stop.set()
                 raise
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     display.info(
-        f"drew {len(indices):,} pictures in {seconds:.1f} s ({len(indices) / seconds:,.0f} pictures/s)"
+        f"Rendered {len(indices):,} images in {seconds:.1f} s ({len(indices) / seconds:,.0f} images/s)"
     )
-    return pictures
+    return rendered
 
 
 class _Worker:
-    """A drawing process, seen from its parent."""
+    """A handle of a rendering process."""
 
     def __init__(self, data: GeneratorConfig, captcha: CaptchaConfig) -> None:
-        # One core each: the workers share the machine by processes, not by threads of their arithmetic.
-        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        home = str(Path(__file__).resolve().parents[3])
-        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-        # Not a pipe: one that nobody reads would fill up and stop the worker.
+        # One thread each: the parallelism is in the number of workers.
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        package_parent = str(Path(__file__).resolve().parents[3])
+        path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+        # Not a pipe, which would fill up and block the worker.
         self.stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
-            # -P: a file captcha.py in the working directory is not the package of that name.
+            # -P: do not import captcha.py from the working directory.
             [sys.executable, "-P", "-m", "captcha_exp.data.sources"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr_file,
-            env={**os.environ, **single, "PYTHONPATH": path},
+            env={**os.environ, **one_thread, "PYTHONPATH": path},
         )
         self._send({"data": to_dict(data), "captcha": to_dict(captcha)})
 
@@ -96,17 +94,17 @@ class _Worker:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.process.kill()  # it holds nothing: whatever it has drawn has been read
+        self.process.kill()  # it has nothing to clean up
         self.process.communicate()
         self.stderr_file.close()
 
-    def render(self, indices: Sequence[int], size: int) -> bytes:
+    def render(self, indices: Sequence[int], num_bytes: int) -> bytes:
         self._send(list(indices))
         assert self.process.stdout is not None
-        answer = self.process.stdout.read(size)
-        if len(answer) != size:
+        pixels = self.process.stdout.read(num_bytes)
+        if len(pixels) != num_bytes:
             raise self._make_error()
-        return answer
+        return pixels
 
     def _send(self, message: Any) -> None:
         assert self.process.stdin is not None
@@ -119,26 +117,26 @@ class _Worker:
     def _make_error(self) -> RunFailed:
         code = self.process.wait()
         self.stderr_file.seek(0)
-        words = self.stderr_file.read().decode(errors="replace").strip().splitlines()
-        reason = words[-1] if words else "it said nothing"
-        return RunFailed(f"a drawing process ended with exit code {code}: {reason}")
+        lines = self.stderr_file.read().decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else "no error output"
+        return RunFailed(f"a rendering process exited with code {code}: {reason}")
 
 
 def worker_main() -> None:
-    """Draw blocks of pictures for the parent until standard input ends."""
-    answers = sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever a library prints must not get between the pictures
-    order = json.loads(sys.stdin.readline())
-    data = data_from_json(json.dumps(order["data"]))
-    assert not isinstance(data, FolderConfig)  # a folder is read, not drawn
-    captcha = CaptchaConfig(**order["captcha"])
+    """Render chunks of images for the parent process until standard input is closed."""
+    output = sys.stdout.buffer
+    sys.stdout = sys.stderr  # output of libraries must not mix with the pixels
+    request = json.loads(sys.stdin.readline())
+    data = data_from_json(json.dumps(request["data"]))
+    assert not isinstance(data, FolderConfig)  # its images are decoded, not rendered
+    captcha = CaptchaConfig(**request["captcha"])
     generator = get_renderer_spec(data)
-    draw_one = generator.make_renderer()
+    render = generator.make_renderer()
     for line in sys.stdin:
-        drawn = []
+        rendered = []
         for index in json.loads(line):
-            chance = image_rng(data, index)
-            picture = draw_one(generator.sample_label(captcha, chance), chance)
-            drawn.append(images.to_array(picture, captcha.channels))
-        answers.write(images.resize(np.stack(drawn), captcha.height, captcha.width).tobytes())
-        answers.flush()
+            rng = image_rng(data, index)
+            image = render(generator.sample_label(captcha, rng), rng)
+            rendered.append(images.to_array(image, captcha.channels))
+        output.write(images.resize(np.stack(rendered), captcha.height, captcha.width).tobytes())
+        output.flush()
