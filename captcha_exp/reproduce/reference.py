@@ -11,7 +11,7 @@ import safetensors
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
-from captcha_exp.runs import MetricsRow, find_linked, read_metrics_rows
+from captcha_exp.runs import MetricsRow, check_run_format, find_linked, read_metrics_rows
 from captcha_exp.runs.fields import flatten, read_flat_config
 from captcha_exp.runs.files import list_run_files
 from captcha_exp.runtime.files import sha256_of
@@ -111,6 +111,7 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
         UserError: the run has no result to compare with, or a file is missing or damaged.
     """
     state = _read_json(run_dir / "run.json")
+    check_run_format(run_dir, state)
     if state.get("status") != "FINISHED":
         raise UserError(f"{run_dir}: status {state.get('status')}; only a FINISHED run can be reproduced")
     if state.get("oom") is not None:

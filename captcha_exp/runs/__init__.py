@@ -14,6 +14,7 @@ from captcha_exp.runs.run import MetricsRow as MetricsRow
 from captcha_exp.runs.run import Run as Run
 from captcha_exp.runs.run import Status as Status
 from captcha_exp.runs.run import check_file_unchanged as check_file_unchanged
+from captcha_exp.runs.run import check_run_format as check_run_format
 from captcha_exp.runs.run import config_sha256 as config_sha256
 from captcha_exp.runs.run import find_linked as find_linked
 from captcha_exp.runs.run import find_run as find_run

@@ -299,7 +299,7 @@ def read_run_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if missing:
         raise UserError(f"{path}: is not a valid run.json: missing {', '.join(sorted(missing))}")
-    _check_format(path.parent, state.get("format"))
+    check_run_format(path.parent, state)
     types = _REQUIRED_FIELDS | _OPTIONAL_FIELDS
     wrong = [key for key in types.keys() & state.keys() if not isinstance(state[key], types[key])]
     if wrong:
@@ -315,7 +315,13 @@ def read_run_json(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_format(run_dir: Path, run_format: object) -> None:
+def check_run_format(run_dir: Path, state: Mapping[str, Any]) -> None:
+    """Check that this version of captcha_exp can read a run.
+
+    Raises:
+        UserError: Another version wrote the run; use that version, or train again.
+    """
+    run_format = state.get("format")
     if run_format is None:
         raise UserError(
             f"{run_dir}: was written by captcha_exp 0.1, which this version cannot read; "

@@ -394,6 +394,7 @@ def test_a_changed_line_of_code_is_the_cause_but_a_comment_is_not(
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        ({"format": None}, "was written by captcha_exp 0.1, which this version cannot read"),
         ({"status": "KILLED"}, "status KILLED; only a FINISHED run can be reproduced"),
         ({"oom": {"during": "training"}}, "ran out of memory and has no weights to compare with"),
         ({"result": {}}, "damaged run record"),
