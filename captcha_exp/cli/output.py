@@ -119,7 +119,7 @@ def print_gpu(gpu: "GpuSpec", path: Path, config_dir: str | None) -> None:
     for field in fields(gpu):
         figure = getattr(gpu, field.name)
         if not isinstance(figure, str | None):
-            table.add_row(field.name, f"{figure.least:,g}", f"{figure.most:,g}", Text(figure.source))
+            table.add_row(field.name, f"{figure.min:,g}", f"{figure.max:,g}", Text(figure.source))
     out.print(table)
     out.print(f"file {path}", markup=False)
     folder = f"--config-dir {shlex.quote(config_dir)} " if config_dir else ""

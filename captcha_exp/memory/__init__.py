@@ -23,14 +23,16 @@ blocks that CPU kernels allocate and free inside one convolution, and at most 4.
 more per forward pass (benchmarks/trace_accuracy.py; up to 11 % for fewer). plan.ERROR_MARGIN adds 2 % to the
 reserved memory.
 
-On a GPU: 14 plans were compared on an NVIDIA H200 (driver 580.159.04, torch 2.11.0+cu130, 2026-11-27,
-benchmarks/results/2026-11-27-nvidia-h200.json). The peak of the process was never outside the predicted
-bounds, allocated memory was within its bounds, and no *fits* was wrong. With the published figures of
-conf/gpu/h200.yaml the middle of the process bounds was off by 26.7 % (median) and 78.6 % (worst), because
-cuDNN's workspace is bounded by an estimate.
+On a GPU: NVIDIA H200, 14 trainings: the middle of the predicted bounds is off the measured process peak by
+26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes at most 0.0% outside the bounds
+(benchmarks/results/2026-11-27-nvidia-h200.json).
 
-The bounds of workspaces and contexts are measured, published by others, or estimates; each file says which.
-Not counted: memory that GPU kernels use outside torch's allocator beyond the context, fragmentation by other
+No process peak was outside the predicted bounds. They are wide because the published figures of
+conf/gpu/h200.yaml were used, which bound cuDNN's workspace by an estimate (driver 580.159.04, torch
+2.11.0+cu130, 2026-11-27).
+
+Bounds of workspaces and contexts are measured, published by others, or estimates; each file says which. Not
+counted: memory that GPU kernels use outside torch's allocator beyond the context, fragmentation by other
 streams, and cuDNN's benchmark of its engines (train.deterministic=false), which tries larger workspaces.
 """
 

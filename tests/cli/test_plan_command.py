@@ -245,7 +245,7 @@ def test_advice_is_a_table_of_overrides(call: Call, monkeypatch: pytest.MonkeyPa
     assert code == 0
     assert "with one of these a batch of 128 fits; MiB" in out
     assert "train.micro_batch_size=" in out
-    assert "batch norms see" in out
+    assert "batch norm statistics" in out
 
 
 # -- what it leaves alone ------------------------------------------------------------------------------------
