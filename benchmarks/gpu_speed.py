@@ -109,22 +109,27 @@ def determinism(deterministic: bool, batches: dict[str, int], steps: int, device
 def graphs(batches: dict[str, int], variants: Sequence[str], steps: int, device: str) -> dict[str, Any]:
     """Return the median seconds of a step launched kernel by kernel, and replayed as one CUDA graph.
 
-    The learning rate is part of the graph, so this is a measurement, not a training.
+    The CPU has no graphs: there it is the first alone. The learning rate is part of the graph, so this is a
+    measurement, not a training.
     """
     place = torch.device(device)
     found = {}
     for network, batch_size in batches.items():
         for variant in variants:
+            name = f"{network}-{variant}-{batch_size}"
             config = config_of(Case(network, variant, batch_size), device)
             devices.setup_device(config)
             state, batch = init_train_state(config, place), noise_batch(config, place)
             state.model.train()
-            for group in state.optimizer.param_groups:
-                group["capturable"] = True
 
             def step(config: Config = config, state: Any = state, batch: Any = batch) -> object:
                 return train_step(state, batch, config)
 
+            if place.type != "cuda":
+                found[name] = {"eager": step_seconds(step, steps, place)}
+                continue
+            for group in state.optimizer.param_groups:
+                group["capturable"] = True
             stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]  # no capture on the default one
             stream.wait_stream(torch.cuda.current_stream(place))
             with torch.cuda.stream(stream):
@@ -134,7 +139,7 @@ def graphs(batches: dict[str, int], variants: Sequence[str], steps: int, device:
                 with torch.cuda.graph(graph, stream=stream):
                     step()
                 replayed = step_seconds(graph.replay, steps, place)
-            found[f"{network}-{variant}-{batch_size}"] = {"eager": eager, "graph": replayed}
+            found[name] = {"eager": eager, "graph": replayed}
             del graph
             clear(place)
     return {"step_seconds": found}

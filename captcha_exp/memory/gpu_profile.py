@@ -191,7 +191,11 @@ def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: flo
 
 
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
-    """Return the largest workspace per batch: its minimum and maximum over all batches."""
+    """Return the largest workspace per batch: its minimum and maximum over all batches.
+
+    If the largest measured batch of a network has the largest workspace, a larger batch may need more: the
+    maximum is then at least that of `fallback`.
+    """
     groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
     for each in measurements.transients:
         group = (each.network, each.precision, each.batch_size)
@@ -200,12 +204,27 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
         return _unmeasured_bounds(fallback)
     largest = sorted(groups.values(), key=lambda workspace: workspace.mib)
     sizes = sorted({each.batch_size for each in largest})
-    return _mib_bounds(
-        largest[0].mib,
-        largest[-1].mib,
+    source = (
         f"measured, {largest[0]} to {largest[-1]}; forward and backward, batch sizes "
-        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}",
+        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}"
     )
+    max_mib = largest[-1].mib
+    if max_mib < fallback.max and _grows(groups.values()):
+        max_mib = fallback.max
+        source += f"; still growing at the largest batch size, so max is not measured: {fallback.source}"
+    return _mib_bounds(largest[0].mib, max_mib, source)
+
+
+def _grows(workspaces: Iterable[ConvWorkspace]) -> bool:
+    """Return whether the largest batch of a network and precision has a larger workspace than the others."""
+    by_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
+    for each in workspaces:
+        by_network.setdefault((each.network, each.precision), []).append(each)
+    for group in by_network.values():
+        *smaller, largest = sorted(group, key=lambda workspace: workspace.batch_size)
+        if smaller and largest.mib > max(each.mib for each in smaller):
+            return True
+    return False
 
 
 def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:

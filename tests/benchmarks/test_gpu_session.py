@@ -481,7 +481,7 @@ def test_estimates_fit_the_limits_of_the_calls() -> None:
     for name, part in parts.items():
         assert part.estimate < part.limit, name
     table = gpu_parts.table(parts).splitlines()
-    assert "| tests-quick | 1 | 80 | 40 |" in table
+    assert "| tests-quick | 1 | 120 | 65 |" in table
     assert len(table) == 2 + len(parts) + 3
 
 
@@ -861,6 +861,14 @@ def test_speed_doubles_the_batch_until_none_fits(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("settings_kept")
+def test_without_cuda_graphs_the_eager_step_alone_is_measured() -> None:
+    found = small(gpu_speed.graphs, {"compact": 2}, ["fp32"], 1, "cpu")["step_seconds"]
+
+    assert found.keys() == {"compact-fp32-2"}
+    assert found["compact-fp32-2"].keys() == {"eager"}
+    assert found["compact-fp32-2"]["eager"] > 0
+
+
 def test_the_price_of_determinism_is_a_step_with_it_and_one_without() -> None:
     batches = {"resnet18": 1, "compact": 2}
     parts = {

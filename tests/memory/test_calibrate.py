@@ -98,6 +98,22 @@ def test_bounds_match_a_manual_calculation() -> None:
     assert bounds(gpu.bf16_speedup) == (0.4, 0.91)
 
 
+def test_a_workspace_that_grows_to_the_largest_batch_has_no_measured_maximum() -> None:
+    """On an H200 it was 0.34 MiB per image up to 1,024, the largest: 352, which made *fits* wrong."""
+
+    def cudnn_bounds(*mib: float) -> Bounds:
+        workspaces = [ConvWorkspace("resnet18", "fp32", 16 * 4**n, each) for n, each in enumerate(mib)]
+        measurements = replace(MEASUREMENTS, transients=tuple(workspaces))
+        return build_gpu_spec(measurements, GENERIC).cudnn_workspace_mib
+
+    growing = cudnn_bounds(5.5, 22, 88, 352)
+    assert bounds(growing) == (5, GENERIC.cudnn_workspace_mib.max)
+    assert growing.source.endswith(f"so max is not measured: {GENERIC.cudnn_workspace_mib.source}")
+    assert bounds(cudnn_bounds(5.5, 22, 88, 88)) == (5, 88)
+    assert bounds(cudnn_bounds(5.5, 9000)) == (5, 9000)
+    assert bounds(cudnn_bounds(5.5)) == (5, 6)
+
+
 def test_sources_describe_the_measurements() -> None:
     gpu = build_gpu_spec(MEASUREMENTS, GENERIC)
     assert gpu.context_mib.source == (

@@ -23,7 +23,7 @@ def step():
 
 def run_code(code: str) -> str:
     """Return the output of a new process."""
-    done = subprocess.run_code(
+    done = subprocess.run(
         [sys.executable, "-c", STEP + code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
