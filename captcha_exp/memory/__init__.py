@@ -27,8 +27,12 @@ On a GPU: NVIDIA H200, 14 trainings: the middle of the predicted bounds is off t
 26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes at most 0.0% outside the bounds
 (benchmarks/results/2026-11-27-nvidia-h200.json).
 
-The bounds of workspaces and contexts are measured, published by others, or estimates; each file says which.
-Not counted: memory that GPU kernels use outside torch's allocator beyond the context, fragmentation by other
+No process peak was outside the predicted bounds. They are wide because the published figures of
+conf/gpu/h200.yaml were used, which bound cuDNN's workspace by an estimate (driver 580.159.04, torch
+2.11.0+cu130, 2026-11-27).
+
+Bounds of workspaces and contexts are measured, published by others, or estimates; each file says which. Not
+counted: memory that GPU kernels use outside torch's allocator beyond the context, fragmentation by other
 streams, and cuDNN's benchmark of its engines (train.deterministic=false), which tries larger workspaces.
 """
 

@@ -20,7 +20,7 @@ from captcha_exp.config import Config, Precision
 from captcha_exp.data.dataset import Batch, random_batch
 from captcha_exp.errors import RunFailed
 from captcha_exp.memory.gpu_profile import ConvWorkspace, GpuMeasurements, MemoryStage, TimingRound
-from captcha_exp.model import networks as models
+from captcha_exp.model import networks
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import Display, ProgressBar
@@ -60,7 +60,7 @@ def measure(
     # Deterministic training sets it, and cuBLAS takes no more memory without it on any GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     devices.setup_device(configs[0])
-    networks = [(config, list_conv_layers(config)) for config in configs]
+    conv_layers = [(config, list_conv_layers(config)) for config in configs]
     stages: list[MemoryStage] = []
 
     def record_stage(after: str) -> None:
@@ -73,7 +73,7 @@ def measure(
         )
         display.info(f"{stages[-1].used_mib:,.0f} MiB of GPU memory in use after {after}")
 
-    total = 1 + len(DTYPES) * (1 + len(networks) * (len(BATCH_SIZES) + NUM_ROUNDS))
+    total = 1 + len(DTYPES) * (1 + len(conv_layers) * (len(BATCH_SIZES) + NUM_ROUNDS))
     with display.progress_bar("calibrate", total) as bar:
         torch.zeros(1, device=device)
         record_stage("the first tensor")
@@ -81,7 +81,9 @@ def measure(
         record_stage("the first matrix products")
         bar.advance(1)
         for precision, dtype in DTYPES.items():
-            first = functools.partial(_max_conv_workspace, networks[0][1][:1], BATCH_SIZES[0], dtype, device)
+            first = functools.partial(
+                _max_conv_workspace, conv_layers[0][1][:1], BATCH_SIZES[0], dtype, device
+            )
             if _attempt(first, f"a convolution in {precision}", display) is not None:
                 record_stage(f"the first convolution in {precision}")
             elif precision == "fp32":
@@ -91,10 +93,10 @@ def measure(
             bar.advance(1)
         workspaces = [
             each
-            for config, convs in networks
+            for config, convs in conv_layers
             for each in _measure_conv_workspaces(config, convs, device, display, bar)
         ]
-        rounds = [each for config, _ in networks for each in _time_rounds(config, device, display, bar)]
+        rounds = [each for config, _ in conv_layers for each in _time_rounds(config, device, display, bar)]
         record_stage("training steps in every precision")
     properties = torch.cuda.get_device_properties(device)
     return GpuMeasurements(
@@ -156,7 +158,7 @@ def list_conv_layers(config: Config) -> list[ConvLayer]:
         shape = inputs[0].shape[1:]
         found.setdefault(f"{layer} {tuple(shape)}", ConvLayer(layer, shape, input_requires_grad=bool(found)))
 
-    model = models.build(config.model, captcha)
+    model = networks.build(config.model, captcha)
     for layer in model.modules():
         if isinstance(layer, nn.Conv1d | nn.Conv2d):
             layer.register_forward_hook(collect)

@@ -193,8 +193,8 @@ def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: flo
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     """Return the largest workspace per batch: its minimum and maximum over all batches.
 
-    If the largest batch of a network needed the most, a larger one may need more: the maximum is then
-    at least that of the fallback.
+    If the largest measured batch of a network has the largest workspace, a larger batch may need more: the
+    maximum is then at least that of `fallback`.
     """
     groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
     for each in measurements.transients:
@@ -211,18 +211,17 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     max_mib = largest[-1].mib
     if max_mib < fallback.max and _grows(groups.values()):
         max_mib = fallback.max
-        source += "; it grows up to the largest batch size tried, so the maximum is not measured: "
-        source += fallback.source
+        source += f"; still growing at the largest batch size, so max is not measured: {fallback.source}"
     return _mib_bounds(largest[0].mib, max_mib, source)
 
 
-def _grows(found: Iterable[ConvWorkspace]) -> bool:
-    """Return whether the largest batch of a network in a precision took more than each smaller one."""
-    of_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
-    for each in found:
-        of_network.setdefault((each.network, each.precision), []).append(each)
-    for several in of_network.values():
-        *smaller, largest = sorted(several, key=lambda workspace: workspace.batch_size)
+def _grows(workspaces: Iterable[ConvWorkspace]) -> bool:
+    """Return whether the largest batch of a network and precision has a larger workspace than the others."""
+    by_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
+    for each in workspaces:
+        by_network.setdefault((each.network, each.precision), []).append(each)
+    for group in by_network.values():
+        *smaller, largest = sorted(group, key=lambda workspace: workspace.batch_size)
         if smaller and largest.mib > max(each.mib for each in smaller):
             return True
     return False

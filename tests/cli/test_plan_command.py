@@ -242,7 +242,7 @@ def test_advice_is_a_table_of_overrides(call: Call, monkeypatch: pytest.MonkeyPa
     assert code == 0
     assert "batch size 128 fits with one of these; MiB" in out
     assert "train.micro_batch_size=" in out
-    assert "batch norms see" in out
+    assert "batch norm statistics" in out
 
 
 # -- independence of the GPU --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Each piece of advice is held against its own plan, against one part less, and against a real step."""
+"""Advice is compared with its own plan, with one micro-batch fewer, and with a real step."""
 
 import itertools
 import json
@@ -19,22 +19,22 @@ from captcha_exp.runtime.console import NullDisplay
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIB = 2**20
-CARD = ("device.name=cpu", "device.precision=fp32", "gpu=gtx1650")
-ARTICLE = ("experiment=article", *CARD, "train.batch_size=1000", "device.vram_budget_mib=3908")
+GPU = ("device.name=cpu", "device.precision=fp32", "gpu=gtx1650")
+ARTICLE = ("experiment=article", *GPU, "train.batch_size=1000", "device.vram_budget_mib=3908")
 SPLIT_SIZES = {"train": 80_000, "validation": 10_000, "test": 10_000}
-FEW = {"train": 256, "validation": 32, "test": 32}
-# Nothing but the tensors counts: batches of `compact`, whose network is as it stands.
-ALONE = (
+SMALL_SPLITS = {"train": 256, "validation": 32, "test": 32}
+# No context and no workspaces.
+TENSORS_ONLY = (
     "tracking=none",
     *("gpu.context_mib.min=0", "gpu.context_mib.max=0"),
     *("gpu.cublas_workspace_mib.max=0", "gpu.cudnn_workspace_mib.max=0"),
 )
-SMALL = (*CARD, *ALONE, "train.batch_size=128", "train.eval_batch_size=16")
-FEW_MICRO_BATCH_COUNTS = (1, 2, 3, 4, 5)  # of PASSES; what is said is the same, and sooner
-BUDGET = 45  # MiB, where the whole takes 69
+SMALL = (*GPU, *TENSORS_ONLY, "train.batch_size=128", "train.eval_batch_size=16")
+FEW_MICRO_BATCH_COUNTS = (1, 2, 3, 4, 5)  # gives the same advice in less time
+BUDGET = 45  # MiB; the whole batch takes 69
 
 
-def configured(*overrides: str) -> Config:
+def load_config(*overrides: str) -> Config:
     return load(compose(*overrides))
 
 
@@ -42,33 +42,33 @@ def plan_of(config: Config, split_sizes: Mapping[str, int]) -> Plan:
     return Planner(config, split_sizes).plan_for(int(config.train.batch_size))
 
 
-def advised(*overrides: str, split_sizes: Mapping[str, int] = FEW) -> list[Advice]:
-    return advise(configured(*overrides), split_sizes, None, NullDisplay())
+def advise_for(*overrides: str, split_sizes: Mapping[str, int] = SMALL_SPLITS) -> list[Advice]:
+    return advise(load_config(*overrides), split_sizes, None, NullDisplay())
 
 
-def keys(advice: Advice) -> set[str]:
+def override_keys(advice: Advice) -> set[str]:
     return {override.partition("=")[0] for override in advice.overrides}
 
 
 @pytest.fixture(scope="module")
 def article() -> list[Advice]:
-    """What is said of batches of 1000 in the article's memory, once: it takes seconds."""
+    """The advice for batches of 1000 in the article's memory, computed once because it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
-        return advised(*ARTICLE, split_sizes=SPLIT_SIZES)
+        return advise_for(*ARTICLE, split_sizes=SPLIT_SIZES)
 
 
 @pytest.fixture(scope="module")
 def small() -> list[Advice]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
-        return advised(*SMALL, f"device.vram_budget_mib={BUDGET}")
+        return advise_for(*SMALL, f"device.vram_budget_mib={BUDGET}")
 
 
 # -- the article's network with ten times its batch ----------------------------------------------------------
 
 
-def test_a_batch_of_1000_of_the_article_fits_in_several_ways(article: list[Advice]) -> None:
+def test_several_settings_make_a_batch_of_1000_fit(article: list[Advice]) -> None:
     assert len(article) >= 2
     for each in article:
         assert each.overrides
@@ -77,40 +77,40 @@ def test_a_batch_of_1000_of_the_article_fits_in_several_ways(article: list[Advic
         assert each.plan.batch_size == 1000
 
 
-def test_the_cheapest_comes_first(article: list[Advice]) -> None:
+def test_the_fastest_comes_first(article: list[Advice]) -> None:
     times = [each.relative_time for each in article]
     assert times == sorted(times)
-    assert times[0] > 1.0  # parts of a batch cost
+    assert times[0] > 1.0  # micro-batches are slower
 
 
-def test_no_combination_costs_more_than_a_part_of_it(article: list[Advice], small: list[Advice]) -> None:
+def test_each_override_makes_a_combination_faster(article: list[Advice], small: list[Advice]) -> None:
     for found in (article, small):
         for one, other in itertools.permutations(found, 2):
             if set(one.overrides) < set(other.overrides):
                 assert other.relative_time < one.relative_time
 
 
-def test_the_overrides_typed_give_the_plan_that_was_said(article: list[Advice], small: list[Advice]) -> None:
-    for base, split_sizes, found in ((ARTICLE, SPLIT_SIZES, article), (SMALL, FEW, small)):
+def test_the_overrides_give_the_same_plan(article: list[Advice], small: list[Advice]) -> None:
+    for base, split_sizes, found in ((ARTICLE, SPLIT_SIZES, article), (SMALL, SMALL_SPLITS, small)):
         budget = f"device.vram_budget_mib={3908 if base is ARTICLE else BUDGET}"
         assert found
         for each in found:
-            typed = configured(*base, budget, *each.overrides)
-            assert plan_of(typed, split_sizes) == each.plan
+            config = load_config(*base, budget, *each.overrides)
+            assert plan_of(config, split_sizes) == each.plan
 
 
 @pytest.mark.parametrize(
     "base", [ARTICLE, (*SMALL, f"device.vram_budget_mib={BUDGET}")], ids=["article", "small"]
 )
-def test_a_batch_is_in_as_few_parts_as_will_do(
+def test_the_number_of_micro_batches_is_minimal(
     base: tuple[str, ...], article: list[Advice], small: list[Advice]
 ) -> None:
-    """In one part fewer it does not fit, with all else as advised."""
-    found, split_sizes = (article, SPLIT_SIZES) if base is ARTICLE else (small, FEW)
-    in_parts = [each for each in found if "train.micro_batch_size" in keys(each)]
-    assert in_parts
-    for each in in_parts:
-        config = configured(*base, *each.overrides)
+    """With one micro-batch fewer, and the other overrides as advised, it does not fit."""
+    found, split_sizes = (article, SPLIT_SIZES) if base is ARTICLE else (small, SMALL_SPLITS)
+    with_micro_batches = [each for each in found if "train.micro_batch_size" in override_keys(each)]
+    assert with_micro_batches
+    for each in with_micro_batches:
+        config = load_config(*base, *each.overrides)
         batch, micro = int(config.train.batch_size), config.train.micro_batch_size
         assert micro is not None
         larger = min(-(-batch // passes) for passes in MICRO_BATCH_COUNTS if -(-batch // passes) > micro)
@@ -118,17 +118,19 @@ def test_a_batch_is_in_as_few_parts_as_will_do(
         assert plan_of(one_fewer, split_sizes).fits != "fits"
 
 
-def test_what_a_combination_changes_is_noted(article: list[Advice]) -> None:
+def test_notes_describe_the_consequences(article: list[Advice]) -> None:
     for each in article:
         notes = " | ".join(each.notes)
-        assert ("at a time" in notes) == ("train.micro_batch_size" in keys(each))
-        assert ("a third more work" in notes) == ("train.activation_checkpointing" in keys(each))
-        assert ("0.12 to 1.1 times as fast" in notes) == ("device.precision" in keys(each))
+        assert ("batch norm statistics" in notes) == ("train.micro_batch_size" in override_keys(each))
+        assert ("a third more computation" in notes) == (
+            "train.activation_checkpointing" in override_keys(each)
+        )
+        assert ("0.12 to 1.1 times as fast as fp32" in notes) == ("device.precision" in override_keys(each))
         if micro := [x.partition("=")[2] for x in each.overrides if x.startswith("train.micro")]:
-            assert f"batch norms see {micro[0]} split_sizes at a time" in each.notes
+            assert f"batch norm statistics are computed over {micro[0]} images" in each.notes
 
 
-def test_what_is_said_is_plain_json(article: list[Advice]) -> None:
+def test_advice_can_be_written_as_json(article: list[Advice]) -> None:
     values = json.loads(json.dumps([each.to_json() for each in article]))
     assert [tuple(each["overrides"]) for each in values] == [each.overrides for each in article]
     assert all(set(each) == {"overrides", "relative_time", "notes", "plan"} for each in values)
@@ -140,8 +142,8 @@ def test_what_is_said_is_plain_json(article: list[Advice]) -> None:
 
 @pytest.mark.parametrize("gpu", ["gtx1650", "h200"])
 def test_a_config_that_fits_unchanged_comes_first(gpu: str) -> None:
-    """Though in 16 bits it may be faster on that card."""
-    found = advised(*SMALL, f"gpu={gpu}", "device.vram_budget_mib=4000")
+    """Although 16 bits may be faster on that GPU."""
+    found = advise_for(*SMALL, f"gpu={gpu}", "device.vram_budget_mib=4000")
     assert found[0].overrides == ()
     assert found[0].relative_time == 1.0
     assert found[0].notes == ()
@@ -150,42 +152,42 @@ def test_a_config_that_fits_unchanged_comes_first(gpu: str) -> None:
     assert (len(found) > 1) == (gpu == "h200")
 
 
-def test_where_nothing_helps_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", (1, 2))  # more take long
-    assert advised(*SMALL, "device.vram_budget_mib=21") == []
+def test_there_is_no_advice_if_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", (1, 2))  # more take longer
+    assert advise_for(*SMALL, "device.vram_budget_mib=21") == []
 
 
-def test_a_precision_of_16_bits_is_left_as_it_is() -> None:
-    found = advised(
+def test_a_16_bit_precision_is_not_changed() -> None:
+    found = advise_for(
         *SMALL, "device.precision=bf16", "train.micro_batch_size=32", f"device.vram_budget_mib={BUDGET}"
     )
     assert found
-    assert all("device.precision" not in keys(each) for each in found)
+    assert all("device.precision" not in override_keys(each) for each in found)
 
 
-def test_parts_that_were_asked_for_are_not_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_micro_batch_size_is_not_increased(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
     base = (*SMALL, "train.micro_batch_size=90", f"device.vram_budget_mib={BUDGET}")
-    found = advised(*base)
+    found = advise_for(*base)
     assert found
     for each in found:
-        micro = configured(*base, *each.overrides).train.micro_batch_size
+        micro = load_config(*base, *each.overrides).train.micro_batch_size
         assert micro is not None
         assert micro <= 90
 
 
-def test_a_card_that_is_said_to_be_no_times_as_fast_in_16_bits_is_no_crash(
+def test_a_speedup_of_zero_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
-    none = ("gpu.fp16_speedup.min=0", "gpu.bf16_speedup.min=0")
-    found = advised(*SMALL, f"device.vram_budget_mib={BUDGET}", *none)
+    zero = ("gpu.fp16_speedup.min=0", "gpu.bf16_speedup.min=0")
+    found = advise_for(*SMALL, f"device.vram_budget_mib={BUDGET}", *zero)
     assert found
     assert found[0].relative_time < 2
-    advised(*SMALL, "device.vram_budget_mib=4000", "device.precision=fp16", *none)
+    advise_for(*SMALL, "device.vram_budget_mib=4000", "device.precision=fp16", *zero)
 
 
-EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.eval_batch_size=256")
+LARGE_EVALUATION = (*GPU, *TENSORS_ONLY, "train.batch_size=2", "train.eval_batch_size=256")
 
 
 @pytest.mark.parametrize(
@@ -197,58 +199,58 @@ EVALUATED = (*CARD, *ALONE, "train.batch_size=2", "train.eval_batch_size=256")
     ],
     ids=["validation", "validation and test", "no test"],
 )
-def test_an_evaluation_that_stands_in_the_way_is_lowered(
+def test_an_evaluation_batch_that_does_not_fit_is_reduced(
     split_sizes: dict[str, int], budget_mib: int
 ) -> None:
-    """And no further than needed."""
-    asked = (*EVALUATED, f"device.vram_budget_mib={budget_mib}")
-    assert plan_of(configured(*asked), split_sizes).fits != "fits"
+    """It is halved no more often than needed."""
+    overrides = (*LARGE_EVALUATION, f"device.vram_budget_mib={budget_mib}")
+    assert plan_of(load_config(*overrides), split_sizes).fits != "fits"
 
-    found = advised(*asked, split_sizes=split_sizes)
+    found = advise_for(*overrides, split_sizes=split_sizes)
 
-    alone = [each for each in found if keys(each) == {"train.eval_batch_size"}]
-    assert len(alone) == 1
-    config = configured(*asked, *alone[0].overrides)
+    matching = [each for each in found if override_keys(each) == {"train.eval_batch_size"}]
+    assert len(matching) == 1
+    config = load_config(*overrides, *matching[0].overrides)
     assert plan_of(config, split_sizes).fits == "fits"
     size = config.train.eval_batch_size
     larger = replace(config, train=replace(config.train, eval_batch_size=2 * size))
     assert plan_of(larger, split_sizes).fits != "fits"
 
 
-# -- for real ------------------------------------------------------------------------------------------------
+# -- real steps ----------------------------------------------------------------------------------------------
 
 
-def check_for_real(base: tuple[str, ...], each: Advice, split_sizes: Mapping[str, int], record: Any) -> None:
-    """One step on the CPU needs what the plan says of its tensors.
+def check_real_step(base: tuple[str, ...], each: Advice, split_sizes: Mapping[str, int], record: Any) -> None:
+    """Check that the tensors of a real step on the CPU have the planned size.
 
-    In bf16 where fp16 is advised: of the same size, and a CPU takes 29 times as long over fp16.
+    fp16 is replaced by bf16, which has the same size and is 29 times as fast on a CPU.
     """
-    config = configured(*base, *(text.replace("=fp16", "=bf16") for text in each.overrides))
+    config = load_config(*base, *(text.replace("=fp16", "=bf16") for text in each.overrides))
     size = int(config.train.batch_size)
     run = {"train": size, "validation": 2}
     moments = run_for_real(replace(config, train=replace(config.train, epochs=1)), run)
     captcha = config.captcha
-    picture = captcha.height * captcha.width * captcha.channels + 8 * captcha.length + 8
-    # Splits lie in the CPU's memory wherever they are to be.
-    needed = (real_peaks(moments, False)["step"] - sum(run.values()) * picture) / MIB
-    said = each.plan.tensors_mib - 8 * (split_sizes["train"] - size) / MIB  # the order of an epoch
-    record(" ".join(each.overrides), f"said {said:.1f} MiB, needed {needed:.1f}")
-    assert needed == pytest.approx(said, rel=0.02)
+    image_bytes = captcha.height * captcha.width * captcha.channels + 8 * captcha.length + 8
+    # On the CPU the splits are always in device memory.
+    needed = (real_peaks(moments, False)["step"] - sum(run.values()) * image_bytes) / MIB
+    planned = each.plan.tensors_mib - 8 * (split_sizes["train"] - size) / MIB  # the order of an epoch
+    record(" ".join(each.overrides), f"planned {planned:.1f} MiB, needed {needed:.1f}")
+    assert needed == pytest.approx(planned, rel=0.02)
 
 
-def test_a_real_step_of_each_combination_needs_what_was_said(
+def test_a_real_step_of_each_combination_needs_the_planned_memory(
     small: list[Advice], record_property: Any
 ) -> None:
     assert small
     for each in small:
-        check_for_real(SMALL, each, FEW, record_property)
+        check_real_step(SMALL, each, SMALL_SPLITS, record_property)
 
 
 @pytest.mark.slow
-def test_a_real_step_of_1000_of_the_article_needs_what_was_said(
+def test_a_real_step_of_1000_images_needs_the_planned_memory(
     article: list[Advice], record_property: Any
 ) -> None:
     """Four steps of ResNet-18 on one core: five minutes, and 3 GiB."""
-    assert advised(*ARTICLE, split_sizes=SPLIT_SIZES) == article
+    assert advise_for(*ARTICLE, split_sizes=SPLIT_SIZES) == article
     for each in article:
-        check_for_real(ARTICLE, each, SPLIT_SIZES, record_property)
+        check_real_step(ARTICLE, each, SPLIT_SIZES, record_property)

@@ -1,4 +1,4 @@
-"""Measuring a card: judging on readings that are played, measuring on the CPU with played counters."""
+"""Calibration: bounds from made-up measurements, and measuring on the CPU with fake GPU counters."""
 
 import json
 import os
@@ -40,17 +40,17 @@ from captcha_exp.runtime.paths import conf_dir
 
 MIB = 2**20
 GTX = "NVIDIA GeForce GTX 1650"
-MACHINE = Machine(("cuda", "cuda:0", "cpu"), 2, Path("/"), {"cuda": "this machine has 1 CUDA cards"})
+MACHINE = Machine(("cuda", "cuda:0", "cpu"), 2, Path("/"), {"cuda": "this machine has 1 CUDA GPU"})
 GENERIC = load(compose("tracking=none")).gpu
 
-# 400 MiB of the card were in use when this process came; it takes 100, 120, 150 and 180 beside its tensors.
+# Other processes use 400 MiB; this one uses 100, 120, 150 and 180 MiB outside its allocator.
 STAGES = (
     MemoryStage("the first tensor", 502, 2, 102),
     MemoryStage("the first matrix products", 560, 40, 160),
     MemoryStage("the first convolution in fp32", 630, 80, 230),
     MemoryStage("the first convolution in fp16", 660, 80, 260),
 )
-READINGS = GpuMeasurements(
+MEASUREMENTS = GpuMeasurements(
     name=GTX,
     totals_mib=(3711.25, 3711.25),
     free_before_mib=3311.25,
@@ -73,8 +73,8 @@ READINGS = GpuMeasurements(
 )
 
 
-def unknown(stages: tuple[MemoryStage, ...] = STAGES) -> tuple[MemoryStage, ...]:
-    """As where NVML does not know the process."""
+def without_process_memory(stages: tuple[MemoryStage, ...] = STAGES) -> tuple[MemoryStage, ...]:
+    """Return the stages as if NVML did not report the process."""
     return tuple(replace(stage, process_mib=None) for stage in stages)
 
 
@@ -83,11 +83,11 @@ def bounds(figure: Bounds | None) -> tuple[float, float]:
     return figure.min, figure.max
 
 
-# -- judging -------------------------------------------------------------------------------------------------
+# -- bounds from measurements --------------------------------------------------------------------------------
 
 
-def test_a_card_of_figures_worked_out_by_hand() -> None:
-    gpu = build_gpu_spec(READINGS, GENERIC)
+def test_bounds_match_a_manual_calculation() -> None:
+    gpu = build_gpu_spec(MEASUREMENTS, GENERIC)
     assert gpu.name == GTX
     assert bounds(gpu.total_mib) == (3711, 3712)
     assert bounds(gpu.other_processes_mib) == (400, 400)
@@ -98,79 +98,82 @@ def test_a_card_of_figures_worked_out_by_hand() -> None:
     assert bounds(gpu.bf16_speedup) == (0.4, 0.91)
 
 
-def test_a_workspace_that_grows_to_the_largest_batch_tried_has_no_measured_bound() -> None:
-    """On an H200 it was 0.34 MiB per image up to 1,024, the largest: 352, and plans said *fits* falsely."""
+def test_a_workspace_that_grows_to_the_largest_batch_has_no_measured_maximum() -> None:
+    """On an H200 it was 0.34 MiB per image up to 1,024, the largest: 352, which made *fits* wrong."""
 
-    def cudnn(*mib: float) -> Bounds:
-        found = [ConvWorkspace("resnet18", "fp32", 16 * 4**n, each) for n, each in enumerate(mib)]
-        return build_gpu_spec(replace(READINGS, transients=tuple(found)), GENERIC).cudnn_workspace_mib
+    def cudnn_bounds(*mib: float) -> Bounds:
+        workspaces = [ConvWorkspace("resnet18", "fp32", 16 * 4**n, each) for n, each in enumerate(mib)]
+        measurements = replace(MEASUREMENTS, transients=tuple(workspaces))
+        return build_gpu_spec(measurements, GENERIC).cudnn_workspace_mib
 
-    grows = cudnn(5.5, 22, 88, 352)
-    assert bounds(grows) == (5, GENERIC.cudnn_workspace_mib.max)
-    assert grows.source.endswith(f"so the maximum is not measured: {GENERIC.cudnn_workspace_mib.source}")
-    assert bounds(cudnn(5.5, 22, 88, 88)) == (5, 88)
-    assert bounds(cudnn(5.5, 9000)) == (5, 9000)
-    assert bounds(cudnn(5.5)) == (5, 6)
+    growing = cudnn_bounds(5.5, 22, 88, 352)
+    assert bounds(growing) == (5, GENERIC.cudnn_workspace_mib.max)
+    assert growing.source.endswith(f"so max is not measured: {GENERIC.cudnn_workspace_mib.source}")
+    assert bounds(cudnn_bounds(5.5, 22, 88, 88)) == (5, 88)
+    assert bounds(cudnn_bounds(5.5, 9000)) == (5, 9000)
+    assert bounds(cudnn_bounds(5.5)) == (5, 6)
 
 
-def test_the_sources_say_what_was_seen() -> None:
-    gpu = build_gpu_spec(READINGS, GENERIC)
+def test_sources_describe_the_measurements() -> None:
+    gpu = build_gpu_spec(MEASUREMENTS, GENERIC)
     assert gpu.context_mib.source == (
-        "measured by NVML's figure for the process, 100 after the first tensor, 120 after the first matrix "
+        "measured by NVML for the process, 100 after the first tensor, 120 after the first matrix "
         "products, 150 after the first convolution in fp32, 180 after the first convolution in fp16; "
-        f"most has {CONTEXT_MARGIN_MIB} on top for kernels loaded later"
+        f"max includes {CONTEXT_MARGIN_MIB} for kernels loaded later"
     )
     assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in gpu.cublas_workspace_mib.source
     assert (
-        "4 (compact, fp32, batch of 16) to 120 (resnet18, fp16, batch of 64)"
+        "4 (compact, fp32, batch size 16) to 120 (resnet18, fp16, batch size 64)"
         in gpu.cudnn_workspace_mib.source
     )
-    assert "batches of 16 to 64, train.deterministic=true" in gpu.cudnn_workspace_mib.source
+    assert "batch sizes 16 to 64, train.deterministic=true" in gpu.cudnn_workspace_mib.source
     assert gpu.fp16_speedup.source == (
-        "measured in training steps, 0.25 to 0.29 (resnet18, batch of 100); "
-        "1.11 to 1.11 (compact, batch of 100)"
+        "measured in training steps, 0.25 to 0.29 (resnet18, batch size 100); "
+        "1.11 to 1.11 (compact, batch size 100)"
     )
 
 
-def test_where_nvml_does_not_know_the_process_what_was_not_in_use_before_is_its_own() -> None:
-    gpu = build_gpu_spec(replace(READINGS, stages=unknown()), GENERIC)
+def test_without_process_memory_the_increase_in_use_is_the_context() -> None:
+    gpu = build_gpu_spec(replace(MEASUREMENTS, stages=without_process_memory()), GENERIC)
     assert bounds(gpu.other_processes_mib) == (400, 400)
     assert bounds(gpu.context_mib) == (150, 180 + CONTEXT_MARGIN_MIB)
-    assert "by what is in use on the card and was not before" in gpu.context_mib.source
+    assert "as the increase of the memory in use on the GPU" in gpu.context_mib.source
 
 
-def test_without_nvml_the_first_use_may_be_anybodys() -> None:
-    """500 MiB are in use after the start: all others', or all its own."""
-    gpu = build_gpu_spec(replace(READINGS, stages=unknown(), free_before_mib=None), GENERIC)
+def test_without_nvml_the_initial_memory_may_belong_to_any_process() -> None:
+    """500 MiB are in use after the start, of any process."""
+    gpu = build_gpu_spec(
+        replace(MEASUREMENTS, stages=without_process_memory(), free_before_mib=None), GENERIC
+    )
     assert bounds(gpu.other_processes_mib) == (0, 500)
     assert bounds(gpu.context_mib) == (50, 580 + CONTEXT_MARGIN_MIB)
     assert "50 to 550 after the first convolution in fp32" in gpu.context_mib.source
 
 
-def test_others_that_come_and_go_make_an_interval() -> None:
+def test_varying_memory_of_other_processes_gives_a_range() -> None:
     busier = (*STAGES, MemoryStage("training steps", 1660, 80, 260))
-    gpu = build_gpu_spec(replace(READINGS, stages=busier), GENERIC)
+    gpu = build_gpu_spec(replace(MEASUREMENTS, stages=busier), GENERIC)
     assert bounds(gpu.other_processes_mib) == (400, 1400)
     assert bounds(gpu.context_mib) == (150, 180 + CONTEXT_MARGIN_MIB)
 
 
-def test_figures_of_a_driver_that_disagree_by_a_little_give_no_negative_memory() -> None:
+def test_inconsistent_driver_figures_give_no_negative_memory() -> None:
     stages = (MemoryStage("a", 100, 90, 80), MemoryStage("b", 100, 90, 80), MemoryStage("c", 100, 120, 80))
-    gpu = build_gpu_spec(replace(READINGS, stages=stages, free_before_mib=3800.0), GENERIC)
+    gpu = build_gpu_spec(replace(MEASUREMENTS, stages=stages, free_before_mib=3800.0), GENERIC)
     assert bounds(gpu.other_processes_mib) == (0, 20)
     assert bounds(gpu.context_mib) == (0, CONTEXT_MARGIN_MIB)
 
 
-def test_what_could_not_be_measured_keeps_the_bounds_that_were_known() -> None:
+def test_unmeasured_figures_keep_the_fallback_bounds() -> None:
     rounds = (TimingRound("resnet18", 100, {"fp32": 0.2, "fp16": 0.1}),)
-    gpu = build_gpu_spec(replace(READINGS, transients=(), rounds=rounds), GENERIC)
+    gpu = build_gpu_spec(replace(MEASUREMENTS, transients=(), rounds=rounds), GENERIC)
     assert bounds(gpu.fp16_speedup) == (2, 2)
     for figure, known in (
         (gpu.bf16_speedup, GENERIC.bf16_speedup),
         (gpu.cudnn_workspace_mib, GENERIC.cudnn_workspace_mib),
     ):
         assert bounds(figure) == bounds(known)
-        assert figure.source == f"not measured, it fails here; {known.source}"
+        assert figure.source == f"not measured, because it failed; {known.source}"
 
 
 mib = st.floats(0, 200_000)
@@ -197,31 +200,31 @@ stages = st.builds(MemoryStage, st.just("it"), mib, mib, st.none() | mib)
         ).map(tuple),
     )
 )
-def test_whatever_was_read_gives_a_card_that_holds_it(read: GpuMeasurements) -> None:
-    """Its own checks refuse what is negative or in the wrong order."""
-    gpu = build_gpu_spec(read, GENERIC)
-    assert gpu.cublas_workspace_mib.max >= read.cublas_mib
-    assert all(gpu.cudnn_workspace_mib.max >= each.mib for each in read.transients)
-    for stage in read.stages:
+def test_bounds_contain_any_measurements(measurements: GpuMeasurements) -> None:
+    """GpuSpec itself rejects negative bounds and a min above the max."""
+    gpu = build_gpu_spec(measurements, GENERIC)
+    assert gpu.cublas_workspace_mib.max >= measurements.cublas_mib
+    assert all(gpu.cudnn_workspace_mib.max >= each.mib for each in measurements.transients)
+    for stage in measurements.stages:
         if stage.process_mib is not None:
             assert gpu.context_mib.max >= stage.process_mib - stage.reserved_mib + CONTEXT_MARGIN_MIB
             assert bounds(gpu.other_processes_mib)[1] >= stage.used_mib - stage.process_mib
 
 
-# -- readings as JSON ----------------------------------------------------------------------------------------
+# -- measurements as JSON ------------------------------------------------------------------------------------
 
 
-def test_readings_survive_a_json_file() -> None:
-    text = json.dumps(measurements_to_json(READINGS), allow_nan=False)
-    assert measurements_from_json(json.loads(text)) == READINGS
+def test_measurements_round_trip_through_json() -> None:
+    text = json.dumps(measurements_to_json(MEASUREMENTS), allow_nan=False)
+    assert measurements_from_json(json.loads(text)) == MEASUREMENTS
     assert build_gpu_spec(measurements_from_json(json.loads(text)), GENERIC) == build_gpu_spec(
-        READINGS, GENERIC
+        MEASUREMENTS, GENERIC
     )
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """Return the readings as JSON with another value at a dotted path; `...` removes the key."""
-    values: Any = measurements_to_json(READINGS)
+def with_value(path: str, value: Any) -> dict[str, Any]:
+    """Return the measurements as JSON with another value at a dotted path; `...` removes the key."""
+    values: Any = measurements_to_json(MEASUREMENTS)
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
     inner = values
     for part in parents:
@@ -235,7 +238,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "says"),
+    ("path", "value", "message"),
     [
         ("name", "", "name: "),
         ("name", 3, "name: "),
@@ -255,22 +258,22 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("transients.0.batch_size", 1.5, "transients.0.batch_size: .*integer"),
         ("rounds.0.seconds.fp16", 0, "rounds.0.seconds.fp16: .*greater than 0"),
         ("rounds.0.seconds.fp64", 1, "rounds.0.seconds.fp64"),
-        ("rounds.1.seconds.fp32", ..., "rounds.1.seconds: must have fp32"),
+        ("rounds.1.seconds.fp32", ..., "rounds.1.seconds: fp32 is missing"),
         ("compute_capability", "Turing", "compute_capability: "),
         ("smallest", 4, "smallest: must be below the number of stages, 4"),
         ("smallest", -1, "smallest: "),
         ("smallest", True, "smallest: .*integer"),
     ],
 )
-def test_readings_that_nothing_wrote_are_refused_in_one_line(path: str, value: Any, says: str) -> None:
-    with pytest.raises(UserError, match=rf"^readings of a GPU: {says}") as error:
-        measurements_from_json(changed(path, value))
+def test_invalid_measurements_are_rejected_in_one_line(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^GPU measurements: {message}") as error:
+        measurements_from_json(with_value(path, value))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("values", [None, [], "it", 3, {}, {"name": {1, 2}}])
-def test_what_is_no_readings_at_all_is_refused(values: Any) -> None:
-    with pytest.raises(UserError, match=r"^readings of a GPU: "):
+def test_values_that_are_not_measurements_are_rejected(values: Any) -> None:
+    with pytest.raises(UserError, match=r"^GPU measurements: "):
         measurements_from_json(values)
 
 
@@ -284,28 +287,28 @@ def test_what_is_no_readings_at_all_is_refused(values: Any) -> None:
         ("NVIDIA H200", "nvidia-h200"),
         ("Tesla V100-SXM2-16GB", "tesla-v100-sxm2-16gb"),
         ("NVIDIA A100 80GB PCIe (MIG 1g.5gb)", "nvidia-a100-80gb-pcie-mig-1g-5gb"),
-        ("4090", "card-4090"),
-        ("null", "card-null"),
+        ("4090", "gpu-4090"),
+        ("null", "gpu-null"),
         ("../..", "gpu"),
         ("", "gpu"),
         ("x" * 99, "x" * 60),
     ],
 )
-def test_the_name_of_a_file_is_that_of_the_card(name: str, file: str) -> None:
+def test_the_file_is_named_after_the_gpu(name: str, file: str) -> None:
     assert calibration.slug(name) == file
 
 
 @given(st.text())
-def test_any_name_of_a_card_can_be_typed_as_a_choice(name: str) -> None:
+def test_any_gpu_name_gives_a_valid_choice(name: str) -> None:
     assert calibration.NAME_PATTERN.fullmatch(calibration.slug(name))
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "gpu").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path, tmp_path: Path) -> None:
-    card = load_gpu(path)
-    written = tmp_path / "card.yaml"
-    written.write_text(gpu_to_yaml(card))
-    assert load_gpu(written) == card
+def test_gpu_files_round_trip_line_by_line(path: Path, tmp_path: Path) -> None:
+    gpu = load_gpu(path)
+    written = tmp_path / "gpu.yaml"
+    written.write_text(gpu_to_yaml(gpu))
+    assert load_gpu(written) == gpu
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert written.read_text().splitlines() == [re.sub(r": (\d+)\.0$", r": \1", line) for line in lines]
 
@@ -314,12 +317,12 @@ def test_a_card_file_read_and_written_says_the_same_in_the_same_lines(path: Path
     ("old", "new", "line"),
     [
         ("name: NVIDIA H200", "name: ''", "name=.*: must be .+"),
-        ("least: 500", "least: 5000", "context_mib: min=5000 is greater than max=1000"),
-        ("least: 500", "leest: 500", "context_mib.leest=500: unknown key; did you mean .+least\\?"),
+        ("min: 500", "min: 5000", "context_mib: min=5000 is greater than max=1000"),
+        ("min: 500", "mni: 500", "context_mib.mni=500: .+"),
         ("bf16_speedup:", "speed:", "bf16_speedup: is missing; .+|speed: .+"),
     ],
 )
-def test_a_mistake_in_a_card_file_names_file_and_key(tmp_path: Path, old: str, new: str, line: str) -> None:
+def test_an_error_in_a_gpu_file_names_file_and_key(tmp_path: Path, old: str, new: str, line: str) -> None:
     path = tmp_path / "h200.yaml"
     path.write_text((conf_dir() / "gpu/h200.yaml").read_text().replace(old, new))
     with pytest.raises(ConfigError) as error:
@@ -330,15 +333,15 @@ def test_a_mistake_in_a_card_file_names_file_and_key(tmp_path: Path, old: str, n
 
 
 @pytest.fixture
-def card_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
-    """A machine with one card, of which 3,311 MiB are free; the list fills with what `measure` is asked."""
-    asked: list[Any] = []
+def measure_calls(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
+    """A machine with one GPU, of which 3,311 MiB are free; returns the calls of `measure`."""
+    calls: list[Any] = []
 
     def measure(
         configs: Any, on: torch.device, free_before_mib: float | None, display: Any
     ) -> GpuMeasurements:
-        asked.append((configs, on, free_before_mib))
-        return replace(READINGS, free_before_mib=free_before_mib)
+        calls.append((configs, on, free_before_mib))
+        return replace(MEASUREMENTS, free_before_mib=free_before_mib)
 
     properties = SimpleNamespace(name=GTX, uuid="1234", total_memory=3711 * MIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -347,7 +350,7 @@ def card_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
     monkeypatch.setattr(device, "driver_version", lambda: "550.54.14")
     monkeypatch.setattr(device, "detect_machine", lambda **_: MACHINE)
     monkeypatch.setattr(calibration, "measure", measure)
-    return asked
+    return calls
 
 
 Call = Callable[..., tuple[int, str, str]]
@@ -355,19 +358,19 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`captcha-exp calibrate ...` in this process: exit code, standard output, standard error."""
+    """Run `captcha-exp calibrate` in this process; return exit code, standard output and standard error."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["captcha-exp", "calibrate", *words])
-        with pytest.raises(SystemExit) as ended:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["captcha-exp", "calibrate", *arguments])
+        with pytest.raises(SystemExit) as raised:
             main.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
+        return int(raised.value.code or 0), *capsys.readouterr()
 
     return run
 
 
-def test_the_verb_writes_a_file_that_a_training_can_choose(
-    call: Call, card_here: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_calibrate_writes_a_file_that_training_can_select(
+    call: Call, measure_calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     code, out, _ = call("--config-dir", str(tmp_path), "seed=3")
@@ -382,27 +385,27 @@ def test_the_verb_writes_a_file_that_a_training_can_choose(
     )
     assert second == f"# Command: captcha-exp calibrate --config-dir {tmp_path} seed=3"
     assert third == f"name: {GTX}"
-    assert not re.search(r"""source: ['">|]""", path.read_text())  # as a person writes them
-    assert [path.name for path in (tmp_path / "gpu").iterdir()] == [path.name]  # no part of a file is left
-    assert re.search(r"context_mib +│ 150 +│ 244 +│ measured by NVML's figure", out)
+    assert not re.search(r"""source: ['">|]""", path.read_text())  # plain scalars, as in hand-written files
+    assert [path.name for path in (tmp_path / "gpu").iterdir()] == [path.name]  # no temporary file is left
+    assert re.search(r"context_mib +│ 150 +│ 244 +│ measured by NVML for", out)
     assert f"file {path}\n" in out
     assert out.endswith(f"use it with --config-dir {tmp_path} gpu=nvidia-geforce-gtx-1650\n")
 
 
-def test_the_verb_prints_json_for_a_script(call: Call, card_here: list[Any], tmp_path: Path) -> None:
+def test_calibrate_prints_json(call: Call, measure_calls: list[Any], tmp_path: Path) -> None:
     code, out, _ = call("--json", "--config-dir", str(tmp_path), "--name", "mine")
-    told = json.loads(out)
-    assert (code, set(told)) == (0, {"path", "gpu"})
-    assert told["path"] == str(tmp_path / "gpu/mine.yaml")
-    assert told["gpu"]["context_mib"]["max"] == 244
-    assert load_gpu(Path(told["path"])).name == told["gpu"]["name"] == GTX
+    result = json.loads(out)
+    assert (code, set(result)) == (0, {"path", "gpu"})
+    assert result["path"] == str(tmp_path / "gpu/mine.yaml")
+    assert result["gpu"]["context_mib"]["max"] == 244
+    assert load_gpu(Path(result["path"])).name == result["gpu"]["name"] == GTX
 
 
-def test_both_networks_are_tried_on_the_article_s_pictures(
-    call: Call, card_here: list[Any], tmp_path: Path
+def test_both_networks_are_measured_with_the_article_experiment(
+    call: Call, measure_calls: list[Any], tmp_path: Path
 ) -> None:
     assert call("--config-dir", str(tmp_path), "train.batch_size=32")[0] == 0
-    ((configs, on, free),) = card_here
+    ((configs, on, free),) = measure_calls
     assert [config.model.name for config in configs] == ["resnet18", "compact"]
     assert {config.name for config in configs} == {"article"}
     assert {config.train.batch_size for config in configs} == {32}
@@ -412,49 +415,47 @@ def test_both_networks_are_tried_on_the_article_s_pictures(
 
 
 @pytest.mark.parametrize(
-    ("words", "networks"),
+    ("arguments", "networks"),
     [
         (["model=compact"], ["compact"]),
         (["experiment=quickstart"], ["compact", "compact"]),
         (["experiment=quickstart", "model=resnet18"], ["resnet18"]),
     ],
 )
-def test_an_override_may_choose_what_is_tried(
-    call: Call, card_here: list[Any], tmp_path: Path, words: list[str], networks: list[str]
+def test_overrides_select_the_measured_networks(
+    call: Call, measure_calls: list[Any], tmp_path: Path, arguments: list[str], networks: list[str]
 ) -> None:
-    assert call("--config-dir", str(tmp_path), *words)[0] == 0
-    assert [config.model.name for config in card_here[0][0]] == networks
+    assert call("--config-dir", str(tmp_path), *arguments)[0] == 0
+    assert [config.model.name for config in measure_calls[0][0]] == networks
 
 
-def test_a_file_is_written_over_only_by_force(call: Call, card_here: list[Any], tmp_path: Path) -> None:
+def test_a_file_is_overwritten_only_with_force(call: Call, measure_calls: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "gpu/mine.yaml"
     path.parent.mkdir()
-    path.write_text("somebody's")
-    words = ("--config-dir", str(tmp_path), "--name", "mine")
-    code, out, err = call(*words)
+    path.write_text("other content")
+    arguments = ("--config-dir", str(tmp_path), "--name", "mine")
+    code, out, err = call(*arguments)
     assert (code, out) == (2, "")
-    assert err == f"{path}: is there already; take --force to write over it, or another --name\n"
-    assert card_here == []  # refused before minutes of measuring
-    assert path.read_text() == "somebody's"
-    assert call(*words, "--force")[0] == 0
+    assert err == f"{path}: exists already; use --force to overwrite it, or another --name\n"
+    assert measure_calls == []  # rejected before the measurements, which take minutes
+    assert path.read_text() == "other content"
+    assert call(*arguments, "--force")[0] == 0
     assert load_gpu(path).name == GTX
 
 
 @pytest.mark.parametrize(
     "name", ["../x", "a/b", "1650", "null", "all", "a.b", "", "a b", "-x", "é", "a" * 65, "a\n"]
 )
-def test_a_name_that_could_be_no_choice_is_refused(
-    call: Call, card_here: list[Any], tmp_path: Path, name: str
-) -> None:
+def test_an_invalid_name_is_rejected(call: Call, measure_calls: list[Any], tmp_path: Path, name: str) -> None:
     code, out, err = call("--config-dir", str(tmp_path), f"--name={name}")
     assert (code, out) == (2, "")
     assert "must be a letter, then letters, digits, _ and -" in err
-    assert card_here == []
+    assert measure_calls == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(
-    call: Call, card_here: list[Any], tmp_path: Path
+def test_a_directory_that_cannot_be_written_is_a_one_line_error(
+    call: Call, measure_calls: list[Any], tmp_path: Path
 ) -> None:
     (tmp_path / "gpu").write_text("a file")
     code, out, err = call("--config-dir", str(tmp_path))
@@ -462,44 +463,44 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert re.fullmatch(r".+gtx-1650\.yaml: cannot be written: .+", err.splitlines()[-1])
 
 
-def test_a_checkout_keeps_its_cards_in_conf(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_has_its_gpu_files_in_conf(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calibration.resolve_gpu_dir(None) == conf_dir() / "gpu"
     monkeypatch.setattr(calibration, "checkout_dir", lambda: None)
     with pytest.raises(UserError, match=r"belongs to the installed package; .+ --config-dir DIR"):
         calibration.resolve_gpu_dir(None)
 
 
-@pytest.mark.parametrize("words", [[], ["device.name=cuda"], ["--json", "device.name=cuda:1"]])
-def test_without_a_card_one_line_says_what_is_missing_and_what_to_take_instead(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+@pytest.mark.parametrize("arguments", [[], ["device.name=cuda"], ["--json", "device.name=cuda:1"]])
+def test_without_a_gpu_one_line_names_an_alternative(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, err = call("--config-dir", str(tmp_path), *words)
+    code, out, err = call("--config-dir", str(tmp_path), *arguments)
     assert (code, out) == (2, "")
-    line = r"device\.name=\S+: no CUDA card to measure: .*CUDA.*; without one take gpu=generic, or .+\n"
+    line = r"device\.name=\S+: no CUDA GPU to measure: .*CUDA.*; without one use gpu=generic, or .+\n"
     assert re.fullmatch(line, err)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["cpu", "mps"])
-def test_only_a_cuda_card_can_be_measured(
-    call: Call, card_here: list[Any], tmp_path: Path, name: str
+def test_only_a_cuda_gpu_can_be_measured(
+    call: Call, measure_calls: list[Any], tmp_path: Path, name: str
 ) -> None:
     code, out, err = call("--config-dir", str(tmp_path), f"device.name={name}")
     assert (code, out) == (2, "")
-    assert err == f"device.name={name}: only a CUDA card can be measured; write auto or cuda\n"
+    assert err == f"device.name={name}: only a CUDA GPU can be measured; use auto or cuda\n"
 
 
-def test_a_process_that_has_used_cuda_cannot_see_what_comes(
-    call: Call, card_here: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_has_used_cuda_is_rejected(
+    call: Call, measure_calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     code, _, err = call("--config-dir", str(tmp_path))
-    assert (code, card_here) == (2, [])
-    assert err == "this process has used CUDA already; call captcha-exp calibrate by itself\n"
+    assert (code, measure_calls) == (2, [])
+    assert err == "this process has used CUDA already; run captcha-exp calibrate in a new process\n"
 
 
-def test_mistakes_of_the_config_come_as_everywhere(call: Call, card_here: list[Any]) -> None:
+def test_config_errors_are_reported_as_in_other_commands(call: Call, measure_calls: list[Any]) -> None:
     code, out, err = call("captcha.widht=3", "train.epochs=0")
     assert (code, out) == (2, "")
     assert sorted(line.split(":")[0] for line in err.splitlines()) == ["captcha.widht=3", "train.epochs=0"]
@@ -508,7 +509,7 @@ def test_mistakes_of_the_config_come_as_everywhere(call: Call, card_here: list[A
 @pytest.mark.parametrize(
     ("number", "version"), [(91002, "9.10.2"), (90100, "9.1.0"), (8902, "8.9.2"), (None, None)]
 )
-def test_the_version_of_cudnn(number: int | None, version: str | None) -> None:
+def test_format_cudnn_version(number: int | None, version: str | None) -> None:
     assert calibration.format_cudnn_version(number) == version
 
 
@@ -516,10 +517,10 @@ def test_the_version_of_cudnn(number: int | None, version: str | None) -> None:
 
 
 def session_of(**changes: Any) -> dict[str, Any]:
-    """Return a session of another machine, with a calibration; `parts` adds to its parts."""
+    """Return a session of another machine with a calibration; `parts` are added to its parts."""
     parts = {
         "doctor": {"error": "took more than 60 s"},
-        "calibration": {"figures": measurements_to_json(READINGS)},
+        "calibration": {"figures": measurements_to_json(MEASUREMENTS)},
     }
     versions = {"torch": "2.11.0+cu130", "cuda": "13.0", "cudnn": 91002, "driver": "580.65.06"}
     return {
@@ -531,17 +532,17 @@ def session_of(**changes: Any) -> dict[str, Any]:
     }
 
 
-def held(context: Any, by: str = "NVML, this process") -> dict[str, Any]:
+def training_part(context: Any, by: str = "NVML, this process") -> dict[str, Any]:
     return {"figures": {"context_mib": context, "process_by": by}}
 
 
-def test_a_session_gives_the_file_that_measuring_gives(call: Call, tmp_path: Path) -> None:
+def test_a_session_gives_the_same_file_as_a_measurement(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "session.json"
     file.write_text(json.dumps(session_of()))
     code, out, err = call("--from", str(file), "--config-dir", str(tmp_path))
     path = tmp_path / "gpu/nvidia-geforce-gtx-1650.yaml"
     assert (code, err) == (0, "")
-    assert load_gpu(path) == build_gpu_spec(READINGS, GENERIC)
+    assert load_gpu(path) == build_gpu_spec(MEASUREMENTS, GENERIC)
     assert path.read_text().splitlines()[:3] == [
         f"# {GTX}, measured on 2027-03-04 with torch 2.11.0+cu130, CUDA 13.0, cuDNN 9.10.2, driver 580.65.06",
         "# Session: session.json",
@@ -551,68 +552,73 @@ def test_a_session_gives_the_file_that_measuring_gives(call: Call, tmp_path: Pat
     assert load(compose("gpu=nvidia-geforce-gtx-1650", config_dir=str(tmp_path))).gpu == load_gpu(path)
 
 
-def test_a_session_s_file_has_a_name_and_is_kept_unless_forced(call: Call, tmp_path: Path) -> None:
+def test_a_file_from_a_session_can_be_named_and_is_overwritten_only_with_force(
+    call: Call, tmp_path: Path
+) -> None:
     file, path = tmp_path / "session.json", tmp_path / "gpu/mine.yaml"
     file.write_text(json.dumps(session_of()))
-    words = ("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine", "--json")
-    code, out, _ = call(*words)
+    arguments = ("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine", "--json")
+    code, out, _ = call(*arguments)
     assert (code, json.loads(out)["path"]) == (0, str(path))
-    path.write_text("somebody's")
-    code, out, err = call(*words)
+    path.write_text("other content")
+    code, out, err = call(*arguments)
     assert (code, out) == (2, "")
-    assert err == f"{path}: is there already; take --force to write over it, or another --name\n"
-    assert path.read_text() == "somebody's"
-    assert call(*words, "--force")[0] == 0
+    assert err == f"{path}: exists already; use --force to overwrite it, or another --name\n"
+    assert path.read_text() == "other content"
+    assert call(*arguments, "--force")[0] == 0
     assert load_gpu(path).name == GTX
 
 
 def test_trainings_of_a_session_widen_the_context(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "session.json"
     parts = {
-        "plan-a": held(141.5),
-        "plan-b": held(333.25),
+        "plan-a": training_part(141.5),
+        "plan-b": training_part(333.25),
         "plan-c": {"error": "no"},
-        "plan-d": held(9000, "all that the card has in use"),
-        "plan-e": held(None),
-        "plan-f": held(float("nan")),
-        "plan-g": held(True),
+        "plan-d": training_part(9000, "all memory in use on the GPU"),
+        "plan-e": training_part(None),
+        "plan-f": training_part(float("nan")),
+        "plan-g": training_part(True),
         "plan-h": {"figures": [3]},
-        "context-x": held(5000),
+        "context-x": training_part(5000),
     }
     file.write_text(json.dumps(session_of(parts=parts)))
     assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
-    gpu, plain_card = load_gpu(tmp_path / "gpu/mine.yaml"), build_gpu_spec(READINGS, GENERIC)
+    gpu, expected = load_gpu(tmp_path / "gpu/mine.yaml"), build_gpu_spec(MEASUREMENTS, GENERIC)
     assert bounds(gpu.context_mib) == (141, 334 + CONTEXT_MARGIN_MIB)
-    added = "; 2 trainings of the session held 142 to 333"
-    assert gpu.context_mib.source == plain_card.context_mib.source + added
-    assert replace(gpu, context_mib=plain_card.context_mib) == plain_card
+    added = "; 2 trainings of the session used 142 to 333"
+    assert gpu.context_mib.source == expected.context_mib.source + added
+    assert replace(gpu, context_mib=expected.context_mib) == expected
 
 
 def test_trainings_within_the_context_change_no_bound(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "session.json"
-    file.write_text(json.dumps(session_of(parts={"plan-a": held(160)})))
+    file.write_text(json.dumps(session_of(parts={"plan-a": training_part(160)})))
     assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
     context = load_gpu(tmp_path / "gpu/mine.yaml").context_mib
     assert bounds(context) == (150, 180 + CONTEXT_MARGIN_MIB)
-    assert context.source.endswith("; 1 trainings of the session held 160")
+    assert context.source.endswith("; 1 trainings of the session used 160")
 
 
-BROKEN = measurements_to_json(READINGS) | {"cublas_mib": -1}
+INVALID = measurements_to_json(MEASUREMENTS) | {"cublas_mib": -1}
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
-        (None, "cannot be read: No such file or directory; give another --from"),
+        (None, "cannot be read: No such file or directory; use another --from"),
         (
             json.dumps(session_of())[:-400],
-            r"not a whole JSON file \(.+\); copy it again, or measure it with .+",
+            r"not a complete JSON file \(.+\); copy it again, or measure it with .+",
         ),
-        (b"\xff\xfe\x00", r"not a whole JSON file \(.+\); copy it again, or .+"),
-        ("[" * 100_000, r"not a whole JSON file \(.+\); copy it again, or .+"),
+        (b"\xff\xfe\x00", r"not a complete JSON file \(.+\); copy it again, or .+"),
+        ("[" * 100_000, r"not a complete JSON file \(.+\); copy it again, or .+"),
         ("[]", r"not a session of benchmarks/gpu_session\.py; measure it with .+"),
         (session_of(benchmark="startup"), r"not a session of .+"),
-        (session_of(machine={"gpu": None}), "no GPU was measured, only a dry run or predictions; .+"),
+        (
+            session_of(machine={"gpu": None}),
+            "contains no GPU measurements, only a dry run or predictions; .+",
+        ),
         (session_of(machine=3), "has no machine or no parts; .+"),
         (session_of(parts={"calibration": None}), "has no part calibration; measure it with .+"),
         (
@@ -625,8 +631,8 @@ BROKEN = measurements_to_json(READINGS) | {"cublas_mib": -1}
             "its part calibration failed: no reason is given; .+",
         ),
         (
-            session_of(parts={"calibration": {"figures": BROKEN}}),
-            "part calibration: readings of a GPU: cublas_mib: .+; measure it with .+",
+            session_of(parts={"calibration": {"figures": INVALID}}),
+            "part calibration: GPU measurements: cublas_mib: .+; measure it with .+",
         ),
         (
             session_of(machine={"gpu": "NVIDIA H100 80GB HBM3"}),
@@ -634,8 +640,8 @@ BROKEN = measurements_to_json(READINGS) | {"cublas_mib": -1}
         ),
     ],
 )
-def test_a_session_without_a_calibration_is_refused_in_one_line(
-    call: Call, tmp_path: Path, content: Any, says: str
+def test_a_session_without_a_calibration_is_rejected_in_one_line(
+    call: Call, tmp_path: Path, content: Any, message: str
 ) -> None:
     file = tmp_path / "session.json"
     if content is not None:
@@ -643,30 +649,31 @@ def test_a_session_without_a_calibration_is_refused_in_one_line(
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     code, out, err = call("--from", str(file), "--config-dir", str(tmp_path))
     assert (code, out) == (2, "")
-    assert re.fullmatch(rf"{re.escape(str(file))}: {says}\n", err)
+    assert re.fullmatch(rf"{re.escape(str(file))}: {message}\n", err)
     assert not (tmp_path / "gpu").exists()
 
 
-def test_a_session_takes_no_overrides(call: Call, tmp_path: Path) -> None:
+def test_a_session_rejects_overrides(call: Call, tmp_path: Path) -> None:
     code, out, err = call("--from", "x.json", "--config-dir", str(tmp_path), "model=compact")
     assert (code, out) == (2, "")
     assert err == ("model=compact: calibrate --from takes no overrides, the session says what was measured\n")
 
 
-def test_a_session_without_versions_says_that_they_are_unknown(call: Call, tmp_path: Path) -> None:
+def test_missing_versions_of_a_session_are_unknown(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "session.json"
     file.write_text(json.dumps(session_of(machine={"gpu": GTX}, date="today\n- evil")))
     assert call("--from", str(file), "--config-dir", str(tmp_path), "--name", "mine")[0] == 0
     assert (tmp_path / "gpu/mine.yaml").read_text().splitlines()[0] == (
-        f"# {GTX}, measured on an unknown day with torch unknown, CUDA unknown, cuDNN unknown, driver unknown"
+        f"# {GTX}, measured on an unknown date with torch unknown, CUDA unknown, cuDNN unknown, "
+        "driver unknown"
     )
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-class Played:
-    """The counters of a card of 4,000 MiB, 1,000 of them in use; the tensors are the CPU's."""
+class FakeGpu:
+    """The counters of a GPU of 4,000 MiB, 1,000 of them in use; the tensors are on the CPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.allocated = self.peak = 0
@@ -688,20 +695,20 @@ class Played:
     def reset(self, _: torch.device) -> None:
         self.peak = self.allocated
 
-    def take(self, mib: int) -> None:
+    def allocate(self, mib: int) -> None:
         self.allocated += mib * MIB
         self.peak = max(self.peak, self.allocated)
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Played:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(gpu_probe, "BATCH_SIZES", (2, 4, 8))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return Played(monkeypatch)
+    return FakeGpu(monkeypatch)
 
 
-class Counted(Heard):
-    """A display that adds up how far its one bar has come."""
+class ProgressDisplay(Heard):
+    """A display that adds up the progress of its one bar."""
 
     total = done = 0
 
@@ -709,15 +716,15 @@ class Counted(Heard):
         self.total = total
         return nullcontext(self)
 
-    def advance(self, amount: int, note: str = "") -> None:
+    def advance(self, amount: int, status: str = "") -> None:
         self.done += amount
 
 
-def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Played, one_thread: None) -> None:
-    display = Counted()
+def test_measure_runs_completely_on_the_cpu(tiny: Config, fake_gpu: FakeGpu, one_thread: None) -> None:
+    display = ProgressDisplay()
     config = replace(tiny, device=replace(tiny.device, threads=1))
-    read = gpu_probe.measure([training(config, batch_size=8)], CPU, 3500.0, display)
-    assert [stage.after for stage in read.stages] == [
+    measurements = gpu_probe.measure([training(config, batch_size=8)], CPU, 3500.0, display)
+    assert [stage.after for stage in measurements.stages] == [
         "the first tensor",
         "the first matrix products",
         "the first convolution in fp32",
@@ -725,50 +732,52 @@ def test_a_whole_measuring_on_the_cpu_s_own_arithmetic(tiny: Config, card: Playe
         "the first convolution in fp16",
         "training steps in every precision",
     ]
-    assert {(s.used_mib, s.reserved_mib, s.process_mib) for s in read.stages} == {(1000, 2, 600)}
-    assert read.stages[read.smallest].after == "the first convolution in fp32"
-    assert list(read.totals_mib) == [4000, 4001]
-    assert build_gpu_spec(read, GENERIC).compute_capability == read.compute_capability == "7.5"
-    assert [(t.precision, t.batch_size, t.mib) for t in read.transients] == [
+    assert {(s.used_mib, s.reserved_mib, s.process_mib) for s in measurements.stages} == {(1000, 2, 600)}
+    assert measurements.stages[measurements.smallest].after == "the first convolution in fp32"
+    assert list(measurements.totals_mib) == [4000, 4001]
+    assert (
+        build_gpu_spec(measurements, GENERIC).compute_capability == measurements.compute_capability == "7.5"
+    )
+    assert [(t.precision, t.batch_size, t.mib) for t in measurements.transients] == [
         (precision, size, 0) for precision in ("fp32", "bf16", "fp16") for size in (2, 4, 8)
     ]
-    assert [(each.batch_size, set(each.seconds)) for each in read.rounds] == [
+    assert [(each.batch_size, set(each.seconds)) for each in measurements.rounds] == [
         (8, {"fp32", "bf16", "fp16"})
     ] * gpu_probe.NUM_ROUNDS
     assert display.done == display.total
-    assert (display.warnings, len(display.lines)) == ([], len(read.stages))
-    assert bounds(build_gpu_spec(read, GENERIC).context_mib) == (598, 598 + CONTEXT_MARGIN_MIB)
+    assert (display.warnings, len(display.lines)) == ([], len(measurements.stages))
+    assert bounds(build_gpu_spec(measurements, GENERIC).context_mib) == (598, 598 + CONTEXT_MARGIN_MIB)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_what_a_deterministic_training_gives_cublas_is_the_upper_bound(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, deterministic: bool, one_thread: None
+def test_the_deterministic_cublas_workspace_is_measured(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, deterministic: bool, one_thread: None
 ) -> None:
     monkeypatch.setattr(gpu_probe, "_measure_conv_workspaces", lambda *_: [])
     monkeypatch.setattr(gpu_probe, "_time_rounds", lambda *_: [])
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     config = training(tiny, deterministic=deterministic)
-    read = gpu_probe.measure([config], CPU, None, Heard())
-    assert read.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert read.deterministic == deterministic
+    measurements = gpu_probe.measure([config], CPU, None, Heard())
+    assert measurements.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert measurements.deterministic == deterministic
     device.setup_device(tiny)
 
 
-def test_what_products_leave_allocated_is_their_workspace(
-    card: Played, monkeypatch: pytest.MonkeyPatch
+def test_memory_that_matrix_products_keep_is_the_cublas_workspace(
+    fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card.take(10)
+    fake_gpu.allocate(10)
     monkeypatch.setattr(
-        gpu_probe, "_run_matmul", lambda dtype, _: card.take(32 if dtype != torch.bfloat16 else 1)
+        gpu_probe, "_run_matmul", lambda dtype, _: fake_gpu.allocate(32 if dtype != torch.bfloat16 else 1)
     )
     assert gpu_probe._cublas_workspace(CPU, Heard()) == 65
 
 
-def test_a_product_goes_forward_and_backward_and_leaves_no_tensor() -> None:
+def test_a_matrix_product_runs_forward_and_backward() -> None:
     gpu_probe._run_matmul(torch.float32, CPU)
 
 
-def test_the_convolutions_of_both_networks_each_once() -> None:
+def test_each_distinct_convolution_is_listed_once() -> None:
     article = gpu_probe.list_conv_layers(load(compose("experiment=article")))
     assert [conv.input_requires_grad for conv in article] == [False] + [True] * 10
     assert [tuple(conv.input_shape) for conv in article[:2]] == [(3, 24, 56), (64, 24, 56)]
@@ -777,74 +786,77 @@ def test_the_convolutions_of_both_networks_each_once() -> None:
     assert [type(conv.layer).__name__ for conv in compact] == ["Conv2d"] * 6 + ["Conv1d"]
 
 
-def test_the_room_of_a_work_is_its_peak_less_what_it_leaves(card: Played) -> None:
-    """30 MiB for its result, and 70 beside that at the peak; a peak of before does not count."""
-    card.take(500)
-    card.take(-400)
+def test_transient_bytes_are_the_peak_minus_the_remaining_memory(fake_gpu: FakeGpu) -> None:
+    """30 MiB for the result and 70 more at the peak; an earlier peak does not count."""
+    fake_gpu.allocate(500)
+    fake_gpu.allocate(-400)
 
     def work() -> str:
-        card.take(100)
-        card.take(-70)
-        return "given"
+        fake_gpu.allocate(100)
+        fake_gpu.allocate(-70)
+        return "result"
 
-    assert gpu_probe._measure_transient_bytes(work, CPU) == ("given", 70 * MIB)
+    assert gpu_probe._measure_transient_bytes(work, CPU) == ("result", 70 * MIB)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_convolution_is_asked_for_its_result_and_for_each_gradient_alone(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+def test_a_convolution_computes_its_output_and_each_gradient_separately(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    given: list[Any] = []
-    room = count(1)
+    results: list[Any] = []
+    transient_bytes = count(1)
 
-    def beside(work: Callable[[], Any], _: torch.device) -> tuple[Any, int]:
-        given.append(work())
-        return given[-1], next(room)
+    def measure_transient_bytes(work: Callable[[], Any], _: torch.device) -> tuple[Any, int]:
+        results.append(work())
+        return results[-1], next(transient_bytes)
 
-    monkeypatch.setattr(gpu_probe, "_measure_transient_bytes", beside)
+    monkeypatch.setattr(gpu_probe, "_measure_transient_bytes", measure_transient_bytes)
     stem, second = gpu_probe.list_conv_layers(tiny)[:2]
-    assert gpu_probe._conv_workspace_bytes(stem, 3, dtype, CPU) == 2  # the pictures have no gradient
-    out, (weight,) = given
+    assert gpu_probe._conv_workspace_bytes(stem, 3, dtype, CPU) == 2  # images have no gradient
+    out, (weight,) = results
     assert (out.shape, weight.shape, out.dtype) == ((3, 4, 8, 16), stem.layer.weight.shape, dtype)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    given.clear()
+    results.clear()
     assert gpu_probe._conv_workspace_bytes(second, 3, dtype, CPU) == 5
-    _, (weight,), (seen,) = given
-    assert (weight.shape, seen.shape) == (second.layer.weight.shape, (3, *second.input_shape))
-    assert second.layer.weight.dtype == torch.float32  # what was measured was a copy
+    _, (weight,), (image_grad,) = results
+    assert (weight.shape, image_grad.shape) == (second.layer.weight.shape, (3, *second.input_shape))
+    assert second.layer.weight.dtype == torch.float32  # a copy was measured
 
 
-def no_room(*_: Any) -> Any:
+def raise_out_of_memory(*_: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_batch_that_does_not_fit_ends_the_batches_of_its_precision(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+def test_larger_batches_are_skipped_after_one_that_does_not_fit(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hungriest(convs: Any, size: int, dtype: torch.dtype, on: torch.device) -> float:
-        return no_room() if size * dtype.itemsize >= 16 else float(size)
+    def max_conv_workspace(convs: Any, size: int, dtype: torch.dtype, on: torch.device) -> float:
+        return raise_out_of_memory() if size * dtype.itemsize >= 16 else float(size)
 
-    monkeypatch.setattr(gpu_probe, "_max_conv_workspace", hungriest)
-    display = Counted()
+    monkeypatch.setattr(gpu_probe, "_max_conv_workspace", max_conv_workspace)
+    display = ProgressDisplay()
     found = list(gpu_probe._measure_conv_workspaces(tiny, [], CPU, display, display))
-    seen: list[tuple[Precision, int]] = [(t.precision, t.batch_size) for t in found]
-    assert seen == [("fp32", 2), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp16", 4)]
+    measured: list[tuple[Precision, int]] = [(each.precision, each.batch_size) for each in found]
+    assert measured == [("fp32", 2), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp16", 4)]
     assert (display.done, display.warnings) == (9, [])
 
 
-def test_a_precision_that_the_card_cannot_do_is_told_and_left_out(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+def test_an_unsupported_precision_is_skipped_with_a_warning(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seconds(config: Config, _: Any) -> float:
+    def time_step(config: Config, _: Any) -> float:
         if config.device.precision == "bf16":
             raise RuntimeError("no\nengine")
         return {"fp32": 0.3, "fp16": 0.1}[config.device.precision]
 
-    monkeypatch.setattr(gpu_probe, "_time_step", seconds)
-    display = Counted()
+    monkeypatch.setattr(gpu_probe, "_time_step", time_step)
+    display = ProgressDisplay()
     found = list(gpu_probe._time_rounds(training(tiny, batch_size=4), CPU, display, display))
     assert found == [TimingRound("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.NUM_ROUNDS
-    assert display.warnings == ["compact, bf16, training steps of 4 fails: no engine"] * gpu_probe.NUM_ROUNDS
+    assert (
+        display.warnings
+        == ["compact, bf16, training steps of batch size 4 fails: no engine"] * gpu_probe.NUM_ROUNDS
+    )
     assert display.done == 3 * gpu_probe.NUM_ROUNDS
 
 
@@ -852,58 +864,58 @@ def test_a_precision_that_the_card_cannot_do_is_told_and_left_out(
     ("batch_size", "limit", "fits"), [(64, 64, 64), (64, 20, 16), (100, 1, 1), ("auto", 500, 256)]
 )
 def test_a_batch_is_halved_until_it_fits(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, batch_size: Any, limit: int, fits: int
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, batch_size: Any, limit: int, fits: int
 ) -> None:
-    def seconds(_: Config, batch: Any) -> float:
-        return no_room() if len(batch.indices) > limit else 0.1
+    def time_step(_: Config, batch: Any) -> float:
+        return raise_out_of_memory() if len(batch.indices) > limit else 0.1
 
-    monkeypatch.setattr(gpu_probe, "_time_step", seconds)
+    monkeypatch.setattr(gpu_probe, "_time_step", time_step)
     batch = gpu_probe._find_fitting_batch(training(tiny, batch_size=batch_size), CPU)
     assert {len(part) for part in batch} == {fits}
     assert batch.images.shape[1:] == (16, 32, 3)
     assert int(batch.targets.max()) < 5
 
 
-def test_a_card_without_room_for_one_picture_fails_in_one_line(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_too_small_for_one_image_is_a_one_line_error(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_probe, "_time_step", no_room)
+    monkeypatch.setattr(gpu_probe, "_time_step", raise_out_of_memory)
     with pytest.raises(
-        RunFailed, match=r"^no room on this card for one picture of compact; .+ who holds it$"
+        RunFailed, match=r"^compact: one image does not fit on this GPU; .+ the processes that use it$"
     ):
         gpu_probe._find_fitting_batch(tiny, CPU)
 
 
 @pytest.mark.parametrize("broken", ["_conv_workspace_bytes", "_time_step"])
-def test_a_card_that_cannot_do_fp32_fails_in_one_line(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch, broken: str, one_thread: None
+def test_a_failure_in_fp32_is_a_one_line_error(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, broken: str, one_thread: None
 ) -> None:
     def fails(*_: Any) -> Any:
         raise RuntimeError("CUDA error:\nno kernel image is available")
 
     monkeypatch.setattr(gpu_probe, broken, fails)
-    with pytest.raises(RunFailed, match=r"in fp32 fails on this card") as error:
+    with pytest.raises(RunFailed, match=r"in fp32 fails on this GPU") as error:
         gpu_probe.measure([tiny], CPU, None, Heard())
     assert len(error.value.lines) == 1
     assert "\n" not in error.value.lines[0]
     device.setup_device(tiny)
 
 
-def test_a_step_s_time_is_the_median_of_the_warm_ones(
-    tiny: Config, card: Played, monkeypatch: pytest.MonkeyPatch
+def test_the_step_time_is_the_median_after_warmup(
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cold steps of 100 and 90 s, then 5, 1, 4, 2, 30."""
-    lasts = [100, 90, 5, 1, 4, 2, 30]
-    clock = iter([0.0] + [float(sum(lasts[: n // 2 + n % 2])) for n in range(1, 2 * len(lasts))])
+    """Warm-up steps of 100 and 90 s, then 5, 1, 4, 2, 30."""
+    durations = [100, 90, 5, 1, 4, 2, 30]
+    clock = iter([0.0] + [float(sum(durations[: n // 2 + n % 2])) for n in range(1, 2 * len(durations))])
     monkeypatch.setattr(gpu_probe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert gpu_probe._time_step(tiny, batch_of(tiny, 4)) == 4
 
 
-def test_a_card_that_reads_back_as_another_is_not_written(
+def test_a_file_that_loads_differently_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card: GpuSpec = build_gpu_spec(READINGS, GENERIC)
-    monkeypatch.setattr(calibration, "gpu_to_yaml", lambda card: gpu_to_yaml(replace(card, name="another")))
+    gpu: GpuSpec = build_gpu_spec(MEASUREMENTS, GENERIC)
+    monkeypatch.setattr(calibration, "gpu_to_yaml", lambda gpu: gpu_to_yaml(replace(gpu, name="another")))
     with pytest.raises(RunFailed, match="nothing is written"):
-        calibration._write_gpu_file(tmp_path / "gpu/x.yaml", card, [])
+        calibration._write_gpu_file(tmp_path / "gpu/x.yaml", gpu, [])
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Test that the stand-in leaves torch as it was, in a process that has not imported the compiler."""
+"""Test that the compiler stub is removed completely, in a process that has not imported the compiler."""
 
 import subprocess
 import sys
@@ -21,8 +21,8 @@ def step():
 """
 
 
-def run(code: str) -> str:
-    """Return what a new process prints."""
+def run_code(code: str) -> str:
+    """Return the output of a new process."""
     done = subprocess.run(
         [sys.executable, "-c", STEP + code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -30,12 +30,12 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_step_inside_imports_no_compiler() -> None:
+def test_an_optimizer_step_does_not_import_the_compiler() -> None:
     code = "with without_compiler():\n    step()\nprint(DYNAMO_MODULE in sys.modules, 'sympy' in sys.modules)"
-    assert run(code) == "False False"
+    assert run_code(code) == "False False"
 
 
-def test_afterwards_the_real_compiler_is_imported_and_excludes_the_optimizer() -> None:
+def test_afterwards_the_real_compiler_can_be_imported_and_excludes_the_optimizer() -> None:
     code = """
 with without_compiler():
     step()
@@ -45,16 +45,16 @@ print(sys.modules[DYNAMO_MODULE].__file__.endswith("__init__.py"))
 excluded = torch.compiler.disable(step)
 print(excluded is not step, getattr(excluded, "_torchdynamo_disable", False))
 inner = torch.optim.AdamW.step.__wrapped__ if hasattr(torch.optim.AdamW.step, "__wrapped__") else None
-held = [getattr(each, "__dynamo_disable", None) for each in vars(torch.optim.Optimizer).values()]
-print(all(getattr(each, "_torchdynamo_disable", False) for each in held if each is not None))
+disabled = [getattr(each, "__dynamo_disable", None) for each in vars(torch.optim.Optimizer).values()]
+print(all(getattr(each, "_torchdynamo_disable", False) for each in disabled if each is not None))
 weight = step()
 print(float(weight.detach()[0]) < 1)
 """
-    assert run(code).splitlines() == ["True", "True True", "True", "True"]
+    assert run_code(code).splitlines() == ["True", "True True", "True", "True"]
 
 
 @pytest.mark.parametrize("error", [False, True])
-def test_nothing_of_the_stand_in_stays(error: bool) -> None:
+def test_the_stub_is_removed(error: bool) -> None:
     code = f"""
 function = lambda: None
 try:
@@ -68,23 +68,23 @@ except KeyError:
     pass
 print(marked, hasattr(function, "__dynamo_disable"), DYNAMO_MODULE in sys.modules)
 """
-    assert run(code) == "True False False"
+    assert run_code(code) == "True False False"
 
 
-def test_an_imported_compiler_is_left_alone() -> None:
+def test_an_imported_compiler_is_not_replaced() -> None:
     code = """
 import torch._dynamo
 with without_compiler():
     print(sys.modules[DYNAMO_MODULE] is torch._dynamo)
 print(sys.modules[DYNAMO_MODULE] is torch._dynamo)
 """
-    assert run(code).split() == ["True", "True"]
+    assert run_code(code).split() == ["True", "True"]
 
 
-def test_another_attribute_imports_the_real_one() -> None:
+def test_any_other_attribute_imports_the_real_compiler() -> None:
     code = """
 with without_compiler():
     print(sys.modules[DYNAMO_MODULE].is_compiling.__module__ != "captcha_exp.memory.compiler")
 print(DYNAMO_MODULE in sys.modules)
 """
-    assert run(code).split() == ["True", "True"]
+    assert run_code(code).split() == ["True", "True"]

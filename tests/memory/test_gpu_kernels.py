@@ -1,4 +1,4 @@
-"""The operators that a trace replaces: with real numbers, they give what torch's own give."""
+"""The operators that a trace replaces, compared with those of torch on real values."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ LENGTHS = ([STEPS] * SIZE, [6, 3, 1, 2])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("zero_infinity", [False, True])
 @pytest.mark.parametrize("as_tensors", [False, True])
-@pytest.mark.parametrize("steps", [STEPS, 4])  # in 4 steps there is no path for a target of 6
-def test_the_ctc_loss_is_that_of_torch(
+@pytest.mark.parametrize("steps", [STEPS, 4])  # in 4 steps a target of 6 has no path
+def test_ctc_loss_equals_that_of_torch(
     reduction: str, zero_infinity: bool, as_tensors: bool, steps: int
 ) -> None:
     log_probs = torch.randn(steps, SIZE, CLASSES).log_softmax(-1)
@@ -41,7 +41,7 @@ def test_the_ctc_loss_is_that_of_torch(
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
-def test_the_ctc_loss_of_one_sequence_is_that_of_torch(as_tensors: bool) -> None:
+def test_ctc_loss_of_one_sequence_equals_that_of_torch(as_tensors: bool) -> None:
     log_probs, targets = torch.randn(STEPS, CLASSES).log_softmax(-1), torch.tensor([1, 2, 3])
     lengths: Any = (torch.tensor(STEPS), torch.tensor(3)) if as_tensors else ((STEPS,), (3,))
     expected = F.ctc_loss(log_probs, targets, lengths[0], lengths[1], reduction="none")
@@ -51,20 +51,20 @@ def test_the_ctc_loss_of_one_sequence_is_that_of_torch(as_tensors: bool) -> None
         )
 
 
-def test_a_traced_ctc_loss_has_the_form_of_a_real_one() -> None:
+def test_a_traced_ctc_loss_has_the_shapes_of_a_real_one() -> None:
     targets = torch.randint(1, CLASSES, (SIZE, LENGTH))
     real = torch._ctc_loss(torch.randn(STEPS, SIZE, CLASSES).log_softmax(-1), targets, *LENGTHS)
     with torch.device(HOST), TensorRecorder():
         log_probs = torch.zeros(STEPS, SIZE, CLASSES, device=DEVICE)
-        there = torch.zeros(SIZE, LENGTH, dtype=torch.int64, device=DEVICE)
+        targets_on_device = torch.zeros(SIZE, LENGTH, dtype=torch.int64, device=DEVICE)
         for lengths in (LENGTHS, tuple(map(torch.tensor, LENGTHS))):
-            found = torch._ctc_loss(log_probs, there, *lengths)
+            found = torch._ctc_loss(log_probs, targets_on_device, *lengths)
             assert [x.shape for x in found] == [x.shape for x in real]
             assert [x.dtype for x in found] == [x.dtype for x in real]
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
-def test_a_training_with_ctc_is_traced(as_tensors: bool) -> None:
+def test_training_with_ctc_can_be_traced(as_tensors: bool) -> None:
     def peak(length: int) -> int:
         lengths: Any = [STEPS] * SIZE, [length] * SIZE
         if as_tensors:
@@ -83,8 +83,8 @@ def test_a_training_with_ctc_is_traced(as_tensors: bool) -> None:
 
 
 @pytest.mark.parametrize(("given", "expected"), [((), torch.float16), ((torch.bfloat16,), torch.bfloat16)])
-def test_autocast_of_cuda_inside_of_a_module_applies(given: Any, expected: torch.dtype) -> None:
-    class Own(nn.Module):
+def test_cuda_autocast_inside_a_module_applies(given: Any, expected: torch.dtype) -> None:
+    class WithAutocast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(8, 8)
@@ -97,6 +97,6 @@ def test_autocast_of_cuda_inside_of_a_module_applies(given: Any, expected: torch
 
     dtypes: list[torch.dtype] = []
     plain = torch.autocast.__init__
-    trace_module(Own(), torch.empty(4, 8), torch.optim.SGD, lambda y: y.float().mean())
+    trace_module(WithAutocast(), torch.empty(4, 8), torch.optim.SGD, lambda y: y.float().mean())
     assert set(dtypes) == {expected}
     assert torch.autocast.__init__ is plain

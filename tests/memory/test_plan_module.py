@@ -1,4 +1,4 @@
-"""The memory of any module's training: real steps on the CPU, arithmetic, and the user's unchanged module."""
+"""plan_module against real steps on the CPU and manual calculations, and its effects on the caller."""
 
 import random
 import re
@@ -30,16 +30,16 @@ def peak(module: nn.Module, batch: Any, **arguments: Any) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_is_that_of_real_steps(name: str, record_property: Any) -> None:
+def test_the_peak_matches_real_steps(name: str, record_property: Any) -> None:
     found = compared(name, 32)
     record_property("errors", found)
     assert abs(found["error"]) <= 0.03
-    assert found["state_bytes"] < found["bytes"] / 2  # else the weights alone are compared
+    assert found["state_bytes"] < found["bytes"] / 2  # otherwise mainly the weights are compared
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_of_a_larger_batch_is_that_of_real_steps(name: str) -> None:
+def test_the_peak_of_a_larger_batch_matches_real_steps(name: str) -> None:
     found = compared(name, 48)
     assert abs(found["error"]) <= 0.03
     assert abs(found["raw_error"]) <= 0.06
@@ -48,33 +48,33 @@ def test_the_peak_of_a_larger_batch_is_that_of_real_steps(name: str) -> None:
 # -- arithmetic -----------------------------------------------------------------------------------------
 
 
-def test_state_is_what_arithmetic_says() -> None:
+def test_state_matches_a_manual_calculation() -> None:
     module = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50))
     traced = trace_module(module, torch.empty(64, 100), torch.optim.AdamW, lambda output: output.mean())
 
-    numbers = 100 * 50 + 3 * 50
-    assert traced.parameters_bytes == 4 * numbers
+    num_params = 100 * 50 + 3 * 50
+    assert traced.parameters_bytes == 4 * num_params
     assert traced.buffers_bytes == 4 * 2 * 50 + 8
-    assert traced.optimizer_bytes == 2 * 4 * numbers + 4 * 4
+    assert traced.optimizer_bytes == 2 * 4 * num_params + 4 * 4
     assert sum(event.requested_bytes is None for event in traced.events) == len(traced.events) / 2
 
 
-def test_adam_is_the_multi_tensor_one_unless_chosen_otherwise() -> None:
-    """Which holds one more copy of all weights while it steps."""
+def test_adam_uses_foreach_by_default() -> None:
+    """foreach holds one more copy of all weights during its step."""
     module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
 
-    def of(**options: Any) -> int:
+    def step_peak(**options: Any) -> int:
         traced = trace_module(
             module, torch.empty(2, 64), lambda p: torch.optim.Adam(p, **options), lambda x: x.mean()
         )
         return traced.peak_bytes("step")
 
-    assert of() == of(foreach=True)
-    assert of() - of(foreach=False) >= 5 * 4 * 64 * 64
+    assert step_peak() == step_peak(foreach=True)
+    assert step_peak() - step_peak(foreach=False) >= 5 * 4 * 64 * 64
 
 
-def test_dropout_keeps_a_byte_for_each_element_as_on_cuda() -> None:
-    """Its input is freed, its output takes the place."""
+def test_dropout_saves_one_byte_per_element_as_on_cuda() -> None:
+    """Its input is freed and replaced by its output."""
 
     def block(dropout: nn.Module) -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 8, 1), dropout, nn.Sigmoid())
@@ -85,7 +85,7 @@ def test_dropout_keeps_a_byte_for_each_element_as_on_cuda() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_fused_attention_keeps_no_attention_matrix(dropout: float) -> None:
+def test_fused_attention_saves_no_attention_matrix(dropout: float) -> None:
     """Four times the length, four times the memory: the matrix would take sixteen times."""
     layer = nn.TransformerEncoderLayer(16, 2, 16, dropout=dropout, batch_first=True)
 
@@ -97,29 +97,29 @@ def test_fused_attention_keeps_no_attention_matrix(dropout: float) -> None:
 
 def test_autocast_normalizes_in_fp32_as_on_cuda() -> None:
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
 
     def loss(output: Tensor) -> Tensor:
-        seen.append(output.dtype)
+        dtypes.append(output.dtype)
         return output.mean()
 
     peak(module, torch.empty(32, 64), loss=loss, precision="bf16")
     peak(module[0], torch.empty(32, 64), loss=loss, precision="fp16")
-    assert set(seen[:3]) == {torch.float32}
-    assert set(seen[3:]) == {torch.float16}
+    assert set(dtypes[:3]) == {torch.float32}
+    assert set(dtypes[3:]) == {torch.float16}
 
 
-def test_an_lstm_keeps_at_least_gates_and_cells_of_each_time_step() -> None:
+def test_an_lstm_saves_at_least_gates_and_cells_of_each_time_step() -> None:
     width, size = 32, 32
     short, long = (peak(nn.LSTM(width, width), torch.empty(n, size, width), loss=_first) for n in (20, 40))
     tensors = (long - short) / (20 * size * width * 4)
-    assert 5 + 2 <= tensors <= 5 + 2 + 8  # and input and output; more is taken for a while
+    assert 5 + 2 <= tensors <= 5 + 2 + 8  # plus input and output; more is used temporarily
 
 
 @pytest.mark.parametrize("layer", [nn.GRU, nn.RNN, nn.LSTM])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_recurrent_layers_are_traced_with_the_batch_first_too(layer: Any, bidirectional: bool) -> None:
-    """torch transposes the output of some in place, of which a tensor without values is not capable."""
+def test_recurrent_layers_with_batch_first_can_be_traced(layer: Any, bidirectional: bool) -> None:
+    """torch transposes the output of some in place, which tensors without values do not support."""
     width, steps, size = 16, 12, 8
     by_time = layer(width, 32, bidirectional=bidirectional)
     by_image = layer(width, 32, bidirectional=bidirectional, batch_first=True)
@@ -138,8 +138,8 @@ def _first(output: Any) -> Tensor:
 # -- arguments ------------------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
-    """Takes two tensors."""
+class TwoInputs(nn.Module):
+    """A module with two inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,24 +150,24 @@ class Two(nn.Module):
         return y
 
 
-def test_a_batch_is_a_tuple_or_a_dict_and_a_module_may_be_on_meta() -> None:
+def test_a_batch_may_be_a_tuple_or_a_dict_and_a_module_on_meta() -> None:
     left, right = torch.empty(32, 4), torch.empty(32, 4)
     with torch.device("meta"):
-        meta = Two()
-    expected = peak(Two(), (left, right))
-    assert peak(Two(), {"right": right, "left": left}) == expected
+        meta = TwoInputs()
+    expected = peak(TwoInputs(), (left, right))
+    assert peak(TwoInputs(), {"right": right, "left": left}) == expected
     assert peak(meta, [left, right]) == expected
 
 
 def test_the_verdict_follows_the_budget() -> None:
-    def planned(budget_mib: float | None) -> ModulePlan:
+    def make_plan(budget_mib: float | None) -> ModulePlan:
         loss = nn.CrossEntropyLoss()
         targets = torch.zeros(64, dtype=torch.int64)
         return plan_module(
             ViT(), torch.empty(64, 3, 64, 64), torch.optim.Adam, loss, targets=targets, budget_mib=budget_mib
         )
 
-    plans = [planned(budget) for budget in (None, 60, 500, 4000)]
+    plans = [make_plan(budget) for budget in (None, 60, 500, 4000)]
     assert [plan.fits for plan in plans] == [None, "does not fit", "unsure", "fits"]
     plan = plans[-1]
     assert plan.tensors_mib == pytest.approx(plan.state_mib + plan.activations_mib)
@@ -185,7 +185,7 @@ def test_the_verdict_follows_the_budget() -> None:
         ({"gpu": "voodoo"}, "gpu='voodoo': no such file; must be one of a10, "),
     ],
 )
-def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str) -> None:
+def test_an_invalid_argument_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         plan_module(nn.Linear(2, 2), torch.empty(2, 2), torch.optim.Adam, lambda x: x.mean(), **arguments)
 
@@ -193,7 +193,7 @@ def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str
 # -- what must not change -------------------------------------------------------------------------------
 
 
-def test_nothing_of_the_user_changes() -> None:
+def test_objects_of_the_caller_do_not_change() -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout())
     module[1].eval()
     module(torch.rand(4, 8)).sum().backward()
@@ -231,8 +231,8 @@ def test_tied_weights_are_counted_once() -> None:
 # -- what cannot be traced ------------------------------------------------------------------------------
 
 
-class Reads(torch.autograd.Function):
-    """Reads a value in the backward pass."""
+class ReadsValueInBackward(torch.autograd.Function):
+    """ReadsValueInBackward a value in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -243,8 +243,8 @@ class Reads(torch.autograd.Function):
         return gradients[0] * gradients[0].sum().item()
 
 
-class Calls(nn.Module):
-    """Calls a function after a layer."""
+class CallsFunction(nn.Module):
+    """CallsFunction a function after a layer."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -260,33 +260,35 @@ UNTRACEABLE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "mask": (lambda x: x[x > 0], "aten.index.Tensor has a result whose shape depends on values"),
     "nonzero": (lambda x: x[x.nonzero()[:, 0]], "aten.nonzero.default has a result"),
     "unique": (lambda x: x * torch.unique(x).sum(), "aten._unique2.default has a result"),
-    "in place": (lambda x: x.t_(), "aten.t_.default changes the form"),
-    "backward": (Reads.apply, "aten._local_scalar_dense.default reads a value"),
+    "in place": (lambda x: x.t_(), "aten.t_.default changes the shape"),
+    "backward": (ReadsValueInBackward.apply, "aten._local_scalar_dense.default reads a value"),
     "numpy": (lambda x: x.detach().numpy(), "Tensor.numpy reads values"),
     "tolist": (lambda x: x.tolist(), "Tensor.tolist reads values"),
     "sparse": (
         lambda x: nn.functional.embedding(torch.zeros(4, dtype=torch.int64, device=x.device), x, sparse=True),
         "aten._sparse_coo_tensor_with_dims_and_tensors.default returns a sparse tensor",
     ),
-    "a mistake": (lambda x: x @ torch.zeros(3, 3, device=x.device), "RuntimeError: a and b must have"),
+    "invalid step": (lambda x: x @ torch.zeros(3, 3, device=x.device), "RuntimeError: a and b must have"),
 }
 
 
 @pytest.mark.parametrize("name", UNTRACEABLE)
 def test_an_operator_that_cannot_be_traced_is_named_with_its_module(name: str) -> None:
     function, message = UNTRACEABLE[name]
-    module = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(8, 8), Calls(function), nn.Linear(8, 8))})
-    whole = Whole(module)
+    module = nn.ModuleDict(
+        {"encoder": nn.Sequential(nn.Linear(8, 8), CallsFunction(function), nn.Linear(8, 8))}
+    )
+    parent = UsesOnePart(module)
     with pytest.raises(UserError) as raised:
-        plan_module(whole, torch.empty(32, 8), torch.optim.Adam, lambda output: output.mean())
+        plan_module(parent, torch.empty(32, 8), torch.optim.Adam, lambda output: output.mean())
     assert str(raised.value).startswith(f"parts.encoder.1: {message}")
     assert "; " in str(raised.value)
     assert len(raised.value.lines) == 1
     assert "\n" not in str(raised.value)
 
 
-class Whole(nn.Module):
-    """Calls one part of several."""
+class UsesOnePart(nn.Module):
+    """CallsFunction one part of several."""
 
     def __init__(self, parts: nn.ModuleDict) -> None:
         super().__init__()
@@ -296,7 +298,7 @@ class Whole(nn.Module):
         return self.parts["encoder"](x)
 
 
-def test_a_loss_that_cannot_be_traced_is_not_blamed_on_the_module() -> None:
+def test_a_loss_that_cannot_be_traced_is_not_attributed_to_the_module() -> None:
     with pytest.raises(UserError, match=r"^the loss or the optimizer: aten\._local_scalar_dense"):
         plan_module(
             nn.Linear(8, 8), torch.empty(32, 8), torch.optim.Adam, lambda x: x.mean() * x.max().item()
@@ -305,7 +307,7 @@ def test_a_loss_that_cannot_be_traced_is_not_blamed_on_the_module() -> None:
 
 def test_integer_indices_can_be_traced() -> None:
     rows = torch.zeros(5, dtype=torch.int64)
-    assert peak(Calls(lambda x: x[rows]), torch.empty(32, 8)) > 0
+    assert peak(CallsFunction(lambda x: x[rows]), torch.empty(32, 8)) > 0
     assert peak(Tagger(), torch.zeros(4, 5, dtype=torch.int64), precision="bf16") > 0
 
 
@@ -317,7 +319,7 @@ def test_a_lazy_parameter_is_named() -> None:
 # -- docs -----------------------------------------------------------------------------------------------
 
 
-def test_the_code_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
     names: dict[str, Any] = {}

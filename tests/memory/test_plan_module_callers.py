@@ -1,4 +1,4 @@
-"""What a caller may pass to plan_module, what stays as it was, and the line that names a mistake."""
+"""The arguments of plan_module, the caller's objects, which do not change, and error messages."""
 
 import random
 import threading
@@ -28,11 +28,11 @@ def traced(module: nn.Module, **arguments: Any) -> Trace:
     return trace_module(module, options.pop("batch", BATCH), **options)
 
 
-# -- tensors that are no parameters and no buffers -----------------------------------------------------
+# -- tensors that are neither parameters nor buffers ----------------------------------------------------
 
 
-class Keeps(nn.Module):
-    """Has a tensor that is no buffer, and keeps its last output."""
+class KeepsTensors(nn.Module):
+    """A module with a tensor that is no buffer; it also keeps its last output."""
 
     def __init__(self, size: int = 8) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class Keeps(nn.Module):
 
 
 def test_a_plain_tensor_attribute_is_counted() -> None:
-    small, large = (traced(Keeps(size)).peak_bytes("step") for size in (8, 1008))
+    small, large = (traced(KeepsTensors(size)).peak_bytes("step") for size in (8, 1008))
     assert large - small == 1000 * 8 * 4
 
 
 def test_a_module_may_keep_its_last_output() -> None:
-    module = Keeps()
+    module = KeepsTensors()
     output = module(torch.rand(4, 8))
     positions = module.positions.clone()
 
@@ -65,7 +65,7 @@ def test_a_module_may_keep_its_last_output() -> None:
 # -- the caller's objects ------------------------------------------------------------------------------
 
 
-def test_an_optimizer_of_other_parameters_is_refused_unchanged() -> None:
+def test_an_optimizer_of_other_parameters_is_rejected_unchanged() -> None:
     module = nn.Linear(8, 8)
     module(torch.rand(4, 8)).sum().backward()
     optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
@@ -82,7 +82,7 @@ def test_an_optimizer_of_other_parameters_is_refused_unchanged() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_parameters_of_a_closure_keep_their_gradients(fails: bool) -> None:
     critic = nn.Linear(8, 8)
-    critic.weight.grad = kept = torch.ones(8, 8)
+    critic.weight.grad = gradient = torch.ones(8, 8)
     critic.weight.grad.requires_grad_(False)
     calls = []
 
@@ -98,8 +98,8 @@ def test_parameters_of_a_closure_keep_their_gradients(fails: bool) -> None:
             traced(nn.Linear(8, 8), loss=loss)
     else:
         traced(nn.Linear(8, 8), loss=loss)
-    assert critic.weight.grad is kept
-    assert torch.equal(kept, torch.ones(8, 8))
+    assert critic.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(8, 8))
     assert critic.bias.grad is None
 
 
@@ -142,13 +142,13 @@ def test_the_settings_of_the_process_are_restored(fails: bool) -> None:
         torch.set_default_dtype(torch.float64)
         random.random()
         if fails:
-            raise ValueError("a mistake")
+            raise ValueError("invalid")
         return output.mean()
 
     state, deepcopy = random.getstate(), Tensor.__deepcopy__
     try:
         if fails:
-            with pytest.raises(UserError, match="a mistake"):
+            with pytest.raises(UserError, match="invalid"):
                 traced(nn.Linear(8, 8), loss=loss)
         else:
             traced(nn.Linear(8, 8), loss=loss)
@@ -160,12 +160,12 @@ def test_the_settings_of_the_process_are_restored(fails: bool) -> None:
 
 
 def test_traces_of_several_threads_take_turns() -> None:
-    """Two traces would each restore what the other one had set."""
-    inside: list[int] = []
+    """Otherwise each trace would restore state that another one has set."""
+    thread_ids: list[int] = []
     peaks: list[int] = []
 
     def loss(output: Tensor) -> Tensor:
-        inside.append(threading.get_ident())
+        thread_ids.append(threading.get_ident())
         return output.mean()
 
     def plan() -> None:
@@ -181,11 +181,11 @@ def test_traces_of_several_threads_take_turns() -> None:
         each.join(timeout=60)
     assert len(set(peaks)) == 1
     assert len(peaks) == count
-    assert [a != b for a, b in pairwise(inside)].count(True) == count - 1
+    assert [a != b for a, b in pairwise(thread_ids)].count(True) == count - 1
     assert torch._C._get_mkldnn_enabled() == onednn
 
 
-def test_modes_of_the_caller_do_not_apply() -> None:
+def test_grad_and_autocast_modes_of_the_caller_do_not_apply() -> None:
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     batch = torch.empty(256, 64)
     expected = traced(module, batch=batch).peak_bytes("step")
@@ -199,10 +199,10 @@ def test_a_loss_may_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DeviceTensor(shape=(4, 8), dtype=torch.float32)" in capsys.readouterr().out
 
 
-# -- mistakes ------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------
 
 
-MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+INVALID: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "infinite budget": (lambda: {"budget_mib": float("inf")}, "budget_mib=inf: must be above 0 and finite"),
     "text budget": (lambda: {"budget_mib": "4000"}, "budget_mib='4000': must be a number of MiB"),
     "half a step": (lambda: {"steps": 2.5}, "steps=2.5: must be at least 2, as an integer"),
@@ -226,10 +226,10 @@ MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_in_one_line(name: str) -> None:
-    changed, message = MISTAKES[name]
-    options = {"module": nn.Linear(8, 8), "optimizer": torch.optim.SGD, "loss": mean, **changed()}
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_argument_is_a_one_line_error(name: str) -> None:
+    make_options, message = INVALID[name]
+    options = {"module": nn.Linear(8, 8), "optimizer": torch.optim.SGD, "loss": mean, **make_options()}
     with pytest.raises(UserError) as raised:
         plan_module(options.pop("module"), BATCH, **options)
     assert str(raised.value).startswith(message)
@@ -238,13 +238,13 @@ def test_a_mistake_is_named_in_one_line(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_scripted_module_is_named() -> None:
+def test_a_scripted_module_is_rejected() -> None:
     part = torch.jit.trace(nn.Linear(8, 8), torch.rand(4, 8))  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match=r"^1: a TorchScript module cannot be traced"):
         traced(nn.Sequential(nn.Linear(8, 8), part))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
-def test_a_tensor_sent_to_cuda_is_not_said_to_fail_on_the_cpu() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="works with CUDA")
+def test_a_tensor_moved_to_cuda_has_its_own_remedy() -> None:
     with pytest.raises(UserError, match="use the device of the input, e"):
         traced(nn.Linear(8, 8), loss=lambda output: output.cuda().mean())

@@ -1,4 +1,4 @@
-"""The memory of every optimizer of torch against real steps on the CPU; see test_plan_module.py."""
+"""The memory of every optimizer of torch, compared with real steps on the CPU."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ASGD": {"t0": 0},  # averages from the second step on
 }
 STEPS = 7  # RAdam needs more memory from the sixth step on
-SCALARS = 4 * 64  # step counts and the like, which the CPU keeps where a GPU's are
+SCALARS = 4 * 64  # step counts and similar scalars, which may be on the host
 
 
 def network() -> nn.Module:
@@ -46,7 +46,7 @@ def cross_entropy(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_peak_is_that_of_real_steps(name: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_matches_real_steps(name: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules, "STEPS", STEPS)
     module, inputs, targets = network(), torch.rand(16, 96), torch.zeros(16, dtype=torch.int64)
     optimizer = partial(getattr(torch.optim, name), lr=1e-3, foreach=foreach, **OPTIONS.get(name, {}))
@@ -58,7 +58,7 @@ def test_the_peak_is_that_of_real_steps(name: str, foreach: bool, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", [*NAMES, "Muon"])
-def test_the_state_is_that_of_a_real_step_with_default_arguments(name: str) -> None:
+def test_the_state_matches_a_real_step_with_default_arguments(name: str) -> None:
     module = nn.Sequential(*(nn.Linear(96, 96, bias=False) for _ in range(6)))
     factory = getattr(torch.optim, name)
 
@@ -77,14 +77,14 @@ def tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "ASGD"])
-def test_steps_may_be_counted_on_the_device(name: str) -> None:
-    """With capturable=True, which torch allows on CUDA alone."""
+def test_capturable_optimizers_can_be_traced(name: str) -> None:
+    """capturable=True, which torch only allows on some devices such as CUDA."""
     optimizer = partial(getattr(torch.optim, name), capturable=True)
     traced = trace_module(network(), torch.rand(16, 96), optimizer, lambda output: output.mean())
     assert traced.optimizer_bytes > 0
 
 
-def test_torch_is_as_before() -> None:
+def test_torch_is_restored_after_a_trace() -> None:
     grouped = torch.optim.Optimizer.__dict__["_group_tensors_by_device_and_dtype"]
     trace_module(network(), torch.rand(16, 96), torch.optim.NAdam, lambda output: output.mean())
     assert torch.optim.Optimizer.__dict__["_group_tensors_by_device_and_dtype"] is grouped

@@ -1,5 +1,4 @@
-"""What a training allocates: against arithmetic, and against torch's profiler on the same training run
-for real on the CPU; and what a trace leaves alone."""
+"""Traces against manual calculations and against torch's profiler for the same training on the CPU."""
 
 import gc
 import itertools
@@ -42,7 +41,7 @@ from captcha_exp.model.step import Step, init_train_state, train_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIB = 2**20
-PICTURES = {"train": 200, "validation": 80}
+SPLIT_SIZES = {"train": 200, "validation": 80}
 
 
 def on_device(config: Config, **values: Any) -> Config:
@@ -57,7 +56,7 @@ def peaks(traced: Trace) -> dict[str, int]:
 
 
 def resnet18_sizes() -> tuple[list[int], int]:
-    """Numbers in each parameter of the article's network, from He et al.; and all channels of norms."""
+    """Return the parameter sizes of the article's network (He et al.), and the channels of all norms."""
     convolutions = [(3, 64, 3)]
     inputs = 64
     for width in (64, 128, 256, 512):
@@ -69,69 +68,69 @@ def resnet18_sizes() -> tuple[list[int], int]:
     return [*weights, *norms, *norms, 512 * 4 * 36, 4 * 36], sum(norms)
 
 
-def test_the_articles_training_is_what_arithmetic_and_earlier_measurements_say() -> None:
+def test_the_articles_training_matches_a_manual_calculation() -> None:
     config = configured("experiment=article", "device.preload_limit_mib=0")
 
     traced = trace(config, 100, {"train": 300, "validation": 200})
 
     parameters, channels = resnet18_sizes()
     assert traced.parameters_bytes == 4 * sum(parameters)
-    assert traced.buffers_bytes == 2 * 4 * channels + 8 * 20  # mean and variance; steps seen by 20 norms
-    steps = 4 * len(parameters)  # Adam counts them for each
+    assert traced.buffers_bytes == 2 * 4 * channels + 8 * 20  # mean and variance; step counts of 20 norms
+    steps = 4 * len(parameters)  # Adam has a step count per parameter
     assert traced.optimizer_bytes == 2 * traced.parameters_bytes + steps
     assert traced.resident_bytes == 0
     assert traced.peak_bytes("epoch 1: step") / MIB == pytest.approx(736.8, rel=0.01)
 
 
 @pytest.mark.parametrize(("kind", "copies"), [("adam", 2), ("adamw", 2), ("sgd", 1)])
-def test_an_optimiser_has_its_copies_of_the_weights(tiny: Config, kind: str, copies: int) -> None:
-    traced = trace(training(tiny, optimizer=kind), 16, PICTURES)
+def test_optimizer_state_is_a_multiple_of_the_weights(tiny: Config, kind: str, copies: int) -> None:
+    traced = trace(training(tiny, optimizer=kind), 16, SPLIT_SIZES)
 
     scalars = 4 * len(list(init_train_state(tiny, CPU).model.parameters())) if kind != "sgd" else 0
     assert traced.optimizer_bytes == copies * traced.parameters_bytes + scalars
 
 
-def test_a_split_that_is_sent_takes_no_more_than_its_batch(tiny: Config) -> None:
-    """Else it lies on the device, and so does the order of an epoch."""
-    resident = trace(tiny, 16, PICTURES)
-    sent = trace(on_device(tiny, preload_limit_mib=0), 16, PICTURES)
+def test_a_split_on_the_host_needs_only_its_batches_on_the_device(tiny: Config) -> None:
+    """Otherwise it is on the device, together with the order of an epoch."""
+    resident = trace(tiny, 16, SPLIT_SIZES)
+    on_host = trace(on_device(tiny, preload_limit_mib=0), 16, SPLIT_SIZES)
 
-    of_one = 16 * 32 * 3 + 2 * 8 + 8  # pixels, class ids, number
-    assert resident.resident_bytes == 280 * of_one
-    assert sent.resident_bytes == 0
+    image_bytes = 16 * 32 * 3 + 2 * 8 + 8  # pixels, class IDs, index
+    assert resident.resident_bytes == 280 * image_bytes
+    assert on_host.resident_bytes == 0
     for number in (1, 2, 3):
         step = f"epoch 1: step {number}"
-        assert peaks(resident)[step] - peaks(sent)[step] == 280 * of_one + 200 * 8
-    assert peaks(sent)["validation split"] == 0
+        assert peaks(resident)[step] - peaks(on_host)[step] == 280 * image_bytes + 200 * 8
+    assert peaks(on_host)["validation split"] == 0
 
 
-def test_all_steps_but_the_first_need_the_same(tiny: Config) -> None:
-    """In which nothing is left yet of a step before it."""
-    peak = peaks(trace(training(tiny, epochs=9), 16, PICTURES))
+def test_all_steps_after_the_first_have_the_same_peak(tiny: Config) -> None:
+    """The first step has no tensors of an earlier step."""
+    peak = peaks(trace(training(tiny, epochs=9), 16, SPLIT_SIZES))
 
-    scalars = 4 + 8 + 1 + 1 + 4  # loss, pictures read right, finite, broken; the optimiser's found_inf
+    scalars = 4 + 8 + 1 + 1 + 4  # loss, num_correct, finite, diverged; the optimizer's found_inf
     assert peak["epoch 1: step 2"] - peak["epoch 1: step 1"] == scalars
     assert peak["epoch 1: step 3"] == peak["epoch 1: step 2"]
-    assert not any("epoch 2" in phase for phase in peak)  # it would be the same
+    assert not any("epoch 2" in phase for phase in peak)  # it would be identical
 
 
-def test_the_table_of_changes_is_there_where_pictures_are_changed(tiny: Config) -> None:
-    """Along a ramp the first epoch changes nothing. The old table goes when the new one has come."""
-    grown = replace(tiny, augment=replace(tiny.augment, translate=0.1, warmup_fraction=0.5))
-    table = sum(PICTURES.values()) * NUM_PARAMS * 4
+def test_augmentation_adds_its_parameters(tiny: Config) -> None:
+    """Warm-up starts with no augmentation. New parameters are allocated before the old ones are freed."""
+    augmented = replace(tiny, augment=replace(tiny.augment, translate=0.1, warmup_fraction=0.5))
+    params_bytes = sum(SPLIT_SIZES.values()) * NUM_PARAMS * 4
 
-    plain, changed = (trace(training(config, epochs=9), 16, PICTURES) for config in (tiny, grown))
+    plain, changed = (trace(training(config, epochs=9), 16, SPLIT_SIZES) for config in (tiny, augmented))
 
     assert peaks(changed)["epoch 1: step 3"] == peaks(plain)["epoch 1: step 3"]
     assert peaks(changed)["epoch 1: evaluation"] == peaks(plain)["epoch 1: evaluation"]
-    assert peaks(changed)["epoch 2: evaluation"] - peaks(plain)["epoch 1: evaluation"] == table
-    order = 200 * 8  # comes later, when the old table has gone
-    assert peaks(changed)["epoch 9: start"] - peaks(changed)["epoch 2: start"] == table - order
+    assert peaks(changed)["epoch 2: evaluation"] - peaks(plain)["epoch 1: evaluation"] == params_bytes
+    order = 200 * 8  # allocated after the old parameters are freed
+    assert peaks(changed)["epoch 9: start"] - peaks(changed)["epoch 2: start"] == params_bytes - order
 
 
 def test_only_fp16_has_a_loss_scale(tiny: Config) -> None:
     def state(precision: Precision) -> Counter[int | None]:
-        traced = trace(on_device(tiny, precision=precision), 16, PICTURES)
+        traced = trace(on_device(tiny, precision=precision), 16, SPLIT_SIZES)
         phase = next(each for each in traced.phases if each.name == "state")
         return Counter(event.requested_bytes for event in traced.events[phase.begin : phase.end])
 
@@ -139,75 +138,75 @@ def test_only_fp16_has_a_loss_scale(tiny: Config) -> None:
 
 
 @pytest.mark.parametrize("limit_mib", [0, 512])
-def test_a_shortened_evaluation_needs_what_the_whole_one_needs(
+def test_a_shortened_evaluation_has_the_peak_of_the_full_one(
     tiny: Config, limit_mib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = on_device(training(tiny, eval_batch_size=8), preload_limit_mib=limit_mib)
-    pictures = PICTURES | {"test": 80}
-    short = trace(config, 16, pictures)
+    split_sizes = SPLIT_SIZES | {"test": 80}
+    short = trace(config, 16, split_sizes)
     monkeypatch.setattr(module, "NUM_EVAL_BATCHES", 1000)
-    whole = trace(config, 16, pictures)
+    full = trace(config, 16, split_sizes)
 
-    assert len(whole.events) > len(short.events)
-    assert peaks(whole) == peaks(short)
+    assert len(full.events) > len(short.events)
+    assert peaks(full) == peaks(short)
 
 
-def test_an_epoch_has_no_more_batches_than_pictures(tiny: Config) -> None:
+def test_an_epoch_has_no_more_batches_than_the_split(tiny: Config) -> None:
     traced = trace(training(tiny, epochs=1), 64, {"train": 100, "validation": 10})
 
     steps = [phase.name for phase in traced.phases if "step" in phase.name]
     assert steps == ["epoch 1: step 1", "epoch 1: step 2"]
 
 
-# -- the same training for real -------------------------------------------------------------------------
+# -- compared with real training ------------------------------------------------------------------------
 
 
 def compare(config: Config, size: int, record: Any) -> None:
     config = training(with_batch_size(config, size), eval_batch_size=size, epochs=1)
-    pictures = {"train": 2 * size, "validation": 2 * size}
-    moments = run_for_real(config, pictures)
-    traced = trace(config, size, pictures)
+    split_sizes = {"train": 2 * size, "validation": 2 * size}
+    moments = run_for_real(config, split_sizes)
+    traced = trace(config, size, split_sizes)
     raw, without = real_peaks(moments, True), real_peaks(moments, False)
     for phase in PHASES:
-        foretold = traced.peak_bytes(phase)
-        record(f"{phase} raw", f"{raw[phase] / foretold - 1:+.4f}")
-        record(phase, f"{without[phase] / foretold - 1:+.4f}")
-        assert without[phase] == pytest.approx(foretold, rel=0.02), phase
-        # What oneDNN reorders is of one layer: much beside a small batch of a small network.
-        passed = config.train.micro_batch_size or size
-        # A CPU without bf16 instructions computes in fp32: its scratch then holds a layer twice as large.
+        predicted = traced.peak_bytes(phase)
+        record(f"{phase} raw", f"{raw[phase] / predicted - 1:+.4f}")
+        record(phase, f"{without[phase] / predicted - 1:+.4f}")
+        assert without[phase] == pytest.approx(predicted, rel=0.02), phase
+        # oneDNN reorders tensors of one layer, which is much relative to a small batch of a small network.
+        forward_size = config.train.micro_batch_size or size
+        # A CPU without bf16 instructions computes in fp32, with temporaries of twice the size.
         native = config.device.precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if passed >= 32 and native and phase != "state":  # whose extra is what torch draws the weights in
-            assert raw[phase] <= 1.05 * foretold, phase
+        if forward_size >= 32 and native and phase != "state":  # weight initialization has temporaries
+            assert raw[phase] <= 1.05 * predicted, phase
 
 
 NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16")))
-QUICK = [
+QUICK_CASES = [
     *[(*case, size) for case in NETWORKS[:4] for size in (4, 32)],  # compact
     ("resnet18", "position", "fp32", 8),
     ("resnet18", "grouped_softmax", "bf16", 8),
 ]
-WHOLE = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
+ALL_CASES = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
 
 
-@pytest.mark.parametrize(("model", "head", "precision", "size"), QUICK)
-def test_peaks_are_those_of_a_training(
+@pytest.mark.parametrize(("model", "head", "precision", "size"), QUICK_CASES)
+def test_peaks_match_real_training(
     model: str, head: str, precision: str, size: int, record_property: Any
 ) -> None:
     compare(network(model, head, precision), size, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "head", "precision", "size"), WHOLE)
-def test_peaks_are_those_of_a_training_in_all_sizes(
+@pytest.mark.parametrize(("model", "head", "precision", "size"), ALL_CASES)
+def test_peaks_match_real_training_for_all_sizes(
     model: str, head: str, precision: str, size: int, record_property: Any
 ) -> None:
     compare(network(model, head, precision), size, record_property)
 
 
-LEVERS = [
-    (model, head, levers, size)
-    for (model, head), (levers, size) in itertools.product(
+SAVINGS = [
+    (model, head, overrides, size)
+    for (model, head), (overrides, size) in itertools.product(
         itertools.product(("compact", "resnet18"), HEADS),
         [
             (("train.activation_checkpointing=true",), 32),
@@ -217,37 +216,37 @@ LEVERS = [
         ],
     )
 ]
-KERNELS = [
+OPTIMIZER_IMPLS = [
     (f"train.optimizer_impl={kernel}", f"train.optimizer={kind}")
     for kernel in ("fused", "foreach", "for_loop")
     for kind in ("adam", "sgd")
 ]
 
 
-@pytest.mark.parametrize(("model", "head", "levers", "size"), LEVERS[:8])
-def test_peaks_are_those_of_a_training_that_spares_memory(
-    model: str, head: str, levers: tuple[str, ...], size: int, record_property: Any
+@pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[:8])
+def test_peaks_match_real_training_with_memory_savings(
+    model: str, head: str, overrides: tuple[str, ...], size: int, record_property: Any
 ) -> None:
-    compare(network(model, head, "fp32", *levers), size, record_property)
+    compare(network(model, head, "fp32", *overrides), size, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "head", "levers", "size"), LEVERS[8:])
-def test_peaks_are_those_of_a_large_training_that_spares_memory(
-    model: str, head: str, levers: tuple[str, ...], size: int, record_property: Any
+@pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[8:])
+def test_peaks_match_a_larger_real_training_with_memory_savings(
+    model: str, head: str, overrides: tuple[str, ...], size: int, record_property: Any
 ) -> None:
-    compare(network(model, head, "fp32", *levers), size, record_property)
+    compare(network(model, head, "fp32", *overrides), size, record_property)
 
 
-@pytest.mark.parametrize("levers", KERNELS, ids=" ".join)
-def test_peaks_are_those_of_each_kernel_of_an_optimiser(
-    levers: tuple[str, ...], record_property: Any
+@pytest.mark.parametrize("overrides", OPTIMIZER_IMPLS, ids=" ".join)
+def test_peaks_match_real_training_for_each_optimizer_implementation(
+    overrides: tuple[str, ...], record_property: Any
 ) -> None:
-    """With a batch so small that the step of the optimiser is the peak."""
-    compare(network("resnet18", "grouped_softmax", "fp32", *levers), 2, record_property)
+    """The batch is so small that the step of the optimizer is the peak."""
+    compare(network("resnet18", "grouped_softmax", "fp32", *overrides), 2, record_property)
 
 
-def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property: Any) -> None:
+def test_peaks_match_real_training_with_augmentation(record_property: Any) -> None:
     compare(configured("augment=mild", "augment.warmup_fraction=0"), 32, record_property)
 
 
@@ -255,7 +254,7 @@ def test_peaks_are_those_of_a_training_that_changes_its_pictures(record_property
 
 
 class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """What a Recorder says, with torch's FakeTensorMode below it."""
+    """TensorRecorder implemented with torch's FakeTensorMode."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -277,25 +276,25 @@ class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.native_batch_norm.default:  # whose kernels keep 32 bits; see test_recorder
+        if func is torch.ops.aten.native_batch_norm.default:  # real kernels return fp32; see test_fake_device
             result = (result[0], *(each.float() for each in result[1:]))
         for value in tree_leaves(result):
             if getattr(value, "fake_device", HOST) == DEVICE:
-                self._see(value.untyped_storage())
+                self._record(value.untyped_storage())
         return result
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        place = storage._cdata
-        if place in self._live:
+    def _record(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._live:
             return
         number = self._count = self._count + 1
         events, live = self.events, self._live
 
-        def gone(_: object) -> None:
-            del live[place]
+        def on_free(_: object) -> None:
+            del live[address]
             events.append(MemoryEvent(number, None))
 
-        live[place] = weakref.ref(storage, gone)
+        live[address] = weakref.ref(storage, on_free)
         events.append(MemoryEvent(number, storage.nbytes()))
 
 
@@ -313,22 +312,22 @@ class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     ],
     ids=" ".join,
 )
-def test_torchs_own_fake_tensors_say_the_same(
+def test_torchs_fake_tensors_give_the_same_trace(
     overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every event in its place; but autocast forgets its weights in the order of their addresses."""
-    config, pictures = configured(*overrides), PICTURES | {"test": 90}
-    found = trace(config, 48, pictures)
+    """Every event is equal, except that autocast frees its weights in the order of their addresses."""
+    config, split_sizes = configured(*overrides), SPLIT_SIZES | {"test": 90}
+    found = trace(config, 48, split_sizes)
 
     monkeypatch.setattr(module, "TensorRecorder", FakeRecorder)
 
-    expected = trace(config, 48, pictures)
+    expected = trace(config, 48, split_sizes)
     assert in_order(found.events) == in_order(expected.events)
     assert replace(found, convolutions=[], events=[]) == replace(expected, events=[])
 
 
 def in_order(events: list[MemoryEvent]) -> list[MemoryEvent]:
-    """What is freed without anything made in between, by its number."""
+    """Sort consecutive deallocations by tensor ID."""
     runs = itertools.groupby(events, lambda event: event.requested_bytes is None)
     return [event for frees, run in runs for event in (sorted(run) if frees else run)]
 
@@ -338,8 +337,8 @@ def in_order(events: list[MemoryEvent]) -> list[MemoryEvent]:
 
 def check_convex(config: Config, sizes: list[int]) -> None:
     config = training(config, epochs=1)
-    pictures = {"train": 3 * sizes[-1], "validation": 2}
-    steps = [trace(config, size, pictures).peak_bytes("step") for size in sizes]
+    split_sizes = {"train": 3 * sizes[-1], "validation": 2}
+    steps = [trace(config, size, split_sizes).peak_bytes("step") for size in sizes]
     slopes = [
         (after - before) / (larger - smaller)
         for (before, after), (smaller, larger) in zip(
@@ -361,36 +360,38 @@ def test_the_peak_is_monotone_and_convex_in_many_batches(name: str) -> None:
     check_convex(config, [*range(1, 21), *range(24, 104, 4)])
 
 
-def test_what_a_step_keeps_is_seen_to_the_byte(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = trace(tiny, 16, PICTURES)
+def test_an_extra_tensor_in_a_step_is_recorded_to_the_byte(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = trace(tiny, 16, SPLIT_SIZES)
 
-    def hoarding(state: TrainState, batch: Batch, config: Config) -> Step:
-        hoard = batch.images.new_empty(12345)
+    def with_extra_tensor(state: TrainState, batch: Batch, config: Config) -> Step:
+        extra = batch.images.new_empty(12345)
         step = train_step(state, batch, config)
-        del hoard
+        del extra
         return step
 
-    monkeypatch.setattr(module, "train_step", hoarding)
-    hoarded = trace(tiny, 16, PICTURES)
+    monkeypatch.setattr(module, "train_step", with_extra_tensor)
+    larger = trace(tiny, 16, SPLIT_SIZES)
 
     for phase in plain.phases:
         more = 12345 if "step" in phase.name else 0
-        assert peaks(hoarded)[phase.name] == phase.peak_bytes + more
+        assert peaks(larger)[phase.name] == phase.peak_bytes + more
 
 
-# -- what a trace leaves alone --------------------------------------------------------------------------
+# -- side effects --------------------------------------------------------------------------------------
 
 
-def test_nothing_is_computed() -> None:
+def test_a_trace_allocates_no_real_memory() -> None:
     config = configured("experiment=article")
-    with profiled() as seen:
+    with profiled() as profile:
         traced = trace(config, 100, {"train": 50_000, "validation": 5_000})
-    assert seen.profiler is not None
-    found = [seen.profiler.kineto_results.experimental_event_tree()]
+    assert profile.profiler is not None
+    pending = [profile.profiler.kineto_results.experimental_event_tree()]
     largest = 0
-    while found:
-        for node in found.pop():
-            found.append(node.children)
+    while pending:
+        for node in pending.pop():
+            pending.append(node.children)
             if node.typed[0] == _EventType.Allocation:
                 largest = max(largest, node.typed[1].alloc_size)
     assert traced.peak_bytes() > 900 * MIB
@@ -398,23 +399,23 @@ def test_nothing_is_computed() -> None:
 
 
 @pytest.mark.parametrize("collecting", [True, False])
-def test_a_trace_is_the_same_again_and_leaves_nothing(tiny: Config, collecting: bool) -> None:
-    first = trace(tiny, 16, PICTURES)
-    chance = torch.get_rng_state()
+def test_a_trace_is_repeatable_and_leaves_no_tensors(tiny: Config, collecting: bool) -> None:
+    first = trace(tiny, 16, SPLIT_SIZES)
+    rng_state = torch.get_rng_state()
     gc.collect()
     if not collecting:
         gc.disable()
     try:
-        second = trace(tiny, 16, PICTURES)
-        left: list[Tensor] = [each for each in gc.get_objects() if type(each) is DeviceTensor]
+        second = trace(tiny, 16, SPLIT_SIZES)
+        leaked: list[Tensor] = [each for each in gc.get_objects() if type(each) is DeviceTensor]
     finally:
         gc.enable()
     assert second == first
-    assert left == []
-    assert torch.equal(torch.get_rng_state(), chance)
+    assert leaked == []
+    assert torch.equal(torch.get_rng_state(), rng_state)
 
 
-FIRST = """
+FIRST_TRACE = """
 import gc, torch
 from captcha_exp import compose, load
 from captcha_exp.memory.fake_device import DeviceTensor, Convolution
@@ -427,30 +428,30 @@ assert first == trace(config, 16, {"train": 200, "validation": 80})
 """
 
 
-def test_the_first_trace_of_a_process_is_like_all_others() -> None:
-    """Though torch imports much of itself on the way."""
-    subprocess.run([sys.executable, "-c", FIRST], check=True)
+def test_the_first_trace_of_a_process_equals_later_ones() -> None:
+    """Although torch imports many of its modules during it."""
+    subprocess.run([sys.executable, "-c", FIRST_TRACE], check=True)
 
 
-def test_deterministic_algorithms_are_traced_too(tiny: Config) -> None:
-    first = trace(tiny, 16, PICTURES)
+def test_deterministic_algorithms_can_be_traced(tiny: Config) -> None:
+    first = trace(tiny, 16, SPLIT_SIZES)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        assert trace(tiny, 16, PICTURES) == first
+        assert trace(tiny, 16, SPLIT_SIZES) == first
     finally:
         torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("test", [{}, {"test": 50}])
-def test_a_trace_can_be_played_to_the_allocator(tiny: Config, test: dict[str, int]) -> None:
-    traced = trace(tiny, 16, PICTURES | test)
+def test_a_trace_can_be_replayed_on_the_allocator(tiny: Config, test: dict[str, int]) -> None:
+    traced = trace(tiny, 16, SPLIT_SIZES | test)
     allocator = CachingAllocator()
 
     usage = replay_events(traced.events, allocator, {})
 
     assert usage.requested_bytes == traced.peak_bytes()
-    assert allocator.usage.requested_bytes == 0  # all that came has gone
+    assert allocator.usage.requested_bytes == 0  # everything is freed
     assert [phase.begin for phase in traced.phases[1:]] == [phase.end for phase in traced.phases[:-1]]
     assert (traced.phases[0].begin, traced.phases[-1].end) == (0, len(traced.events))
     assert ("test evaluation" in peaks(traced)) == bool(test)
