@@ -59,7 +59,7 @@ def test_json_has_every_figure_in_its_type(shell: Call, root: Path) -> None:
 def test_the_table_has_a_row_for_each_size_and_the_largest(shell: Call, root: Path) -> None:
     code, out, err = shell(*WORDS, *SIZES, "device.vram_budget_mib=2000", COLUMNS="120")
     assert (code, err) == (0, "")
-    assert out.startswith("tiny in fp32 on any CUDA card, 2,000 MiB for the process\n")
+    assert out.startswith("tiny in fp32 on any CUDA GPU, 2,000 MiB for the process\n")
     assert re.findall(r"│ +(\d+) │.*│ fits +│", out) == ["8", "16"]
     assert re.search(r"the whole training split, \d+ pictures, fits in one batch", out)
     assert list(root.iterdir()) == []
@@ -420,7 +420,7 @@ def test_must_fit_is_about_train_batch_size_where_no_sizes_are_given(call: Call)
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "plan --must-fit: the memory of any CUDA card is not known; add device.vram_budget_mib=MIB"),
+        ([], "plan --must-fit: the memory of any CUDA GPU is not known; add device.vram_budget_mib=MIB"),
         (["--gpu", "gtx1650,generic"], "plan --must-fit: the memory of generic is not known; add "),
         (
             ["--gpu", "h200", "train.batch_size=auto"],

@@ -246,13 +246,13 @@ def results_row(line: str) -> Any:
 @pytest.fixture
 def pictured(tiny: Config, tmp_path: Path) -> tuple[Path, Path]:
     """A run on a folder of pictures, and the folder."""
-    from test_folder import of
+    from test_folder import folder_config
 
     there = tmp_path / "images"
     there.mkdir()
     for number in range(60):
         (there / f"{number:04}.png").write_bytes(saved(page(number), "PNG"))
-    config = of(there)
+    config = folder_config(there)
     config = replace(config, train=replace(config.train, epochs=1))
     return train(config).run_dir, there
 

@@ -96,7 +96,7 @@ def test_the_record_says_where_and_what_was_foretold(
     assert rows[-1].metrics["memory/predicted_peak_mib"] == said["predicted_mib"][1]
     assert re.fullmatch(
         rf"out of memory in {where}, epoch 2, step {step}: [\d,]+ MiB taken at most, "
-        r"\d+ to \d+ MiB foretold for any CUDA card; .+",
+        r"\d+ to \d+ MiB foretold for any CUDA GPU; .+",
         line,
     )
     assert state["error"] == line

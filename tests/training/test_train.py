@@ -618,7 +618,7 @@ def test_the_plan_of_the_memory_is_in_the_record(tiny: Config, no_report: None) 
     pictures = dataset.inspect_dataset(result.config, Heard()).split_sizes
     plan = Planner(result.config, pictures).plan_for(64)
     assert json.loads((result.run_dir / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
-    assert f"memory: {plan.describe('any CUDA card')}" in heard.lines
+    assert f"memory: {plan.describe('any CUDA GPU')}" in heard.lines
     last = rows_of(result.run_dir)[-1].metrics
     assert last["memory/predicted_peak_mib"] == plan.process_mib.max
     assert last["memory/predicted_peak_min_mib"] == plan.process_mib.min
