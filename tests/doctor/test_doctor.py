@@ -678,7 +678,7 @@ def test_records_that_cannot_be_read_are_named() -> None:
 
 
 def test_a_font_that_is_missing() -> None:
-    line = "data.fonts: 'No.ttf' is no file and no font of matplotlib; it brings DejaVuSans.ttf"
+    line = "data.fonts: 'No.ttf' is neither a file nor a font of matplotlib, such as DejaVuSans.ttf"
     finding = only(replace(HEALTHY, fonts=None, fonts_error=line))
     assert (finding.level, finding.message) == ("problem", line)
     assert finding.remedy.startswith("data.fonts=[DejaVuSans.ttf]")
@@ -951,9 +951,9 @@ def test_runs_whose_process_is_gone(root: Path, tiny: Config) -> None:
 def test_fonts_and_their_characters(tiny: Config) -> None:
     assert collect_info(tiny).fonts == "DroidSansMono.ttf"
     missing = replace(tiny, data=replace(drawn(tiny), fonts=("No.ttf",)))
-    assert collect_info(missing).fonts_error.startswith("data.fonts: 'No.ttf' is no file")
+    assert collect_info(missing).fonts_error.startswith("data.fonts: 'No.ttf' is neither a file")
     lacking = replace(tiny, captcha=replace(tiny.captcha, alphabet="ab\u4e2d"))
-    assert "DroidSansMono.ttf has no picture of" in collect_info(lacking).fonts_error
+    assert "DroidSansMono.ttf has no glyphs for" in collect_info(lacking).fonts_error
 
 
 def test_limits_of_a_container(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_what_cannot_be_read_has_an_error_and_the_rest_a_text(
 
     assert missing.error == "cannot be read: No such file or directory"
     assert len(read.text) == 2
-    assert "is no picture of a known kind" in broken.error
+    assert "is not an image in a supported format" in broken.error
     assert folder.error == "is a folder"
     assert missing.confidence == 0
 
