@@ -277,4 +277,4 @@ def _device_error(raw: Any, machine: Machine, raw_overrides: Mapping[str, str]) 
         return None  # not a device name: the schema reports that
     available = ", ".join(["auto", *machine.devices])
     reason = machine.unavailable_reason.get(kind, f"this machine has no {name}")
-    return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available: {available}"
+    return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available here: {available}"

@@ -171,9 +171,7 @@ def load_or_build(spec: DatasetSpec, config: Config, display: Display) -> Datase
     path = _cache_path(config, spec.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
-        for part in path.parent.glob(
-            f".{path.stem}.*.part"
-        ):  # left by a process that was killed while writing
+        for part in path.parent.glob(f".{path.stem}.*.part"):  # of a process killed while writing
             part.unlink()
         digest = _verify_cache(path, display)
         if digest is None:
