@@ -116,7 +116,7 @@ def test_invalid_images_have_an_error_and_the_others_a_text(
 
     assert missing.error == "cannot be read: No such file or directory"
     assert len(valid.text) == 2
-    assert "is no picture of a known kind" in broken.error
+    assert "is not an image in a supported format" in broken.error
     assert folder.error == "is a folder"
     assert missing.confidence == 0
 
@@ -240,7 +240,7 @@ def test_at_a_terminal_the_loop_prompts_until_ctrl_d(
     interactive.prompt_loop(predictor, as_json=False)
 
     printed = capsys.readouterr()
-    assert prompts == ["picture: ", "picture: "]
+    assert prompts == ["image: ", "image: "]
     assert "Ctrl-D ends" in printed.err
     assert printed.out.count("%") == 1
 

@@ -40,7 +40,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures: they take longer than the training."""
-    for name in ("curves", "confusion", "errors", "samples"):
+    for name in ("plot_curves", "plot_confusion_matrix", "plot_misreads", "plot_samples"):
         monkeypatch.setattr(figures, name, lambda *_: None)
 
 
@@ -428,7 +428,7 @@ def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content
     [
         ("dataset.json", {"files": [{"file": "a"}]}),
         ("dataset.json", {"rejected": ["a"]}),
-        ("test.json", {"errors": [1]}),
+        ("test.json", {"misreads": [1]}),
         ("test.json", {"images": None}),
         ("run.json", {"result": [1]}),
     ],
