@@ -232,8 +232,8 @@ def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
     interactive.prompt_loop(reader, as_json=False)
 
     printed = capsys.readouterr()
-    assert prompts == ["picture: ", "picture: "]
-    assert "Ctrl-D ends" in printed.err
+    assert prompts == ["image: ", "image: "]
+    assert "Ctrl-D to exit" in printed.err
     assert printed.out.count("%") == 1
 
 

@@ -236,7 +236,7 @@ def gone_on_with(place: Place, words: Sequence[str], waits_at: int) -> None:
     number = [point["batch_size"] for point in place.points()].index(waits_at)
     cut = json.loads((place.folder() / f"{number + 1}-batch_size={waits_at}" / "run.json").read_text())
     assert (cut["status"], len(cut["resumed"])) == ("FINISHED", 1)
-    assert f"goes on with {place.folder()}, an unfinished sweep of these points" in done.stderr
+    assert f"Resuming {place.folder()}, an unfinished sweep with the same jobs" in done.stderr
     assert f"batch_size={waits_at}] goes on from its beginning: it had no checkpoint yet" in done.stderr
     assert f"{number} of them are settled already" in done.stderr
 
