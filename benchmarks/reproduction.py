@@ -89,7 +89,7 @@ class Bench:
 
     def check(self, what: str, made: Mapping[str, Any], well: bool) -> bool:
         """Told, and counted if it is not as it should be."""
-        print(f"{'ok   ' if well else 'WRONG'} {what}: {made['sentence']}", flush=True)
+        print(f"{'ok   ' if well else 'WRONG'} {what}: {made['summary']}", flush=True)
         self.wrong += not well
         return well
 
@@ -143,11 +143,11 @@ def planted(bench: Bench, folder: Path, pictured: Path, there: Path) -> int:
     copy = bench.copied(folder, "version")
     _edit(copy / "environment.json", "packages.pillow", "1.2.3")
     made = bench.command("reproduce", str(copy))
-    well = made["sentence"].startswith("identical, but pillow 1.2.3 -> ")
+    well = made["summary"].startswith("identical, but pillow 1.2.3 -> ")
     seen += bench.check("a version in the record", made, well)
     home = _other_code(bench, "comment", '"weights"))', '"weights"))  # why')
     made = bench.command("reproduce", str(folder), home=home)
-    well = made["sentence"].startswith("identical, but code (captcha_exp/model/step.py)")
+    well = made["summary"].startswith("identical, but code (captcha_exp/model/step.py)")
     return seen + bench.check("a comment in the code", made, well)
 
 
@@ -158,17 +158,17 @@ def _of_pictures(bench: Bench, pictured: Path, there: Path) -> int:
         image.putpixel((3, 4), 255 if image.getpixel((3, 4)) == 0 else 0)
         image.save(there / "0007.png")
     made = bench.command("reproduce", str(pictured))
-    seen = _caused(bench, "one pixel", made, "cause: another content: 0007.png")
+    seen = _caused(bench, "one pixel", made, "cause: different content: 0007.png")
     (there / "0007.png").write_bytes(whole)
     labels = (there / "labels.csv").read_text()
     (there / "labels.csv").write_text(labels.replace("0005.png,05", "0005.png,50"))
     made = bench.command("reproduce", str(pictured))
     (there / "labels.csv").write_text(labels)
-    return seen + _caused(bench, "one label", made, "cause: another label: 0005.png")
+    return seen + _caused(bench, "one label", made, "cause: different label: 0005.png")
 
 
 def _caused(bench: Bench, name: str, made: Mapping[str, Any], cause: str) -> bool:
-    return bench.check(name, made, made["verdict"] != "identical" and cause in made["sentence"])
+    return bench.check(name, made, made["verdict"] != "identical" and cause in made["summary"])
 
 
 def _edit(path: Path, key: str, value: Any) -> None:
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clean = 0
         for number in range(1, repeats + 1):
             made = bench.command("reproduce", str(small))
-            clean += bench.check(f"clean repeat {number}", made, made["sentence"] == "identical")
+            clean += bench.check(f"clean repeat {number}", made, made["summary"] == "identical")
         there = bench.place / "images"
         _pictures(there)
         pictured = bench.train(*OF_A_FOLDER, f"data.path={there}", "tracking=none")

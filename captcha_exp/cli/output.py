@@ -145,7 +145,7 @@ def print_sweep(summary: "SweepSummary") -> None:
     headers, lines = build_table(summary.groups)
     table = Table(title=Text(summary.title), title_justify="left")
     for header in headers:
-        is_number = header.partition(" (")[0] in {"points", *HEADERS} - {"fits", "status"}
+        is_number = header.partition(" (")[0] in {"jobs", *HEADERS} - {"fits", "status"}
         justify: JustifyMethod = "right" if is_number else "left"
         table.add_column(Text(header), justify=justify, overflow="fold")
     for group, line in zip(summary.groups, lines, strict=True):
@@ -155,9 +155,9 @@ def print_sweep(summary: "SweepSummary") -> None:
         out.width = max(out.width, out.measure(table, options=options).maximum)
     out.print(table)
     for result in summary.results:
-        if result.became in ("failed", "killed"):
-            location = f", run directory {escape_unprintable(result.folder)}" if result.folder else ""
-            error = escape_unprintable(result.error).strip() if result.error else result.became
+        if result.outcome in ("failed", "killed"):
+            location = f", run directory {escape_unprintable(result.run_dir)}" if result.run_dir else ""
+            error = escape_unprintable(result.error).strip() if result.error else result.outcome
             name = (f"{escape_unprintable(result.name)}: ", "bold red")
             out.print(Text.assemble(name, f"{error}{location}"))
     for sentence in summary.conclusions:
@@ -169,7 +169,7 @@ def _status_color(group: "SeedGroup") -> str:
         return "bold red"
     if "killed" in group.outcome_counts or "not run" in group.outcome_counts:
         return "yellow"
-    if "oom" in group.outcome_counts or "unfit" in group.outcome_counts:
+    if "oom" in group.outcome_counts or "skipped" in group.outcome_counts:
         return "yellow" if group.fits == "unsure" else "red"
     return "green"
 

@@ -65,7 +65,9 @@ def print_reproduction(reproduction: Reproduction) -> None:
         differing = len(reproduction.differences)
         out.print(f"{differing:,} value{'s differ' if differing > 1 else ' differs'} in total")
     changes = [
-        each for each in reproduction.attributed_changes if each.change.is_headline or each.role != "cleared"
+        each
+        for each in reproduction.attributed_changes
+        if each.change.is_headline or each.role != "ruled_out"
     ]
     if changes:
         table = Table("changed", "before", "now", "role", title="changes", title_justify="left")

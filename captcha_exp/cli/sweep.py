@@ -151,7 +151,7 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
         "hydra.output_subdir=null",
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
-        f"+point={','.join(map(str, numbers))}",
+        f"+job={','.join(map(str, numbers))}",
     ]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     try:
@@ -193,4 +193,4 @@ def run_hydra_job(config: "DictConfig") -> None:
     """Run the job whose number the launcher passes."""
     from hydra.core.hydra_config import HydraConfig
 
-    run_job(Path(HydraConfig.get().sweep.dir), int(config.point))
+    run_job(Path(HydraConfig.get().sweep.dir), int(config.job))

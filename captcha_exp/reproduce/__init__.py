@@ -1,5 +1,6 @@
-"""A finished run, run again from what it saved (`running`) and compared to the bit (`results`), with what
-has changed around it (`pictures`, `drift`) and which of that is the cause (`judging`).
+"""Reproduce a finished run from its saved config, compare the results bit for bit, and name the cause.
 
-Of the run only its saved config and manifests are read (`original`); nothing in them is executed.
+`reference` loads the run, `rerun` trains it again, `compare` finds the differences, `changes` and `images`
+find the changes around it, and `causes` attributes the differences to those changes. Only the saved
+config and the manifests of a run are read; nothing in them is executed.
 """

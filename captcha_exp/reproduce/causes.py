@@ -1,4 +1,4 @@
-"""Which of the differences around two runs is the cause of those between their results."""
+"""Attribute the differences between two results to the changes between the runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,56 +7,54 @@ from typing import Any, Literal, TypeAlias
 from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import TOLERANCES, Difference, Verdict
 
-Role: TypeAlias = Literal["cause", "suspect", "cleared"]
+Role: TypeAlias = Literal["cause", "suspect", "ruled_out"]
 
-MAX_NAMED = 3  # in the verdict's line; the table has all
+MAX_NAMED = 3  # changes in the one-line verdict; the table lists all
 UNKNOWN_CAUSE = (
-    "nothing that is recorded has changed: the numbers of this device are not always the same "
-    "(train.deterministic=false, a card), or its hardware is faulty"
+    "no recorded change: this device is not deterministic (train.deterministic=false, a GPU), "
+    "or its hardware is faulty"
 )
+NON_DETERMINISTIC = "train.deterministic=false: two trainings are never identical"
 
 
 @dataclass(frozen=True)
 class AttributedChange:
-    """Something that has changed, and what it has to do with the results."""
+    """A change and its role in the difference of the results."""
 
     change: Change
     role: Role
 
     def to_json(self) -> dict[str, Any]:
-        """As reproduction.json has it."""
-        drift = self.change
-        return {"what": drift.name, "then": drift.before, "now": drift.after, "role": self.role}
+        """Return the entry of reproduction.json."""
+        change = self.change
+        return {"name": change.name, "before": change.before, "after": change.after, "role": self.role}
 
 
 def attribute(
     changes: Sequence[Change], verdict: Verdict, same_images: bool, deterministic: bool
 ) -> list[AttributedChange]:
-    """Each with its role; `certain` says that a training without any change gives the same bits.
+    """Assign a role to each change.
 
-    What ran otherwise is a cause. Of the rest, what is the only one that can be is the cause; of several,
-    each is a suspect.
+    A changed input of the run is a cause. Of the other possible causes, a single one is the cause if the
+    training is `deterministic`; otherwise each is a suspect.
     """
     if verdict == "identical":
-        return [AttributedChange(drift, "cleared") for drift in changes]
-    possible = [drift for drift in changes if _may_be_cause(drift, same_images)]
-    ran = [drift for drift in possible if drift.is_input]
-    sources = {drift.source for drift in possible}
-    sole = deterministic and not ran and len(sources) == 1
-    return [
-        AttributedChange(
-            drift, "cleared" if not _may_be_cause(drift, same_images) else _role(drift.is_input or sole)
-        )
-        for drift in changes
-    ]
+        return [AttributedChange(change, "ruled_out") for change in changes]
+    possible = [change for change in changes if _may_be_cause(change, same_images)]
+    has_input = any(change.is_input for change in possible)
+    sources = {change.source for change in possible}
+    is_sole = deterministic and not has_input and len(sources) == 1
+
+    def role(change: Change) -> Role:
+        if not _may_be_cause(change, same_images):
+            return "ruled_out"
+        return "cause" if change.is_input or is_sole else "suspect"
+
+    return [AttributedChange(change, role(change)) for change in changes]
 
 
-def _role(is_certain: bool) -> Role:
-    return "cause" if is_certain else "suspect"
-
-
-def _may_be_cause(drift: Change, same_images: bool) -> bool:
-    return drift.affects == "numbers" or (drift.affects == "images" and not same_images)
+def _may_be_cause(change: Change, same_images: bool) -> bool:
+    return change.affects == "numbers" or (change.affects == "images" and not same_images)
 
 
 def format_verdict(
@@ -65,10 +63,10 @@ def format_verdict(
     attributed_changes: Sequence[AttributedChange],
     deterministic: bool,
 ) -> str:
-    """The verdict in a line: the first difference, and the cause."""
+    """Return the verdict in one line, with the first difference and its cause."""
     if verdict == "identical" or first_difference is None:
-        told = [each.change.describe() for each in attributed_changes if each.change.is_headline]
-        return f"identical, but {_join_truncated(told)}" if told else "identical"
+        notable = [each.change.describe() for each in attributed_changes if each.change.is_headline]
+        return f"identical, but {_join_truncated(notable)}" if notable else "identical"
     line = f"{verdict}: first in {first_difference.describe()}"
     causes = [each.change.describe() for each in attributed_changes if each.role == "cause"]
     suspects = [each.change.describe() for each in attributed_changes if each.role == "suspect"]
@@ -77,19 +75,15 @@ def format_verdict(
     if suspects:
         line += f"; {'also suspect' if causes else 'suspect'}: {_join_truncated(suspects)}"
     if not causes and not suspects:
-        line += (
-            f"; {UNKNOWN_CAUSE}"
-            if deterministic
-            else "; train.deterministic=false: no two trainings are the same"
-        )
+        line += f"; {UNKNOWN_CAUSE if deterministic else NON_DETERMINISTIC}"
     return line
 
 
-def _join_truncated(words: Sequence[str]) -> str:
-    more = f" and {len(words) - MAX_NAMED} more" if len(words) > MAX_NAMED else ""
-    return ", ".join(words[:MAX_NAMED]) + more
+def _join_truncated(items: Sequence[str]) -> str:
+    more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
+    return ", ".join(items[:MAX_NAMED]) + more
 
 
 def tolerances() -> dict[str, str]:
-    """What equivalent means, for reproduction.json."""
+    """Return the criteria of an equivalent run, for reproduction.json."""
     return dict(TOLERANCES)

@@ -1,4 +1,4 @@
-"""What is not as it was when the run was trained: versions, code, machine, environment variables."""
+"""Find the changes since the run was trained: versions, code, machine, environment variables."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,77 +11,72 @@ Affects: TypeAlias = Literal["nothing", "images", "numbers"]
 
 IMAGE_PACKAGES = {"pillow", "captcha", "wheezy.captcha"}
 RECORD_ONLY_PACKAGES = {"mlflow", "hydra-core", "omegaconf", "pydantic", "safetensors"}
-"""packages that carry or check values, and compute none: what they carried is compared itself"""
+"""packages that store or validate values but compute none; the values themselves are compared"""
 
 NO_EFFECT_KEYS = (
-    *("name", "tracking.", "sweep.", "card."),  # how a run is called, reported and planned
-    *("data.cache", "data.workers", "data.path"),  # where pictures are and who draws them; they are compared
-    *("device.preload_limit_mib", "device.vram_budget_mib"),  # where they lie; how much is allowed
+    *("name", "tracking.", "sweep.", "gpu."),  # naming, reporting and planning
+    *("data.cache", "data.workers", "data.path"),  # where images come from; the images are compared
+    *("device.preload_limit_mib", "device.vram_budget_mib"),  # where images are kept; the memory limit
     *("train.checkpoint_every", "train.max_minutes", "train.on_oom", "train.sanity_check_steps"),
 )
-"""keys of a config, or their beginnings, that no result depends on"""
+"""config keys, or key prefixes ending in a dot, that do not affect results"""
 
 NO_EFFECT_CODE = (
     *("captcha_exp/cli/", "captcha_exp/doctor/", "captcha_exp/reproduce/", "captcha_exp/sweep/"),
-    *(
-        "captcha_exp/tracking/",
-        "captcha_exp/runtime/console.py",
-        "captcha_exp/model/predict.py",
-        "captcha_exp/report/figures.py",
-    ),
-    "conf/",
+    *("captcha_exp/tracking/", "captcha_exp/runtime/console.py", "captcha_exp/model/predict.py"),
+    *("captcha_exp/report/figures.py", "conf/"),
 )
-"""code that computes nothing of a training; of conf/, a saved config has all that it took"""
+"""path prefixes of code that does not affect results; the saved config has all values taken from conf/"""
 
 DEVICE_FIELDS = {
     "cpu": ("CPU", "numbers"),
     "cpu_capability": ("CPU capability", "numbers"),
-    "cores": ("cores", "nothing"),  # device.threads says how many are used
-    "gpu": ("gpu", "numbers"),
-    "gpu_capability": ("card's capability", "numbers"),
-    "gpu_bytes": ("card's memory", "nothing"),
+    "cores": ("cores", "nothing"),  # device.threads is the number used
+    "gpu": ("GPU", "numbers"),
+    "gpu_capability": ("GPU capability", "numbers"),
+    "gpu_bytes": ("GPU memory", "nothing"),
     "cuda": ("CUDA", "numbers"),
     "cudnn": ("cuDNN", "numbers"),
 }
-"""keys of environment.json's device, beside its name and threads, which are the config's"""
+"""keys of the device in environment.json -> name and effect; its name and threads are config keys"""
 
 EQUIVALENT_SOURCES = {"variable ATEN_CPU_CAPABILITY": "CPU capability"}
-"""what acts through another thing that is compared, too"""
+"""changes that act through another one that is compared as well"""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is not as it was."""
+    """One difference between the reference run and the rerun, other than in the results."""
 
     name: str
     before: Any
     after: Any
     affects: Affects
-    """what can come out otherwise by it"""
+    """which results it may change"""
     is_input: bool = False
-    """whether it is a part of what was asked to run: a key, a picture, a label"""
+    """whether it is an input of the run: a config key, an image or a label"""
     is_headline: bool = True
-    """whether a verdict of one line names it"""
+    """whether the one-line verdict names it"""
 
     @property
     def source(self) -> str:
-        """What it acts through."""
+        """The change that it acts through."""
         return EQUIVALENT_SOURCES.get(self.name, self.name)
 
     @property
     def is_name_only(self) -> bool:
-        """Whether `what` says it all."""
+        """Whether it has no values, only a name."""
         return self.before is self.after is None
 
     def describe(self) -> str:
-        """As a sentence has it."""
+        """Return the name and values, as in "seed 0 -> 1"."""
         if self.is_name_only:
             return self.name
         return f"{self.name} {to_short_text(self.before)} -> {to_short_text(self.after)}"
 
 
 def from_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Change]:
-    """What another value of a key of the config can do."""
+    """Return a change for each changed config key."""
     return [
         Change(
             key,
@@ -95,55 +90,59 @@ def from_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Change]:
 
 
 def has_no_effect(key: str) -> bool:
-    """Whether no result depends on this key of a config."""
+    """Return whether this config key does not affect results."""
     return key in NO_EFFECT_KEYS or key.startswith(tuple(k for k in NO_EFFECT_KEYS if k.endswith(".")))
 
 
 def from_images(description: str) -> Change:
-    """What pictures that are not as they were can do."""
+    """Return the change of the images with this description."""
     return Change(description, None, None, "numbers", is_input=True)
 
 
 def from_record(reference: ReferenceRun) -> list[Change]:
-    """What was not as it should be with the run itself: files that were changed, so that what is compared
-    with is not what came out, and what changed while it was interrupted."""
-    named = [
-        name for name in reference.changed_files if name in ("metrics.jsonl", "test.json", "dataset.json")
+    """Return changes to the reference run itself.
+
+    These are files modified after the run finished, and environment changes across an interruption.
+    """
+    results = ("metrics.jsonl", "test.json", "dataset.json")
+    changes = [
+        Change(f"the run's {name}", "original", "modified", "numbers")
+        for name in reference.changed_files
+        if name in results
     ]
-    found = [Change(f"the run's {name}", "as it ended", "changed since", "numbers") for name in named]
-    if reference.config_file_status == "other values, maybe":
-        found.append(Change("the run's config.yaml", "as it began", "changed since", "numbers"))
-    for again in reference.state.get("resumed") or ():
-        for key, pair in _as_mapping(_as_mapping(again).get("changed")).items():
-            then, now = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
-            found.append(Change(f"when the run went on: {key}", then, now, _affects(key), is_headline=False))
-    return found
+    if reference.config_file_status == "values may differ":
+        changes.append(Change("the run's config.yaml", "original", "modified", "numbers"))
+    for entry in reference.state.get("resumed") or ():
+        for key, pair in _as_mapping(_as_mapping(entry).get("changed")).items():
+            before, after = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
+            changes.append(Change(f"on resume: {key}", before, after, _affects(key), is_headline=False))
+    return changes
 
 
 def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
-    """Everything that environment.json, code.json and the pictures' origin say otherwise, the code first."""
+    """Return all changes in code.json, environment.json and the provenance of the images, the code first."""
     old, new = reference.environment, rerun.environment
-    found = [
+    changes = [
         *_code_changes(reference, rerun),
         *_package_changes(old, new),
-        *_origin_changes(reference, rerun),
+        *_dependency_changes(reference, rerun),
     ]
     if old.get("python") != new.get("python"):
-        found.append(Change("python", old.get("python"), new.get("python"), "numbers"))
+        changes.append(Change("python", old.get("python"), new.get("python"), "numbers"))
     devices = _as_mapping(old.get("device")), _as_mapping(new.get("device"))
-    for key, (what, touches) in DEVICE_FIELDS.items():
+    for key, (name, effect) in DEVICE_FIELDS.items():
         before, after = (device.get(key, ABSENT) for device in devices)
         if before != after:
-            kind: Affects = "numbers" if touches == "numbers" else "nothing"
-            found.append(Change(what, before, after, kind, is_headline=kind != "nothing"))
+            affects: Affects = "numbers" if effect == "numbers" else "nothing"
+            changes.append(Change(name, before, after, affects, is_headline=affects != "nothing"))
     if "variables" in old:
-        found += _variable_changes(_as_mapping(old["variables"]), _as_mapping(new.get("variables")))
-    # It names the C library, whose functions have versions too.
+        changes += _variable_changes(_as_mapping(old["variables"]), _as_mapping(new.get("variables")))
+    # The platform includes the version of the C library.
     if old.get("platform") != new.get("platform"):
-        found.append(Change("platform", old.get("platform"), new.get("platform"), "numbers"))
+        changes.append(Change("platform", old.get("platform"), new.get("platform"), "numbers"))
     if old.get("host") != new.get("host"):
-        found.append(Change("host", old.get("host"), new.get("host"), "nothing", is_headline=False))
-    return found
+        changes.append(Change("host", old.get("host"), new.get("host"), "nothing", is_headline=False))
+    return changes
 
 
 def _package_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
@@ -155,13 +154,14 @@ def _package_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
         yield Change(name, before, after, _affects(f"packages.{name}"))
 
 
-def _origin_changes(then: RunResult, now: RunResult) -> Iterator[Change]:
-    """Libraries below the packages that make pictures: those that draw letters and decode files."""
-    origins = [_as_mapping(_as_mapping(o.dataset.get("provenance")).get("dependencies")) for o in (then, now)]
-    for name in dict.fromkeys([*origins[0], *origins[1]]):
-        before, after = (origin.get(name) or ABSENT for origin in origins)
+def _dependency_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
+    """Yield changes of the native libraries that render text and decode images."""
+    provenances = [_as_mapping(result.dataset.get("provenance")) for result in (reference, rerun)]
+    dependencies = [_as_mapping(each.get("dependencies")) for each in provenances]
+    for name in dict.fromkeys([*dependencies[0], *dependencies[1]]):
+        before, after = (versions.get(name) or ABSENT for versions in dependencies)
         if before != after and name not in IMAGE_PACKAGES:
-            yield Change(f"pictures' {name}", before, after, "images")
+            yield Change(f"images' {name}", before, after, "images")
 
 
 def _variable_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
@@ -169,16 +169,16 @@ def _variable_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterato
         before, after = (variables.get(name, ABSENT) for variables in (old, new))
         if before == after:
             continue
-        kind = _affects(f"variables.{name}")
-        yield Change(f"variable {name}", before, after, kind, is_headline=kind != "nothing")
+        affects = _affects(f"variables.{name}")
+        yield Change(f"variable {name}", before, after, affects, is_headline=affects != "nothing")
 
 
 def _affects(key: str) -> Affects:
-    """What another value of a leaf of environment.json can change."""
+    """Return the possible effect of a change of this key of environment.json."""
     group, _, name = key.partition(".")
     if group == "packages" and name in (*IMAGE_PACKAGES, *RECORD_ONLY_PACKAGES):
         return "images" if name in IMAGE_PACKAGES else "nothing"
-    # The config's threads are set over these; other variables of the same libraries are not.
+    # device.threads overrides these variables.
     if group == "variables" and name.endswith("_NUM_THREADS"):
         return "nothing"
     if key == "variables.FREETYPE_PROPERTIES":
@@ -190,7 +190,7 @@ def _affects(key: str) -> Affects:
 
 
 def changed_files(reference: RunResult, current_code: Mapping[str, str]) -> list[str] | None:
-    """Source files that are not the same, those that compute first; None where the run has not kept them."""
+    """List the source files that differ, those that affect results first; None if the run has no hashes."""
     if not reference.code_hashes:
         return None
     changed = [
@@ -201,26 +201,26 @@ def changed_files(reference: RunResult, current_code: Mapping[str, str]) -> list
     return sorted(changed, key=lambda name: (name.startswith(NO_EFFECT_CODE), name))
 
 
-def _code_changes(then: RunResult, now: RunResult) -> Iterator[Change]:
-    files = changed_files(then, now.code_hashes)
-    pair = describe_code(then.environment), describe_code(now.environment)
+def _code_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
+    files = changed_files(reference, rerun.code_hashes)
+    pair = describe_code(reference.environment), describe_code(rerun.environment)
     if files:
-        inert = all(name.startswith(NO_EFFECT_CODE) for name in files)
-        named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        yield Change(f"code ({named})", *pair, affects="nothing" if inert else "numbers")
-    elif pair[0] != pair[1]:  # equal files at another commit are the same code
+        no_effect = all(name.startswith(NO_EFFECT_CODE) for name in files)
+        names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        yield Change(f"code ({names})", *pair, affects="nothing" if no_effect else "numbers")
+    elif pair[0] != pair[1]:  # identical files at another commit are the same code
         yield Change(
             "commit", *pair, affects="numbers" if files is None else "nothing", is_headline=files is None
         )
 
 
 def describe_code(environment: Mapping[str, Any]) -> str:
-    """The version or the commit of the code, in a few words."""
+    """Return the commit of the code, or its version without one."""
     git = _as_mapping(environment.get("git"))
     commit = str(git.get("commit") or "")[:8]
     if not commit:
         return f"version {environment.get('captcha_exp') or 'unknown'}"
-    return f"{commit} with changes" if git.get("dirty") else commit
+    return f"{commit} with uncommitted changes" if git.get("dirty") else commit
 
 
 def _as_mapping(value: object) -> Mapping[str, Any]:
@@ -228,6 +228,6 @@ def _as_mapping(value: object) -> Mapping[str, Any]:
 
 
 def to_short_text(value: Any) -> str:
-    """A value on one line, as YAML and JSON both write it."""
-    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return whole if len(whole) <= 100 else f"{whole[:100]}..."
+    """Return a value on one line in the notation of JSON, truncated to 100 characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:100]}..."

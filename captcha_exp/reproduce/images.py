@@ -1,4 +1,4 @@
-"""Whether the pictures of a run are still there: told before its training starts."""
+"""Check before training that the images are those of the reference run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,44 +9,43 @@ from captcha_exp.data.sources import folder
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import NullDisplay, escape_unprintable
 
-MAX_SHOWN = 5  # names of each kind
-CHANGE_KINDS = ("another content", "another label", "missing", "new")
+MAX_SHOWN = 5  # file names per kind of change
 
 
 def changed_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Kind of difference -> names of files of the folder that are not as the run had them.
+    """Return kind of change -> names of the files of the image folder that differ from the manifest.
 
     Raises:
-        UserError: the folder is not there, or cannot be read; the line says how to name another.
+        UserError: the folder is missing or not readable; set data.path to its current location.
     """
     if not isinstance(config.data, FolderConfig):
         return {}
     try:
-        found = folder.scan_folder(config.data, config.captcha, NullDisplay())
+        scan = folder.scan_folder(config.data, config.captcha, NullDisplay())
     except UserError as error:
-        hint = "data.path=DIR names the folder where it is now"
+        hint = "set data.path=DIR to its current location"
         raise UserError(*error.lines[:-1], f"{error.lines[-1]}; {hint}") from None
-    now = {candidate.name: candidate for candidate in found.candidates}
-    then = {str(file["file"]): file for file in manifest.get("files", [])}
-    refused = {str(file["file"]) for file in manifest.get("rejected", [])}
-    both = [name for name in then if name in now]
-    differing = {
-        "another content": [n for n in both if now[n].sha256 != then[n]["sha256"]],
-        "another label": [n for n in both if now[n].label != then[n]["label"]],
-        "missing": [name for name in then if name not in now],
-        "new": [name for name in now if name not in then and name not in refused],
+    current = {candidate.name: candidate for candidate in scan.candidates}
+    recorded = {str(file["file"]): file for file in manifest.get("files", [])}
+    rejected = {str(file["file"]) for file in manifest.get("rejected", [])}
+    common = [name for name in recorded if name in current]
+    changed = {
+        "different content": [n for n in common if current[n].sha256 != recorded[n]["sha256"]],
+        "different label": [n for n in common if current[n].label != recorded[n]["label"]],
+        "missing": [name for name in recorded if name not in current],
+        "new": [name for name in current if name not in recorded and name not in rejected],
     }
-    return {kind: names for kind, names in differing.items() if names}
+    return {kind: names for kind, names in changed.items() if names}
 
 
 def describe_files(kind: str, names: list[str]) -> str:
-    """The files of one kind, in a few words."""
+    """Return the kind and the first file names, as in "missing: 0009.png"."""
     more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
     return f"{kind}: {', '.join(map(escape_unprintable, names[:MAX_SHOWN]))}{more}"
 
 
 def rendered_differently(config: Config, manifest: Mapping[str, Any]) -> bool:
-    """Whether pictures are to be drawn from something else than the run's were."""
+    """Return whether the config renders images with other settings or versions than the run did."""
     if isinstance(config.data, FolderConfig):
         return False
     return dataset.inspect_dataset(config, NullDisplay()).key != manifest.get("key")

@@ -1,4 +1,4 @@
-"""The config of the new run: what is wanted, in this root's own store; and what it changes of the old one."""
+"""Build the config of the rerun, and list the keys that its overrides change."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,19 +12,20 @@ from captcha_exp.runs.fields import flatten
 def with_overrides(
     saved: Config, requested: Config, machine: Machine
 ) -> tuple[Config, Mapping[str, tuple[Any, Any]]]:
-    """The config that runs, and key -> (saved, new) of what it changes.
+    """Return the config to run, and key -> (saved, requested) for each changed key.
 
-    A store in a SQLite file becomes that of this root, unless another is wanted; a server stays.
+    An SQLite store of MLflow is replaced by that of this root directory unless another one is requested; a
+    server is kept.
 
     Raises:
-        ConfigError: the device is not here.
+        ConfigError: the device does not exist on this machine; override device.name.
     """
     name = requested.device.name
     if name not in ("auto", *machine.devices):
-        reason = machine.unavailable_reason.get(name.split(":")[0], "there is no such device")
-        raise ConfigError(f"device.name={name}: {reason}; device.name=cpu runs it here, as a variation")
-    then, now = flatten(to_dict(saved)), flatten(to_dict(requested))
-    changes = {key: (then.get(key), now.get(key)) for key in (*then, *now) if then.get(key) != now.get(key)}
+        reason = machine.unavailable_reason.get(name.split(":")[0], "no such device")
+        raise ConfigError(f"device.name={name}: {reason}; reproduce with device.name=cpu")
+    old, new = flatten(to_dict(saved)), flatten(to_dict(requested))
+    changes = {key: (old.get(key), new.get(key)) for key in (*old, *new) if old.get(key) != new.get(key)}
     tracking = requested.tracking
     if (
         isinstance(tracking, MlflowConfig)

@@ -1,4 +1,4 @@
-"""The run again, as a new run in a new folder, with the verdict in its record."""
+"""Run the reference run again as a new run, and save the verdict in its run directory."""
 
 import re
 import shlex
@@ -25,16 +25,16 @@ from captcha_exp.training.recorder import Tracker
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What became of it."""
+    """Verdict and details of one reproduction."""
 
     verdict: Verdict
     summary: str
     reference: str
-    """where the run is"""
+    """location of the reference run"""
     run_dir: Path
-    """of the new one"""
+    """of the rerun"""
     overrides: Mapping[str, tuple[Any, Any]]
-    """key that was asked to be another -> its value then and now"""
+    """overridden key -> (saved, requested)"""
     attributed_changes: Sequence[AttributedChange]
     differences: Sequence[Difference]
     num_epochs: int
@@ -42,19 +42,18 @@ class Reproduction:
     weights_sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """The content of reproduction.json."""
-        first = self.differences[0].to_json() if self.differences else None
+        """Return the content of reproduction.json."""
         return {
             "verdict": self.verdict,
-            "sentence": self.summary,
-            "of": self.reference,
+            "summary": self.summary,
+            "reference": self.reference,
             "run_dir": str(self.run_dir),
-            "variation": {key: list(pair) for key, pair in self.overrides.items()},
-            "first_difference": first,
-            "differences": len(self.differences),
-            "drift": [each.to_json() for each in self.attributed_changes],
-            "epochs": self.num_epochs,
-            "tested": self.num_test_images,
+            "overrides": {key: list(pair) for key, pair in self.overrides.items()},
+            "first_difference": self.differences[0].to_json() if self.differences else None,
+            "num_differences": len(self.differences),
+            "changes": [each.to_json() for each in self.attributed_changes],
+            "num_epochs": self.num_epochs,
+            "num_test_images": self.num_test_images,
             "weights_sha256": self.weights_sha256,
             "tolerances": tolerances(),
         }
@@ -67,137 +66,138 @@ def reproduce(
     make_tracker: Callable[[Config], Tracker],
     display: Display,
 ) -> Reproduction:
-    """The run once more, with its own config or with another that is wanted; and how it compares.
+    """Train with the requested config, compare with the reference run, and save reproduction.json.
 
     Raises:
-        UserError: the device or the folder of pictures is not there.
+        UserError: the device or the image folder does not exist.
         RunFailed: the new run failed.
     """
-    config, variation = with_overrides(reference.config, requested, machine)
-    found = [
+    config, overrides = with_overrides(reference.config, requested, machine)
+    known_changes = [
         *changes.from_config(reference.config_edits),
-        *changes.from_config(variation),
+        *changes.from_config(overrides),
         *changes.from_record(reference),
     ]
     _report_record(reference, display)
     _report_code(reference, display)
-    found += _report_images(reference, config, display)
-    done: list[Reproduction] = []
+    known_changes += _report_images(reference, config, display)
+    reproductions: list[Reproduction] = []
 
-    def at_end(run: Run) -> None:
-        made = _compare_runs(reference, config, variation, found, run)
-        run.write_json("reproduction.json", made.to_json())
-        tags = {"reproduces": reference.run_id or reference.location, "reproduction": made.verdict}
+    def on_complete(run: Run) -> None:
+        reproduction = _compare_runs(reference, config, overrides, known_changes, run)
+        run.write_json("reproduction.json", reproduction.to_json())
+        tags = {"reproduces": reference.run_id or reference.location, "reproduction": reproduction.verdict}
         run.update(tags={**run.state["tags"], **tags})
-        done.append(made)
+        reproductions.append(reproduction)
 
-    links: dict[str, Any] = {"reproduces": reference.link}
+    lineage: dict[str, Any] = {"reproduces": reference.link}
     if reference.extends is not None:
-        links["extends"] = dict(reference.extends)
-    begin = reference.find_extended_run()
+        lineage["extends"] = dict(reference.extends)
+    extend_from = reference.find_extended_run()
     try:
         train.train(
-            config, make_tracker(config), display, lineage=links, on_complete=at_end, extend_from=begin
+            config,
+            make_tracker(config),
+            display,
+            lineage=lineage,
+            on_complete=on_complete,
+            extend_from=extend_from,
         )
-    except TrainingOutOfMemoryError as error:  # that may be a result of a run, and is none of a comparison
+    except TrainingOutOfMemoryError as error:  # a result of a run, but not of a comparison
         raise RunFailed(*error.lines) from error
-    return done[0]
+    return reproductions[0]
 
 
 def _compare_runs(
-    original: ReferenceRun,
+    reference: ReferenceRun,
     config: Config,
-    variation: Mapping[str, tuple[Any, Any]],
-    found: Sequence[Change],
+    overrides: Mapping[str, tuple[Any, Any]],
+    known_changes: Sequence[Change],
     run: Run,
 ) -> Reproduction:
-    then, now = original.result, load_result(run.run_dir, run.state)
-    verdict, differences = compare.compute_verdict(then, now), compare.find_differences(then, now)
-    repeatable = config.train.deterministic
-    everything = [*found, *changes.from_environment(then, now)]
-    judged = attribute(everything, verdict, compare.has_same_images(then, now), deterministic=repeatable)
+    expected, actual = reference.result, load_result(run.run_dir, run.state)
+    verdict = compare.compute_verdict(expected, actual)
+    differences = compare.find_differences(expected, actual)
+    deterministic = config.train.deterministic
+    all_changes = [*known_changes, *changes.from_environment(expected, actual)]
+    same_images = compare.has_same_images(expected, actual)
+    attributed_changes = attribute(all_changes, verdict, same_images, deterministic)
     first = differences[0] if differences else None
     return Reproduction(
         verdict=verdict,
-        summary=format_verdict(verdict, first, judged, repeatable),
-        reference=original.location,
+        summary=format_verdict(verdict, first, attributed_changes, deterministic),
+        reference=reference.location,
         run_dir=run.run_dir,
-        overrides=variation,
-        attributed_changes=judged,
+        overrides=overrides,
+        attributed_changes=attributed_changes,
         differences=differences,
-        num_epochs=len(now.metrics_by_epoch),
-        num_test_images=now.num_test_images,
-        weights_sha256=now.weights_sha256,
+        num_epochs=len(actual.metrics_by_epoch),
+        num_test_images=actual.num_test_images,
+        weights_sha256=actual.weights_sha256,
     )
 
 
-# -- told before the training --------------------------------------------------------------------------------
+# -- warnings before the training ----------------------------------------------------------------------------
 
 
-def _report_record(original: ReferenceRun, display: Display) -> None:
-    """What of the record is not as the run ended with it."""
-    edits = [each.describe() for each in changes.from_config(original.config_edits)]
+def _report_record(reference: ReferenceRun, display: Display) -> None:
+    """Warn about files modified after the run finished."""
+    edits = [each.describe() for each in changes.from_config(reference.config_edits)]
     if edits:
-        display.warn(escape_unprintable(f"config.yaml was changed after the run ended: {', '.join(edits)}"))
-    for name in original.changed_files:
+        display.warn(escape_unprintable(f"config.yaml was edited after the run finished: {', '.join(edits)}"))
+    for name in reference.changed_files:
         if name != "config.yaml" or not edits:
-            display.warn(
-                escape_unprintable(f"{name} is not the file that the run ended with (its SHA-256 is another)")
-            )
+            display.warn(escape_unprintable(f"{name} was modified after the run finished (SHA-256 differs)"))
 
 
-def _report_code(original: ReferenceRun, display: Display) -> None:
-    """Whether today's code is that of the run, and how to get that one."""
-    then = original.result.environment
-    files = changes.changed_files(original.result, hash_source_files())
+def _report_code(reference: ReferenceRun, display: Display) -> None:
+    """Warn if the current code differs from that of the run, with the command that checks it out."""
+    environment = reference.result.environment
+    files = changes.changed_files(reference.result, hash_source_files())
     if files == []:
         return
-    here = git_info() or {}
-    old = then.get("git") if isinstance(then.get("git"), dict) else {}
-    if files is None:  # an older run, or one whose code.json is gone
-        known = ("commit", "dirty", "diff_sha256")
-        if old and all(here.get(key) == old.get(key) for key in known):
+    current_git = git_info() or {}
+    run_git = environment.get("git") if isinstance(environment.get("git"), dict) else {}
+    if files is None:  # the run has no code.json
+        keys = ("commit", "dirty", "diff_sha256")
+        if run_git and all(current_git.get(key) == run_git.get(key) for key in keys):
             return
-        what = f"the run's code was {changes.describe_code(then)}, and it has not kept the files' SHA-256"
+        message = f"the run has no code.json; its code was {changes.describe_code(environment)}"
     else:
-        named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        what = f"today's code is not that of the run ({changes.describe_code(then)}): {named}"
-    display.warn(
-        escape_unprintable(
-            f"{what}; to have the old one: {_checkout_command(original, old or {}, bool(here))}"
-        )
-    )
+        names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        message = f"the code differs from that of the run ({changes.describe_code(environment)}): {names}"
+    command = _checkout_command(reference, run_git or {}, in_checkout=bool(current_git))
+    display.warn(escape_unprintable(f"{message}; to restore it: {command}"))
 
 
-def _checkout_command(original: ReferenceRun, old: Mapping[str, Any], checkout: bool) -> str:
-    """Commands that give the code of the run."""
-    commit = str(old.get("commit") or "")
+def _checkout_command(reference: ReferenceRun, git: Mapping[str, Any], in_checkout: bool) -> str:
+    """Return the commands that check out the code of the run."""
+    commit = str(git.get("commit") or "")
     if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
-        version = original.result.environment.get("captcha_exp")
+        version = reference.result.environment.get("captcha_exp")
         if not version:
-            return "nobody has noted which"
+            return "unknown version"
         return f"pip install {shlex.quote(f'captcha-exp=={version}')}"
-    place = f"../captcha_exp-{commit[:8]}"
-    get = f"git clone ... {place} and git checkout {commit}"
-    if checkout:
-        get = f"git worktree add {place} {commit}"
-    patch = original.run_dir / "code.diff"
-    which = (
-        shlex.quote(str(patch)) if original.store_uri is None else "the code.diff of its artifacts in MLflow"
-    )
-    if not old.get("dirty"):
-        return get
+    directory = f"../captcha_exp-{commit[:8]}"
+    command = f"git clone ... {directory} and git checkout {commit}"
+    if in_checkout:
+        command = f"git worktree add {directory} {commit}"
+    if not git.get("dirty"):
+        return command
+    patch = reference.run_dir / "code.diff"
     if not patch.is_file():
-        return f"{get} (its changes since that commit were not kept)"
-    return f"{get}, and in there git apply {which}"
+        return f"{command} (uncommitted changes were not saved)"
+    source = shlex.quote(str(patch)) if reference.store_uri is None else "the MLflow artifact code.diff"
+    return f"{command}, then in it git apply {source}"
 
 
-def _report_images(original: ReferenceRun, config: Config, display: Display) -> list[Change]:
-    """Files of a folder that are not as they were, named; each is a part of what ran."""
-    manifest = original.result.dataset
+def _report_images(reference: ReferenceRun, config: Config, display: Display) -> list[Change]:
+    """Warn about changed files of an image folder, and return them as changes."""
+    manifest = reference.result.dataset
     if images.rendered_differently(config, manifest):
-        display.info("the pictures are drawn by other settings or versions than the run's were")
-    found = images.changed_files(config, manifest)
-    for kind, names in found.items():
-        display.warn(f"the folder of pictures is not as it was: {images.describe_files(kind, names)}")
-    return [changes.from_images(images.describe_files(kind, names)) for kind, names in found.items()]
+        display.info("images are rendered with other settings or versions than those of the run")
+    changed_files = images.changed_files(config, manifest)
+    descriptions = [images.describe_files(kind, names) for kind, names in changed_files.items()]
+    for description in descriptions:
+        display.warn(f"the image folder has changed: {description}")
+    return [changes.from_images(description) for description in descriptions]

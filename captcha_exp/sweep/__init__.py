@@ -1,1 +1,1 @@
-"""What a multirun adds to trainings: its points and their record, a fresh process for each, the verdict."""
+"""Sweeps: plan the jobs of a multirun, run each in a fresh process, and summarize the results."""

@@ -1,4 +1,4 @@
-"""The process of one training; `supervise` starts it and talks to it."""
+"""Entry point of the worker process; `supervisor` starts it and sends it one job."""
 
 from captcha_exp.sweep.worker import worker_main
 

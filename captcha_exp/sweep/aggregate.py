@@ -1,4 +1,4 @@
-"""Points of a sweep that differ in seeds alone, taken together."""
+"""Group the jobs of a sweep that differ only in their seeds, and average their metrics."""
 
 import math
 import re
@@ -16,193 +16,190 @@ from captcha_exp.sweep.results import JobResult, Outcome
 SEEDS = ("seed", "data.seed", "data.split_seed")
 BATCH_SIZE = "train.batch_size"
 METRICS = ("val_accuracy", "test_accuracy", "images_per_second", "seconds_to_best", "measured_mib")
-FRACTION_METRICS = (
-    "val_accuracy",
-    "test_accuracy",
-)  # they end at 0 and 1, and so does what may be their mean
+FRACTION_METRICS = ("val_accuracy", "test_accuracy")
+"""metrics whose interval is clipped to [0, 1]"""
 MAX_VALUE_LENGTH = 40  # characters of a value in a name
-MAX_ERROR_LENGTH = 60  # in a table, which names it; what tells it all stands beside
+MAX_ERROR_LENGTH = 60  # characters in a table; the full error is printed below it
 
 
 class MeanEstimate(NamedTuple):
-    """The mean of one figure, and how well that many points know it."""
+    """Mean of one metric over several jobs, with its 95 % confidence interval."""
 
     value: float
-    points: int
-    half: float | None
-    """of the 95 % interval; None for one point, which does not know"""
+    num_jobs: int
+    half_width: float | None
+    """of the interval; None for a single job"""
     interval: tuple[float, float] | None
-    """95 %, by Student's t"""
+    """95 %, by Student's t; None for a single job"""
 
 
 def estimate_mean(values: Sequence[float], is_fraction: bool = False) -> MeanEstimate:
-    """The mean of at least one value; the interval of a share ends at 0 and 1."""
-    centre, count = statistics.fmean(values), len(values)
+    """Return the mean of at least one value with its 95 % interval, clipped to [0, 1] for a fraction."""
+    mean, count = statistics.fmean(values), len(values)
     if count == 1:
-        return MeanEstimate(centre, 1, None, None)
-    from scipy.special import stdtrit  # scipy.stats has the same one, and takes half a second more to import
+        return MeanEstimate(mean, 1, None, None)
+    from scipy.special import stdtrit  # importing scipy.stats takes half a second longer
 
-    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
-    low, high = centre - half, centre + half
-    return MeanEstimate(centre, count, half, (max(0.0, low), min(1.0, high)) if is_fraction else (low, high))
+    half_width = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
+    low, high = mean - half_width, mean + half_width
+    interval = (max(0.0, low), min(1.0, high)) if is_fraction else (low, high)
+    return MeanEstimate(mean, count, half_width, interval)
 
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Points that differ in seeds alone."""
+    """Jobs that differ only in their seeds."""
 
     number: int
-    """from 1, in the order of the points"""
+    """from 1, in the order of the jobs"""
     name: str
-    """by what was swept besides seeds; empty if nothing was"""
+    """the swept overrides without seeds; empty if only seeds were swept"""
     swept: Mapping[str, str]
-    """as of a row, without seeds"""
+    """as in `JobResult`, without seeds"""
     results: tuple[JobResult, ...]
 
     @property
     def num_jobs(self) -> int:
-        """Points in it."""
+        """Number of jobs in the group."""
         return len(self.results)
 
     @property
     def outcome_counts(self) -> Mapping[Outcome, int]:
-        """How many became what."""
-        return Counter(row.became for row in self.results)
+        """Number of jobs per outcome."""
+        return Counter(result.outcome for result in self.results)
 
     @property
     def batch_size(self) -> int | None:
-        """What was swept, if it was and is a number."""
+        """The swept batch size; None if it was not swept or is not a number."""
         text = self.swept.get(BATCH_SIZE, "")
         return int(text) if re.fullmatch("[1-9][0-9_]{0,8}", text) and text[-1] != "_" else None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether what was measured is a card's memory, and can stand beside what was foretold."""
-        return all(row.device.startswith("cuda") for row in self.results)
+        """Whether the measured memory is GPU memory, and so comparable to the prediction."""
+        return all(result.device.startswith("cuda") for result in self.results)
 
     @cached_property
     def metrics(self) -> Mapping[str, MeanEstimate]:
-        """The mean of each figure over the finished points that have it."""
-        found = {}
+        """The mean of each metric over the finished jobs that have it."""
+        estimates = {}
         for name in METRICS:
-            values = [getattr(row, name) for row in self.results if row.became == "finished"]
+            values = [getattr(result, name) for result in self.results if result.outcome == "finished"]
             if known := [value for value in values if value is not None]:
-                found[name] = estimate_mean(known, name in FRACTION_METRICS)
-        return found
+                estimates[name] = estimate_mean(known, name in FRACTION_METRICS)
+        return estimates
 
     @property
     def predicted_mib(self) -> MiBRange | None:
-        """What was foretold, from the least of any point to the most."""
-        return _bounding_range(row.predicted_mib for row in self.results)
+        """The range that covers the predictions of all jobs."""
+        return _bounding_range(result.predicted_mib for result in self.results)
 
     @property
     def budget_mib(self) -> MiBRange | None:
-        """What there is, as far as the points know it."""
-        return _bounding_range(row.budget_mib for row in self.results)
+        """The range that covers the memory budgets of all jobs; None if none is known."""
+        return _bounding_range(result.budget_mib for result in self.results)
 
     @property
     def fits(self) -> Fits | None:
-        """What holds for all of its points; None: nobody says how much memory there is."""
-        answers = {effective_fits(row) for row in self.results}
+        """The least favorable verdict of its jobs; None if no memory budget is known."""
+        answers = {effective_fits(result) for result in self.results}
         order: tuple[Fits | None, ...] = ("does not fit", "unsure", None, "fits")
         return next(answer for answer in order if answer in answers)
 
     @property
     def is_recommendable(self) -> bool:
-        """Whether all of its points fit; where nobody says how much there is, what finished did."""
+        """Whether all of its jobs fit; without a known budget, a finished job counts as fitting."""
         return all(
-            effective_fits(row) == "fits" or (row.budget_mib is None and row.became == "finished")
-            for row in self.results
+            effective_fits(result) == "fits" or (result.budget_mib is None and result.outcome == "finished")
+            for result in self.results
         )
 
     @property
     def status(self) -> str:
-        """What became of its points."""
+        """The status of its jobs, as in "2 finished, 1 killed"; a single failed job with its error."""
         if self.num_jobs == 1:
-            error = self.results[0].error if self.results[0].became == "failed" else None
-            return (
-                f"{format_status(self.results[0])}{f': {truncate(error, MAX_ERROR_LENGTH)}' if error else ''}"
-            )
-        return ", ".join(
-            f"{number} {word}" for word, number in Counter(map(format_status, self.results)).items()
-        )
+            (result,) = self.results
+            error = result.error if result.outcome == "failed" else None
+            return f"{format_status(result)}{f': {truncate(error, MAX_ERROR_LENGTH)}' if error else ''}"
+        counts = Counter(map(format_status, self.results))
+        return ", ".join(f"{count} {status}" for status, count in counts.items())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an interval is a list of two."""
+        """Return JSON values; an interval is a list of two numbers."""
         return {
             "number": self.number,
             "name": self.name,
             "swept": dict(self.swept),
-            "points": [row.number for row in self.results],
-            "became": dict(self.outcome_counts),
+            "jobs": [result.number for result in self.results],
+            "outcomes": dict(self.outcome_counts),
             "fits": self.fits,
             "predicted_mib": None if self.predicted_mib is None else list(self.predicted_mib),
-            "figures": {
-                name: found._asdict() | {"interval": None if found.interval is None else list(found.interval)}
-                for name, found in self.metrics.items()
+            "metrics": {
+                name: mean._asdict() | {"interval": None if mean.interval is None else list(mean.interval)}
+                for name, mean in self.metrics.items()
             },
         }
 
 
 def group_over_seeds(results: Sequence[JobResult]) -> tuple[SeedGroup, ...]:
-    """The groups, in the order of their first points."""
-    found: dict[tuple[tuple[str, str], ...], list[JobResult]] = {}
-    for row in results:
-        key = tuple((key, value) for key, value in row.swept.items() if key not in SEEDS)
-        found.setdefault(key, []).append(row)
-    shorter = shorten_keys({key: None for row in results for key in row.swept})
+    """Group the results by everything swept except seeds, in the order of each group's first job."""
+    by_rest: dict[tuple[tuple[str, str], ...], list[JobResult]] = {}
+    for result in results:
+        rest = tuple((key, value) for key, value in result.swept.items() if key not in SEEDS)
+        by_rest.setdefault(rest, []).append(result)
+    short_keys = shorten_keys({key: None for result in results for key in result.swept})
     return tuple(
-        SeedGroup(number, format_job(dict(key), shorter), dict(key), tuple(members))
-        for number, (key, members) in enumerate(found.items(), 1)
+        SeedGroup(number, format_job(dict(rest), short_keys), dict(rest), tuple(members))
+        for number, (rest, members) in enumerate(by_rest.items(), 1)
     )
 
 
 def effective_fits(result: JobResult) -> Fits | None:
-    """What a card showed; else what was foretold; None: nobody says how much memory there is."""
-    if result.became == "oom":
+    """Return the measured verdict if available, else the predicted one; None if no budget is known."""
+    if result.outcome == "oom":
         return "does not fit"
-    if result.became == "unfit":
+    if result.outcome == "skipped":
         return "unsure" if result.fits == "unsure" else "does not fit"
-    room, measured = result.budget_mib, result.measured_mib
-    if room is None:
+    budget, measured = result.budget_mib, result.measured_mib
+    if budget is None:
         return None
-    if result.became == "finished" and result.device.startswith("cuda") and measured is not None:
-        if measured <= room.min:
+    if result.outcome == "finished" and result.device.startswith("cuda") and measured is not None:
+        if measured <= budget.min:
             return "fits"
-        if measured > room.max:
+        if measured > budget.max:
             return "does not fit"
     return result.fits
 
 
 def format_status(result: JobResult) -> str:
-    """What became of a point, in a word or two."""
-    if result.became == "unfit":
+    """Return the status of a job for a table, as in "finished (split to 16)"."""
+    if result.outcome == "skipped":
         return "unsure" if result.fits == "unsure" else "does not fit"
-    word = "FAILED" if result.became == "failed" else result.became
-    micro, whole = result.micro_batch_size, result.batch_size
-    split = micro is not None and (whole is None or micro < whole)
-    return f"{word} (split to {micro:,})" if split else word
+    status = "FAILED" if result.outcome == "failed" else result.outcome
+    micro, full = result.micro_batch_size, result.batch_size
+    is_split = micro is not None and (full is None or micro < full)
+    return f"{status} (split to {micro:,})" if is_split else status
 
 
 def shorten_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Each key's last part, or all of the key where another one ends the same."""
+    """Map each key to its last part, or to itself if two keys share that part."""
     last = {key: key.rpartition(".")[2] for key in keys}
-    times = Counter(last.values())
-    return {key: ending if times[ending] == 1 else key for key, ending in last.items()}
+    counts = Counter(last.values())
+    return {key: part if counts[part] == 1 else key for key, part in last.items()}
 
 
 def format_job(swept: Mapping[str, str], short_keys: Mapping[str, str]) -> str:
-    """What was swept, as in batch_size=64 model=compact; on one line, a long value without its middle."""
+    """Return the swept overrides on one line, as in "batch_size=64 model=compact"; truncate long values."""
     return " ".join(f"{short_keys[key]}={truncate(value)}" for key, value in swept.items())
 
 
 def truncate(text: str, max_length: int = MAX_VALUE_LENGTH) -> str:
-    """The text on one line, without its middle where it is longer."""
+    """Return the text on one line; replace the middle of a longer one by an ellipsis."""
     text = escape_unprintable(text)
-    kept = (max_length - 1) // 2
-    return text if len(text) <= max_length else f"{text[:kept]}…{text[-kept:]}"
+    num_kept = (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[:num_kept]}…{text[-num_kept:]}"
 
 
-def _bounding_range(intervals: Iterable[MiBRange | None]) -> MiBRange | None:
-    known = [each for each in intervals if each is not None]
+def _bounding_range(ranges: Iterable[MiBRange | None]) -> MiBRange | None:
+    known = [each for each in ranges if each is not None]
     return MiBRange(min(each.min for each in known), max(each.max for each in known)) if known else None

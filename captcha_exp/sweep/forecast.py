@@ -1,4 +1,4 @@
-"""What the points of a sweep will need, told before the first one starts; and those that are not trained."""
+"""Predict the memory of every job of a sweep before the first one starts, and record skipped jobs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,72 +19,68 @@ from captcha_exp.training.recorder import RunRecorder, Tracker, record_outcome
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A point, and what it will need."""
+    """A job and its predicted memory."""
 
     job: Job
     config: Config
-    """resolved, as far as it can be before it runs"""
+    """resolved as far as possible before the run"""
     split_sizes: Mapping[str, int]
-    """of each split"""
+    """split -> number of images"""
     plan: Plan | None
-    """None where the batch size is measured when it runs"""
+    """None for train.batch_size=auto, which is measured at run time"""
 
     @property
     def should_train(self) -> bool:
-        """Whether there is a reason to try: on a CUDA card the allocator keeps to the budget and shows what
-        is true; elsewhere only the prediction can."""
+        """Whether to train the job: always on CUDA, where the allocator enforces the budget; elsewhere only
+        if it is predicted to fit, no budget is known, or sweep.run_over_budget is set."""
         if self.plan is None or self.plan.fits in ("fits", None):
             return True
         return self.config.device.name.startswith("cuda") or self.config.sweep.run_over_budget
 
     def to_json(self) -> dict[str, Any] | None:
-        """The plan as plain values."""
+        """Return the plan as JSON values."""
         return None if self.plan is None else self.plan.to_json()
 
 
 def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
-    """What each point will need.
+    """Plan the memory of each job.
 
     Raises:
-        ConfigError: the pictures of points cannot be had; the lines say why, for all points.
+        ConfigError: the images of some jobs are missing or invalid; one line per problem, for all jobs.
     """
     machine = devices.detect_machine()
-    outlines: dict[
-        tuple[DataConfig, CaptchaConfig], Mapping[str, int]
-    ] = {}  # a folder is read once for all points
-    found = []
-    mistakes: dict[str, None] = {}  # each once
+    split_sizes: dict[tuple[DataConfig, CaptchaConfig], Mapping[str, int]] = {}  # each dataset is read once
+    planned = []
+    errors: dict[str, None] = {}  # without duplicates
     with display.progress_bar("planning", len(jobs)) as bar:
-        for point in jobs:
-            config = with_untuned_defaults(resolve(point.requested, machine))
-            seen = (config.data, config.captcha)
+        for job in jobs:
+            config = with_untuned_defaults(resolve(job.requested, machine))
+            key = (config.data, config.captcha)
             try:
-                if seen not in outlines:
-                    outlines[seen] = dataset.inspect_dataset(config, display).split_sizes
+                if key not in split_sizes:
+                    split_sizes[key] = dataset.inspect_dataset(config, display).split_sizes
             except UserError as error:
-                mistakes |= dict.fromkeys(error.lines)
+                errors |= dict.fromkeys(error.lines)
                 continue
-            planner = Planner(config, outlines[seen], devices.gpu_total_mib(config))
-            size = point.requested.train.batch_size
+            planner = Planner(config, split_sizes[key], devices.gpu_total_mib(config))
+            size = job.requested.train.batch_size
             plan = None if size == "auto" else planner.plan_for(size)
-            found.append(PlannedJob(point, config, outlines[seen], plan))
+            planned.append(PlannedJob(job, config, split_sizes[key], plan))
             bar.advance(1)
-    if mistakes:
-        raise ConfigError(*mistakes)
-    return found
+    if errors:
+        raise ConfigError(*errors)
+    return planned
 
 
 def record_skipped(planned_job: PlannedJob, run_dir: Path, tracker: Tracker, display: Display) -> None:
-    """The run of a point that is not trained, since it is foretold not to fit: finished, with a tag."""
-    plan, point, config = planned_job.plan, planned_job.job, planned_job.config
+    """Record a job that is skipped because it is not predicted to fit as a finished, tagged run."""
+    plan, job, config = planned_job.plan, planned_job.job, planned_job.config
     assert plan is not None
-    run = runs.create_run(config, point.requested, run_dir)
-    spared = oom.find_remedies(plan, planned_job.split_sizes, config, display)
-    run.update(tags={"fits": str(plan.fits), "trained": "false"}, unfit={"remedies": spared})
-    display.info(
-        f"{point.name}: {plan.describe(config.gpu.name)}; not trained; {oom.format_remedies(spared)}"
-    )
-    recording = RunRecorder(run, tracker, display)
-    with record_outcome(recording, config):
+    run = runs.create_run(config, job.requested, run_dir)
+    remedies = oom.find_remedies(plan, planned_job.split_sizes, config, display)
+    run.update(tags={"fits": str(plan.fits), "trained": "false"}, skipped={"remedies": remedies})
+    display.info(f"{job.name}: {plan.describe(config.gpu.name)}; skipped; {oom.format_remedies(remedies)}")
+    recorder = RunRecorder(run, tracker, display)
+    with record_outcome(recorder, config):
         run.write_json("memory.json", plan.to_json())
-        recording.log_metrics(runs.MetricsRow(0, runs.now_ms(), plan.prediction_error_metrics([])))
+        recorder.log_metrics(runs.MetricsRow(0, runs.now_ms(), plan.prediction_error_metrics([])))

@@ -1,10 +1,10 @@
-"""The points of a sweep, and its folder.
+"""The jobs of a sweep and its directory.
 
-sweep.json           status, when, where, the grid, each point with what it was foretold
-points/N.yaml        the config of point N, as it was asked
-N-what=value/        the folder of its run; a second attempt is N-what=value-2, and the last one counts
-N-what=value.log     what the process of an attempt said
-verdict.*            what it all came to
+sweep.json           status, times, process, the jobs and their predicted memory
+jobs/N.yaml          the config of job N as requested
+N-key=value/         its run directory; a second attempt is N-key=value-2, and the last one counts
+N-key=value.log      the output of the worker process
+summary.*            the summary as JSON, CSV, Markdown and PNG
 """
 
 import json
@@ -23,7 +23,7 @@ from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive, process_identity
 
 SWEEP_FILE = "sweep.json"
-DONE = ("finished", "oom", "unfit")  # what a point became that is not run again
+DONE = ("finished", "oom", "skipped")  # outcomes of jobs that are not run again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,27 +35,27 @@ class Job:
     swept: Mapping[str, str]
     """full key -> value as typed"""
     choices: Mapping[str, str]
-    """conf group -> the file chosen"""
+    """config group -> chosen option"""
     requested: Config
 
     @property
     def name(self) -> str:
-        """By what was swept, as in batch_size=64 seed=1; the last word of a key, where no other has it."""
+        """The swept overrides, as in "batch_size=64 seed=1", with each key shortened if that is unique."""
         last = [key.rpartition(".")[2] for key in self.swept]
         short = {
-            key: word if last.count(word) == 1 else key for key, word in zip(self.swept, last, strict=True)
+            key: part if last.count(part) == 1 else key for key, part in zip(self.swept, last, strict=True)
         }
         return " ".join(f"{short[key]}={value}" for key, value in self.swept.items()) or self.requested.name
 
 
 class Sweep:
-    """A sweep's folder, seen from any process that runs a point of it."""
+    """A sweep directory, opened from any process that runs one of its jobs."""
 
     def __init__(self, sweep_dir: Path) -> None:
-        """The sweep in this folder.
+        """Load the sweep in this directory.
 
         Raises:
-            UserError: there is none, or its record is damaged.
+            UserError: sweep.json is missing or damaged.
         """
         self.sweep_dir = sweep_dir
         try:
@@ -65,69 +65,68 @@ class Sweep:
                     number=each["number"],
                     swept=each["swept"],
                     choices=each["choices"],
-                    requested=load(sweep_dir / "points" / f"{each['number']}.yaml"),
+                    requested=load(sweep_dir / "jobs" / f"{each['number']}.yaml"),
                 )
-                for each in self.state["points"]
+                for each in self.state["jobs"]
             ]
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: there is no such file; a sweep's folder has it") from None
+            raise UserError(f"{error.filename}: file not found; a sweep directory must contain it") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{sweep_dir / SWEEP_FILE}: cannot be read as the record of a sweep: {error}"
-            ) from None
+            raise UserError(f"{sweep_dir / SWEEP_FILE}: invalid sweep record: {error}") from None
 
     def update(self, **state: Any) -> None:
-        """Facts in sweep.json."""
+        """Set fields of sweep.json."""
         self.state.update(state)
         _write_json(self.sweep_dir / SWEEP_FILE, self.state)
 
     def close(self, status: Status, error: str | None = None) -> None:
-        """The end."""
+        """Record the final status."""
         self.update(status=status, error=error, ended=_now())
 
     def reopen(self) -> None:
-        """This process goes on with it."""
+        """Take over the sweep in this process."""
         self.update(**process_identity(), status="RUNNING", error=None, ended=None)
 
     def set_deadline(self, max_minutes: float | None) -> None:
-        """All of it may take so long from now; None: as long as it needs."""
-        until = None if max_minutes is None else datetime.now().astimezone() + timedelta(minutes=max_minutes)
-        self.update(limit=None if until is None else {"minutes": max_minutes, "until": until.isoformat()})
+        """Limit the whole sweep to this time from now; None removes the limit."""
+        limit = None
+        if max_minutes is not None:
+            deadline = datetime.now().astimezone() + timedelta(minutes=max_minutes)
+            limit = {"max_minutes": max_minutes, "deadline": deadline.isoformat()}
+        self.update(time_limit=limit)
 
     @property
     def deadline(self) -> float | None:
-        """Seconds since 1970 at which its time is up; None: it has no limit."""
-        limit = self.state.get("limit")
-        return None if limit is None else datetime.fromisoformat(limit["until"]).timestamp()
+        """Unix time at which the time limit is reached; None without a limit."""
+        limit = self.state.get("time_limit")
+        return None if limit is None else datetime.fromisoformat(limit["deadline"]).timestamp()
 
     def attempts(self, job: Job) -> list[Path]:
-        """The folders of the point's runs so far, the last one last."""
-        return [folder for folder, there in self._run_dirs(job) if there]
+        """Return the run directories of the job so far, the latest last."""
+        return [run_dir for run_dir, exists in self._run_dirs(job) if exists]
 
     def new_attempt(self, job: Job) -> Path:
-        """The folder for one run more of the point, made now and by nobody else."""
-        for folder, there in self._run_dirs(job):
-            if not there:
-                folder.mkdir()
-                return folder
-        raise AssertionError("there is always one more")
+        """Create the run directory of the job's next attempt."""
+        next_dir = self._run_dirs(job)[-1][0]
+        next_dir.mkdir()
+        return next_dir
 
     def _run_dirs(self, job: Job) -> list[tuple[Path, bool]]:
-        """Folders of attempts, and whether each is there; the last one is not."""
+        """List the run directories of all attempts and whether each exists; only the last does not."""
         stem = self.sweep_dir / f"{job.number}-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', job.name)[:80]}"
-        places: list[tuple[Path, bool]] = []
-        while not places or places[-1][1]:
-            folder = stem if not places else stem.with_name(f"{stem.name}-{len(places) + 1}")
-            places.append((folder, folder.is_dir()))
-        return places
+        run_dirs: list[tuple[Path, bool]] = []
+        while not run_dirs or run_dirs[-1][1]:
+            run_dir = stem if not run_dirs else stem.with_name(f"{stem.name}-{len(run_dirs) + 1}")
+            run_dirs.append((run_dir, run_dir.is_dir()))
+        return run_dirs
 
 
 def create_sweep(name: str, jobs: Sequence[Job], metadata: Mapping[str, Any]) -> Sweep:
-    """A new sweep in a folder of its own: outputs/<date>/<time>-<name>."""
-    folder = make_run_dir(name)
-    (folder / "points").mkdir()
-    for point in jobs:
-        write_atomically(folder / "points" / f"{point.number}.yaml", to_yaml(point.requested).encode())
+    """Create a sweep in a new directory, outputs/<date>/<time>-<name>."""
+    sweep_dir = make_run_dir(name)
+    (sweep_dir / "jobs").mkdir()
+    for job in jobs:
+        write_atomically(sweep_dir / "jobs" / f"{job.number}.yaml", to_yaml(job.requested).encode())
     state = {
         "name": name,
         "status": "RUNNING",
@@ -136,61 +135,63 @@ def create_sweep(name: str, jobs: Sequence[Job], metadata: Mapping[str, Any]) ->
         **process_identity(),
         "mlflow": None,
         "error": None,
-        "limit": None,
+        "time_limit": None,
         "code_sha256": code_sha256(),
         **metadata,
-        "points": [
-            {"number": p.number, "name": p.name, "swept": dict(p.swept), "choices": dict(p.choices)}
-            for p in jobs
+        "jobs": [
+            {"number": job.number, "name": job.name, "swept": dict(job.swept), "choices": dict(job.choices)}
+            for job in jobs
         ],
     }
-    _write_json(folder / SWEEP_FILE, state)
-    return Sweep(folder)
+    _write_json(sweep_dir / SWEEP_FILE, state)
+    return Sweep(sweep_dir)
 
 
 def find_sweep(name: str) -> Sweep:
-    """The sweep that is a folder, or whose parent run in MLflow has an id with this beginning.
+    """Find a sweep by its directory or by a prefix of its MLflow run ID.
 
     Raises:
-        UserError: there is no such sweep, or more than one.
+        UserError: no sweep matches, or more than one.
     """
-    if folder := resolve_dir(name, SWEEP_FILE):
-        return Sweep(folder)
-    begin = [
-        s for s in list_sweeps() if name and ((s.state["mlflow"] or {}).get("run_id") or "").startswith(name)
+    if sweep_dir := resolve_dir(name, SWEEP_FILE):
+        return Sweep(sweep_dir)
+    matches = [
+        sweep
+        for sweep in list_sweeps()
+        if name and ((sweep.state["mlflow"] or {}).get("run_id") or "").startswith(name)
     ]
-    if len(begin) == 1:
-        return begin[0]
-    if begin:
-        raise UserError(f"--resume={name}: begins the ids of {len(begin)} sweeps; give more of it")
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"--resume={name}: matches {len(matches)} sweeps; give more of the run ID")
     raise UserError(
-        f"--resume={name}: is no sweep: give its folder in outputs/, the start of its MLflow run id, or auto"
+        f"--resume={name}: not a sweep; give a directory in outputs/, a prefix of an MLflow run ID, or auto"
     )
 
 
 def list_sweeps() -> list[Sweep]:
-    """All sweeps in outputs/ whose records can be read, the oldest first."""
-    found = []
+    """Return all sweeps in outputs/ with a valid record, the oldest first."""
+    sweeps = []
     for path in (root_dir() / "outputs").glob(f"*/*/{SWEEP_FILE}"):
         try:
-            found.append(Sweep(path.parent))
+            sweeps.append(Sweep(path.parent))
         except UserError:
-            continue  # a damaged one cannot be gone on with; it is named when it is asked for
-    return sorted(found, key=lambda sweep: str(sweep.state["started"]))
+            continue  # a damaged record cannot be resumed; naming it with --resume reports why
+    return sorted(sweeps, key=lambda sweep: str(sweep.state["started"]))
 
 
 def is_running(sweep: Sweep) -> bool:
-    """Whether a living process works on it."""
+    """Return whether a live process is running the sweep."""
     return sweep.state["status"] == "RUNNING" and is_alive(sweep.state)
 
 
 def has_same_jobs(sweep: Sweep, jobs: Sequence[Job]) -> bool:
-    """Whether it has these points and no others; how long they may take is not of them."""
+    """Return whether the sweep has exactly these jobs, their time limits aside."""
 
-    def told(each: Job) -> tuple[int, dict[str, str], dict[str, str], str]:
-        return each.number, dict(each.swept), dict(each.choices), config_sha256(each.requested)
+    def identity(job: Job) -> tuple[int, dict[str, str], dict[str, str], str]:
+        return job.number, dict(job.swept), dict(job.choices), config_sha256(job.requested)
 
-    return [told(point) for point in sweep.jobs] == [told(point) for point in jobs]
+    return [identity(job) for job in sweep.jobs] == [identity(job) for job in jobs]
 
 
 def _now() -> str:

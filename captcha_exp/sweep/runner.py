@@ -1,7 +1,4 @@
-"""A sweep from its first point to its verdict.
-
-Its parent stands in MLflow before the first point starts, and the verdict is made however the sweep ends.
-"""
+"""Run a sweep: start its MLflow parent run, run the jobs, and save the summary however it ends."""
 
 import json
 import shlex
@@ -16,7 +13,7 @@ from captcha_exp.errors import RunFailed
 from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
-from captcha_exp.sweep import record as recorded
+from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.forecast import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
@@ -27,10 +24,10 @@ from captcha_exp.tracking import finalize_run, make_tracker
 if TYPE_CHECKING:
     from captcha_exp.tracking import SweepParentRun
 
-EXIT_TIMEOUT_SECONDS = 5.0  # for the processes of a launcher that was stopped; they end with it
+EXIT_TIMEOUT_SECONDS = 5.0  # for the processes of a stopped launcher to exit
 
 Launcher = Callable[[Path, Sequence[int]], None]
-"""runs the points with these numbers of the sweep in this folder, and comes back when they have ended"""
+"""runs the jobs with these numbers of the sweep in this directory, and returns when all have ended"""
 
 
 def run_sweep(
@@ -42,15 +39,18 @@ def run_sweep(
     resumed: Sweep | None = None,
     max_minutes: float | None = None,
 ) -> SweepSummary:
-    """The verdict, after every point that was not settled yet has had its run; it is told however that ends.
+    """Run every job that is not done yet, then save and return the summary.
+
+    `on_complete` gets the summary however the sweep ends.
 
     Raises:
-        RunFailed: MLflow's store cannot be opened, or the launcher itself fails.
-        TimeIsUp: so many minutes have passed; what is left of the points, the same command goes on with.
+        RunFailed: the MLflow store cannot be opened, the launcher failed, or the summary cannot be written.
+        TimeLimitReached: `max_minutes` have passed; the same command resumes the sweep.
     """
     if resumed is None:
-        about = {"foretold": [each.to_json() for each in planned_jobs], "side_by_side": parallelism}
-        sweep = recorded.create_sweep(planned_jobs[0].config.name, [each.job for each in planned_jobs], about)
+        metadata = {"predicted": [each.to_json() for each in planned_jobs], "parallelism": parallelism}
+        jobs = [each.job for each in planned_jobs]
+        sweep = record.create_sweep(planned_jobs[0].config.name, jobs, metadata)
     else:
         sweep = resumed
         sweep.reopen()
@@ -63,8 +63,7 @@ def run_sweep(
         _run_jobs(sweep, planned_jobs, launch, display)
         if sweep.deadline is not None and _is_out_of_time(sweep, sweep.deadline):
             raise TimeLimitReached(
-                "train.max_minutes: the time is up; what the points have reached is saved, and the "
-                "same command goes on"
+                "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
             )
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit, TimeLimitReached) as interruption:
@@ -76,95 +75,99 @@ def run_sweep(
     finally:
         with defer_signals():
             _finalize_stale_runs(sweep, display)
-            verdict = SweepSummary(collect_results(sweep), parallelism)
-            status = "FAILED" if status == "FINISHED" and verdict.has_failures else status
-            is_written = _save_summary(verdict, sweep, status, error, parent, display)
-            on_complete(sweep, verdict)
-    if not is_written:
-        again = f"--resume={shlex.quote(str(sweep.sweep_dir))}"
-        raise RunFailed(f"{sweep.sweep_dir}: does not have the verdict; make room, and {again} writes it")
-    return verdict
+            summary = SweepSummary(collect_results(sweep), parallelism)
+            status = "FAILED" if status == "FINISHED" and summary.has_failures else status
+            is_saved = _save_summary(summary, sweep, status, error, parent, display)
+            on_complete(sweep, summary)
+    if not is_saved:
+        option = f"--resume={shlex.quote(str(sweep.sweep_dir))}"
+        raise RunFailed(f"{sweep.sweep_dir}: no summary; free disk space and write it with {option}")
+    return summary
 
 
 def _save_summary(
-    verdict: SweepSummary,
+    summary: SweepSummary,
     sweep: Sweep,
     status: runs.Status,
     error: str | None,
     parent: "SweepParentRun | None",
     display: Display,
 ) -> bool:
-    """Whether the sweep's folder has the verdict; MLflow gets it, too."""
+    """Save the summary in the sweep directory and in MLflow; return False on a write error."""
     try:
-        _write_summary_files(verdict, sweep.sweep_dir)
+        _write_summary_files(summary, sweep.sweep_dir)
         sweep.close(status, error)
         if parent is not None and parent.finish(
-            sweep.sweep_dir, sweep.state, verdict.metrics_by_step(), verdict.to_markdown()
+            sweep.sweep_dir, sweep.state, summary.metrics_by_step(), summary.to_markdown()
         ):
             sweep.update(mlflow={**sweep.state["mlflow"], "closed": True})
-    except OSError as trouble:  # a full disk
-        display.warn(f"the verdict cannot be written: {trouble}")
+    except OSError as exception:  # a full disk
+        display.warn(f"{sweep.sweep_dir}: cannot write the summary: {exception}")
         return False
     return True
 
 
-def _run_jobs(sweep: Sweep, found: Sequence[PlannedJob], launch: Launcher, display: Display) -> None:
-    """Each point that is not settled: recorded where it is not to be trained, else launched."""
-    display.info(f"sweep {sweep.sweep_dir}, {len(found)} points")
-    open_points = [each for each in found if _last_outcome(sweep, each) not in DONE]
-    if settled := len(found) - len(open_points):
-        display.info(f"{settled} of them are settled already")
-    for each in open_points:
+def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher, display: Display) -> None:
+    """Launch each job that is not done; record those that are not to be trained as skipped."""
+    display.info(f"sweep {sweep.sweep_dir}, {len(planned_jobs)} jobs")
+    pending = [each for each in planned_jobs if _last_outcome(sweep, each) not in DONE]
+    if num_done := len(planned_jobs) - len(pending):
+        display.info(f"{num_done} of {len(planned_jobs)} jobs are already done")
+    for each in pending:
         if not each.should_train:
-            point, parent = each.job, (sweep.state["mlflow"] or {}).get("run_id")
-            tracker = make_tracker(each.config, display, point.choices, point.name, parent)
+            job, parent = each.job, (sweep.state["mlflow"] or {}).get("run_id")
+            tracker = make_tracker(each.config, display, job.choices, job.name, parent)
             with defer_signals():
-                record_skipped(each, sweep.new_attempt(point), tracker, display)
-    if numbers := [each.job.number for each in open_points if each.should_train]:
+                record_skipped(each, sweep.new_attempt(job), tracker, display)
+    if numbers := [each.job.number for each in pending if each.should_train]:
         launch(sweep.sweep_dir, numbers)
 
 
-def _is_out_of_time(sweep: Sweep, until: float) -> bool:
-    """Whether the time ended a point, or kept one from being begun."""
-    over = time.time() >= until
+def _is_out_of_time(sweep: Sweep, deadline: float) -> bool:
+    """Return whether the time limit ended a job or kept one from starting."""
+    is_over = time.time() >= deadline
     return any(
-        row.error == TimeLimitReached.__name__ if row.became == "killed" else over and row.became == "not run"
-        for row in collect_results(sweep)
+        result.error == TimeLimitReached.__name__
+        if result.outcome == "killed"
+        else is_over and result.outcome == "not run"
+        for result in collect_results(sweep)
     )
 
 
-def _last_outcome(sweep: Sweep, each: PlannedJob) -> str:
-    attempts = sweep.attempts(each.job)
+def _last_outcome(sweep: Sweep, planned_job: PlannedJob) -> str:
+    attempts = sweep.attempts(planned_job.job)
     return outcome_of(attempts[-1] if attempts else None)
 
 
-def _write_summary_files(verdict: SweepSummary, folder: Path) -> None:
-    """summary.json, .csv, .md and .png."""
+def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
+    """Write summary.json, .csv, .md and .png."""
     texts = {
-        "json": json.dumps(verdict.to_json(), indent=2, ensure_ascii=False) + "\n",
-        "csv": verdict.to_csv(),
-        "md": verdict.to_markdown(),
+        "json": json.dumps(summary.to_json(), indent=2, ensure_ascii=False) + "\n",
+        "csv": summary.to_csv(),
+        "md": summary.to_markdown(),
     }
-    for ending, text in texts.items():
-        write_atomically(folder / f"verdict.{ending}", text.encode("utf-8", "backslashreplace"))
-    save_figure(verdict, folder / "summary.png")
+    for suffix, text in texts.items():
+        write_atomically(sweep_dir / f"summary.{suffix}", text.encode("utf-8", "backslashreplace"))
+    save_figure(summary, sweep_dir / "summary.png")
 
 
 def _finalize_stale_runs(sweep: Sweep, display: Display) -> None:
-    """A launcher that was stopped may have ended the processes of points with no time for a last word."""
+    """Close the runs whose processes a stopped launcher killed before they could close them."""
     deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
-    for point in sweep.jobs:
-        for folder in sweep.attempts(point):
-            while is_running(folder) and time.monotonic() < deadline:
+    for job in sweep.jobs:
+        for run_dir in sweep.attempts(job):
+            while is_running(run_dir) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            finalize_run(folder, "KILLED", "interrupted", display)
+            finalize_run(run_dir, "KILLED", "interrupted", display)
 
 
 # -- in MLflow -----------------------------------------------------------------------------------------------
 
 
-def _start_parent_run(sweep: Sweep, found: Sequence[PlannedJob], display: Display) -> "SweepParentRun | None":
-    tracking = found[0].config.tracking  # resolved; the same for all points
+def _start_parent_run(
+    sweep: Sweep, planned_jobs: Sequence[PlannedJob], display: Display
+) -> "SweepParentRun | None":
+    tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
     if not isinstance(tracking, MlflowConfig):
         return None
     from captcha_exp.tracking import SweepParentRun
@@ -172,16 +175,14 @@ def _start_parent_run(sweep: Sweep, found: Sequence[PlannedJob], display: Displa
     parent = SweepParentRun(tracking, display)
     known = (sweep.state["mlflow"] or {}).get("run_id")
     if known is None or not parent.resume(known):
-        sweep.update(
-            mlflow=parent.mlflow_ref
-        )  # before there is a run, so that none stays that no folder knows of
-        parent.start(sweep.sweep_dir, sweep.state, _params(found))
+        sweep.update(mlflow=parent.mlflow_ref)  # before the run exists: no run without a reference to it
+        parent.start(sweep.sweep_dir, sweep.state, _params(planned_jobs))
     sweep.update(mlflow=parent.mlflow_ref)
     return parent
 
 
-def _params(found: Sequence[PlannedJob]) -> dict[str, str]:
-    """Every leaf of the configs; what the points do not have in common, with all its values."""
-    each = [flatten(foretold.config) for foretold in found]
-    keys = dict.fromkeys(key for one in each for key in one)
-    return {key: ", ".join(dict.fromkeys(one[key] for one in each if key in one)) for key in keys}
+def _params(planned_jobs: Sequence[PlannedJob]) -> dict[str, str]:
+    """Return every config key with its value, or with all its values if the jobs differ in it."""
+    configs = [flatten(planned_job.config) for planned_job in planned_jobs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return {key: ", ".join(dict.fromkeys(config[key] for config in configs if key in config)) for key in keys}

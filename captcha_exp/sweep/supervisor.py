@@ -1,7 +1,7 @@
-"""A training in a fresh process: started, listened to, ended with its parent, and closed if it could not.
+"""Train each job of a sweep in a worker process; forward its output and close its run if it could not.
 
-A crash, a segmentation fault, the kernel's killer end that process alone. Memory figures are its own, and no
-chance, thread count or CUDA context is carried over from one to the next.
+A crash, a segmentation fault or the OOM killer ends that process only. Its memory figures are its own, and no
+random state, thread count or CUDA context carries over to the next job.
 """
 
 import contextlib
@@ -30,78 +30,82 @@ from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
 from captcha_exp.tracking import finalize_run, make_tracker
 
-STOP_TIMEOUT_SECONDS = 15.0  # for the step at hand, the files' hashes and the last words to MLflow
-CRASH_MARKERS = (
-    "Traceback (most recent call last)",
-    "Fatal Python error",
-)  # what follows is for the log alone
-MAX_ERROR_LENGTH = 1000  # characters, in the record of a run and in a table
-POLL_SECONDS = 0.5  # at whether the sweep's own process is there
+STOP_TIMEOUT_SECONDS = 15.0  # for the current step, the hashes of the files and the last MLflow calls
+CRASH_MARKERS = ("Traceback (most recent call last)", "Fatal Python error")
+"""lines from which on the output goes to the log only"""
+MAX_ERROR_LENGTH = 1000  # characters, in run.json and in a table
+POLL_SECONDS = 0.5  # between checks that the parent process is alive
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training, and how it is to be known."""
+    """One training to run in a worker process."""
 
     requested: Config
     choices: Mapping[str, str]
     name: str | None = None
-    """in MLflow; None: that of its folder"""
+    """name of the MLflow run; None for that of the run directory"""
     parent_run_id: str | None = None
-    """id of the sweep's run in MLflow"""
+    """MLflow run ID of the sweep"""
     lineage: Mapping[str, Any] = field(default_factory=dict)
-    """the run that it belongs to, as in run.json"""
+    """links to the runs that this one extends or reproduces, as in run.json"""
     extend_from: Path | None = None
-    """the finished run whose state a new run starts from"""
+    """finished run from whose final state a new run starts"""
     deadline: float | None = None
-    """seconds since 1970; None: it may take as long as it needs"""
+    """Unix time; None for no time limit"""
 
 
 def run_job(sweep_dir: Path, number: int) -> None:
-    """A point of the sweep in this folder, trained in a process of its own; its folder has all that came of
-    it. Where the sweep's time is up it is not begun."""
+    """Train one job of the sweep in a worker process, unless the time limit has been reached.
+
+    All results are in the job's run directories.
+    """
     sweep = Sweep(sweep_dir)
-    point = sweep.jobs[number - 1]
+    job = sweep.jobs[number - 1]
     _exit_with_parent(sweep.state)
-    leave_at = _job_deadline(sweep)
-    if leave_at is not None and leave_at <= time.time():
+    deadline = _job_deadline(sweep)
+    if deadline is not None and deadline <= time.time():
         return
-    terminal, of_all = RichDisplay(), len(sweep.jobs)
+    terminal, num_jobs = RichDisplay(), len(sweep.jobs)
 
-    def listen(line: str) -> None:
-        terminal.info(f"[{number}/{of_all} {point.name}] {line}")
+    def on_line(line: str) -> None:
+        terminal.info(f"[{number}/{num_jobs} {job.name}] {line}")
 
-    parent = (sweep.state["mlflow"] or {}).get("run_id")
-    order = TrainJob(point.requested, point.choices, point.name, parent, deadline=leave_at)
-    for attempt in sweep.attempts(point):  # what has run out of memory would do so again
-        left = runs.read_stale_run(attempt / "run.json")
-        if left is not None and left.state.get("config_sha256") == runs.config_sha256(order.requested):
-            order = replace(order, requested=_halve_micro_batch(order.requested, attempt) or order.requested)
+    parent_run_id = (sweep.state["mlflow"] or {}).get("run_id")
+    train_job = TrainJob(job.requested, job.choices, job.name, parent_run_id, deadline=deadline)
+    for attempt in sweep.attempts(job):  # a micro-batch that ran out of memory would do so again
+        stale = runs.read_stale_run(attempt / "run.json")
+        if stale is not None and stale.state.get("config_sha256") == runs.config_sha256(train_job.requested):
+            smaller = _halve_micro_batch(train_job.requested, attempt)
+            train_job = replace(train_job, requested=smaller or train_job.requested)
 
     @contextlib.contextmanager
-    def place(requested: Config) -> Iterator[Path]:
-        with resume.claim(lambda: _find_resumable(sweep, point, requested)) as found:
+    def run_dir(requested: Config) -> Iterator[Path]:
+        with resume.claim(lambda: _find_resumable(sweep, job, requested)) as found:
             if found is not None:
-                listen(f"goes on {resume.describe_progress(found.run_dir)}")
-            yield sweep.new_attempt(point) if found is None else found.run_dir
+                on_line(f"Resuming {resume.describe_progress(found.run_dir)}")
+            yield sweep.new_attempt(job) if found is None else found.run_dir
 
     try:
-        train_with_oom_retry(order, place, listen)
-    except OSError as error:  # a full disk; the points after it may find room
-        terminal.warn(f"{point.name}: its record cannot be written: {error}")
+        train_with_oom_retry(train_job, run_dir, on_line)
+    except OSError as error:  # a full disk; later jobs may find space
+        terminal.warn(f"{job.name}: cannot write its record: {error}")
 
 
 def _job_deadline(sweep: Sweep) -> float | None:
-    """When a point that starts now has to end: with the sweep, where its machine is the sweep's; elsewhere it
-    may have waited for that machine, and has a time of its own."""
+    """Return the deadline of a job that starts now.
+
+    It is that of the sweep on the same machine. On another machine the job may have waited in a queue, and
+    gets the full time.
+    """
     if sweep.deadline is not None and process.is_remote(sweep.state):
-        return time.time() + 60 * float(sweep.state["limit"]["minutes"])
+        return time.time() + 60 * float(sweep.state["time_limit"]["max_minutes"])
     return sweep.deadline
 
 
-def _find_resumable(sweep: Sweep, point: Job, requested: Config) -> runs.StaleRun | None:
-    """The last run of the point, if it is one of this config that can be gone on with."""
-    attempts = sweep.attempts(point)
+def _find_resumable(sweep: Sweep, job: Job, requested: Config) -> runs.StaleRun | None:
+    """Return the latest run of the job if it has this config and can be resumed."""
+    attempts = sweep.attempts(job)
     return resume.find_resumable_job(attempts[-1], requested) if attempts else None
 
 
@@ -110,61 +114,63 @@ def train_with_oom_retry(
     run_dir: Callable[[Config], AbstractContextManager[Path]],
     on_line: Callable[[str], None] | None = None,
 ) -> Path:
-    """The folder of the run; of the last one, where train.on_oom=split has made several.
+    """Train in a worker process; with train.on_oom=split, retry with half the micro-batch after each OOM.
 
-    `place` gives the folder for a training of a config: an empty one, or that of an unfinished run.
+    `run_dir` yields the directory for a config: a new one, or that of a run to resume.
 
-    `listen` gets each line that the process says, and a log beside the folder keeps them; without it they go
-    to the terminal as they are.
+    `on_line` gets each line of the worker's output, which is also logged next to the run directory; without
+    it the output goes to the terminal unchanged.
+
+    Returns the run directory of the last attempt.
     """
     while True:
-        with run_dir(job.requested) as folder:
-            _train_in_child(job, folder, on_line)
-        smaller = _halve_micro_batch(job.requested, folder)
+        with run_dir(job.requested) as directory:
+            _train_in_child(job, directory, on_line)
+        smaller = _halve_micro_batch(job.requested, directory)
         if smaller is None:
-            return folder
+            return directory
         job = replace(job, requested=smaller)
 
 
-def _train_in_child(order: TrainJob, folder: Path, listen: Callable[[str], None] | None) -> None:
-    """One process; whatever becomes of it, the record in its folder says so."""
-    process = _ChildProcess(folder, listen)
+def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None] | None) -> None:
+    """Run one worker process, and record its exit in the run directory if it has not done so itself."""
+    child = _ChildProcess(run_dir, on_line)
     try:
-        with process:
-            process.send(
+        with child:
+            child.send(
                 {
-                    "config": to_dict(order.requested),
-                    "choices": dict(order.choices),
-                    "name": order.name,
-                    "parent": order.parent_run_id,
-                    "run_dir": str(folder),
-                    "lineage": dict(order.lineage),
-                    "start_from": order.extend_from and str(order.extend_from),
-                    "leave_at": order.deadline,
+                    "config": to_dict(job.requested),
+                    "choices": dict(job.choices),
+                    "name": job.name,
+                    "parent_run_id": job.parent_run_id,
+                    "run_dir": str(run_dir),
+                    "lineage": dict(job.lineage),
+                    "extend_from": job.extend_from and str(job.extend_from),
+                    "deadline": job.deadline,
                 }
             )
-            process.wait()
+            child.wait()
     except BaseException:
-        _finalize_run(order, folder, "KILLED", "interrupted")
+        _finalize_run(job, run_dir, "KILLED", "interrupted")
         raise
-    _finalize_run(order, folder, "FAILED", process.describe_exit())
+    _finalize_run(job, run_dir, "FAILED", child.describe_exit())
 
 
 class _ChildProcess:
-    """The process of one training, seen from its parent."""
+    """A worker process, seen from its parent."""
 
     def __init__(self, run_dir: Path, on_line: Callable[[str], None] | None) -> None:
-        home = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        source_root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")]))
         self._last_line = ""
         self._stop_requested = self._was_killed = False
         self._on_line = on_line
         self._log_path = run_dir.with_name(f"{run_dir.name}.log")
         self._process = subprocess.Popen(
-            # -P: no file of the working directory is taken for a package.
+            # -P: do not import packages from the working directory.
             [sys.executable, "-P", "-X", "faulthandler", "-m", "captcha_exp.sweep"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if on_line else 2,  # standard output is for results alone
+            stdout=subprocess.PIPE if on_line else 2,  # standard output is reserved for results
             stderr=subprocess.STDOUT if on_line else None,
             env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"},
         )
@@ -175,7 +181,7 @@ class _ChildProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """If it has not ended, it is asked to, and then made to."""
+        """Ask the process to stop if it is still running, and kill it after a timeout."""
         try:
             if self._process.poll() is None:
                 self._stop_requested = True
@@ -183,7 +189,7 @@ class _ChildProcess:
                 self._process.wait(STOP_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             pass
-        finally:  # at a second Ctrl-C, too
+        finally:  # also on a second Ctrl-C
             self._was_killed = self._process.poll() is None
             self._process.kill()
             self._process.wait()
@@ -194,56 +200,56 @@ class _ChildProcess:
                         pipe.close()
 
     def send(self, job: Any) -> None:
-        """What to do."""
+        """Send the job as one line of JSON."""
         self._write_line(json.dumps(job).encode())
 
     def wait(self) -> None:
-        """Until it has ended and all that it said has been heard."""
+        """Wait until the process has exited and its output has been forwarded."""
         self._process.wait()
         self._reader.join()
 
     def describe_exit(self) -> str:
-        """In one line."""
+        """Return why the process exited, in one line."""
         code = self._process.returncode
         if self._was_killed:
-            return "it did not stop when it was asked to, and was made to"
+            return f"did not stop within {STOP_TIMEOUT_SECONDS:g} s; killed"
         if code >= 0:
-            return self._last_line or f"its process ended with exit code {code} and said nothing"
-        known = {each.value: each.name for each in signal.Signals}
-        name = known.get(-code, f"signal {-code}")
-        hint = " (the kernel does so to a process for which memory is short)" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{hint}"
+            return self._last_line or f"exited with code {code} without output"
+        names = {each.value: each.name for each in signal.Signals}
+        name = names.get(-code, f"signal {-code}")
+        hint = " (possibly by the kernel's OOM killer)" if name == "SIGKILL" else ""
+        return f"terminated by {name}{hint}"
 
     def _write_line(self, line: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended; how, is seen when it is waited for
+        with contextlib.suppress(OSError):  # it has exited; `describe_exit` says why
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
 
     def _forward_output(self) -> None:
-        """Each line to the log and to who listens; where one can take no more, the other goes on, since the
-        process would wait for its reader for ever."""
+        """Forward each line to the log and to `on_line`.
+
+        If one of them fails, the other still gets the output: an unread pipe would block the process.
+        """
         if self._process.stdout is None or self._on_line is None:
             return
         terminal, log = _SafeWriter(self._on_line), _SafeWriter(_file_appender(self._log_path))
-        log.write(b"")  # it is there even if nothing is said
-        in_full = True
-        for said in self._process.stdout:
-            log.write(said)
-            line = said.decode(errors="replace").rstrip("\r\n")
+        log.write(b"")  # create the file even without output
+        has_crashed = False
+        for data in self._process.stdout:
+            log.write(data)
+            line = data.decode(errors="replace").rstrip("\r\n")
             self._last_line = line.strip()[:MAX_ERROR_LENGTH] or self._last_line
-            in_full = in_full and not line.startswith(CRASH_MARKERS)
-            if in_full:
+            has_crashed = has_crashed or line.startswith(CRASH_MARKERS)
+            if not has_crashed:
                 terminal.write(line)
         if self._process.wait() != 0 and (self._was_killed or not self._stop_requested):
-            where = (
-                f"{self._log_path} cannot be written" if log.broken else f"{self._log_path} has it in full"
-            )
+            where = f"cannot write {self._log_path}" if log.broken else f"full output in {self._log_path}"
             terminal.write(f"{self.describe_exit()}; {where}")
 
 
 class _SafeWriter:
-    """Takes until it cannot: the disk is full, the terminal has gone."""
+    """Write until the first failure, such as a full disk or a closed terminal, and then discard."""
 
     def __init__(self, write: Callable[[Any], object]) -> None:
         self._write = write
@@ -253,64 +259,64 @@ class _SafeWriter:
         if not self.broken:
             try:
                 self._write(data)
-            except (OSError, SystemExit):  # rich ends a program whose terminal has gone
+            except (OSError, SystemExit):  # rich exits when its terminal is closed
                 self.broken = True
 
 
 def _file_appender(path: Path) -> Callable[[bytes], object]:
-    """Writes at the end of a file that is opened each time: it may not be there to be written."""
+    """Return a function that appends to the file and opens it for each call, since opening may fail."""
 
-    def write(said: bytes) -> None:
+    def write(data: bytes) -> None:
         with path.open("ab") as file:
-            file.write(said)
+            file.write(data)
 
     return write
 
 
-def _finalize_run(order: TrainJob, folder: Path, status: runs.Status, error: str) -> None:
-    """The record of a run whose process is gone, if it has not closed it itself."""
+def _finalize_run(job: TrainJob, run_dir: Path, status: runs.Status, error: str) -> None:
+    """Close the run of a process that has exited without doing so itself."""
     with defer_signals():
-        _write_final_state(order, folder, status, error)
+        _write_final_state(job, run_dir, status, error)
 
 
-def _write_final_state(order: TrainJob, folder: Path, status: runs.Status, error: str) -> None:
+def _write_final_state(job: TrainJob, run_dir: Path, status: runs.Status, error: str) -> None:
     display = RichDisplay()
-    if (folder / "run.json").exists():
-        finalize_run(folder, status, error, display)
+    if (run_dir / "run.json").exists():
+        finalize_run(run_dir, status, error, display)
         return
-    # It never came to make a record: a mistake that only a training meets, or it was ended at once.
-    config = with_tracking_uri(order.requested, root_dir())
-    run = runs.create_run(config, order.requested, folder)
-    tracker = make_tracker(config, display, order.choices, order.name, order.parent_run_id)
-    with contextlib.suppress(RunFailed):  # MLflow does not take it; the folder has it
+    # The process exited before it created a run: an error at its start, or it was killed immediately.
+    config = with_tracking_uri(job.requested, root_dir())
+    run = runs.create_run(config, job.requested, run_dir)
+    tracker = make_tracker(config, display, job.choices, job.name, job.parent_run_id)
+    with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
         tracker.start(run, config)
     run.close(status, error)
     tracker.finish(run, status)
 
 
-def _halve_micro_batch(requested: Config, folder: Path) -> Config | None:
-    """The config with half the micro-batch, or half the evaluation batch, where that is what is to be tried
-    next; None where it is not, or where it is one picture already.
+def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
+    """Return the config with half the micro-batch or evaluation batch, whichever ran out of memory.
 
-    The batch of a step stays what it is.
+    The batch size of a step does not change. Returns None if the run did not run out of memory, if
+    train.on_oom is not split, or if the micro-batch is a single image.
     """
-    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    short = state.get("oom")
-    if not short or requested.train.on_oom != "split":
+    state = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    oom = state.get("oom")
+    if not oom or requested.train.on_oom != "split":
         return None
-    train = load(folder / "config.yaml").train
-    splits = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["splits"]
-    if short["during"] == "evaluation":
+    train = load(run_dir / "config.yaml").train
+    splits = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))["splits"]
+    if oom["during"] == "evaluation":
         size = min(train.eval_batch_size, max(splits["validation"], splits["test"]))
         train = replace(train, eval_batch_size=-(-size // 2))
-    else:  # a batch holds no more than there is; half of more would be the same again
+    else:  # a batch is no larger than the split
         size = min(train.micro_batch_size or int(train.batch_size), splits["train"])
         train = replace(train, micro_batch_size=-(-size // 2))
     return None if size == 1 else replace(requested, train=train)
 
 
 def _exit_with_parent(state: Mapping[str, Any]) -> None:
-    """This process ends when that of the sweep does, if it is another: a launcher's worker would live on."""
+    """Exit this process when that of the sweep exits; a launcher's worker would otherwise survive it."""
     if state["pid"] == os.getpid() or any(
         thread.name == _WATCHER_THREAD_NAME for thread in threading.enumerate()
     ):
@@ -319,9 +325,9 @@ def _exit_with_parent(state: Mapping[str, Any]) -> None:
     def watch() -> None:
         while process.is_alive(state):
             time.sleep(POLL_SECONDS)
-        os._exit(1)  # the pipes to its own children close with it
+        os._exit(1)  # closes the pipes to its children, which then exit
 
     threading.Thread(target=watch, name=_WATCHER_THREAD_NAME, daemon=True).start()
 
 
-_WATCHER_THREAD_NAME = "ends with the sweep"
+_WATCHER_THREAD_NAME = "exit-with-sweep"

@@ -1,4 +1,4 @@
-"""The points of a sweep as tables: CSV for programs, Markdown for MLflow, cells for the terminal."""
+"""Format the results of a sweep: CSV for programs, Markdown for MLflow, cells for the terminal."""
 
 import csv
 import io
@@ -12,21 +12,21 @@ from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.sweep.aggregate import SEEDS, MeanEstimate, SeedGroup, shorten_keys, truncate
 from captcha_exp.sweep.results import JobResult
 
-HEADERS = ("predicted MiB", "measured MiB", "fits", "images/s", "validation", "seconds to it", "status")
-"""of what a person reads, behind what was swept"""
+HEADERS = ("predicted MiB", "measured MiB", "fits", "images/s", "validation", "seconds to best", "status")
+"""columns of the Markdown and terminal tables after the swept keys"""
 _RANGE_FIELDS = ("budget_mib", "predicted_mib")
 _MARKDOWN_SPECIAL = re.compile(r"[\\`*_{}\[\]#|~]")
 _HTML_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;"}
 
 
 def swept_keys(results: Sequence[JobResult]) -> tuple[str, ...]:
-    """What was swept, in the order of the command."""
-    return tuple({key: None for row in results for key in row.swept})
+    """Return the swept keys in the order of the command."""
+    return tuple({key: None for result in results for key in result.swept})
 
 
 def result_to_dict(result: JobResult) -> dict[str, Any]:
-    """The row as JSON has it; an interval is a list of two."""
-    found: dict[str, Any] = {}
+    """Return the result as JSON values; a range is a list of two numbers."""
+    values: dict[str, Any] = {}
     for field in fields(JobResult):
         value = getattr(result, field.name)
         match value:
@@ -34,24 +34,25 @@ def result_to_dict(result: JobResult) -> dict[str, Any]:
                 value = list(value)
             case Mapping():
                 value = dict(value)
-        found[field.name] = value
-    return found
+        values[field.name] = value
+    return values
 
 
 def to_csv(results: Sequence[JobResult]) -> str:
-    """A line for each point, what was swept first; an interval is two columns, nothing an empty cell.
+    """Return one row per job, the swept keys first; a range is two columns, None an empty cell.
 
-    A column of ours is called point.NAME where NAME was swept.
+    A result column that is named like a swept key is called job.NAME.
     """
     swept = swept_keys(results)
-    ours = {column: f"point.{column}" if column in swept else column for column in _columns()}
+    names = {column: f"job.{column}" if column in swept else column for column in _columns()}
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*swept, *ours.values()])  # its line ends make it quote \r as well as \n
+    # The default line terminator \r\n makes the writer quote \r as well as \n.
+    writer = csv.DictWriter(text, [*swept, *names.values()])
     writer.writeheader()
-    for row in results:
-        cells = {ours[column]: value for column, value in _cells(row).items()}
-        writer.writerow({**row.swept, **cells})
-    return text.getvalue().encode("utf-8", "backslashreplace").decode()  # half a character cannot be written
+    for result in results:
+        cells = {names[column]: value for column, value in _cells(result).items()}
+        writer.writerow({**result.swept, **cells})
+    return text.getvalue().encode("utf-8", "backslashreplace").decode()  # escape lone surrogates
 
 
 def _columns() -> list[str]:
@@ -63,33 +64,25 @@ def _columns() -> list[str]:
     ]
 
 
-def _cells(row: JobResult) -> dict[str, Any]:
-    """Column -> value, an interval as two."""
-    values = result_to_dict(row)
+def _cells(result: JobResult) -> dict[str, Any]:
+    """Return column -> value, a range as two columns."""
+    values = result_to_dict(result)
     for name in _RANGE_FIELDS:
         values.update(zip(_bound_columns(name), values[name] or [None, None], strict=True))
     return {column: values[column] for column in _columns()}
 
 
 def _bound_columns(name: str) -> list[str]:
-    return [name.replace("_mib", "_least_mib"), name.replace("_mib", "_most_mib")]
+    return [name.replace("_mib", "_min_mib"), name.replace("_mib", "_max_mib")]
 
 
 def to_markdown(title: str, groups: Sequence[SeedGroup], conclusions: Sequence[str]) -> str:
-    """The title, a line for each group, a list of the sentences; values stand as they are."""
-    heads, lines = build_table(groups)
-    table = [heads, *lines]
-    text = [_markdown_row([_escape_markdown(cell) for cell in line]) for line in table]
-    text.insert(1, _markdown_row(["---"] * len(heads)))
-    return "\n".join(
-        [
-            f"**{_escape_markdown(title)}**",
-            "",
-            *text,
-            "",
-            *(f"- {_escape_markdown(line)}" for line in conclusions),
-        ]
-    )
+    """Return the title, a table row per group, and a list of the conclusions, all escaped."""
+    header, rows = build_table(groups)
+    table = [_markdown_row([_escape_markdown(cell) for cell in row]) for row in (header, *rows)]
+    table.insert(1, _markdown_row(["---"] * len(header)))
+    items = [f"- {_escape_markdown(line)}" for line in conclusions]
+    return "\n".join([f"**{_escape_markdown(title)}**", "", *table, "", *items])
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -102,43 +95,46 @@ def _escape_markdown(text: str) -> str:
 
 
 def build_table(groups: Sequence[SeedGroup]) -> tuple[list[str], list[list[str]]]:
-    """Heads, and a line for each group, that a person reads; what became of it stands last."""
-    swept = swept_keys([row for group in groups for row in group.results])
-    shorter = shorten_keys(swept)
+    """Return the header and a row per group for people to read; the status is the last column.
+
+    The kind of the measured memory (GPU or RAM) is in the header, or in the cells if both occur.
+    """
+    swept = swept_keys([result for group in groups for result in group.results])
+    short_keys = shorten_keys(swept)
     columns = [key for key in swept if key not in SEEDS]
-    several = any(group.num_jobs > 1 for group in groups)
-    on_card = {group.on_gpu for group in groups if "measured_mib" in group.metrics}
-    kind = "" if len(on_card) != 1 else " (card)" if on_card == {True} else " (RAM)"
-    heads = [escape_unprintable(shorter[key]) for key in columns]
-    heads += ["points"] * several
-    heads += [head + kind if head == "measured MiB" else head for head in HEADERS]
-    lines = []
+    has_repeats = any(group.num_jobs > 1 for group in groups)
+    on_gpu = {group.on_gpu for group in groups if "measured_mib" in group.metrics}
+    kind = "" if len(on_gpu) != 1 else " (GPU)" if on_gpu == {True} else " (RAM)"
+    header = [escape_unprintable(short_keys[key]) for key in columns]
+    header += ["jobs"] * has_repeats
+    header += [name + kind if name == "measured MiB" else name for name in HEADERS]
+    rows = []
     for group in groups:
-        found = group.metrics
-        place = "" if kind else " (card)" if group.on_gpu else " (RAM)"
-        lines.append(
+        metrics = group.metrics
+        cell_kind = "" if kind else " (GPU)" if group.on_gpu else " (RAM)"
+        rows.append(
             [
                 *(truncate(group.swept.get(key, "")) for key in columns),
-                *([str(group.num_jobs)] * several),
+                *([str(group.num_jobs)] * has_repeats),
                 str(group.predicted_mib or ""),
-                _format_number(found.get("measured_mib"), place),
+                _format_number(metrics.get("measured_mib"), cell_kind),
                 group.fits or "",
-                _format_number(found.get("images_per_second")),
-                _format_fraction(found.get("val_accuracy")),
-                _format_number(found.get("seconds_to_best")),
+                _format_number(metrics.get("images_per_second")),
+                _format_fraction(metrics.get("val_accuracy")),
+                _format_number(metrics.get("seconds_to_best")),
                 group.status,
             ]
         )
-    return heads, lines
+    return header, rows
 
 
-def _format_number(found: MeanEstimate | None, after: str = "") -> str:
-    if found is None:
+def _format_number(mean: MeanEstimate | None, suffix: str = "") -> str:
+    if mean is None:
         return ""
-    return f"{found.value:,.0f}{after}" if found.value >= 10 else f"{found.value:.2g}{after}"
+    return f"{mean.value:,.0f}{suffix}" if mean.value >= 10 else f"{mean.value:.2g}{suffix}"
 
 
-def _format_fraction(found: MeanEstimate | None) -> str:
-    if found is None:
+def _format_fraction(mean: MeanEstimate | None) -> str:
+    if mean is None:
         return ""
-    return f"{found.value:.2%}" if found.half is None else f"{found.value:.2%} ± {found.half:.2%}"
+    return f"{mean.value:.2%}" if mean.half_width is None else f"{mean.value:.2%} ± {mean.half_width:.2%}"

@@ -1,7 +1,7 @@
-"""The process of one training, as `supervise` starts it.
+"""Worker process that trains one job; see `supervisor`.
 
-It is told in one line of JSON on its standard input what to train. A second line asks it to stop: it closes
-its record and ends. When its standard input ends, whoever started it is gone, and so it goes too, at once.
+The first line on its standard input is the job as JSON. A second line asks it to stop: it closes its run and
+exits. At the end of standard input its parent has exited, and it exits immediately.
 """
 
 import _thread
@@ -18,12 +18,14 @@ STOP = b"stop"
 
 
 def worker_main() -> None:
-    """Train what standard input says; the record in the run's folder is the answer."""
-    words = _read_lines()
-    order = json.loads(next(words))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; who supervises decides
+    """Train the job read from standard input; the result is the record in its run directory."""
+    lines = _read_lines()
+    job = json.loads(next(lines))
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the process group; the supervisor handles it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    threading.Thread(target=_watch_stdin, args=(words,), daemon=True).start()
+    threading.Thread(target=_watch_stdin, args=(lines,), daemon=True).start()
 
     from captcha_exp.config import load
     from captcha_exp.errors import UserError
@@ -32,23 +34,23 @@ def worker_main() -> None:
     from captcha_exp.tracking import make_tracker
     from captcha_exp.training.train import resume, train
 
-    config, display = load(order["config"]), RichDisplay()
-    tracker = make_tracker(config, display, order["choices"], order["name"], order["parent"])
+    config, display = load(job["config"]), RichDisplay()
+    tracker = make_tracker(config, display, job["choices"], job["name"], job["parent_run_id"])
     try:
-        start_from = order["start_from"] and Path(order["start_from"])
-        folder, links = Path(order["run_dir"]), order["lineage"]
-        leaving = ShutdownHandler(order["leave_at"] and (order["leave_at"] - time.time()) / 60)
-        if (folder / "run.json").exists():
-            resume(folder, tracker, display, extend_from=start_from, shutdown=leaving)
+        run_dir = Path(job["run_dir"])
+        extend_from = job["extend_from"] and Path(job["extend_from"])
+        shutdown = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)
+        if (run_dir / "run.json").exists():
+            resume(run_dir, tracker, display, extend_from=extend_from, shutdown=shutdown)
         else:
             train(
                 config,
                 tracker,
                 display,
-                run_dir=folder,
-                lineage=links,
-                extend_from=start_from,
-                shutdown=leaving,
+                run_dir=run_dir,
+                lineage=job["lineage"],
+                extend_from=extend_from,
+                shutdown=shutdown,
             )
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
@@ -56,8 +58,9 @@ def worker_main() -> None:
 
 
 def _watch_stdin(lines: Iterator[bytes]) -> None:
+    """Raise SIGTERM in the main thread on `STOP`, and exit at the end of standard input."""
     if next(lines, None) == STOP:
-        if hasattr(signal, "pthread_kill"):  # ends a wait for a server or for drawn pictures, too
+        if hasattr(signal, "pthread_kill"):  # also interrupts a blocking wait for a server or for images
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         else:
             _thread.interrupt_main(signal.SIGTERM)
@@ -67,8 +70,8 @@ def _watch_stdin(lines: Iterator[bytes]) -> None:
 
 
 def _read_lines() -> Iterator[bytes]:
-    """The lines of standard input, past Python's own buffer: a thread that waits in it keeps an interpreter
-    from ending."""
+    """Read lines from standard input, unbuffered: a thread blocked in `sys.stdin` would keep the interpreter
+    from exiting."""
     rest = b""
     while more := os.read(0, 65536):
         *lines, rest = (rest + more).split(b"\n")

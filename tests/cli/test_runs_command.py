@@ -481,7 +481,7 @@ def test_a_row_with_other_types_is_skipped_with_a_warning(make: Make, call: Call
         file.write(row.to_line())
     code, _, err = call("runs", "val/accuracy>=0.9")
     path = run.run_dir / "metrics.jsonl"
-    line = f"{path}, line 5: is left out: a step or a metric is no number\n"
+    line = f"{path}, line 5: skipped: a step or a metric is not a number\n"
     assert (code, err) == (0, line)
 
 
@@ -492,11 +492,11 @@ BOMB = b"a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     ("text", "reason"),
     [
         (b"seed: [1", "while parsing .+"),
-        (b"", "it holds no keys"),
-        (b"- 1", "it holds no keys"),
-        (BOMB, "it holds an alias"),
-        (b"a: &a\n  b: *a", "it holds an alias"),
-        (b"a: 2026-03-01", "it holds a date"),
+        (b"", "not a mapping of keys to values"),
+        (b"- 1", "not a mapping of keys to values"),
+        (BOMB, "contains an alias"),
+        (b"a: &a\n  b: *a", "contains an alias"),
+        (b"a: 2026-03-01", "contains a value of type date"),
         (b"a: !!python/name:os.system", "could not determine a constructor .+"),
         (b"a: " + b"[" * 100_000, "maximum recursion .+"),
         (b"- " * 40_000, "maximum recursion .+"),
@@ -512,7 +512,7 @@ def test_a_damaged_config_is_reported_and_ignored(make: Make, call: Call, text: 
     assert [each["run_dir"] for each in json.loads(out)] == dirs_of([whole, run])
     assert json.loads(out)[1]["values"] == {"test/accuracy": 0.875}
     path = re.escape(str(run.run_dir / "config.yaml"))
-    assert re.fullmatch(f"{path}: cannot be read as a config: {reason}\n", err)
+    assert re.fullmatch(f"{path}: is not a valid config: {reason}\n", err)
 
 
 def test_a_run_without_a_config_is_listed_with_a_warning(make: Make, call: Call) -> None:
@@ -541,7 +541,7 @@ def test_an_invalid_run_json_is_reported_and_not_listed(make: Make, call: Call) 
     code, out, err = call("runs", "--json")
     assert [each["run_dir"] for each in json.loads(out)] == [str(good.run_dir)]
     assert code == 0
-    assert err.endswith("run.json: is not the record of a run: result=['[b]'] is nothing that a run writes\n")
+    assert err.endswith("run.json: is not a valid run.json: result=['[b]'] has the wrong type\n")
 
 
 def test_files_are_read_only_if_a_key_needs_them(make: Make, call: Call) -> None:

@@ -128,7 +128,7 @@ KEYS = sorted(set(keys(plain("data=wheezy"))) - {"gpu.total_mib"})  # null, or a
         ("experiment=quickstrat", "did you mean quickstart?"),
         ("train=null", "one of constant, few, onecycle"),
         ("model=", "one of compact, resnet18"),
-        ("hydra.run.dir=x", "Hydra only composes here"),
+        ("hydra.run.dir=x", "has no effect, Hydra only composes the config"),
         ("train.batch_size=25,50", "is a sweep"),
         ("seed=range(1,4)", "is a sweep"),
     ],
@@ -145,7 +145,7 @@ def test_a_mistake_gives_one_line_with_the_key_the_value_and_what_is_allowed(
 @pytest.mark.parametrize("override", ["foo", "", "a=b=c", "train.batch_size=[1", "captcha.alphabet=abc#d"])
 def test_what_is_no_override_is_quoted_in_one_line(override: str) -> None:
     assert mistakes(override) == (
-        f"{override!r}: is no override; write key=value, with quotes around odd values",
+        f"{override!r}: invalid override; write key=value, with quotes around special characters",
     )
 
 
@@ -284,7 +284,7 @@ def test_a_persons_own_file_that_is_no_yaml_gives_one_line(tmp_path: Path) -> No
 
 
 def test_a_config_dir_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--config-dir=.*/nowhere: there is no such folder$"):
+    with pytest.raises(UserError, match=r"^--config-dir=.*/nowhere: no such directory$"):
         compose(config_dir=str(tmp_path / "nowhere"))
 
 

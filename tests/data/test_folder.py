@@ -949,7 +949,7 @@ def test_data_lists_everything_as_json(
     said = json.loads(capsys.readouterr().out)
     assert {bad["file"]: bad["reason"] for bad in said["rejected"]}.keys() == spoilt.bad.keys()
     assert said["images"] == spoilt.good
-    assert Path(said["sheet"]).is_file()
+    assert Path(said["preview"]).is_file()
 
 
 def test_a_table_that_is_too_long_says_how_to_see_the_rest(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A finished run again: what is the same is called so, and what is not is named with its cause."""
+"""Test the reproduction of finished runs: identical results, and differences attributed to their cause."""
 
 import json
 import os
@@ -12,41 +12,46 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Call, Heard
+from conftest import TINY, Call, Heard
 from omegaconf import DictConfig
 from PIL import Image
 from support.image_files import page, saved
 
-from captcha_exp import load
+from captcha_exp import compose, load
 from captcha_exp.cli.hydra_config import apply_overrides
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.report import figures
-from captcha_exp.reproduce import changes as drift
 from captcha_exp.reproduce import compare
 from captcha_exp.reproduce.causes import attribute, format_verdict
-from captcha_exp.reproduce.changes import Change
+from captcha_exp.reproduce.changes import Change, has_no_effect
 from captcha_exp.reproduce.reference import RunResult, load_reference
 from captcha_exp.reproduce.rerun import Reproduction, reproduce
-from captcha_exp.runs import find_linked
+from captcha_exp.runs import MetricsRow, find_linked
 from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.files import sha256_of, write_json
 from captcha_exp.training.recorder import NullTracker
 from captcha_exp.training.train import train
 
 PROJECT = Path(__file__).resolve().parents[2]
+IMAGE_FOLDER = (
+    *(text for text in TINY if text.split("=")[0] not in ("data.count", "data.workers", "captcha.alphabet")),
+    *("captcha.alphabet='0123456789'", "captcha.length=4", "captcha.channels=1"),
+    *("device.threads=1", "tracking=none", "data=folder", "train.epochs=1"),
+)
+"""overrides of a run on an image folder"""
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pictures: they take longer than the training."""
+    """Skip plotting, which takes longer than the training."""
     for name in ("plot_curves", "plot_confusion_matrix", "plot_misreads", "plot_samples"):
         monkeypatch.setattr(figures, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def trained(composed: DictConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished run of the tiny config, in a root of its own; nobody writes into it."""
+    """A finished run of the tiny config in its own root directory; tests only read it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path_factory.mktemp("first")))
         yield train(load(composed)).run_dir
@@ -54,20 +59,22 @@ def trained(composed: DictConfig, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, root: Path) -> Path:
-    """The same run, copied to another place; the root of this test has no run yet."""
+    """A copy of the trained run outside the root directory of the test."""
     return shutil.copytree(trained, tmp_path / "copied [b]run")
 
 
-def again(folder: Path, *overrides: str, display: NullDisplay | None = None) -> Reproduction:
+def rerun(folder: Path, *overrides: str, display: NullDisplay | None = None) -> Reproduction:
     from captcha_exp.runtime.device import detect_machine
 
-    first = load_reference(folder)
-    wanted = apply_overrides(first.config, overrides)
-    return reproduce(first, wanted, detect_machine(), lambda _: NullTracker(), display or NullDisplay())
+    reference = load_reference(folder)
+    requested = apply_overrides(reference.config, overrides)
+    return reproduce(
+        reference, requested, detect_machine(), lambda _: NullTracker(), display or NullDisplay()
+    )
 
 
 def edit(folder: Path, **keys: Any) -> None:
-    """Somebody changes values in config.yaml: `train__epochs=3`."""
+    """Edit values of config.yaml, as in `train__epochs=3`."""
     path = folder / "config.yaml"
     values = yaml.safe_load(path.read_text())
     for key, value in keys.items():
@@ -85,59 +92,64 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     write_json(path, values)
 
 
-def roles(made: Reproduction) -> dict[str, str]:
-    return {each.change.name: each.role for each in made.attributed_changes}
+def roles(reproduction: Reproduction) -> dict[str, str]:
+    return {each.change.name: each.role for each in reproduction.attributed_changes}
 
 
-# -- the same ------------------------------------------------------------------------------------------------
+# -- identical runs ------------------------------------------------------------------------------------------
 
 
-def test_a_copied_run_is_identical_three_times(run: Path, root: Path) -> None:
+def test_a_copied_run_is_reproduced_identically_three_times(run: Path, root: Path) -> None:
     for _ in range(3):
-        made = again(run)
-        assert made.summary == "identical"
-        assert (made.attributed_changes, made.differences) == ([], [])
-    assert made.run_dir.is_relative_to(root)
-    assert made.weights_sha256 == json.loads((run / "run.json").read_text())["result"]["weights_sha256"]
+        reproduction = rerun(run)
+        assert reproduction.summary == "identical"
+        assert (reproduction.attributed_changes, reproduction.differences) == ([], [])
+    assert reproduction.run_dir.is_relative_to(root)
+    assert (
+        reproduction.weights_sha256 == json.loads((run / "run.json").read_text())["result"]["weights_sha256"]
+    )
 
 
-def test_the_new_run_is_linked_and_has_the_verdict_in_its_record(run: Path) -> None:
-    made = again(run)
-    state = json.loads((made.run_dir / "run.json").read_text())
+def test_the_new_run_links_to_the_reference_and_records_the_verdict(run: Path) -> None:
+    reproduction = rerun(run)
+    state = json.loads((reproduction.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
     assert state["lineage"] == {"reproduces": {"run_dir": str(run), "run_id": None}}
     assert state["tags"] == {"reproduces": str(run), "reproduction": "identical"}
-    assert json.loads((made.run_dir / "reproduction.json").read_text()) == made.to_json()
-    assert state["files"]["reproduction.json"] == sha256_of(made.run_dir / "reproduction.json")
+    assert json.loads((reproduction.run_dir / "reproduction.json").read_text()) == reproduction.to_json()
+    assert state["files"]["reproduction.json"] == sha256_of(reproduction.run_dir / "reproduction.json")
 
 
 def test_a_reproduction_can_be_reproduced(run: Path) -> None:
-    assert again(again(run).run_dir).summary == "identical"
+    assert rerun(rerun(run).run_dir).summary == "identical"
 
 
-def test_other_workers_are_a_variation_that_changes_nothing(run: Path) -> None:
-    made = again(run, "data.workers=2", "train.checkpoint_every=5 steps")
-    assert made.verdict == "identical"
-    assert made.overrides == {"data.workers": (1, 2), "train.checkpoint_every": ("1 minute", "5 steps")}
-    assert made.summary.startswith("identical, but data.workers 1 -> 2")
+def test_overrides_without_effect_give_identical_results(run: Path) -> None:
+    reproduction = rerun(run, "data.workers=2", "train.checkpoint_every=5 steps")
+    assert reproduction.verdict == "identical"
+    assert reproduction.overrides == {
+        "data.workers": (1, 2),
+        "train.checkpoint_every": ("1 minute", "5 steps"),
+    }
+    assert reproduction.summary.startswith("identical, but data.workers 1 -> 2")
 
 
-def test_environment_variables_for_threads_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit_json(run / "environment.json", lambda found: found["variables"].update(OMP_NUM_THREADS="7"))
-    made = again(run)
-    assert made.summary == "identical"
-    assert roles(made) == {"variable OMP_NUM_THREADS": "cleared"}
+def test_environment_variables_for_threads_have_no_effect(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_json(run / "environment.json", lambda values: values["variables"].update(OMP_NUM_THREADS="7"))
+    reproduction = rerun(run)
+    assert reproduction.summary == "identical"
+    assert roles(reproduction) == {"variable OMP_NUM_THREADS": "ruled_out"}
 
 
-def test_a_point_of_a_sweep_is_a_run_like_any_other(run: Path, root: Path, call: Call) -> None:
-    point = shutil.copytree(run, root / "outputs" / "2026-01-01" / "sweep" / "1-seed=0")
-    code, out, _ = call("reproduce", str(point))
+def test_a_job_of_a_sweep_can_be_reproduced(run: Path, root: Path, call: Call) -> None:
+    job = shutil.copytree(run, root / "outputs" / "2026-01-01" / "sweep" / "1-seed=0")
+    code, out, _ = call("reproduce", str(job))
     assert (code, out.splitlines()[1]) == (0, "identical")
     code, out, _ = call("reproduce", "2026-01-01/sweep/1-seed=0", "--json")
-    assert (code, json.loads(out)["of"]) == (0, str(point))
+    assert (code, json.loads(out)["reference"]) == (0, str(job))
 
 
-# -- planted differences -------------------------------------------------------------------------------------
+# -- injected differences ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,256 +160,246 @@ def test_a_point_of_a_sweep_is_a_run_like_any_other(run: Path, root: Path, call:
         ({"device__precision": "bf16"}, "device.precision fp32 -> bf16"),
         ({"data__split_seed": 7}, "data.split_seed 0 -> 7"),
         ({"train__learning_rate": 0.02}, "train.learning_rate 0.008 -> 0.02"),
-        ({"augment__shift": 0.1}, "augment.translate 0.0 -> 0.1"),
+        ({"augment__translate": 0.1}, "augment.translate 0.0 -> 0.1"),
         ({"device__threads": 1}, "device.threads 2 -> 1"),
         ({"data__seed": 3}, "data.seed 0 -> 3"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_edited_config_is_told_by_key_and_is_the_cause(
-    run: Path, keys: dict[str, Any], cause: str
-) -> None:
+def test_an_edited_config_key_is_reported_as_the_cause(run: Path, keys: dict[str, Any], cause: str) -> None:
     edit(run, **keys)
-    heard = Heard()
-    made = again(run, display=heard)
-    assert f"config.yaml was changed after the run ended: {cause}" in heard.warnings
-    assert made.verdict != "identical"
-    assert made.summary.endswith(f"; cause: {cause}")
+    display = Heard()
+    reproduction = rerun(run, display=display)
+    assert f"config.yaml was edited after the run finished: {cause}" in display.warnings
+    assert reproduction.verdict != "identical"
+    assert reproduction.summary.endswith(f"; cause: {cause}")
 
 
-def test_an_edit_that_changes_no_result_is_told_too(run: Path) -> None:
-    edit(run, train__stop_after_minutes=500.0)
-    assert again(run).summary == "identical, but train.max_minutes null -> 500.0"
+def test_an_edit_without_effect_is_reported(run: Path) -> None:
+    edit(run, train__max_minutes=500.0)
+    assert rerun(run).summary == "identical, but train.max_minutes null -> 500.0"
 
 
-def test_the_limit_of_time_was_of_the_process_and_not_of_the_run(tiny: Config) -> None:
+def test_the_time_limit_is_not_reproduced(tiny: Config) -> None:
     limited = replace(tiny, train=replace(tiny.train, max_minutes=30.0))
     folder = train(limited).run_dir
-    made = again(folder)
-    assert (made.summary, dict(made.overrides)) == ("identical", {})
-    assert load(made.run_dir / "config.yaml").train.max_minutes is None
-    assert again(folder, "train.max_minutes=20").summary == ("identical, but train.max_minutes null -> 20.0")
+    reproduction = rerun(folder)
+    assert (reproduction.summary, dict(reproduction.overrides)) == ("identical", {})
+    assert load(reproduction.run_dir / "config.yaml").train.max_minutes is None
+    assert rerun(folder, "train.max_minutes=20").summary == ("identical, but train.max_minutes null -> 20.0")
 
 
-def test_a_config_of_which_no_edit_can_be_named_is_told(run: Path) -> None:
-    """The weights, whose config says what ran, are gone, or were trained with the edited file."""
+def test_an_edited_config_without_a_known_edit_is_reported(run: Path) -> None:
+    """The weights, which contain the config of the run, are missing or have the edited config."""
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "# a comment\n")
-    heard = Heard()
-    assert again(run, display=heard).summary == "identical", "the weights say that the values are the same"
-    assert "config.yaml is not the file that the run ended with (its SHA-256 is another)" in heard.warnings
-    changed = "identical, but the run's config.yaml as it began -> changed since"
+    display = Heard()
+    assert rerun(run, display=display).summary == "identical", "the config in the weights is unchanged"
+    assert "config.yaml was modified after the run finished (SHA-256 differs)" in display.warnings
+    changed = "identical, but the run's config.yaml original -> modified"
     edit_json(run / "run.json", lambda s: s["files"].update({"config.yaml": sha256_of(run / "config.yaml")}))
-    assert again(run).summary == changed
+    assert rerun(run).summary == changed
 
     edit(run, train__learning_rate=0.004)
     (run / "model.safetensors").unlink()
-    made = again(run)
-    assert made.verdict != "identical"
-    assert roles(made)["the run's config.yaml"] == "cause", "nothing else can be"
+    reproduction = rerun(run)
+    assert reproduction.verdict != "identical"
+    assert roles(reproduction)["the run's config.yaml"] == "cause", "the only possible one"
 
 
-def test_what_changed_while_a_run_was_interrupted_is_suspect_where_results_differ(run: Path) -> None:
+def test_changes_across_an_interruption_are_suspects_if_results_differ(run: Path) -> None:
     changes = {"packages.torch": ["2.12.0", "2.13.0"], "packages.mlflow": ["3.0", "3.1"], "device.threads": 3}
     edit_json(run / "run.json", lambda state: state.update(resumed=[{"changed": changes}, {"at": "then"}]))
-    made = again(run)
-    assert made.summary == "identical"
-    assert set(roles(made).values()) == {"cleared"}
+    reproduction = rerun(run)
+    assert reproduction.summary == "identical"
+    assert set(roles(reproduction).values()) == {"ruled_out"}
     edit(run, train__learning_rate=0.004)
-    found = roles(again(run))
-    assert found["train.learning_rate"] == "cause"
-    assert found["when the run went on: packages.torch"] == "suspect"
-    assert found["when the run went on: packages.mlflow"] == "cleared"
+    role_of = roles(rerun(run))
+    assert role_of["train.learning_rate"] == "cause"
+    assert role_of["on resume: packages.torch"] == "suspect"
+    assert role_of["on resume: packages.mlflow"] == "ruled_out"
 
 
-def test_a_version_in_the_record_is_drift_and_no_cause(run: Path) -> None:
-    edit_json(run / "environment.json", lambda found: found["packages"].update(pillow="1.2.3"))
-    heard = Heard()
-    made = again(run, display=heard)
-    assert made.summary.startswith("identical, but pillow 1.2.3 -> ")
-    assert roles(made) == {"pillow": "cleared"}
-    assert heard.warnings == [
-        "environment.json is not the file that the run ended with (its SHA-256 is another)"
-    ]
+def test_a_changed_package_version_is_reported_but_ruled_out(run: Path) -> None:
+    edit_json(run / "environment.json", lambda values: values["packages"].update(pillow="1.2.3"))
+    display = Heard()
+    reproduction = rerun(run, display=display)
+    assert reproduction.summary.startswith("identical, but pillow 1.2.3 -> ")
+    assert roles(reproduction) == {"pillow": "ruled_out"}
+    assert display.warnings == ["environment.json was modified after the run finished (SHA-256 differs)"]
 
 
-def test_a_metric_that_somebody_changed_is_not_called_the_same(run: Path) -> None:
+def test_a_modified_metric_is_not_identical(run: Path) -> None:
     path = run / "metrics.jsonl"
     first, *rest = path.read_text().splitlines(keepends=True)
-    row = results_row(first)
+    row = MetricsRow.from_line(first)
     loss = row.metrics["train/loss"]
     changed = replace(row, metrics={**row.metrics, "train/loss": loss * (1 + 2**-52)})
     path.write_text("".join([changed.to_line(), *rest]))
-    made = again(run)
-    assert made.verdict == "equivalent"
-    (only,) = made.differences
+    reproduction = rerun(run)
+    assert reproduction.verdict == "equivalent"
+    (only,) = reproduction.differences
     assert (only.epoch, only.name, only.actual) == (1, "train/loss", loss)
-    assert made.summary.endswith("cause: the run's metrics.jsonl as it ended -> changed since")
+    assert reproduction.summary.endswith("cause: the run's metrics.jsonl original -> modified")
 
 
-def results_row(line: str) -> Any:
-    from captcha_exp.runs import MetricsRow
-
-    return MetricsRow.from_line(line)
-
-
-# -- a folder of pictures ------------------------------------------------------------------------------------
+# -- image folders -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def pictured(tiny: Config, tmp_path: Path) -> tuple[Path, Path]:
-    """A run on a folder of pictures, and the folder."""
-    from test_folder import of
-
-    there = tmp_path / "images"
-    there.mkdir()
+def folder_run(root: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run on an image folder, and the folder."""
+    image_dir = tmp_path / "images"
+    image_dir.mkdir()
     for number in range(60):
-        (there / f"{number:04}.png").write_bytes(saved(page(number), "PNG"))
-    config = of(there)
-    config = replace(config, train=replace(config.train, epochs=1))
-    return train(config).run_dir, there
+        (image_dir / f"{number:04}.png").write_bytes(saved(page(number), "PNG"))
+    config = load(compose(*IMAGE_FOLDER, f"data.path={image_dir}", f"data.cache={tmp_path / 'cache'}"))
+    return train(config).run_dir, image_dir
 
 
-def test_pictures_that_were_moved_are_found_by_data_path(pictured: tuple[Path, Path]) -> None:
-    folder, there = pictured
-    there.rename(there.with_name("elsewhere"))
-    with pytest.raises(
-        UserError, match=r"there is no such folder; data\.path=DIR names the folder where it is"
-    ):
-        again(folder)
-    made = again(folder, f"data.path={there.with_name('elsewhere')}")
-    assert made.verdict == "identical"
-    assert roles(made) == {"data.path": "cleared"}
+def test_a_moved_image_folder_is_given_by_data_path(folder_run: tuple[Path, Path]) -> None:
+    run_dir, image_dir = folder_run
+    moved = image_dir.rename(image_dir.with_name("elsewhere"))
+    with pytest.raises(UserError, match=r"no such folder; set data\.path=DIR to its current location"):
+        rerun(run_dir)
+    reproduction = rerun(run_dir, f"data.path={moved}")
+    assert reproduction.verdict == "identical"
+    assert roles(reproduction) == {"data.path": "ruled_out"}
 
 
-def test_one_pixel_and_one_label_are_named_before_the_training(pictured: tuple[Path, Path]) -> None:
-    folder, there = pictured
-    with Image.open(there / "0007.png") as image:
-        image.putpixel((3, 4), (image.getpixel((3, 4)) or 0) ^ 128)  # type: ignore[operator]  # one grey
-        image.save(there / "0007.png")
-    (there / "labels.csv").write_text(
+def test_one_changed_pixel_and_one_changed_label_are_reported(folder_run: tuple[Path, Path]) -> None:
+    run_dir, image_dir = folder_run
+    with Image.open(image_dir / "0007.png") as image:
+        image.putpixel((3, 4), (image.getpixel((3, 4)) or 0) ^ 128)  # type: ignore[operator]  # grayscale
+        image.save(image_dir / "0007.png")
+    (image_dir / "labels.csv").write_text(
         "file,label\n" + "".join(f"{n:04}.png,{9999 if n == 5 else n:04}\n" for n in range(60))
     )
-    heard = Heard()
-    made = again(folder, display=heard)
-    before = "the folder of pictures is not as it was:"
-    assert f"{before} another content: 0007.png" in heard.warnings
-    assert f"{before} another label: 0005.png" in heard.warnings
-    assert made.verdict == "different"
-    assert made.summary.endswith("; cause: another content: 0007.png, another label: 0005.png")
+    display = Heard()
+    reproduction = rerun(run_dir, display=display)
+    prefix = "the image folder has changed:"
+    assert f"{prefix} different content: 0007.png" in display.warnings
+    assert f"{prefix} different label: 0005.png" in display.warnings
+    assert reproduction.verdict == "different"
+    assert reproduction.summary.endswith("; cause: different content: 0007.png, different label: 0005.png")
 
 
-def test_a_missing_and_a_new_picture_are_named(pictured: tuple[Path, Path]) -> None:
-    folder, there = pictured
-    (there / "0009.png").rename(there / "7777.png")
-    heard = Heard()
-    made = again(folder, display=heard)
-    assert [line.partition("was: ")[2] for line in heard.warnings] == ["missing: 0009.png", "new: 7777.png"]
-    assert made.verdict == "different"
+def test_a_missing_and_a_new_image_are_reported(folder_run: tuple[Path, Path]) -> None:
+    run_dir, image_dir = folder_run
+    (image_dir / "0009.png").rename(image_dir / "7777.png")
+    display = Heard()
+    reproduction = rerun(run_dir, display=display)
+    assert [line.partition("changed: ")[2] for line in display.warnings] == [
+        "missing: 0009.png",
+        "new: 7777.png",
+    ]
+    assert reproduction.verdict == "different"
 
 
 # -- code ----------------------------------------------------------------------------------------------------
 
 
-def test_code_that_was_changed_is_told_before_with_how_to_get_the_old(run: Path) -> None:
-    edit_json(run / "code.json", lambda found: found.update({"captcha_exp/model/step.py": "0" * 64}))
+def test_changed_code_is_reported_with_the_command_to_restore_it(run: Path) -> None:
+    edit_json(run / "code.json", lambda values: values.update({"captcha_exp/model/step.py": "0" * 64}))
     edit_json(
         run / "environment.json",
-        lambda found: found.update(git={"commit": "a1" * 20, "branch": "main", "dirty": True}),
+        lambda values: values.update(git={"commit": "a1" * 20, "branch": "main", "dirty": True}),
     )
     (run / "code.diff").write_text("")
-    heard = Heard()
-    made = again(run, display=heard)
-    told = next(line for line in heard.warnings if "code is not" in line)
-    assert told.startswith(
-        "today's code is not that of the run (a1a1a1a1 with changes): captcha_exp/model/step.py; "
-        "to have the old "
+    display = Heard()
+    reproduction = rerun(run, display=display)
+    line = next(line for line in display.warnings if "code differs" in line)
+    assert line.startswith(
+        "the code differs from that of the run (a1a1a1a1 with uncommitted changes): "
+        "captcha_exp/model/step.py; to restore it: git "
     )
-    assert f"../captcha_exp-a1a1a1a1 {'a1' * 20}" in told or "git clone" in told
-    assert told.endswith(f"and in there git apply '{run / 'code.diff'}'")
-    assert made.summary.startswith(
-        "identical, but code (captcha_exp/model/step.py) a1a1a1a1 with changes -> "
+    assert f"../captcha_exp-a1a1a1a1 {'a1' * 20}" in line or "git clone" in line
+    assert line.endswith(f"then in it git apply '{run / 'code.diff'}'")
+    assert reproduction.summary.startswith(
+        "identical, but code (captcha_exp/model/step.py) a1a1a1a1 with uncommitted changes -> "
     )
 
 
-def test_a_commit_that_is_no_commit_is_never_part_of_a_command(run: Path) -> None:
-    edit_json(run / "code.json", lambda found: found.update({"captcha_exp/model/step.py": "0" * 64}))
-    edit_json(run / "environment.json", lambda found: found.update(git={"commit": "$(rm -rf ~)"}))
-    heard = Heard()
-    again(run, display=heard)
-    assert any("pip install captcha-exp==" in line for line in heard.warnings)
-    assert not any("worktree" in line for line in heard.warnings)
+def test_an_invalid_commit_is_never_part_of_a_command(run: Path) -> None:
+    edit_json(run / "code.json", lambda values: values.update({"captcha_exp/model/step.py": "0" * 64}))
+    edit_json(run / "environment.json", lambda values: values.update(git={"commit": "$(rm -rf ~)"}))
+    display = Heard()
+    rerun(run, display=display)
+    assert any("pip install captcha-exp==" in line for line in display.warnings)
+    assert not any("worktree" in line for line in display.warnings)
 
 
-def test_equal_code_at_another_commit_is_no_news(run: Path) -> None:
-    edit_json(run / "environment.json", lambda found: found.update(git={"commit": "b" * 40, "dirty": False}))
-    made = again(run)
-    assert made.summary == "identical"
-    assert roles(made) == {"commit": "cleared"}
+def test_identical_code_at_another_commit_is_ruled_out(run: Path) -> None:
+    edit_json(
+        run / "environment.json", lambda values: values.update(git={"commit": "b" * 40, "dirty": False})
+    )
+    reproduction = rerun(run)
+    assert reproduction.summary == "identical"
+    assert roles(reproduction) == {"commit": "ruled_out"}
 
 
-SMALL = "import sys; from captcha_exp.cli.main import main; sys.argv[0] = 'captcha-exp'; main()"
+MAIN = "import sys; from captcha_exp.cli.main import main; sys.argv[0] = 'captcha-exp'; main()"
 
 
-def in_a_process(home: Path, root: Path, *words: str, **variables: str) -> dict[str, Any]:
-    """What the command prints, from a fresh process of the package in `home`."""
+def run_command(home: Path, root: Path, *words: str, **variables: str) -> dict[str, Any]:
+    """Run a command with the package in `home`; return its JSON output and exit code."""
     environment = os.environ | {"PYTHONPATH": str(home), "CAPTCHA_EXP_ROOT": str(root)} | variables
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SMALL, *words, "--json"], env=environment, capture_output=True, text=True
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", MAIN, *words, "--json"], env=environment, capture_output=True, text=True
     )
-    assert done.stdout, done.stderr
-    values: dict[str, Any] = json.loads(done.stdout)
-    return {**values, "exit_code": done.returncode}
+    assert result.stdout, result.stderr
+    values: dict[str, Any] = json.loads(result.stdout)
+    return {**values, "exit_code": result.returncode}
 
 
 def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
-    made = in_a_process(PROJECT, root, "reproduce", str(run), ATEN_CPU_CAPABILITY="default")
-    assert made["exit_code"] in (3, 4)
-    assert "cause: CPU capability " in made["sentence"]
-    assert {each["what"]: each["role"] for each in made["drift"]} == {
+    printed = run_command(PROJECT, root, "reproduce", str(run), ATEN_CPU_CAPABILITY="default")
+    assert printed["exit_code"] in (3, 4)
+    assert "cause: CPU capability " in printed["summary"]
+    assert {each["name"]: each["role"] for each in printed["changes"]} == {
         "CPU capability": "cause",
         "variable ATEN_CPU_CAPABILITY": "cause",
     }
 
 
 @pytest.mark.parametrize(
-    ("other", "verdicts"),
+    ("replacement", "verdicts"),
     [
-        ('config.seed, "weights"))  # why', {"identical"}),
+        ('config.seed, "weights"))  # comment', {"identical"}),
         ('config.seed, "weight"))', {"equivalent", "different"}),
     ],
     ids=["comment", "line"],
 )
-def test_a_changed_line_of_code_is_the_cause_and_a_comment_is_not(
-    run: Path, root: Path, tmp_path: Path, other: str, verdicts: set[str]
+def test_a_changed_line_of_code_is_the_cause_but_a_comment_is_not(
+    run: Path, root: Path, tmp_path: Path, replacement: str, verdicts: set[str]
 ) -> None:
     home = tmp_path / "other"
     for name in ("captcha_exp", "conf"):
         shutil.copytree(PROJECT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
-    path, healthy = home / "captcha_exp" / "step.py", 'config.seed, "weights"))'
-    assert healthy in path.read_text()
-    path.write_text(path.read_text().replace(healthy, other))
-    made = in_a_process(home, root, "reproduce", str(run))
-    assert made["verdict"] in verdicts
-    told = (
+    path, original = home / "captcha_exp" / "model" / "step.py", 'config.seed, "weights"))'
+    assert original in path.read_text()
+    path.write_text(path.read_text().replace(original, replacement))
+    printed = run_command(home, root, "reproduce", str(run))
+    assert printed["verdict"] in verdicts
+    expected = (
         "identical, but code (captcha_exp/model/step.py)"
         if "identical" in verdicts
         else "cause: code (captcha"
     )
-    assert told in made["sentence"]
+    assert expected in printed["summary"]
 
 
-# -- refusals ------------------------------------------------------------------------------------------------
+# -- invalid runs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"status": "KILLED"}, "is KILLED; only a FINISHED run has a result to compare with"),
-        ({"oom": {"during": "training"}}, "ran out of memory: it has no weights to compare with"),
-        ({"result": {}}, "its record is damaged"),
+        ({"status": "KILLED"}, "status KILLED; only a FINISHED run can be reproduced"),
+        ({"oom": {"during": "training"}}, "ran out of memory and has no weights to compare with"),
+        ({"result": {}}, "damaged run record"),
     ],
 )
-def test_a_run_without_a_result_is_refused(
+def test_a_run_without_a_result_is_rejected(
     run: Path, root: Path, call: Call, change: dict[str, Any], line: str
 ) -> None:
     edit_json(run / "run.json", lambda state: state.update(change))
@@ -410,17 +412,19 @@ def test_a_run_without_a_result_is_refused(
 
 @pytest.mark.parametrize("name", ["dataset.json", "environment.json", "test.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff{", b"[" * 100_000])
-def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content: bytes | None) -> None:
+def test_a_missing_or_damaged_manifest_is_a_one_line_error(
+    run: Path, name: str, content: bytes | None
+) -> None:
     if content is None:
         (run / name).unlink()
     else:
         (run / name).write_bytes(content)
     if (name, content) == ("environment.json", b"{}"):
-        return  # nothing is known of what it ran on, and all of its results are there
-    with pytest.raises(UserError) as refused:
+        return  # valid: an unknown environment does not affect the results
+    with pytest.raises(UserError) as caught:
         load_reference(run)
-    assert len(refused.value.lines) == 1
-    assert str(run) in refused.value.lines[0]
+    assert len(caught.value.lines) == 1
+    assert str(run) in caught.value.lines[0]
 
 
 @pytest.mark.parametrize(
@@ -434,44 +438,44 @@ def test_a_missing_or_damaged_manifest_is_one_line(run: Path, name: str, content
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_a_manifest_of_other_things_is_one_line(run: Path, name: str, change: dict[str, Any]) -> None:
+def test_a_manifest_with_invalid_values_is_a_one_line_error(
+    run: Path, name: str, change: dict[str, Any]
+) -> None:
     edit_json(run / name, lambda values: values.update(change))
     with pytest.raises(UserError, match="its record is damaged"):
         load_reference(run)
 
 
-def test_metrics_that_are_no_numbers_are_one_line(run: Path) -> None:
-    from captcha_exp.runs import MetricsRow
-
+def test_invalid_metrics_are_a_one_line_error(run: Path) -> None:
     for metrics in ([0.5], {"train/loss": "a"}):
-        row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # somebody else wrote it
+        row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # as in a damaged file
         (run / "metrics.jsonl").write_text(row.to_line())
         with pytest.raises(UserError, match="its record is damaged"):
             load_reference(run)
 
 
-def test_a_saved_config_of_other_code_says_so(run: Path) -> None:
+def test_an_invalid_saved_config_has_a_hint(run: Path) -> None:
     path = run / "config.yaml"
     path.write_text(path.read_text() + "tomorrow: 1\n")
-    with pytest.raises(UserError, match="it was changed after the run ended: put it right"):
+    with pytest.raises(UserError, match="it was edited after the run finished; restore it"):
         load_reference(run)
     edit_json(run / "run.json", lambda state: state["files"].update({"config.yaml": sha256_of(path)}))
-    with pytest.raises(UserError, match="it was saved by other code: take that"):
+    with pytest.raises(UserError, match="it was saved by other code; use that version"):
         load_reference(run)
 
 
-def test_nothing_of_a_saved_config_is_followed(run: Path) -> None:
+def test_interpolations_in_a_saved_config_are_not_resolved(run: Path) -> None:
     edit(run, data__cache="${oc.env:HOME}")
     assert load_reference(run).config.data.cache == "${oc.env:HOME}"
 
 
-def test_a_device_that_is_not_here_has_its_remedy(run: Path) -> None:
+def test_a_missing_device_has_a_remedy(run: Path) -> None:
     edit(run, device__name="cuda:7")
-    with pytest.raises(UserError, match=r"device\.name=cpu runs it here, as a variation"):
-        again(run)
+    with pytest.raises(UserError, match=r"reproduce with device\.name=cpu"):
+        rerun(run)
 
 
-def test_a_run_that_only_mlflow_has_is_fetched(
+def test_a_run_that_exists_only_in_mlflow_is_downloaded(
     tiny: Config, root: Path, call: Call, composed: DictConfig
 ) -> None:
     from captcha_exp.config import MlflowConfig
@@ -484,50 +488,48 @@ def test_a_run_that_only_mlflow_has_is_fetched(
     run_id = json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]
     shutil.rmtree(folder)
     code, out, _ = call("reproduce", run_id[:8])
-    assert code == 2  # a beginning may be that of several
+    assert code == 2  # a prefix may be ambiguous
     code, out, _ = call("reproduce", run_id, "--json")
-    assert (code, json.loads(out)["sentence"]) == (0, "identical")
+    assert (code, json.loads(out)["summary"]) == (0, "identical")
     from mlflow import MlflowClient
 
     state = json.loads((Path(json.loads(out)["run_dir"]) / "run.json").read_text())
     tags = MlflowClient(store.uri).get_run(state["mlflow"]["run_id"]).data.tags
     assert (tags["reproduces"], tags["reproduction"]) == (run_id, "identical")
     assert state["lineage"] == {"reproduces": {"run_dir": None, "run_id": run_id, "store": store.uri}}
-    assert json.loads(out)["of"] == f"MLflow run {run_id} of {store.uri}"
+    assert json.loads(out)["reference"] == f"MLflow run {run_id} of {store.uri}"
     assert call("reproduce", "0" * 32)[0] == 2
 
 
-def test_a_run_with_more_epochs_begins_from_the_state_that_it_began_from(run: Path, tmp_path: Path) -> None:
+def test_an_extended_run_is_reproduced_from_the_same_initial_state(run: Path, tmp_path: Path) -> None:
     config = load_reference(run).config
     more = replace(config, train=replace(config.train, epochs=4, schedule="constant"))
     first = train(replace(more, train=replace(more.train, epochs=2))).run_dir
     links = {"extends": {"run_dir": str(first), "run_id": None}}
     second = train(more, lineage=links, extend_from=first).run_dir
-    assert again(second).summary == "identical"
-    reproduced = again(second)
-    links = json.loads((reproduced.run_dir / "run.json").read_text())["lineage"]
-    assert links["extends"] == {"run_dir": str(first), "run_id": None}
-    assert again(reproduced.run_dir).summary == "identical", "it begins from that state, too"
+    assert rerun(second).summary == "identical"
+    reproduced = rerun(second)
+    new_links = json.loads((reproduced.run_dir / "run.json").read_text())["lineage"]
+    assert new_links["extends"] == {"run_dir": str(first), "run_id": None}
+    assert rerun(reproduced.run_dir).summary == "identical", "it extends the same run"
 
     elsewhere = tmp_path / "elsewhere" / first.parent.name
     elsewhere.mkdir(parents=True)
     moved = [Path(shutil.move(folder, elsewhere)) for folder in (first, second)]
-    assert again(moved[1]).summary == "identical", "copied together, they find each other"
+    assert rerun(moved[1]).summary == "identical", "found next to each other"
     shutil.rmtree(moved[0])
-    with pytest.raises(UserError, match=r"began from the state of .* which is not there; bring it back"):
-        again(moved[1])
+    with pytest.raises(UserError, match=r"extends .*, which was not found; copy it back"):
+        rerun(moved[1])
 
 
-def test_a_run_that_was_continued_from_is_found_by_its_id(run: Path, root: Path) -> None:
+def test_an_extended_run_is_found_by_its_id(run: Path, root: Path) -> None:
     edit_json(run / "run.json", lambda state: state.update(mlflow={"run_id": "a" * 32, "closed": True}))
     other = shutil.copytree(run, root / "outputs" / "2020-01-01" / "other")
     link = {"run_dir": "/nowhere/x/y", "run_id": "a" * 32}
     assert find_linked(link, run) == other
     assert find_linked({**link, "run_id": "b" * 32}, run) is None
     assert find_linked({"run_dir": f"/nowhere/2020-01-01/{other.name}", "run_id": "a" * 32}, other) == other
-    assert find_linked({"run_dir": str(other), "run_id": "b" * 32}, run) is None, (
-        "another run stands there now"
-    )
+    assert find_linked({"run_dir": str(other), "run_id": "b" * 32}, run) is None, "another run is there now"
 
 
 def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:
@@ -542,10 +544,10 @@ def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:
     assert f"one of its points: {sweep / '1-seed=1'}, say\n" in call("reproduce", str(sweep))[2]
 
 
-# -- verdicts and causes, by hand ----------------------------------------------------------------------------
+# -- verdicts and causes -------------------------------------------------------------------------------------
 
 
-def outcome(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights: str = "w") -> RunResult:
+def make_result(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights: str = "w") -> RunResult:
     dataset = {"images_sha256": images, "labels_sha256": "l", "splits": {"train": 3}}
     metrics = {"train/loss": loss, "test/accuracy": accuracy, "test/accuracy_low": 0.7}
     epochs = {1: metrics | {"test/accuracy_high": 0.9, "speed/epoch_seconds": loss}}
@@ -553,27 +555,27 @@ def outcome(loss: float = 2.0, accuracy: float = 0.8, images: str = "a", weights
 
 
 @pytest.mark.parametrize(
-    ("now", "expected"),
+    ("actual", "expected"),
     [
-        (outcome(), "identical"),
-        (outcome(weights="v"), "equivalent"),
-        (outcome(loss=2.0199999), "equivalent"),
-        (outcome(loss=2.0200001), "different"),
-        (outcome(accuracy=0.7), "equivalent"),
-        (outcome(accuracy=0.9000001), "different"),
-        (outcome(loss=float("nan")), "different"),
-        (outcome(images="b"), "different"),
+        (make_result(), "identical"),
+        (make_result(weights="v"), "equivalent"),
+        (make_result(loss=2.0199999), "equivalent"),
+        (make_result(loss=2.0200001), "different"),
+        (make_result(accuracy=0.7), "equivalent"),
+        (make_result(accuracy=0.9000001), "different"),
+        (make_result(loss=float("nan")), "different"),
+        (make_result(images="b"), "different"),
     ],
 )
-def test_equivalent_is_what_the_tolerances_say(now: RunResult, expected: str) -> None:
-    assert compare.compute_verdict(outcome(), now) == expected
+def test_compute_verdict(actual: RunResult, expected: str) -> None:
+    assert compare.compute_verdict(make_result(), actual) == expected
 
 
-def test_speed_and_memory_are_never_compared_and_minus_zero_is_another_number() -> None:
-    fast = outcome()
+def test_speed_is_not_compared_and_minus_zero_differs_from_zero() -> None:
+    fast = make_result()
     fast.metrics_by_epoch[1]["speed/epoch_seconds"] = 9.0  # type: ignore[index]
-    assert compare.find_differences(outcome(), fast) == []
-    (only,) = compare.find_differences(outcome(loss=0.0), outcome(loss=-0.0))
+    assert compare.find_differences(make_result(), fast) == []
+    (only,) = compare.find_differences(make_result(loss=0.0), make_result(loss=-0.0))
     assert only.describe() == "epoch 1, train/loss 0.0 -> -0.0"
 
 
@@ -584,37 +586,37 @@ MLFLOW = Change("mlflow", "1", "2", "nothing")
 
 
 @pytest.mark.parametrize(
-    ("found", "same_pictures", "certain", "expected"),
+    ("changes", "same_images", "deterministic", "expected"),
     [
-        ([TORCH, MLFLOW], True, True, ["cause", "cleared"]),
-        ([TORCH, PILLOW], True, True, ["cause", "cleared"]),
+        ([TORCH, MLFLOW], True, True, ["cause", "ruled_out"]),
+        ([TORCH, PILLOW], True, True, ["cause", "ruled_out"]),
         ([TORCH, PILLOW], False, True, ["suspect", "suspect"]),
         ([PILLOW], False, True, ["cause"]),
         ([TORCH], True, False, ["suspect"]),
         ([TORCH, SEED], True, True, ["suspect", "cause"]),
-        ([SEED, MLFLOW], True, False, ["cause", "cleared"]),
-        ([MLFLOW], True, True, ["cleared"]),
+        ([SEED, MLFLOW], True, False, ["cause", "ruled_out"]),
+        ([MLFLOW], True, True, ["ruled_out"]),
     ],
 )
-def test_a_cause_is_what_ran_otherwise_or_the_only_one_that_can_be(
-    found: list[Change], same_pictures: bool, certain: bool, expected: list[str]
+def test_attribute(
+    changes: list[Change], same_images: bool, deterministic: bool, expected: list[str]
 ) -> None:
-    assert [each.role for each in attribute(found, "different", same_pictures, certain)] == expected
-    assert {each.role for each in attribute(found, "identical", True, certain)} == {"cleared"}
+    assert [each.role for each in attribute(changes, "different", same_images, deterministic)] == expected
+    assert {each.role for each in attribute(changes, "identical", True, deterministic)} == {"ruled_out"}
 
 
-def test_a_difference_without_any_drift_is_told_plainly() -> None:
-    (first,) = compare.find_differences(outcome(), outcome(loss=2.5))
+def test_format_verdict_without_changes() -> None:
+    (first,) = compare.find_differences(make_result(), make_result(loss=2.5))
     line = format_verdict("different", first, [], deterministic=True)
-    assert line.startswith("different: first in epoch 1, train/loss 2.0 -> 2.5; nothing that is recorded")
+    assert line.startswith("different: first in epoch 1, train/loss 2.0 -> 2.5; no recorded change")
     assert format_verdict("different", first, [], deterministic=False).endswith(
-        "no two trainings are the same"
+        "two trainings are never identical"
     )
 
 
-def test_keys_that_no_result_depends_on() -> None:
-    assert drift.has_no_effect("tracking.uri")
-    assert drift.has_no_effect("data.workers")
-    assert not drift.has_no_effect("train.eval_batch_size")
-    assert not drift.has_no_effect("data.workers_of_mine")
-    assert not drift.has_no_effect("names")
+def test_keys_without_effect_on_results() -> None:
+    assert has_no_effect("tracking.uri")
+    assert has_no_effect("data.workers")
+    assert not has_no_effect("train.eval_batch_size")
+    assert not has_no_effect("data.workers_of_mine")
+    assert not has_no_effect("names")

@@ -1,4 +1,4 @@
-"""The points of a sweep before they run, and the folder that they run in."""
+"""Test the record of a sweep, the planning of its jobs and the collection of their results."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from conftest import Heard, training
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits
-from captcha_exp.runs import MetricsRow
-from captcha_exp.runs import create_run as new_run
+from captcha_exp.runs import MetricsRow, create_run
 from captcha_exp.sweep.forecast import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import (
     Job,
@@ -26,12 +25,12 @@ from captcha_exp.sweep.record import (
 from captcha_exp.sweep.results import collect_results
 
 
-def point(tiny: Config, swept: Mapping[str, str] | None = None, number: int = 1) -> Job:
+def make_job(tiny: Config, swept: Mapping[str, str] | None = None, number: int = 1) -> Job:
     return Job(number=number, swept=swept or {}, choices={"model": "compact"}, requested=tiny)
 
 
-def made(points: list[Job]) -> Sweep:
-    return create_sweep("some", points, {"foretold": [None] * len(points), "side_by_side": 1})
+def make_sweep(jobs: list[Job]) -> Sweep:
+    return create_sweep("some", jobs, {"predicted": [None] * len(jobs), "parallelism": 1})
 
 
 @pytest.mark.parametrize(
@@ -48,35 +47,38 @@ def made(points: list[Job]) -> Sweep:
         ({}, "tiny"),
     ],
 )
-def test_a_point_is_named_by_what_was_swept(tiny: Config, swept: dict[str, str], name: str) -> None:
-    assert point(tiny, swept).name == name
+def test_a_job_is_named_by_its_swept_overrides(tiny: Config, swept: dict[str, str], name: str) -> None:
+    assert make_job(tiny, swept).name == name
 
 
-def test_each_attempt_has_a_folder_of_its_own_in_the_sweeps(tiny: Config, root: Path) -> None:
-    odd = point(tiny, {"data.path": "'/a b/ü$[x]'"})
-    sweep = made([odd, point(tiny, {"data.path": "'/a b/ö$[x]'"}, 2)])
+def test_each_attempt_has_its_own_run_directory(tiny: Config, root: Path) -> None:
+    first = make_job(tiny, {"data.path": "'/a b/ü$[x]'"})
+    sweep = make_sweep([first, make_job(tiny, {"data.path": "'/a b/ö$[x]'"}, 2)])
 
-    folders = [sweep.new_attempt(sweep.jobs[0]) for _ in range(3)]
-    assert sweep.attempts(sweep.jobs[0]) == folders
-    assert [folder.name for folder in folders] == ["1-path=_a_b_x_", "1-path=_a_b_x_-2", "1-path=_a_b_x_-3"]
+    run_dirs = [sweep.new_attempt(sweep.jobs[0]) for _ in range(3)]
+    assert sweep.attempts(sweep.jobs[0]) == run_dirs
+    assert [run_dir.name for run_dir in run_dirs] == [
+        "1-path=_a_b_x_",
+        "1-path=_a_b_x_-2",
+        "1-path=_a_b_x_-3",
+    ]
     assert sweep.attempts(sweep.jobs[1]) == []
     assert sweep.new_attempt(sweep.jobs[1]).name == "2-path=_a_b_x_"
 
 
-def test_a_sweep_is_read_as_it_was_written(tiny: Config, root: Path) -> None:
-    points = [point(training(tiny, batch_size=n), {"train.batch_size": str(n)}, n) for n in (1, 2, 3)]
-    sweep = made(points)
-    again = Sweep(sweep.sweep_dir)
+def test_a_sweep_survives_a_round_trip_through_its_directory(tiny: Config, root: Path) -> None:
+    jobs = [make_job(training(tiny, batch_size=n), {"train.batch_size": str(n)}, n) for n in (1, 2, 3)]
+    loaded = Sweep(make_sweep(jobs).sweep_dir)
 
-    assert again.jobs == points
-    assert has_same_jobs(again, points)
-    assert not has_same_jobs(again, points[:2])
-    assert not has_same_jobs(again, [*points[:2], replace(points[2], requested=replace(tiny, seed=9))])
-    assert is_running(again), "it is this process"
+    assert loaded.jobs == jobs
+    assert has_same_jobs(loaded, jobs)
+    assert not has_same_jobs(loaded, jobs[:2])
+    assert not has_same_jobs(loaded, [*jobs[:2], replace(jobs[2], requested=replace(tiny, seed=9))])
+    assert is_running(loaded), "in this process"
 
 
-def test_a_sweep_is_found_by_its_folder_or_its_run(tiny: Config, root: Path) -> None:
-    first, second = made([point(tiny)]), made([point(tiny)])
+def test_find_sweep_by_directory_or_run_id(tiny: Config, root: Path) -> None:
+    first, second = make_sweep([make_job(tiny)]), make_sweep([make_job(tiny)])
     first.update(mlflow={"run_id": "abc1"})
     second.update(mlflow={"run_id": "abd2"})
 
@@ -84,30 +86,30 @@ def test_a_sweep_is_found_by_its_folder_or_its_run(tiny: Config, root: Path) -> 
     assert find_sweep(str(first.sweep_dir)).sweep_dir == first.sweep_dir
     assert find_sweep(str(first.sweep_dir.relative_to(root))).sweep_dir == first.sweep_dir
     assert find_sweep("abd").sweep_dir == second.sweep_dir
-    with pytest.raises(UserError, match=r"--resume=ab: begins the ids of 2 sweeps; give more of it"):
+    with pytest.raises(UserError, match=r"--resume=ab: matches 2 sweeps; give more of the run ID"):
         find_sweep("ab")
-    with pytest.raises(UserError, match=r"--resume=nothing: is no sweep: give its folder"):
+    with pytest.raises(UserError, match=r"--resume=nothing: not a sweep; give a directory"):
         find_sweep("nothing")
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"points": [{}]}'])
-def test_a_damaged_record_is_one_line(tiny: Config, root: Path, damage: str) -> None:
-    sweep = made([point(tiny)])
+@pytest.mark.parametrize("damage", ["{", "[]", '{"jobs": [{}]}'])
+def test_a_damaged_record_is_a_one_line_error(tiny: Config, root: Path, damage: str) -> None:
+    sweep = make_sweep([make_job(tiny)])
     (sweep.sweep_dir / "sweep.json").write_text(damage)
 
-    with pytest.raises(UserError, match=r"sweep.json: cannot be read as the record of a sweep: ") as caught:
+    with pytest.raises(UserError, match=r"sweep.json: invalid sweep record: ") as caught:
         Sweep(sweep.sweep_dir)
     assert len(caught.value.lines) == 1
     assert list_sweeps() == []
 
 
-# -- foretold ------------------------------------------------------------------------------------------------
+# -- planning ------------------------------------------------------------------------------------------------
 
 
-def test_a_point_whose_batch_size_is_measured_has_no_plan(tiny: Config, root: Path) -> None:
-    measured = point(training(tiny, batch_size="auto"))
-    known = point(training(tiny, batch_size=8), number=2)
-    first, second = plan_jobs([measured, known], Heard())
+def test_a_job_with_automatic_batch_size_has_no_plan(tiny: Config, root: Path) -> None:
+    automatic = make_job(training(tiny, batch_size="auto"))
+    fixed = make_job(training(tiny, batch_size=8), number=2)
+    first, second = plan_jobs([automatic, fixed], Heard())
 
     assert first.plan is None
     assert first.should_train
@@ -117,7 +119,7 @@ def test_a_point_whose_batch_size_is_measured_has_no_plan(tiny: Config, root: Pa
 
 
 @pytest.mark.parametrize(
-    ("fits", "device", "run_over_budget", "trained"),
+    ("fits", "device", "run_over_budget", "should_train"),
     [
         ("fits", "cpu", False, True),
         (None, "cpu", False, True),
@@ -127,28 +129,28 @@ def test_a_point_whose_batch_size_is_measured_has_no_plan(tiny: Config, root: Pa
         ("does not fit", "cuda:0", False, True),
     ],
 )
-def test_what_is_foretold_not_to_fit_is_trained_on_a_card_or_if_asked(
-    tiny: Config, root: Path, fits: Fits | None, device: str, run_over_budget: bool, trained: bool
+def test_a_job_over_budget_is_trained_only_on_cuda_or_on_request(
+    tiny: Config, root: Path, fits: Fits | None, device: str, run_over_budget: bool, should_train: bool
 ) -> None:
-    (found,) = plan_jobs([point(tiny)], Heard())
-    assert found.plan is not None
+    (planned,) = plan_jobs([make_job(tiny)], Heard())
+    assert planned.plan is not None
     config = replace(
-        found.config,
-        device=replace(found.config.device, name=device),
-        sweep=replace(found.config.sweep, run_over_budget=run_over_budget),
+        planned.config,
+        device=replace(planned.config.device, name=device),
+        sweep=replace(planned.config.sweep, run_over_budget=run_over_budget),
     )
 
-    changed: PlannedJob = replace(found, plan=replace(found.plan, fits=fits), config=config)
-    assert changed.should_train is trained
+    changed: PlannedJob = replace(planned, plan=replace(planned.plan, fits=fits), config=config)
+    assert changed.should_train is should_train
 
 
-# -- what became of them -------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------
 
 
-def test_the_last_attempt_counts(tiny: Config, root: Path) -> None:
-    sweep = made([point(tiny), point(tiny, {"seed": "1"}, 2)])
+def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> None:
+    sweep = make_sweep([make_job(tiny), make_job(tiny, {"seed": "1"}, 2)])
     for status in ("FAILED", "FINISHED"):
-        run = new_run(tiny, tiny, sweep.new_attempt(sweep.jobs[0]))
+        run = create_run(tiny, tiny, sweep.new_attempt(sweep.jobs[0]))
         for epoch, speed in enumerate((10.0, 100.0, 300.0), 1):
             metrics = {
                 "speed/images_per_second": speed,
@@ -161,32 +163,32 @@ def test_the_last_attempt_counts(tiny: Config, root: Path) -> None:
         run.close(status)
     first, second = collect_results(sweep)
 
-    assert (first.became, first.attempts, second.became, second.attempts) == ("finished", 2, "not run", 0)
-    assert first.images_per_second == 200, "the first epoch loads kernels"
+    assert (first.outcome, first.attempts, second.outcome, second.attempts) == ("finished", 2, "not run", 0)
+    assert first.images_per_second == 200, "the first epoch includes warmup"
     assert (first.val_accuracy, first.seconds_to_best, first.measured_mib) == (0.75, 2.0, 300.0)
     assert (first.test_accuracy, first.weights_sha256) == (0.25, "ab")
-    assert first.folder is not None
-    assert first.folder.endswith("-2")
+    assert first.run_dir is not None
+    assert first.run_dir.endswith("-2")
 
 
 @pytest.mark.parametrize(
-    ("status", "facts", "became"),
+    ("status", "fields", "outcome"),
     [
         ("FINISHED", {}, "finished"),
         ("FINISHED", {"oom": {"during": "training"}}, "oom"),
-        ("FINISHED", {"unfit": {"remedies": []}}, "unfit"),
+        ("FINISHED", {"skipped": {"remedies": []}}, "skipped"),
         ("FAILED", {"error": "no"}, "failed"),
         ("FAILED", {"oom": {"during": "training"}}, "failed"),
         ("KILLED", {}, "killed"),
         ("RUNNING", {}, "killed"),
     ],
 )
-def test_a_runs_record_says_what_became_of_a_point(
-    tiny: Config, root: Path, status: str, facts: dict[str, object], became: str
+def test_the_outcome_follows_from_the_run_record(
+    tiny: Config, root: Path, status: str, fields: dict[str, object], outcome: str
 ) -> None:
-    sweep = made([point(tiny)])
-    run = new_run(tiny, tiny, sweep.new_attempt(sweep.jobs[0]))
-    run.update(status=status, **facts)
+    sweep = make_sweep([make_job(tiny)])
+    run = create_run(tiny, tiny, sweep.new_attempt(sweep.jobs[0]))
+    run.update(status=status, **fields)
 
-    assert collect_results(sweep)[0].became == became
-    assert json.loads((sweep.sweep_dir / "sweep.json").read_text())["points"][0]["name"] == "tiny"
+    assert collect_results(sweep)[0].outcome == outcome
+    assert json.loads((sweep.sweep_dir / "sweep.json").read_text())["jobs"][0]["name"] == "tiny"

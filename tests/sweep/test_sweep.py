@@ -1,6 +1,6 @@
-"""Sweeps through the real command: what one point meets is its own, and nothing is lost or run twice.
+"""Test sweeps through the real command: faults stay in one job, and no job is lost or run twice.
 
-A test is a whole sweep, so that each runs once wherever the tests are spread. Faults come from tests/faults.
+Each test runs a whole sweep. `support.faults` injects the faults.
 """
 
 import csv
@@ -25,100 +25,102 @@ from support.faults import SECONDS_OF_A_SLOW_STEP, planted
 from captcha_exp import compose, load
 from captcha_exp.training.train import train
 
-SECONDS_TO_END = 2.0  # of every process, after the one that they serve
+EXIT_SECONDS = 2.0  # for child processes to exit after their parent
 
 
-class Place:
-    """A root of its own, and the command in it."""
+class Workspace:
+    """A root directory, and the command that runs sweeps in it."""
 
     def __init__(self, root: Path, cache: Path) -> None:
         self.root, self.cache = root, cache
 
-    def command(self, *words: str) -> list[str]:
-        given = [*TINY, f"data.cache={self.cache}", *words]
-        return [sys.executable, "-m", "captcha_exp", "train", "-m", *given]
+    def command(self, *overrides: str) -> list[str]:
+        all_overrides = [*TINY, f"data.cache={self.cache}", *overrides]
+        return [sys.executable, "-m", "captcha_exp", "train", "-m", *all_overrides]
 
     def environment(self, faults: Mapping[int, str] | None = None) -> dict[str, str]:
-        own = {"CAPTCHA_EXP_ROOT": str(self.root), "WAITING": str(self.root / "waiting")}
-        return os.environ | own | (planted(self.root, faults) if faults else {})
+        variables = {"CAPTCHA_EXP_ROOT": str(self.root), "WAITING": str(self.root / "waiting")}
+        return os.environ | variables | (planted(self.root, faults) if faults else {})
 
-    def sweep(self, *words: str, faults: Mapping[int, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def sweep(
+        self, *overrides: str, faults: Mapping[int, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*words),
+            self.command(*overrides),
             env=self.environment(faults),
             capture_output=True,
             text=True,
             check=False,
         )
 
-    def folder(self) -> Path:
+    def sweep_dir(self) -> Path:
         (record,) = (self.root / "outputs").glob("*/*/sweep.json")
         return record.parent
 
-    def verdict(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder() / "summary.json").read_text())
-        return found
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.sweep_dir() / "summary.json").read_text())
+        return summary
 
-    def points(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.verdict()["points"]
-        return found
+    def jobs(self) -> list[dict[str, Any]]:
+        jobs: list[dict[str, Any]] = self.summary()["jobs"]
+        return jobs
 
 
 @pytest.fixture
-def place(root: Path, cache: Path) -> Place:
-    return Place(root, cache)
+def workspace(root: Path, cache: Path) -> Workspace:
+    return Workspace(root, cache)
 
 
-def became(place: Place) -> list[str]:
-    return [point["became"] for point in place.points()]
+def outcomes(workspace: Workspace) -> list[str]:
+    return [job["outcome"] for job in workspace.jobs()]
 
 
-def solo(place: Place, *words: str) -> str:
-    """The hash of the weights of a single training, in a root beside."""
-    config = load(compose(*TINY, f"data.cache={place.cache}", "tracking=none", *words))
+def train_alone(workspace: Workspace, *overrides: str) -> str:
+    """Return the SHA-256 of the weights of the same training outside a sweep."""
+    config = load(compose(*TINY, f"data.cache={workspace.cache}", "tracking=none", *overrides))
     return train(config).weights_sha256
 
 
-def statuses(folder: Path) -> set[str]:
-    """What all records of a sweep say."""
-    records = [folder / "sweep.json", *folder.glob("*/run.json")]
+def statuses(sweep_dir: Path) -> set[str]:
+    """Return the statuses of a sweep and all its runs."""
+    records = [sweep_dir / "sweep.json", *sweep_dir.glob("*/run.json")]
     return {json.loads(path.read_text())["status"] for path in records}
 
 
-def in_mlflow(place: Place) -> tuple[MlflowClient, list[Any]]:
-    """All runs of the only experiment, the oldest first."""
-    client = MlflowClient(f"sqlite:///{place.root}/mlruns/mlflow.db")
+def mlflow_runs(workspace: Workspace) -> tuple[MlflowClient, list[Any]]:
+    """Return a client and all runs of the experiment, the oldest first."""
+    client = MlflowClient(f"sqlite:///{workspace.root}/mlruns/mlflow.db")
     (experiment,) = (e for e in client.search_experiments() if e.name == "captcha_exp")
     return client, list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
 
 
-def test_from_the_grid_to_the_verdict(place: Place, tmp_path: Path) -> None:
-    """Two points that fit and one that does not, in MLflow and in the folder."""
+def test_a_sweep_is_recorded_in_its_directory_and_in_mlflow(workspace: Workspace, tmp_path: Path) -> None:
+    """Two jobs fit, and one is skipped."""
     grid = ("device.vram_budget_mib=900,1000,40", "train.epochs=1")
-    done = place.sweep(*grid)
-    assert done.returncode == 0, done.stderr
-    folder, points = place.folder(), place.points()
+    result = workspace.sweep(*grid)
+    assert result.returncode == 0, result.stderr
+    sweep_dir, jobs = workspace.sweep_dir(), workspace.jobs()
 
-    assert became(place) == ["finished", "finished", "unfit"]
-    assert [point["swept"] for point in points] == [
+    assert outcomes(workspace) == ["finished", "finished", "skipped"]
+    assert [job["swept"] for job in jobs] == [
         {"device.vram_budget_mib": budget} for budget in ("900", "1000", "40")
     ]
-    assert [point["fits"] for point in points] == ["fits", "fits", "does not fit"]
-    assert points[0]["weights_sha256"] == solo(place, *(w for w in grid[1:]))
-    assert all(point["predicted_mib"] for point in points)
-    assert [point["val_accuracy"] is None for point in points] == [False, False, True]
-    for part in ("sweep of device.vram_budget_mib", "does not fit", "finished", "/#/compare-runs?runs="):
-        assert part in done.stdout, part
-    assert done.stdout.count("\nfolder ") == 1
-    assert statuses(folder) == {"FINISHED"}
-    with Image.open(folder / "summary.png") as picture:
-        assert picture.width > 600
-    with (folder / "summary.csv").open(newline="") as file:
+    assert [job["fits"] for job in jobs] == ["fits", "fits", "does not fit"]
+    assert jobs[0]["weights_sha256"] == train_alone(workspace, *(w for w in grid[1:]))
+    assert all(job["predicted_mib"] for job in jobs)
+    assert [job["val_accuracy"] is None for job in jobs] == [False, False, True]
+    for part in ("sweep over device.vram_budget_mib", "does not fit", "finished", "/#/compare-runs?runs="):
+        assert part in result.stdout, part
+    assert result.stdout.count("\nfolder ") == 1
+    assert statuses(sweep_dir) == {"FINISHED"}
+    with Image.open(sweep_dir / "summary.png") as image:
+        assert image.width > 600
+    with (sweep_dir / "summary.csv").open(newline="") as file:
         assert [row["device.vram_budget_mib"] for row in csv.DictReader(file)] == ["900", "1000", "40"]
-    assert not (folder / "multirun.yaml").exists()
+    assert not (sweep_dir / "multirun.yaml").exists()
 
-    client, runs = in_mlflow(place)
-    parent = next(run for run in runs if run.info.run_name == folder.name)
+    client, runs = mlflow_runs(workspace)
+    parent = next(run for run in runs if run.info.run_name == sweep_dir.name)
     children = [run for run in runs if run is not parent]
     assert [run.info.run_name for run in children] == [
         "vram_budget_mib=40",
@@ -129,84 +131,87 @@ def test_from_the_grid_to_the_verdict(place: Place, tmp_path: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert parent.data.params["device.vram_budget_mib"] == "900, 1000, 40"
     assert parent.data.params["train.epochs"] == "1"
-    assert parent.data.metrics["sweep/unfit"] == 1
+    assert parent.data.metrics["sweep/skipped"] == 1
     assert {name for name in parent.data.metrics if name.startswith("sweep/")} >= {
-        "sweep/points",
+        "sweep/jobs",
         "sweep/val_accuracy",
         "sweep/images_per_second",
         "sweep/predicted_mib",
     }
-    for sentence in place.verdict()["sentences"]:
-        assert sentence in done.stdout
+    for sentence in workspace.summary()["conclusions"]:
+        assert sentence in result.stdout
     assert "| 1000 |" in parent.data.tags["mlflow.note.content"]
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert artifacts >= {"summary.json", "summary.csv", "summary.png", "sweep.json"}
-    unfit = children[0]
-    assert (unfit.data.tags["fits"], unfit.data.tags["trained"]) == ("does not fit", "false")
-    assert unfit.data.metrics["memory/predicted_peak_mib"] == points[2]["predicted_mib"][1]
-    assert str([run["run_id"] for run in points])[2:10] in done.stdout
+    skipped = children[0]
+    assert (skipped.data.tags["fits"], skipped.data.tags["trained"]) == ("does not fit", "false")
+    assert skipped.data.metrics["memory/predicted_peak_mib"] == jobs[2]["predicted_mib"][1]
+    assert str([run["run_id"] for run in jobs])[2:10] in result.stdout
 
 
-def test_what_breaks_one_point_ends_that_point_alone(place: Place) -> None:
+def test_a_fault_ends_only_its_own_job(workspace: Workspace) -> None:
     faults = {16: "segfault", 24: "kill", 32: "raise", 40: "nan", 48: "forward"}
     sizes = [*faults, 64]
-    words = (f"train.batch_size={','.join(map(str, sizes))}", "tracking=none")
-    done = place.sweep(*words, faults=faults)
-    points = place.points()
+    overrides = (f"train.batch_size={','.join(map(str, sizes))}", "tracking=none")
+    result = workspace.sweep(*overrides, faults=faults)
+    jobs = workspace.jobs()
 
-    assert done.returncode == 1
-    assert became(place) == ["failed", "failed", "failed", "failed", "oom", "finished"]
-    assert statuses(place.folder()) == {"FAILED", "FINISHED"}
-    for point, error in zip(
-        points, ("SIGSEGV", "SIGKILL", "[brackets]", "not a finite number"), strict=False
-    ):
-        assert error in point["error"]
-        assert f"{point['name']}: " in done.stdout
-        assert point["error"] in " ".join(done.stdout.split())
-    assert "Traceback" not in done.stderr, "the log has it"
-    log = (place.folder() / "3-batch_size=32.log").read_text()
+    assert result.returncode == 1
+    assert outcomes(workspace) == ["failed", "failed", "failed", "failed", "oom", "finished"]
+    assert statuses(workspace.sweep_dir()) == {"FAILED", "FINISHED"}
+    for job, error in zip(jobs, ("SIGSEGV", "SIGKILL", "[brackets]", "not a finite number"), strict=False):
+        assert error in job["error"]
+        assert f"{job['name']}: " in result.stdout
+        assert job["error"] in " ".join(result.stdout.split())
+    assert "Traceback" not in result.stderr, "only in the log"
+    log = (workspace.sweep_dir() / "3-batch_size=32.log").read_text()
     assert "Traceback" in log
     assert "ValueError: a mistake of a test, with [brackets]" in log
-    assert "Fatal Python error: Segmentation fault" in (place.folder() / "1-batch_size=16.log").read_text()
-    assert points[5]["weights_sha256"] == solo(place, "train.batch_size=64")
-    assert "out of memory in training, epoch 1, step 3" in done.stderr
+    assert (
+        "Fatal Python error: Segmentation fault"
+        in (workspace.sweep_dir() / "1-batch_size=16.log").read_text()
+    )
+    assert jobs[5]["weights_sha256"] == train_alone(workspace, "train.batch_size=64")
+    assert "out of memory in training, epoch 1, step 3" in result.stderr
 
 
-def processes_of(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
     parent = psutil.Process(pid)
     return [parent, *parent.children(recursive=True)]
 
 
-def killed_in_the_middle(place: Place, words: Sequence[str], waits_at: int, whole: bool) -> None:
-    """A sweep of which the parent alone, or all at once, gets SIGKILL in the point that waits."""
+def run_and_kill(
+    workspace: Workspace, overrides: Sequence[str], blocked_size: int, whole_group: bool
+) -> None:
+    """Run a sweep until the job with the blocked size, and kill its parent or its whole process group."""
     process = subprocess.Popen(
-        place.command(*words),
-        env=place.environment({waits_at: "wait"}),
+        workspace.command(*overrides),
+        env=workspace.environment({blocked_size: "wait"}),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not (place.root / "waiting").exists():
+    while not (workspace.root / "waiting").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    there = processes_of(process.pid)
+    there = process_tree(process.pid)
     assert len(there) >= 2
-    if whole:
+    if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(there[1:], timeout=SECONDS_TO_END)
+    _, alive = psutil.wait_procs(there[1:], timeout=EXIT_SECONDS)
     assert alive == []
 
 
-WITHOUT_TIME_AND_MEMORY = (
+REPRODUCIBLE_FIELDS = (
     "number",
     "name",
     "swept",
-    "became",
+    "outcome",
     "error",
     "batch_size",
     "predicted_mib",
@@ -217,105 +222,113 @@ WITHOUT_TIME_AND_MEMORY = (
 )
 
 
-def table(place: Place) -> list[dict[str, Any]]:
-    """The verdict's points in all that is not time or memory."""
-    return [{key: point[key] for key in WITHOUT_TIME_AND_MEMORY} for point in place.points()]
+def table(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the reproducible fields of each job."""
+    return [{key: job[key] for key in REPRODUCIBLE_FIELDS} for job in workspace.jobs()]
 
 
 @pytest.fixture
-def beside(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Place:
-    """Another root."""
-    return Place(tmp_path_factory.mktemp("beside"), cache)
+def other_workspace(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("other_workspace"), cache)
 
 
-def gone_on_with(place: Place, words: Sequence[str], waits_at: int) -> None:
-    """Each point in one folder; the one that was cut has gone on in its own."""
-    done = place.sweep(*words)
-    assert done.returncode == 0, done.stderr
-    assert [point["attempts"] for point in place.points()] == [1] * len(place.points())
-    number = [point["batch_size"] for point in place.points()].index(waits_at)
-    cut = json.loads((place.folder() / f"{number + 1}-batch_size={waits_at}" / "run.json").read_text())
-    assert (cut["status"], len(cut["resumed"])) == ("FINISHED", 1)
-    assert f"goes on with {place.folder()}, an unfinished sweep of these points" in done.stderr
-    assert f"batch_size={waits_at}] goes on from its beginning: it had no checkpoint yet" in done.stderr
-    assert f"{number} of them are settled already" in done.stderr
+def check_resumed(workspace: Workspace, overrides: Sequence[str], blocked_size: int) -> None:
+    """Run the sweep again, and check that the killed job was resumed in its run directory."""
+    result = workspace.sweep(*overrides)
+    assert result.returncode == 0, result.stderr
+    assert [job["attempts"] for job in workspace.jobs()] == [1] * len(workspace.jobs())
+    number = [job["batch_size"] for job in workspace.jobs()].index(blocked_size)
+    state = json.loads(
+        (workspace.sweep_dir() / f"{number + 1}-batch_size={blocked_size}" / "run.json").read_text()
+    )
+    assert (state["status"], len(state["resumed"])) == ("FINISHED", 1)
+    assert f"Resuming {workspace.sweep_dir()}, an unfinished sweep" in result.stderr
+    assert re.search(rf"batch_size={blocked_size}\] Resuming .*no checkpoint", result.stderr)
+    assert f"{number} of {len(workspace.jobs())} jobs are already done" in result.stderr
 
 
-def test_a_sweep_that_lost_its_parent_is_gone_on_with(place: Place) -> None:
-    words = ("train.batch_size=32,48", "tracking=none", "train.epochs=1")
-    killed_in_the_middle(place, words, 48, whole=False)
-    gone_on_with(place, words, 48)
+def test_a_sweep_whose_parent_was_killed_is_resumed(workspace: Workspace) -> None:
+    overrides = ("train.batch_size=32,48", "tracking=none", "train.epochs=1")
+    run_and_kill(workspace, overrides, 48, whole_group=False)
+    check_resumed(workspace, overrides, 48)
 
-    assert [point["weights_sha256"] for point in place.points()] == [
-        solo(place, f"train.batch_size={size}", "train.epochs=1") for size in (32, 48)
+    assert [job["weights_sha256"] for job in workspace.jobs()] == [
+        train_alone(workspace, f"train.batch_size={size}", "train.epochs=1") for size in (32, 48)
     ]
 
 
-def test_a_point_that_was_killed_goes_on_from_its_checkpoint(place: Place) -> None:
-    words = ("train.batch_size=32,48", "tracking=none", "train.checkpoint_every='1 step'")
-    done = place.sweep(*words, faults={48: "kill"})
-    assert (done.returncode, became(place)) == (1, ["finished", "failed"])
+def test_a_killed_job_is_resumed_from_its_checkpoint(workspace: Workspace) -> None:
+    overrides = ("train.batch_size=32,48", "tracking=none", "train.checkpoint_every='1 step'")
+    result = workspace.sweep(*overrides, faults={48: "kill"})
+    assert (result.returncode, outcomes(workspace)) == (1, ["finished", "failed"])
 
-    done = place.sweep(*words)
-    assert done.returncode == 0, done.stderr
-    assert "batch_size=48] goes on from epoch 1, step 2 (saved " in done.stderr
-    assert "1 of them are settled already" in done.stderr
-    assert [point["attempts"] for point in place.points()] == [1, 1]
-    assert [point["weights_sha256"] for point in place.points()] == [
-        solo(place, f"train.batch_size={size}") for size in (32, 48)
+    result = workspace.sweep(*overrides)
+    assert result.returncode == 0, result.stderr
+    assert "batch_size=48] Resuming from epoch 1, step 2 (saved " in result.stderr
+    assert "1 of 2 jobs are already done" in result.stderr
+    assert [job["attempts"] for job in workspace.jobs()] == [1, 1]
+    assert [job["weights_sha256"] for job in workspace.jobs()] == [
+        train_alone(workspace, f"train.batch_size={size}") for size in (32, 48)
     ]
 
 
-def test_a_sweep_that_is_out_of_time_goes_on_when_it_gets_more(place: Place) -> None:
-    words = ("train.batch_size=32,48", "tracking=none")
-    minutes = 0.95 * SECONDS_OF_A_SLOW_STEP / 60  # enough to begin a point, also on a machine at work
-    done = place.sweep(*words, f"train.max_minutes={minutes}", faults={32: "slow"})
-    assert done.returncode == 75, done.stderr
-    assert became(place) == ["killed", "not run"]
-    assert done.stderr.splitlines()[-1].startswith("train.max_minutes: the time is up; what the points")
-    assert "Traceback" not in done.stderr
+def test_a_sweep_that_reached_its_time_limit_is_resumed(workspace: Workspace) -> None:
+    overrides = ("train.batch_size=32,48", "tracking=none")
+    minutes = 0.95 * SECONDS_OF_A_SLOW_STEP / 60  # enough to start a job, also on a busy machine
+    result = workspace.sweep(*overrides, f"train.max_minutes={minutes}", faults={32: "slow"})
+    assert result.returncode == 75, result.stderr
+    assert outcomes(workspace) == ["killed", "not run"]
+    assert result.stderr.splitlines()[-1].startswith(
+        "train.max_minutes: time limit reached; progress is saved"
+    )
+    assert "Traceback" not in result.stderr
 
-    done = place.sweep(*words, "train.max_minutes=30")
-    assert done.returncode == 0, done.stderr
-    assert "batch_size=32] goes on from epoch 1, step 3 (saved " in done.stderr
-    assert [point["attempts"] for point in place.points()] == [1, 1]
-    assert [point["weights_sha256"] for point in place.points()] == [
-        solo(place, f"train.batch_size={size}") for size in (32, 48)
+    result = workspace.sweep(*overrides, "train.max_minutes=30")
+    assert result.returncode == 0, result.stderr
+    assert "batch_size=32] Resuming from epoch 1, step 3 (saved " in result.stderr
+    assert [job["attempts"] for job in workspace.jobs()] == [1, 1]
+    assert [job["weights_sha256"] for job in workspace.jobs()] == [
+        train_alone(workspace, f"train.batch_size={size}") for size in (32, 48)
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-@pytest.mark.parametrize("whole", [True, False], ids=["all", "parent"])
-def test_five_points_of_which_the_third_was_cut(
-    place: Place, beside: Place, whole: bool, launcher: str
+@pytest.mark.parametrize("whole_group", [True, False], ids=["all", "parent"])
+def test_five_jobs_of_which_the_third_is_killed(
+    workspace: Workspace, other_workspace: Workspace, whole_group: bool, launcher: str
 ) -> None:
-    words = ("train.batch_size=16,32,48,64,80", f"hydra/launcher={launcher}")
-    one_at_a_time = ("hydra.launcher.n_jobs=1",) if launcher == "joblib" else ()
-    words = (*words, *one_at_a_time)
-    killed_in_the_middle(place, words, 48, whole)
-    gone_on_with(place, words, 48)
-    assert beside.sweep(*words).returncode == 0
-    assert table(place) == table(beside)
+    overrides = ("train.batch_size=16,32,48,64,80", f"hydra/launcher={launcher}")
+    n_jobs = ("hydra.launcher.n_jobs=1",) if launcher == "joblib" else ()
+    overrides = (*overrides, *n_jobs)
+    run_and_kill(workspace, overrides, 48, whole_group)
+    check_resumed(workspace, overrides, 48)
+    assert other_workspace.sweep(*overrides).returncode == 0
+    assert table(workspace) == table(other_workspace)
 
-    _, runs = in_mlflow(place)
+    _, runs = mlflow_runs(workspace)
     assert [run.info.status for run in runs] == ["FINISHED"] * 6
     assert len({run.data.tags.get("mlflow.parentRunId") for run in runs}) == 2
 
 
-def test_joblib_gives_the_same_weights_in_a_new_store(place: Place) -> None:
-    words = ("train.batch_size=32,64", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "train.epochs=1")
-    done = place.sweep(*words)
-    assert done.returncode == 0, done.stderr
+def test_the_joblib_launcher_gives_the_same_weights(workspace: Workspace) -> None:
+    overrides = (
+        "train.batch_size=32,64",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "train.epochs=1",
+    )
+    result = workspace.sweep(*overrides)
+    assert result.returncode == 0, result.stderr
 
-    assert [point["weights_sha256"] for point in place.points()] == [
-        solo(place, f"train.batch_size={size}", "train.epochs=1") for size in (32, 64)
+    assert [job["weights_sha256"] for job in workspace.jobs()] == [
+        train_alone(workspace, f"train.batch_size={size}", "train.epochs=1") for size in (32, 64)
     ]
-    _, runs = in_mlflow(place)
+    _, runs = mlflow_runs(workspace)
     assert len(runs) == 3
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert "2 points ran at a time" in done.stdout
-    assert "Error" not in done.stderr
+    assert "2 jobs ran in parallel" in result.stdout
+    assert "Error" not in result.stderr
 
 
 SITES = ("forward", "backward", "optimizer", "evaluation")
@@ -323,86 +336,97 @@ SITES = ("forward", "backward", "optimizer", "evaluation")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
-def test_too_little_memory_in_the_third_of_five_points(place: Place, site: str) -> None:
+def test_out_of_memory_in_the_third_of_five_jobs(workspace: Workspace, site: str) -> None:
     sizes = (16, 32, 48, 64, 80)
-    done = place.sweep("train.batch_size=16,32,48,64,80", faults={48: site})
+    result = workspace.sweep("train.batch_size=16,32,48,64,80", faults={48: site})
 
-    assert done.returncode == 0, done.stderr
-    assert became(place) == ["finished", "finished", "oom", "finished", "finished"]
-    for size, point in zip(sizes, place.points(), strict=True):
+    assert result.returncode == 0, result.stderr
+    assert outcomes(workspace) == ["finished", "finished", "oom", "finished", "finished"]
+    for size, job in zip(sizes, workspace.jobs(), strict=True):
         if size != 48:
-            assert point["weights_sha256"] == solo(place, f"train.batch_size={size}")
-    (short,) = (run for run in in_mlflow(place)[1] if run.info.run_name == "batch_size=48")
-    assert (short.info.status, short.data.tags["oom"]) == ("FINISHED", "true")
-    assert {"memory/process_peak_mib", "memory/predicted_peak_mib"} <= set(short.data.metrics)
+            assert job["weights_sha256"] == train_alone(workspace, f"train.batch_size={size}")
+    (oom_run,) = (run for run in mlflow_runs(workspace)[1] if run.info.run_name == "batch_size=48")
+    assert (oom_run.info.status, oom_run.data.tags["oom"]) == ("FINISHED", "true")
+    assert {"memory/process_peak_mib", "memory/predicted_peak_mib"} <= set(oom_run.data.metrics)
     during = "evaluation" if site == "evaluation" else "training"
-    assert re.search(rf"out of memory in {during}, epoch 1, step \d+: .+", done.stderr)
+    assert re.search(rf"out of memory in {during}, epoch 1, step \d+: .+", result.stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
-def test_split_equals_a_run_that_was_asked_for_those_parts(place: Place, site: str) -> None:
-    words = ("train.batch_size=16,32,48,64,80", "train.on_oom=split", "tracking=none")
-    done = place.sweep(*words, faults={48: site})
+def test_an_automatic_split_equals_an_explicit_micro_batch_size(workspace: Workspace, site: str) -> None:
+    overrides = ("train.batch_size=16,32,48,64,80", "train.on_oom=split", "tracking=none")
+    result = workspace.sweep(*overrides, faults={48: site})
 
-    assert done.returncode == 0, done.stderr
-    assert became(place) == ["finished"] * 5
-    third = place.points()[2]
+    assert result.returncode == 0, result.stderr
+    assert outcomes(workspace) == ["finished"] * 5
+    third = workspace.jobs()[2]
     assert third["attempts"] == 2
-    tried = load(Path(third["run_dir"]) / "config.yaml").train
+    train_config = load(Path(third["run_dir"]) / "config.yaml").train
     if site == "evaluation":
-        parts = f"train.eval_batch_size={tried.eval_batch_size}"
-        assert tried.eval_batch_size < 512
+        override = f"train.eval_batch_size={train_config.eval_batch_size}"
+        assert train_config.eval_batch_size < 512
     else:
-        parts = "train.micro_batch_size=24"
-    assert third["weights_sha256"] == solo(place, "train.batch_size=48", parts)
+        override = "train.micro_batch_size=24"
+    assert third["weights_sha256"] == train_alone(workspace, "train.batch_size=48", override)
     assert third["micro_batch_size"] == (None if site == "evaluation" else 24)
-    first = json.loads((place.folder() / "3-batch_size=48" / "run.json").read_text())
+    first = json.loads((workspace.sweep_dir() / "3-batch_size=48" / "run.json").read_text())
     assert (first["status"], first["tags"]) == ("FINISHED", {"oom": "true"})
 
 
-def test_a_single_training_starts_again_with_half_the_micro_batch(place: Place) -> None:
-    words = ("train.batch_size=48", "train.on_oom=split", "tracking=none", "train.epochs=1")
-    command = [word for word in place.command(*words, "--json") if word != "-m" or word == "captcha_exp"]
+def test_a_single_training_retries_with_half_the_micro_batch(workspace: Workspace) -> None:
+    overrides = ("train.batch_size=48", "train.on_oom=split", "tracking=none", "train.epochs=1")
+    command = [
+        word for word in workspace.command(*overrides, "--json") if word != "-m" or word == "captcha_exp"
+    ]
     command[1:1] = ["-m"]
-    done = subprocess.run(
-        command, env=place.environment({48: "backward"}), capture_output=True, text=True, check=False
+    result = subprocess.run(
+        command, env=workspace.environment({48: "backward"}), capture_output=True, text=True, check=False
     )
 
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["weights_sha256"] == solo(place, *words[::3], "train.micro_batch_size=24")
-    assert len(list((place.root / "outputs").glob("*/*/run.json"))) == 3, "two attempts, and the solo one"
-    assert "out of memory in training, epoch 1, step 3" in done.stderr
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["weights_sha256"] == train_alone(workspace, *overrides[::3], "train.micro_batch_size=24")
+    assert len(list((workspace.root / "outputs").glob("*/*/run.json"))) == 3, (
+        "two attempts, and the one outside the sweep"
+    )
+    assert "out of memory in training, epoch 1, step 3" in result.stderr
 
 
 @pytest.mark.slow
-def test_two_keys_and_three_seeds_are_grouped(place: Place) -> None:
-    # The networks have different settings, so that what they share of TINY is left out.
-    words = [word for word in TINY if not word.startswith("model.")]
-    command = [sys.executable, "-m", "captcha_exp", "train", "-m", *words, f"data.cache={place.cache}"]
+def test_a_sweep_over_models_and_seeds_is_grouped(workspace: Workspace) -> None:
+    # TINY sets keys that only one of the networks has.
+    overrides = [word for word in TINY if not word.startswith("model.")]
+    command = [
+        sys.executable,
+        "-m",
+        "captcha_exp",
+        "train",
+        "-m",
+        *overrides,
+        f"data.cache={workspace.cache}",
+    ]
     grid = ["model=compact,resnet18", "seed=0,1,2", "train.epochs=1", "tracking=none"]
-    done = subprocess.run(
-        [*command, *grid], env=place.environment(), capture_output=True, text=True, check=False
+    result = subprocess.run(
+        [*command, *grid], env=workspace.environment(), capture_output=True, text=True, check=False
     )
 
-    assert done.returncode == 0, done.stderr
-    assert became(place) == ["finished"] * 6
-    groups = place.verdict()["groups"]
+    assert result.returncode == 0, result.stderr
+    assert outcomes(workspace) == ["finished"] * 6
+    groups = workspace.summary()["groups"]
     assert [group["swept"] for group in groups] == [{"model": "compact"}, {"model": "resnet18"}]
-    assert [group["points"] for group in groups] == [[1, 2, 3], [4, 5, 6]]
+    assert [group["jobs"] for group in groups] == [[1, 2, 3], [4, 5, 6]]
     for group in groups:
-        low, high = group["figures"]["test_accuracy"]["interval"]
-        assert low <= group["figures"]["test_accuracy"]["value"] <= high
-    assert done.stdout.count("±") >= 2
-    with Image.open(place.folder() / "summary.png") as picture:
-        assert picture.width > 600
+        low, high = group["metrics"]["test_accuracy"]["interval"]
+        assert low <= group["metrics"]["test_accuracy"]["value"] <= high
+    assert result.stdout.count("±") >= 2
+    with Image.open(workspace.sweep_dir() / "summary.png") as image:
+        assert image.width > 600
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(place: Place) -> Iterator[None]:
-    """However a test ends, none of its processes stays."""
+def kill_leftover_processes(workspace: Workspace) -> Iterator[None]:
     yield
     for process in psutil.process_iter(["environ"]):
-        if (process.info["environ"] or {}).get("CAPTCHA_EXP_ROOT") == str(place.root):
+        if (process.info["environ"] or {}).get("CAPTCHA_EXP_ROOT") == str(workspace.root):
             process.kill()

@@ -229,7 +229,7 @@ def test_the_sweeps_run_tells_its_verdict(served: Served, page: Any) -> None:
     assert table.count("finished") == 2
     text = page.inner_text("body")
     assert verdict["title"] in text
-    for sentence in verdict["sentences"]:
+    for sentence in verdict["conclusions"]:
         assert sentence in text
     assert served.sweep.name in text
 
