@@ -98,7 +98,7 @@ def test_the_record_has_the_position_and_the_prediction(
     assert rows[-1].metrics["memory/predicted_peak_mib"] == recorded["predicted_mib"][1]
     assert re.fullmatch(
         rf"out of memory in {where}, epoch 2, step {step}: peak [\d,]+ MiB, "
-        r"predicted \d+ to \d+ MiB for any CUDA card; .+",
+        r"predicted \d+ to \d+ MiB for any CUDA GPU; .+",
         message,
     )
     assert state["error"] == message
