@@ -159,7 +159,7 @@ def test_a_folder_is_predicted_recursively_and_json_has_all_fields(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "x.png"], "'nowhere' is no run"),
+        (["nowhere", "x.png"], "'nowhere' is not a run"),
         (["nowhere.safetensors", "x.png"], "nowhere.safetensors: no such file"),
         (["latest", "x.png", "--device", "cuda:7"], "--device=cuda:7: "),
         (["latest", "x.png", "--device", "gpu"], "--device=gpu: "),
