@@ -62,7 +62,7 @@ def project(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
 
 
-def test_a_network(project: Copy) -> None:
+def test_add_a_network(project: Copy) -> None:
     project.insert(
         "captcha_exp/model/networks.py",
         "class Recognizer(",
@@ -103,7 +103,7 @@ def test_a_network(project: Copy) -> None:
     assert "name: columns" in project.train("model=columns", "~model.channels", "model.rows=5")
 
 
-def test_a_head(project: Copy) -> None:
+def test_add_a_head(project: Copy) -> None:
     project.insert(
         "captcha_exp/model/networks.py",
         "def conv_bn(",
@@ -122,7 +122,7 @@ def test_a_head(project: Copy) -> None:
     assert "head: halved" in project.train("model.head=halved")
 
 
-def test_a_source(project: Copy) -> None:
+def test_add_a_data_source(project: Copy) -> None:
     project.insert(
         "captcha_exp/data/sources/generators.py",
         "def _make_captcha_renderer(",

@@ -129,7 +129,7 @@ KEYS = sorted(set(leaf_keys(plain("data=wheezy"))) - {"gpu.total_mib"})  # null,
         ("experiment=quickstrat", "did you mean quickstart?"),
         ("train=null", "one of constant_lr, onecycle, small_data"),
         ("model=", "one of compact, resnet18"),
-        ("hydra.run.dir=x", "Hydra only composes here"),
+        ("hydra.run.dir=x", "has no effect, Hydra only composes the config"),
         ("train.batch_size=25,50", "is a sweep"),
         ("seed=range(1,4)", "is a sweep"),
     ],
@@ -144,7 +144,7 @@ def test_an_error_is_one_line_with_key_value_and_valid_values(override: str, all
 @pytest.mark.parametrize("override", ["foo", "", "a=b=c", "train.batch_size=[1", "captcha.alphabet=abc#d"])
 def test_an_invalid_override_is_quoted_in_one_line(override: str) -> None:
     assert errors(override) == (
-        f"{override!r}: is no override; write key=value, with quotes around odd values",
+        f"{override!r}: invalid override; write key=value, with quotes around special characters",
     )
 
 
@@ -337,7 +337,7 @@ def test_an_invalid_yaml_file_is_one_error(tmp_path: Path) -> None:
 
 
 def test_a_missing_config_dir_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--config-dir=.*/nowhere: there is no such folder$"):
+    with pytest.raises(UserError, match=r"^--config-dir=.*/nowhere: no such directory$"):
         compose(config_dir=str(tmp_path / "nowhere"))
 
 

@@ -963,7 +963,7 @@ def test_data_command_lists_all_files_as_json(
     manifest = json.loads(capsys.readouterr().out)
     assert {bad["file"]: bad["reason"] for bad in manifest["rejected"]}.keys() == mixed.bad.keys()
     assert manifest["images"] == mixed.good
-    assert Path(manifest["sheet"]).is_file()
+    assert Path(manifest["preview"]).is_file()
 
 
 def test_a_long_table_is_truncated_with_a_hint(folder: Path) -> None:

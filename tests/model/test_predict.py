@@ -241,7 +241,7 @@ def test_at_a_terminal_the_loop_prompts_until_ctrl_d(
 
     printed = capsys.readouterr()
     assert prompts == ["image: ", "image: "]
-    assert "Ctrl-D ends" in printed.err
+    assert "Ctrl-D to exit" in printed.err
     assert printed.out.count("%") == 1
 
 

@@ -84,8 +84,8 @@ def test_a_step_can_be_traced_on_fake_tensors(model: str, head: str, kind: str) 
     assert step.finite.shape == ()
 
 
-def test_a_step_is_the_textbooks(tiny: Config) -> None:
-    """Against torch's plain loop with the plain optimiser, the loss without any of our code."""
+def test_a_step_equals_a_plain_torch_step(tiny: Config) -> None:
+    """Compared with a standard torch loop with its for-loop optimizer and loss."""
     config = training(tiny, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
     state = init_train_state(config, CPU)
     plain = copy.deepcopy(state.model)
@@ -105,11 +105,16 @@ def test_a_step_is_the_textbooks(tiny: Config) -> None:
         torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", ["foreach", "for_loop"])
+@pytest.mark.parametrize("implementation", ["foreach", "for_loop"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_kernels_of_an_optimiser_agree(tiny: Config, kind: Optimizer, kernel: str) -> None:
+def test_the_implementations_of_an_optimizer_agree(
+    tiny: Config, kind: Optimizer, implementation: str
+) -> None:
     states = []
-    for config in (training(tiny, optimizer=kind, optimizer_impl=kernel), training(tiny, optimizer=kind)):
+    for config in (
+        training(tiny, optimizer=kind, optimizer_impl=implementation),
+        training(tiny, optimizer=kind),
+    ):
         state = init_train_state(config, CPU)
         for seed in range(3):
             train_step(state, batch_of(config, 8 + seed), config)
@@ -119,7 +124,7 @@ def test_the_kernels_of_an_optimiser_agree(tiny: Config, kind: Optimizer, kernel
         torch.testing.assert_close(states[0][name], value, atol=1e-5, rtol=1e-3)
 
 
-def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
+def test_label_smoothing_applies_to_training_only(tiny: Config) -> None:
     smooth, plain = (training(tiny, label_smoothing=value) for value in (0.5, 0.0))
     batch = batch_of(tiny)
     losses = [float(train_step(init_train_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
@@ -134,7 +139,7 @@ def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
 
 @pytest.fixture(params=["compact position", "compact grouped_softmax", "resnet18 position", "article"])
 def network(request: pytest.FixtureRequest) -> Config:
-    """A network with a head, to read 2 of 5 characters in a small picture."""
+    """A network with a head for small images with 2 characters of 5 classes."""
     model, _, head = request.param.partition(" ")
     chosen = ["experiment=article"] if model == "article" else [f"model={model}", f"model.head={head}"]
     size = ("captcha.width=24", "captcha.height=16", "captcha.alphabet='01234'", "captcha.length=2")
@@ -142,7 +147,7 @@ def network(request: pytest.FixtureRequest) -> Config:
 
 
 def gradients(config: Config, batch: Batch, frozen: bool) -> tuple[Tensor, list[Tensor], TrainState]:
-    """Loss, gradients, and the state behind them; with its batch norms in evaluation mode where frozen."""
+    """Return the loss, the gradients and the state; `frozen` sets batch norms to evaluation mode."""
     state = init_train_state(config, CPU)
     for norm in (each for each in state.model.modules() if isinstance(each, torch.nn.BatchNorm2d)):
         norm.train(not frozen)

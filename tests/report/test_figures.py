@@ -1,4 +1,4 @@
-"""The pictures of a run and of a sweep are whole PNG files, whatever characters stand in them."""
+"""The figures of a run and of a sweep are complete PNG files, whatever characters they contain."""
 
 from collections.abc import Sequence
 from pathlib import Path
