@@ -136,8 +136,8 @@ def test_a_run_started_with_other_code_is_reported_and_skipped(
     _, _, err = call("train", *words)
     assert trained.calls[0]["run_dir"] is None
     assert err == (
-        f"{run_dir}: is unfinished and was asked for the same, but other code began it; --resume={run_dir} "
-        "goes on with it\n"
+        f"{run_dir}: unfinished run with the same config, started by different code; --resume={run_dir} "
+        "resumes it\n"
     )
 
 
