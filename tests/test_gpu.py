@@ -304,7 +304,7 @@ def too_little(cuda: Config) -> Config:
 @pytest.mark.gpu_quick
 def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Config) -> None:
     with pytest.raises(
-        TrainingOutOfMemoryError, match=r"out of memory in .+ MiB taken at most, .+ MiB foretold"
+        TrainingOutOfMemoryError, match=r"out of memory in .+: peak .+ MiB, predicted .+ MiB for"
     ) as caught:
         train(training(too_little(cuda), on_oom="record"))
     state = json.loads((find_run("latest") / "run.json").read_text())

@@ -58,7 +58,7 @@ def test_json_has_every_field_with_its_type(shell: Call, root: Path) -> None:
 def test_table_has_a_row_for_each_batch_size_and_the_largest(shell: Call, root: Path) -> None:
     code, out, err = shell(*WORDS, *SIZES, "device.vram_budget_mib=2000", COLUMNS="120")
     assert (code, err) == (0, "")
-    assert out.startswith("tiny in fp32 on any CUDA card, 2,000 MiB for the process\n")
+    assert out.startswith("tiny in fp32 on any CUDA GPU, 2,000 MiB for the process\n")
     assert re.findall(r"│ +(\d+) │.*│ fits +│", out) == ["8", "16"]
     assert re.search(r"the whole training split, \d+ images, fits in one batch", out)
     assert list(root.iterdir()) == []
@@ -415,7 +415,7 @@ def test_must_fit_checks_train_batch_size_by_default(call: Call) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "plan --must-fit: the memory size of any CUDA card is unknown; add device.vram_budget_mib=MIB"),
+        ([], "plan --must-fit: the memory size of any CUDA GPU is unknown; add device.vram_budget_mib=MIB"),
         (["--gpu", "gtx1650,generic"], "plan --must-fit: the memory size of generic is unknown; add "),
         (
             ["--gpu", "h200", "train.batch_size=auto"],

@@ -24,6 +24,7 @@ from captcha_exp.config import Config, flatten
 from captcha_exp.errors import ConfigError
 from captcha_exp.model import state as checkpoint
 from captcha_exp.runs import code_sha256
+from captcha_exp.runtime.shutdown import ShutdownHandler
 from captcha_exp.training import train as training
 
 EXITED_PROCESS = {"pid": 2**22 + 1, "process_started": 1.0}
@@ -59,11 +60,29 @@ class FakeTrain:
         (run_dir / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
         return SimpleNamespace(run_dir=run_dir)
 
+    def resume(
+        self,
+        run_dir: Path,
+        tracker: Any,
+        display: Any,
+        extend_from: Path | None = None,
+        shutdown: ShutdownHandler | None = None,
+    ) -> Any:
+        """A replacement for `resume`, whose time limit is stored as part of the requested config."""
+        assert shutdown is not None
+        deadline = shutdown._deadline
+        minutes = None if deadline is None else round((deadline - time.monotonic()) / 60)
+        requested = load(run_dir / "requested.yaml")
+        requested = replace(requested, train=replace(requested.train, max_minutes=minutes))
+        lineage = json.loads((run_dir / "run.json").read_text())["lineage"]
+        return self(requested, tracker, display, run_dir, lineage, extend_from)
+
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     stub = FakeTrain()
     monkeypatch.setattr(training, "train", stub)
+    monkeypatch.setattr(training, "resume", stub.resume)
     return stub
 
 
@@ -156,7 +175,7 @@ def test_a_call_that_fails_leaves_the_run_unchanged(
     assert json.loads((run_dir / "run.json").read_text()) == json.loads(before)
 
 
-# -- a named run --------------------------------------------------------------------------------------------
+# -- a named run ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overrides", [[], ["seed=0"], ["+train.epochs=2"], TINY], ids=str)

@@ -252,9 +252,7 @@ GRID = (*TINY, "tracking=none", "seed=1,2")
 
 def train_all(*words: str, resume: str = "never", display: Heard | None = None) -> int:
     arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
-    return sweep_command.train_sweep(
-        arguments, detect_machine(best_batch_size=lambda _: 1), display or Heard()
-    )
+    return sweep_command.train_sweep(arguments, detect_machine(), display or Heard())
 
 
 @pytest.fixture
