@@ -155,8 +155,8 @@ def test_a_run_started_with_other_code_is_reported_and_skipped(
     _, _, err = call("train", *words)
     assert trained.calls[0]["run_dir"] is None
     assert err == (
-        f"{run_dir}: is unfinished and was asked for the same, but other code began it; --resume={run_dir} "
-        "goes on with it\n"
+        f"{run_dir}: unfinished run with the same config, started by different code; --resume={run_dir} "
+        "resumes it\n"
     )
 
 
@@ -318,17 +318,17 @@ def test_more_epochs_start_a_linked_run(call: Call, trained: FakeTrain, words: l
 def test_an_interrupted_extension_is_resumed(call: Call, trained: FakeTrain, words: list[str]) -> None:
     run_dir = make_finished(words)
     links = {"extends": {"run_dir": str(run_dir), "run_id": None}}
-    begun = make_stale([*words, "train.epochs=5"], lineage=links)
+    extension = make_stale([*words, "train.epochs=5"], lineage=links)
     for _ in range(2):
         code, _, err = call("train", f"--resume={run_dir}", "train.epochs=5")
         assert code == 0, err
         assert (trained.calls[-1]["lineage"], trained.calls[-1]["extend_from"]) == (links, run_dir)
-    assert [each["run_dir"] for each in trained.calls] == [begun, None]
+    assert [each["run_dir"] for each in trained.calls] == [extension, None]
 
-    by_name = make_stale([*words, "train.epochs=5"], lineage=links)
-    assert call("train", f"--resume={by_name}")[0] == 0
-    assert (trained.calls[-1]["run_dir"], trained.calls[-1]["extend_from"]) == (by_name, run_dir)
-    begun = make_stale([*words, "train.epochs=5"], lineage=links)
+    named = make_stale([*words, "train.epochs=5"], lineage=links)
+    assert call("train", f"--resume={named}")[0] == 0
+    assert (trained.calls[-1]["run_dir"], trained.calls[-1]["extend_from"]) == (named, run_dir)
+    extension = make_stale([*words, "train.epochs=5"], lineage=links)
     assert call("train", *words, "train.epochs=5")[0] == 0
     assert trained.calls[-1]["run_dir"] is None, "the same config without the extended run"
 
@@ -552,8 +552,8 @@ def test_an_extension_killed_at_once_starts_again_from_the_finished_run(
     first = json.loads(call("train", *words, "--json")[1])
     config = load(compose(*words[:-1], "train.epochs=3"))
     links = {"extends": {"run_dir": first["run_dir"], "run_id": None}}
-    begun = runs.create_run(config, config, None, links)
-    begun.update(status="KILLED", **EXITED_PROCESS)
+    extension = runs.create_run(config, config, None, links)
+    extension.update(status="KILLED", **EXITED_PROCESS)
 
     epochs: list[int] = []
     train_epoch = training.train_epoch
@@ -564,13 +564,13 @@ def test_an_extension_killed_at_once_starts_again_from_the_finished_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_epoch", recording_train_epoch)
-        code, out, err = call("train", f"--resume={begun.run_dir}", "--json")
+        code, out, err = call("train", f"--resume={extension.run_dir}", "--json")
     assert code == 0, err
     assert epochs == [2, 3], "the first epoch is that of the extended run"
     uninterrupted = training.train(replace(config, name="whole"))
     assert json.loads(out)["weights_sha256"] == uninterrupted.weights_sha256
-    assert metrics_by_epoch(begun.run_dir) == metrics_by_epoch(uninterrupted.run_dir)
-    assert len(json.loads((begun.run_dir / "run.json").read_text())["resumed"]) == 1
+    assert metrics_by_epoch(extension.run_dir) == metrics_by_epoch(uninterrupted.run_dir)
+    assert len(json.loads((extension.run_dir / "run.json").read_text())["resumed"]) == 1
 
 
 def test_a_training_in_a_child_process_is_resumed(root: Path, words: list[str], tmp_path: Path) -> None:

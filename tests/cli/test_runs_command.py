@@ -155,7 +155,7 @@ def test_a_metric_that_the_best_epoch_lacks_is_missing(make: Make) -> None:
         ({"oom": None}, "oom", False),
         ({"oom": {"where": "training"}}, "oom", True),
         ({"sweep": None}, "sweep", None),
-        ({"sweep": {"run_dir": "elsewhere/1200-grid", "point": 2}}, "sweep", "elsewhere/1200-grid"),
+        ({"sweep": {"run_dir": "elsewhere/1200-grid", "job": 2}}, "sweep", "elsewhere/1200-grid"),
         ({"mlflow": {"run_id": "abc"}}, "run_id", "abc"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_job_is_listed_with_its_sweep(tiny: Config, root: Path, call: Call) ->
     sweep = root / "outputs/2026-03-01/120000-grid"
     sweep.mkdir(parents=True)
     job = record.create_run(tiny, tiny, sweep / "1-batch_size=64")
-    job.update(sweep={"run_dir": str(sweep), "point": 1})
+    job.update(sweep={"run_dir": str(sweep), "job": 1})
     assert value_of(job, "run_dir") == "2026-03-01/120000-grid/1-batch_size=64"
     assert value_of(job, "sweep") == "2026-03-01/120000-grid"
     assert list_dirs(call, "sweep=2026-03-01/120000-grid") == [str(job.run_dir)]

@@ -78,7 +78,7 @@ def make_run(sweep: Sweep, number: int, outcome: Outcome) -> runs.Run:
 
 
 class SummaryRecorder:
-    """A callback that stores the recorder of a sweep."""
+    """A callback that stores the summaries of a sweep."""
 
     def __init__(self) -> None:
         self.summaries: list[SweepSummary] = []

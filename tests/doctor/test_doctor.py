@@ -511,10 +511,10 @@ def test_small_use_of_gpu_memory_is_ok() -> None:
 
 
 def test_unavailable_device() -> None:
-    reasons = {"cuda": "torch finds no usable CUDA card"}
+    reasons = {"cuda": "torch finds no usable CUDA GPU"}
     finding = only_finding(replace(NO_GPU, device_name="cuda:1", unavailable_reason=reasons))
     assert finding.level == "problem"
-    assert finding.message == "device.name=cuda:1 is not available: torch finds no usable CUDA card"
+    assert finding.message == "device.name=cuda:1 is not available: torch finds no usable CUDA GPU"
     assert finding.remedy == "device.name=auto (selects cpu), or one of cpu"
 
 
