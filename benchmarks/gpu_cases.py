@@ -169,7 +169,7 @@ class ProcessMeter:
         of the GPU minus that before CUDA was initialized; without NVML, all of its used memory.
         """
         if self.device.type != "cuda":
-            return {"process_mib": _resident_mib(), "process_source": "resident memory", "context_mib": None}
+            return {"process_mib": _resident_mib(), "process_by": "resident memory", "context_mib": None}
         torch.cuda.synchronize(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
@@ -182,7 +182,7 @@ class ProcessMeter:
             process, source = used, "all used memory of the GPU"
         return {
             "process_mib": process / MIB,
-            "process_source": source,
+            "process_by": source,
             "context_mib": (process - reserved) / MIB,
             "gpu_used_mib": used / MIB,
             "gpu_free_before_mib": self.free_before_mib,

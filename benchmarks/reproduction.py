@@ -55,12 +55,12 @@ EDITS: Mapping[str, tuple[str, Any]] = {  # difference -> key of config.yaml, an
 class Bench:
     """Runs the command in a temporary root and counts failed checks."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.wrong = place, 0
-        self.root = place / "root"
+    def __init__(self, work_dir: Path) -> None:
+        self.work_dir, self.num_failed = work_dir, 0
+        self.root = work_dir / "root"
 
     def command(
-        self, *words: str, home: Path = PROJECT, root: Path | None = None, **variables: str
+        self, *overrides: str, home: Path = PROJECT, root: Path | None = None, **variables: str
     ) -> dict[str, Any]:
         """Run the command and return the JSON that it prints.
 
@@ -69,13 +69,13 @@ class Bench:
         """
         environment = {"PYTHONPATH": str(home), "CAPTCHA_EXP_ROOT": str(root or self.root), **variables}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "captcha_exp", *words, "--json"],
+            [sys.executable, "-P", "-m", "captcha_exp", *overrides, "--json"],
             env=os.environ | environment,
             capture_output=True,
             text=True,
         )
         if not done.stdout:
-            raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+            raise SystemExit(f"{' '.join(overrides)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
         values: dict[str, Any] = json.loads(done.stdout)
         return values
 
@@ -86,20 +86,20 @@ class Bench:
             return sorted(path.parent for path in folder.glob("*/run.json"))[0]
         return folder
 
-    def check(self, what: str, made: Mapping[str, Any], well: bool) -> bool:
+    def check(self, what: str, result: Mapping[str, Any], passed: bool) -> bool:
         """Print the result of a check, and count it if it failed."""
-        print(f"{'ok   ' if well else 'WRONG'} {what}: {made['summary']}", flush=True)
-        self.wrong += not well
-        return well
+        print(f"{'ok   ' if passed else 'WRONG'} {what}: {result['summary']}", flush=True)
+        self.num_failed += not passed
+        return passed
 
-    def identical(self, what: str, folder: Path, *words: str, **where: Any) -> bool:
+    def identical(self, what: str, folder: Path, *overrides: str, **where: Any) -> bool:
         """Reproduce a run and return whether it is identical."""
-        made = self.command("reproduce", str(folder), *words, **where)
-        return self.check(what, made, made["verdict"] == "identical")
+        result = self.command("reproduce", str(folder), *overrides, **where)
+        return self.check(what, result, result["verdict"] == "identical")
 
     def copied(self, folder: Path, name: str) -> Path:
         """Copy a run directory to another folder."""
-        return shutil.copytree(folder, self.place / name.replace(" ", "-") / folder.name)
+        return shutil.copytree(folder, self.work_dir / name.replace(" ", "-") / folder.name)
 
 
 def experiments(bench: Bench, quick: bool) -> dict[str, str]:
@@ -107,16 +107,16 @@ def experiments(bench: Bench, quick: bool) -> dict[str, str]:
     found = {}
     names = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
     for name in names[:1] if quick else names:
-        words = (f"experiment={name}", "device.name=cpu", *(SMALL if quick else SHORT[name]))
-        folder = bench.train(*words)
+        overrides = (f"experiment={name}", "device.name=cpu", *(SMALL if quick else SHORT[name]))
+        folder = bench.train(*overrides)
         results = [bench.identical(f"{name} {number}", folder) for number in range(1, 2 if quick else 4)]
         results.append(
             bench.identical(f"{name}, other workers", folder, "data.workers=3", "data.cache=fresh")
         )
         copy = bench.copied(folder, f"copy of {name}")
-        results.append(bench.identical(f"{name}, copied", copy, root=bench.place / f"empty-{name}"))
+        results.append(bench.identical(f"{name}, copied", copy, root=bench.work_dir / f"empty-{name}"))
         if not quick:
-            job = bench.train("-m", *words, "seed=5,6")
+            job = bench.train("-m", *overrides, "seed=5,6")
             results.append(bench.identical(f"{name}, a job of a sweep", job))
         found[name] = f"{sum(results)} of {len(results)}"
     return found
@@ -125,49 +125,49 @@ def experiments(bench: Bench, quick: bool) -> dict[str, str]:
 # -- injected changes ----------------------------------------------------------------------------------------
 
 
-def inject_changes(bench: Bench, folder: Path, image_run: Path, there: Path) -> int:
+def inject_changes(bench: Bench, folder: Path, image_run: Path, image_dir: Path) -> int:
     """Return how many of the injected changes were detected and named."""
     found = 0
     for name, (key, value) in EDITS.items():
         copy = bench.copied(folder, name)
         _edit(copy / "config.yaml", key, value)
         found += _caused(bench, name, bench.command("reproduce", str(copy)), f"cause: {key} ")
-    made = bench.command("reproduce", str(folder), ATEN_CPU_CAPABILITY="default")
-    found += _caused(bench, "CPU capability", made, "cause: CPU capability ")
+    result = bench.command("reproduce", str(folder), ATEN_CPU_CAPABILITY="default")
+    found += _caused(bench, "CPU capability", result, "cause: CPU capability ")
     home = _other_code(bench, "line", 'config.seed, "weights"))', 'config.seed, "weight"))')
-    made = bench.command("reproduce", str(folder), home=home)
-    found += _caused(bench, "a line of code", made, "cause: code (captcha_exp/model/step.py)")
-    found += _of_images(bench, image_run, there)
+    result = bench.command("reproduce", str(folder), home=home)
+    found += _caused(bench, "a line of code", result, "cause: code (captcha_exp/model/step.py)")
+    found += _of_images(bench, image_run, image_dir)
 
     copy = bench.copied(folder, "version")
     _edit(copy / "environment.json", "packages.pillow", "1.2.3")
-    made = bench.command("reproduce", str(copy))
-    well = made["summary"].startswith("identical, but pillow 1.2.3 -> ")
-    found += bench.check("a version in the record", made, well)
+    result = bench.command("reproduce", str(copy))
+    passed = result["summary"].startswith("identical, but pillow 1.2.3 -> ")
+    found += bench.check("a version in the record", result, passed)
     home = _other_code(bench, "comment", '"weights"))', '"weights"))  # why')
-    made = bench.command("reproduce", str(folder), home=home)
-    well = made["summary"].startswith("identical, but code (captcha_exp/model/step.py)")
-    return found + bench.check("a comment in the code", made, well)
+    result = bench.command("reproduce", str(folder), home=home)
+    passed = result["summary"].startswith("identical, but code (captcha_exp/model/step.py)")
+    return found + bench.check("a comment in the code", result, passed)
 
 
-def _of_images(bench: Bench, image_run: Path, there: Path) -> int:
+def _of_images(bench: Bench, image_run: Path, image_dir: Path) -> int:
     """Change one pixel, then one label."""
-    whole = (there / "0007.png").read_bytes()
-    with Image.open(there / "0007.png") as image:
+    whole = (image_dir / "0007.png").read_bytes()
+    with Image.open(image_dir / "0007.png") as image:
         image.putpixel((3, 4), 255 if image.getpixel((3, 4)) == 0 else 0)
-        image.save(there / "0007.png")
-    made = bench.command("reproduce", str(image_run))
-    found = _caused(bench, "one pixel", made, "cause: different content: 0007.png")
-    (there / "0007.png").write_bytes(whole)
-    labels = (there / "labels.csv").read_text()
-    (there / "labels.csv").write_text(labels.replace("0005.png,05", "0005.png,50"))
-    made = bench.command("reproduce", str(image_run))
-    (there / "labels.csv").write_text(labels)
-    return found + _caused(bench, "one label", made, "cause: different label: 0005.png")
+        image.save(image_dir / "0007.png")
+    result = bench.command("reproduce", str(image_run))
+    found = _caused(bench, "one pixel", result, "cause: different content: 0007.png")
+    (image_dir / "0007.png").write_bytes(whole)
+    labels = (image_dir / "labels.csv").read_text()
+    (image_dir / "labels.csv").write_text(labels.replace("0005.png,05", "0005.png,50"))
+    result = bench.command("reproduce", str(image_run))
+    (image_dir / "labels.csv").write_text(labels)
+    return found + _caused(bench, "one label", result, "cause: different label: 0005.png")
 
 
-def _caused(bench: Bench, name: str, made: Mapping[str, Any], cause: str) -> bool:
-    return bench.check(name, made, made["verdict"] != "identical" and cause in made["summary"])
+def _caused(bench: Bench, name: str, result: Mapping[str, Any], cause: str) -> bool:
+    return bench.check(name, result, result["verdict"] != "identical" and cause in result["summary"])
 
 
 def _edit(path: Path, key: str, value: Any) -> None:
@@ -185,7 +185,7 @@ def _edit(path: Path, key: str, value: Any) -> None:
 
 def _other_code(bench: Bench, name: str, original: str, other: str) -> Path:
     """Copy the package and change its training step."""
-    home = bench.place / f"code-{name}"
+    home = bench.work_dir / f"code-{name}"
     for part in ("captcha_exp", "conf"):
         shutil.copytree(PROJECT / part, home / part, ignore=shutil.ignore_patterns("__pycache__"))
     path = home / "captcha_exp" / "model" / "step.py"
@@ -214,20 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=20, help="reproductions without changes")
     parser.add_argument("--quick", action="store_true", help="one tiny experiment and three repeats")
-    asked = parser.parse_args(arguments)
-    repeats = 3 if asked.quick else asked.repeats
+    options = parser.parse_args(arguments)
+    repeats = 3 if options.quick else options.repeats
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        by_experiment = experiments(bench, asked.quick)
+        by_experiment = experiments(bench, options.quick)
         small = bench.train(*SMALL, "tracking=none")
         clean = 0
         for number in range(1, repeats + 1):
-            made = bench.command("reproduce", str(small))
-            clean += bench.check(f"clean repeat {number}", made, made["summary"] == "identical")
-        there = bench.place / "images"
-        _make_images(there)
-        image_run = bench.train(*OF_A_FOLDER, f"data.path={there}", "tracking=none")
-        found = inject_changes(bench, small, image_run, there)
+            result = bench.command("reproduce", str(small))
+            clean += bench.check(f"clean repeat {number}", result, result["summary"] == "identical")
+        image_dir = bench.work_dir / "images"
+        _make_images(image_dir)
+        image_run = bench.train(*OF_A_FOLDER, f"data.path={image_dir}", "tracking=none")
+        found = inject_changes(bench, small, image_run, image_dir)
     figures = {
         "benchmark": "reproduction",
         "identical": by_experiment,
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "injected_changes_named": f"{found} of {len(EDITS) + 6}",
     }
     print(json.dumps(figures))
-    return 1 if bench.wrong else 0
+    return 1 if bench.num_failed else 0
 
 
 if __name__ == "__main__":

@@ -1004,7 +1004,7 @@ def test_process_memory_uses_the_best_available_source(
 
     found = gpu_cases.ProcessMeter(gpu).measure()
 
-    assert (found["process_source"], found["process_mib"]) == (by, process)
+    assert (found["process_by"], found["process_mib"]) == (by, process)
     assert found["context_mib"] == process - 300
     assert found["gpu_used_mib"] == 1100
 
@@ -1040,7 +1040,7 @@ class FakeGpu:
 
     def measure(self) -> dict[str, Any]:
         process = self.context_mib + self.peak["reserved_mib"]
-        return {"process_mib": process, "process_source": "fake", "context_mib": self.context_mib}
+        return {"process_mib": process, "process_by": "fake", "context_mib": self.context_mib}
 
     def limit_memory(self, process_mib: float, context_mib: float) -> None:
         self.limit_mib = process_mib - context_mib
