@@ -78,11 +78,11 @@ def test_the_table_has_a_row_per_training_in_order(tmp_path: Path, readme: Path)
     folder = results(
         tmp_path, one=SESSION, dry=session(None, article_cpu=training_part(1, 1)), other={"benchmark": "x"}
     )
-    words = ["--results", str(folder), "--readme", str(readme)]
+    options = ["--results", str(folder), "--readme", str(readme)]
     before = readme.read_text()
-    assert article_table.main([*words, "--check"]) == 1
+    assert article_table.main([*options, "--check"]) == 1
     assert readme.read_text() == before
-    assert article_table.main(words) == 0
+    assert article_table.main(options) == 0
     lines = readme.read_text().splitlines()
     assert lines[:2] == ["before", article_table.BEGIN]
     assert lines[4:11] == ROWS
@@ -93,9 +93,9 @@ def test_the_table_has_a_row_per_training_in_order(tmp_path: Path, readme: Path)
         article_table.END,
         "after",
     ]
-    assert article_table.main([*words, "--check"]) == 0
+    assert article_table.main([*options, "--check"]) == 0
     readme.write_text(readme.read_text().replace("0.400", "0.300"))
-    assert article_table.main([*words, "--check"]) == 1
+    assert article_table.main([*options, "--check"]) == 1
 
 
 def test_without_a_session_the_table_has_only_the_article(tmp_path: Path, readme: Path) -> None:
@@ -195,11 +195,11 @@ def test_the_docstring_is_updated(
     shutil.copy(planner_error.HEADER, header)
     text = planner_error.paragraph({"a.json": summary()})
     monkeypatch.setattr(planner_error, "measured", lambda _: text)
-    words = ["--header", str(header)]
-    assert planner_error.main([*words, "--check"]) == 1
-    assert planner_error.main([*words, "--write"]) == 0
-    assert planner_error.main([*words, "--check"]) == 0
-    assert planner_error.main(words) == 0
+    options = ["--header", str(header)]
+    assert planner_error.main([*options, "--check"]) == 1
+    assert planner_error.main([*options, "--write"]) == 0
+    assert planner_error.main([*options, "--check"]) == 0
+    assert planner_error.main(options) == 0
     assert capsys.readouterr().out == f"{text}\n"
     written = header.read_text()
     assert max(map(len, written.splitlines())) <= 110

@@ -145,8 +145,8 @@ def act():
 def numbers_in(path: Path) -> list[int]:
     """Return the process numbers in a file, once they are there."""
     for _ in range(600):
-        if path.exists() and len(words := path.read_text().split()) == 2:
-            return [int(word) for word in words]
+        if path.exists() and len(fields := path.read_text().split()) == 2:
+            return [int(field) for field in fields]
         time.sleep(0.1)
     raise AssertionError(f"{path} was not written")
 
@@ -199,19 +199,19 @@ def test_a_process_with_threads_or_an_open_gpu_does_not_fork(tmp_path: Path) -> 
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [(), ("--fresh-processes",)], ids=["forked", "fresh"])
+@pytest.mark.parametrize("options", [(), ("--fresh-processes",)], ids=["forked", "fresh"])
 def test_a_part_is_added_to_the_file_and_the_last_line_is_a_summary(
-    more: tuple[str, ...], tmp_path: Path
+    options: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = saved(tmp_path / "session.json", {"earlier": {"figures": 1}})
 
-    done = session("--dry-run", "--parts", "matrix-products", "--out", str(out), *more)
+    done = session("--dry-run", "--parts", "matrix-products", "--out", str(out), *options)
 
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     assert written["parts"]["earlier"] == {"figures": 1}
     assert set(written["parts"]["matrix-products"]["figures"]) == {"fp32", "tf32", "bf16", "fp16"}
-    assert ("Starting each part as a new process: --fresh-processes" in done.stderr) == bool(more)
+    assert ("Starting each part as a new process: --fresh-processes" in done.stderr) == bool(options)
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["missing"], list(last["part_seconds"])) == ({}, ["matrix-products"])
     machine = {"gpu", "gpu_mib", "driver", "compute_capability", "torch", "cuda", "cudnn", "python", "date"}
@@ -232,8 +232,8 @@ def test_a_killed_call_loses_only_the_running_part_and_the_next_call_runs_it(tmp
     ready: dict[str, Any] = {name: {"figures": {}} for name in names if name not in left}
     saved(out, ready | {"predictions": predicted()})
     before = out.read_text()
-    words = [sys.executable, str(SCRIPT), "--dry-run", "--call", "3", "--out", str(out)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    command = [sys.executable, str(SCRIPT), "--dry-run", "--call", "3", "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         first = next(line for line in process.stderr if line.endswith(" ...\n")).split()[0]
         process.kill()
@@ -250,7 +250,7 @@ def test_a_killed_call_loses_only_the_running_part_and_the_next_call_runs_it(tmp
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"{", "not a JSON file"),
         (b"\xff\xfe", "not a JSON file"),
@@ -260,7 +260,7 @@ def test_a_killed_call_loses_only_the_running_part_and_the_next_call_runs_it(tmp
     ],
 )
 def test_a_file_that_is_not_a_session_is_rejected_and_unchanged(
-    content: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(content)
@@ -268,7 +268,7 @@ def test_a_file_that_is_not_a_session_is_rejected_and_unchanged(
     for option in ("--out", "--predictions"):
         assert main("--dry-run", "--call", "1", option, str(path)) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
+        assert message in line
         assert line.startswith(str(path))
     assert path.read_bytes() == content
 
@@ -338,7 +338,7 @@ def test_predictions_without_a_gpu_keep_the_machine_of_the_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (
             {"machine": {"gpu": "NVIDIA H200", "torch": "2.11.0"}},
@@ -349,7 +349,7 @@ def test_predictions_without_a_gpu_keep_the_machine_of_the_file(tmp_path: Path) 
     ],
 )
 def test_figures_of_another_machine_are_rejected(
-    change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {"dry_run": False} if change else {}
     path = saved(tmp_path / "x.json", {"doctor": {"figures": []}}, **values, **change)
@@ -357,7 +357,7 @@ def test_figures_of_another_machine_are_rejected(
 
     assert main("--call", "2", "--out", str(path)) == 2
 
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert path.read_text() == before
 
 
@@ -368,7 +368,7 @@ def test_an_unknown_part_is_rejected(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (("--parts", ""), "--parts: no part is named ; the parts are predictions"),
         (("--parts", "doctor", "--seconds", "-5"), "--seconds -5: must be above 0"),
@@ -378,14 +378,14 @@ def test_an_unknown_part_is_rejected(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_invalid_arguments_are_rejected_before_the_first_part(
     arguments: tuple[str, ...],
-    words: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "fake_run", None)
     assert main("--dry-run", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(words)
+    assert line.startswith(message)
 
 
 def test_two_sessions_cannot_write_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -433,11 +433,11 @@ def test_a_failed_part_or_test_is_exit_code_1(
         ({"error": "line\nTypeError: no"}, "TypeError: no"),
         ({"figures": {"passed": 3, "failures": {"test_a[fp16]": "assert"}}}, "failed: test_a[fp16]"),
     ]
-    for number, (record, words) in enumerate(cases):
+    for number, (record, message) in enumerate(cases):
         part = {"wall_seconds": 1.0, **record}
         assert main("--dry-run", "--parts", "tests-1", "--out", str(tmp_path / f"{number}.json")) == 1
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert last["missing"] == {"tests-1": words}
+        assert last["missing"] == {"tests-1": message}
 
 
 # -- parts and calls -----------------------------------------------------------------------------------------
@@ -505,9 +505,9 @@ def test_gpu_tests_are_quick_or_split_into_groups() -> None:
     """Together the groups have each gpu test exactly once."""
 
     def collected(marks: str) -> list[str]:
-        words = [sys.executable, "-m", "pytest", "-m", marks, "--collect-only", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-m", marks, "--collect-only", "-p", "no:cacheprovider"]
         done = subprocess.run(
-            [*words, "-qq", "-o", "addopts=", str(gpu_trainings.TESTS), "-q"],
+            [*command, "-qq", "-o", "addopts=", str(gpu_trainings.TESTS), "-q"],
             capture_output=True,
             text=True,
             check=False,
@@ -577,15 +577,15 @@ def test_the_table_has_the_article_first_and_a_line_per_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"),
+    ("selection", "found"),
     [
         ("b", ["b"]),
         ("plan", ["plan-1", "plan-2"]),
         ("plan-2,plan,a", ["plan-2", "plan-1", "a"]),
     ],
 )
-def test_a_name_selects_a_part_or_all_with_this_prefix(asked: str, found: list[str]) -> None:
-    assert gpu_session.select_parts(asked, ["a", "plan-1", "b", "plan-2", "planner"]) == found
+def test_a_name_selects_a_part_or_all_with_this_prefix(selection: str, found: list[str]) -> None:
+    assert gpu_session.select_parts(selection, ["a", "plan-1", "b", "plan-2", "planner"]) == found
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -977,7 +977,7 @@ def test_the_limit_is_the_budget_minus_the_context(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("own", "free", "by", "process"),
+    ("own", "free", "source", "process"),
     [
         (900, [9950, 9000], "NVML, this process", 900),
         (None, [9950, 9000], "NVML, difference since start", 950),
@@ -987,7 +987,7 @@ def test_the_limit_is_the_budget_minus_the_context(monkeypatch: pytest.MonkeyPat
 def test_process_memory_uses_the_best_available_source(
     own: int | None,
     free: list[int | None],
-    by: str,
+    source: str,
     process: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1004,7 +1004,7 @@ def test_process_memory_uses_the_best_available_source(
 
     found = gpu_cases.ProcessMeter(gpu).measure()
 
-    assert (found["process_by"], found["process_mib"]) == (by, process)
+    assert (found["process_by"], found["process_mib"]) == (source, process)
     assert found["context_mib"] == process - 300
     assert found["gpu_used_mib"] == 1100
 
