@@ -1,10 +1,10 @@
-"""Fill README's table of time and memory beside the article's, from the committed GPU sessions.
+"""Update the table of time and memory in README.md from the committed GPU sessions.
 
-    python benchmarks/article_table.py            write it between the two markers in README.md
+    python benchmarks/article_table.py            write it between the two markers
     python benchmarks/article_table.py --check    exit code 1 if README.md is out of date
 
-Reads benchmarks/results/*.json, as benchmarks/gpu_session.py writes them; needs no GPU. Without a session the
-table has the article's own figures only.
+Reads benchmarks/results/*.json, written by benchmarks/gpu_session.py; needs no GPU. Without a session the
+table has only the figures of the article.
 """
 
 import argparse
@@ -25,14 +25,14 @@ HEAD = (
 # Source: the article; see benchmarks/article_loop.py.
 ARTICLE = {"cpu_seconds_per_1000": 13.60, "gpu_seconds_per_1000": 1.90, "process_mib": 2915}
 PARTS = ("article-cpu", "ours-cpu-", "article-cuda", "ours-cuda-", "auto-cuda")  # in the table's order
-MEMORY = ("process_peak_mib", "process_mib", "peak_rss_mib")  # the first one that a part has
+MEMORY = ("process_peak_mib", "process_mib", "peak_rss_mib")  # the first available one is used
 
 
 def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Return file name -> session, for every file of a session on a GPU, the oldest name first.
+    """Return file name -> session for every session on a GPU, sorted by name.
 
     Raises:
-        SystemExit: a JSON file cannot be read; the line names it. Restore it from version control.
+        SystemExit: a JSON file cannot be read; the message names it. Restore it with git checkout.
     """
     found = {}
     for file in sorted(folder.glob("*.json")):
@@ -54,7 +54,7 @@ def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 def block(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what belongs between the markers: the table, and a sentence about its sessions."""
+    """Return the text between the markers: the table, and a sentence about its sessions."""
     cpu, gpu, mib = ARTICLE["cpu_seconds_per_1000"], ARTICLE["gpu_seconds_per_1000"], ARTICLE["process_mib"]
     lines = [
         *HEAD,
@@ -85,7 +85,7 @@ def _row(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> s
     if name.startswith("auto-"):
         precision += " (auto)"
     memory = next((f"{figures[key]:,.0f}" for key in MEMORY if figures.get(key)), "unknown")
-    seconds, speed = figures["seconds_per_1000"], figures["training_pictures_per_second"]
+    seconds, speed = figures["seconds_per_1000"], figures["training_images_per_second"]
     return f"| {program} | {device} | {precision} | {seconds:.3f} | {speed:,.0f} | {memory} |"
 
 
@@ -96,38 +96,38 @@ def _described(name: str, session: Mapping[str, Any]) -> str:
     return f"`benchmarks/results/{name}` ({machine['gpu']}, {date}, torch {machine['torch']}{driver})"
 
 
-def filled(text: str, table: str) -> str:
+def insert_table(text: str, table: str) -> str:
     """Return the README's text with the table between its markers.
 
     Raises:
-        SystemExit: the markers are not there once each, in order. Put them back.
+        SystemExit: a marker is missing, repeated or out of order. Restore them.
     """
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"README.md: must have {BEGIN} and then {END}, once each; put them back")
+        raise SystemExit(f"README.md: must have {BEGIN} and then {END}, once each; restore them")
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table, or check it; return the exit code."""
+    """Write or check the table; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the sessions")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the markers")
-    asked = parser.parse_args(arguments)
-    if not asked.readme.is_file():
-        raise SystemExit(f"{asked.readme}: no such file; name the README with --readme")
-    old = asked.readme.read_text(encoding="utf-8")
-    new = filled(old, block(sessions(asked.results)))
+    options = parser.parse_args(arguments)
+    if not options.readme.is_file():
+        raise SystemExit(f"{options.readme}: no such file; name the README with --readme")
+    old = options.readme.read_text(encoding="utf-8")
+    new = insert_table(old, block(sessions(options.results)))
     if old == new:
         return 0
-    if asked.check:
-        print(f"{asked.readme.name}: out of date; run python benchmarks/article_table.py", file=sys.stderr)
+    if options.check:
+        print(f"{options.readme.name}: out of date; run python benchmarks/article_table.py", file=sys.stderr)
         return 1
-    asked.readme.write_text(new, encoding="utf-8")
+    options.readme.write_text(new, encoding="utf-8")
     return 0
 
 

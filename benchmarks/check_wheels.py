@@ -1,14 +1,14 @@
-"""Check that a folder of wheels is complete for a machine that reaches no package index.
+"""Check that a folder of wheels is complete for a machine without access to a package index.
 
     python benchmarks/check_wheels.py WHEELS --have HAVE.txt --python 3.12
     python benchmarks/check_wheels.py WHEELS --have HAVE.txt --also pytest --also 'hypothesis>=6'
 
 Every requirement in the metadata of a wheel (its markers evaluated for the given Python on Linux x86-64, no
-extras) and every dependency in pyproject.toml must be satisfied by a wheel in the folder or by a package that
-the machine has. HAVE.txt lists those, one a line, as `pip list --format=freeze` prints them on that machine;
-where a line has no version, every requirement on the package is accepted.
+extras) and every dependency in pyproject.toml must be satisfied by a wheel in the folder or by a package on
+the machine. HAVE.txt lists the latter, one a line, as `pip list --format=freeze` prints them on that machine;
+without a version, every requirement on the package is accepted.
 
-Exit code 0: complete. 1: something is missing, has the wrong version, is there twice, or does not run on that
+Exit code 0: complete. 1: a wheel is missing, has the wrong version, is duplicated, or does not run on that
 Python; each in one line. 2: a file or an argument cannot be read. The last line of standard output is a
 summary in JSON; problems go to standard error.
 """
@@ -35,11 +35,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 class UnreadableInput(Exception):
-    """A wheel, a list or an argument that cannot be used; the message says which and why."""
+    """A wheel, a list or an argument is invalid; the message says which and why."""
 
 
 class Wheel(NamedTuple):
-    """What a wheel file says about itself."""
+    """The metadata of a wheel."""
 
     file: str
     name: str  # canonical
@@ -53,7 +53,7 @@ def read_wheel(path: Path) -> Wheel:
     """Return the name, version, tags and requirements of a wheel.
 
     Raises:
-        UnreadableInput: the file is no wheel, or is damaged; download it again.
+        UnreadableInput: the file is not a wheel or is damaged. Download it again.
     """
     try:
         name, version, _, tags = parse_wheel_filename(path.name)
@@ -64,7 +64,7 @@ def read_wheel(path: Path) -> Wheel:
         requires_python = SpecifierSet(headers.get("Requires-Python", ""))
     except (InvalidWheelFilename, InvalidRequirement, zipfile.BadZipFile, OSError, ValueError) as error:
         raise UnreadableInput(
-            f"{path.name}: cannot be read as a wheel ({error}); delete it and collect again"
+            f"{path.name}: cannot be read as a wheel ({error}); delete it and collect the wheels again"
         ) from None
     return Wheel(path.name, str(name), version, tags, requires, requires_python)
 
@@ -121,42 +121,43 @@ def runs_on(tags: Iterable[Tag], python: str) -> bool:
 
 
 def problems(
-    wheels: Iterable[Wheel], have: Mapping[str, Version | None], wanted: Iterable[Requirement], python: str
+    wheels: Iterable[Wheel], have: Mapping[str, Version | None], required: Iterable[Requirement], python: str
 ) -> list[str]:
-    """Return one line for each thing that is missing, wrong, there twice, or made for another Python."""
+    """Return one line per wheel that is missing, wrong, duplicated, or built for another Python."""
     found: list[str] = []
-    gathered: dict[str, Wheel] = {}
+    by_name: dict[str, Wheel] = {}
     for wheel in sorted(wheels, key=lambda wheel: wheel.file):
-        if wheel.name in gathered:
-            found.append(
-                f"{wheel.name}: two wheels, {gathered[wheel.name].file} and {wheel.file}; delete one"
-            )
-        gathered[wheel.name] = wheel
+        if wheel.name in by_name:
+            found.append(f"{wheel.name}: two wheels, {by_name[wheel.name].file} and {wheel.file}; delete one")
+        by_name[wheel.name] = wheel
         if not runs_on(wheel.tags, python):
             found.append(f"{wheel.file}: does not install on Python {python}, Linux x86-64; collect again")
         elif not wheel.requires_python.contains(f"{python}.99", prereleases=True):
             found.append(f"{wheel.file}: requires Python {wheel.requires_python}; the target has {python}")
-    available = dict(have) | {name: wheel.version for name, wheel in gathered.items()}  # wheels come first
+    available = dict(have) | {name: wheel.version for name, wheel in by_name.items()}  # wheels come first
     environment = target_environment(python)
-    by_all = [("pyproject.toml", one) for one in wanted]
-    by_all += [(wheel.file, one) for wheel in gathered.values() for one in wheel.requires]
-    for source, requirement in by_all:
+    requirements = [("pyproject.toml", one) for one in required]
+    requirements += [(wheel.file, one) for wheel in by_name.values() for one in wheel.requires]
+    for source, requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate(environment):
             continue
         name = canonicalize_name(requirement.name)
         needs = f"{source} requires {requirement.name}{requirement.specifier}"
         if name not in available:
-            found.append(f"{name}: missing; {needs}; add it to the wheels, or to the list if it is there")
+            found.append(
+                f"{name}: missing; {needs}; add it to the wheels, or to HAVE.txt if the machine has it"
+            )
             continue
         version = available[name]
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
-            if name in gathered:
+            if name in by_name:
                 found.append(
-                    f"{name}: wrong version; {needs}, and the folder has {gathered[name].file}; replace it"
+                    f"{name}: wrong version; {needs}, and the folder has {by_name[name].file}; replace it"
                 )
             else:
-                holder = f"the machine ({version}) has another"
-                found.append(f"{name}: wrong version; {needs}, and {holder}; delete it from the list")
+                found.append(
+                    f"{name}: wrong version; {needs}, and the machine has {version}; delete it from HAVE.txt"
+                )
     return found
 
 
@@ -171,7 +172,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("wheels", type=Path, help="a folder of .whl files")
-    parser.add_argument("--have", type=Path, required=True, help="packages of the machine, one a line")
+    parser.add_argument(
+        "--have", type=Path, required=True, help="file with the packages of the machine, one per line"
+    )
     parser.add_argument("--python", default="3.12", choices=("3.11", "3.12", "3.13"), help="(default: 3.12)")
     parser.add_argument("--also", action="append", default=[], help="a further requirement, e.g. pytest")
     arguments = parser.parse_args()
@@ -181,11 +184,11 @@ def main() -> int:
         files = sorted(arguments.wheels.glob("*.whl"))
         wheels = [read_wheel(path) for path in files]
         have = read_have(arguments.have.read_text(encoding="utf-8"))
-        wanted = [*project_requirements(), *(Requirement(one) for one in arguments.also)]
+        required = [*project_requirements(), *(Requirement(one) for one in arguments.also)]
     except (UnreadableInput, OSError, InvalidRequirement) as error:
         print(error, file=sys.stderr)
         return 2
-    found = problems(wheels, have, wanted, arguments.python)
+    found = problems(wheels, have, required, arguments.python)
     for line in found:
         print(line, file=sys.stderr)
     mib = sum(path.stat().st_size for path in files) / 2**20

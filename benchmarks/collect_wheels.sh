@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Collect the wheels that a Linux x86-64 machine without a network lacks, and check that the set is complete.
+# Collect the wheels missing on a Linux x86-64 machine without a network, and check that the set is complete.
 #
 #   bash benchmarks/collect_wheels.sh HAVE.txt [WHEELS]
 #
-# HAVE.txt lists the packages that the machine has, one a line: run `python3 -m pip list --format=freeze` there.
-# WHEELS (default: benchmarks/wheels) is the folder to fill: absent, empty, or full of wheels, which are replaced.
+# HAVE.txt lists the packages of the machine, one per line: run `python3 -m pip list --format=freeze` there.
+# WHEELS (default: benchmarks/wheels) is the folder to fill; existing wheels in it are replaced.
 #
 # Settings, as environment variables:
 #   TARGET=3.12      the machine's Python: 3.11, 3.12 or 3.13
 #   LOCK=...         `name==version` lines (default: requirements.lock)
-#   TORCH=2.13.0     collect torch too, with its CUDA packages (5 GB; by default none of them is collected)
-#   SKIP="..."       packages that are not needed there (default: the linter, the type checker and what they use)
+#   TORCH=2.13.0     also collect torch with its CUDA packages (5 GB; not collected by default)
+#   SKIP="..."       packages to leave out (default: the linter, the type checker and their dependencies)
 #   PYTHON=...       the Python that runs pip and the check (default: .venv/bin/python, else python3)
 #
 # Exit code: 0 if the set is complete, 1 if a package has no wheel or the set is incomplete (each named), 2 for a
@@ -38,9 +38,9 @@ fi
 
 mkdir -p "$wheels"
 if find "$wheels" -mindepth 1 ! -name '*.whl' -print -quit | grep -q .; then
-  refuse "$wheels: holds something that is not a wheel; name an empty folder"
+  refuse "$wheels: contains files that are not a wheel; name an empty folder"
 fi
-find "$wheels" -name '*.whl' -delete  # a set of another day would be there twice
+find "$wheels" -name '*.whl' -delete  # avoids duplicates
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -52,7 +52,7 @@ done
 quiet=(--quiet --disable-pip-version-check)
 download=("${quiet[@]}" --only-binary=:all: --implementation cp --python-version "$target" "${platforms[@]}")
 
-# What the lock pins, less what the machine has, what is not needed, and torch with its CUDA packages.
+# The pins of the lock file, except installed packages, those in SKIP, and torch with its CUDA packages.
 sed -E 's/[[:space:]]*#.*//; s/^[[:space:]]*(-e[[:space:]]+)?//; s/[^A-Za-z0-9._-].*//' "$have" | canonical >"$work/have"
 tr ' ' '\n' <<<"$skip" | canonical >>"$work/have"
 grep -E '^[A-Za-z0-9._-]+==' "$lock" | sed -E 's/[[:space:];].*//' >"$work/lock" || refuse "$lock: has no name==version line"
@@ -67,20 +67,20 @@ done <"$work/lock" >"$work/pins"
 
 missing=0
 if ! "$python" -m pip download "${download[@]}" --no-deps -d "$wheels" -r "$work/pins" >"$work/log" 2>&1; then
-  while read -r pin; do  # one after the other: some have no wheel
+  while read -r pin; do  # one by one: some have no wheel
     "$python" -m pip download "${download[@]}" --no-deps -d "$wheels" "$pin" >"$work/log" 2>&1 && continue
     rm -rf "$work/built"
     if "$python" -m pip wheel "${quiet[@]}" --no-deps -w "$work/built" "$pin" >"$work/log" 2>&1 &&
       compgen -G "$work/built/*-none-any.whl" >/dev/null; then
       mv "$work"/built/*-none-any.whl "$wheels/"
-      echo "$pin: no wheel for Python $target; built, as it is pure Python" >&2
+      echo "$pin: no wheel for Python $target; built from source (pure Python)" >&2
     else
-      echo "$pin: no wheel for Python $target, and none can be built; install it on the machine, or skip it with SKIP" >&2
+      echo "$pin: no wheel for Python $target, and it cannot be built; install it on the machine, or add it to SKIP" >&2
       missing=1
     fi
   done <"$work/pins"
 fi
-if [ -n "${TORCH:-}" ]; then  # with what it requires, in the versions of the lock where the lock has them
+if [ -n "${TORCH:-}" ]; then  # with its dependencies, constrained to the versions in the lock
   grep -vE '^(torch|triton)==' "$work/lock" >"$work/constraints"
   "$python" -m pip download "${download[@]}" -c "$work/constraints" -d "$wheels" "torch==$TORCH" >"$work/log" 2>&1 ||
     { echo "torch==$TORCH: cannot be collected: $(grep -m1 ERROR "$work/log" || tail -n1 "$work/log")" >&2; missing=1; }

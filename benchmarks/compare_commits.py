@@ -1,14 +1,13 @@
-"""Whether two commits train to the same bits: losses, weights, test figures and predictions.
+"""Check that two commits train bitwise identically: losses, weights, test figures and predictions.
 
-Each commit is checked out into a temporary folder and trains every case from nothing, with this interpreter
-and its packages. Losses, accuracies and confidences are compared as written, weights tensor by tensor through
-their hashes, whatever the tensors are called. Prints a line for each case, and one JSON line at the end; exit
-code 1 if anything differs.
+Each commit is checked out into a temporary folder and trains every case from scratch, with this interpreter
+and its packages. Losses, accuracies and confidences are compared as written, weights by the hashes of their
+tensors, regardless of names. Prints a line per case and one JSON line at the end; exit code 1 if anything
+differs.
 
     python benchmarks/compare_commits.py BEFORE [AFTER] [--case NAME ...] [--keep FOLDER]
 
-AFTER is HEAD unless it is given. With --keep the figures of each commit are kept in the folder and taken from
-there the next time.
+AFTER defaults to HEAD. With --keep the figures of each commit are cached in the folder.
 """
 
 import argparse
@@ -36,12 +35,12 @@ EXPERIMENTS = {
     ),
 }
 CASES = {
-    f"{experiment} {precision}": (f"experiment={experiment}", *words, f"device.precision={precision}")
-    for experiment, words in EXPERIMENTS.items()
+    f"{experiment} {precision}": (f"experiment={experiment}", *overrides, f"device.precision={precision}")
+    for experiment, overrides in EXPERIMENTS.items()
     for precision in ("fp32", "bf16")
 }
 MACHINE = ("device.name=cpu", "device.threads=2")
-IMAGES = 32  # of noise, which a network is unsure of
+IMAGES = 32  # random images, predicted with low confidence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,18 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("after", nargs="?", default="HEAD")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--keep", type=Path)
-    asked = parser.parse_args(arguments)
-    cases = asked.case or list(CASES)
-    before, after = (figures_of(commit(name), cases, asked.keep) for name in (asked.before, asked.after))
-    differences = {case: differing(before[case], after[case]) for case in cases}
+    options = parser.parse_args(arguments)
+    cases = options.case or list(CASES)
+    before, after = (
+        figures_of(commit(name), cases, options.keep) for name in (options.before, options.after)
+    )
+    differences = {case: differing_figures(before[case], after[case]) for case in cases}
     for case, names in differences.items():
         print(f"{case:18} {', '.join(names) + ' differ' if names else 'equal'}", file=sys.stderr)
     print(
         json.dumps(
             {
                 "benchmark": "compare_commits",
-                "before": commit(asked.before),
-                "after": commit(asked.after),
+                "before": commit(options.before),
+                "after": commit(options.after),
                 "cases": len(cases),
                 "tensors": sum(len(before[case]["tensors"]) for case in cases),
                 "differences": {case: names for case, names in differences.items() if names},
@@ -78,18 +79,18 @@ def commit(name: str) -> str:
 
 
 def git(*words: str) -> str:
-    """Return what git prints."""
+    """Run git and return its output."""
     done = subprocess.run(["git", *words], cwd=PROJECT, check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
-def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return the figures that are not equal."""
+def differing_figures(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the names of the figures that differ."""
     return [name for name, value in before.items() if value != after.get(name)]
 
 
 def figures_of(full: str, cases: Sequence[str], keep: Path | None) -> dict[str, Any]:
-    """Return the figures of each case, trained now or taken from `keep`."""
+    """Return the figures of each case, from the cache in `keep` or by training."""
     kept = None if keep is None else keep / f"{full}.json"
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
     missing = [case for case in cases if case not in figures]
@@ -102,7 +103,7 @@ def figures_of(full: str, cases: Sequence[str], keep: Path | None) -> dict[str, 
             images = noise(Path(folder) / "images")
             for case in missing:
                 print(f"{full[:7]} {case}", file=sys.stderr)
-                figures[case] = trained(tree, Path(folder) / case.replace(" ", "-"), CASES[case], images)
+                figures[case] = train_case(tree, Path(folder) / case.replace(" ", "-"), CASES[case], images)
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     kept.write_text(json.dumps(figures))
@@ -112,7 +113,7 @@ def figures_of(full: str, cases: Sequence[str], keep: Path | None) -> dict[str, 
 
 
 def noise(folder: Path) -> Path:
-    """Return a folder of images of noise, the same in every call."""
+    """Fill and return a folder of random images, the same in every call."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
@@ -121,9 +122,9 @@ def noise(folder: Path) -> Path:
     return folder
 
 
-def trained(tree: Path, root: Path, words: Sequence[str], images: Path) -> dict[str, Any]:
-    """Return the figures of one training in a root of its own."""
-    command(tree, root, "train", *words, *MACHINE)
+def train_case(tree: Path, root: Path, overrides: Sequence[str], images: Path) -> dict[str, Any]:
+    """Train in the given root and return the figures."""
+    command(tree, root, "train", *overrides, *MACHINE)
     (run,) = {path.parent for path in root.glob("outputs/*/*/metrics.jsonl")}
     epochs = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     predictions = json.loads(
@@ -136,18 +137,18 @@ def trained(tree: Path, root: Path, words: Sequence[str], images: Path) -> dict[
         "accuracies": [[row["train/accuracy"], row["val/accuracy"]] for row in epochs if "val/loss" in row],
         "test": [test["accuracy"], test["loss"]],
         "predictions": [[each["text"], each["confidences"]] for each in predictions],
-        "tensors": sorted(map(described, tensors.values())),
+        "tensors": sorted(map(describe_tensor, tensors.values())),
     }
 
 
-def described(tensor: np.ndarray[Any, Any]) -> str:
+def describe_tensor(tensor: np.ndarray[Any, Any]) -> str:
     """Return the type, shape and hash of a tensor."""
     digest = hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest()
     return f"{tensor.dtype} {list(tensor.shape)} {digest}"
 
 
 def command(tree: Path, root: Path, *words: str) -> str:
-    """Return what the command of a tree prints; its progress goes nowhere."""
+    """Run captcha-exp from a checkout and return its standard output."""
     root.mkdir(exist_ok=True)
     variables = {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "CAPTCHA_EXP_ROOT": str(root)}
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""Pictures per second of each source, on one worker and on all cores, and what the second core brings.
+"""Measure the images per second of each renderer, with one worker and on all cores.
 
-Prints one JSON line for each source. The figures are those of this machine at this moment; the ratio is of
-two measurements in one process.
+Prints one JSON line per renderer. The figures depend on this machine and its load; the ratio compares two
+measurements of one process.
 
     python benchmarks/drawing.py [--count 4000]
 """
@@ -19,7 +19,7 @@ from captcha_exp.runtime.device import detect_machine
 
 
 def images_per_second(config: Config, workers: int, count: int) -> float:
-    """The rate, the start of the workers included."""
+    """Return the rendering rate, including the start of the workers."""
     assert isinstance(
         config.data, CaptchaLibraryConfig | WheezyLibraryConfig
     )  # conf/data/ has two generators

@@ -1,6 +1,6 @@
-"""What the parts of gpu_session share: configs, noise to train on, and what a process holds of the card.
+"""Helpers shared by the parts of gpu_session: configs, random data, and GPU memory measurements.
 
-Nothing here starts CUDA or draws a picture, and little is imported, as each part is a process of its own.
+Importing this module does not initialize CUDA; imports are few, since each part is a process of its own.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from gpu_judging import PROJECT
+from gpu_comparison import PROJECT
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
@@ -23,21 +23,21 @@ from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 
 MIB = 2**20
-CARD = "h200"  # the file in conf/gpu/ that a measured config names; nothing that is measured depends on it
-SENT = "device.preload_limit_mib=0"  # keeps pictures on the host: results do not depend on their number
+GPU_CONFIG = "h200"  # conf/gpu/ file of the measured configs; has no effect on measurements
+STREAMED = "device.preload_limit_mib=0"  # images stay on the host
 NETWORKS = {"resnet18": "experiment=article", "compact": "experiment=alnum"}
 VARIANTS: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "bf16": ("device.precision=bf16",),
     "fp16": ("device.precision=fp16",),
-    "fp32-again": ("train.activation_checkpointing=true",),  # activations are computed again
+    "fp32-again": ("train.activation_checkpointing=true",),  # activation checkpointing
     "bf16-again": ("device.precision=bf16", "train.activation_checkpointing=true"),
 }
 _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # the driver, cuBLAS, cuDNN
 
 
 class Case(NamedTuple):
-    """A training that is foretold and measured."""
+    """A training whose memory is predicted and measured."""
 
     network: str
     variant: str
@@ -45,90 +45,90 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in resnet18-fp32-100."""
+        """Return the name, e.g. resnet18-fp32-100."""
         return f"{self.network}-{self.variant}-{self.batch}"
 
 
-def config_of(case: Case, device: str, *more: str, gpu: str = CARD) -> Config:
-    """The config of a case: one epoch, on a device that nobody has looked for yet."""
+def make_config(case: Case, device: str, *more: str, gpu: str = GPU_CONFIG) -> Config:
+    """Return the config of a case, for one epoch on the named device."""
     fixed = ("train.epochs=1", f"train.batch_size={case.batch}", f"gpu={gpu}", "tracking=none")
-    place = (f"device.name={device}", f"device.threads={1 if device == 'cpu' else 4}")
-    return load(compose(NETWORKS[case.network], *VARIANTS[case.variant], *fixed, *place, *more))
+    device_overrides = (f"device.name={device}", f"device.threads={1 if device == 'cpu' else 4}")
+    return load(compose(NETWORKS[case.network], *VARIANTS[case.variant], *fixed, *device_overrides, *more))
 
 
-def noise(config: Config, pictures: Mapping[str, int]) -> Dataset:
-    """So many pictures of noise in each split: what memory is taken does not depend on what they show."""
-    captcha, count = config.captcha, sum(pictures.values())
+def noise_dataset(config: Config, split_sizes: Mapping[str, int]) -> Dataset:
+    """Return random images, with the given number in each split."""
+    captcha, count = config.captcha, sum(split_sizes.values())
     generator = torch.Generator().manual_seed(0)
     shape = (count, captcha.height, captcha.width, captcha.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     targets = torch.randint(0, len(captcha.alphabet), (count, captcha.length), generator=generator)
-    numbers = torch.split(torch.arange(count), list(pictures.values()))
-    return Dataset(images, targets, [], dict(zip(pictures, numbers, strict=True)), {})
+    indices = torch.split(torch.arange(count), list(split_sizes.values()))
+    return Dataset(images, targets, [], dict(zip(split_sizes, indices, strict=True)), {})
 
 
 def noise_batch(config: Config, device: torch.device) -> Batch:
-    """One batch of noise on the device."""
-    data = noise(config, {"train": int(config.train.batch_size)})
+    """Return one random batch on the device."""
+    data = noise_dataset(config, {"train": int(config.train.batch_size)})
     return next(data.split("train", device, config.device.preload_limit_mib).batches(len(data.targets)))
 
 
-def epoch(config: Config, data: Dataset, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The peaks of an epoch's training, and of the evaluation after it; all that was made is gone then.
+def run_epoch(config: Config, data: Dataset, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train and evaluate for one epoch; return the peak memory of each. All tensors are freed on return.
 
-    What `fit` does, in its order, so what memory.trace foretells; without the loop's progress and its guard,
-    who hold scalars alone.
+    Allocates in the same order as `fit`, hence as memory.trace predicts; progress and sanity checks, which
+    allocate only scalars, are left out.
     """
     limit = config.device.preload_limit_mib
     training, validation = (data.split(name, device, limit) for name in ("train", "validation"))
     state = init_train_state(config, device)
-    start(device)
-    change = Augmenter(config, 1, len(data.images), device)
+    reset_peaks(device)
+    augmenter = Augmenter(config, 1, len(data.images), device)
     state.model.train()
     for batch in training.batches(int(config.train.batch_size), training.permutation(config.seed, 1)):
-        _kept = train_step(state, change(batch), config)  # lives until the next one, as in fit
-    trained = peaks(device)
-    start(device)
+        _kept = train_step(state, augmenter(batch), config)  # freed in the next iteration, as in fit
+    trained = peak_memory(device)
+    reset_peaks(device)
     evaluate(state.model, validation, config)
     state.update_best(0.0, 0.0)
-    return trained, peaks(device)
+    return trained, peak_memory(device)
 
 
-# -- memory of the card --------------------------------------------------------------------------------------
+# -- GPU memory ----------------------------------------------------------------------------------------------
 
 
-def start(device: torch.device) -> None:
-    """The peaks begin again at what is in use now."""
+def reset_peaks(device: torch.device) -> None:
+    """Reset the peak memory statistics."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peaks(device: torch.device) -> dict[str, Any]:
-    """MiB at most since the last `start`; None on the CPU, which has no such allocator."""
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Return the peaks, in MiB, since `reset_peaks`; None on the CPU, which has no caching allocator."""
     if device.type != "cuda":
         return {"requested_mib": None, "allocated_mib": None, "reserved_mib": None}
     torch.cuda.synchronize(device)
-    found = torch.cuda.memory_stats(device)
+    stats = torch.cuda.memory_stats(device)
     return {
-        "requested_mib": found["requested_bytes.all.peak"] / MIB,
-        "allocated_mib": found["allocated_bytes.all.peak"] / MIB,
-        "reserved_mib": found["reserved_bytes.all.peak"] / MIB,
+        "requested_mib": stats["requested_bytes.all.peak"] / MIB,
+        "allocated_mib": stats["allocated_bytes.all.peak"] / MIB,
+        "reserved_mib": stats["reserved_bytes.all.peak"] / MIB,
     }
 
 
 def reserved_mib(device: torch.device) -> float | None:
-    """MiB that torch's allocator holds now."""
+    """Return the MiB that torch's allocator has reserved; None on the CPU."""
     return torch.cuda.memory_reserved(device) / MIB if device.type == "cuda" else None
 
 
 def allocated_mib(device: torch.device) -> float | None:
-    """MiB of torch's allocator that are in use now."""
+    """Return the MiB that torch's allocator has allocated; None on the CPU."""
     return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else None
 
 
 def clear(device: torch.device) -> None:
-    """Everything that torch keeps goes back to the driver; what a caller still holds does not."""
+    """Release all unused cached memory, including cuBLAS workspaces, to the driver."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -136,22 +136,22 @@ def clear(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(act: Callable[[], object], device: torch.device) -> str | None:
-    """None if it had memory enough, else the error's first line; whatever it held is given back."""
+def oom_reason(function: Callable[[], object], device: torch.device) -> str | None:
+    """Call the function; return None, or the first line of its out-of-memory error. Frees its memory."""
     reason: str | None = None
     try:
-        act()
+        function()
     except RuntimeError as error:
-        words = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in words for sign in _NO_MEMORY):
+        message = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in message for sign in _NO_MEMORY):
             raise
-        reason = words.splitlines()[0]
-    clear(device)  # only here is the traceback gone, which holds the tensors
+        reason = message.splitlines()[0]
+    clear(device)  # after the except block: the traceback, which holds the tensors, is freed
     return reason
 
 
 class ProcessMeter:
-    """What this process holds of the card; made before CUDA starts."""
+    """Measures the GPU memory of this process; must be created before CUDA is initialized."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -159,14 +159,14 @@ class ProcessMeter:
 
     @property
     def free_before_mib(self) -> float | None:
-        """MiB of the GPU that were free before CUDA started here, by NVML."""
+        """Return the MiB of the GPU that were free before this process initialized CUDA, by NVML."""
         return None if self.free_before is None else self.free_before / MIB
 
-    def now(self) -> dict[str, Any]:
-        """MiB of the process now, who says so, and how many of them torch's allocator did not reserve.
+    def measure(self) -> dict[str, Any]:
+        """Return the MiB of the process, their source, and those that torch's allocator did not reserve.
 
-        By NVML for this process. Where that is silent, as in many containers: what the card has in use, less
-        what it had before CUDA started here; at worst all that it has in use.
+        The source is NVML's figure for this process. In many containers it is missing: then the used memory
+        of the GPU minus that before CUDA was initialized; without NVML, all of its used memory.
         """
         if self.device.type != "cuda":
             return {"process_mib": _resident_mib(), "process_by": "resident memory", "context_mib": None}
@@ -175,59 +175,59 @@ class ProcessMeter:
         free, total = torch.cuda.mem_get_info(self.device)
         used, own = total - free, devices.nvml_process_bytes(self.device)
         if own is not None:
-            process, by = own, "NVML, this process"
+            process, source = own, "NVML, this process"
         elif self.free_before is not None and (now := _free_bytes()) is not None:
-            process, by = self.free_before - now, "NVML, the card now and before"
+            process, source = self.free_before - now, "NVML, difference since start"
         else:
-            process, by = used, "all that the card has in use"
+            process, source = used, "all used memory of the GPU"
         return {
             "process_mib": process / MIB,
-            "process_by": by,
+            "process_by": source,
             "context_mib": (process - reserved) / MIB,
-            "card_used_mib": used / MIB,
-            "card_free_before_mib": self.free_before_mib,
+            "gpu_used_mib": used / MIB,
+            "gpu_free_before_mib": self.free_before_mib,
         }
 
 
-def hold(process_mib: float, context_mib: float) -> None:
-    """From here on torch reserves no more of the current card than leaves the process within so many MiB."""
+def limit_memory(process_mib: float, context_mib: float) -> None:
+    """Limit torch's allocator on the current GPU such that the process stays within `process_mib`."""
     _, total = torch.cuda.mem_get_info()
     share = (process_mib - context_mib) * MIB / total
-    # Alone among its kind this function takes no torch.device("cuda"): it wants a number, or nothing.
+    # Unlike similar functions, this one does not accept torch.device("cuda") without an index.
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
 
 
 def _free_bytes() -> int | None:
-    """What is free of the first card; None where NVML does not say. Starts no CUDA."""
+    """Return the free bytes of the first GPU, or None without NVML. Does not initialize CUDA."""
     return next(iter(devices.nvml_free_bytes().values()), None)
 
 
 def _resident_mib() -> float:
-    """MiB of memory, at most so far: only so that a dry run has a figure."""
+    """Return the peak resident memory in MiB, the figure of a dry run."""
     return devices.process_peak_mib(torch.device("cpu"))
 
 
-def step_seconds(act: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Return the median seconds of so many calls, each waited for."""
-    taken = []
+def step_seconds(function: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Return the median seconds of `steps` synchronized calls."""
+    seconds = []
     for _ in range(steps):
         wait(device)
         began = time.perf_counter()
-        act()
+        function()
         wait(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all of its work."""
+    """Synchronize the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def code_sha256() -> str:
-    """SHA-256 over the code and the settings that a prediction depends on."""
+    """Return the SHA-256 of the code and the config files that a prediction depends on."""
     digest = hashlib.sha256()
     for file in sorted([*PROJECT.glob("captcha_exp/**/*.py"), *PROJECT.glob("conf/**/*.yaml")]):
         digest.update(f"{file.relative_to(PROJECT)}\n".encode() + file.read_bytes())

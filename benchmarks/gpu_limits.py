@@ -1,6 +1,6 @@
-"""The parts of gpu_session about limits: the largest batch in a budget, and the workspaces of cuDNN.
+"""The parts of gpu_session about limits: the largest batch within a budget, and the workspaces of cuDNN.
 
-Each function is the work of one part and runs in a process of its own.
+Each function is one part and runs in its own process.
 """
 
 import functools
@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from gpu_cases import (
     MIB,
     NETWORKS,
-    SENT,
+    STREAMED,
     Case,
     ProcessMeter,
     allocated_mib,
-    attempt,
     clear,
-    config_of,
-    epoch,
-    hold,
-    noise,
-    peaks,
+    limit_memory,
+    make_config,
+    noise_dataset,
+    oom_reason,
+    peak_memory,
     reserved_mib,
-    start,
+    reset_peaks,
+    run_epoch,
     step_seconds,
 )
-from gpu_predictions import LARGEST_PICTURES, Pictures
+from gpu_predictions import LARGEST_SPLIT_SIZES, SplitSizes
 
 from captcha_exp.config import Config
-from captcha_exp.memory import replay as plays
+from captcha_exp.memory import replay
 from captcha_exp.memory.allocator import CachingAllocator, replay_events
 from captcha_exp.memory.trace import trace
 from captcha_exp.model.step import init_train_state, train_step
@@ -43,45 +43,45 @@ from captcha_exp.runtime import device as devices
 
 
 def workspaces(cap: str, batch: int, steps: int, device: str) -> dict[str, Any]:
-    """What a step takes beyond its tensors, and its seconds, with CUDNN_CONV_WSCAP_DBG as the process has it.
+    """Measure workspaces and seconds of steps, with the CUDNN_CONV_WSCAP_DBG of this process's environment.
 
-    With train.deterministic cuDNN's engines are chosen by rule, without it by trial.
+    cuDNN chooses its engines by heuristics with train.deterministic, and by benchmarking without it.
     """
-    place = torch.device(device)
+    torch_device = torch.device(device)
     cases: dict[str, Any] = {}
     for network in NETWORKS:
         for deterministic in ("true", "false"):
-            more = f"train.deterministic={deterministic}"
-            config = config_of(Case(network, "fp32", batch), device, more)
+            override = f"train.deterministic={deterministic}"
+            config = make_config(Case(network, "fp32", batch), device, override)
             devices.setup_device(config)
             name = f"{network}-{'deterministic' if deterministic == 'true' else 'tried'}"
-            cases[name] = _beyond_tensors(config, steps, place)
-            clear(place)
-    return {"cap": cap, "seen": os.environ.get("CUDNN_CONV_WSCAP_DBG"), "batch": batch, "cases": cases}
+            cases[name] = _beyond_tensors(config, steps, torch_device)
+            clear(torch_device)
+    return {"cap": cap, "environment": os.environ.get("CUDNN_CONV_WSCAP_DBG"), "batch": batch, "cases": cases}
 
 
 def _beyond_tensors(config: Config, steps: int, device: torch.device) -> dict[str, Any]:
-    """The peaks of three steps, foretold for tensors alone and measured; the median seconds of later ones."""
+    """Return predicted (tensors only) and measured peaks of three steps; time later ones."""
     size = int(config.train.batch_size)
-    pictures = {"train": 3 * size, "validation": 1}
-    said = _tensors_alone(config, pictures)
-    found, seconds = _three_steps(config, pictures, steps, device)
+    split_sizes = {"train": 3 * size, "validation": 1}
+    predictions = _tensor_peaks(config, split_sizes)
+    measurements, seconds = _three_steps(config, split_sizes, steps, device)
     gc.collect()
-    kept = allocated_mib(device)  # all tensors are gone: what is left belongs to cuBLAS
+    kept = allocated_mib(device)  # all tensors are freed: the rest is cuBLAS workspace
     rows = []
-    for foretold, measured in zip(said, found, strict=True):
-        row: dict[str, Any] = {"foretold": foretold, "measured": measured}
+    for predicted, measured in zip(predictions, measurements, strict=True):
+        row: dict[str, Any] = {"predicted": predicted, "measured": measured}
         if kept is not None:
-            for what in ("requested_mib", "allocated_mib"):
-                row[f"beyond_{what}"] = measured[what] - foretold[what] - kept
+            for key in ("requested_mib", "allocated_mib"):
+                row[f"beyond_{key}"] = measured[key] - predicted[key] - kept
         rows.append(row)
     return {"kept_mib": kept, "steps": rows, "step_seconds": seconds}
 
 
-def _tensors_alone(config: Config, pictures: Pictures) -> list[dict[str, float]]:
-    """The peaks of the first steps that the trace and the model of the allocator give, without workspaces."""
-    traced = trace(config, int(config.train.batch_size), pictures)
-    allocator, found = CachingAllocator(expandable=plays.uses_expandable_segments()), []
+def _tensor_peaks(config: Config, split_sizes: SplitSizes) -> list[dict[str, float]]:
+    """Return the peaks of the first steps predicted by trace and allocator model, without workspaces."""
+    traced = trace(config, int(config.train.batch_size), split_sizes)
+    allocator, found = CachingAllocator(expandable=replay.uses_expandable_segments()), []
     live: dict[int, Any] = {}
     for phase in traced.phases:
         allocator.reset_peaks()
@@ -93,97 +93,116 @@ def _tensors_alone(config: Config, pictures: Pictures) -> list[dict[str, float]]
 
 
 def _three_steps(
-    config: Config, pictures: Pictures, steps: int, device: torch.device
+    config: Config, split_sizes: SplitSizes, steps: int, device: torch.device
 ) -> tuple[list[dict[str, Any]], float]:
-    """The peaks of each of the first three steps; the median seconds of `steps` more."""
-    data, found = noise(config, pictures), []
+    """Return the peaks of each of the first three steps and the median seconds of `steps` more."""
+    data, found = noise_dataset(config, split_sizes), []
     limit = config.device.preload_limit_mib
     training, validation = (data.split(name, device, limit) for name in ("train", "validation"))
     state = init_train_state(config, device)
     batches = training.batches(int(config.train.batch_size), training.permutation(config.seed, 1))
     state.model.train()
     for _ in range(3):
-        start(device)
+        reset_peaks(device)
         batch = next(batches)
-        _kept = train_step(state, batch, config)  # lives until the next one
-        found.append(peaks(device))
-    assert len(validation) == pictures["validation"]  # it lives on the device until here, as in a training
+        _kept = train_step(state, batch, config)  # freed in the next iteration
+        found.append(peak_memory(device))
+    assert len(validation) == split_sizes["validation"]  # keeps it on the device until here, as in a training
     return found, step_seconds(lambda: train_step(state, batch, config), steps, device)
 
 
 # -- the largest batch ---------------------------------------------------------------------------------------
 
 
-def largest(who: str, budget_mib: int, first: int, most: int, tries: int, device: str) -> dict[str, Any]:
-    """The largest batch that runs within a budget, and the smallest that does not, as far as was looked.
+def largest(
+    program: str, budget_mib: int, first: int, max_batch: int, tries: int, device: str
+) -> dict[str, Any]:
+    """Find the largest batch that runs within a budget and the smallest that does not.
 
-    `who` is "article", its loop, or a variant of ours with its network. All tries are in one process; what
-    torch still holds when one begins stands beside it.
+    `program` is "article", its loop, or one of our variants with its network. All tries share a process; the
+    memory that torch has reserved before each is recorded.
     """
-    place = torch.device(device)
-    meter = ProcessMeter(place)
-    run = _article_run if who == "article" else functools.partial(_our_run, who)
-    seen: list[dict[str, Any]] = []
-    run(first, place)  # loads the kernels, so that the context is known
-    context_mib = meter.now()["context_mib"]
-    clear(place)
+    torch_device = torch.device(device)
+    meter = ProcessMeter(torch_device)
+    run = _article_run if program == "article" else functools.partial(_our_run, program)
+    rows: list[dict[str, Any]] = []
+    run(first, torch_device)  # loads the kernels, to know the size of the context
+    context_mib = meter.measure()["context_mib"]
+    clear(torch_device)
     if context_mib is not None:
-        hold(budget_mib, context_mib)
+        limit_memory(budget_mib, context_mib)
 
     def runs(batch: int) -> bool:
-        left, began = reserved_mib(place), time.perf_counter()
-        start(place)
-        reason = attempt(lambda: run(batch, place), place)
-        row = {"batch": batch, "ran": reason is None, "left_mib": left, "reason": reason}
-        seen.append(
-            row | {"reserved_mib": peaks(place)["reserved_mib"], "seconds": time.perf_counter() - began}
+        reserved_before, began = reserved_mib(torch_device), time.perf_counter()
+        reset_peaks(torch_device)
+        reason = oom_reason(lambda: run(batch, torch_device), torch_device)
+        row = {
+            "batch": batch,
+            "ran": reason is None,
+            "reserved_before_mib": reserved_before,
+            "reason": reason,
+        }
+        rows.append(
+            row
+            | {
+                "reserved_mib": peak_memory(torch_device)["reserved_mib"],
+                "seconds": time.perf_counter() - began,
+            }
         )
         return reason is None
 
-    found, refused = search(runs, first, most, tries)
-    after = meter.now()["context_mib"]  # more than before, if larger batches loaded other kernels
-    figures = {"who": who, "budget_mib": budget_mib, "largest": found, "rejected": refused, "tries": seen}
+    largest, rejected = search(runs, first, max_batch, tries)
+    after = meter.measure()["context_mib"]  # grows if larger batches load other kernels
+    figures = {
+        "program": program,
+        "budget_mib": budget_mib,
+        "largest": largest,
+        "rejected": rejected,
+        "tries": rows,
+    }
     return figures | {"context_mib": context_mib, "context_after_mib": after}
 
 
-def search(runs: Callable[[int], bool], first: int, most: int, tries: int) -> tuple[int | None, int | None]:
-    """The largest that ran and the smallest that did not, by doubling or halving, then by bisection."""
-    good: int | None = None
-    bad: int | None = None
+def search(
+    runs: Callable[[int], bool], first: int, max_batch: int, tries: int
+) -> tuple[int | None, int | None]:
+    """Return the largest batch that runs and the smallest that does not, by doubling and bisection."""
+    largest: int | None = None
+    rejected: int | None = None
     batch = first
     for _ in range(tries):
         if runs(batch):
-            good = batch
+            largest = batch
         else:
-            bad = batch
-        if good is None:
+            rejected = batch
+        if largest is None:
             batch //= 2
-        elif bad is None:
-            batch = min(2 * batch, most)
+        elif rejected is None:
+            batch = min(2 * batch, max_batch)
         else:
-            batch = (good + bad) // 2
-        if batch in (0, good, bad):
+            batch = (largest + rejected) // 2
+        if batch in (0, largest, rejected):
             break
-    return good, bad
+    return largest, rejected
 
 
 def _article_run(batch: int, device: torch.device) -> None:
-    """Three steps of the article's loop, and its evaluation of the 100 pictures of a shard."""
+    """Run three steps of the article's loop and its evaluation of the 100 images of a shard."""
     import article_loop as loop
 
-    pictures = torch.rand(batch, 3, loop.HEIGHT, loop.WIDTH)
-    codes = F.one_hot(torch.zeros(batch, loop.LENGTH, dtype=torch.int64), len(loop.ALPHABET))
-    given = [(pictures, codes.flatten(1).float())]
-    network = loop.fresh(device)
+    images = torch.rand(batch, 3, loop.HEIGHT, loop.WIDTH)
+    labels = F.one_hot(torch.zeros(batch, loop.LENGTH, dtype=torch.int64), len(loop.ALPHABET))
+    batches = [(images, labels.flatten(1).float())]
+    network = loop.init_network(device)
     optimizer = torch.optim.Adam(network.parameters())
-    loop.steps(network, optimizer, given * 3, device)
-    loop.examine(network, [(part[:100], code[:100]) for part, code in given], device)
+    loop.train_steps(network, optimizer, batches * 3, device)
+    loop.evaluate(network, [(part[:100], label[:100]) for part, label in batches], device)
 
 
 def _our_run(variant: str, batch: int, device: torch.device) -> None:
-    """An epoch of three steps and an evaluation of ours."""
+    """Run an epoch of three of our steps and an evaluation."""
     name: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    config = config_of(Case("resnet18", variant, batch), name, SENT)
+    config = make_config(Case("resnet18", variant, batch), name, STREAMED)
     devices.setup_device(config)
-    validation = LARGEST_PICTURES["validation"] if name == "cuda" else 2
-    epoch(config, noise(config, {"train": 3 * batch, "validation": validation}), device)
+    validation = LARGEST_SPLIT_SIZES["validation"] if name == "cuda" else 2
+    run_epoch(config, noise_dataset(config, {"train": 3 * batch, "validation": validation}), device)

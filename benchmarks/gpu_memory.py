@@ -1,7 +1,7 @@
-"""The parts of gpu_session about memory: what the GPU shows of trainings whose peaks were predicted.
+"""The parts of gpu_session about memory: measured peaks of trainings whose peaks were predicted.
 
-Each function is the work of one part and runs in a process of its own. On the CPU all of it is done with
-small numbers; figures of a GPU are None there.
+Each function is one part and runs in its own process. On the CPU it runs with small sizes, and figures of a
+GPU are None.
 """
 
 import functools
@@ -16,20 +16,19 @@ from gpu_cases import (
     Case,
     ProcessMeter,
     allocated_mib,
-    attempt,
     clear,
-    config_of,
-    epoch,
-    hold,
-    noise,
+    limit_memory,
+    make_config,
     noise_batch,
+    noise_dataset,
+    oom_reason,
     reserved_mib,
+    run_epoch,
 )
-from gpu_judging import compacted, entries_of_model, replayed
+from gpu_comparison import compact_events, model_entries, replay_recording
 
 from captcha_exp.config import Config
-from captcha_exp.memory import gpu_probe
-from captcha_exp.memory import replay as plays
+from captcha_exp.memory import gpu_probe, replay
 from captcha_exp.memory.allocator import CachingAllocator, replay_events
 from captcha_exp.memory.gpu_profile import (
     ConvWorkspace,
@@ -43,35 +42,36 @@ from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import NullDisplay
 
-Pictures = Mapping[str, int]
-MOST_ENTRIES = 200_000  # of a recording; two steps take some thousand
+SplitSizes = Mapping[str, int]
+MAX_ENTRIES = 200_000  # of a recording; two steps take some thousands
 
 
 # -- plans ---------------------------------------------------------------------------------------------------
 
 
-def plan(case: Case, pictures: Pictures, budgets: Sequence[int], device: str) -> dict[str, Any]:
-    """The peaks of a case in a process that has done nothing else, and what the process held.
+def plan(case: Case, split_sizes: SplitSizes, budgets: Sequence[int], device: str) -> dict[str, Any]:
+    """Measure the peaks of a case in a fresh process, and the memory of the process.
 
-    Then, for budgets somewhat below that, whether it runs within them too: at a limit torch gives its cache
-    back, and cuDNN takes smaller workspaces.
+    Then try smaller budgets: at a limit torch frees its cache, and cuDNN uses smaller workspaces.
     """
-    place = torch.device(device)
-    meter = ProcessMeter(place)
-    config = config_of(case, device)
+    torch_device = torch.device(device)
+    meter = ProcessMeter(torch_device)
+    config = make_config(case, device)
     devices.setup_device(config)
-    data = noise(config, pictures)
+    data = noise_dataset(config, split_sizes)
     began = time.perf_counter()
-    training, evaluation = epoch(config, data, place)
-    figures: dict[str, Any] = {"case": list(case), "images": dict(pictures)}
+    training, evaluation = run_epoch(config, data, torch_device)
+    figures: dict[str, Any] = {"case": list(case), "images": dict(split_sizes)}
     figures |= {"training": training, "evaluation": evaluation, "seconds": time.perf_counter() - began}
-    figures |= meter.now()
-    if place.type != "cuda":
+    figures |= meter.measure()
+    if torch_device.type != "cuda":
         return figures | {"process_peak_mib": figures["process_mib"], "ran_within": {}}
     context = figures["context_mib"]
     peak = context + max(training["reserved_mib"], evaluation["reserved_mib"])
-    ran = runs_within(budgets, context, peak, functools.partial(epoch, config, data, place), place)
-    return figures | {"process_peak_mib": peak, "ran_within": ran}
+    ran_within = runs_within(
+        budgets, context, peak, functools.partial(run_epoch, config, data, torch_device), torch_device
+    )
+    return figures | {"process_peak_mib": peak, "ran_within": ran_within}
 
 
 def runs_within(
@@ -81,34 +81,34 @@ def runs_within(
     run: Callable[[], object],
     device: torch.device,
 ) -> dict[str, bool]:
-    """For each budget from half of a free run's peak up to it: whether the run does with it."""
+    """Return, for each budget between half of the unlimited peak and that peak, whether the run succeeds."""
     found = {}
     for budget in budgets:
         if max(peak_mib / 2, context_mib) < budget < peak_mib:
             clear(device)
-            hold(budget, context_mib)
-            found[str(budget)] = attempt(run, device) is None
+            limit_memory(budget, context_mib)
+            found[str(budget)] = oom_reason(run, device) is None
     return found
 
 
-# -- context and calibration -------------------------------------------------------------------------------
+# -- context and calibration ---------------------------------------------------------------------------------
 
 
 def calibration(batches: Mapping[str, int], device: str) -> dict[str, Any]:
-    """Return the readings that `captcha-exp calibrate --from` makes a GPU's file of, on both networks.
+    """Return the measurements for `captcha-exp calibrate --from`, on both networks.
 
-    On the CPU they are made up: only their way into the file is tried.
+    On the CPU they are fake, to test that they can be written and read.
     """
-    place = torch.device(device)
-    if place.type == "cpu":
-        return measurements_to_json(_made_up())
-    free = ProcessMeter(place).free_before_mib  # before this process takes any of it
-    configs = [config_of(Case(network, "fp32", batches[network]), device) for network in NETWORKS]
-    return measurements_to_json(gpu_probe.measure(configs, place, free, NullDisplay()))
+    torch_device = torch.device(device)
+    if torch_device.type == "cpu":
+        return measurements_to_json(_fake_measurements())
+    free = ProcessMeter(torch_device).free_before_mib  # before this process uses the GPU
+    configs = [make_config(Case(network, "fp32", batches[network]), device) for network in NETWORKS]
+    return measurements_to_json(gpu_probe.measure(configs, torch_device, free, NullDisplay()))
 
 
-def _made_up() -> GpuMeasurements:
-    """Return readings of no GPU."""
+def _fake_measurements() -> GpuMeasurements:
+    """Return measurements that belong to no GPU."""
     return GpuMeasurements(
         name="no GPU, a dry run",
         totals_mib=(4000.0, 4000.0),
@@ -124,81 +124,91 @@ def _made_up() -> GpuMeasurements:
 
 
 def context(network: str, variant: str, batch: int, device: str) -> dict[str, Any]:
-    """Return what a training of one network in one precision holds beside torch's reservation, and keeps.
+    """Measure memory outside torch's reservation, stage by stage, for one network and precision.
 
-    `kept_mib` is what is still allocated once all tensors of a stage are gone: workspaces of libraries. What
-    matrix products and convolutions alone take is among the readings of `calibration`.
+    `kept_mib` is still allocated after all tensors of a stage are freed: workspaces of libraries. Matrix
+    products and convolutions on their own are measured by `calibration`.
     """
-    place = torch.device(device)
-    meter = ProcessMeter(place)
-    config = config_of(Case(network, variant, batch), device)
+    torch_device = torch.device(device)
+    meter = ProcessMeter(torch_device)
+    config = make_config(Case(network, variant, batch), device)
     devices.setup_device(config)
     stages: list[dict[str, Any]] = []
 
-    def stage(name: str, act: Callable[[], object]) -> None:
-        before = allocated_mib(place)
-        act()
+    def run_stage(name: str, function: Callable[[], object]) -> None:
+        before = allocated_mib(torch_device)
+        function()
         gc.collect()
-        now, after = meter.now(), allocated_mib(place)
+        measured, after = meter.measure(), allocated_mib(torch_device)
         kept = None if before is None or after is None else after - before
-        stages.append({"stage": name, "kept_mib": kept, "reserved_mib": reserved_mib(place), **now})
+        stages.append(
+            {"stage": name, "kept_mib": kept, "reserved_mib": reserved_mib(torch_device), **measured}
+        )
 
-    stage("CUDA starts", lambda: torch.zeros(1, device=place))
-    stage(
+    run_stage("CUDA starts", lambda: torch.zeros(1, device=torch_device))
+    run_stage(
         "training step",
-        lambda: train_step(init_train_state(config, place), noise_batch(config, place), config),
+        lambda: train_step(init_train_state(config, torch_device), noise_batch(config, torch_device), config),
     )
-    data = noise(config, {"train": batch, "validation": batch})
-    stage("epoch", lambda: epoch(config, data, place))
+    data = noise_dataset(config, {"train": batch, "validation": batch})
+    run_stage("epoch", lambda: run_epoch(config, data, torch_device))
     return {"network": network, "variant": variant, "batch": batch, "stages": stages}
 
 
-# -- what the allocator does ---------------------------------------------------------------------------------
+# -- the allocator -------------------------------------------------------------------------------------------
 
 
 def allocator_trace(network: str, batch: int, steps: int, device: str) -> dict[str, Any]:
-    """Every block that torch gave from the first tensor to the last of `steps` steps, and our model's answer.
+    """Record all allocations of `steps` steps from the first tensor on, and replay them with our model.
 
-    On the CPU the events are those of memory.trace, recorded from our own model: the same road, no evidence.
+    On the CPU the events come from memory.trace through our own model: this tests the code path only.
     """
-    place = torch.device(device)
-    config = config_of(Case(network, "fp32", batch), device)
+    torch_device = torch.device(device)
+    config = make_config(Case(network, "fp32", batch), device)
     devices.setup_device(config)
-    pictures = {"train": steps * batch, "validation": batch}
-    traced = trace(config, batch, pictures)  # of tensors alone: what is above it are workspaces
-    found = _recorded(config, pictures, place) if place.type == "cuda" else _modelled(traced)
-    found |= {"network": network, "batch": batch, "images": pictures}
-    seen = ("train split", "validation split", "state", "epoch 1: s")
-    found["traced_bytes"] = max(phase.peak_bytes for phase in traced.phases if phase.name.startswith(seen))
-    return found | {"replayed": replayed(found)}
+    split_sizes = {"train": steps * batch, "validation": batch}
+    traced = trace(config, batch, split_sizes)  # tensors only, without workspaces
+    found = (
+        _record_on_gpu(config, split_sizes, torch_device)
+        if torch_device.type == "cuda"
+        else _record_model(traced)
+    )
+    found |= {"network": network, "batch": batch, "images": split_sizes}
+    recorded_phases = ("train split", "validation split", "state", "epoch 1: s")
+    found["traced_bytes"] = max(
+        phase.peak_bytes for phase in traced.phases if phase.name.startswith(recorded_phases)
+    )
+    return found | {"replayed": replay_recording(found)}
 
 
-def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[str, Any]:
-    """The recording of a card, from before the first tensor: our model begins with nothing."""
-    data = noise(config, pictures)
+def _record_on_gpu(config: Config, split_sizes: SplitSizes, device: torch.device) -> dict[str, Any]:
+    """Record the allocator of the GPU from before the first tensor, since our model starts empty."""
+    data = noise_dataset(config, split_sizes)
     torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types for it
     before = torch.cuda.memory_reserved(device)
-    record = torch.cuda.memory._record_memory_history
-    record(enabled="all", context=None, stacks="python", max_entries=MOST_ENTRIES)  # no frames: quick, small
+    record_history = torch.cuda.memory._record_memory_history
+    record_history(
+        enabled="all", context=None, stacks="python", max_entries=MAX_ENTRIES
+    )  # no frames: fast and small
     names = ["state"]
-    splits = [data.split(name, device, config.device.preload_limit_mib) for name in pictures]
+    splits = [data.split(name, device, config.device.preload_limit_mib) for name in split_sizes]
     state = init_train_state(config, device)
-    torch.cuda.memory._snapshot()  # leaves a mark among the entries
+    torch.cuda.memory._snapshot()  # adds a mark to the entries
     state.model.train()
     order = splits[0].permutation(config.seed, 1)
     for number, batch in enumerate(splits[0].batches(int(config.train.batch_size), order), 1):
-        _kept = train_step(state, batch, config)  # lives until the next one
+        _kept = train_step(state, batch, config)  # freed in the next iteration
         torch.cuda.synchronize(device)
         torch.cuda.memory._snapshot()
         names.append(f"step {number}")
     stats = torch.cuda.memory_stats(device)
     snapshot = torch.cuda.memory._snapshot()
-    record(enabled=None)
+    record_history(enabled=None)
     traces = snapshot["device_traces"]
     entries = traces[torch.cuda.current_device()]
     return {
         "from": "gpu",
-        "expandable_segments": plays.uses_expandable_segments(),
+        "expandable_segments": replay.uses_expandable_segments(),
         "entries": len(entries),
         "reserved_before_bytes": before,
         "mark_names": names,
@@ -207,15 +217,15 @@ def _recorded(config: Config, pictures: Pictures, device: torch.device) -> dict[
             "allocated_bytes": stats["allocated_bytes.all.peak"],
             "reserved_bytes": stats["reserved_bytes.all.peak"],
         },
-        **compacted(entries),
+        **compact_events(entries),
     }
 
 
-def _modelled(traced: Trace) -> dict[str, Any]:
+def _record_model(traced: Trace) -> dict[str, Any]:
     allocator = CachingAllocator()
     usage = replay_events(traced.events, allocator, {})
     phases = [traced.events[phase.begin : phase.end] for phase in traced.phases]
-    entries = list(entries_of_model(phases))
+    entries = list(model_entries(phases))
     return {
         "from": "model",
         "expandable_segments": False,
@@ -223,5 +233,5 @@ def _modelled(traced: Trace) -> dict[str, Any]:
         "reserved_before_bytes": 0,
         "mark_names": [phase.name for phase in traced.phases],
         "peaks": usage._asdict(),
-        **compacted(entries),
+        **compact_events(entries),
     }

@@ -1,7 +1,7 @@
-"""The parts of gpu_session: what each measures, its time limit, and in which call it runs.
+"""Define the parts of gpu_session: the function of each, its time limit, and the call it belongs to.
 
 `Part.estimate` is the expected number of seconds on an H200; `python benchmarks/gpu_session.py --list` prints
-the table. They are those of the session of 2026-11-27 (`wall_seconds` in results/), rounded up. Three tests
+the table. The estimates are the rounded `wall_seconds` of the session of 2026-11-27 in results/. Three tests
 of tests-1 to -3 failed early in it and one ran for 95 s: the estimates of these parts allow for both.
 
     START         3 s    a forked child: 1 s for the CUDA context, 2 s to load kernels of cuBLAS and cuDNN
@@ -22,8 +22,18 @@ from gpu_trainings import QUICK
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 VARIANTS = ("fp32", "bf16", "fp32-again", "bf16-again")
-ARTICLE_MIB = 3908  # what torch sees of the article's GPU
-BUDGETS = (768, 1024, 1536, 2048, 3072, ARTICLE_MIB, 6144, 8192, 12288)  # that every plan is compared with
+ARTICLE_MIB = 3908  # memory of the article's GPU as reported by torch
+BUDGETS = (
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    ARTICLE_MIB,
+    6144,
+    8192,
+    12288,
+)  # MiB; each plan is checked against all of them
 FIRST_CASES = (  # both networks, fp32 and bf16, small and large batches
     Case("resnet18", "fp32", 100),
     Case("resnet18", "bf16", 32),
@@ -43,8 +53,8 @@ OTHER_CASES = (
     Case("resnet18", "fp32", 400),
 )
 DRY_CASES = (Case("resnet18", "fp32-again", 2), Case("compact", "bf16", 8))  # bf16 is slow on most CPUs
-VALIDATION = {"resnet18": 250, "compact": 1200}  # pictures
-TEST_GROUPS = 3  # of the gpu tests that are not quick
+VALIDATION = {"resnet18": 250, "compact": 1200}  # images
+TEST_GROUPS = 3  # of the gpu tests not marked gpu_quick
 START = 3.0  # seconds
 
 CALL_SECONDS = {1: 240, 2: 150, 3: 150}
@@ -90,32 +100,32 @@ CALLS: dict[int, tuple[str, ...]] = {
         "workspaces-8",
     ),
 }
-PREDICTED = ("plan-", "largest-")  # measured only once the file holds the predictions
+PREDICTED = ("plan-", "largest-")  # measured only if the file has predictions
 
 
 class Part(NamedTuple):
-    """Something to measure."""
+    """A measurement: a function with its arguments, run in a child process."""
 
-    act: Callable[..., Any]
+    function: Callable[..., Any]
     arguments: dict[str, Any]
     limit: int  # seconds
     estimate: float  # seconds on an H200
-    environment: Mapping[str, str] = MappingProxyType({})  # set before the child starts CUDA
+    environment: Mapping[str, str] = MappingProxyType({})  # set before the child initializes CUDA
 
 
-class Numbers:
-    """How large everything is."""
+class PartFactory:
+    """Builds the parts, for a GPU or, with small sizes, for a dry run on the CPU."""
 
     def __init__(self, dry_run: bool) -> None:
         self.device = "cpu" if dry_run else "cuda"
         self.dry_run = dry_run
 
     def parts(self) -> dict[str, Part]:
-        """Return every part by its name."""
+        """Return all parts by name."""
         return self._memory() | self._limits() | self._trainings() | self._speed()
 
     def cases(self) -> list[tuple[Case, dict[str, int]]]:
-        """Return the trainings that are predicted and measured, and the pictures of each split."""
+        """Return the trainings that are predicted and measured, each with its split sizes."""
         if self.dry_run:
             return [(case, {"train": 3 * case.batch, "validation": case.batch}) for case in DRY_CASES]
         return [
@@ -131,15 +141,20 @@ class Numbers:
             "cases": cases,
             "budgets": budgets,
             "variants": ("fp32-again",) if dry else VARIANTS,
-            # No batch fits in a dry run: a search for the largest one takes a minute.
+            # In a dry run no batch fits: searching for the largest one takes a minute.
             "budget_mib": 900 if dry else ARTICLE_MIB,
             "workers": 1 if dry else min(16, os.cpu_count() or 1),
         }
         parts = {
             "predictions": Part(gpu_predictions.predictions, predicted, 600, 0)
-        }  # made before, elsewhere
-        for case, pictures in cases:
-            arguments: dict[str, Any] = {"case": case, "images": pictures, "budgets": budgets, **device}
+        }  # made in advance on another machine
+        for case, split_sizes in cases:
+            arguments: dict[str, Any] = {
+                "case": case,
+                "split_sizes": split_sizes,
+                "budgets": budgets,
+                **device,
+            }
             parts[f"plan-{case.name}"] = Part(gpu_memory.plan, arguments, 40, START + 1)
         for network in NETWORKS:
             arguments = {"network": network, "batch": 8 if dry else 100, "steps": 2, **device}
@@ -153,11 +168,13 @@ class Numbers:
 
     def _limits(self) -> dict[str, Part]:
         dry, device = self.dry_run, {"device": self.device}
-        tries = {"first": 2, "most": 4, "tries": 2} if dry else {"first": 64, "most": 4096, "tries": 12}
+        tries = (
+            {"first": 2, "max_batch": 4, "tries": 2} if dry else {"first": 64, "max_batch": 4096, "tries": 12}
+        )
         parts: dict[str, Part] = {}
-        for who in ("article", "fp32-again") if dry else ("article", *VARIANTS):
-            arguments: dict[str, Any] = {"who": who, "budget_mib": ARTICLE_MIB, **tries, **device}
-            parts[f"largest-{who}"] = Part(gpu_limits.largest, arguments, 60, START + 9)
+        for program in ("article", "fp32-again") if dry else ("article", *VARIANTS):
+            arguments: dict[str, Any] = {"program": program, "budget_mib": ARTICLE_MIB, **tries, **device}
+            parts[f"largest-{program}"] = Part(gpu_limits.largest, arguments, 60, START + 9)
         for cap in ("8",) if dry else ("none", "0", "8", "64", "128"):
             arguments = {"cap": cap, "batch": 2 if dry else 100, "steps": 1 if dry else 10, **device}
             environment = {} if cap == "none" else {"CUDNN_CONV_WSCAP_DBG": cap}
@@ -167,14 +184,18 @@ class Numbers:
     def _speed(self) -> dict[str, Part]:
         dry, device = self.dry_run, {"device": self.device}
         seconds = {"seconds": 0.0 if dry else 0.4}
-        most = {"resnet18": 8, "compact": 8} if dry else {"resnet18": 1024, "compact": 4096}
+        max_batch = {"resnet18": 8, "compact": 8} if dry else {"resnet18": 1024, "compact": 4096}
         batches = {"resnet18": 2, "compact": 8} if dry else {"resnet18": 100, "compact": 128}
         parts = {}
-        for way in (True, False):
-            arguments: dict[str, Any] = {"deterministic": way, "batches": batches, "steps": 2 if dry else 30}
+        for deterministic in (True, False):
+            arguments: dict[str, Any] = {
+                "deterministic": deterministic,
+                "batches": batches,
+                "steps": 2 if dry else 30,
+            }
             arguments |= device
-            seconds_more = 1 if way else 13  # without it, cuDNN tries its engines
-            parts[f"determinism-{str(way).lower()}"] = Part(
+            seconds_more = 1 if deterministic else 13  # cudnn.benchmark takes time
+            parts[f"determinism-{str(deterministic).lower()}"] = Part(
                 gpu_speed.determinism, arguments, 40, START + seconds_more
             )
         arguments = {"size": 128 if dry else 4096, **seconds, **device}
@@ -184,7 +205,7 @@ class Numbers:
                 arguments = {
                     "network": network,
                     "variant": variant,
-                    "most": most[network],
+                    "max_batch": max_batch[network],
                     **seconds,
                     **device,
                 }
@@ -195,7 +216,7 @@ class Numbers:
 
     def _trainings(self) -> dict[str, Part]:
         dry, device = self.dry_run, self.device
-        shard = 50 if dry else 1000  # pictures
+        shard = 50 if dry else 1000  # images
         few: dict[str, Any] = {"shards": 1, "shard": shard, "epochs": 2}
         many: dict[str, Any] = few if dry else {"shards": 2, "shard": shard, "epochs": 4}
         batch = {"batch": 10 if dry else 100}
@@ -213,34 +234,33 @@ class Numbers:
             parts["article-cuda"] = Part(
                 gpu_trainings.article_loop, {"device": "cuda", **many}, 60, START + 13
             )
-        for precision in () if dry else PRECISIONS:  # ours-cpu-fp32 is among the parts already
+        for precision in () if dry else PRECISIONS:  # a dry run has ours-cpu-fp32 already
             arguments = {"device": device, "precision": precision, **many, **batch}
             parts[f"ours-{device}-{precision}"] = Part(gpu_trainings.ours, arguments, 60, START + 7)
         arguments = {"device": device, "precision": "auto", **many, **batch}
-        arguments |= {"more": ("model=compact",)} if dry else {}  # bf16 steps of ResNet-18 take a CPU minutes
+        arguments |= {"more": ("model=compact",)} if dry else {}  # bf16 ResNet-18 takes minutes on a CPU
         parts[f"auto-{device}"] = Part(gpu_trainings.ours, arguments, 60, START + 7)
         return parts
 
 
-def call(number: int, names: Iterable[str], done: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def parts_of_call(number: int, names: Iterable[str], done: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the parts of a call that have no figures yet, the most valuable first.
 
-    The third call adds everything that the first two left over. Parts that failed before come last, so that
-    one that fails every time does not delay the others.
+    The third call includes all remaining parts of the first two. Parts that failed before come last.
     """
     known = [*dict.fromkeys(names)]
     listed = [name for name in CALLS[number] if name in known]
     if number == 3:
         own = {name for number in (1, 2) for name in CALLS[number]}
         listed += [name for name in known if name in own] + [name for name in known if name not in own]
-    else:  # a dry run has other plans, and cpu in the place of cuda
+    else:  # a dry run has other plans, and cpu instead of cuda
         listed += [name for name in known if _call_of(name) == number]
     missing = [name for name in dict.fromkeys(listed) if "figures" not in done.get(name, {})]
     return sorted(missing, key=lambda name: "error" in done.get(name, {}))
 
 
 def _call_of(name: str) -> int | None:
-    """Return the call of a part that only a dry run has."""
+    """Return the call of a part that only dry runs have."""
     if name in {f"plan-{case.name}" for case in DRY_CASES}:
         return 1
     return 2 if name == "auto-cpu" else None

@@ -1,10 +1,10 @@
-"""Run each part of gpu_session in a child process, with a time limit, so that parts do not affect each other.
+"""Run each part of gpu_session in its own child process with a time limit.
 
 The session's process imports torch and the package once and forks one child per part. A child can start CUDA
 only if its parent never did, and a fork copies one thread only: `reason_not_to_fork` checks both. Where
 forking is not possible, each part is started as a new Python process, which imports everything again.
 
-`benchmarks/fork_server.py` serves another purpose: it runs the command line with its own interruptions.
+`tests/support/fork_server.py` serves another purpose: it runs the command line and interrupts it.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-OUTPUT_CHARACTERS = 3000  # of a failed part's output that are kept
+OUTPUT_CHARACTERS = 3000  # kept from the end of a failed part's output
 POLL_SECONDS = 0.02
-PARTIAL = "GPU_SESSION_PARTIAL"  # environment: the file for figures of a part that has not ended
-WORK = "GPU_SESSION_WORK"  # environment: the folder that the parts of one call share
+PARTIAL = "GPU_SESSION_PARTIAL"  # environment variable: file for the partial figures of a running part
+SHARED_DIR = "GPU_SESSION_SHARED_DIR"  # environment variable: folder shared by the parts of one call
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 _BACKGROUND_THREADS = {"jemalloc_bg_thd"}  # of an allocator that handles forks
 
 
-class Work(NamedTuple):
-    """What a child does: the name of the part, and the function to call."""
+class Task(NamedTuple):
+    """The name of a part and the function that a child process calls for it."""
 
     name: str
-    act: Callable[[], Any]
+    function: Callable[[], Any]
 
 
 def reason_not_to_fork() -> str | None:
@@ -48,7 +48,7 @@ def reason_not_to_fork() -> str | None:
         return f"this process has {count} threads"
     opened = []
     for link in Path("/proc/self/fd").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
             opened.append(str(link.readlink()))
     if any(name.startswith("/dev/nvidia") for name in opened):
         return "this process has opened the GPU"
@@ -56,15 +56,15 @@ def reason_not_to_fork() -> str | None:
 
 
 def run(
-    work: Work,
+    task: Task,
     limit: float,
     environment: Mapping[str, str],
     fresh_arguments: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the part's figures or its error, with the time at which it began and its seconds.
+    """Run a part in a child process and return its figures or its error, with its start time and duration.
 
-    Fork a child that calls `work.act`; with `fresh_arguments` start this program anew with them instead. At
-    the limit the child is killed with all processes that it started.
+    Fork a child that calls `task.function`, or, with `fresh_arguments`, start a new Python process. At the
+    limit the child is killed together with all processes that it started.
     """
     part: dict[str, Any] = {"began": datetime.now(UTC).isoformat(timespec="milliseconds")}
     began = time.perf_counter()
@@ -75,9 +75,9 @@ def run(
         values |= dict(environment)
         result, output = root / "result.json", root / "output.txt"
         if fresh_arguments is None:
-            code = _forked(work, values, result, output, limit)
+            code = _forked(task, values, result, output, limit)
         else:
-            command = [sys.executable, str(HERE / "gpu_session.py"), "--one", work.name]
+            command = [sys.executable, str(HERE / "gpu_session.py"), "--one", task.name]
             code = _started([*command, "--result", str(result), *fresh_arguments], values, output, limit)
         part["wall_seconds"] = round(time.perf_counter() - began, 1)
         if code == 0 and result.exists():
@@ -90,13 +90,13 @@ def run(
         return part | {"error": text or f"ended with exit code {code} and no output", "exit_code": code}
 
 
-def perform(act: Callable[[], Any], result: Path) -> None:
-    """Call `act` and write what it returns to the file `result`, complete or not at all."""
-    _write(result, act())
+def write_result(function: Callable[[], Any], result: Path) -> None:
+    """Call the function and write its return value to the file `result` atomically."""
+    _write(result, function())
 
 
 def keep_partial(figures: Any) -> None:
-    """Write the figures so far of the running part; they are kept if the part is cut."""
+    """Save the partial figures of the running part, which are kept if it is killed."""
     if path := os.environ.get(PARTIAL):
         _write(Path(path), figures)
 
@@ -111,27 +111,27 @@ def _write(path: Path, values: Any) -> None:
 
 
 def _forked(
-    work: Work, environment: Mapping[str, str], result: Path, output: Path, limit: float
+    task: Task, environment: Mapping[str, str], result: Path, output: Path, limit: float
 ) -> int | None:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    with _held_signals():  # between fork and wait a signal would lose the child
+    with _blocked_signals():  # between fork and wait a signal would lose the child
         pid = os.fork()
         if pid == 0:
-            _child(work, environment, result, output, parent)
-        with contextlib.suppress(OSError):  # the child does the same; whoever is first
+            _child(task, environment, result, output, parent)
+        with contextlib.suppress(OSError):  # the child does the same: avoids a race
             os.setpgid(pid, pid)
         return _wait(pid, limit)
 
 
 def _child(
-    work: Work, environment: Mapping[str, str], result: Path, output: Path, parent: int
+    task: Task, environment: Mapping[str, str], result: Path, output: Path, parent: int
 ) -> None:  # never returns
     code = 1
     try:
         os.setpgid(0, 0)
-        end_with_parent(parent)
+        exit_with_parent(parent)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -142,23 +142,23 @@ def _child(
         os.dup2(descriptor, 2)
         os.environ.clear()
         os.environ.update(environment)
-        perform(work.act, result)
+        write_result(task.function, result)
         code = 0
-    except SystemExit as ended:
-        print(ended.code, file=sys.stderr)
+    except SystemExit as error:
+        print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # nothing of the parent's clean-up runs here
+        os._exit(code)  # skips the cleanup handlers of the parent
 
 
 def _started(
     command: Sequence[str], environment: Mapping[str, str], output: Path, limit: float
 ) -> int | None:
-    with output.open("wb") as file, _held_signals():
+    with output.open("wb") as file, _blocked_signals():
         process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -168,7 +168,7 @@ def _started(
             process_group=0,
         )
         code = _wait(process.pid, limit)
-        process.returncode = -signal.SIGKILL if code is None else code  # it has been waited for here
+        process.returncode = -signal.SIGKILL if code is None else code  # already reaped by _wait
         return code
 
 
@@ -176,7 +176,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def _held_signals() -> Iterator[None]:
+def _blocked_signals() -> Iterator[None]:
     """Deliver SIGTERM, SIGINT and SIGHUP while `_wait` sleeps, and not between fork and wait."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -188,12 +188,12 @@ def _held_signals() -> Iterator[None]:
 def _wait(pid: int, limit: float) -> int | None:
     """Return the child's exit code, below 0 for a signal; None if it was killed at the limit.
 
-    In every case, an interruption of this process included, the child's whole process group has ended.
+    The child's whole process group is killed in every case, including when this process is interrupted.
     """
-    until = time.perf_counter() + limit
+    deadline = time.perf_counter() + limit
     ended = False
     try:
-        while not (ended := _has_ended(pid)) and time.perf_counter() < until:
+        while not (ended := _has_ended(pid)) and time.perf_counter() < deadline:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             time.sleep(POLL_SECONDS)
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -211,8 +211,8 @@ def _has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends. Linux only."""
+def exit_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent exits, even by SIGKILL. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the call

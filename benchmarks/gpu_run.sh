@@ -2,24 +2,24 @@
 # Run one call of the GPU session, or the gpu tests, on a machine with a GPU and without a network.
 #
 #   bash benchmarks/gpu_run.sh --call 1 --seconds 240 --predictions predictions.json --out session.json
-#   bash benchmarks/gpu_run.sh --call 2 --seconds 150 --out session.json        the same file again: it is added to
-#   bash benchmarks/gpu_run.sh --call 1 --dry-run --out dry.json                on the CPU, with small numbers
+#   bash benchmarks/gpu_run.sh --call 2 --seconds 150 --out session.json        adds to the same file
+#   bash benchmarks/gpu_run.sh --call 1 --dry-run --out dry.json                on the CPU, with small sizes
 #   bash benchmarks/gpu_run.sh pytest -m gpu                                    the tests that need a GPU
 #
-# It installs the wheels of benchmarks/wheels (collect_wheels.sh fills that folder) into benchmarks/.site, without a
-# network and without touching the machine's own packages; the next call finds them there. Then it runs
-# gpu_session.py with these arguments, and prints a table of the parts last.
+# Installs the wheels of benchmarks/wheels (see collect_wheels.sh) into benchmarks/.site, without a network and
+# without changing the installed packages; later calls reuse them. Then runs gpu_session.py with these arguments
+# and prints a table of the parts.
 #
-# FILE of --out is written after each part, so that it is there however the call ends. FILE.log has what the call
-# printed. If the call ends without a readable FILE, FILE.failed.json says why and FILE is left as it is.
+# The --out FILE is written after each part. FILE.log has the output of the call. If the call ends without a
+# readable FILE, FILE.failed.json has the reason, and FILE is not changed.
 #
 # Settings, as environment variables:
-#   PYTHON=python3   the Python that has torch
-#   WHEELS=DIR       the folder of wheels; without one, the machine's own packages must do
-#   SITE=DIR         where they are installed; it is replaced when the wheels change
-#   GRACE=20         seconds after --seconds until a call that does not end is stopped
+#   PYTHON=python3   a Python with torch
+#   WHEELS=DIR       the folder of wheels; if empty, the installed packages are used
+#   SITE=DIR         the folder to install them to; replaced when the wheels change
+#   GRACE=20         seconds after --seconds until a call is stopped
 #
-# Exit code: that of gpu_session.py or pytest; 2 for a wrong argument; 3 if the wheels cannot be installed;
+# Exit code: that of gpu_session.py or pytest; 2 for an invalid argument; 3 if the wheels cannot be installed;
 # 124 or 137 if the call was stopped after --seconds and GRACE; 143 after SIGTERM, 130 after Ctrl-C.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -31,7 +31,7 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
-# Leave FILE.failed.json: why there is no session.
+# Write the reason of a failure to FILE.failed.json.
 failed() {
   [ -n "$out" ] || return 0
   "$python" - "$out" "$1" "$2" "$log" <<'PY' || echo "$out.failed.json: cannot be written" >&2
@@ -45,14 +45,14 @@ print(f"{out}.failed.json: {reason}", file=sys.stderr)
 PY
 }
 
-# Install the wheels into $site, unless those very wheels are there.
+# Install the wheels into $site, unless the same wheels are installed.
 install() {
   local stamp
-  compgen -G "$wheels/*.whl" >/dev/null || { echo "no wheels in $wheels: the machine's own packages are used"; return 0; }
+  compgen -G "$wheels/*.whl" >/dev/null || { echo "no wheels in $wheels: using the installed packages"; return 0; }
   stamp=$("$python" -VV && cd "$wheels" && wc -c -- *.whl) || return 1
   if [ -f "$site/.stamp" ] && [ "$(cat "$site/.stamp")" = "$stamp" ]; then return 0; fi
   if [ -e "$site" ] && [ ! -f "$site/.stamp" ]; then
-    echo "$site: was not made by this script; delete it, or name another folder with SITE" >&2
+    echo "$site: was not created by this script; delete it, or set SITE to another folder" >&2
     return 1
   fi
   rm -rf "$site" "$site.partial"
@@ -62,7 +62,7 @@ install() {
   mv "$site.partial" "$site"
 }
 
-# Print a line for each part of the session: seconds, and what is wrong with it. Fails if FILE is not a session.
+# Print a line per part of the session: seconds and error. Fails if FILE is not a session.
 table() {
   "$python" - "$out" <<'PY'
 import json, sys
@@ -91,7 +91,7 @@ case "${1:-}" in
 esac
 if ! $tests; then
   words=()
-  for argument in "$@"; do  # paths are those of the caller's folder
+  for argument in "$@"; do  # paths are relative to the caller's folder
     case "$previous" in
       --out) argument=$(absolute "$argument"); out=$argument ;;
       --predictions) argument=$(absolute "$argument") ;;
@@ -113,7 +113,7 @@ if ! $tests; then
 fi
 log=${out:+$out.log}
 log=${log:-/dev/null}
-command -v "$python" >/dev/null || refuse "$python: no such program; set PYTHON to the Python that has torch"
+command -v "$python" >/dev/null || refuse "$python: no such program; set PYTHON to a Python with torch"
 
 began=$SECONDS
 if ! install 2>&1 | tee "$log"; then
@@ -121,7 +121,7 @@ if ! install 2>&1 | tee "$log"; then
   failed 3 "the wheels cannot be installed"
   exit 3
 fi
-echo "wheels ready after $((SECONDS - began)) s"
+echo "Wheels ready after $((SECONDS - began)) s"
 
 export PYTHONPATH="$project:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1 MPLBACKEND=Agg PIP_NO_INDEX=1
@@ -135,8 +135,8 @@ if [ -n "$seconds" ]; then
   limit=$("$python" -c 'import sys; print(float(sys.argv[1]) + float(sys.argv[2]))' "$seconds" "$grace")
   command=(timeout --kill-after=10 "$limit" "${command[@]}")
 fi
-# In the background, so that a signal reaches it at once; the session then writes what it has. Its output goes to a
-# file and is shown from there: a pipe would stay open as long as any process that the session left behind.
+# Run in the background, to receive signals immediately; the session then saves its parts. The output is shown from
+# a file: a pipe would stay open as long as any process left by the session.
 shown=$(wc -c <"$log")
 "${command[@]}" >>"$log" 2>&1 &
 child=$!
@@ -144,10 +144,10 @@ tail --quiet --bytes=+"$((shown + 1))" --follow --sleep-interval=0.2 --pid="$chi
 display=$!
 received=0
 trap 'received=143; kill -TERM "$child" 2>/dev/null' TERM HUP
-trap 'received=130; kill -TERM "$child" 2>/dev/null' INT  # on SIGTERM the session writes what it has
+trap 'received=130; kill -TERM "$child" 2>/dev/null' INT  # on SIGTERM the session saves its parts
 code=0
 wait "$child" || code=$?
-while [ "$received" -ne 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap ends a wait
+while [ "$received" -ne 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap interrupts wait
 if [ "$received" -ne 0 ]; then code=$received; fi
 wait "$display" || true
 

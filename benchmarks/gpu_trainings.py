@@ -1,6 +1,6 @@
-"""The parts of gpu_session that train as users do, run the gpu tests, and describe the machine.
+"""The parts of gpu_session that run whole trainings and the gpu tests, and describe the machine.
 
-Each function is the work of one part and runs in a process of its own.
+Each function is one part and runs in its own process.
 """
 
 import json
@@ -19,28 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_processes import WORK, keep_partial
+from gpu_processes import SHARED_DIR, keep_partial
 
 from captcha_exp.runtime import device as devices
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "test_gpu.py"
 TEST_OUTPUT_CHARACTERS = 2000  # of each failed test
-QUICK = "gpu_quick"  # the marker of the gpu tests that guard the essentials and take seconds each
+QUICK = "gpu_quick"  # marker of the essential gpu tests, which take seconds each
 
 
 # -- the machine ---------------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what the figures are measured on. The values about a GPU are None on the CPU.
+    """Return a description of the machine. Values about the GPU are None on the CPU.
 
     Raises:
-        SystemExit: a GPU is asked for and torch finds none.
+        SystemExit: torch finds no GPU. Use --dry-run.
     """
     found: dict[str, Any] = {
         "gpu": None,
-        "card_mib": None,
+        "gpu_mib": None,
         "compute_capability": None,
         "driver": None,
         "cores": os.cpu_count(),
@@ -57,14 +57,14 @@ def machine(device: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(0)
     return found | {
         "gpu": gpu.name,
-        "card_mib": gpu.total_memory // 2**20,
+        "gpu_mib": gpu.total_memory // 2**20,
         "compute_capability": f"{gpu.major}.{gpu.minor}",
         "driver": devices.driver_version(),
     }
 
 
 def doctor(device: str) -> list[dict[str, Any]]:
-    """Return what `captcha-exp doctor` finds."""
+    """Return the findings of `captcha-exp doctor`."""
     from captcha_exp import compose, load
     from captcha_exp.doctor import collect_info, run_checks
 
@@ -76,7 +76,7 @@ def doctor(device: str) -> list[dict[str, Any]]:
 
 
 class Outcomes:
-    """A pytest plugin: the outcome and the seconds of each test, kept after each one."""
+    """A pytest plugin that saves the outcome and the duration of each test as soon as it ends."""
 
     def __init__(self, group: int | None, groups: int) -> None:
         self.group, self.groups = group, groups
@@ -94,7 +94,7 @@ class Outcomes:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         if self.group is not None:
-            items[:] = [item for place, item in enumerate(items) if place % self.groups == self.group]
+            items[:] = [item for index, item in enumerate(items) if index % self.groups == self.group]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = report.nodeid.rpartition("::")[2]
@@ -109,12 +109,12 @@ class Outcomes:
 
 
 def tests(marks: str, group: int | None, groups: int, collect_only: bool) -> dict[str, Any]:
-    """Return how the chosen gpu tests end; without a GPU they are only collected.
+    """Run the selected gpu tests and return their outcomes; with `collect_only` only collect them.
 
-    `group` chooses every `groups`-th test, from this one on: a large set is split between several parts.
+    `group` selects every `groups`-th test, starting with this one, to split them between parts.
 
     Raises:
-        SystemExit: pytest could not run, or found no test.
+        SystemExit: pytest failed or found no test.
     """
     import pytest
 
@@ -127,14 +127,14 @@ def tests(marks: str, group: int | None, groups: int, collect_only: bool) -> dic
     return plugin.figures()
 
 
-# -- the article's pictures ----------------------------------------------------------------------------------
+# -- the article's images ------------------------------------------------------------------------------------
 
 
 def article_loop(device: str, shards: int, shard: int, epochs: int) -> dict[str, Any]:
-    """Return the figures of the article's program on files as it had them: GIFs with names ending in .png."""
+    """Return the figures of the article's program on files like the article's: GIFs named .png."""
     import article_loop as loop
 
-    with _work() as folder:
+    with _shared_dir() as folder:
         work = Path(folder, f"shards-{shards}-{shard}")
         if not work.exists():  # another part of this call may have prepared them
             draw_files(Path(folder, "images"), shards * shard)
@@ -146,9 +146,9 @@ def article_loop(device: str, shards: int, shard: int, epochs: int) -> dict[str,
 
 
 @contextmanager
-def _work() -> Iterator[str]:
-    """Give the folder that the parts of a call share; without one, a folder of this part's own."""
-    if shared := os.environ.get(WORK):
+def _shared_dir() -> Iterator[str]:
+    """Yield the folder shared by the parts of a call, or a temporary one."""
+    if shared := os.environ.get(SHARED_DIR):
         yield shared
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def _work() -> Iterator[str]:
 
 
 def draw_files(folder: Path, count: int) -> None:
-    """Draw pictures of experiment=article in files with the article's names and format, on all cores."""
+    """Render images of experiment=article as files with the article's names and format, on all cores."""
     workers = min(8, os.cpu_count() or 1, 1 + count // 100)
     folder.mkdir(exist_ok=True)
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
@@ -179,15 +179,19 @@ def ours(
     batch: int,
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the figures of experiment=article with `more` overrides, trained by the package."""
+    """Train experiment=article with the package and `more` overrides, and return the figures."""
     from captcha_exp import compose, load
     from captcha_exp.training.train import train
 
-    with _work() as folder:
+    with _shared_dir() as folder:
         overrides = ("experiment=article", f"data.count={shards * shard}", f"train.epochs={epochs}")
-        places = (f"device.name={device}", f"device.precision={precision}", f"train.batch_size={batch}")
+        device_overrides = (
+            f"device.name={device}",
+            f"device.precision={precision}",
+            f"train.batch_size={batch}",
+        )
         result = train(
-            load(compose(*overrides, *places, f"data.cache={folder}/cache", "tracking=none", *more))
+            load(compose(*overrides, *device_overrides, f"data.cache={folder}/cache", "tracking=none", *more))
         )
         lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line)["metrics"] for line in lines]
@@ -201,6 +205,6 @@ def ours(
         "seconds_per_1000": statistics.median(row["speed/epoch_seconds"] for row in rows)
         / (shards * shard)
         * 1000,
-        "training_pictures_per_second": statistics.median(row["speed/images_per_second"] for row in rows),
+        "training_images_per_second": statistics.median(row["speed/images_per_second"] for row in rows),
         **{key.removeprefix("memory/"): max(row[key] for row in rows) for key in rows[0] if "memory/" in key},
     }

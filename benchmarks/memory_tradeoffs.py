@@ -1,8 +1,8 @@
-"""What sparing memory costs in time, on this machine's CPU or card.
+"""Measure what each memory-saving option costs in time, on this machine's CPU or GPU.
 
-Prints one JSON line: for each way of sparing memory the seconds of a training step, in steps of the plain
-config (the median of the ratios, each of two steps right beside each other), beside what the advice of
-captcha-exp plan takes for it, and the MiB of a step's tensors.
+Prints one JSON line: for each option the time of a training step relative to the plain config (the median of
+ratios of consecutive steps), the ratio that the advice of captcha-exp plan assumes, and the MiB of a step's
+tensors.
 
     python benchmarks/memory_tradeoffs.py [--experiment article] [--batch-size 64] [--runs 5] [--device cpu]
 """
@@ -23,7 +23,7 @@ from captcha_exp.memory.plan import Planner
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime.device import detect_machine, setup_device
 
-LEVERS = {
+OPTIONS = {
     "checkpointing": ["train.activation_checkpointing=true"],
     "two passes": ["train.micro_batch_size={half}"],
     "four passes": ["train.micro_batch_size={quarter}"],
@@ -32,7 +32,7 @@ LEVERS = {
     "foreach": ["train.optimizer_impl=foreach"],
     "for_loop": ["train.optimizer_impl=for_loop"],
 }
-PICTURES = {"train": 8000, "validation": 1000}
+SPLIT_SIZES = {"train": 8000, "validation": 1000}
 
 
 class Stepper:
@@ -44,17 +44,17 @@ class Stepper:
         self.seconds()  # loads kernels
 
     def seconds(self) -> float:
-        """Of one step, to the end of what the device was told."""
+        """Return the seconds of one synchronized step."""
         began = time.perf_counter()
         float(train_step(self.state, self.batch, self.config).loss)
         return time.perf_counter() - began
 
 
-def measured(config: Config, plain: Stepper, runs: int) -> dict[str, Any]:
-    """One lever beside the plain config."""
+def measure(config: Config, plain: Stepper, runs: int) -> dict[str, Any]:
+    """Compare a config with the plain one."""
     stepper = Stepper(config, plain.batch)
     ratios = [stepper.seconds() / plain.seconds() for _ in range(runs)]
-    tensors_mib = Planner(config, PICTURES).plan_for(int(config.train.batch_size)).tensors_mib
+    tensors_mib = Planner(config, SPLIT_SIZES).plan_for(int(config.train.batch_size)).tensors_mib
     return {
         "time": round(statistics.median(ratios), 3),
         "advice": round(relative_time(config, plain.config), 3),
@@ -78,22 +78,22 @@ def main() -> None:
         f"device.name={arguments.device}",
     )
 
-    def config(*levers: str) -> Config:
-        written = [each.format(half=size // 2, quarter=size // 4) for each in levers]
-        return resolve(load(compose(*base, *written)), detect_machine())
+    def config(*options: str) -> Config:
+        overrides = [each.format(half=size // 2, quarter=size // 4) for each in options]
+        return resolve(load(compose(*base, *overrides)), detect_machine())
 
     device = setup_device(config())
     plain = Stepper(config(), random_batch(config(), size, device))
-    found = {name: measured(config(*levers), plain, arguments.runs) for name, levers in LEVERS.items()}
+    found = {name: measure(config(*options), plain, arguments.runs) for name, options in OPTIONS.items()}
     figures = {
-        "benchmark": "levers",
+        "benchmark": "memory_tradeoffs",
         "experiment": arguments.experiment,
         "batch_size": size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "runs": arguments.runs,
-        "plain_tensors_mib": round(Planner(config(), PICTURES).plan_for(size).tensors_mib, 1),
-        "levers": found,
+        "plain_tensors_mib": round(Planner(config(), SPLIT_SIZES).plan_for(size).tensors_mib, 1),
+        "options": found,
     }
     print(json.dumps(figures))
 

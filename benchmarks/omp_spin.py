@@ -1,7 +1,7 @@
-"""What a busy neighbour costs a training on the CPU, by how long libgomp's threads spin before they sleep.
+"""Measure how other busy processes slow down a CPU training, by the spin count of libgomp's threads.
 
-Trains two short epochs per setting, alone and beside one process that keeps a core busy, each in a fresh
-process (the setting is read when torch is imported). Prints one JSON line: pictures/s of the second epoch.
+Trains two short epochs per setting, alone and next to processes that keep a core busy, each in a fresh
+process (the setting is read when torch is imported). Prints one JSON line: images/s of the second epoch.
 
     python benchmarks/omp_spin.py [--spins 300000,5000] [--limit 120]
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 OVERRIDES = ("data.count=12000", "train.epochs=2", "tracking=none", "device.name=cpu")
 
 
-def images_per_second(spins: str, neighbours: int, root: str, limit: int) -> float | None:
-    """The rate, or None if the training took longer than the limit in seconds."""
+def images_per_second(spins: str, num_busy: int, root: str, limit: int) -> float | None:
+    """Return the rate, or None if the training took longer than the limit in seconds."""
     command = [sys.executable, "-m", "captcha_exp", "train", "--json", *OVERRIDES]
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_busy)]
     try:
         done = subprocess.run(
             command,
@@ -49,15 +49,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120, help="seconds for one training")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        images_per_second("5000", 0, root, arguments.limit)  # draws the pictures
+        images_per_second("5000", 0, root, arguments.limit)  # renders the images
         figures = {
             spins: {
-                f"beside {n}": images_per_second(spins, n, root, arguments.limit)
+                f"{n} busy processes": images_per_second(spins, n, root, arguments.limit)
                 for n in range(os.cpu_count() or 1)
             }
             for spins in arguments.spins.split(",")
         }
-    print(json.dumps({"benchmark": "spinning", "cores": os.cpu_count(), "images_per_second": figures}))
+    print(json.dumps({"benchmark": "omp_spin", "cores": os.cpu_count(), "images_per_second": figures}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""State the planner's measured error in the header of captcha_exp/memory, from the committed GPU sessions.
+"""Update the measured error of the planner in the docstring of captcha_exp/memory, from committed sessions.
 
     python benchmarks/planner_error.py            print the paragraph
     python benchmarks/planner_error.py --write    put it into captcha_exp/memory/__init__.py
-    python benchmarks/planner_error.py --check    exit code 1 if the header says something else
+    python benchmarks/planner_error.py --check    exit code 1 if the docstring is out of date
 
-The errors are those of gpu_judging.summary: the middle of the predicted bounds of the process peak against
+The errors are those of gpu_comparison.summary: the middle of the predicted bounds of the process peak against
 the measured peak. Needs no GPU.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-from article_table import RESULTS, sessions  # noqa: E402 - benchmarks/ is no package
+from article_table import RESULTS, sessions  # noqa: E402 - benchmarks/ is not a package
 
 HEADER = HERE.parent / "captcha_exp" / "memory" / "__init__.py"
 START = "On a GPU: "
@@ -27,7 +27,7 @@ UNMEASURED = f"{START}not measured yet."
 
 
 def paragraph(summaries: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """Return the header's paragraph on one line, from file name -> gpu_judging.summary of the session."""
+    """Return the paragraph on one line, given file name -> gpu_comparison.summary of the session."""
     rows = [_sentence(name, found) for name, found in summaries.items() if found and found["plans"]]
     return START + " ".join(rows) if rows else UNMEASURED
 
@@ -43,15 +43,15 @@ def _sentence(name: str, found: Mapping[str, Any]) -> str:
     )
 
 
-def stated(text: str) -> str:
-    """Return the paragraph that a header has, on one line.
+def current_paragraph(text: str) -> str:
+    """Return the paragraph in a docstring, on one line.
 
     Raises:
-        SystemExit: there is none. Put one back that begins with "On a GPU: ".
+        SystemExit: it is missing. Add a paragraph that begins with "On a GPU: ".
     """
     found = re.search(_PARAGRAPH, text, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise SystemExit(f'{HEADER.name} of captcha_exp/memory: has no paragraph "{START}..."; put it back')
+        raise SystemExit(f'{HEADER.name} of captcha_exp/memory: has no paragraph "{START}..."; add it')
     return " ".join(found[0].split())
 
 
@@ -59,10 +59,10 @@ _PARAGRAPH = rf"^{START}.*?(?=\n\n|\n\"\"\")"
 
 
 def measured(folder: Path = RESULTS) -> str:
-    """Return the paragraph that the sessions in a folder give."""
-    import gpu_judging
+    """Return the paragraph for the sessions in a folder."""
+    import gpu_comparison
 
-    return paragraph({name: gpu_judging.summary(session) for name, session in sessions(folder).items()})
+    return paragraph({name: gpu_comparison.summary(session) for name, session in sessions(folder).items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,28 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help="put it into the header")
-    what.add_argument("--check", action="store_true", help="exit code 1 if the header says something else")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="write it to the docstring")
+    action.add_argument("--check", action="store_true", help="exit code 1 if the docstring is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the sessions")
     parser.add_argument("--header", type=Path, default=HEADER, help="the file with the paragraph")
-    asked = parser.parse_args(arguments)
-    wanted = measured(asked.results)
-    if not asked.write and not asked.check:
-        print(wanted)
+    options = parser.parse_args(arguments)
+    expected = measured(options.results)
+    if not options.write and not options.check:
+        print(expected)
         return 0
-    text = asked.header.read_text(encoding="utf-8")
-    if stated(text) == wanted:
+    text = options.header.read_text(encoding="utf-8")
+    if current_paragraph(text) == expected:
         return 0
-    if asked.check:
+    if options.check:
         print(
-            "captcha_exp/memory: the header is out of date; run python benchmarks/planner_error.py --write",
+            "captcha_exp/memory: docstring out of date; run python benchmarks/planner_error.py --write",
             file=sys.stderr,
         )
         return 1
-    lines = textwrap.fill(wanted, 110, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.fill(expected, 110, break_long_words=False, break_on_hyphens=False)
     new = re.sub(_PARAGRAPH, lambda _: lines, text, count=1, flags=re.MULTILINE | re.DOTALL)
-    asked.header.write_text(new, encoding="utf-8")
+    options.header.write_text(new, encoding="utf-8")
     return 0
 
 

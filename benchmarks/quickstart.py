@@ -1,7 +1,7 @@
-"""Accuracy, time and memory of a named experiment, or of a folder of pictures, over several seeds.
+"""Measure accuracy, time and memory of an experiment or a folder of images over several seeds.
 
-Every seed is another set of drawn pictures, another split and other weights, trained from nothing through the
-real command in a fresh process and an empty folder. Prints one JSON line.
+Each seed has different rendered images, splits and weights, and is trained from scratch through the real
+command in a fresh process and an empty folder. Prints one JSON line.
 
     python benchmarks/quickstart.py [--experiment quickstart] [--seeds 3] [OVERRIDE ...]
     python benchmarks/quickstart.py --folder DIR captcha.alphabet=0123456789 captcha.length=4
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 
-def train(what: list[str], seed: int) -> dict[str, Any]:
-    """The result of one training, with its wall seconds, pictures, imports and all."""
+def train(overrides: list[str], seed: int) -> dict[str, Any]:
+    """Train once and return the result, with the wall time of the whole process."""
     seeds = [f"seed={seed}", f"data.split_seed={seed}"]
-    seeds += [] if "data=folder" in what else [f"data.seed={seed}"]
-    command = [sys.executable, "-m", "captcha_exp", "train", "--json", *what, *seeds]
+    seeds += [] if "data=folder" in overrides else [f"data.seed={seed}"]
+    command = [sys.executable, "-m", "captcha_exp", "train", "--json", *overrides, *seeds]
     with tempfile.TemporaryDirectory() as root:
         began = time.perf_counter()
         done = subprocess.run(
@@ -44,19 +44,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--experiment", default="quickstart")
-    parser.add_argument("--folder", metavar="DIR", help="pictures of one's own instead of an experiment")
+    parser.add_argument("--folder", metavar="DIR", help="folder of images instead of an experiment")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
     arguments = parser.parse_args()
     source = ["data=folder", f"data.path={arguments.folder}"]
-    what = source if arguments.folder else [f"experiment={arguments.experiment}"]
-    results = [train([*what, *arguments.overrides], seed) for seed in range(arguments.seeds)]
+    base = source if arguments.folder else [f"experiment={arguments.experiment}"]
+    results = [train([*base, *arguments.overrides], seed) for seed in range(arguments.seeds)]
     accuracies = [result["test_accuracy"] for result in results]
     print(
         json.dumps(
             {
                 "benchmark": "quickstart",
-                "what": Path(arguments.folder).name if arguments.folder else arguments.experiment,
+                "data": Path(arguments.folder).name if arguments.folder else arguments.experiment,
                 "overrides": arguments.overrides,
                 "seeds": arguments.seeds,
                 "test_accuracy": [round(accuracy, 4) for accuracy in accuracies],

@@ -1,9 +1,9 @@
-"""What it costs that a training comes out the same again, goes on where it was interrupted, and is hashed.
+"""Measure the cost of determinism, checkpoints and hashing in a training.
 
-Takes training steps of an experiment on pictures of noise, with train.deterministic on and off right beside
-each other; saves the state that they have reached; hashes bytes. Prints one JSON line: the
-shares of an epoch of training, in percent, each with the least and the most of a 95 % interval, and of all
-together. An epoch is its training steps alone: evaluation and drawing would make each share smaller.
+Runs training steps of an experiment on random images, alternating train.deterministic on and off; saves their
+state; hashes bytes. Prints one JSON line: each cost and their sum in percent of an epoch, with a 95 %
+confidence interval. An epoch counts only its training steps: with evaluation and rendering each share would
+be smaller.
 
     python benchmarks/record_cost.py [--experiment alnum] [--pairs 200] [--steps 1] [--saves 20]
 """
@@ -34,13 +34,13 @@ from captcha_exp.runtime.device import detect_machine, setup_device
 from captcha_exp.runtime.files import sha256_of
 from captcha_exp.runtime.paths import root_dir
 
-HASHED_BYTES = 64 * 2**20  # of a file that is hashed over and over; the cache file is taken for so many of it
+HASHED_BYTES = 64 * 2**20  # size of the hashed test file; scaled to the size of the cache file
 RESAMPLES = 2000
-SECONDS_OF_RHYTHM = 60.0  # train.checkpoint_every=1 minute
+CHECKPOINT_SECONDS = 60.0  # train.checkpoint_every=1 minute
 
 
 class Steps:
-    """Training steps of a config, with determinism or without."""
+    """Training steps of a config, deterministic or not."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -51,7 +51,7 @@ class Steps:
             self.seconds(deterministic, 3)  # loads kernels
 
     def seconds(self, deterministic: bool, steps: int) -> float:
-        """Of one step, the mean of a block."""
+        """Return the mean seconds of a step over `steps` steps."""
         setup_device(replace(self._config, train=replace(self._config.train, deterministic=deterministic)))
         began = time.perf_counter()
         for _ in range(steps):
@@ -61,7 +61,7 @@ class Steps:
 
 
 def seconds_of(work: Callable[[], object], times: int) -> list[float]:
-    """Of each time that it is done."""
+    """Return the seconds of each of `times` calls."""
     found = []
     for _ in range(times):
         began = time.perf_counter()
@@ -70,20 +70,20 @@ def seconds_of(work: Callable[[], object], times: int) -> list[float]:
     return found
 
 
-def median_of_resamples(values: Sequence[float], chance: random.Random) -> list[float]:
-    """The median, as it comes out of the same measurements drawn again, with repetition."""
-    return [statistics.median(chance.choices(values, k=len(values))) for _ in range(RESAMPLES)]
+def bootstrap_medians(values: Sequence[float], rng: random.Random) -> list[float]:
+    """Return the medians of bootstrap resamples."""
+    return [statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES)]
 
 
 def percent(shares: Sequence[float]) -> list[float]:
-    """The middle one, and the ends of the 95 % interval."""
+    """Return the median and the ends of the 95 % interval, in percent."""
     ordered = sorted(shares)
-    places = (0.5, 0.025, 0.975)
-    return [round(100 * ordered[round(place * (len(ordered) - 1))], 2) for place in places]
+    quantiles = (0.5, 0.025, 0.975)
+    return [round(100 * ordered[round(quantile * (len(ordered) - 1))], 2) for quantile in quantiles]
 
 
-def measured(config: Config, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """The shares of an epoch, and what they are made of."""
+def measure(config: Config, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Return the costs as shares of an epoch, and the measured seconds."""
     counts = datasets.inspect_dataset(config, NullDisplay()).split_sizes
     per_epoch = -(-counts["train"] // int(config.train.batch_size))
     steps = Steps(config)
@@ -109,14 +109,14 @@ def measured(config: Config, arguments: argparse.Namespace, folder: Path) -> dic
     captcha = config.captcha
     cached = sum(counts.values()) * prod((captcha.height, captcha.width, captcha.channels))
 
-    chance = random.Random(0)
+    rng = random.Random(0)
     ratios = [pair[True] / pair[False] for pair in pairs]
-    determinism = [ratio - 1 for ratio in median_of_resamples(ratios, chance)]
-    epochs = [per_epoch * step for step in median_of_resamples([p[False] for p in pairs], chance)]
-    save = median_of_resamples(saves, chance)
-    a_block, an_end = median_of_resamples(blocks, chance), median_of_resamples(ends, chance)
-    # By the minute, and once at the end of all epochs.
-    saving = [s / SECONDS_OF_RHYTHM + s / config.train.epochs / e for s, e in zip(save, epochs, strict=True)]
+    determinism = [ratio - 1 for ratio in bootstrap_medians(ratios, rng)]
+    epochs = [per_epoch * step for step in bootstrap_medians([p[False] for p in pairs], rng)]
+    save = bootstrap_medians(saves, rng)
+    a_block, an_end = bootstrap_medians(blocks, rng), bootstrap_medians(ends, rng)
+    # One checkpoint per minute, and one at the end.
+    saving = [s / CHECKPOINT_SECONDS + s / config.train.epochs / e for s, e in zip(save, epochs, strict=True)]
     each_epoch = [s / e for s, e in zip(save, epochs, strict=True)]
     hashing = [
         (b * cached / HASHED_BYTES + end) / config.train.epochs / e
@@ -141,13 +141,13 @@ def main() -> None:
     )
     parser.add_argument("--experiment", default="alnum")
     parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=1, help="in a block")
+    parser.add_argument("--steps", type=int, default=1, help="steps per timing")
     parser.add_argument("--saves", type=int, default=20)
     arguments = parser.parse_args()
     config = resolve(load(compose(f"experiment={arguments.experiment}")), detect_machine())
-    # Not in /tmp, which may be memory, where the disk is never waited for.
+    # Not in /tmp, which may be a tmpfs.
     with tempfile.TemporaryDirectory(dir=root_dir(), prefix=".record_cost-") as folder:
-        figures = measured(config, arguments, Path(folder))
+        figures = measure(config, arguments, Path(folder))
     about = {"experiment": arguments.experiment, "threads": torch.get_num_threads(), "pairs": arguments.pairs}
     print(json.dumps({"benchmark": "record_cost", **about, **figures}))
 

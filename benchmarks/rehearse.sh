@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Rehearse the GPU session on the CPU: an environment like that of the GPU machine, no network, three dry calls.
+# Rehearse the GPU session on the CPU: an environment like the GPU machine, no network, three dry-run calls.
 #
 #   bash benchmarks/rehearse.sh HAVE.txt [WORK]
 #
-# HAVE.txt is the list that collect_wheels.sh was given. WORK (default: build/rehearsal) is where all is put. It
-#   1. makes a virtual environment with torch (5 GB with its CUDA packages, which run on a CPU, too), or takes
-#      TORCH_ENV, and installs those packages of HAVE.txt that the project needs, in the list's versions or the lock's;
+# HAVE.txt is the list for collect_wheels.sh. WORK (default: build/rehearsal) is the folder for all files. It
+#   1. makes a virtual environment with torch (5 GB with its CUDA packages), or uses TORCH_ENV, and installs
+#      the packages of HAVE.txt that the project needs, in the versions of the list or of the lock;
 #   2. collects the wheels for that Python, and checks them;
 #   3. predicts, and runs the three calls of gpu_session.py with --dry-run through gpu_run.sh, without a network
 #      where `unshare --net` is allowed, and prints the wall time of each.
@@ -13,11 +13,11 @@
 # Settings, as environment variables:
 #   PYTHON=python3   the Python of the new environment: 3.11, 3.12 or 3.13
 #   TORCH=2.11.0     the version of torch in it
-#   TORCH_ENV=DIR    a virtual environment that has torch, used as it is instead of a new one (packages are added)
-#   WHEELS=DIR       wheels that were collected before, instead of step 2
-#   TESTS="..."      tests to run as well, without a network, e.g. TESTS="tests/memory/test_trace.py tests/model/test_step.py"
+#   TORCH_ENV=DIR    an existing virtual environment with torch (packages are added to it)
+#   WHEELS=DIR       collected wheels, instead of step 2
+#   TESTS="..."      tests to run too, without a network, e.g. TESTS="tests/memory/test_trace.py tests/model/test_step.py"
 #
-# Exit code: 0 if every call ended with 0; 1 if a step failed; 2 for a wrong argument.
+# Exit code: 0 if every call ended with 0; 1 if a step failed; 2 for an invalid argument.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -34,16 +34,16 @@ environment=${TORCH_ENV:-$work/venv} wheels=${WHEELS:-$work/wheels}
 pip=(-m pip install --quiet --disable-pip-version-check)
 
 if [ -z "${TORCH_ENV:-}" ] && [ ! -x "$environment/bin/python" ]; then
-  echo "making $environment with torch ${TORCH:-2.11.0}: several GB"
+  echo "Creating $environment with torch ${TORCH:-2.11.0}: several GB"
   "${PYTHON:-python3}" -m venv "$environment"
   "$environment/bin/python" "${pip[@]}" "torch==${TORCH:-2.11.0}"
 fi
 python=$environment/bin/python
-[ -x "$python" ] || refuse "$environment: has no bin/python; TORCH_ENV names a virtual environment"
+[ -x "$python" ] || refuse "$environment: has no bin/python; set TORCH_ENV to a virtual environment"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-# What the machine has of the lock's packages, in the machine's version where the list has it, else in the lock's:
-# all else comes from the wheels.
+# The packages of the lock that the machine has, in the version of the list or else of the lock; the others come
+# from the wheels.
 sed -E 's/[[:space:]]*#.*//; s/[[:space:]]+//g; s/;.*//; s/@.*//' "$have" >"$work/lines"
 sed -E 's/==.*//' "$work/lines" | canonical | paste -d ' ' - "$work/lines" >"$work/have"
 while read -r pin; do

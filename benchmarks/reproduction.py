@@ -1,11 +1,10 @@
-"""Whether finished runs come out the same again, and whether what differs is seen and named.
+"""Check that finished runs reproduce, and that changes are detected and named.
 
-The first part: every experiment of conf/, shortened, is trained and reproduced three times; with other
-drawing processes, as a point of a sweep, and from a copy of its folder in another place with an empty store.
-The second: clean repeats, with no false alarm among them; and differences planted in files, code and
-environment, each of which is to be seen and named as the cause, or as a change that is none. Everything goes
-through the real command, a process each. Prints a line as it goes, and one JSON line at the end; exit code 1
-if anything is not as it should be.
+Part one: every experiment of conf/, shortened, is trained and reproduced three times, with another number of
+rendering workers, as a job of a sweep, and from a copy of its run directory with an empty store. Part two:
+repeated reproductions, without false alarms; and changes to files, code and environment, each of which must
+be named as the cause or as a change without effect. Everything runs through the real command, in one process
+each. Prints a line per check and one JSON line at the end; exit code 1 if a check fails.
 
     python benchmarks/reproduction.py [--repeats 20] [--quick]
 """
@@ -25,7 +24,7 @@ import yaml
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[1]
-SHORT = {  # what an experiment is shortened by, so that the whole takes minutes
+SHORT = {  # overrides that shorten an experiment to minutes
     "quickstart": ("data.count=2000", "train.epochs=2"),
     "alnum": ("data.count=2000", "train.epochs=2"),
     "article": ("data.count=600", "train.epochs=1", "data.validation_fraction=0.2", "data.test_fraction=0.2"),
@@ -54,125 +53,125 @@ EDITS: Mapping[str, tuple[str, Any]] = {  # difference -> key of config.yaml, an
 
 
 class Bench:
-    """A root, and the command in it."""
+    """Runs the command in a temporary root and counts failed checks."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.wrong = place, 0
-        self.root = place / "root"
+    def __init__(self, work_dir: Path) -> None:
+        self.work_dir, self.num_failed = work_dir, 0
+        self.root = work_dir / "root"
 
     def command(
-        self, *words: str, home: Path = PROJECT, root: Path | None = None, **variables: str
+        self, *overrides: str, home: Path = PROJECT, root: Path | None = None, **variables: str
     ) -> dict[str, Any]:
-        """What the command prints as JSON.
+        """Run the command and return the JSON that it prints.
 
         Raises:
-            SystemExit: it printed none; its last words are told.
+            SystemExit: it printed none; the message has the end of its error output.
         """
         environment = {"PYTHONPATH": str(home), "CAPTCHA_EXP_ROOT": str(root or self.root), **variables}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "captcha_exp", *words, "--json"],
+            [sys.executable, "-P", "-m", "captcha_exp", *overrides, "--json"],
             env=os.environ | environment,
             capture_output=True,
             text=True,
         )
         if not done.stdout:
-            raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+            raise SystemExit(f"{' '.join(overrides)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
         values: dict[str, Any] = json.loads(done.stdout)
         return values
 
     def train(self, *overrides: str) -> Path:
-        """The folder of a new run; of a sweep, the folder of its first point."""
+        """Train and return the run directory; for a sweep, that of its first job."""
         folder = Path(self.command("train", *overrides)["run_dir"])
         if (folder / "sweep.json").exists():
             return sorted(path.parent for path in folder.glob("*/run.json"))[0]
         return folder
 
-    def check(self, what: str, made: Mapping[str, Any], well: bool) -> bool:
-        """Told, and counted if it is not as it should be."""
-        print(f"{'ok   ' if well else 'WRONG'} {what}: {made['summary']}", flush=True)
-        self.wrong += not well
-        return well
+    def check(self, what: str, result: Mapping[str, Any], passed: bool) -> bool:
+        """Print the result of a check, and count it if it failed."""
+        print(f"{'ok   ' if passed else 'WRONG'} {what}: {result['summary']}", flush=True)
+        self.num_failed += not passed
+        return passed
 
-    def identical(self, what: str, folder: Path, *words: str, **where: Any) -> bool:
-        """Whether a run comes out the same."""
-        made = self.command("reproduce", str(folder), *words, **where)
-        return self.check(what, made, made["verdict"] == "identical")
+    def identical(self, what: str, folder: Path, *overrides: str, **where: Any) -> bool:
+        """Reproduce a run and return whether it is identical."""
+        result = self.command("reproduce", str(folder), *overrides, **where)
+        return self.check(what, result, result["verdict"] == "identical")
 
     def copied(self, folder: Path, name: str) -> Path:
-        """A copy of a run's folder somewhere else."""
-        return shutil.copytree(folder, self.place / name.replace(" ", "-") / folder.name)
+        """Copy a run directory to another folder."""
+        return shutil.copytree(folder, self.work_dir / name.replace(" ", "-") / folder.name)
 
 
 def experiments(bench: Bench, quick: bool) -> dict[str, str]:
-    """Experiment -> how many of its reproductions are identical."""
+    """Return, for each experiment, how many of its reproductions are identical."""
     found = {}
     names = sorted(path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml"))
     for name in names[:1] if quick else names:
-        words = (f"experiment={name}", "device.name=cpu", *(SMALL if quick else SHORT[name]))
-        folder = bench.train(*words)
+        overrides = (f"experiment={name}", "device.name=cpu", *(SMALL if quick else SHORT[name]))
+        folder = bench.train(*overrides)
         results = [bench.identical(f"{name} {number}", folder) for number in range(1, 2 if quick else 4)]
         results.append(
             bench.identical(f"{name}, other workers", folder, "data.workers=3", "data.cache=fresh")
         )
         copy = bench.copied(folder, f"copy of {name}")
-        results.append(bench.identical(f"{name}, copied", copy, root=bench.place / f"empty-{name}"))
+        results.append(bench.identical(f"{name}, copied", copy, root=bench.work_dir / f"empty-{name}"))
         if not quick:
-            point = bench.train("-m", *words, "seed=5,6")
-            results.append(bench.identical(f"{name}, a point of a sweep", point))
+            job = bench.train("-m", *overrides, "seed=5,6")
+            results.append(bench.identical(f"{name}, a job of a sweep", job))
         found[name] = f"{sum(results)} of {len(results)}"
     return found
 
 
-# -- planted differences -------------------------------------------------------------------------------------
+# -- injected changes ----------------------------------------------------------------------------------------
 
 
-def planted(bench: Bench, folder: Path, pictured: Path, there: Path) -> int:
-    """How many of the planted differences were seen and named."""
-    seen = 0
+def inject_changes(bench: Bench, folder: Path, image_run: Path, image_dir: Path) -> int:
+    """Return how many of the injected changes were detected and named."""
+    found = 0
     for name, (key, value) in EDITS.items():
         copy = bench.copied(folder, name)
         _edit(copy / "config.yaml", key, value)
-        seen += _caused(bench, name, bench.command("reproduce", str(copy)), f"cause: {key} ")
-    made = bench.command("reproduce", str(folder), ATEN_CPU_CAPABILITY="default")
-    seen += _caused(bench, "CPU capability", made, "cause: CPU capability ")
+        found += _caused(bench, name, bench.command("reproduce", str(copy)), f"cause: {key} ")
+    result = bench.command("reproduce", str(folder), ATEN_CPU_CAPABILITY="default")
+    found += _caused(bench, "CPU capability", result, "cause: CPU capability ")
     home = _other_code(bench, "line", 'config.seed, "weights"))', 'config.seed, "weight"))')
-    made = bench.command("reproduce", str(folder), home=home)
-    seen += _caused(bench, "a line of code", made, "cause: code (captcha_exp/model/step.py)")
-    seen += _of_pictures(bench, pictured, there)
+    result = bench.command("reproduce", str(folder), home=home)
+    found += _caused(bench, "a line of code", result, "cause: code (captcha_exp/model/step.py)")
+    found += _of_images(bench, image_run, image_dir)
 
     copy = bench.copied(folder, "version")
     _edit(copy / "environment.json", "packages.pillow", "1.2.3")
-    made = bench.command("reproduce", str(copy))
-    well = made["summary"].startswith("identical, but pillow 1.2.3 -> ")
-    seen += bench.check("a version in the record", made, well)
+    result = bench.command("reproduce", str(copy))
+    passed = result["summary"].startswith("identical, but pillow 1.2.3 -> ")
+    found += bench.check("a version in the record", result, passed)
     home = _other_code(bench, "comment", '"weights"))', '"weights"))  # why')
-    made = bench.command("reproduce", str(folder), home=home)
-    well = made["summary"].startswith("identical, but code (captcha_exp/model/step.py)")
-    return seen + bench.check("a comment in the code", made, well)
+    result = bench.command("reproduce", str(folder), home=home)
+    passed = result["summary"].startswith("identical, but code (captcha_exp/model/step.py)")
+    return found + bench.check("a comment in the code", result, passed)
 
 
-def _of_pictures(bench: Bench, pictured: Path, there: Path) -> int:
-    """One pixel, then one label."""
-    whole = (there / "0007.png").read_bytes()
-    with Image.open(there / "0007.png") as image:
+def _of_images(bench: Bench, image_run: Path, image_dir: Path) -> int:
+    """Change one pixel, then one label."""
+    whole = (image_dir / "0007.png").read_bytes()
+    with Image.open(image_dir / "0007.png") as image:
         image.putpixel((3, 4), 255 if image.getpixel((3, 4)) == 0 else 0)
-        image.save(there / "0007.png")
-    made = bench.command("reproduce", str(pictured))
-    seen = _caused(bench, "one pixel", made, "cause: different content: 0007.png")
-    (there / "0007.png").write_bytes(whole)
-    labels = (there / "labels.csv").read_text()
-    (there / "labels.csv").write_text(labels.replace("0005.png,05", "0005.png,50"))
-    made = bench.command("reproduce", str(pictured))
-    (there / "labels.csv").write_text(labels)
-    return seen + _caused(bench, "one label", made, "cause: different label: 0005.png")
+        image.save(image_dir / "0007.png")
+    result = bench.command("reproduce", str(image_run))
+    found = _caused(bench, "one pixel", result, "cause: different content: 0007.png")
+    (image_dir / "0007.png").write_bytes(whole)
+    labels = (image_dir / "labels.csv").read_text()
+    (image_dir / "labels.csv").write_text(labels.replace("0005.png,05", "0005.png,50"))
+    result = bench.command("reproduce", str(image_run))
+    (image_dir / "labels.csv").write_text(labels)
+    return found + _caused(bench, "one label", result, "cause: different label: 0005.png")
 
 
-def _caused(bench: Bench, name: str, made: Mapping[str, Any], cause: str) -> bool:
-    return bench.check(name, made, made["verdict"] != "identical" and cause in made["summary"])
+def _caused(bench: Bench, name: str, result: Mapping[str, Any], cause: str) -> bool:
+    return bench.check(name, result, result["verdict"] != "identical" and cause in result["summary"])
 
 
 def _edit(path: Path, key: str, value: Any) -> None:
-    """Another value in a file of a run, as somebody would change it who knows nothing of hashes."""
+    """Change a value in a file of a run without updating its hash."""
     read: Callable[[str], Any] = json.loads if path.suffix == ".json" else yaml.safe_load
     write: Callable[[Any], str] = json.dumps if path.suffix == ".json" else yaml.safe_dump
     values = read(path.read_text())
@@ -184,21 +183,21 @@ def _edit(path: Path, key: str, value: Any) -> None:
     path.write_text(write(values))
 
 
-def _other_code(bench: Bench, name: str, healthy: str, other: str) -> Path:
-    """A copy of the package whose training step is another."""
-    home = bench.place / f"code-{name}"
+def _other_code(bench: Bench, name: str, original: str, other: str) -> Path:
+    """Copy the package and change its training step."""
+    home = bench.work_dir / f"code-{name}"
     for part in ("captcha_exp", "conf"):
         shutil.copytree(PROJECT / part, home / part, ignore=shutil.ignore_patterns("__pycache__"))
-    path = home / "captcha_exp" / "step.py"
+    path = home / "captcha_exp" / "model" / "step.py"
     text = path.read_text()
-    if text.count(healthy) != 1:
-        raise SystemExit(f"step.py: {healthy!r} does not stand in it once")
-    path.write_text(text.replace(healthy, other))
+    if text.count(original) != 1:
+        raise SystemExit(f"step.py: must contain {original!r} exactly once")
+    path.write_text(text.replace(original, other))
     return home
 
 
-def _pictures(folder: Path) -> None:
-    """A hundred pictures of noise, with a table of their labels."""
+def _make_images(folder: Path) -> None:
+    """Create a hundred random images with a table of labels."""
     folder.mkdir()
     lines = ["file,label"]
     for number in range(100):
@@ -213,30 +212,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=20, help="clean ones")
-    parser.add_argument("--quick", action="store_true", help="one experiment, tiny, and three repeats")
-    asked = parser.parse_args(arguments)
-    repeats = 3 if asked.quick else asked.repeats
+    parser.add_argument("--repeats", type=int, default=20, help="reproductions without changes")
+    parser.add_argument("--quick", action="store_true", help="one tiny experiment and three repeats")
+    options = parser.parse_args(arguments)
+    repeats = 3 if options.quick else options.repeats
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        by_experiment = experiments(bench, asked.quick)
+        by_experiment = experiments(bench, options.quick)
         small = bench.train(*SMALL, "tracking=none")
         clean = 0
         for number in range(1, repeats + 1):
-            made = bench.command("reproduce", str(small))
-            clean += bench.check(f"clean repeat {number}", made, made["summary"] == "identical")
-        there = bench.place / "images"
-        _pictures(there)
-        pictured = bench.train(*OF_A_FOLDER, f"data.path={there}", "tracking=none")
-        seen = planted(bench, small, pictured, there)
+            result = bench.command("reproduce", str(small))
+            clean += bench.check(f"clean repeat {number}", result, result["summary"] == "identical")
+        image_dir = bench.work_dir / "images"
+        _make_images(image_dir)
+        image_run = bench.train(*OF_A_FOLDER, f"data.path={image_dir}", "tracking=none")
+        found = inject_changes(bench, small, image_run, image_dir)
     figures = {
         "benchmark": "reproduction",
         "identical": by_experiment,
         "clean_repeats": f"{clean} of {repeats}",
-        "planted_differences_named": f"{seen} of {len(EDITS) + 6}",
+        "injected_changes_named": f"{found} of {len(EDITS) + 6}",
     }
     print(json.dumps(figures))
-    return 1 if bench.wrong else 0
+    return 1 if bench.num_failed else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training leaves behind, as values that can be compared; read without the code that wrote it."""
+"""Collect files and records of trainings as comparable values, independently of the package."""
 
 import hashlib
 import json
@@ -12,29 +12,29 @@ from typing import Any
 from safetensors import safe_open
 
 TIMES = ("memory/", "speed/")
-"""Metrics that no two processes have in common"""
+"""Prefixes of metrics that differ between processes"""
 
 
 def reached(stem: str) -> int:
-    """The step of a checkpoint by its name; of one that is being written as well."""
+    """Return the step in a checkpoint's name, also of a partly written one."""
     return int("".join(filter(str.isdigit, stem.partition("step-")[2].partition(".")[0])))
 
 
 def run_snapshot(root: Path) -> dict[str, Any]:
-    """All that the trainings below this root have left but times and memory, by what it is."""
+    """Return everything that the trainings in this root wrote, except times and memory."""
     folders = [path for path in (root / "outputs").glob("*/*") if path.is_dir()]
     runs = [path for path in folders if (path / "run.json").exists()]
     return {
         "runs": [_in_folder(path) for path in runs],
-        "folders besides": [path.name for path in folders if path not in runs],
-        "parts of files": sorted(str(path.relative_to(root)) for path in root.rglob("*.part")),
+        "other folders": [path.name for path in folders if path not in runs],
+        "partial files": sorted(str(path.relative_to(root)) for path in root.rglob("*.part")),
         "MLflow": _in_mlflow(root / "mlruns" / "mlflow.db"),
     }
 
 
 def _in_folder(folder: Path) -> dict[str, Any]:
     state = json.loads((folder / "run.json").read_text())
-    # code.diff is there while the checkout has changes, whose author may commit during a storm.
+    # code.diff exists only while the checkout has changes, which may be committed during the benchmark.
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "code.diff")
     found: dict[str, Any] = {
         "status": state["status"],
@@ -54,7 +54,7 @@ def _in_folder(folder: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path) -> list[tuple[int, str, str]]:
-    """(step, metric, value) of each line of metrics.jsonl."""
+    """Return (step, metric, value) for each metric in metrics.jsonl, except times and memory."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return sorted(
@@ -66,7 +66,7 @@ def _rows(folder: Path) -> list[tuple[int, str, str]]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    """Every tensor of a safetensors file, and every counter of a checkpoint; the config has paths in it."""
+    """Return all tensors of a safetensors file and the counters of a checkpoint, without its config."""
     with safe_open(path, "np") as file:
         found: dict[str, Any] = {
             name: (value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
@@ -79,7 +79,7 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 
 def _timeless(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without times, memory, and what is a checksum over them."""
+    """Remove times, memory and checksums that cover them."""
     return {
         key: _timeless(value) if isinstance(value, dict) else value
         for key, value in values.items()
@@ -88,12 +88,12 @@ def _timeless(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_mlflow(path: Path) -> dict[str, Any]:
-    """The runs of a store, with every metric at every step as often as it stands there."""
+    """Return the runs of a store and all recorded metric values, including duplicates."""
     if not path.exists():
         return {}
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-        ask = "SELECT status FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time"
-        statuses = [status for (status,) in database.execute(ask)]
+        query = "SELECT status FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time"
+        statuses = [status for (status,) in database.execute(query)]
         metrics: dict[str, list[Any]] = defaultdict(list)
         for key, step, value in database.execute("SELECT key, step, value FROM metrics ORDER BY key, step"):
             metrics[key].append((step, None if key.startswith(TIMES) else value))
@@ -102,25 +102,26 @@ def _in_mlflow(path: Path) -> dict[str, Any]:
     return {"runs": statuses, **metrics}
 
 
-def differences(expected: Any, found: Any, where: str = "") -> list[str]:
-    """Every place at which two values differ, in a line."""
+def differences(expected: Any, found: Any, path: str = "") -> list[str]:
+    """Return one line for each difference between two values."""
     if isinstance(expected, dict) and isinstance(found, dict):
         return [
             line
             for key in sorted(expected.keys() | found.keys(), key=str)
-            for line in differences(expected.get(key), found.get(key), f"{where} {key}".strip())
+            for line in differences(expected.get(key), found.get(key), f"{path} {key}".strip())
         ]
     if repr(expected) == repr(found):
         return []
     if isinstance(expected, list) and isinstance(found, list):
         if len(expected) == len(found) == 1:
-            return differences(expected[0], found[0], where)
-        less = [each for each in expected if each not in found]
-        more = [each for each in found if each not in expected]
+            return differences(expected[0], found[0], path)
+        missing = [each for each in expected if each not in found]
+        unexpected = [each for each in found if each not in expected]
         return [
-            f"{where}: lacks {_short(less)}, has besides {_short(more)}, {len(found)} for {len(expected)}"
+            f"{path}: missing {_short(missing)}, unexpected {_short(unexpected)}, "
+            f"{len(found)} instead of {len(expected)}"
         ]
-    return [f"{where}: {_short(found)} for {_short(expected)}"]
+    return [f"{path}: {_short(found)} instead of {_short(expected)}"]
 
 
 def _short(value: Any) -> str:

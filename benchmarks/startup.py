@@ -1,9 +1,8 @@
-"""How long the command takes until it is useful: `--help`, completion, and the first training step.
+"""Measure the startup time of the command: `--help`, completion, and the first training step.
 
 Prints one JSON line: CPU seconds of `--help` and of a completion, wall seconds from the start of
-`captcha-exp train experiment=quickstart` to its first step on a cached set, each the median of some runs.
-The first step is caught from outside: the process under measure replaces `train_step` by one that notes the
-time and leaves.
+`captcha-exp train experiment=quickstart` to its first step on a cached dataset, each the median of several
+runs. The measured process replaces `train_step` by a function that prints the time and exits.
 
     python benchmarks/startup.py [--runs 5]
 """
@@ -33,7 +32,7 @@ main()
 
 
 def cpu_seconds(arguments: list[str], **environment: str) -> float:
-    """User and system seconds of one call of the command."""
+    """Return the user and system seconds of one run of the command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "captcha_exp", *arguments]
     subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
@@ -42,7 +41,7 @@ def cpu_seconds(arguments: list[str], **environment: str) -> float:
 
 
 def first_step_seconds(root: Path) -> float:
-    """Wall seconds from the start of the process to its first training step."""
+    """Return the wall seconds from the start of the process to its first training step."""
     environment = os.environ | {"CAPTCHA_EXP_ROOT": str(root)}
     began = time.time()
     done = subprocess.run(
@@ -60,7 +59,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     completion = {"COMP_LINE": "captcha-exp train experiment="}
     with tempfile.TemporaryDirectory() as folder:
-        first_step_seconds(Path(folder))  # draws the pictures and makes the store
+        first_step_seconds(Path(folder))  # renders the images and creates the store
         figures = {
             "help_cpu_seconds": [cpu_seconds(["--help"]) for _ in range(runs)],
             "completion_cpu_seconds": [cpu_seconds(["-sc", "query=bash"], **completion) for _ in range(runs)],

@@ -1,8 +1,8 @@
-"""What it costs that each point of a sweep has a process of its own.
+"""Measure the overhead of running each job of a sweep in its own process.
 
-Sweeps of few and of more points that train for no time worth mentioning, through the real command; what a
-point more takes is the start of its process, its plan, its record and its end. Prints one JSON line: wall and
-CPU seconds of a point, with MLflow and without, and of the sweep around them.
+Runs sweeps with few and with more jobs of negligible training time through the real command; the difference
+per job is its startup, plan, record and shutdown. Prints one JSON line: wall and CPU seconds per job, with
+and without MLflow, and of the rest of the sweep.
 
     python benchmarks/sweeping.py [--few 1] [--more 4]
 """
@@ -31,9 +31,9 @@ SMALL = (
 )
 
 
-def seconds(root: Path, points: int, tracking: str) -> tuple[float, float]:
-    """Wall and CPU seconds of a sweep over so many seeds."""
-    seeds = f"seed={','.join(map(str, range(points)))}"
+def seconds(root: Path, num_jobs: int, tracking: str) -> tuple[float, float]:
+    """Return the wall and CPU seconds of a sweep over `num_jobs` seeds."""
+    seeds = f"seed={','.join(map(str, range(num_jobs)))}"
     command = [sys.executable, "-m", "captcha_exp", "train", "-m", *SMALL, seeds, f"tracking={tracking}"]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, env=os.environ | {"CAPTCHA_EXP_ROOT": str(root)}, check=True, capture_output=True)
@@ -47,17 +47,19 @@ def main() -> None:
     )
     parser.add_argument("--few", type=int, default=1)
     parser.add_argument("--more", type=int, default=4)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for tracking in ("mlflow", "none"):
-            seconds(Path(folder), 1, tracking)  # draws the pictures and makes the store
-            few, more = (seconds(Path(folder), points, tracking) for points in (asked.few, asked.more))
+            seconds(Path(folder), 1, tracking)  # renders the images and creates the store
+            few, more = (
+                seconds(Path(folder), num_jobs, tracking) for num_jobs in (options.few, options.more)
+            )
             for kind, one, other in zip(("wall", "cpu"), few, more, strict=True):
-                point = (other - one) / (asked.more - asked.few)
-                figures[f"point_{kind}_seconds_{tracking}"] = round(point, 2)
-                figures[f"around_{kind}_seconds_{tracking}"] = round(one - asked.few * point, 2)
-    print(json.dumps({"benchmark": "sweeping", "points": [asked.few, asked.more], **figures}))
+                per_job = (other - one) / (options.more - options.few)
+                figures[f"job_{kind}_seconds_{tracking}"] = round(per_job, 2)
+                figures[f"around_{kind}_seconds_{tracking}"] = round(one - options.few * per_job, 2)
+    print(json.dumps({"benchmark": "sweeping", "jobs": [options.few, options.more], **figures}))
 
 
 if __name__ == "__main__":

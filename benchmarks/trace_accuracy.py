@@ -1,9 +1,9 @@
-"""How far the trace of a training lies beside what torch's profiler sees of the same on this CPU.
+"""Compare the traced memory of a training step with torch's profiler on this CPU.
 
-Prints one JSON line: the worst errors, then for each network, head, lever and batch size the bytes that are
-foretold of a training step, the error without what oneDNN takes and gives back inside one convolution, and
-the raw one with it: of one layer, and so much beside passes of fewer pictures
-than 32 (up to 11 %). The oracle is that of tests/memory/test_trace.py.
+Prints one JSON line: the worst errors, then for each network, head, option and batch size the predicted bytes
+of a training step, the error without the temporary buffers of oneDNN inside a convolution, and the raw error
+with them, which reaches 11 % for batches of fewer than 32 images. The reference is that of
+tests/memory/test_trace.py.
 
     python benchmarks/trace_accuracy.py
     python benchmarks/trace_accuracy.py --modules     plan_module on tests/support/networks.py
@@ -24,7 +24,7 @@ from support.profiling import HEADS, network, real_peaks, run_for_real
 from captcha_exp.memory.plan import with_batch_size
 from captcha_exp.memory.trace import trace
 
-LEVERS = {
+OPTIONS = {
     "fp32": (),
     "bf16": ("device.precision=bf16",),
     "checkpointing": ("train.activation_checkpointing=true",),
@@ -34,19 +34,19 @@ LEVERS = {
 SIZES = (32, 48, 64, 96)
 
 
-def compared(model: str, head: str, lever: str, size: int) -> dict[str, Any]:
-    """One configuration, foretold and run for an epoch of two steps."""
-    overrides = ("train.epochs=1", f"train.eval_batch_size={size}", *LEVERS[lever])
+def compare(model: str, head: str, option: str, size: int) -> dict[str, Any]:
+    """Compare one configuration, predicted and run for an epoch of two steps."""
+    overrides = ("train.epochs=1", f"train.eval_batch_size={size}", *OPTIONS[option])
     config = with_batch_size(network(model, head, "fp32", *overrides), size)
-    pictures = {"train": 2 * size, "validation": 2 * size}
-    foretold = trace(config, size, pictures).peak_bytes("step")
-    moments = run_for_real(config, pictures)
+    split_sizes = {"train": 2 * size, "validation": 2 * size}
+    predicted = trace(config, size, split_sizes).peak_bytes("step")
+    snapshots = run_for_real(config, split_sizes)
     errors = {
-        name: real_peaks(moments, with_reorders)["step"] / foretold - 1
+        name: real_peaks(snapshots, with_reorders)["step"] / predicted - 1
         for name, with_reorders in (("error", False), ("raw_error", True))
     }
-    kept = {name: round(value, 4) for name, value in errors.items()}
-    return {"model": model, "head": head, "lever": lever, "size": size, "bytes": foretold, **kept}
+    rounded = {name: round(value, 4) for name, value in errors.items()}
+    return {"model": model, "head": head, "option": option, "size": size, "bytes": predicted, **rounded}
 
 
 def main() -> None:
@@ -57,11 +57,11 @@ def main() -> None:
             found.append(modules.compared(name, size))
             print(found[-1], file=sys.stderr)
     else:
-        for model, head, lever, size in itertools.product(("compact", "resnet18"), HEADS, LEVERS, SIZES):
-            found.append(compared(model, head, lever, size))
+        for model, head, option, size in itertools.product(("compact", "resnet18"), HEADS, OPTIONS, SIZES):
+            found.append(compare(model, head, option, size))
             print(found[-1], file=sys.stderr)
     worst = {key: max((abs(each[key]) for each in found), default=0.0) for key in ("error", "raw_error")}
-    print(json.dumps({"benchmark": "oracle", "configs": len(found), "worst": worst, "all": found}))
+    print(json.dumps({"benchmark": "trace_accuracy", "configs": len(found), "worst": worst, "all": found}))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from captcha_exp.training.train import train
 
 pytestmark = pytest.mark.gpu
 
-FORMS = {"shift": 0.1, "scale": 0.2, "rotate": 10.0, "slant": 10.0, "warp": 0.05}
-CHANGED = AugmentConfig(**FORMS, color_jitter=0.3, invert_p=0.5, warmup_fraction=0.0)
+TRANSFORMS = {"translate": 0.1, "scale": 0.2, "rotate": 10.0, "shear": 10.0, "elastic": 0.05}
+AUGMENT = AugmentConfig(**TRANSFORMS, color_jitter=0.3, invert_p=0.5, warmup_fraction=0.0)
 
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
@@ -47,19 +47,19 @@ def cuda(tiny: Config) -> Config:
 
 
 @pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Within the test, whatever waits for the device is an error."""
+def sync_debug_reset() -> Iterator[None]:
+    """Restore the CUDA sync debug mode, with which a test detects synchronization."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
-def on_the_card(config: Config, **values: Any) -> Config:
-    """The config with these values in its group `device`."""
+def with_device(config: Config, **values: Any) -> Config:
+    """Return the config with these values in its group `device`."""
     return replace(config, device=replace(config.device, **values))
 
 
 def training_split(config: Config) -> Split:
-    """The pictures that a config trains on, where it has them."""
+    """Return the training split of a config."""
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     return data.split("train", torch.device(config.device.name), config.device.preload_limit_mib)
 
@@ -68,7 +68,7 @@ def training_split(config: Config) -> Split:
 
 
 @pytest.mark.gpu_quick
-def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
+def test_every_epoch_has_gpu_memory_peaks(cuda: Config) -> None:
     result = train(cuda)
     rows = [
         json.loads(line)["metrics"] for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()
@@ -82,8 +82,8 @@ def test_every_epoch_has_the_peaks_of_the_card(cuda: Config) -> None:
 
 @pytest.mark.gpu_quick
 @pytest.mark.parametrize("model", ["compact", "resnet18"])
-def test_what_a_plan_says_is_what_the_card_measures(cuda: Config, model: str) -> None:
-    """With all that a small run leaves to fragments and workspaces, the bounds hold what was measured."""
+def test_a_plan_matches_the_measured_memory(cuda: Config, model: str) -> None:
+    """The measured memory is within the bounds, despite the fragmentation and workspaces of a small run."""
     chosen = (
         cuda if model == "compact" else replace(cuda, model=ResNet18Config(name="resnet18", head="position"))
     )
@@ -93,28 +93,28 @@ def test_what_a_plan_says_is_what_the_card_measures(cuda: Config, model: str) ->
 
     for phase in ("train", "eval"):
         assert abs(metrics[f"memory/{phase}_peak_allocated_error"]) <= 0.01
-    assert metrics["memory/process_peak_error"] >= -0.02  # never too little
+    assert metrics["memory/process_peak_error"] >= -0.02  # never an underestimate
     assert json.loads((result.run_dir / "memory.json").read_text())["fits"] == "fits"
 
 
-LEVERS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {"optimizer_impl": "foreach"},
     {"optimizer_impl": "for_loop"},
     {"activation_checkpointing": True, "micro_batch_size": 16},
 ]
 
 
-@pytest.mark.parametrize("levers", LEVERS)
-def test_a_training_that_spares_memory_never_waits_and_repeats(
-    cuda: Config, levers: dict[str, Any], no_waiting: None
+@pytest.mark.parametrize("options", OPTIONS)
+def test_memory_saving_options_never_synchronize_and_are_deterministic(
+    cuda: Config, options: dict[str, Any], sync_debug_reset: None
 ) -> None:
-    config = replace(cuda, train=replace(cuda.train, **levers))
+    config = replace(cuda, train=replace(cuda.train, **options))
     device = setup_device(config)
     batch = dataset.random_batch(config, 64, device)
     losses = []
     for _ in range(2):
         state = init_train_state(config, device)
-        train_step(state, batch, config)  # kernels are loaded
+        train_step(state, batch, config)  # loads kernels
         torch.cuda.set_sync_debug_mode("error")
         steps = [train_step(state, batch, config) for _ in range(3)]
         torch.cuda.set_sync_debug_mode("default")
@@ -122,14 +122,14 @@ def test_a_training_that_spares_memory_never_waits_and_repeats(
     assert losses[0] == losses[1]
 
 
-def test_the_best_weights_take_nothing_of_the_card(cuda: Config) -> None:
+def test_the_best_weights_use_no_gpu_memory(cuda: Config) -> None:
     state = init_train_state(cuda, setup_device(cuda))
     before = torch.cuda.memory_allocated()
     assert state.update_best(1.0, 0.0)
     assert torch.cuda.memory_allocated() == before
 
 
-def test_auto_takes_a_batch_size_that_fits_and_writes_down_what_it_saw(cuda: Config) -> None:
+def test_auto_batch_size_fits_and_is_recorded(cuda: Config) -> None:
     result = train(replace(cuda, train=replace(cuda.train, batch_size="auto")))
     tried = json.loads((result.run_dir / "environment.json").read_text())["batch_sizes_tried"]
 
@@ -138,44 +138,42 @@ def test_auto_takes_a_batch_size_that_fits_and_writes_down_what_it_saw(cuda: Con
 
 @pytest.mark.gpu_quick
 @each_precision
-def test_the_same_bits_twice_and_whether_the_pictures_live_on_the_card_or_not(
-    cuda: Config, precision: Precision
-) -> None:
-    config = on_the_card(cuda, precision=precision)
-    sent = on_the_card(config, preload_limit_mib=0)
+def test_training_is_deterministic_with_and_without_preloading(cuda: Config, precision: Precision) -> None:
+    config = with_device(cuda, precision=precision)
+    streamed = with_device(config, preload_limit_mib=0)
 
-    assert len({train(each).weights_sha256 for each in (config, config, sent)}) == 1
+    assert len({train(each).weights_sha256 for each in (config, config, streamed)}) == 1
 
 
-def test_changed_pictures_too_give_the_same_bits_wherever_they_live(cuda: Config) -> None:
-    config = replace(cuda, augment=CHANGED)
-    sent = on_the_card(config, preload_limit_mib=0)
-    digests = [train(each).weights_sha256 for each in (config, config, sent)]
+def test_training_with_augmentation_is_deterministic_with_and_without_preloading(cuda: Config) -> None:
+    config = replace(cuda, augment=AUGMENT)
+    streamed = with_device(config, preload_limit_mib=0)
+    digests = [train(each).weights_sha256 for each in (config, config, streamed)]
 
     assert len(set(digests)) == 1
     assert digests[0] != train(cuda).weights_sha256
 
 
 @pytest.mark.gpu_quick
-@pytest.mark.parametrize("preload_limit_mib", [512, 0], ids=["resident", "sent"])
+@pytest.mark.parametrize("preload_limit_mib", [512, 0], ids=["preloaded", "streamed"])
 @each_precision
-def test_a_step_never_waits_for_the_card(
-    cuda: Config, precision: Precision, preload_limit_mib: int, no_waiting: None
+def test_a_step_never_synchronizes(
+    cuda: Config, precision: Precision, preload_limit_mib: int, sync_debug_reset: None
 ) -> None:
-    """Nor does the change of its pictures, nor their way to the card."""
-    config = on_the_card(cuda, precision=precision, preload_limit_mib=preload_limit_mib)
-    config = replace(config, augment=CHANGED)
+    """This includes augmentation and the transfer of the images."""
+    config = with_device(cuda, precision=precision, preload_limit_mib=preload_limit_mib)
+    config = replace(config, augment=AUGMENT)
     device = setup_device(config)
     split = training_split(config)
     order = split.permutation(0, 1)
-    change = Augmenter(config, 1, drawn(config).count, device)
+    augmenter = Augmenter(config, 1, drawn(config).count, device)
     state = init_train_state(config, device)
-    for batch in split.batches(64, order):  # the first steps load kernels and make room, which may wait
-        train_step(state, change(batch), config)
+    for batch in split.batches(64, order):  # warm-up: the first steps may synchronize
+        train_step(state, augmenter(batch), config)
 
     torch.cuda.set_sync_debug_mode("error")
     for batch in split.batches(64, order):
-        step = train_step(state, change(batch), config)
+        step = train_step(state, augmenter(batch), config)
     torch.cuda.set_sync_debug_mode("default")
     assert not bool(step.diverged)
 
@@ -184,26 +182,26 @@ def test_a_step_never_waits_for_the_card(
 
 
 @pytest.mark.gpu_quick
-def test_auto_takes_what_is_right_and_fastest_here_and_writes_down_what_it_saw(cuda: Config) -> None:
-    result = train(on_the_card(cuda, precision="auto"))
+def test_auto_precision_is_accurate_and_fastest_and_is_recorded(cuda: Config) -> None:
+    result = train(with_device(cuda, precision="auto"))
     tried = json.loads((result.run_dir / "environment.json").read_text())["precisions_tried"]
 
-    plain = tried[0]
+    fp32 = tried[0]
     assert [row["precision"] for row in tried] == ["fp32", *half_precisions(torch.device("cuda"))]
-    assert (plain["finite"], plain["cosine"]) == (True, 1.0)
-    enough = plain["step_seconds"] / autotune.MIN_SPEEDUP
-    right = [row for row in tried[1:] if row["finite"] and row["cosine"] >= autotune.MIN_COSINE]
-    good = [row for row in right if row["step_seconds"] <= enough]
-    best = min(good, key=lambda row: float(row["step_seconds"]), default=plain)
+    assert (fp32["finite"], fp32["cosine"]) == (True, 1.0)
+    max_seconds = fp32["step_seconds"] / autotune.MIN_SPEEDUP
+    accurate = [row for row in tried[1:] if row["finite"] and row["cosine"] >= autotune.MIN_COSINE]
+    fast = [row for row in accurate if row["step_seconds"] <= max_seconds]
+    best = min(fast, key=lambda row: float(row["step_seconds"]), default=fp32)
     assert result.config.device.precision == best["precision"]
     assert f"precision: {best['precision']}" in (result.run_dir / "config.yaml").read_text()
 
 
 @pytest.mark.gpu_quick
-def test_16_bits_point_where_32_do_on_every_card_since_ampere(cuda: Config) -> None:
+def test_16_bit_gradients_agree_with_fp32_since_ampere(cuda: Config) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("older cards may have no right 16 bits; auto finds out")
-    _, tried = autotune.choose_precision(on_the_card(cuda, precision="auto"), NullDisplay())
+        pytest.skip("older GPUs may have inaccurate 16-bit types, which auto detects")
+    _, tried = autotune.choose_precision(with_device(cuda, precision="auto"), NullDisplay())
 
     assert [row["precision"] for row in tried] == ["fp32", "bf16", "fp16"]
     for row in tried:
@@ -212,9 +210,9 @@ def test_16_bits_point_where_32_do_on_every_card_since_ampere(cuda: Config) -> N
         assert row["cosine"] >= autotune.MIN_COSINE, row
 
 
-def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None:
-    """A power of two, as high as it began or some halvings below, and far from the floor."""
-    config = on_the_card(training(cuda, label_smoothing=0.0, learning_rate=0.01), precision="fp16")
+def test_fp16_fits_a_batch_with_a_reasonable_loss_scale(cuda: Config) -> None:
+    """The loss scale is the initial one after at most 8 halvings."""
+    config = with_device(training(cuda, label_smoothing=0.0, learning_rate=0.01), precision="fp16")
     device = setup_device(config)
     batch = batch_of(config, 32)
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
@@ -235,78 +233,75 @@ def test_fp16_learns_a_batch_and_its_loss_scale_stays_sane(cuda: Config) -> None
 
 @pytest.mark.gpu_quick
 @each_precision
-def test_a_training_in_any_precision_has_finite_figures(cuda: Config, precision: Precision) -> None:
-    result = train(on_the_card(cuda, precision=precision))
+def test_metrics_are_finite_in_every_precision(cuda: Config, precision: Precision) -> None:
+    result = train(with_device(cuda, precision=precision))
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
 
     assert len(rows) == 3
     assert all(math.isfinite(value) for row in rows for value in row["metrics"].values())
 
 
-# -- changed pictures ----------------------------------------------------------------------------------------
+# -- augmentation --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu_quick
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_card_changes_pictures_as_the_cpu_does_to_one_of_255(cuda: Config, channels: int) -> None:
-    """Movements and colours; a share of one in a hundred may be rounded the other way."""
+def test_augmentation_on_gpu_and_cpu_differs_by_at_most_one_level(cuda: Config, channels: int) -> None:
+    """At most one value in a hundred may differ by rounding."""
     generator = torch.Generator().manual_seed(0)
     shape = (200, 24, 56, channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    draws = sample_params(0, 1, 200)
-    assert draws.shape == (200, NUM_PARAMS)
+    params = sample_params(0, 1, 200)
+    assert params.shape == (200, NUM_PARAMS)
 
-    here = augment(images, draws, CHANGED)
-    there = augment(images.to(cuda.device.name), draws.to(cuda.device.name), CHANGED)
+    on_cpu = augment(images, params, AUGMENT)
+    on_gpu = augment(images.to(cuda.device.name), params.to(cuda.device.name), AUGMENT)
 
-    apart = (here.int() - there.cpu().int()).abs()
-    assert int(apart.max()) <= 1
-    assert float((apart > 0).float().mean()) < 0.01
-    assert not torch.equal(here, images)
+    difference = (on_cpu.int() - on_gpu.cpu().int()).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).float().mean()) < 0.01
+    assert not torch.equal(on_cpu, images)
 
 
 # -- memory --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def unlimited() -> Iterator[None]:
-    """After the test the process may take all of the card again: the limit stays until another is set."""
+def memory_limit_reset() -> Iterator[None]:
+    """Remove the memory limit of the process after the test."""
     torch.cuda.empty_cache()
     yield
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
-def test_what_a_budget_leaves_can_be_taken_to_the_last_block_and_no_more(
-    cuda: Config, unlimited: None
-) -> None:
+def test_a_budget_can_be_used_completely_but_not_exceeded(cuda: Config, memory_limit_reset: None) -> None:
     context = replace(cuda.gpu.context_mib, min=0.0, max=800.0)
-    config = on_the_card(replace(cuda, gpu=replace(cuda.gpu, context_mib=context)), vram_budget_mib=1000)
+    config = with_device(replace(cuda, gpu=replace(cuda.gpu, context_mib=context)), vram_budget_mib=1000)
     device = setup_device(config)
-    left = 200 * 2**20 - torch.cuda.memory_reserved(device)  # what other tests have left is taken, too
-    assert left > 64 * 2**20
+    available = 200 * 2**20 - torch.cuda.memory_reserved(device)  # other tests have reserved some
+    assert available > 64 * 2**20
     set_memory_limit(config, device)
 
     with pytest.raises(torch.OutOfMemoryError):
-        torch.empty(left + 2**21, dtype=torch.uint8, device=device)
-    assert torch.empty(left, dtype=torch.uint8, device=device).nbytes == left
+        torch.empty(available + 2**21, dtype=torch.uint8, device=device)
+    assert torch.empty(available, dtype=torch.uint8, device=device).nbytes == available
     assert torch.cuda.memory_reserved(device) <= 200 * 2**20
 
 
-def too_little(cuda: Config) -> Config:
-    """A config with more than it may take: wide pictures, all at once, and room for the context and little
-    more."""
-    card = replace(cuda.gpu, context_mib=replace(cuda.gpu.context_mib, min=300.0, max=600.0))
-    wide = replace(cuda, gpu=card, captcha=replace(cuda.captcha, width=1024, height=64))
-    return on_the_card(training(wide, batch_size=150), vram_budget_mib=640, preload_limit_mib=0)
+def too_large(cuda: Config) -> Config:
+    """Return a config with large images whose budget is little more than the CUDA context."""
+    gpu = replace(cuda.gpu, context_mib=replace(cuda.gpu.context_mib, min=300.0, max=600.0))
+    wide = replace(cuda, gpu=gpu, captcha=replace(cuda.captcha, width=1024, height=64))
+    return with_device(training(wide, batch_size=150), vram_budget_mib=640, preload_limit_mib=0)
 
 
 @pytest.mark.gpu_quick
-def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Config) -> None:
+def test_out_of_memory_is_recorded_with_peak_and_prediction(cuda: Config) -> None:
     with pytest.raises(
         TrainingOutOfMemoryError, match=r"out of memory in .+: peak .+ MiB, predicted .+ MiB for"
     ) as caught:
-        train(training(too_little(cuda), on_oom="record"))
+        train(training(too_large(cuda), on_oom="record"))
     state = json.loads((find_run("latest") / "run.json").read_text())
 
     assert caught.value.exit_code == 0
@@ -314,12 +309,12 @@ def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Co
     assert 0 < state["oom"]["peak_mib"] < 1200
 
 
-def reserved_by_a_step(config: Config, count: int) -> float:
-    """The MiB that torch's allocator reserves for two steps on so many pictures, workspaces included."""
+def reserved_by_steps(config: Config, count: int) -> float:
+    """Return the MiB that torch's allocator reserves for two steps with this batch size."""
     device = setup_device(config)
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()  # what other tests have left
+    before = torch.cuda.memory_reserved()  # reserved by other tests
     torch.cuda.reset_peak_memory_stats()
     state, batch = init_train_state(config, device), dataset.random_batch(config, count, device)
     state.model.train()
@@ -328,13 +323,17 @@ def reserved_by_a_step(config: Config, count: int) -> float:
     return (torch.cuda.max_memory_reserved() - before) / 2**20
 
 
-def test_with_split_the_parts_get_smaller_until_they_fit(cuda: Config, root: Path, unlimited: None) -> None:
-    """The allocator has room for half of the batch and not for all of it, whatever libraries take here."""
-    config = training(too_little(cuda), on_oom="split", eval_batch_size=4)
-    half, whole = (reserved_by_a_step(config, count) for count in (75, 150))
+def test_on_oom_split_reduces_micro_batches_until_they_fit(
+    cuda: Config, root: Path, memory_limit_reset: None
+) -> None:
+    """The budget is enough for half of the batch but not for all of it."""
+    config = training(too_large(cuda), on_oom="split", eval_batch_size=4)
+    half, whole = (reserved_by_steps(config, count) for count in (75, 150))
     assert whole > half + 64
-    context = replace(config.gpu.context_mib, min=300.0, max=600.0)  # the allocator has the rest of a budget
-    config = on_the_card(
+    context = replace(
+        config.gpu.context_mib, min=300.0, max=600.0
+    )  # the rest of the budget is for the allocator
+    config = with_device(
         replace(config, gpu=replace(config.gpu, context_mib=context)),
         vram_budget_mib=600 + round((half + whole) / 2),
     )
@@ -346,104 +345,104 @@ def test_with_split_the_parts_get_smaller_until_they_fit(cuda: Config, root: Pat
     assert len(list(root.glob("outputs/*/*/run.json"))) > 1
     assert micro is not None
     assert micro < 150
-    asked = training(on_the_card(config, vram_budget_mib=None), micro_batch_size=micro)
+    asked = training(with_device(config, vram_budget_mib=None), micro_batch_size=micro)
     assert train(asked).weights_sha256 == state["result"]["weights_sha256"]
 
 
 PLANNING = """
 import sys
 from captcha_exp import compose, load
-from captcha_exp.device import nvml_free_bytes
-from captcha_exp.display import Silent
-from captcha_exp.sweep.foretelling import foretell
-from captcha_exp.sweep.points import Point
+from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.device import nvml_free_bytes
+from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.record import Job
 config = load(compose(*sys.argv[1:]))
 before = nvml_free_bytes()
-foretell([Point(number=1, swept={}, choices={}, requested=config)], Silent())
-print(max(abs(before[card] - free) for card, free in nvml_free_bytes().items()))
+plan_jobs([Job(number=1, swept={}, choices={}, requested=config)], NullDisplay())
+print(max(abs(before[gpu] - free) for gpu, free in nvml_free_bytes().items()))
 """
 
 
-def test_who_plans_a_sweep_takes_nothing_of_the_card(cuda: Config, cache: Path) -> None:
-    """Each point has the card to itself: the process above them makes no context on it."""
+def test_planning_a_sweep_uses_no_gpu_memory(cuda: Config, cache: Path) -> None:
+    """The supervising process creates no CUDA context: each job has the GPU to itself."""
     words = [*TINY, f"data.cache={cache}", "device.name=cuda", "tracking=none"]
     command = [sys.executable, "-c", PLANNING, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
-    assert int(done.stdout) < 64 * 2**20, "a context takes 300 MiB"
+    assert int(done.stdout) < 64 * 2**20, "a CUDA context has 300 MiB"
 
 
-def test_calibrate_writes_a_card_that_a_training_can_choose(root: Path) -> None:
-    """In a process of its own: this one has touched the card already."""
+def test_calibrate_writes_a_gpu_config_that_a_training_can_use(root: Path) -> None:
+    """Runs in its own process, since this one has used the GPU."""
     words = [sys.executable, "-m", "captcha_exp", "calibrate", "--json", "--name", "mine"]
     done = subprocess.run(
         [*words, "--config-dir", str(root), "train.batch_size=32"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     gpu = load(compose("gpu=mine", config_dir=str(root))).gpu
-    assert to_dict(gpu) == told["gpu"]
-    assert Path(told["path"]) == root / "gpu/mine.yaml"
+    assert to_dict(gpu) == printed["gpu"]
+    assert Path(printed["path"]) == root / "gpu/mine.yaml"
     properties = torch.cuda.get_device_properties(0)
     assert gpu.name == properties.name
     assert gpu.total_mib is not None
     assert gpu.total_mib.min <= properties.total_memory / 2**20 <= gpu.total_mib.max
     assert 20 < gpu.context_mib.min < gpu.context_mib.max < 3000
-    assert 8 <= gpu.cublas_workspace_mib.max <= 128  # 8.1 or 32 for each of two threads, as torch has it
+    assert 8 <= gpu.cublas_workspace_mib.max <= 128  # 8.1 or 32 for each of two threads
     assert gpu.cudnn_workspace_mib.max < gpu.total_mib.max
     for speed in (gpu.fp16_speedup, gpu.bf16_speedup):
         assert 0 < speed.min <= speed.max < 20
         assert speed.source.startswith("measured") or properties.major < 8
 
 
-# -- reading -------------------------------------------------------------------------------------------------
+# -- prediction ----------------------------------------------------------------------------------------------
 
 
 @each_precision
-def test_predict_answers_as_evaluate(cuda: Config, precision: Precision, tmp_path: Path) -> None:
-    """The pictures of the test split as files, in their own size."""
-    folder = train(on_the_card(cuda, precision=precision)).run_dir
+def test_predict_agrees_with_evaluate(cuda: Config, precision: Precision, tmp_path: Path) -> None:
+    """On the images of the test split, saved in their original size."""
+    folder = train(with_device(cuda, precision=precision)).run_dir
     evaluation, data = evaluate_run(folder, "test", NullDisplay(), "cuda")
     files = [tmp_path / f"{row}.png" for row in evaluation.indices]
     for row, file in zip(evaluation.indices, files, strict=True):
         Image.fromarray(data.images[int(row)].numpy()).save(file)
 
-    reader = Predictor(folder / "model.safetensors", "cuda", NullDisplay())
-    readings = list(reader.predict_all(files, NullDisplay()))
+    predictor = Predictor(folder / "model.safetensors", "cuda", NullDisplay())
+    predictions = list(predictor.predict_all(files, NullDisplay()))
 
-    assert reader.device.type == "cuda"
-    assert [reading.image for reading in readings] == files
-    assert [reading.text for reading in readings] == [
+    assert predictor.device.type == "cuda"
+    assert [prediction.image for prediction in predictions] == files
+    assert [prediction.text for prediction in predictions] == [
         data.alphabet.decode(ids) for ids in evaluation.predicted
     ]
-    for reading, confidences in zip(readings, evaluation.confidences, strict=True):
-        assert reading.confidences == pytest.approx(confidences, abs=1e-3)
+    for prediction, confidences in zip(predictions, evaluation.confidences, strict=True):
+        assert prediction.confidences == pytest.approx(confidences, abs=1e-3)
 
 
 @pytest.mark.gpu_quick
-def test_what_was_trained_on_the_card_reads_the_same_on_the_cpu(cuda: Config) -> None:
-    """In fp32, but for the few pictures on which the network is torn."""
+def test_predictions_on_gpu_and_cpu_agree(cuda: Config) -> None:
+    """In fp32, except for a few ambiguous images."""
     folder = train(cuda).run_dir
-    there, _ = evaluate_run(folder, "test", NullDisplay(), "cuda")
-    here, _ = evaluate_run(folder, "test", NullDisplay(), "cpu")
+    on_gpu, _ = evaluate_run(folder, "test", NullDisplay(), "cuda")
+    on_cpu, _ = evaluate_run(folder, "test", NullDisplay(), "cpu")
 
-    assert (there.indices == here.indices).all()
-    assert float((there.predicted == here.predicted).mean()) > 0.95
-    assert abs(there.loss - here.loss) < 0.01
+    assert (on_gpu.indices == on_cpu.indices).all()
+    assert float((on_gpu.predicted == on_cpu.predicted).mean()) > 0.95
+    assert abs(on_gpu.loss - on_cpu.loss) < 0.01
 
 
 # -- doctor --------------------------------------------------------------------------------------------------
 
 
-def test_doctor_names_the_card_its_memory_and_the_driver(cuda: Config) -> None:
+def test_doctor_reports_gpu_memory_and_driver(cuda: Config) -> None:
     import pynvml
 
     pynvml.nvmlInit()
     driver = pynvml.nvmlSystemGetDriverVersion()
     pynvml.nvmlShutdown()
     properties = torch.cuda.get_device_properties(0)
-    said = [finding.message for finding in run_checks(collect_info(cuda))]
+    messages = [finding.message for finding in run_checks(collect_info(cuda))]
 
     assert any(f"NVIDIA driver {driver}" in text for text in said)
     assert any(f"built for CUDA {torch.version.cuda}" in text for text in said)
@@ -452,6 +451,6 @@ def test_doctor_names_the_card_its_memory_and_the_driver(cuda: Config) -> None:
     figures = re.findall(r"([\d,]+) of ([\d,]+) MiB free", memory)[0]
     free, total = (float(figure.replace(",", "")) for figure in figures)
     assert 0 < free <= total
-    # The driver keeps a little of the card for itself, which torch does not count.
+    # The driver reserves some memory that torch does not count.
     assert total == pytest.approx(properties.total_memory / 2**20, rel=0.05)
     assert any("fast 16-bit types" in text for text in said) or properties.major < 7

@@ -1,6 +1,6 @@
-"""The article's program against this project's training, and what it does by itself.
+"""Compare the article's program with this project's training, and test the program itself.
 
-It is the reference of every comparison, so its claims are checked too: against arithmetic, and by hand.
+It is the reference of every comparison, hence it is also checked against independent calculations.
 """
 
 import gzip
@@ -38,24 +38,24 @@ ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def draw(folder: Path, count: int) -> list[str]:
-    """The codes of so many pictures, drawn as the article has them: GIF in mode P, named .png."""
+    """Draw images like the article's, GIFs in mode P named .png, and return their labels."""
     folder.mkdir()
-    codes = []
+    labels = []
     for index in range(count):
         code = "".join(ALNUM[(index * step + step) % 36] for step in (1, 5, 7, 11)).upper()
         image = Image.new("RGB", (120, 50), (230 - index % 7, 240, 250))
         pen = ImageDraw.Draw(image)
-        for place, character in enumerate(code):
-            colour = (90, 20 * place, index % 200)
-            pen.text((8 + 28 * place, 4 + index % 9), character, colour, font_size=32)
+        for position, character in enumerate(code):
+            color = (90, 20 * position, index % 200)
+            pen.text((8 + 28 * position, 4 + index % 9), character, color, font_size=32)
         image.quantize(64).save(folder / f"{index:05}-{code}.png", format="GIF")
-        codes.append(code.lower())
-    return codes
+        labels.append(code.lower())
+    return labels
 
 
-def texts(codes: Tensor) -> list[str]:
-    """What codes (B, 4*36) say."""
-    ids = codes.reshape(-1, 4, 36).nonzero()[:, 2].reshape(-1, 4).tolist()
+def texts(labels: Tensor) -> list[str]:
+    """Return the texts of one-hot labels (B, 4*36)."""
+    ids = labels.reshape(-1, 4, 36).nonzero()[:, 2].reshape(-1, 4).tolist()
     return ["".join(ALNUM[k] for k in row) for row in ids]
 
 
@@ -64,88 +64,91 @@ def texts(codes: Tensor) -> list[str]:
 
 @pytest.fixture(scope="module")
 def article() -> Config:
-    """The article's training in this project."""
+    """Return the config of the article's training."""
     chosen = ("captcha=alnum", "model=resnet18", "train=constant_lr")
     return load(compose(*chosen, "tracking=none", "device.name=cpu", "device.threads=1"))
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
-    """Eight batches of 6, prepared as the article prepares them."""
+    """Return eight batches of 6, prepared by the article's program."""
     folder = tmp_path_factory.mktemp("eight")
     draw(folder / "images", 60)
     article_loop.prepare(folder / "images", folder / "shards", shard=60)
     return list(article_loop.batches(folder / "shards" / "training" / "00000.gz", 6))
 
 
-NAMES = {  # this project's layers and the reference's
+NAMES = {  # layers of this project -> layers of the reference
     "network.blocks.0.0": "conv",
     "network.blocks.0.1": "norm",
     "head.linear": "linear",
 }
 for block, (stage, number) in enumerate(itertools.product(range(4), range(2)), start=2):
     here, there = f"network.blocks.{block}", f"stages.{stage}.{number}"
-    NAMES |= {f"{here}.first.0": f"{there}.conv1", f"{here}.first.1": f"{there}.norm1"}
-    NAMES |= {f"{here}.second.0": f"{there}.conv2", f"{here}.second.1": f"{there}.norm2"}
-    NAMES |= {f"{here}.short_cut.0": f"{there}.change.0", f"{here}.short_cut.1": f"{there}.change.1"}
+    NAMES |= {f"{here}.conv1.0": f"{there}.conv1", f"{here}.conv1.1": f"{there}.norm1"}
+    NAMES |= {f"{here}.conv2.0": f"{there}.conv2", f"{here}.conv2.1": f"{there}.norm2"}
+    NAMES |= {
+        f"{here}.downsample.0": f"{there}.downsample.0",
+        f"{here}.downsample.1": f"{there}.downsample.1",
+    }
 
 
 def renamed(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of this project's weights and statistics, under the reference's names."""
+    """Return a copy of our state dict with the reference's names."""
     state = model.state_dict()
     parts = {name: name.rpartition(".") for name in state}
     return {f"{NAMES[layer]}.{leaf}": state[name].clone() for name, (layer, _, leaf) in parts.items()}
 
 
 def ours(state: TrainState, given: list[Batch], config: Config) -> list[float]:
-    """The losses of our steps on the reference's batches."""
+    """Return the losses of our steps on the reference's batches."""
     losses = []
-    for pictures, codes in given:
-        images = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        batch = dataset.Batch(images, codes.view(-1, 4, 36).argmax(2), torch.arange(len(images)))
+    for images, labels in given:
+        images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        batch = dataset.Batch(images, labels.view(-1, 4, 36).argmax(2), torch.arange(len(images)))
         losses.append(float(train_step(state, batch, config).loss))
     return losses
 
 
-def largest_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+def max_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     assert one.keys() == two.keys()
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
-def test_eight_steps_are_the_article_s(article: Config, eight: list[Batch]) -> None:
-    """From equal weights, and with the same rounding: colours last in memory, torch's fused Adam.
+def test_eight_steps_match_the_article(article: Config, eight: list[Batch]) -> None:
+    """From equal weights and with the same rounding: channels_last and the fused Adam.
 
-    This project chooses both, and neither changes a formula, as the next test shows. But both round
-    otherwise, batch norm a hundred times coarser where colours are last. That flips a ReLU here and
-    there, and Adam's first steps go as far for a gradient of nearly 0 as for any other: from the
-    reference as it stands, losses differ by 2e-7 at the first step and by 3e-4 within eight.
+    This project uses both. They change the rounding, not the formulas, as the next test shows. Batch norm
+    rounds a hundred times more coarsely in channels_last, which flips some ReLUs, and the size of Adam's
+    first steps does not depend on the gradient: compared with the unchanged reference, losses differ by
+    2e-7 at the first step and by 3e-4 within eight.
     """
     state = init_train_state(article, CPU)
     network = Network()
     network.load_state_dict(renamed(state.model))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # untyped in torch
-    given = [(images.contiguous(memory_format=torch.channels_last), codes) for images, codes in eight]
+    given = [(images.contiguous(memory_format=torch.channels_last), labels) for images, labels in eight]
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
-    expected, _, seen = article_loop.steps(network, optimizer, given, CPU)
+    expected, _, total = article_loop.train_steps(network, optimizer, given, CPU)
 
     losses = ours(state, eight, article)
-    assert seen == 48
+    assert total == 48
     assert len(set(losses)) == 8
     assert losses == pytest.approx(expected, rel=0, abs=1e-5)
-    assert largest_difference(renamed(state.model), network.state_dict()) < 1e-5
+    assert max_difference(renamed(state.model), network.state_dict()) < 1e-5
 
 
-def test_only_rounding_lies_between_our_steps_and_the_article_s(
+def test_in_64_bits_our_steps_equal_the_article_s(
     article: Config, eight: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 64 bits our steps, as they are, are the reference's as it is: plain layout, plain Adam."""
+    """Our unchanged steps match the unchanged reference: default memory format, default Adam."""
     state = init_train_state(article, CPU)
     network = Network()
     network.load_state_dict(renamed(state.model))
-    whole = [((images[:2] * 255).round().double(), codes[:2].double()) for images, codes in eight[:4]]
-    given = [(images / 255, codes) for images, codes in whole]  # exact, where 32 bits were not
+    whole = [((images[:2] * 255).round().double(), labels[:2].double()) for images, labels in eight[:4]]
+    given = [(images / 255, labels) for images, labels in whole]  # exact, where 32 bits were not
     optimizer = torch.optim.Adam(network.double().parameters())
-    expected, *_ = article_loop.steps(network, optimizer, given, CPU)
+    expected, *_ = article_loop.train_steps(network, optimizer, given, CPU)
 
     def double(x: Tensor) -> Tensor:
         return plain(x) if x.dtype == torch.bool else x.double()
@@ -155,12 +158,12 @@ def test_only_rounding_lies_between_our_steps_and_the_article_s(
     state = make_train_state(state.model.double(), article, CPU)
     losses = ours(state, given, article)
     assert losses == pytest.approx(expected, rel=0, abs=1e-8)
-    assert largest_difference(renamed(state.model), network.state_dict()) < 1e-6
+    assert max_difference(renamed(state.model), network.state_dict()) < 1e-6
 
 
 # -- the same network -----------------------------------------------------------------------------------
 
-CONVOLUTIONS = [  # outputs, inputs, kernel, height and width of what comes out; how many of them
+CONVOLUTIONS = [  # outputs, inputs, kernel, output height and width, number of convolutions
     (64, 3, 3, 24, 56, 1),
     (64, 64, 3, 24, 56, 4),
     (128, 64, 3, 12, 28, 1),
@@ -174,11 +177,11 @@ CONVOLUTIONS = [  # outputs, inputs, kernel, height and width of what comes out;
     (512, 512, 3, 3, 7, 3),
 ]
 FORWARD = 2 * sum(o * i * k * k * h * w * n for o, i, k, h, w, n in CONVOLUTIONS) + 2 * 512 * 4 * 36
-# Backward, each product is taken twice: for the weights, and for what came in. The pictures need none.
+# Backward has two products each, for the gradients of weights and inputs; the images need no gradient.
 TRAINING = 3 * FORWARD - 2 * 64 * 3 * 3 * 3 * 24 * 56
 
 
-def test_the_table_makes_the_article_s_figures() -> None:
+def test_the_table_gives_the_article_s_figures() -> None:
     weights = sum(o * i * k * k * n for o, i, k, _, _, n in CONVOLUTIONS)
     norms = sum(2 * o * n for o, _, _, _, _, n in CONVOLUTIONS)
     assert weights + norms + 512 * 144 + 144 == 11_242_704
@@ -199,17 +202,17 @@ def test_every_layer_has_the_table_s_shape(either: nn.Module) -> None:
     assert sum(parameter.numel() for parameter in either.parameters()) == 11_242_704
 
 
-def test_every_step_takes_the_table_s_operations(article: Config, eight: list[Batch]) -> None:
-    given = [(pictures[:2], codes[:2]) for pictures, codes in eight[:1]]
+def test_every_step_has_the_table_s_operations(article: Config, eight: list[Batch]) -> None:
+    given = [(images[:2], labels[:2]) for images, labels in eight[:1]]
     state, network = init_train_state(article, CPU), Network()
     with FlopCounterMode(display=False) as counter:
         ours(state, given, article)
     assert counter.get_total_flops() == 2 * TRAINING
     with FlopCounterMode(display=False) as counter:
-        article_loop.steps(network, torch.optim.Adam(network.parameters()), given, CPU)
+        article_loop.train_steps(network, torch.optim.Adam(network.parameters()), given, CPU)
     assert counter.get_total_flops() == 2 * TRAINING
     with FlopCounterMode(display=False) as counter:
-        article_loop.examine(network, given, CPU)
+        article_loop.evaluate(network, given, CPU)
     assert counter.get_total_flops() == 2 * FORWARD
 
 
@@ -217,65 +220,65 @@ def test_every_step_takes_the_table_s_operations(article: Config, eight: list[Ba
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """34 pictures: three shards of 10, and four that are dropped."""
+def images(tmp_path: Path) -> Path:
+    """Return a folder of 34 images: three shards of 10, and four that are dropped."""
     draw(tmp_path / "images", 34)
     return tmp_path / "images"
 
 
 @pytest.fixture
-def shards(tmp_path: Path, pictures: Path) -> Path:
-    assert article_loop.prepare(pictures, tmp_path / "shards", shard=10) == 3
+def shards(tmp_path: Path, images: Path) -> Path:
+    assert article_loop.prepare(images, tmp_path / "shards", shard=10) == 3
     return tmp_path / "shards"
 
 
 def parts(shards: Path) -> dict[str, list[dict[str, Tensor]]]:
-    """Part -> the content of its files, read without the reference's own code where that is easy."""
+    """Return part -> content of its files."""
     return {
         part: [article_loop.read_gzip(path) for path in sorted((shards / part).iterdir())]
         for part in ("training", "validating", "testing")
     }
 
 
-def test_shards_are_split_80_10_10_and_the_rest_is_dropped(pictures: Path, shards: Path) -> None:
+def test_shards_are_split_80_10_10_and_the_rest_is_dropped(images: Path, shards: Path) -> None:
     found = parts(shards)
-    sizes = {part: [len(file["codes"]) for file in files] for part, files in found.items()}
+    sizes = {part: [len(file["labels"]) for file in files] for part, files in found.items()}
     assert sizes == {"training": [8] * 3, "validating": [1] * 3, "testing": [1] * 3}
-    codes = [text for files in found.values() for file in files for text in texts(file["codes"])]
-    there = {path.stem.partition("-")[2].lower() for path in pictures.iterdir()}
-    assert len(set(codes)) == len(codes) == 30
-    assert set(codes) < there
+    labels = [text for files in found.values() for file in files for text in texts(file["labels"])]
+    there = {path.stem.partition("-")[2].lower() for path in images.iterdir()}
+    assert len(set(labels)) == len(labels) == 30
+    assert set(labels) < there
     assert len(there) == 34
 
 
-def test_a_shard_is_mixed_and_always_the_same(pictures: Path, shards: Path, tmp_path: Path) -> None:
-    article_loop.prepare(pictures, tmp_path / "again", shard=10)
-    article_loop.prepare(pictures, tmp_path / "fewer", limit=2, shard=10)
+def test_a_shard_is_shuffled_and_deterministic(images: Path, shards: Path, tmp_path: Path) -> None:
+    article_loop.prepare(images, tmp_path / "again", shard=10)
+    article_loop.prepare(images, tmp_path / "fewer", limit=2, shard=10)
     one, again, fewer = (parts(folder) for folder in (shards, tmp_path / "again", tmp_path / "fewer"))
-    order = sorted(path.stem.partition("-")[2].lower() for path in pictures.iterdir())
-    first = texts(one["training"][0]["codes"])
+    order = sorted(path.stem.partition("-")[2].lower() for path in images.iterdir())
+    first = texts(one["training"][0]["labels"])
     assert max(abs(order.index(a) - order.index(b)) for a, b in itertools.pairwise(first)) > 10
     for part, files in one.items():
         assert len(fewer[part]) == 2
         for file, same in zip(files, again[part], strict=True):
-            assert all(torch.equal(file[name], same[name]) for name in ("images", "codes"))
+            assert all(torch.equal(file[name], same[name]) for name in ("images", "labels"))
         for file, same in zip(files, fewer[part], strict=False):
-            assert all(torch.equal(file[name], same[name]) for name in ("images", "codes"))
+            assert all(torch.equal(file[name], same[name]) for name in ("images", "labels"))
 
 
-def test_a_file_is_gzip_of_float32(shards: Path) -> None:
+def test_a_shard_file_is_gzipped_float32(shards: Path) -> None:
     path = shards / "training" / "00000.gz"
     with gzip.open(path) as file:
         assert len(file.read()) > 8 * 4 * (3 * 24 * 56 + 4 * 36)
     tensors = article_loop.read_gzip(path)
     assert {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()} == {
         "images": (torch.float32, (8, 3, 24, 56)),
-        "codes": (torch.float32, (8, 144)),
+        "labels": (torch.float32, (8, 144)),
     }
-    assert tensors["codes"].view(8, 4, 36).sum(2).eq(1).all()
+    assert tensors["labels"].view(8, 4, 36).sum(2).eq(1).all()
 
 
-def test_tensors_come_back_to_the_bit(tmp_path: Path) -> None:
+def test_tensors_round_trip_exactly(tmp_path: Path) -> None:
     tensors = {"x": torch.randn(3, 5), "n": torch.tensor(7)}
     article_loop.write_gzip(tmp_path / "x.gz", tensors)
     back = article_loop.read_gzip(tmp_path / "x.gz")
@@ -283,11 +286,11 @@ def test_tensors_come_back_to_the_bit(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
 
 
-def test_a_picture_is_resized_by_nearest_neighbour(pictures: Path, shards: Path) -> None:
-    """By hand: each pixel is the one under its middle. Made RGB first, the picture would be smooth."""
+def test_an_image_is_resized_by_nearest_neighbor(images: Path, shards: Path) -> None:
+    """Each pixel is the one under its center; converted to RGB first, the image would be smooth."""
     training = parts(shards)["training"][0]
-    code = texts(training["codes"])[0].upper()
-    (path,) = pictures.glob(f"*-{code}.png")
+    code = texts(training["labels"])[0].upper()
+    (path,) = images.glob(f"*-{code}.png")
     with Image.open(path) as image:
         assert (image.format, image.mode, image.size) == ("GIF", "P", (120, 50))
         large = np.asarray(image.convert("RGB"))
@@ -303,14 +306,14 @@ def test_a_picture_is_resized_by_nearest_neighbour(pictures: Path, shards: Path)
 
 
 @pytest.mark.parametrize("name", ["00000.png", "00000-R86.png", "00000-R8651.png", "00000-R8+5.png"])
-def test_a_name_without_a_code_is_refused(name: str) -> None:
+def test_a_name_without_a_label_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match="must end in a dash"):
-        article_loop.code_tensor(Path(name))
+        article_loop.label_tensor(Path(name))
 
 
-def test_too_few_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="34 pictures make no shard of 1000"):
-        article_loop.prepare(pictures, tmp_path / "shards")
+def test_too_few_images_are_rejected(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="34 images are fewer than a shard of 1000"):
+        article_loop.prepare(images, tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
 
@@ -322,26 +325,26 @@ def tiny() -> Network:
     return Network((4, 4, 4, 4))
 
 
-def test_batches_come_in_the_same_order_in_every_epoch(shards: Path) -> None:
-    """Each epoch, all training pictures shard by shard as they stand, 3, 3 and 2 at a time."""
-    network, seen = tiny(), []
-    network.register_forward_pre_hook(lambda module, given: seen.append((module.training, *given)))
+def test_batches_have_the_same_order_in_every_epoch(shards: Path) -> None:
+    """In each epoch, all training images shard by shard in order, in batches of 3, 3 and 2."""
+    network, calls = tiny(), []
+    network.register_forward_pre_hook(lambda module, given: calls.append((module.training, *given)))
     history = article_loop.train(network, shards, CPU, size=3, epochs=2)
 
-    trained = [pictures for training, pictures in seen if training]
+    trained = [images for training, images in calls if training]
     assert [len(batch) for batch in trained] == [3, 3, 2] * 3 * 2
     everything = torch.cat([file["images"] for file in parts(shards)["training"]])
     assert torch.equal(torch.cat(trained), torch.cat([everything, everything]))
-    assert [training for training, _ in seen] == ([True] * 9 + [False] * 3) * 2 + [False] * 3
+    assert [training for training, _ in calls] == ([True] * 9 + [False] * 3) * 2 + [False] * 3
     assert len(history.losses) == 18
     assert len(history.training_seconds) == len(history.validating_seconds) == 6
 
 
-def test_a_step_is_the_textbook_s(eight: list[Batch]) -> None:
-    """Adam and binary cross entropy as their papers write them, in 64 bits, and the accuracy by hand."""
+def test_a_step_matches_the_textbook(eight: list[Batch]) -> None:
+    """Adam and binary cross entropy written out, in 64 bits, and the accuracy."""
     network = tiny().double()
     weight = network.linear.weight
-    given = [(pictures.double(), codes.double()) for pictures, codes in eight[:3]]
+    given = [(images.double(), labels.double()) for images, labels in eight[:3]]
     first = second = torch.zeros_like(weight)
     expected = weight.detach().clone()
     for number, batch in enumerate(given, start=1):
@@ -355,32 +358,32 @@ def test_a_step_is_the_textbook_s(eight: list[Batch]) -> None:
         expected = expected - 0.001 * rate
         if number == 1:
             optimizer = torch.optim.Adam(network.parameters())
-        losses, correct, seen = article_loop.steps(network, optimizer, [batch], CPU)
+        losses, correct, total = article_loop.train_steps(network, optimizer, [batch], CPU)
         assert losses == pytest.approx([loss.item()], rel=1e-9)
-        assert (correct, seen) == (0, 6)
+        assert (correct, total) == (0, 6)
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-9)
 
 
-def test_only_whole_codes_are_right() -> None:
-    codes = nn.functional.one_hot(torch.arange(12).view(3, 4), 36).flatten(1)
-    outputs = codes.float() * 0.5
-    outputs[1, 36 + 9] = 0.9  # one character of the second is read as another
-    assert article_loop.right(outputs, codes) == 2
+def test_only_complete_labels_are_correct() -> None:
+    labels = nn.functional.one_hot(torch.arange(12).view(3, 4), 36).flatten(1)
+    outputs = labels.float() * 0.5
+    outputs[1, 36 + 9] = 0.9  # one wrong character in the second label
+    assert article_loop.num_correct(outputs, labels) == 2
 
 
-def test_outputs_are_probabilities_at_each_place(eight: list[Batch]) -> None:
+def test_outputs_are_probabilities_at_each_position(eight: list[Batch]) -> None:
     outputs = tiny()(eight[0][0])
     assert outputs.shape == (6, 144)
     torch.testing.assert_close(outputs.view(6, 4, 36).sum(2), torch.ones(6, 4))
 
 
-def test_what_is_read_is_the_most_probable(pictures: Path) -> None:
+def test_the_most_probable_characters_are_predicted(images: Path) -> None:
     network = tiny()
     with torch.no_grad():
         network.linear.weight.zero_()
-        for place, character in enumerate("r865"):
-            network.linear.bias[36 * place + ALNUM.index(character)] = 5
-    assert article_loop.read(network, next(pictures.iterdir()), CPU) == "r865"
+        for position, character in enumerate("r865"):
+            network.linear.bias[36 * position + ALNUM.index(character)] = 5
+    assert article_loop.predict(network, next(images.iterdir()), CPU) == "r865"
 
 
 def test_the_command_prints_one_line(
@@ -412,19 +415,19 @@ def test_the_command_prints_one_line(
         "device",
         "threads",
         "torch",
-        "training_pictures_per_second",
+        "training_images_per_second",
         "peak_rss_mib",
     } <= printed.keys()
 
 
-# -- how both loops end ---------------------------------------------------------------------------------
+# -- early stopping ------------------------------------------------------------------------------------
 
-# Validation accuracies, 0 from where they end; the best epoch and the last one, counted by hand.
+# Validation accuracies (then 0), the expected best epoch and last epoch.
 STOPPING = {
-    "20 epochs without gain are borne, and end well": ([0.2, 0.5, *[0.4] * 20, 0.6], 23, 44),
-    "the 21st ends it, whatever would come": ([0.2, 0.5, *[0.4] * 21, 0.6], 2, 23),
-    "an equal accuracy is no gain": ([0.2, 0.5, *[0.4] * 9, 0.5], 2, 23),
-    "the first epoch counts, even with nothing right": ([], 1, 22),
+    "20 epochs without improvement do not stop": ([0.2, 0.5, *[0.4] * 20, 0.6], 23, 44),
+    "the 21st stops, whatever would follow": ([0.2, 0.5, *[0.4] * 21, 0.6], 2, 23),
+    "an equal accuracy is not an improvement": ([0.2, 0.5, *[0.4] * 9, 0.5], 2, 23),
+    "the first epoch counts, even with accuracy 0": ([], 1, 22),
 }
 stopping = pytest.mark.parametrize(("accuracies", "best", "last"), STOPPING.values(), ids=STOPPING)
 
@@ -434,10 +437,10 @@ def padded(accuracies: list[float]) -> Iterator[float]:
 
 
 @stopping
-def test_the_article_s_training_ends_and_tests_its_best_state_once(
+def test_the_article_s_training_stops_and_tests_its_best_state_once(
     accuracies: list[float], best: int, last: int, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, examined = padded(accuracies), []
+    script, evaluated = padded(accuracies), []
 
     def step(
         network: Network, optimizer: Any, path: Path, device: torch.device
@@ -448,19 +451,19 @@ def test_the_article_s_training_ends_and_tests_its_best_state_once(
             network.linear.bias.add_(1)
         return [0.5], 1, 2
 
-    def examine(network: Network, path: Path, device: torch.device) -> tuple[int, int]:
-        examined.append((path.parent.name, round(network.linear.bias[0].item())))
+    def evaluate(network: Network, path: Path, device: torch.device) -> tuple[int, int]:
+        evaluated.append((path.parent.name, round(network.linear.bias[0].item())))
         return round(next(script) * 100), 100
 
     monkeypatch.setattr(article_loop, "batches", lambda path, size: path)
-    monkeypatch.setattr(article_loop, "steps", step)
-    monkeypatch.setattr(article_loop, "examine", examine)
+    monkeypatch.setattr(article_loop, "train_steps", step)
+    monkeypatch.setattr(article_loop, "evaluate", evaluate)
     network = tiny()
     nn.init.zeros_(network.linear.bias)
     history = article_loop.train(network, shards, CPU, limit=1)
 
     assert (history.best_epoch, len(history.validating)) == (best, last)
-    assert examined == [("validating", epoch) for epoch in range(1, last + 1)] + [("testing", best)]
+    assert evaluated == [("validating", epoch) for epoch in range(1, last + 1)] + [("testing", best)]
     kept = article_loop.read_gzip(shards / "best.gz")
     assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
     assert history.training == [0.5] * last
@@ -468,7 +471,7 @@ def test_the_article_s_training_ends_and_tests_its_best_state_once(
 
 
 @stopping
-def test_our_training_ends_where_the_article_s_does(
+def test_our_training_stops_where_the_article_s_does(
     accuracies: list[float],
     best: int,
     last: int,
@@ -477,7 +480,7 @@ def test_our_training_ends_where_the_article_s_does(
     unplanned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the epochs and the patience of train=constant_lr as they stand in conf/."""
+    """With the epochs and the patience of train=constant_lr."""
     script = padded(accuracies)
     events: list[tuple[str, int]] = []
     plain = Dataset.split
@@ -510,12 +513,12 @@ def test_our_training_ends_where_the_article_s_does(
     )
     result = train.train(config, None, Heard())
 
-    sides = {name: len(rows) for name, rows in dataset.inspect_dataset(config, Heard()).split_indices.items()}
+    sizes = {name: len(rows) for name, rows in dataset.inspect_dataset(config, Heard()).split_indices.items()}
     assert result.best_epoch == best
     assert events == [
         ("open train", 0),
         ("open validation", 0),
-        *((f"evaluate {sides['validation']}", epoch) for epoch in range(1, last + 1)),
+        *((f"evaluate {sizes['validation']}", epoch) for epoch in range(1, last + 1)),
         ("open test", 0),
-        (f"evaluate {sides['test']}", best),
+        (f"evaluate {sizes['test']}", best),
     ]

@@ -1,4 +1,4 @@
-"""README's table and the planner's header, from committed GPU sessions and from ones that are made up."""
+"""Test the table in README.md and the planner's docstring, with committed and fake GPU sessions."""
 
 import json
 import shutil
@@ -16,16 +16,16 @@ PROJECT = Path(__file__).parents[2]
 H200 = "NVIDIA H200"
 
 
-def trained(seconds: float, speed: float, **more: Any) -> dict[str, Any]:
-    return {"figures": {"seconds_per_1000": seconds, "training_pictures_per_second": speed, **more}}
+def training_part(seconds: float, speed: float, **more: Any) -> dict[str, Any]:
+    return {"figures": {"seconds_per_1000": seconds, "training_images_per_second": speed, **more}}
 
 
-def session(card: str | None = H200, **parts: Any) -> dict[str, Any]:
+def session(gpu: str | None = H200, **parts: Any) -> dict[str, Any]:
     return {
         "benchmark": "gpu_session",
         "date": "2027-01-01",
         "machine": {
-            "gpu": card,
+            "gpu": gpu,
             "cores": 16,
             "torch": "2.11.0+cu130",
             "driver": "580.65",
@@ -36,12 +36,12 @@ def session(card: str | None = H200, **parts: Any) -> dict[str, Any]:
 
 
 SESSION = session(
-    auto_cuda=trained(0.0512, 30_000, precision="bf16", process_peak_mib=1200.4),
-    ours_cuda_bf16=trained(0.05, 31_234.5, precision="bf16", process_peak_mib=1100),
+    auto_cuda=training_part(0.0512, 30_000, precision="bf16", process_peak_mib=1200.4),
+    ours_cuda_bf16=training_part(0.05, 31_234.5, precision="bf16", process_peak_mib=1100),
     ours_cuda_fp16={"error": "took more than 120 s"},
-    article_cuda=trained(0.4, 2500, process_mib=None),
-    ours_cpu_fp32=trained(4.0, 210, precision="fp32", process_peak_mib=900.6),
-    article_cpu=trained(5.0, 180, peak_rss_mib=1500),
+    article_cuda=training_part(0.4, 2500, process_mib=None),
+    ours_cpu_fp32=training_part(4.0, 210, precision="fp32", process_peak_mib=900.6),
+    article_cpu=training_part(5.0, 180, peak_rss_mib=1500),
     speed_compact_fp32={"figures": {"rows": []}},
 )
 ROWS = [
@@ -70,19 +70,19 @@ def results(folder: Path, **files: Any) -> Path:
     return made
 
 
-def test_readme_s_table_is_that_of_the_committed_sessions() -> None:
+def test_the_table_in_readme_is_up_to_date() -> None:
     assert article_table.main(["--check"]) == 0
 
 
-def test_the_table_has_a_row_for_each_training_in_order(tmp_path: Path, readme: Path) -> None:
+def test_the_table_has_a_row_per_training_in_order(tmp_path: Path, readme: Path) -> None:
     folder = results(
-        tmp_path, one=SESSION, dry=session(None, article_cpu=trained(1, 1)), other={"benchmark": "x"}
+        tmp_path, one=SESSION, dry=session(None, article_cpu=training_part(1, 1)), other={"benchmark": "x"}
     )
-    words = ["--results", str(folder), "--readme", str(readme)]
+    options = ["--results", str(folder), "--readme", str(readme)]
     before = readme.read_text()
-    assert article_table.main([*words, "--check"]) == 1
+    assert article_table.main([*options, "--check"]) == 1
     assert readme.read_text() == before
-    assert article_table.main(words) == 0
+    assert article_table.main(options) == 0
     lines = readme.read_text().splitlines()
     assert lines[:2] == ["before", article_table.BEGIN]
     assert lines[4:11] == ROWS
@@ -93,12 +93,12 @@ def test_the_table_has_a_row_for_each_training_in_order(tmp_path: Path, readme: 
         article_table.END,
         "after",
     ]
-    assert article_table.main([*words, "--check"]) == 0
+    assert article_table.main([*options, "--check"]) == 0
     readme.write_text(readme.read_text().replace("0.400", "0.300"))
-    assert article_table.main([*words, "--check"]) == 1
+    assert article_table.main([*options, "--check"]) == 1
 
 
-def test_without_a_session_only_the_article_s_own_figures_are_there(tmp_path: Path, readme: Path) -> None:
+def test_without_a_session_the_table_has_only_the_article(tmp_path: Path, readme: Path) -> None:
     assert article_table.main(["--results", str(results(tmp_path)), "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert ROWS[:2] == [line for line in text.splitlines() if line.startswith("| the article")]
@@ -106,8 +106,8 @@ def test_without_a_session_only_the_article_s_own_figures_are_there(tmp_path: Pa
     assert "captcha-exp" not in text
 
 
-def test_two_sessions_stand_one_below_the_other_by_the_names_of_their_files(tmp_path: Path) -> None:
-    h100 = session("NVIDIA H100 80GB HBM3", article_cuda=trained(1, 1000, process_mib=3000))
+def test_two_sessions_are_sorted_by_file_name(tmp_path: Path) -> None:
+    h100 = session("NVIDIA H100 80GB HBM3", article_cuda=training_part(1, 1000, process_mib=3000))
     found = article_table.sessions(results(tmp_path, b=SESSION, a=h100))
     assert list(found) == ["a.json", "b.json"]
     lines = article_table.block(found).splitlines()
@@ -126,18 +126,18 @@ def test_two_sessions_stand_one_below_the_other_by_the_names_of_their_files(tmp_
         f"{article_table.BEGIN}{article_table.END}{article_table.END}",
     ],
 )
-def test_a_readme_without_its_markers_is_refused_in_one_line(text: str) -> None:
-    with pytest.raises(SystemExit, match=r"^README\.md: must have <!-- .+ once each; put them back$"):
-        article_table.filled(text, "table")
+def test_a_readme_without_markers_is_rejected(text: str) -> None:
+    with pytest.raises(SystemExit, match=r"^README\.md: must have <!-- .+ once each; restore them$"):
+        article_table.insert_table(text, "table")
 
 
-def test_a_cut_session_is_named(tmp_path: Path) -> None:
+def test_a_truncated_session_is_named(tmp_path: Path) -> None:
     folder = results(tmp_path, cut=json.dumps(SESSION)[:-9])
     with pytest.raises(SystemExit, match=r"cut\.json: cannot be read: .+; restore it with git checkout$"):
         article_table.sessions(folder)
 
 
-def test_a_session_without_its_machine_is_named_and_a_dry_run_left_out(tmp_path: Path) -> None:
+def test_a_session_without_machine_is_named_and_a_dry_run_is_ignored(tmp_path: Path) -> None:
     folder = results(tmp_path, odd={**SESSION, "machine": {"gpu": "x"}})
     with pytest.raises(SystemExit, match=r"odd\.json: has no machine or no parts of a session"):
         article_table.sessions(folder)
@@ -146,15 +146,15 @@ def test_a_session_without_its_machine_is_named_and_a_dry_run_left_out(tmp_path:
     assert article_table.sessions(results(other, dry={**SESSION, "dry_run": True})) == {}
 
 
-def test_a_readme_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_readme_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"README\.md: no such file; name the README with --readme$"):
         article_table.main(["--readme", str(tmp_path / "README.md")])
 
 
-# -- the planner's header ------------------------------------------------------------------------------------
+# -- the planner's docstring ---------------------------------------------------------------------------------
 
 
-def judged(**more: Any) -> dict[str, Any]:
+def summary(**more: Any) -> dict[str, Any]:
     return {
         "gpu": H200,
         "plans": 12,
@@ -165,19 +165,19 @@ def judged(**more: Any) -> dict[str, Any]:
     } | more
 
 
-def test_the_header_states_the_errors_of_the_committed_sessions() -> None:
+def test_the_docstring_is_up_to_date() -> None:
     assert planner_error.main(["--check"]) == 0
     assert memory.__doc__ is not None
-    assert planner_error.stated(memory.__doc__) == planner_error.measured()
+    assert planner_error.current_paragraph(memory.__doc__) == planner_error.measured()
 
 
-def test_without_a_judged_plan_the_header_says_so() -> None:
+def test_without_a_plan_the_paragraph_says_not_measured() -> None:
     for summaries in ({}, {"a.json": None}, {"a.json": {"plans": 0}}):
         assert planner_error.paragraph(summaries) == "On a GPU: not measured yet."
 
 
-def test_the_paragraph_names_gpu_number_of_trainings_errors_and_file() -> None:
-    summaries = {"a.json": judged(), "b.json": None, "c.json": judged(gpu="X", false_fits=2)}
+def test_the_paragraph_has_gpu_number_of_trainings_errors_and_file() -> None:
+    summaries = {"a.json": summary(), "b.json": None, "c.json": summary(gpu="X", false_fits=2)}
     first, second = planner_error.paragraph(summaries).split(" X, ")
     assert first == (
         "On a GPU: NVIDIA H200, 12 trainings: the middle of the predicted bounds is off the measured process "
@@ -188,27 +188,27 @@ def test_the_paragraph_names_gpu_number_of_trainings_errors_and_file() -> None:
     assert second.endswith("(benchmarks/results/c.json).")
 
 
-def test_the_header_is_written_and_then_up_to_date(
+def test_the_docstring_is_updated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     header = tmp_path / "header.py"
     shutil.copy(planner_error.HEADER, header)
-    text = planner_error.paragraph({"a.json": judged()})
+    text = planner_error.paragraph({"a.json": summary()})
     monkeypatch.setattr(planner_error, "measured", lambda _: text)
-    words = ["--header", str(header)]
-    assert planner_error.main([*words, "--check"]) == 1
-    assert planner_error.main([*words, "--write"]) == 0
-    assert planner_error.main([*words, "--check"]) == 0
-    assert planner_error.main(words) == 0
+    options = ["--header", str(header)]
+    assert planner_error.main([*options, "--check"]) == 1
+    assert planner_error.main([*options, "--write"]) == 0
+    assert planner_error.main([*options, "--check"]) == 0
+    assert planner_error.main(options) == 0
     assert capsys.readouterr().out == f"{text}\n"
     written = header.read_text()
     assert max(map(len, written.splitlines())) <= 110
-    assert planner_error.stated(written) == text
+    assert planner_error.current_paragraph(written) == text
     old = planner_error.HEADER.read_text()
     assert written.split("On a GPU")[0] == old.split("On a GPU")[0]
     assert written.split("Bounds of workspaces")[1] == old.split("Bounds of workspaces")[1]
 
 
-def test_a_header_without_the_paragraph_is_refused() -> None:
-    with pytest.raises(SystemExit, match="put it back"):
-        planner_error.stated('"""Nothing."""')
+def test_a_docstring_without_the_paragraph_is_rejected() -> None:
+    with pytest.raises(SystemExit, match="add it"):
+        planner_error.current_paragraph('"""Nothing."""')

@@ -1,4 +1,4 @@
-"""Test the scripts for a machine with a GPU and no network, with stand-ins for pip and for the session."""
+"""Test the scripts for a GPU machine without network, with a fake pip and a fake session."""
 
 import json
 import os
@@ -19,16 +19,16 @@ BENCHMARKS = PROJECT / "benchmarks"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash")
 
-# What a stand-in for gpu_session.py does: it records its arguments, then acts as the test says.
+# A fake gpu_session.py that records its arguments; tests append its behavior.
 SESSION = """
 import json, os, signal, sys, time
 from pathlib import Path
 
 arguments = sys.argv[1:]
 out = Path(arguments[arguments.index("--out") + 1])
-seen = {"arguments": arguments, "path": os.environ["PYTHONPATH"]}
-seen["telemetry"] = os.environ["MLFLOW_DISABLE_TELEMETRY"]
-Path("seen.json").write_text(json.dumps(seen))
+received = {"arguments": arguments, "path": os.environ["PYTHONPATH"]}
+received["telemetry"] = os.environ["MLFLOW_DISABLE_TELEMETRY"]
+Path("received.json").write_text(json.dumps(received))
 part = {"figures": {"mib": 1}, "wall_seconds": 1.5}
 session = {"machine": {"gpu": "Some GPU", "torch": "2.11.0"}, "parts": {"plan-one": part}}
 print("plan-one: done", flush=True)
@@ -46,8 +46,8 @@ while True:
 """
 
 
-class Copy:
-    """A project of gpu_run.sh and a stand-in for gpu_session.py."""
+class FakeProject:
+    """A project folder with gpu_run.sh and a fake gpu_session.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,8 +74,8 @@ class Copy:
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Copy:
-    return Copy(tmp_path / "a project")
+def project(tmp_path: Path) -> FakeProject:
+    return FakeProject(tmp_path / "a project")
 
 
 def make_wheel(
@@ -103,65 +103,73 @@ def test_scripts_are_valid_bash(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["gpu_run.sh", "collect_wheels.sh", "rehearse.sh"])
-def test_without_arguments_the_exit_code_is_that_of_a_wrong_argument(script: str) -> None:
+def test_missing_arguments_are_an_error(script: str) -> None:
     done = subprocess.run(["bash", str(BENCHMARKS / script)], capture_output=True, text=True)
 
     assert done.returncode == 2
     assert script in done.stdout + done.stderr
 
 
-def test_a_call_gets_its_arguments_and_environment_and_prints_a_table_last(copy: Copy) -> None:
-    arguments = ["--call", "2", "--seconds", "150", "--predictions", "p.json", "--out", str(copy.out)]
+def test_a_call_gets_arguments_and_environment_and_prints_a_table(project: FakeProject) -> None:
+    arguments = ["--call", "2", "--seconds", "150", "--predictions", "p.json", "--out", str(project.out)]
 
-    done = copy.run(WRITES, *arguments, PYTHONPATH="/elsewhere")
+    done = project.run(WRITES, *arguments, PYTHONPATH="/elsewhere")
 
     assert done.returncode == 0, done.stderr
-    seen = json.loads((copy.folder / "seen.json").read_text())
+    received = json.loads((project.folder / "received.json").read_text())
     arguments[5] = str(Path.cwd() / "p.json")  # relative to the caller's folder
-    assert seen["arguments"] == arguments
-    assert seen["path"].split(":") == [str(copy.folder), str(copy.folder / "benchmarks/.site"), "/elsewhere"]
-    assert seen["telemetry"] == "true"
-    assert json.loads(copy.out.read_text())["parts"]["plan-one"]["figures"] == {"mib": 1}
+    assert received["arguments"] == arguments
+    assert received["path"].split(":") == [
+        str(project.folder),
+        str(project.folder / "benchmarks/.site"),
+        "/elsewhere",
+    ]
+    assert received["telemetry"] == "true"
+    assert json.loads(project.out.read_text())["parts"]["plan-one"]["figures"] == {"mib": 1}
     assert done.stdout.splitlines()[-2].split() == ["plan-one", "1.5", "done"]
     assert done.stdout.splitlines()[-1] == "1 of 1 parts have figures; Some GPU, torch 2.11.0"
-    assert "plan-one: done" in Path(f"{copy.out}.log").read_text()
-    assert not Path(f"{copy.out}.failed.json").exists()
+    assert "plan-one: done" in Path(f"{project.out}.log").read_text()
+    assert not Path(f"{project.out}.failed.json").exists()
 
 
 @pytest.mark.parametrize("code", [1, 2, 7])
-def test_a_call_that_fails_leaves_what_it_wrote_and_its_exit_code(copy: Copy, code: int) -> None:
-    done = copy.run(WRITES + f"sys.exit({code})", "--call", "1", "--out", str(copy.out))
+def test_a_failed_call_keeps_its_file_and_exit_code(project: FakeProject, code: int) -> None:
+    done = project.run(WRITES + f"sys.exit({code})", "--call", "1", "--out", str(project.out))
 
     assert done.returncode == code
-    assert list(json.loads(copy.out.read_text())["parts"]) == ["plan-one"]
-    assert not Path(f"{copy.out}.failed.json").exists()
+    assert list(json.loads(project.out.read_text())["parts"]) == ["plan-one"]
+    assert not Path(f"{project.out}.failed.json").exists()
 
 
-def test_a_call_that_dies_before_it_writes_leaves_why(copy: Copy) -> None:
-    done = copy.run(SESSION + "raise RuntimeError('no driver')", "--call", "1", "--out", str(copy.out))
+def test_a_call_that_fails_before_writing_leaves_the_reason(project: FakeProject) -> None:
+    done = project.run(SESSION + "raise RuntimeError('no driver')", "--call", "1", "--out", str(project.out))
 
     assert done.returncode == 1
-    assert not copy.out.exists()
-    assert copy.failure()["exit_code"] == 1
-    assert copy.failure()["log"][-1] == "RuntimeError: no driver"
+    assert not project.out.exists()
+    assert project.failure()["exit_code"] == 1
+    assert project.failure()["log"][-1] == "RuntimeError: no driver"
     assert "exit code 1" in done.stderr.splitlines()[-1]
 
 
-def test_a_session_of_another_call_is_left_as_it_is(copy: Copy) -> None:
-    copy.run(WRITES, "--call", "1", "--out", str(copy.out))
-    before = copy.out.read_bytes()
+def test_the_session_of_an_earlier_call_is_unchanged(project: FakeProject) -> None:
+    project.run(WRITES, "--call", "1", "--out", str(project.out))
+    before = project.out.read_bytes()
 
-    done = copy.run(SESSION + "os.kill(os.getpid(), signal.SIGKILL)", "--call", "2", "--out", str(copy.out))
+    done = project.run(
+        SESSION + "os.kill(os.getpid(), signal.SIGKILL)", "--call", "2", "--out", str(project.out)
+    )
 
     assert done.returncode == 137
-    assert copy.out.read_bytes() == before
+    assert project.out.read_bytes() == before
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_call_which_writes_what_it_has(copy: Copy, signum: signal.Signals) -> None:
-    command = copy.command(SESSION + WAITS, "--call", "1", "--seconds", "500", "--out", str(copy.out))
-    process = subprocess.Popen(command, env=copy.environment(), stdout=subprocess.PIPE, text=True)
-    while not (copy.folder / "ready").exists():
+def test_a_signal_reaches_the_call_which_saves_its_parts(
+    project: FakeProject, signum: signal.Signals
+) -> None:
+    command = project.command(SESSION + WAITS, "--call", "1", "--seconds", "500", "--out", str(project.out))
+    process = subprocess.Popen(command, env=project.environment(), stdout=subprocess.PIPE, text=True)
+    while not (project.folder / "ready").exists():
         assert process.poll() is None
         time.sleep(0.01)
 
@@ -170,95 +178,95 @@ def test_a_signal_reaches_the_call_which_writes_what_it_has(copy: Copy, signum: 
 
     assert process.returncode == 128 + signum
     assert "was stopped" in printed
-    assert list(json.loads(copy.out.read_text())["parts"]) == ["plan-one", "plan-two"]
+    assert list(json.loads(project.out.read_text())["parts"]) == ["plan-one", "plan-two"]
 
 
-def test_a_call_that_does_not_end_is_stopped_after_its_seconds(copy: Copy) -> None:
-    done = copy.run(SESSION + WAITS, "--call", "1", "--seconds=0.5", "--out", str(copy.out), GRACE="2")
+def test_a_call_is_stopped_after_its_time_limit(project: FakeProject) -> None:
+    done = project.run(SESSION + WAITS, "--call", "1", "--seconds=0.5", "--out", str(project.out), GRACE="2")
 
     assert done.returncode == 124
-    assert "plan-two" in json.loads(copy.out.read_text())["parts"]
+    assert "plan-two" in json.loads(project.out.read_text())["parts"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--call", "1"], "--out FILE is missing"),
         (["--call", "1", "--seconds", "soon", "--out", "x.json"], "--seconds soon: must be a number"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(copy: Copy, arguments: list[str], said: str) -> None:
-    done = copy.run(WRITES, *arguments)
+def test_invalid_arguments_are_rejected(project: FakeProject, arguments: list[str], message: str) -> None:
+    done = project.run(WRITES, *arguments)
 
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not (copy.folder / "seen.json").exists()
+    assert not (project.folder / "received.json").exists()
 
 
-def test_wheels_are_installed_beside_the_machines_packages_once(copy: Copy) -> None:
-    wheels = copy.folder / "benchmarks" / "wheels"
+def test_wheels_are_installed_once(project: FakeProject) -> None:
+    wheels = project.folder / "benchmarks" / "wheels"
     make_wheel(wheels, "carried", "1.5")
     uses = (
         SESSION
         + "import carried; session['parts'][carried.VERSION] = part\nout.write_text(json.dumps(session))\n"
     )
 
-    first = copy.run(uses, "--call", "1", "--out", str(copy.out))
-    installed = copy.folder / "benchmarks" / ".site"
+    first = project.run(uses, "--call", "1", "--out", str(project.out))
+    installed = project.folder / "benchmarks" / ".site"
     (installed / "mark").touch()
-    second = copy.run(uses, "--call", "2", "--out", str(copy.out))
+    second = project.run(uses, "--call", "2", "--out", str(project.out))
 
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert list(json.loads(copy.out.read_text())["parts"]) == ["plan-one", "1.5"]
+    assert list(json.loads(project.out.read_text())["parts"]) == ["plan-one", "1.5"]
     assert (installed / "mark").exists()
 
     (wheels / "carried-1.5-py3-none-any.whl").unlink()
     make_wheel(wheels, "carried", "1.6")
-    copy.run(uses, "--call", "2", "--out", str(copy.out))
+    project.run(uses, "--call", "2", "--out", str(project.out))
 
-    assert list(json.loads(copy.out.read_text())["parts"]) == ["plan-one", "1.6"]
+    assert list(json.loads(project.out.read_text())["parts"]) == ["plan-one", "1.6"]
     assert not (installed / "mark").exists()
 
 
-def test_wheels_that_cannot_be_installed_are_reported(copy: Copy) -> None:
-    make_wheel(copy.folder / "benchmarks" / "wheels", "carried", "1.5", tag="cp27-cp27m-any")
+def test_wheels_that_cannot_be_installed_are_reported(project: FakeProject) -> None:
+    make_wheel(project.folder / "benchmarks" / "wheels", "carried", "1.5", tag="cp27-cp27m-any")
 
-    done = copy.run(WRITES, "--call", "1", "--out", str(copy.out))
+    done = project.run(WRITES, "--call", "1", "--out", str(project.out))
 
     assert done.returncode == 3
-    assert copy.failure()["error"] == "the wheels cannot be installed"
-    assert any("carried" in line for line in copy.failure()["log"])
+    assert project.failure()["error"] == "the wheels cannot be installed"
+    assert any("carried" in line for line in project.failure()["log"])
 
 
-def test_a_folder_that_the_script_did_not_make_is_never_replaced(copy: Copy, tmp_path: Path) -> None:
-    make_wheel(copy.folder / "benchmarks" / "wheels", "carried", "1.5")
+def test_a_folder_not_made_by_the_script_is_never_replaced(project: FakeProject, tmp_path: Path) -> None:
+    make_wheel(project.folder / "benchmarks" / "wheels", "carried", "1.5")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("text")
 
-    done = copy.run(WRITES, "--call", "1", "--out", str(copy.out), SITE=str(mine))
+    done = project.run(WRITES, "--call", "1", "--out", str(project.out), SITE=str(mine))
 
     assert done.returncode == 3
     assert (mine / "thesis.txt").read_text() == "text"
 
 
-def test_pytest_runs_with_the_wheels_and_its_exit_code(copy: Copy) -> None:
-    make_wheel(copy.folder / "benchmarks" / "wheels", "carried", "1.5")
-    (copy.folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+def test_pytest_runs_with_the_wheels_and_its_exit_code(project: FakeProject) -> None:
+    make_wheel(project.folder / "benchmarks" / "wheels", "carried", "1.5")
+    (project.folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     test = "import carried, pytest\n@pytest.mark.gpu\ndef test_it():\n    assert carried.VERSION == {!r}\n"
 
-    (copy.folder / "test_it.py").write_text(test.format("1.5"))
-    right = copy.run(WRITES, "pytest", "-m", "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    (copy.folder / "test_it.py").write_text(test.format("9.99"))
-    wrong = copy.run(WRITES, "pytest", "-m", "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    (project.folder / "test_it.py").write_text(test.format("1.5"))
+    passed = project.run(WRITES, "pytest", "-m", "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    (project.folder / "test_it.py").write_text(test.format("9.99"))
+    failed = project.run(WRITES, "pytest", "-m", "gpu", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
-    assert right.returncode == 0, right.stdout + right.stderr
-    assert wrong.returncode == 1
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    assert failed.returncode == 1
 
 
-class Set:
-    """A folder of made-up wheels, checked for a machine that has what pyproject.toml requires."""
+class WheelSet:
+    """A folder of fake wheels, for a machine that has the requirements of pyproject.toml."""
 
     def __init__(self, folder: Path) -> None:
         self.wheels = folder / "wheels"
@@ -294,57 +302,55 @@ class Set:
 
 
 @pytest.fixture
-def wheel_set(tmp_path: Path) -> Set:
-    return Set(tmp_path)
+def wheel_set(tmp_path: Path) -> WheelSet:
+    return WheelSet(tmp_path)
 
 
-def test_a_complete_set_passes(wheel_set: Set) -> None:
+def test_a_complete_set_passes(wheel_set: WheelSet) -> None:
     make_wheel(wheel_set.wheels, "one", "1.0", "two>=2", "Safe.Tensors-ish ; extra == 'more'", "pillow")
     make_wheel(wheel_set.wheels, "two", "2.5", tag="cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64")
 
     assert wheel_set.check() == (0, [])
 
 
-def break_missing(wheel_set: Set) -> str:
+def break_missing(wheel_set: WheelSet) -> str:
     make_wheel(wheel_set.wheels, "one", "1.0", "two>=2")
     return "two: missing; one-1.0-py3-none-any.whl requires two>=2"
 
 
-def break_project_requirement(wheel_set: Set) -> str:
+def break_project_requirement(wheel_set: WheelSet) -> str:
     wheel_set.have.remove("captcha")
     return "captcha: missing; pyproject.toml requires captcha"
 
 
-def break_version(wheel_set: Set) -> str:
+def break_version(wheel_set: WheelSet) -> str:
     make_wheel(wheel_set.wheels, "one", "1.0", "two<2")
     make_wheel(wheel_set.wheels, "two", "2.5")
     return "two: wrong version; one-1.0-py3-none-any.whl requires two<2, and the folder has two-2.5"
 
 
-def break_version_of_the_machine(wheel_set: Set) -> str:
+def break_version_of_the_machine(wheel_set: WheelSet) -> str:
     wheel_set.have[0] = "torch==2.9.1+cu130"
-    return (
-        "torch: wrong version; pyproject.toml requires torch<2.14,>=2.10, and the machine (2.9.1+cu130) has"
-    )
+    return "torch: wrong version; pyproject.toml requires torch<2.14,>=2.10, and the machine has 2.9.1+cu130"
 
 
-def break_twice(wheel_set: Set) -> str:
+def break_twice(wheel_set: WheelSet) -> str:
     make_wheel(wheel_set.wheels, "one", "1.0")
     make_wheel(wheel_set.wheels, "One", "1.1")
     return "one: two wheels, "
 
 
-def break_python(wheel_set: Set) -> str:
+def break_python(wheel_set: WheelSet) -> str:
     make_wheel(wheel_set.wheels, "one", "1.0", tag="cp311-cp311-manylinux_2_28_x86_64")
     return "one-1.0-cp311-cp311-manylinux_2_28_x86_64.whl: does not install on Python 3.12"
 
 
-def break_platform(wheel_set: Set) -> str:
+def break_platform(wheel_set: WheelSet) -> str:
     make_wheel(wheel_set.wheels, "one", "1.0", tag="cp312-cp312-macosx_11_0_arm64")
     return "one-1.0-cp312-cp312-macosx_11_0_arm64.whl: does not install on Python 3.12"
 
 
-def break_requires_python(wheel_set: Set) -> str:
+def break_requires_python(wheel_set: WheelSet) -> str:
     make_wheel(wheel_set.wheels, "one", "1.0", python=">=3.13")
     return "one-1.0-py3-none-any.whl: requires Python >=3.13; the target has 3.12"
 
@@ -362,17 +368,17 @@ def break_requires_python(wheel_set: Set) -> str:
         break_requires_python,
     ],
 )
-def test_what_is_wrong_with_a_set_is_named(wheel_set: Set, damage: Callable[[Set], str]) -> None:
-    said = damage(wheel_set)
+def test_problems_of_a_set_are_named(wheel_set: WheelSet, damage: Callable[[WheelSet], str]) -> None:
+    message = damage(wheel_set)
 
     code, problems = wheel_set.check()
 
     assert code == 1
     assert len(problems) == 1
-    assert problems[0].startswith(said)
+    assert problems[0].startswith(message)
 
 
-def test_markers_are_those_of_the_target(wheel_set: Set) -> None:
+def test_markers_are_evaluated_for_the_target(wheel_set: WheelSet) -> None:
     requires = (
         'new; python_version >= "3.13"',
         'elsewhere; sys_platform == "win32"',
@@ -386,7 +392,7 @@ def test_markers_are_those_of_the_target(wheel_set: Set) -> None:
     assert [line.split(":")[0] for line in problems] == ["new"]
 
 
-def test_a_stable_abi_wheel_of_an_older_python_installs_and_of_a_newer_does_not(wheel_set: Set) -> None:
+def test_a_stable_abi_wheel_needs_an_older_python(wheel_set: WheelSet) -> None:
     make_wheel(wheel_set.wheels, "one", "1.0", tag="cp39-abi3-manylinux_2_28_x86_64")
     assert wheel_set.check() == (0, [])
 
@@ -394,14 +400,14 @@ def test_a_stable_abi_wheel_of_an_older_python_installs_and_of_a_newer_does_not(
     assert wheel_set.check()[0] == 1
 
 
-def test_further_requirements_are_checked_too(wheel_set: Set) -> None:
+def test_further_requirements_are_checked_too(wheel_set: WheelSet) -> None:
     code, problems = wheel_set.check("--also", "pytest>=8")
 
     assert code == 1
     assert problems[0].startswith("pytest: missing")
 
 
-def test_a_damaged_wheel_is_named(wheel_set: Set) -> None:
+def test_a_damaged_wheel_is_named(wheel_set: WheelSet) -> None:
     (wheel_set.wheels / "one-1.0-py3-none-any.whl").write_bytes(b"no archive")
 
     code, problems = wheel_set.check()
@@ -411,7 +417,7 @@ def test_a_damaged_wheel_is_named(wheel_set: Set) -> None:
     assert len(problems) == 1
 
 
-# A stand-in for Python: pip download and pip wheel write made-up wheels; everything else is passed to Python.
+# A fake Python whose pip writes empty wheels; other commands go to the real Python.
 PIP = """#!{python}
 import os, subprocess, sys
 sys.path.insert(0, {tests!r})
@@ -437,14 +443,14 @@ for pin in pins:
 
 
 class Collection:
-    """collect_wheels.sh with a stand-in for pip."""
+    """Runs collect_wheels.sh with a fake pip."""
 
     def __init__(self, folder: Path) -> None:
         self.wheels, self.log, self.python = folder / "wheels", folder / "log", folder / "python"
         tests = str(Path(__file__).parent)
         self.python.write_text(PIP.format(python=sys.executable, tests=tests, log=str(self.log)))
         self.python.chmod(0o755)
-        self.set = Set(folder / "set")
+        self.set = WheelSet(folder / "set")
         self.have, self.lock = folder / "have", folder / "lock"
 
     def run(self, *pins: str) -> "subprocess.CompletedProcess[str]":
@@ -464,7 +470,7 @@ def collection(tmp_path: Path) -> Collection:
     return Collection(tmp_path)
 
 
-def test_only_what_the_machine_lacks_is_collected_and_never_torch(collection: Collection) -> None:
+def test_only_missing_packages_are_collected_and_never_torch(collection: Collection) -> None:
     pins = (
         "Wanted_One==1.0",
         "Pillow==13.0",
@@ -480,18 +486,18 @@ def test_only_what_the_machine_lacks_is_collected_and_never_torch(collection: Co
     assert done.returncode == 0, done.stderr
     assert collection.files() == ["Wanted_One-1.0-py3-none-any.whl"]
     assert json.loads(done.stdout.splitlines()[-1])["wheels"] == 1
-    asked = collection.log.read_text()
-    assert "--python-version 3.12" in asked
-    assert "--no-deps" in asked
+    command = collection.log.read_text()
+    assert "--python-version 3.12" in command
+    assert "--no-deps" in command
 
 
-def test_wheels_of_another_day_are_replaced(collection: Collection) -> None:
+def test_old_wheels_are_replaced(collection: Collection) -> None:
     assert collection.run("one==1.0").returncode == 0
     assert collection.run("one==2.0").returncode == 0
     assert collection.files() == ["one-2.0-py3-none-any.whl"]
 
 
-def test_a_folder_with_other_files_is_refused(collection: Collection) -> None:
+def test_a_folder_with_other_files_is_rejected(collection: Collection) -> None:
     collection.wheels.mkdir()
     (collection.wheels / "thesis.txt").write_text("text")
 
@@ -502,7 +508,7 @@ def test_a_folder_with_other_files_is_refused(collection: Collection) -> None:
     assert collection.files() == ["thesis.txt"]
 
 
-def test_pure_python_is_built_and_what_cannot_be_is_named(collection: Collection) -> None:
+def test_pure_python_is_built_and_failures_are_named(collection: Collection) -> None:
     done = collection.run("one==1.0", "pure==1.0", "compiled==1.0")
 
     assert done.returncode == 1
@@ -520,7 +526,7 @@ def test_an_incomplete_collection_has_exit_code_1(collection: Collection) -> Non
     assert "mlflow: missing" in done.stderr
 
 
-def test_torch_is_never_collected_even_where_the_machine_lacks_it(collection: Collection) -> None:
+def test_torch_is_never_collected_even_if_missing(collection: Collection) -> None:
     collection.set.have.remove("torch==2.11.0+cu130")
 
     done = collection.run("one==1.0", "torch==2.13.0", "nvidia-cublas==1.0", "nvidia-ml-py==13.0")

@@ -1,7 +1,6 @@
-"""What a card showed once, held against today's code on any machine: every session in benchmarks/results.
+"""Compare every GPU session in benchmarks/results with the current code.
 
-The reader is tested too, on a recording of our own model and on ones that are wrong on purpose: a test that
-cannot fail would tell nothing.
+The comparison itself is tested on a recording of our own model and on deliberately wrong ones.
 """
 
 import copy
@@ -11,25 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_judging
+import gpu_comparison
 import gpu_predictions
 import pytest
-from gpu_cases import Case, config_of
+from gpu_cases import Case, make_config
 
 from captcha_exp.memory.allocator import CachingAllocator, MemoryEvent, replay_events
 from captcha_exp.memory.trace import trace
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-RESERVED = 0.01  # a share of the recorded peak: so far our model of the allocator may be off
-ALLOCATED = 0.01  # a share of the measured peak: so far it may lie outside of a plan's bounds
-PROCESS = 0.02  # likewise, of what the process held
+RESERVED = 0.01  # allowed error of the allocator model, relative to the recorded peak
+ALLOCATED = 0.01  # allowed distance from the bounds of a plan, relative to the measured peak
+PROCESS = 0.02  # likewise, for the process
 
 Session = dict[str, Any]
 
 
 def sessions(folder: Path = BENCHMARKS / "results") -> dict[str, Session]:
-    """File name -> a session that was on a card and has what can be held against today's code."""
+    """Return file name -> session for sessions on a GPU that have recordings or plans."""
     found = {}
     for file in sorted(folder.glob("*.json")):
         session = json.loads(file.read_text())
@@ -41,12 +40,12 @@ def sessions(folder: Path = BENCHMARKS / "results") -> dict[str, Session]:
 
 
 def recordings(session: Session) -> dict[str, dict[str, Any]]:
-    """Name -> a recording of the card's allocator."""
+    """Return name -> recording of the allocator."""
     return _figures(session, "allocator-trace-")
 
 
 def plans(session: Session) -> dict[str, dict[str, Any]]:
-    """Name -> what was measured of a training that was foretold."""
+    """Return name -> measured figures of a predicted training."""
     return _figures(session, "plan-")
 
 
@@ -55,44 +54,44 @@ def _figures(session: Session, begin: str) -> dict[str, dict[str, Any]]:
     return {name: figures for name, figures in parts.items() if figures}
 
 
-def plan_mistakes(plan: dict[str, Any], verdicts: dict[str, str], measured: dict[str, Any]) -> list[str]:
-    """Where a plan is not what was measured, beyond what is borne."""
-    off = gpu_judging.errors(plan, measured)
-    assert off is not None, "measured on no card"
-    mistakes = [
-        f"{what} lies {off[f'{what}_outside']:+.2%} outside of the plan"
-        for what, most in (("allocated", ALLOCATED), ("process", PROCESS))
-        if abs(off[f"{what}_outside"]) > most
+def plan_problems(plan: dict[str, Any], verdicts: dict[str, str], measured: dict[str, Any]) -> list[str]:
+    """Return the differences between a plan and the measurements that exceed the tolerances."""
+    errors = gpu_comparison.prediction_errors(plan, measured)
+    assert errors is not None, "not measured on a GPU"
+    problems = [
+        f"{what} is {errors[f'{what}_outside']:+.2%} outside the bounds"
+        for what, tolerance in (("allocated", ALLOCATED), ("process", PROCESS))
+        if abs(errors[f"{what}_outside"]) > tolerance
     ]
-    false = gpu_judging.false_fits(verdicts, measured)
-    return mistakes + [f"it was to fit {budget} MiB and did not" for budget in false]
+    false = gpu_comparison.false_fits(verdicts, measured)
+    return problems + [f"predicted to fit {budget} MiB, but did not" for budget in false]
 
 
-# -- what was recorded ---------------------------------------------------------------------------------------
+# -- committed sessions --------------------------------------------------------------------------------------
 
 
-def recorded() -> dict[str, Session]:
-    """The committed sessions; without any the test is left out."""
+def committed_sessions() -> dict[str, Session]:
+    """Return the committed sessions; skip the test if there are none."""
     if not (found := sessions()):
-        pytest.skip("no recorded session of a card in benchmarks/results yet")
+        pytest.skip("no GPU session in benchmarks/results yet")
     return found
 
 
-def test_our_allocator_reserves_what_a_card_reserved() -> None:
-    for name, session in recorded().items():
+def test_the_allocator_model_reserves_as_much_as_the_gpu() -> None:
+    for name, session in committed_sessions().items():
         for part, recording in recordings(session).items():
-            assert gpu_judging.recording_mistakes(recording, RESERVED) == [], f"{name}: {part}"
+            assert gpu_comparison.recording_problems(recording, RESERVED) == [], f"{name}: {part}"
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_h200_is_replayed_to_the_byte_and_with_segments_upward_it_is_not(known: bool) -> None:
-    """Whether the driver's addresses are known, or each new segment lies below the earlier ones."""
-    session = recorded()["2026-11-27-nvidia-h200.json"]
+def test_the_h200_is_replayed_exactly_only_with_descending_segments(known: bool) -> None:
+    """With recorded addresses, and with each new segment below the earlier ones."""
+    session = committed_sessions()["2026-11-27-nvidia-h200.json"]
     for part, recording in recordings(session).items():
         chosen = recording if known else {key: recording[key] for key in recording if key != "addresses"}
-        found = gpu_judging.replayed(chosen)
+        found = gpu_comparison.replay_recording(chosen)
         assert (found["reserved_error"], found["allocated_error"]) == (0.0, 0.0), part
-        assert found["first_other_segment"] is None, part
+        assert found["first_mismatch"] is None, part
     recording = recordings(session)["allocator-trace-resnet18"]
     events = (
         MemoryEvent(tensor, size[0] if kind > 0 else None) for kind, tensor, *size in recording["events"]
@@ -101,61 +100,61 @@ def test_the_h200_is_replayed_to_the_byte_and_with_segments_upward_it_is_not(kno
     assert upward / recording["peaks"]["reserved_bytes"] == pytest.approx(1 - 0.0519, abs=1e-4)
 
 
-def test_todays_plans_are_what_a_card_showed() -> None:
-    for name, session in recorded().items():
+def test_current_plans_match_the_measurements() -> None:
+    for name, session in committed_sessions().items():
         budgets = [int(budget) for budget in _budgets(session)]
         for part, measured in plans(session).items():
             case = Case(*measured["case"])
-            card = gpu_judging.card_of(session)
-            assert card is not None, f"{name}: no predictions for {session['machine']['gpu']}"
-            today = gpu_predictions.predict_case(case, measured["images"], budgets, [card])[card]
-            mistakes = plan_mistakes(today["plan"], today["verdicts"], measured)
-            assert mistakes == [], f"{name}: {part}"
+            gpu = gpu_comparison.gpu_config_of(session)
+            assert gpu is not None, f"{name}: no predictions for {session['machine']['gpu']}"
+            current = gpu_predictions.predict_case(case, measured["images"], budgets, [gpu])[gpu]
+            problems = plan_problems(current["plan"], current["verdicts"], measured)
+            assert problems == [], f"{name}: {part}"
 
 
-def test_what_was_foretold_then_stood_in_the_file_before_it_was_measured() -> None:
-    for name, session in recorded().items():
+def test_predictions_were_made_before_the_measurements() -> None:
+    for name, session in committed_sessions().items():
         parts = session["parts"]
         for part in plans(session):
             assert parts["predictions"]["began"] < parts[part]["began"], f"{name}: {part}"
-            card = gpu_judging.card_of(session)
-            assert card is not None, f"{name}: no predictions for {session['machine']['gpu']}"
-            predicted = parts["predictions"]["figures"]["plans"][card]
+            gpu = gpu_comparison.gpu_config_of(session)
+            assert gpu is not None, f"{name}: no predictions for {session['machine']['gpu']}"
+            predicted = parts["predictions"]["figures"]["plans"][gpu]
             assert part.removeprefix("plan-") in predicted, f"{name}: {part}"
 
 
 def _budgets(session: Session) -> list[str]:
-    cards = session["parts"]["predictions"]["figures"]["plans"].values()
+    by_gpu = session["parts"]["predictions"]["figures"]["plans"].values()
     return sorted(
-        {budget for plans in cards for plan in plans.values() for budget in plan["verdicts"]}, key=int
+        {budget for plans in by_gpu for plan in plans.values() for budget in plan["verdicts"]}, key=int
     )
 
 
-# -- the reader ----------------------------------------------------------------------------------------------
+# -- the comparison ------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def made() -> dict[str, Any]:
-    """The events of two steps of `compact`, from our own model as torch would write them down."""
-    traced = trace(config_of(Case("compact", "fp32", 64), "cpu"), 64, {"train": 128, "validation": 64})
+def model_recording() -> dict[str, Any]:
+    """Return a recording of two steps of `compact`, from our own model in torch's format."""
+    traced = trace(make_config(Case("compact", "fp32", 64), "cpu"), 64, {"train": 128, "validation": 64})
     phases = [traced.events[phase.begin : phase.end] for phase in traced.phases]
     usage = replay_events(traced.events, CachingAllocator(), {})
-    compacted = gpu_judging.compacted(gpu_judging.entries_of_model(phases))
-    return {"expandable_segments": False, "peaks": usage._asdict(), **compacted}
+    events = gpu_comparison.compact_events(gpu_comparison.model_entries(phases))
+    return {"expandable_segments": False, "peaks": usage._asdict(), **events}
 
 
 @pytest.fixture
 def recording() -> dict[str, Any]:
-    """A copy, for a test to spoil."""
-    return copy.deepcopy(made())
+    """Return a copy that a test may modify."""
+    return copy.deepcopy(model_recording())
 
 
-def test_a_recording_of_our_model_is_played_without_a_mistake(recording: dict[str, Any]) -> None:
-    found = gpu_judging.replayed(recording)
+def test_a_recording_of_our_model_is_replayed_without_error(recording: dict[str, Any]) -> None:
+    found = gpu_comparison.replay_recording(recording)
 
-    assert gpu_judging.recording_mistakes(recording) == []
+    assert gpu_comparison.recording_problems(recording) == []
     assert (found["reserved_error"], found["allocated_error"]) == (0.0, 0.0)
-    assert found["first_other_segment"] is None
+    assert found["first_mismatch"] is None
     assert recording["marks"] == sorted(recording["marks"])
     assert recording["marks"][-1] == len(recording["events"])
 
@@ -188,33 +187,33 @@ def a_tensor_twice(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "words"),
+    ("change", "message"),
     [
         (more_segments, "reserved is off by -1."),
-        (lost_events, "the events cannot be played: KeyError"),
+        (lost_events, "the events cannot be replayed: KeyError"),
         (lost_ends, "allocated is off by +"),
-        (lost_segments, "events are lost"),
+        (lost_segments, "events are missing"),
         (larger_tensors, "allocated is off by +"),
-        (a_tensor_twice, "the events cannot be played: ValueError"),
+        (a_tensor_twice, "the events cannot be replayed: ValueError"),
     ],
 )
-def test_a_wrong_recording_is_seen(
-    recording: dict[str, Any], plant: Callable[[dict[str, Any]], None], words: str
+def test_a_wrong_recording_is_detected(
+    recording: dict[str, Any], change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    plant(recording)
+    change(recording)
 
-    assert any(words in line for line in gpu_judging.recording_mistakes(recording))
-
-
-def test_the_first_segment_that_differs_is_told(recording: dict[str, Any]) -> None:
-    place, size = recording["segments"][2]
-    recording["segments"][2] = [place, size + 512]
-
-    assert gpu_judging.replayed(recording)["first_other_segment"] == place
+    assert any(message in line for line in gpu_comparison.recording_problems(recording))
 
 
-def test_torchs_entries_become_short_lists() -> None:
-    """A block counts until its memory can be used again; what was there before has no number."""
+def test_the_first_differing_segment_is_reported(recording: dict[str, Any]) -> None:
+    index, size = recording["segments"][2]
+    recording["segments"][2] = [index, size + 512]
+
+    assert gpu_comparison.replay_recording(recording)["first_mismatch"] == index
+
+
+def test_torchs_history_is_converted_to_compact_lists() -> None:
+    """A block is freed once its memory is reusable; earlier blocks are ignored."""
     entries = [
         {"action": "free_completed", "addr": 7, "size": 512},
         {"action": "segment_alloc", "addr": 1, "size": 2097152},
@@ -229,18 +228,18 @@ def test_torchs_entries_become_short_lists() -> None:
         {"action": "segment_unmap", "addr": 9, "size": 2048},
     ]
 
-    assert gpu_judging.compacted(entries) == {
+    assert gpu_comparison.compact_events(entries) == {
         "events": [[1, 1, 512], [-1, 1], [1, 2, 1024]],
         "segments": [[0, 2097152], [3, -1024], [3, 4096], [3, -2048]],
         "addresses": [1, 9, 9, 9],
         "marks": [1],
     }
-    assert gpu_judging.reserved_of([[0, 2097152], [3, -1024], [3, 512]]) == 2097152
+    assert gpu_comparison.peak_reserved_bytes([[0, 2097152], [3, -1024], [3, 512]]) == 2097152
 
 
-def test_an_empty_tensor_is_no_event_for_torch() -> None:
+def test_an_empty_tensor_is_not_an_event() -> None:
     entries = list(
-        gpu_judging.entries_of_model(
+        gpu_comparison.model_entries(
             [[MemoryEvent(1, 0), MemoryEvent(2, 5), MemoryEvent(1, None), MemoryEvent(2, None)]]
         )
     )
@@ -254,8 +253,8 @@ def test_an_empty_tensor_is_no_event_for_torch() -> None:
     ]
 
 
-def foretold_and_measured() -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-    """A plan and a measurement that is all right by it."""
+def make_prediction() -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Return a plan, its verdicts and a measurement that agrees with them."""
     peak = {"requested_mib": 100.0, "allocated_mib": [100.0, 300.0], "reserved_mib": [120.0, 400.0]}
     plan = {"training": peak, "evaluation": peak, "process_mib": [600.0, 1400.0]}
     found = {"requested_mib": 150.0, "allocated_mib": 160.0, "reserved_mib": 200.0}
@@ -263,40 +262,38 @@ def foretold_and_measured() -> tuple[dict[str, Any], dict[str, str], dict[str, A
     return plan, {"900": "unsure", "2000": "fits"}, measured | {"ran_within": {"900": False}}
 
 
-def test_a_plan_that_holds_has_no_mistake() -> None:
-    assert plan_mistakes(*foretold_and_measured()) == []
+def test_a_correct_plan_has_no_problems() -> None:
+    assert plan_problems(*make_prediction()) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"training": {"allocated_mib": 310.0, "reserved_mib": 320.0}}, "allocated lies +3.23% outside"),
-        ({"evaluation": {"allocated_mib": 98.0, "reserved_mib": 320.0}}, "allocated lies -2.04% outside"),
-        ({"process_peak_mib": 1500.0}, "process lies +6.67% outside"),
-        ({"process_peak_mib": 500.0}, "process lies -20.00% outside"),
-        ({"process_peak_mib": 2001.0, "ran_within": {}}, "it was to fit 2000 MiB and did not"),
+        ({"training": {"allocated_mib": 310.0, "reserved_mib": 320.0}}, "allocated is +3.23% outside"),
+        ({"evaluation": {"allocated_mib": 98.0, "reserved_mib": 320.0}}, "allocated is -2.04% outside"),
+        ({"process_peak_mib": 1500.0}, "process is +6.67% outside"),
+        ({"process_peak_mib": 500.0}, "process is -20.00% outside"),
+        ({"process_peak_mib": 2001.0, "ran_within": {}}, "predicted to fit 2000 MiB, but did not"),
         (
             {"process_peak_mib": 2001.0, "ran_within": {"2000": False}},
-            "it was to fit 2000 MiB and did not",
+            "predicted to fit 2000 MiB, but did not",
         ),
     ],
 )
-def test_a_plan_that_does_not_hold_is_seen(change: dict[str, Any], words: str) -> None:
-    plan, verdicts, measured = foretold_and_measured()
+def test_a_wrong_plan_is_detected(change: dict[str, Any], message: str) -> None:
+    plan, verdicts, measured = make_prediction()
 
-    assert any(words in line for line in plan_mistakes(plan, verdicts, measured | change))
+    assert any(message in line for line in plan_problems(plan, verdicts, measured | change))
 
 
-def test_a_run_that_took_more_where_there_was_plenty_is_no_false_fit_if_it_ran_within() -> None:
-    _, verdicts, measured = foretold_and_measured()
+def test_a_run_that_fits_when_limited_is_not_a_false_fit() -> None:
+    _, verdicts, measured = make_prediction()
     measured |= {"process_peak_mib": 2001.0, "ran_within": {"2000": True}}
 
-    assert gpu_judging.false_fits(verdicts, measured) == []
+    assert gpu_comparison.false_fits(verdicts, measured) == []
 
 
-def test_a_session_of_no_card_or_without_figures_is_left_alone(
-    tmp_path: Path, recording: dict[str, Any]
-) -> None:
+def test_sessions_without_a_gpu_or_figures_are_ignored(tmp_path: Path, recording: dict[str, Any]) -> None:
     part = {"allocator-trace-resnet18": {"figures": recording}}
     written: dict[str, Session] = {
         "gpu": {"machine": {"gpu": "NVIDIA H200"}, "parts": part},
@@ -306,17 +303,17 @@ def test_a_session_of_no_card_or_without_figures_is_left_alone(
     }
     for name, session in written.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"benchmark": "gpu_session", **session}))
-    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "oracle", **written["gpu"]}))
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "trace_accuracy", **written["gpu"]}))
     (tmp_path / "lines.jsonl").write_text("{}\n{}\n")
 
     found = sessions(tmp_path)
 
-    assert list(found) == ["card.json"]
-    assert gpu_judging.recording_mistakes(recordings(found["card.json"])["allocator-trace-resnet18"]) == []
+    assert list(found) == ["gpu.json"]
+    assert gpu_comparison.recording_problems(recordings(found["gpu.json"])["allocator-trace-resnet18"]) == []
 
 
-def test_todays_plan_of_a_case_is_made_from_what_its_figures_say() -> None:
-    """Case and pictures, as JSON has them, are all that is needed to foretell it again."""
+def test_a_case_is_predicted_from_its_recorded_figures() -> None:
+    """Case and split sizes, as stored in JSON, are sufficient."""
     figures = json.loads(
         json.dumps({"case": Case("compact", "bf16", 16), "images": {"train": 48, "validation": 8}})
     )
@@ -325,5 +322,5 @@ def test_todays_plan_of_a_case_is_made_from_what_its_figures_say() -> None:
 
     assert plan["plan"]["batch_size"] == 16
     assert plan["verdicts"] == {"300": "does not fit", "100000": "fits"}
-    least, most = plan["plan"]["process_mib"]
-    assert 0 < least < most
+    low, high = plan["plan"]["process_mib"]
+    assert 0 < low < high
