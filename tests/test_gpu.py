@@ -444,13 +444,13 @@ def test_doctor_reports_gpu_memory_and_driver(cuda: Config) -> None:
     properties = torch.cuda.get_device_properties(0)
     messages = [finding.message for finding in run_checks(collect_info(cuda))]
 
-    assert any(f"NVIDIA driver {driver}" in text for text in said)
-    assert any(f"built for CUDA {torch.version.cuda}" in text for text in said)
-    (memory,) = (text for text in said if f"cuda:0 ({properties.name})" in text and "MiB free" in text)
+    assert any(f"NVIDIA driver {driver}" in text for text in messages)
+    assert any(f"built for CUDA {torch.version.cuda}" in text for text in messages)
+    (memory,) = (text for text in messages if f"cuda:0 ({properties.name})" in text and "MiB free" in text)
     assert f"capability {properties.major}.{properties.minor}" in memory
     figures = re.findall(r"([\d,]+) of ([\d,]+) MiB free", memory)[0]
     free, total = (float(figure.replace(",", "")) for figure in figures)
     assert 0 < free <= total
     # The driver reserves some memory that torch does not count.
     assert total == pytest.approx(properties.total_memory / 2**20, rel=0.05)
-    assert any("fast 16-bit types" in text for text in said) or properties.major < 7
+    assert any("fast 16-bit types" in text for text in messages) or properties.major < 7
