@@ -111,7 +111,7 @@ def test_a_sweep_is_recorded_in_its_directory_and_in_mlflow(workspace: Workspace
     assert [job["val_accuracy"] is None for job in jobs] == [False, False, True]
     for part in ("sweep over device.vram_budget_mib", "does not fit", "finished", "/#/compare-runs?runs="):
         assert part in result.stdout, part
-    assert result.stdout.count("\nfolder ") == 1
+    assert result.stdout.count("\nsweep directory ") == 1
     assert statuses(sweep_dir) == {"FINISHED"}
     with Image.open(sweep_dir / "summary.png") as image:
         assert image.width > 600
