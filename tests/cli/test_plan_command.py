@@ -153,7 +153,7 @@ def test_special_characters_in_a_path(call: Call, tmp_path: Path, name: str) -> 
         (None, r".*mine\.yaml: no such file"),
         ("a: [1", r".*mine\.yaml: cannot be read as a config: .+"),
         ("- 1\n- 2\n", r"gpu=\[1, 2\]: must be a group of keys .+"),
-        (GPU_FILE + "colour: red\n", r'gpu\.colour="red": unknown key; did you mean .+'),
+        (GPU_FILE + "colour: red\n", r'gpu\.colour="red": unknown key; valid keys: .+'),
         (
             GPU_FILE.replace("other_processes_mib", "other_mib"),
             r"gpu\.other_processes_mib.+\ngpu\.other_mib: unknown key; .+",
