@@ -23,7 +23,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
-    from captcha_exp.config import GpuSpec, Machine
+    from captcha_exp.config import Machine
 
 OS_ERROR_HINTS = {
     errno.ENOSPC: "free up disk space and start again",
@@ -247,48 +247,15 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    options = {
-        "name": arguments.name,
-        "config_dir": arguments.config_dir,
-        "force": arguments.force,
-        "command": [PROGRAM, *sys.argv[1:]],
-    }
-    calibrate = _calibrate_this_gpu if arguments.session is None else _calibrate_from_session
-    gpu, path = calibrate(arguments, options)
-    from captcha_exp.cli import output
+    from captcha_exp.cli import calibrate, output
     from captcha_exp.config import to_dict
 
+    gpu, path = calibrate.calibrate(arguments, _detect_machine)
     if arguments.json:
         _print_json({"path": str(path), "gpu": to_dict(gpu)})
     else:
         output.print_gpu(gpu, path, arguments.config_dir)
     return 0
-
-
-def _calibrate_this_gpu(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
-    # By default the article's network and the compact one, on the same images.
-    overridden = {text.partition("=")[0] for text in arguments.overrides}
-    defaults = (("experiment=article",), ("experiment=article", "model=compact"))
-    remaining = (tuple(w for w in words if w.partition("=")[0] not in overridden) for words in defaults)
-    configs = [
-        try_compose([*words, *arguments.overrides], arguments.config_dir).to_config(None)
-        for words in dict.fromkeys(remaining)
-    ]
-    from captcha_exp.memory.calibrate import calibrate
-    from captcha_exp.runtime.console import RichDisplay
-
-    return calibrate(configs, _detect_machine(), RichDisplay(), **options)
-
-
-def _calibrate_from_session(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
-    if arguments.overrides:
-        raise UserError(
-            f"{arguments.overrides[0]}: calibrate --from takes no overrides, it uses the session's config"
-        )
-    known = try_compose(["gpu=generic"], arguments.config_dir).to_config(None).gpu
-    from captcha_exp.memory.calibrate import calibrate_from_session
-
-    return calibrate_from_session(Path(arguments.session), known, **options)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

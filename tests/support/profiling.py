@@ -20,7 +20,8 @@ from captcha_exp.model.step import init_train_state
 from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.shutdown import ShutdownHandler
 from captcha_exp.training import sanity
-from captcha_exp.training.train import Checkpointer, train_epoch
+from captcha_exp.training.checkpointer import Checkpointer
+from captcha_exp.training.train import train_epoch
 
 HEADS = ("position", "grouped_softmax")
 
