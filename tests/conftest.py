@@ -1,4 +1,4 @@
-"""What the tests share: a root of their own, and a tiny config that trains in a second."""
+"""Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
 import os
 import signal
@@ -58,13 +58,13 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
 
 
 def pytest_configure() -> None:
-    """A suite that is started with `&` ignores Ctrl-C, and so would all that it starts."""
+    """Restore the SIGINT handler: a suite started with `&` ignores SIGINT, and so do its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Heard(NullDisplay):
-    """A display that remembers what it was told."""
+class RecordingDisplay(NullDisplay):
+    """A display that stores its lines and warnings."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -77,19 +77,19 @@ class Heard(NullDisplay):
         self.warnings.append(text)
 
 
-def drawn(config: Config) -> CaptchaLibraryConfig:
-    """The data of a config whose pictures the package `captcha` draws."""
+def generator_config(config: Config) -> CaptchaLibraryConfig:
+    """Return the data group of a config that uses the package `captcha`."""
     assert isinstance(config.data, CaptchaLibraryConfig)
     return config.data
 
 
-def training(config: Config, **values: Any) -> Config:
-    """The config with these values in its group `train`."""
+def with_train(config: Config, **values: Any) -> Config:
+    """Return a config with other values in its group `train`."""
     return replace(config, train=replace(config.train, **values))
 
 
-def batch_of(config: Config, count: int = 8) -> Batch:
-    """Noise with labels of noise, of the alphabet and the length of the tiny config."""
+def make_batch(config: Config, count: int = 8) -> Batch:
+    """Return a batch of random images and labels, with the alphabet and length of the tiny config."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, config.captcha.height, config.captcha.width, config.captcha.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -97,18 +97,26 @@ def batch_of(config: Config, count: int = 8) -> Batch:
     return Batch(images, targets, torch.arange(count))
 
 
-def guarding(config: Config, batch: Batch) -> sanity.SanityChecker:
-    """A guard of a training on this one batch, that is to have nothing to tell."""
+def make_checker(config: Config, batch: Batch) -> sanity.SanityChecker:
+    """Return a sanity checker of a training split of one batch, whose warnings fail the test."""
 
-    def tell(trouble: str) -> None:
-        raise AssertionError(trouble)
+    def fail(warning: str) -> None:
+        raise AssertionError(warning)
 
-    return sanity.SanityChecker(Split(*batch, CPU), ["01"] * len(batch.indices), config, tell)
+    return sanity.SanityChecker(Split(*batch, CPU), ["01"] * len(batch.indices), config, fail)
+
+
+# Old names, until all tests use the new ones.
+Heard = RecordingDisplay
+drawn = generator_config
+training = with_train
+batch_of = make_batch
+guarding = make_checker
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Layers this small only wait for each other on several threads."""
+    """Use one thread: several are slower for tiny layers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -117,56 +125,56 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that plans no memory, for who watches what a training calls: a plan calls the same."""
-    some = MiBRange(1.0, 2.0)
-    planned = Plan(
+    """Skip the memory plan of a training, which calls the same functions as the training."""
+    mib = MiBRange(1.0, 2.0)
+    plan = Plan(
         batch_size=1,
         tensors_mib=1.0,
         state_mib=0.5,
         activations_mib=0.5,
         images_mib=0.0,
-        workspace_mib=some,
-        training=Peak(some, some),
-        evaluation=Peak(some, some),
-        reserved_mib=some,
-        process_mib=some,
+        workspace_mib=mib,
+        training=Peak(mib, mib),
+        evaluation=Peak(mib, mib),
+        reserved_mib=mib,
+        process_mib=mib,
         budget_mib=None,
         fits=None,
     )
-    monkeypatch.setattr(Planner, "at", lambda *_: planned)
+    monkeypatch.setattr(Planner, "plan_for", lambda *_: plan)
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of this test's own for outputs/ and mlruns/."""
+    """Return a temporary directory for outputs/ and mlruns/."""
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of pictures for all tests, so that the tiny pictures are drawn once."""
+    """Return a cache directory for all tests, in which the tiny images are rendered once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def composed(cache: Path) -> DictConfig:
-    """The tiny config as Hydra composes it, once: that takes a tenth of a second."""
+    """Return the tiny config as composed by Hydra, once per session: it takes 0.1 s."""
     return compose(*TINY, f"data.cache={cache}", "tracking=none")
 
 
 @pytest.fixture
 def tiny(root: Path, composed: DictConfig) -> Config:
-    """A config that trains in about a second, in a root of its own."""
+    """Return a config that trains in about a second, in a temporary root directory."""
     return load(composed)
 
 
 @pytest.fixture
 def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`captcha-exp ...` in this process: exit code, standard output, standard error."""
+    """Return a function that runs `captcha-exp` in this process: exit code, stdout, stderr."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["captcha-exp", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["captcha-exp", *arguments])
         with pytest.raises(SystemExit) as ended:
             main.main()
         return int(ended.value.code or 0), *capsys.readouterr()
@@ -176,11 +184,11 @@ def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @pytest.fixture
 def shell(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Call:
-    """The real command, in an empty working directory."""
+    """Return a function that runs `captcha-exp` as a process in an empty working directory."""
 
-    def run(*words: str, **environment: str) -> tuple[int, str, str]:
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
         done = subprocess.run(
-            [sys.executable, "-m", "captcha_exp", *words],
+            [sys.executable, "-m", "captcha_exp", *arguments],
             cwd=tmp_path_factory.mktemp("cwd"),
             env={**os.environ, **environment},
             capture_output=True,

@@ -1,4 +1,4 @@
-"""The whole thing, tiny, through the real command; and the same from three lines of Python."""
+"""Train a tiny model with the command line, and the same with three lines of Python."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from conftest import TINY
 SCRIPT = """
 import json, sys
 from captcha_exp import compose, load
-from captcha_exp.train import train
+from captcha_exp.training.train import train
 result = train(load(compose(*sys.argv[1:])))
 print(json.dumps({"weights_sha256": result.weights_sha256, "mlflow": "mlflow" in sys.modules}))
 """
@@ -30,36 +30,36 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
-    """A root in which the command has trained once, and what it printed."""
-    root = tmp_path_factory.mktemp("whole")
+    """Train once; return the root directory and the output."""
+    root = tmp_path_factory.mktemp("root")
     done = run(root, "-W", "error", "-m", "captcha_exp", "train", *TINY, f"data.cache={cache}")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return root, done.stdout
 
 
-def test_train_prints_the_figure_with_its_interval_and_what_to_type_next(trained: tuple[Path, str]) -> None:
+def test_train_prints_the_accuracy_and_the_next_commands(trained: tuple[Path, str]) -> None:
     _, printed = trained
 
     for part in (
         "test accuracy ",
-        "95 % interval",
+        "95% confidence interval",
         "peak memory",
         "run ",
-        "folder ",
+        "run directory ",
         "next:",
         "evaluate latest",
     ):
         assert part in printed
 
 
-def test_the_folder_is_the_record(trained: tuple[Path, str]) -> None:
+def test_files_of_the_run_directory(trained: tuple[Path, str]) -> None:
     root, printed = trained
-    (folder,) = (root / "outputs").glob("*/*-tiny")
+    (run_dir,) = (root / "outputs").glob("*/*-tiny")
 
-    assert f"folder {folder}" in printed
-    changed = {"code.diff"}  # is there where the checkout has changes
-    assert {path.name for path in folder.iterdir()} - changed == {
+    assert f"run directory {run_dir}" in printed
+    optional = {"code.diff"}  # only if the checkout has changes
+    assert {path.name for path in run_dir.iterdir()} - optional == {
         "run.json",
         "config.yaml",
         "requested.yaml",
@@ -73,24 +73,24 @@ def test_the_folder_is_the_record(trained: tuple[Path, str]) -> None:
         "test.json",
         "report",
     }
-    assert json.loads((folder / "run.json").read_text())["status"] == "FINISHED"
-    assert "name: cpu" in (folder / "config.yaml").read_text()
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "FINISHED"
+    assert "name: cpu" in (run_dir / "config.yaml").read_text()
 
 
-def test_evaluate_says_what_training_said(trained: tuple[Path, str]) -> None:
+def test_evaluate_gives_the_results_of_training(trained: tuple[Path, str]) -> None:
     root, _ = trained
     done = run(root, "-m", "captcha_exp", "evaluate", "latest", "--json")
-    said = json.loads(done.stdout)
+    evaluation = json.loads(done.stdout)
     (recorded,) = (root / "outputs").glob("*/*/test.json")
 
     assert done.returncode == 0, done.stderr
-    assert said | {"run_dir": "", "split": ""} == json.loads(recorded.read_text()) | {
+    assert evaluation | {"run_dir": "", "split": ""} == json.loads(recorded.read_text()) | {
         "run_dir": "",
         "split": "",
     }
-    told = run(root, "-m", "captcha_exp", "evaluate", "latest", "--split", "validation")
-    assert "most frequent confusions" in told.stdout
-    assert "per position" in told.stdout
+    validation = run(root, "-m", "captcha_exp", "evaluate", "latest", "--split", "validation")
+    assert "most frequent confusions" in validation.stdout
+    assert "per position" in validation.stdout
 
 
 def test_runs_lists_the_run(trained: tuple[Path, str]) -> None:
@@ -101,14 +101,14 @@ def test_runs_lists_the_run(trained: tuple[Path, str]) -> None:
     assert listed["name"] == "tiny"
 
 
-def test_data_draws_and_shows(root: Path) -> None:
+def test_data_builds_a_dataset_with_a_preview(root: Path) -> None:
     done = run(root, "-m", "captcha_exp", "data", *TINY, "data=wheezy", "--json")
-    said = json.loads(done.stdout)
+    dataset = json.loads(done.stdout)
 
     assert done.returncode == 0, done.stderr
-    assert said["images"] == 300
-    assert sum(said["splits"].values()) == 300
-    assert Path(said["sheet"]).is_file()
+    assert dataset["images"] == 300
+    assert sum(dataset["splits"].values()) == 300
+    assert Path(dataset["preview"]).is_file()
 
 
 def test_three_lines_of_python_give_the_same_weights_without_mlflow(
@@ -116,20 +116,22 @@ def test_three_lines_of_python_give_the_same_weights_without_mlflow(
 ) -> None:
     _, printed = trained
     done = run(root, "-c", SCRIPT, *TINY, f"data.cache={cache}")
-    said = json.loads(done.stdout)
+    result = json.loads(done.stdout)
 
-    assert not said["mlflow"]
-    assert f"weights {said['weights_sha256']}" in printed
+    assert not result["mlflow"]
+    assert f"weights {result['weights_sha256']}" in printed
 
 
-def test_threads_outside_change_nothing(trained: tuple[Path, str], root: Path, cache: Path) -> None:
+def test_thread_variables_do_not_change_the_result(
+    trained: tuple[Path, str], root: Path, cache: Path
+) -> None:
     _, printed = trained
     done = run(root, "-c", SCRIPT, *TINY, f"data.cache={cache}", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
     assert f"weights {json.loads(done.stdout)['weights_sha256']}" in printed
 
 
-def test_sigterm_ends_a_run_in_order(root: Path, cache: Path) -> None:
+def test_sigterm_marks_the_run_killed(root: Path, cache: Path) -> None:
     command = [
         sys.executable,
         "-u",

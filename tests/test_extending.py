@@ -1,6 +1,6 @@
-"""What the README says about adding a network, a head or a source is all that it takes.
+"""Add a network, a head and a data source by the steps of the README.
 
-Each test does it to a copy of the project, by those steps alone, and trains the result.
+Each test applies the steps to a copy of the project and trains the result.
 """
 
 import os
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 class Copy:
-    """A copy of the project that a person extends."""
+    """A copy of the project to extend."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,15 +24,15 @@ class Copy:
             shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def insert(self, file: str, before: str, text: str) -> None:
-        """The text before the last place at which that line begins so."""
+        """Insert text before the last occurrence of `before`."""
         path = self.folder / file
         head, found, tail = path.read_text().rpartition(before)
-        assert found, f"{before!r} is not in {file}"
+        assert found, f"{file}: {before!r} not found"
         path.write_text(head + text + found + tail)
 
     def replace(self, file: str, old: str, new: str) -> None:
         path = self.folder / file
-        assert path.read_text().count(old) == 1, f"{old!r} does not stand once in {file}"
+        assert path.read_text().count(old) == 1, f"{file}: {old!r} must occur exactly once"
         path.write_text(path.read_text().replace(old, new))
 
     def train(self, *overrides: str) -> str:
@@ -62,11 +62,11 @@ def project(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
 
 
-def test_a_network(project: Copy) -> None:
+def test_add_a_network(project: Copy) -> None:
     project.insert(
         "captcha_exp/model/networks.py",
-        "class Recogniser(",
-        "class Columns(nn.Module):\n"
+        "class Recognizer(",
+        "class PooledColumns(nn.Module):\n"
         "    def __init__(self, rows: int) -> None:\n"
         "        super().__init__()\n"
         "        self.pool = nn.AdaptiveAvgPool2d((rows, None))\n\n"
@@ -76,22 +76,26 @@ def test_a_network(project: Copy) -> None:
     project.insert(
         "captcha_exp/model/networks.py",
         "        case _:\n            assert_never(model)",
-        "        case Columns_():\n            network = Columns(model.rows)\n",
+        "        case ColumnsConfig():\n            network = PooledColumns(model.rows)\n",
     )
     project.replace(
         "captcha_exp/model/networks.py",
         "from captcha_exp.config import ",
-        "from captcha_exp.config.schema import Columns as Columns_\nfrom captcha_exp.config import ",
+        "from captcha_exp.config.schema import ColumnsConfig\nfrom captcha_exp.config import ",
     )
     project.insert(
         "captcha_exp/config/schema.py",
-        "Model: TypeAlias",
+        "ModelConfig: TypeAlias",
         "@dataclass(config=STRICT, frozen=True, kw_only=True)\n"
-        "class Columns(Network):\n"
+        "class ColumnsConfig(BaseModelConfig):\n"
         '    name: Literal["columns"]\n'
         "    rows: Annotated[int, Field(ge=1)]\n\n\n",
     )
-    project.replace("captcha_exp/config/schema.py", "[Compact | ResNet18,", "[Compact | ResNet18 | Columns,")
+    project.replace(
+        "captcha_exp/config/schema.py",
+        "[CompactConfig | ResNet18Config,",
+        "[CompactConfig | ResNet18Config | ColumnsConfig,",
+    )
     (project.folder / "conf/model/columns.yaml").write_text("name: columns\nrows: 4\nhead: position\n")
 
     overrides = [text for text in TINY if not text.startswith("model.")]
@@ -99,40 +103,43 @@ def test_a_network(project: Copy) -> None:
     assert "name: columns" in project.train("model=columns", "~model.channels", "model.rows=5")
 
 
-def test_a_head(project: Copy) -> None:
+def test_add_a_head(project: Copy) -> None:
     project.insert(
         "captcha_exp/model/networks.py",
-        "def conv(",
-        "class CalmHead(PositionHead):\n"
+        "def conv_bn(",
+        "class HalvedHead(PositionHead):\n"
         "    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:\n"
         "        return super().loss(logits / 2, targets, smoothing)\n\n\n",
     )
     project.insert(
         "captcha_exp/model/networks.py",
         "        case _:\n            assert_never(model.head)",
-        '        case "calm":\n'
-        "            head = CalmHead(features, places, captcha.length, len(captcha.alphabet))\n",
+        '        case "halved":\n'
+        "            head = HalvedHead(*network(blank).shape[1:], captcha.length, len(captcha.alphabet))\n",
     )
-    project.replace("captcha_exp/config/schema.py", '"grouped_softmax"]', '"grouped_softmax", "calm"]')
+    project.replace("captcha_exp/config/schema.py", '"grouped_softmax"]', '"grouped_softmax", "halved"]')
 
-    assert "head: calm" in project.train("model.head=calm")
+    assert "head: halved" in project.train("model.head=halved")
 
 
-def test_a_source(project: Copy) -> None:
+def test_add_a_data_source(project: Copy) -> None:
     project.insert(
         "captcha_exp/data/sources/generators.py",
-        "def _captcha(",
-        "def _plain(data: Drawn) -> Draw:\n"
-        "    def draw_one(text: str, stream: random.Random) -> Image.Image:\n"
-        "        picture = Image.new('L', (data.width, data.height), 255)\n"
-        "        ImageDraw.Draw(picture).text((stream.randrange(9), 20), text, fill=0, font_size=28)\n"
-        "        return picture\n\n"
-        "    return draw_one\n\n\n",
+        "def _make_captcha_renderer(",
+        "def _make_plain_renderer(data: PlainConfig) -> RenderFn:\n"
+        "    def render(text: str, rng: random.Random) -> Image.Image:\n"
+        "        image = Image.new('L', (data.width, data.height), 255)\n"
+        "        ImageDraw.Draw(image).text((rng.randrange(9), 20), text, fill=0, font_size=28)\n"
+        "        return image\n\n"
+        "    return render\n\n\n",
     )
     project.insert(
         "captcha_exp/data/sources/generators.py",
         "        case _:\n            assert_never(data)",
-        '        case Plain():\n            return Library("pillow", [], lambda: _plain(data), _any_text)\n',
+        "        case PlainConfig():\n"
+        "            return RendererSpec(\n"
+        '                "pillow", [], lambda: _make_plain_renderer(data), _sample_uniform_label\n'
+        "            )\n",
     )
     project.replace(
         "captcha_exp/data/sources/generators.py",
@@ -142,19 +149,19 @@ def test_a_source(project: Copy) -> None:
     project.replace(
         "captcha_exp/data/sources/generators.py",
         "from captcha_exp.config import ",
-        "from captcha_exp.config.schema import Plain\nfrom captcha_exp.config import ",
+        "from captcha_exp.config.schema import PlainConfig\nfrom captcha_exp.config import ",
     )
     project.insert(
         "captcha_exp/config/schema.py",
-        "Generator: TypeAlias",
+        "GeneratorConfig: TypeAlias",
         "@dataclass(config=STRICT, frozen=True, kw_only=True)\n"
-        "class Plain(Drawn):\n"
+        "class PlainConfig(BaseGeneratorConfig):\n"
         '    source: Literal["plain"]\n\n\n',
     )
     project.replace(
         "captcha_exp/config/schema.py",
-        "= CaptchaLibrary | WheezyLibrary",
-        "= CaptchaLibrary | WheezyLibrary | Plain",
+        "= CaptchaLibraryConfig | WheezyLibraryConfig",
+        "= CaptchaLibraryConfig | WheezyLibraryConfig | PlainConfig",
     )
     (project.folder / "conf/data/plain.yaml").write_text("defaults: [captcha]\n\nsource: plain\n")
 

@@ -304,7 +304,7 @@ def too_little(cuda: Config) -> Config:
 @pytest.mark.gpu_quick
 def test_too_little_memory_is_a_result_with_what_was_taken_and_foretold(cuda: Config) -> None:
     with pytest.raises(
-        TrainingOutOfMemoryError, match=r"out of memory in .+ MiB taken at most, .+ MiB foretold"
+        TrainingOutOfMemoryError, match=r"out of memory in .+: peak .+ MiB, predicted .+ MiB for"
     ) as caught:
         train(training(too_little(cuda), on_oom="record"))
     state = json.loads((find_run("latest") / "run.json").read_text())
@@ -424,7 +424,7 @@ def test_doctor_names_the_card_its_memory_and_the_driver(cuda: Config) -> None:
     said = [finding.message for finding in run_checks(collect_info(cuda))]
 
     assert any(f"NVIDIA driver {driver}" in text for text in said)
-    assert any(f"is built for CUDA {torch.version.cuda}" in text for text in said)
+    assert any(f"built for CUDA {torch.version.cuda}" in text for text in said)
     (memory,) = (text for text in said if f"cuda:0 ({properties.name})" in text and "MiB free" in text)
     assert f"capability {properties.major}.{properties.minor}" in memory
     figures = re.findall(r"([\d,]+) of ([\d,]+) MiB free", memory)[0]
@@ -432,4 +432,4 @@ def test_doctor_names_the_card_its_memory_and_the_driver(cuda: Config) -> None:
     assert 0 < free <= total
     # The driver keeps a little of the card for itself, which torch does not count.
     assert total == pytest.approx(properties.total_memory / 2**20, rel=0.05)
-    assert any("16 bits at full speed" in text for text in said) or properties.major < 7
+    assert any("fast 16-bit types" in text for text in said) or properties.major < 7

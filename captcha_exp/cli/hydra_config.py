@@ -207,7 +207,7 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
     if override.is_sweep_override():
         return (
             override,
-            f"{text}: is a sweep, which needs train -m (for a list write [1,2], for text use quotes)",
+            f"{text}: is a sweep; use train -m (for a list write [1,2], for text use quotes)",
         )
     if key.startswith(("hydra/launcher", "hydra.launcher.")):
         return override, f"{text}: configures the launcher of a sweep; use train -m"

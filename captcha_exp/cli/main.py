@@ -20,7 +20,7 @@ from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
 from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, RENAMED_FLAGS, build_parser
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.shutdown import TimeLimitReached
+from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
     from captcha_exp.config import GpuSpec, Machine
@@ -99,6 +99,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return train_sweep(arguments, _detect_machine(), display)
     from captcha_exp.cli import resume
+    from captcha_exp.training.train import resume as resume_training
     from captcha_exp.training.train import train
 
     with resume.plan_resume(arguments, composed, _detect_machine(), display) as plan:
@@ -114,9 +115,14 @@ def _train(arguments: argparse.Namespace) -> int:
             run_dir = train_with_oom_retry(job, resume.run_dir_factory(plan, arguments.resume, display))
         else:
             tracker = make_tracker(config, display, plan.choices)
-            run_dir = train(
-                config, tracker, display, plan.run_dir, lineage=plan.lineage, extend_from=plan.extend_from
-            ).run_dir
+            if plan.run_dir is None:
+                result = train(config, tracker, display, lineage=plan.lineage, extend_from=plan.extend_from)
+            else:
+                shutdown = ShutdownHandler(config.train.max_minutes)  # may differ from that of the run
+                result = resume_training(
+                    plan.run_dir, tracker, display, extend_from=plan.extend_from, shutdown=shutdown
+                )
+            run_dir = result.run_dir
     return _report_training(run_dir, arguments)
 
 
@@ -319,7 +325,7 @@ HANDLERS = {
 def _detect_machine() -> "Machine":
     from captcha_exp.runtime.device import detect_machine
 
-    return detect_machine(best_batch_size=lambda _: 1)  # only training uses it, and searches for its own
+    return detect_machine()
 
 
 def _print_values(values: Any) -> int:

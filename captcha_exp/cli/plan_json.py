@@ -1,6 +1,6 @@
 """The types of the JSON of `captcha-exp plan --json`. They generate docs/plan.schema.json:
 
-python -m captcha_exp.cli.plan_json > docs/plan.schema.json
+python -c "from captcha_exp.cli.plan_json import print_schema; print_schema()" > docs/plan.schema.json
 """
 
 import json
@@ -152,5 +152,5 @@ def schema() -> dict[str, Any]:
 
 
 def print_schema() -> None:
-    """Print the schema as the committed file has it."""
+    """Print the schema as in the committed file."""
     print(json.dumps(schema(), indent=2))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp.cli.output import get_console
-from captcha_exp.config import Config, resolve, to_dict
+from captcha_exp.config import Config, resolve, to_dict, with_untuned_defaults
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import Advice, advise
 from captcha_exp.memory.interval import MiBRange
@@ -113,9 +113,9 @@ def _check_advise(arguments: argparse.Namespace, batch_size: int | str, budget_m
 
 def resolve_for_plan(config: Config) -> Config:
     """Resolve the config, whether or not its device is available: nothing runs on it."""
-    # batch_size=auto: any value above micro_batch_size is valid, and the planned sizes replace it.
-    machine = detect_machine(best_batch_size=lambda config: (config.train.micro_batch_size or 0) + 1)
-    return resolve(config, replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name)))
+    machine = detect_machine()
+    machine = replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name))
+    return with_untuned_defaults(resolve(config, machine))
 
 
 def parse_batch_sizes(text: str | None, batch_size: int | str) -> list[int]:

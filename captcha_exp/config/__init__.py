@@ -14,6 +14,7 @@ from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
 from captcha_exp.config.loading import with_gpu as with_gpu
 from captcha_exp.config.loading import with_tracking_uri as with_tracking_uri
+from captcha_exp.config.loading import with_untuned_defaults as with_untuned_defaults
 from captcha_exp.config.schema import ArticleConfig as ArticleConfig
 from captcha_exp.config.schema import BaseGeneratorConfig as BaseGeneratorConfig
 from captcha_exp.config.schema import CaptchaConfig as CaptchaConfig

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from captcha_exp.config import schema
 from captcha_exp.config.gpu import GpuSpec
 from captcha_exp.config.messages import format_errors
-from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig, Precision
+from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig
 from captcha_exp.errors import ConfigError
 
 _GPU_ADAPTER = TypeAdapter(GpuSpec)
@@ -41,10 +41,6 @@ class Machine:
     """directory that contains outputs/ and mlruns/"""
     unavailable_reason: Mapping[str, str]
     """device type -> likely reason why it is not available"""
-    fastest_precision: Callable[[Config], Precision] = lambda _: "fp32"
-    """resolves device.precision=auto, given a config in which only the batch size may be auto"""
-    best_batch_size: Callable[[Config], int] | None = None
-    """resolves train.batch_size=auto, given a config in which all else is resolved; None: not training"""
 
 
 def load(
@@ -90,11 +86,13 @@ def load_gpu(path: Path) -> GpuSpec:
 
 
 def resolve(config: Config, machine: Machine) -> Config:
-    """Replace every `auto` of a config by a value, and make data.path absolute.
+    """Replace every `auto` that the machine determines, and make data.path absolute.
+
+    device.precision=auto and train.batch_size=auto remain: they need trials on the device. Training runs them
+    (training.autotune); a command that only plans takes `with_untuned_defaults`.
 
     Raises:
-        ConfigError: the device is not available, data.path cannot be resolved, or train.batch_size=auto is
-            asked for outside of training; the line says what to change.
+        ConfigError: the device is not available, or data.path is not a valid path; the line says which.
     """
     if error := _device_error({"device": {"name": config.device.name}}, machine, {}):
         raise ConfigError(error)
@@ -111,20 +109,21 @@ def resolve(config: Config, machine: Machine) -> Config:
     train = config.train
     if train.on_oom == "auto":  # a sweep has set "record" before
         train = dataclasses.replace(train, on_oom="fail")
-    config = dataclasses.replace(config, device=device, data=data, train=train)
+    return dataclasses.replace(config, device=device, data=data, train=train)
+
+
+def with_untuned_defaults(config: Config) -> Config:
+    """Replace the `auto` values that `resolve` leaves, for a plan, which runs no trials.
+
+    The precision becomes fp32, which needs the most memory; the batch size a placeholder larger than the
+    micro-batch, which the planner replaces by each size it plans.
+    """
+    device, train = config.device, config.train
     if device.precision == "auto":
-        precision = machine.fastest_precision(config)
-        config = dataclasses.replace(config, device=dataclasses.replace(device, precision=precision))
-    if config.train.batch_size == "auto":
-        if machine.best_batch_size is None:
-            raise ConfigError(
-                "train.batch_size=auto: can only be resolved by training on the device; set a number"
-            )
-        size, micro = machine.best_batch_size(config), config.train.micro_batch_size
-        micro = None if micro is None or micro >= size else micro  # as in memory.plan.with_batch
-        train = dataclasses.replace(config.train, batch_size=size, micro_batch_size=micro)
-        config = dataclasses.replace(config, train=train)
-    return config
+        device = dataclasses.replace(device, precision="fp32")
+    if train.batch_size == "auto":
+        train = dataclasses.replace(train, batch_size=(train.micro_batch_size or 0) + 1)
+    return dataclasses.replace(config, device=device, train=train)
 
 
 def with_tracking_uri(config: Config, root: Path) -> Config:

@@ -1,4 +1,4 @@
-"""A pass over a split -> exact match with its interval, per character, per position, confusions."""
+"""Evaluation of a model on a split: exact match with an interval, accuracy per position, confusions."""
 
 import json
 import math
@@ -26,10 +26,10 @@ from captcha_exp.runtime.console import Display
 
 @dataclass(frozen=True)
 class Misread:
-    """A picture that was read wrong."""
+    """An image whose predicted text is wrong."""
 
-    index: int  # its number in the dataset
-    image: str  # its file, or its number where it was drawn
+    index: int  # in the dataset
+    image: str  # its file name, or its index if it was rendered
     label: str
     predicted: str
     confidence: float  # of the whole text
@@ -37,40 +37,40 @@ class Misread:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model read on N pictures, and what stands there."""
+    """The predictions of a model for N images, with their labels."""
 
-    loss: float  # mean over the pictures
+    loss: float  # mean over the images
     predicted: npt.NDArray[np.int64]  # (N, T) class ids
     targets: npt.NDArray[np.int64]  # (N, T) class ids
-    confidences: npt.NDArray[np.float32]  # (N, T) probability that the head gives to what it read
-    indices: npt.NDArray[np.int64]  # (N,) numbers of the pictures in the dataset
+    confidences: npt.NDArray[np.float32]  # (N, T) probability of each predicted character
+    indices: npt.NDArray[np.int64]  # (N,) indices of the images in the dataset
 
     @property
     def num_correct(self) -> int:
-        """Pictures whose whole label is right."""
+        """Number of images whose whole label is predicted correctly."""
         return int((self.predicted == self.targets).all(axis=1).sum())
 
     @property
     def accuracy(self) -> float:
-        """Share of pictures whose whole label is right."""
+        """Fraction of images whose whole label is predicted correctly."""
         return self.num_correct / len(self.indices)
 
     @property
     def accuracy_interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy."""
+        """95% confidence interval of the accuracy."""
         return wilson_interval(self.num_correct, len(self.indices))
 
     @property
     def char_accuracy(self) -> float:
-        """Share of characters that are right."""
+        """Fraction of characters that are predicted correctly."""
         return float((self.predicted == self.targets).mean())
 
     def accuracy_by_position(self) -> list[float]:
-        """Share of right characters at each of the T positions."""
+        """Return the fraction of correct characters at each of the T positions."""
         return [float(share) for share in (self.predicted == self.targets).mean(axis=0)]
 
     def accuracy_by_character(self, alphabet: Alphabet) -> dict[str, float | None]:
-        """Share of right readings of each character; None for one that does not occur."""
+        """Return the recall of each character; None for a character that does not occur."""
         confusion = self.confusion_matrix(len(alphabet))
         occurs = confusion.sum(axis=1)
         return {
@@ -79,43 +79,43 @@ class Evaluation:
         }
 
     def confusion_matrix(self, num_classes: int) -> npt.NDArray[np.int64]:
-        """(K, K) counts: row is what stands there, column what was read."""
+        """Return (K, K) counts: rows are labels, columns predictions."""
         counts = np.zeros((num_classes, num_classes), np.int64)
         np.add.at(counts, (self.targets.ravel(), self.predicted.ravel()), 1)
         return counts
 
     def confused_pairs(self, alphabet: Alphabet) -> list[tuple[str, str, int]]:
-        """(stands there, was read, how often) of all errors, the most frequent first."""
+        """Return (label, predicted, count) of all wrong characters, the most frequent first."""
         wrong = self.predicted != self.targets
         pairs = Counter(zip(self.targets[wrong].tolist(), self.predicted[wrong].tolist(), strict=True))
         named = [(alphabet.characters[t], alphabet.characters[p], n) for (t, p), n in pairs.items()]
         return sorted(named, key=lambda item: (-item[2], item[0], item[1]))
 
     def misreads(self, data: Dataset) -> list[Misread]:
-        """Every picture that was read wrong, the one that the head was surest of first."""
+        """Return every misread image, the one with the highest confidence first."""
         alphabet = data.alphabet
         wrong = np.flatnonzero((self.predicted != self.targets).any(axis=1))
-        sure = self.confidences.astype(np.float64).prod(axis=1)
+        confidences = self.confidences.astype(np.float64).prod(axis=1)
         return [
             Misread(
                 index=int(self.indices[n]),
                 image=data.image_name(int(self.indices[n])),
                 label=alphabet.decode(self.targets[n]),
                 predicted=alphabet.decode(self.predicted[n]),
-                confidence=float(sure[n]),
+                confidence=float(confidences[n]),
             )
-            for n in wrong[np.argsort(-sure[wrong], kind="stable")]
+            for n in wrong[np.argsort(-confidences[wrong], kind="stable")]
         ]
 
     def chance_char_accuracy(self) -> float:
-        """What always reading the most frequent character of each position would reach."""
+        """Return the character accuracy of always predicting the most frequent character of each position."""
         length = self.targets.shape[1]
         return float(
             np.mean([np.bincount(self.targets[:, t]).max() for t in range(length)]) / len(self.indices)
         )
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The figures that are logged."""
+        """Return the metrics that are logged."""
         return {
             f"{prefix}/loss": self.loss,
             f"{prefix}/accuracy": self.accuracy,
@@ -123,7 +123,7 @@ class Evaluation:
         }
 
     def to_json(self, data: Dataset) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Return the content of test.json."""
         alphabet = data.alphabet
         low, high = self.accuracy_interval
         return {
@@ -137,33 +137,33 @@ class Evaluation:
             "by_position": self.accuracy_by_position(),
             "by_character": self.accuracy_by_character(alphabet),
             "confusions": [
-                {"label": label, "read": read, "count": count}
-                for label, read, count in self.confused_pairs(alphabet)[:20]
+                {"label": label, "predicted": predicted, "count": count}
+                for label, predicted, count in self.confused_pairs(alphabet)[:20]
             ],
-            "errors": [asdict(error) for error in self.misreads(data)],
+            "misreads": [asdict(misread) for misread in self.misreads(data)],
         }
 
 
 def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """(low, high) of the score interval for a share; z is the normal quantile of 97.5 %.
+    """Return (low, high) of the Wilson score interval of a proportion; z is the 97.5% normal quantile.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22
     (1927).
     """
-    share = num_correct / num_total
-    middle = share + z * z / (2 * num_total)
-    spread = z * math.sqrt(share * (1 - share) / num_total + z * z / (4 * num_total * num_total))
+    accuracy = num_correct / num_total
+    center = accuracy + z * z / (2 * num_total)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / num_total + z * z / (4 * num_total * num_total))
     scale = 1 + z * z / num_total
-    # The exact bounds at the ends are 0 and 1; rounding must not leave them.
-    low = 0.0 if num_correct == 0 else (middle - spread) / scale
-    high = 1.0 if num_correct == num_total else (middle + spread) / scale
+    # At the ends the exact bounds are 0 and 1, which rounding must not miss.
+    low = 0.0 if num_correct == 0 else (center - spread) / scale
+    high = 1.0 if num_correct == num_total else (center + spread) / scale
     return low, high
 
 
 class Predictions(NamedTuple):
-    """What a model read, on the device, with one tensor for each batch."""
+    """Predictions of a model on the device, one tensor per batch."""
 
-    loss: Tensor  # () sum over the pictures
+    loss: Tensor  # () sum over the images
     predicted: list[Tensor]  # (B, T) class ids
     targets: list[Tensor]  # (B, T) class ids
     confidences: list[Tensor]  # (B, T)
@@ -174,9 +174,9 @@ class Predictions(NamedTuple):
 def evaluate(
     model: Recognizer, split: Split, config: Config, after_batch: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards.
+    """Evaluate the model on a whole split, in evaluation mode; its mode is restored afterwards.
 
-    `between` is called after each batch.
+    `after_batch` is called after each batch.
     """
     found = predict_split(model, split, config, after_batch)
     return Evaluation(
@@ -192,9 +192,9 @@ def evaluate(
 def predict_split(
     model: Recognizer, split: Split, config: Config, after_batch: Callable[[], None] = lambda: None
 ) -> Predictions:
-    """What the model reads on a whole split, in evaluation mode; the model's mode is as it was afterwards.
+    """Predict a whole split in evaluation mode; the mode of the model is restored afterwards.
 
-    Reads no tensor on the host, so that it can be traced.
+    Reads no tensor on the host, and can therefore be traced.
     """
     was_training = model.training
     model.eval()
@@ -219,35 +219,35 @@ def predict_split(
 def evaluate_run(
     run_dir: Path, split: str, display: Display, device_name: str = "auto"
 ) -> tuple[Evaluation, Dataset]:
-    """What a finished run's best weights read on one of its splits, on this machine; and its pictures.
+    """Evaluate the best weights of a finished run on one of its splits; return the dataset as well.
 
     Raises:
-        UserError: the run has no weights, or they are no longer those that it ended with.
+        UserError: the run has no weights, or the file was changed after the run; restore it.
     """
     weights = run_dir / "model.safetensors"
     check_file_unchanged(run_dir, weights.name)
     config = load(run_dir / "config.yaml")
-    # Another machine may lack the device that the run was trained on; reading needs any.
+    # The device that the run was trained on may not exist here; inference works on any.
     config = devices.for_inference(config, device_name, display)
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
-    outline = dataset.inspect_dataset(config, display)
+    spec = dataset.inspect_dataset(config, display)
     recorded = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))
-    data = dataset.load_or_build(outline, config, display)
+    data = dataset.load_or_build(spec, config, display)
     if data.manifest["images_sha256"] != recorded["images_sha256"]:
         display.warn(
-            "the pictures are not those of the run: "
-            f"{_first_difference(recorded['provenance'], outline.provenance)}"
+            "the images differ from those of the run: "
+            f"{_first_difference(recorded['provenance'], spec.provenance)}"
         )
-    chosen = data.split(split, device, config.device.preload_limit_mib)
-    return evaluate(model, chosen, config), data
+    images = data.split(split, device, config.device.preload_limit_mib)
+    return evaluate(model, images, config), data
 
 
 def _first_difference(then: Any, now: Any, key: str = "") -> str:
-    """The first thing that two descriptions do not have in common."""
+    """Describe the first difference between two provenances."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in (*then, *now):
             if then.get(name) != now.get(name):
                 return _first_difference(then.get(name), now.get(name), f"{key}.{name}" if key else name)
-        return "the same question gave other bytes"
-    return f"{key} was {then!r} and is {now!r}"
+        return "equal settings produced different bytes"
+    return f"{key} was {then!r}, now {now!r}"

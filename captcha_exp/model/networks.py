@@ -1,12 +1,12 @@
 """The networks and their heads.
 
-Axes: B batch, C channels, H height, W width, D features, S places along the width, T positions in the label,
-K classes (characters of the alphabet).
+Axes: B batch, C channels, H height, W width, D features, S columns of the feature map, T positions in the
+label, K classes (characters of the alphabet).
 
-A network turns pictures (B, H, W, C) uint8 into features (B, D, S): what it saw at each of S places from
-left to right. A head turns features into logits (B, T, K) and owns all that depends on how a label is
-written down: the loss, what the loss is at chance, and how logits are read. To add one of either: a class
-here, a class in config/schema.py, a line in `build`, and for a network a file in conf/model/.
+A network maps images (B, H, W, C) uint8 to features (B, D, S), one vector per column from left to right. A
+head maps features to logits (B, T, K) and owns everything that depends on the encoding of labels: the loss,
+the loss at chance, and decoding. To add a network or head: add a class here, a class in config/schema.py, a
+case in `build`, and for a network a file in conf/model/.
 """
 
 import contextlib
@@ -26,46 +26,44 @@ from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet
 
 
 class Head(Protocol):
-    """What a head offers."""
+    """The interface of a head."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, T, K) logits of features (B, D, S)."""
+        """Return logits (B, T, K) of features (B, D, S)."""
         ...
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """() mean loss of fp32 logits (B, T, K) against class ids (B, T)."""
+        """Return the () mean loss of fp32 logits (B, T, K) for class ids (B, T)."""
         ...
 
     def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) class ids, and (B, T) how sure the head is of each, in [0, 1]."""
+        """Return (B, T) class ids and their (B, T) confidences in [0, 1]."""
         ...
 
     def loss_at_chance(self) -> float:
-        """The loss of a head that knows nothing and gives every class the same."""
+        """Return the loss of equal logits for all classes."""
         ...
 
 
 class PositionHead(nn.Module):
-    """For each position of the label: a soft look at the places along the width, then one reader shared by
-    all.
+    """Attention pooling over the columns for each position of the label, then a classifier shared by all.
 
-    The look is learned twice over: from where a position usually stands, and from what is seen there.
-    Sharing the reader lets every character teach all positions.
+    The attention is the sum of a learned bias, the usual column of a position, and a score of the features.
+    Sharing the classifier lets all positions learn from every character.
     """
 
     def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.pos_bias = nn.Parameter(torch.zeros(num_positions, num_columns))
-        self.attn_score = nn.Conv1d(
-            num_features, num_positions, 1, bias=False
-        )  # the softmax would cancel a bias
+        # No bias: the softmax would cancel it.
+        self.attn_score = nn.Conv1d(num_features, num_positions, 1, bias=False)
         self.classifier = nn.Linear(num_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         attention = (self.attn_score(features) + self.pos_bias).softmax(dim=-1)  # (B, T, S)
-        seen: Tensor = self.classifier(attention @ features.mT)  # (B, T, S) @ (B, S, D)
-        return seen
+        logits: Tensor = self.classifier(attention @ features.mT)  # (B, T, S) @ (B, S, D)
+        return logits
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
@@ -79,8 +77,7 @@ class PositionHead(nn.Module):
 
 
 class GroupedSoftmaxHead(nn.Module):
-    """The article's head: one linear layer to T*K numbers, a softmax over each group of K, binary cross
-    entropy."""
+    """The article's head: a linear layer with T*K outputs, a softmax per group of K, binary cross entropy."""
 
     def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
         super().__init__()
@@ -92,39 +89,39 @@ class GroupedSoftmaxHead(nn.Module):
         return logits.view(-1, self.num_positions, self.num_classes)
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        wanted = (
+        expected = (
             F.one_hot(targets, self.num_classes).to(logits.dtype) * (1 - label_smoothing)
             + label_smoothing / self.num_classes
         )
-        return F.binary_cross_entropy(logits.softmax(dim=-1), wanted)
+        return F.binary_cross_entropy(logits.softmax(dim=-1), expected)
 
     def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         confidence, ids = logits.softmax(dim=-1).max(dim=-1)
         return ids, confidence
 
     def loss_at_chance(self) -> float:
-        share = 1 / self.num_classes
-        return -share * math.log(share) - (1 - share) * math.log(1 - share)
+        p = 1 / self.num_classes
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's, which can normalise the same batch again without counting it twice."""
+    """torch's batch norm, which can recompute a batch without updating the running statistics again."""
 
     skip_stats_update = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.skip_stats_update and self.training):
             return super().forward(x)
-        # With a momentum of 0 the statistics stay what they are.
+        # A momentum of 0 leaves the running statistics unchanged.
         statistics = (self.running_mean, self.running_var)
         return F.batch_norm(x, *statistics, self.weight, self.bias, True, 0.0, self.eps)
 
 
 class CheckpointedSequential(nn.Sequential):
-    """Blocks of layers, one after another; a ReLU belongs to what stands before it.
+    """A sequence of blocks with optional activation checkpointing; a ReLU belongs to the layer before it.
 
-    With `recompute` on, training keeps what enters each block and throws away what is computed inside it,
-    until the backward pass computes it again.
+    With activation checkpointing, training keeps only the input of each block and computes the activations
+    inside it again in the backward pass.
 
     Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
     """
@@ -136,26 +133,26 @@ class CheckpointedSequential(nn.Sequential):
             return cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]  # torch has no types for it
         for block in self._split_blocks():
             contexts = functools.partial(_checkpoint_contexts, block)
-            # No layer here draws, so there is no state of chance to be kept.
+            # No layer here is random, so no RNG state has to be kept.
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return x
 
     def _split_blocks(self) -> list[nn.Sequential]:
         layers = list(self)
-        begins = [number for number, layer in enumerate(layers) if not isinstance(layer, nn.ReLU)]
-        return [nn.Sequential(*layers[begin:end]) for begin, end in pairwise([*begins, len(layers)])]
+        starts = [index for index, layer in enumerate(layers) if not isinstance(layer, nn.ReLU)]
+        return [nn.Sequential(*layers[start:end]) for start, end in pairwise([*starts, len(layers)])]
 
 
 def _checkpoint_contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the forward pass of a block, and what surrounds it when it is done again."""
+    """Return the contexts of a block's forward pass and of its recomputation."""
     return contextlib.nullcontext(), _skip_stats_update(block)
 
 
 @contextlib.contextmanager
 def _skip_stats_update(block: nn.Module) -> Iterator[None]:
-    """A block's forward pass is one that has been counted already."""
+    """Keep the running statistics of a block's batch norms unchanged."""
     norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
     for norm in norms:
         norm.skip_stats_update = True
@@ -169,7 +166,7 @@ def _skip_stats_update(block: nn.Module) -> Iterator[None]:
 def conv_bn(
     in_channels: int, out_channels: int, kernel_size: int, stride: int | tuple[int, int] = 1
 ) -> nn.Sequential:
-    """Convolution and batch norm; the norm has the bias."""
+    """Return a convolution without bias and its batch norm."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2, bias=False),
         BatchNorm(out_channels),
@@ -179,10 +176,10 @@ def conv_bn(
 class CompactNet(nn.Module):
     """The small network of this project.
 
-    Shrinking early makes it cheap: both sides by half in the stem and in the first stage, the height alone
-    in each stage after. A quarter of the width stays, so that characters stand beside each other where the
-    head finds them. Each picture is brought to mean 0 and deviation 1: pale text on a pale ground is as good
-    as any other.
+    Early downsampling makes it cheap: the stem and the first stage halve both height and width, each later
+    stage only the height. A quarter of the width remains, in which characters are still in separate columns.
+    Each image is normalized to mean 0 and standard deviation 1, which makes the network invariant to
+    brightness and contrast.
     """
 
     def __init__(self, in_channels: int, widths: tuple[int, ...]) -> None:
@@ -202,7 +199,7 @@ class CompactNet(nn.Module):
 
 
 class CompactResidual(nn.Module):
-    """x + relu(norm(conv(x)))."""
+    """A residual block: x + relu(norm(conv(x)))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -215,8 +212,7 @@ class CompactResidual(nn.Module):
 class ResNet18Net(nn.Module):
     """The article's network: ResNet-18 with a 3x3 stem of stride 1 and no max-pool.
 
-    Its features are averaged over the whole picture; for a head that looks along the width, over the height
-    alone.
+    Features are averaged over the whole image, or over the height alone for a head that needs columns.
 
     Source: He et al., Deep residual learning for image recognition, CVPR 2016, table 1, option B.
     """
@@ -237,21 +233,21 @@ class ResNet18Net(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a short cut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv_bn(in_channels, out_channels, 3, stride)
         self.conv2 = conv_bn(out_channels, out_channels, 3)
-        same = in_channels == out_channels and stride == 1
-        self.downsample = nn.Identity() if same else conv_bn(in_channels, out_channels, 1, stride)
+        same_shape = in_channels == out_channels and stride == 1
+        self.downsample = nn.Identity() if same_shape else conv_bn(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.downsample(x))
 
 
 class Recognizer(nn.Module):
-    """A network with a head: pictures (B, H, W, C) uint8 -> logits (B, T, K)."""
+    """A network with a head: images (B, H, W, C) uint8 -> logits (B, T, K)."""
 
     def __init__(self, network: nn.Module, head: PositionHead | GroupedSoftmaxHead) -> None:
         super().__init__()
@@ -263,14 +259,14 @@ class Recognizer(nn.Module):
         return logits
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether a training computes the blocks' activations twice, so as not to keep them."""
+        """Set whether training recomputes the activations of blocks instead of keeping them."""
         for module in self.modules():
             if isinstance(module, CheckpointedSequential):
                 module.activation_checkpointing = enabled
 
 
 def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
-    """The recogniser of a config, with fresh weights from torch's global chance."""
+    """Build the recognizer of a config; its weights are drawn from torch's global RNG."""
     network: nn.Module
     match model:
         case CompactConfig():
@@ -281,20 +277,20 @@ def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
             assert_never(model)
     with torch.no_grad():
         blank = torch.zeros(1, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
-        _, features, places = network.eval()(blank).shape
+        _, features, columns = network.eval()(blank).shape
     head: PositionHead | GroupedSoftmaxHead
     match model.head:
         case "position":
-            head = PositionHead(features, places, captcha.length, len(captcha.alphabet))
+            head = PositionHead(features, columns, captcha.length, len(captcha.alphabet))
         case "grouped_softmax":
-            head = GroupedSoftmaxHead(features, places, captcha.length, len(captcha.alphabet))
+            head = GroupedSoftmaxHead(features, columns, captcha.length, len(captcha.alphabet))
         case _:
             assert_never(model.head)
     return Recognizer(network, head).train()
 
 
 def to_device(model: Recognizer, device: torch.device) -> Recognizer:
-    """The recogniser on the device, colours last in memory, as convolutions like it best."""
+    """Move the recognizer to the device, in channels_last, the fastest memory format for convolutions."""
     model.to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types other forms alone
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's overloads
     return model

@@ -1,10 +1,11 @@
-"""Optimisers, the learning rate, the loss scale of fp16. The rate is a function of the step alone: nothing to
-save, nothing to restore.
+"""Optimizers, the learning rate schedule, and the loss scale of fp16.
 
-The optimisers are torch's, by default the fused ones. They are the fastest (5.5 times the loop over
-parameters on a CPU), and they take `found_inf`, a flag on the device that turns a step into no step at all,
-so that nobody has to wait and look. The other kernels know no such flag; with them a step is done, and undone
-on the device where it must not count.
+The learning rate is a function of the step alone, so it has no state to save or restore.
+
+The optimizers are torch's, by default the fused ones. They are the fastest (5.5 times the speed of the
+for-loop implementation on a CPU) and support `found_inf`, a flag on the device that skips the step without a
+host synchronization. The other implementations have no such flag: their steps are run and then reverted on
+the device if they were not finite.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,36 +20,43 @@ from captcha_exp.config import TrainConfig
 def build_optimizer(
     train: TrainConfig, parameters: Iterable[nn.Parameter], on_gpu: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimiser of a config. Weights of two and more axes decay; biases and batch norms do not."""
+    """Build the optimizer of a config. Weight decay applies to tensors with two or more axes only."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    rate, kernel = train.learning_rate, train.optimizer_impl
-    fused, foreach = kernel == "fused", kernel == "foreach"
-    # Without it Adam counts its steps on the host, and one could not be undone there without a wait.
+    rate, fused, foreach = (
+        train.learning_rate,
+        train.optimizer_impl == "fused",
+        train.optimizer_impl == "foreach",
+    )
+    # Otherwise Adam counts its steps on the host, where a step cannot be reverted without a synchronization.
     capturable = on_gpu and not fused
-    made: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     match train.optimizer:
         case "adam":
-            made = torch.optim.Adam(groups, rate, fused=fused, foreach=foreach, capturable=capturable)
+            optimizer = torch.optim.Adam(groups, rate, fused=fused, foreach=foreach, capturable=capturable)
         case "adamw":
             betas = (0.9, 0.99)
-            made = torch.optim.AdamW(groups, rate, betas, fused=fused, foreach=foreach, capturable=capturable)
+            optimizer = torch.optim.AdamW(
+                groups, rate, betas, fused=fused, foreach=foreach, capturable=capturable
+            )
         case "sgd":
-            made = torch.optim.SGD(groups, rate, momentum=0.9, nesterov=True, fused=fused, foreach=foreach)
+            optimizer = torch.optim.SGD(
+                groups, rate, momentum=0.9, nesterov=True, fused=fused, foreach=foreach
+            )
         case _:
             assert_never(train.optimizer)
-    # torch would speak of CUDA graphs, for which the steps are on the device as well.
-    made._warned_capturable_if_run_uncaptured = True
+    # torch would warn that capturable is meant for CUDA graphs.
+    optimizer._warned_capturable_if_run_uncaptured = True
     for parameter in parameters:
-        made.state[parameter].update(_init_state(train.optimizer, parameter))
-    return made
+        optimizer.state[parameter].update(_init_state(train.optimizer, parameter))
+    return optimizer
 
 
 def _init_state(name: Literal["adam", "adamw", "sgd"], parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What torch makes in the first step, which may be one that must not count."""
+    """Return the state that torch would create in the first step, which may have to be reverted."""
     if name == "sgd":
         return {"momentum_buffer": torch.zeros_like(parameter)}
     step = torch.tensor(0.0, device=parameter.device)
@@ -56,9 +64,9 @@ def _init_state(name: Literal["adam", "adamw", "sgd"], parameter: nn.Parameter) 
 
 
 def step(optimizer: torch.optim.Optimizer, finite: Tensor, scale: Tensor | None) -> None:
-    """One step with the gradients divided by `scale` (), where `finite` () bool is true; else none."""
+    """Run one step with the gradients divided by `scale` () if `finite` () bool is true; else none."""
     if optimizer.defaults["fused"]:
-        # Read as GradScaler sets them: where found_inf is 1 the step leaves everything as it is.
+        # The attributes that GradScaler sets: with found_inf = 1 the step changes nothing.
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.step()
@@ -68,24 +76,24 @@ def step(optimizer: torch.optim.Optimizer, finite: Tensor, scale: Tensor | None)
         for gradient in (p.grad for p in parameters if p.grad is not None):
             gradient.div_(scale)
     with torch.no_grad():
-        kept = [*parameters, *(value for values in optimizer.state.values() for value in values.values())]
-        before = [value.clone() for value in kept]
+        tensors = [*parameters, *(value for values in optimizer.state.values() for value in values.values())]
+        before = [value.clone() for value in tensors]
         optimizer.step()
-        revert_unless(finite, kept, before)
+        revert_unless(finite, tensors, before)
 
 
 @torch.no_grad()
 def revert_unless(finite: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-    """The tensors are as they were before, unless `finite` () bool."""
+    """Copy the old values back into the tensors unless `finite` () bool is true."""
     for tensor, old in zip(tensors, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
 
 
 class LossScale:
-    """What the loss is multiplied by before the backward pass in fp16, where small gradients would become 0.
+    """The factor of the loss in fp16, without which small gradients would underflow to 0.
 
-    It lives on the device, so that no step waits: a gradient that is not finite halves it, and many steps
-    that all were double it. The optimiser divides the gradients by it.
+    It is kept on the device, so no step waits for it: a non-finite gradient halves it, GROWTH_INTERVAL finite
+    steps in a row double it. The optimizer divides the gradients by it.
 
     Source: Micikevicius et al., Mixed precision training, ICLR 2018, section 3.2.
     """
@@ -99,11 +107,11 @@ class LossScale:
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)  # in a row
 
     def is_at_minimum(self) -> Tensor:
-        """() bool: whether it has nowhere left to fall."""
+        """Return () bool: whether the factor cannot be halved any more."""
         return self.factor <= self.MIN_SCALE
 
     def update(self, finite: Tensor) -> None:
-        """After a step whose gradients were finite, or not: () bool."""
+        """Update the factor after a step; `finite` () bool says whether its gradients were."""
         good = torch.where(finite, self.good_steps + 1, 0)
         grow = good >= self.GROWTH_INTERVAL
         grown = torch.where(grow, self.factor * 2, self.factor)
@@ -113,21 +121,21 @@ class LossScale:
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate of step number `step`, counted from 0, of `steps` in all."""
+    """Return the learning rate of a step, counted from 0."""
     match train.schedule:
         case "constant":
             return train.learning_rate
         case "onecycle":
-            # Half a step is added, so that neither the first nor the last step has a rate of zero.
-            place = (step + 0.5) / total_steps
-            up = place / train.warmup_fraction if train.warmup_fraction else 1.0
-            down = (1 - place) / (1 - train.warmup_fraction)
+            # Half a step is added: neither the first nor the last step then has a rate of zero.
+            fraction = (step + 0.5) / total_steps
+            up = fraction / train.warmup_fraction if train.warmup_fraction else 1.0
+            down = (1 - fraction) / (1 - train.warmup_fraction)
             return train.learning_rate * min(up, down)
         case _:
             assert_never(train.schedule)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate

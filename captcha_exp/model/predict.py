@@ -1,7 +1,7 @@
-"""Pictures -> text, with a run's weights or a weights file.
+"""Inference on image files with the weights of a run or a weights file.
 
-What a picture goes through is what it went through in training: decoded, brought to the size of the config
-by the one resize, read in the precision of the run.
+Images are preprocessed as in training: decoded, resized to the size of the config by the same function, and
+predicted in the precision of the run.
 """
 
 import os
@@ -26,7 +26,7 @@ from captcha_exp.runtime.console import Display
 
 @dataclass(frozen=True)
 class Prediction:
-    """What stands in one picture, or why that cannot be said."""
+    """The predicted text of an image, or the reason why it cannot be used."""
 
     image: Path
     text: str = ""
@@ -35,14 +35,15 @@ class Prediction:
 
     @property
     def confidence(self) -> float:
-        """Of the whole text, in [0, 1]: the head takes its characters for independent."""
+        """Confidence of the whole text in [0, 1]; the head treats its characters as independent."""
         return float(np.prod(self.confidences)) if self.confidences else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the values that `predict --json` prints."""
         if self.error:
-            return {"picture": str(self.image), "error": self.error}
+            return {"image": str(self.image), "error": self.error}
         return {
-            "picture": str(self.image),
+            "image": str(self.image),
             "text": self.text,
             "confidence": self.confidence,
             "confidences": list(self.confidences),
@@ -50,13 +51,13 @@ class Prediction:
 
 
 class Predictor:
-    """A trained recogniser that reads picture files."""
+    """A trained recognizer that predicts the text of image files."""
 
     def __init__(self, weights: Path, device: str, display: Display) -> None:
-        """From a weights file, onto a device: auto or a name as in device.name.
+        """Load a weights file onto a device, "auto" or a name as in device.name.
 
         Raises:
-            UserError: the file is missing, damaged or no recogniser; the device is not here.
+            UserError: the file is missing, damaged or not a recognizer, or the device is not available.
         """
         model, config = load_weights(weights, torch.device("cpu"))
         self.config = devices.for_inference(config, device, display)
@@ -66,26 +67,26 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, paths: Sequence[Path]) -> list[Prediction]:
-        """A reading for each picture, in order; one that cannot be used has an error instead of a text."""
-        arrays, usable, readings = [], [], dict[Path, Prediction]()
+        """Return one prediction per image, in order; that of an invalid image has an error and no text."""
+        arrays, valid, predictions = [], [], dict[Path, Prediction]()
         for path in paths:
             try:
                 arrays.append(decode_image(read_bytes(path), self.config.captcha)[1])
-                usable.append(path)
+                valid.append(path)
             except InvalidImage as reason:
-                readings[path] = Prediction(path, error=str(reason))
+                predictions[path] = Prediction(path, error=str(reason))
         if arrays:
             images = torch.from_numpy(np.stack(arrays)).to(self.device)
             with devices.autocast(self.config, self.device):
                 logits = self._model(images)
             ids, confidences = (x.cpu().tolist() for x in self._model.head.decode(logits.float()))
-            for path, characters, sure in zip(usable, ids, confidences, strict=True):
-                readings[path] = Prediction(path, self._alphabet.decode(characters), tuple(sure))
-        return [readings[path] for path in paths]
+            for path, text, confidence in zip(valid, ids, confidences, strict=True):
+                predictions[path] = Prediction(path, self._alphabet.decode(text), tuple(confidence))
+        return [predictions[path] for path in paths]
 
     def predict_all(self, paths: Sequence[Path], display: Display) -> Iterator[Prediction]:
-        """Readings of many pictures, some hundred at a time."""
-        with display.progress_bar(f"reading {len(paths):,} pictures", len(paths)) as bar:
+        """Yield the predictions of many images, predicted in batches."""
+        with display.progress_bar(f"predicting {len(paths):,} images", len(paths)) as bar:
             size = self.config.train.eval_batch_size
             for start in range(0, len(paths), size):
                 yield from self.predict(paths[start : start + size])
@@ -93,39 +94,39 @@ class Predictor:
 
 
 def resolve_weights(run: str) -> Path:
-    """The weights file that is meant: of a run, or a .safetensors file itself.
+    """Return the weights file of a run; a name that ends in .safetensors is the file itself.
 
     Raises:
-        UserError: there is no such run or file, or it is not the one that the run ended with.
+        UserError: there is no such run, or its weights were changed after it finished; restore them.
     """
     if run.endswith(".safetensors"):
         return Path(run)
-    folder = find_run(run)
-    check_file_unchanged(folder, "model.safetensors")
-    return folder / "model.safetensors"
+    run_dir = find_run(run)
+    check_file_unchanged(run_dir, "model.safetensors")
+    return run_dir / "model.safetensors"
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
-    """The pictures that are meant: each name is a picture or a folder of them, inner folders included.
+    """Return the image files for these names; a folder stands for all images in it, recursively.
 
     Raises:
-        UserError: a folder has no picture in it.
+        UserError: a folder contains no image.
     """
     files: list[Path] = []
     for name in names:
         path = expand_path(name)
-        if not os.path.isdir(path):  # noqa: PTH112 - pathlib's own raises where a name is too long
+        if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for names that are too long
             files.append(path)
             continue
-        inside = list_images(path)
-        if not inside:
-            raise UserError(f"{name}: there is no picture in this folder")
-        files += inside
+        images = list_images(path)
+        if not images:
+            raise UserError(f"{name}: contains no images; pass an image file or a folder of images")
+        files += images
     return files
 
 
 def expand_path(name: str) -> Path:
-    """The path of this name, with `~` for a person's home; as it stands where there is no such person."""
+    """Return the path with `~` expanded; unchanged if there is no such user."""
     try:
         return Path(name).expanduser()
     except RuntimeError:

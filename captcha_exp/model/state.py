@@ -1,8 +1,8 @@
-"""What a training has reached, and the file from which an interrupted one goes on.
+"""The train state and its checkpoint files.
 
-checkpoint/step-N.safetensors in the run's folder holds all that changes while a training runs: every tensor,
-and as text the counters and a SHA-256 over both, since safetensors itself sees no flipped bit. Two
-generations are kept, so that a damaged one costs the steps since the one before it, and not the training.
+checkpoint/step-N.safetensors in the run directory contains everything that changes during training: all
+tensors, and in the metadata the counters and a SHA-256 of both, since safetensors does not detect flipped
+bits. Two checkpoints are kept: if the latest is damaged, training resumes from the one before it.
 """
 
 import dataclasses
@@ -29,29 +29,23 @@ from captcha_exp.runs import list_checkpoints
 from captcha_exp.runtime.files import write_atomically
 
 KEEP_LAST = 2
-_COUNTERS = (
-    "step",
-    "epoch",
-    "best_accuracy",
-    "best_loss",
-    "best_epoch",
-    "last_improved_epoch",
-)  # of a TrainState
+# Attributes of a TrainState.
+_COUNTERS = ("step", "epoch", "best_accuracy", "best_loss", "best_epoch", "last_improved_epoch")
 
 
 @dataclass
 class EpochProgress:
-    """How far an epoch has come."""
+    """The running sums of an unfinished epoch."""
 
-    loss: Tensor  # () sum over its pictures
-    num_correct: Tensor  # () pictures read right in training mode
+    loss: Tensor  # () sum over its images
+    num_correct: Tensor  # () images predicted correctly in training mode
     num_batches: int = 0
-    num_images: int = 0  # pictures
+    num_images: int = 0
     seconds: float = 0.0  # of training
 
     @staticmethod
     def zeros(device: torch.device) -> "EpochProgress":
-        """An epoch that begins."""
+        """Return the progress of an epoch that starts."""
         return EpochProgress(
             torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
         )
@@ -59,122 +53,129 @@ class EpochProgress:
 
 @dataclass
 class TrainState:
-    """Everything that changes while a training runs."""
+    """Everything that changes during training."""
 
     model: Recognizer
     optimizer: torch.optim.Optimizer
-    loss_scale: LossScale | None  # for fp16 alone
+    loss_scale: LossScale | None  # fp16 only
     step: int = 0
-    epoch: int = 0  # the one under way, from 1; between epochs the last one
-    progress: EpochProgress | None = None  # of the epoch under way; None between epochs
+    epoch: int = 0  # the current one, from 1; between epochs the last one
+    progress: EpochProgress | None = None  # of the current epoch; None between epochs
     best_accuracy: float = -1.0
-    best_loss: float = math.inf  # the least of those with the best accuracy
+    best_loss: float = math.inf  # the lowest among the epochs with the best accuracy
     best_epoch: int = 0
-    last_improved_epoch: int = 0  # the first one with the best accuracy
+    last_improved_epoch: int = 0  # the first with the best accuracy
     best_weights: Mapping[str, Tensor] | None = None
-    start_time: float = field(
-        default_factory=time.perf_counter
-    )  # earlier, by what it took before a checkpoint
+    # By time.perf_counter; moved back by the seconds before the checkpoint on resume.
+    start_time: float = field(default_factory=time.perf_counter)
 
     def begin_or_continue_epoch(self, device: torch.device) -> EpochProgress:
-        """The epoch that was interrupted, or else the next one."""
+        """Continue the interrupted epoch, or begin the next one."""
         if self.progress is None:
             self.epoch += 1
             self.progress = EpochProgress.zeros(device)
         return self.progress
 
     def update_best(self, accuracy: float, loss: float) -> bool:
-        """Whether this epoch is better on the validation split than any before; then its weights are kept.
+        """Keep the weights if this epoch is the best on the validation split; return whether it is.
 
-        Of equal accuracies, which are frequent where few pictures validate, the lesser loss is better.
+        Equal accuracies are frequent with few validation images; the lower loss is then better.
         """
         if accuracy > self.best_accuracy:
             self.last_improved_epoch = self.epoch
         elif accuracy < self.best_accuracy or not loss < self.best_loss:
             return False
         self.best_accuracy, self.best_loss, self.best_epoch = accuracy, loss, self.epoch
-        # On the host, where memory is plenty; on the device they would stand beside all later steps.
+        # On the host: on the device they would take memory in all later steps.
         self.best_weights = {
             name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()
         }
         return True
 
     def epochs_since_improvement(self) -> int:
-        """Epochs since the last one that was more accurate than all before it."""
+        """Return the number of epochs since the accuracy last improved."""
         return self.epoch - self.last_improved_epoch
 
     def should_stop_early(self, train: TrainConfig) -> bool:
-        """Whether more epochs than train.patience have brought no gain."""
+        """Return whether more than train.patience epochs passed without improvement."""
         return train.patience is not None and self.epochs_since_improvement() > train.patience
 
     def is_finished(self, train: TrainConfig) -> bool:
-        """Whether there is no epoch more to train."""
+        """Return whether no epoch remains to be trained."""
         return self.progress is None and (self.epoch >= train.epochs or self.should_stop_early(train))
 
     def restore_best_weights(self) -> None:
-        """The weights of the best epoch, in the model."""
+        """Load the weights of the best epoch into the model."""
         if self.best_weights is not None:
             self.model.load_state_dict(dict(self.best_weights))
 
     def elapsed_seconds(self) -> float:
-        """Seconds that the training has taken, in all processes that had a part in it."""
+        """Return the seconds that training has taken, including the processes before an interruption."""
         return time.perf_counter() - self.start_time
 
     # -- as a file -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by a name of its own, as it is, best weights and global chance among them."""
+        """Return all tensors by unique names, including the best weights and the global RNG state."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         for parameter, values in self.optimizer.state.items():
-            found |= {f"optimizer/{names[parameter]}/{key}": value for key, value in values.items()}
+            tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in values.items()}
         if self.loss_scale is not None:
-            found["loss_scale/factor"] = self.loss_scale.factor
-            found["loss_scale/good_steps"] = self.loss_scale.good_steps
+            tensors["loss_scale/factor"] = self.loss_scale.factor
+            tensors["loss_scale/good_steps"] = self.loss_scale.good_steps
         if self.progress is not None:
-            found |= {"progress/loss": self.progress.loss, "progress/num_correct": self.progress.num_correct}
-        found |= {f"best/{name}": value for name, value in (self.best_weights or {}).items()}
-        # Every draw of ours has a key and needs none of it; a layer of torch's own, dropout say, would.
-        found["rng/cpu"] = torch.get_rng_state()
+            tensors |= {
+                "progress/loss": self.progress.loss,
+                "progress/num_correct": self.progress.num_correct,
+            }
+        tensors |= {f"best/{name}": value for name, value in (self.best_weights or {}).items()}
+        # Not used by this project, which derives every seed; layers of torch such as dropout would use it.
+        tensors["rng/cpu"] = torch.get_rng_state()
         if (device := self._device()).type == "cuda":
-            found["rng/cuda"] = torch.cuda.get_rng_state(device)
-        return found
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
+        return tensors
 
     def counters(self) -> dict[str, Any]:
-        """All that is no tensor."""
-        done = self.progress
+        """Return everything that is not a tensor, as JSON values."""
+        progress = self.progress
         return {
             **{name: getattr(self, name) for name in _COUNTERS},
-            "progress": done
-            and {"batches": done.num_batches, "seen": done.num_images, "seconds": done.seconds},
+            "progress": progress
+            and {
+                "num_batches": progress.num_batches,
+                "num_images": progress.num_images,
+                "seconds": progress.seconds,
+            },
             "seconds": self.elapsed_seconds(),
         }
 
     @torch.no_grad()
     def load_state_dict(self, checkpoint: "Checkpoint") -> None:
-        """All of it as it was when it was saved.
+        """Restore everything from a checkpoint.
 
         Raises:
-            UserError: it is the checkpoint of another network or optimiser.
+            UserError: it belongs to another network or optimizer; start a new run with --resume=never.
         """
         counters, device = checkpoint.counters, self._device()
-        done = counters["progress"]
-        self.progress = done and dataclasses.replace(EpochProgress.zeros(device), **done)
+        progress = counters["progress"]
+        self.progress = progress and dataclasses.replace(EpochProgress.zeros(device), **progress)
         best = {name.removeprefix("best/"): name for name in checkpoint.tensors if name.startswith("best/")}
-        # A copy: a tensor that stands in a mapped file would keep the file.
+        # A copy: a tensor of a memory-mapped file would keep the file open.
         self.best_weights = {name: checkpoint.tensors[key].clone() for name, key in best.items()} or None
         self.start_time -= counters["seconds"]
         for name in _COUNTERS:
             setattr(self, name, counters[name])
-        apart = ("best/", "chance/")
-        own = {name: value for name, value in self.state_dict().items() if not name.startswith(apart)}
-        others = {name for name in checkpoint.tensors if not name.startswith(apart)} ^ own.keys()
-        others |= {name for name in own.keys() - others if own[name].shape != checkpoint.tensors[name].shape}
-        if others:
+        separate = ("best/", "rng/")
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith(separate)}
+        different = {name for name in checkpoint.tensors if not name.startswith(separate)} ^ own.keys()
+        different |= {
+            name for name in own.keys() - different if own[name].shape != checkpoint.tensors[name].shape
+        }
+        if different:
             raise UserError(
-                f"{checkpoint.path}: does not fit the run's config: {min(others)} is not the "
-                "same; the config was "
-                "changed, or the file is another run's. captcha-exp train --resume=never starts anew"
+                f"{checkpoint.path}: does not match the config of the run ({min(different)} differs); "
+                "restore its config.yaml, or start a new run with --resume=never"
             )
         for name, value in own.items():
             value.copy_(checkpoint.tensors[name])
@@ -187,33 +188,33 @@ class TrainState:
 
 
 class Checkpoint(NamedTuple):
-    """A state as it was saved."""
+    """The content of a checkpoint file."""
 
     path: Path
     tensors: Mapping[str, Tensor]
     counters: Mapping[str, Any]
 
     def completed_epochs(self) -> set[int]:
-        """Those that had ended."""
-        under_way = self.counters["progress"] is not None
-        return set(range(1, self.counters["epoch"] + (not under_way)))
+        """Return the numbers of the completed epochs."""
+        in_epoch = self.counters["progress"] is not None
+        return set(range(1, self.counters["epoch"] + (not in_epoch)))
 
 
 def save(checkpoint_dir: Path, state: TrainState) -> Path:
-    """The file of the state, on the disk when this returns; then files before the last generations go."""
+    """Write a checkpoint to disk, remove the oldest ones, and return its path."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.state_dict().items()}
     counters = json.dumps(state.counters())
     values = {**json.loads(counters), "sha256": _digest(tensors, counters)}
     checkpoint_dir.mkdir(exist_ok=True)
     path = checkpoint_dir / f"step-{state.step}.safetensors"
-    # One key alone, as in a file of weights.
+    # A single metadata entry, as in a weights file.
     write_atomically(path, to_safetensors(tensors, {"state": json.dumps(values)}))
     prune(checkpoint_dir, KEEP_LAST)
     return path
 
 
 def prune(checkpoint_dir: Path, keep_last: int) -> None:
-    """No file but the newest ones; damaged ones go, too."""
+    """Remove all but the latest checkpoints, and the damaged ones."""
     for old in (*list_checkpoints(checkpoint_dir)[keep_last:], *checkpoint_dir.glob("*.damaged")):
         old.unlink()
 
@@ -221,22 +222,22 @@ def prune(checkpoint_dir: Path, keep_last: int) -> None:
 def load_latest(
     checkpoint_dir: Path, warn: Callable[[str], None], recorded_epochs: Collection[int] | None = None
 ) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is none. A damaged one is told of and set aside.
+    """Return the latest valid checkpoint, or None; warn of each damaged one and rename it.
 
-    One that comes after an epoch that is not recorded is told of and set aside, too: that epoch is to be
-    trained again.
+    A checkpoint after an epoch that is missing in `recorded_epochs` is treated as damaged: that epoch has to
+    be trained again to be recorded.
     """
     for path in list_checkpoints(checkpoint_dir):
         try:
-            found = _load(path)
-            lost = set() if recorded_epochs is None else found.completed_epochs().difference(recorded_epochs)
-            if not lost:
-                return found
-            trouble = f"is not used, since metrics.jsonl has no whole line of epoch {min(lost)}"
+            loaded = _load(path)
+            missing = set() if recorded_epochs is None else loaded.completed_epochs() - set(recorded_epochs)
+            if not missing:
+                return loaded
+            problem = f"skipped: metrics.jsonl has no valid line for epoch {min(missing)}"
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            trouble = f"is damaged and not used ({reason})"
-        warn(f"{path}: {trouble}; the checkpoint before it is, if there is one")
+            problem = f"damaged, skipped ({reason})"
+        warn(f"{path}: {problem}; using the previous checkpoint, if any")
         path.rename(path.with_name(f"{path.name}.damaged"))
     return None
 
@@ -247,7 +248,7 @@ def _load(path: Path) -> Checkpoint:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     expected = counters.pop("sha256")
     if _digest(tensors, json.dumps(counters)) != expected:
-        raise ValueError("its SHA-256 is another")
+        raise ValueError("SHA-256 mismatch")
     return Checkpoint(path, tensors, counters)
 
 
@@ -256,7 +257,7 @@ def _digest(tensors: Mapping[str, Tensor], counters: str) -> str:
 
 
 class CheckpointInterval:
-    """Says when it is time for a checkpoint, by train.checkpoint_every."""
+    """Decides when a checkpoint is due, by train.checkpoint_every."""
 
     def __init__(self, every: str | None, clock: Callable[[], float] = time.monotonic) -> None:
         parts = CHECKPOINT_EVERY_PATTERN.fullmatch(every or "")
@@ -264,7 +265,7 @@ class CheckpointInterval:
         self._clock, self._last_saved = clock, clock()
 
     def is_due(self, state: TrainState) -> bool:
-        """After a step, or an epoch."""
+        """Return whether a checkpoint is due after this step or epoch."""
         match self._unit:
             case "step":
                 return state.progress is not None and state.step % self._every == 0
@@ -275,5 +276,5 @@ class CheckpointInterval:
         return False
 
     def reset(self) -> None:
-        """Minutes are counted from here."""
+        """Restart the count of minutes."""
         self._last_saved = self._clock()

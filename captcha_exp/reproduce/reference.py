@@ -10,6 +10,7 @@ import safetensors
 
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import MetricsRow, find_linked, read_metrics_rows
 from captcha_exp.runs.fields import flatten, read_flat_config
 from captcha_exp.runs.files import list_run_files
@@ -164,7 +165,7 @@ def load_result(run_dir: Path, state: Mapping[str, Any]) -> RunResult:
             environment=_read_json(run_dir / "environment.json"),
             misreads={
                 str(misread["image"]): (str(misread["label"]), str(misread["predicted"]))
-                for misread in test["errors"]
+                for misread in test["misreads"]
             },
             num_test_images=int(test["images"]),
             code_hashes=_read_json(code_file) if code_file.is_file() else {},
@@ -233,7 +234,7 @@ def _config_of_weights(path: Path) -> dict[str, Any] | None:
     """Return the flat config stored in the weights file; None if the file is missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return flatten(json.loads((file.metadata() or {})["config"]))
+            return flatten(config_from_metadata(file.metadata() or {}))
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

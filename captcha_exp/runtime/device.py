@@ -28,11 +28,8 @@ _OOM_MARKERS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STAT
 T = TypeVar("T")
 
 
-def detect_machine(
-    fastest_precision: Callable[[Config], Precision] = lambda _: "fp32",
-    best_batch_size: Callable[[Config], int] | None = None,
-) -> Machine:
-    """Return what `resolve` needs to know about this machine; the functions are only needed for training."""
+def detect_machine() -> Machine:
+    """Return what `resolve` needs to know about this machine."""
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
     devices = (
         (["cuda", *gpus] if gpus else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
@@ -47,14 +44,7 @@ def detect_machine(
         "cuda": f"this machine has {len(gpus)} CUDA GPUs" if gpus else no_cuda,
         "mps": "mps requires a Mac with Apple silicon",
     }
-    return Machine(
-        tuple(devices),
-        _num_physical_cores(),
-        root_dir(),
-        unavailable_reason,
-        fastest_precision,
-        best_batch_size,
-    )
+    return Machine(tuple(devices), _num_physical_cores(), root_dir(), unavailable_reason)
 
 
 def _is_cuda_available() -> bool:
@@ -179,7 +169,7 @@ def describe(config: Config) -> str:
 def autocast(config: Config, device: torch.device) -> Iterator[None]:
     """Autocast to the precision of the config; for the forward pass only, the loss is computed in fp32."""
     match config.device.precision:
-        case "fp32" | "auto":  # a resolved config has no auto
+        case "fp32" | "auto":  # autotuning has replaced auto before training
             yield
         case "bf16" | "fp16" as half:
             with torch.autocast(device.type, torch.bfloat16 if half == "bf16" else torch.float16):

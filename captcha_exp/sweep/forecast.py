@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from captcha_exp import runs
-from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve
+from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_untuned_defaults
 from captcha_exp.data import dataset
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
@@ -48,13 +48,13 @@ def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
     Raises:
         ConfigError: the images of some jobs are missing or invalid; one line per problem, for all jobs.
     """
-    machine = devices.detect_machine(best_batch_size=lambda asked: (asked.train.micro_batch_size or 0) + 1)
+    machine = devices.detect_machine()
     split_sizes: dict[tuple[DataConfig, CaptchaConfig], Mapping[str, int]] = {}  # each dataset is read once
     planned = []
     errors: dict[str, None] = {}  # without duplicates
     with display.progress_bar("planning", len(jobs)) as bar:
         for job in jobs:
-            config = resolve(job.requested, machine)
+            config = with_untuned_defaults(resolve(job.requested, machine))
             key = (config.data, config.captcha)
             try:
                 if key not in split_sizes:

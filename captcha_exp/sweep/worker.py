@@ -32,20 +32,26 @@ def worker_main() -> None:
     from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.runtime.shutdown import ShutdownHandler
     from captcha_exp.tracking import make_tracker
-    from captcha_exp.training.train import train
+    from captcha_exp.training.train import resume, train
 
     config, display = load(job["config"]), RichDisplay()
     tracker = make_tracker(config, display, job["choices"], job["name"], job["parent_run_id"])
     try:
-        train(
-            config,
-            tracker,
-            display,
-            Path(job["run_dir"]),
-            lineage=job["lineage"],
-            extend_from=job["extend_from"] and Path(job["extend_from"]),
-            shutdown=ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60),
-        )
+        run_dir = Path(job["run_dir"])
+        extend_from = job["extend_from"] and Path(job["extend_from"])
+        shutdown = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)
+        if (run_dir / "run.json").exists():
+            resume(run_dir, tracker, display, extend_from=extend_from, shutdown=shutdown)
+        else:
+            train(
+                config,
+                tracker,
+                display,
+                run_dir=run_dir,
+                lineage=job["lineage"],
+                extend_from=extend_from,
+                shutdown=shutdown,
+            )
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)

@@ -1,8 +1,7 @@
-"""Too little memory, told as a result: where it happened, how much was taken, what would spare it.
+"""Out of memory as a result: where it happened, the peak, and what would need less memory.
 
-A step cannot be repeated after it: an optimiser that was stopped half-way has moved some of its state, batch
-norms have seen the batch. A run can, from its beginning and in a fresh process, with smaller parts of the
-same batch.
+The failed step cannot be repeated: the optimizer may have updated a part of its state, and batch norms have
+already counted the batch. A run can be repeated from the start in a new process, with smaller micro-batches.
 """
 
 from collections.abc import Mapping
@@ -22,12 +21,12 @@ from captcha_exp.runtime.console import Display
 
 OomPhase: TypeAlias = Literal["training", "evaluation"]
 
-MAX_REMEDIES = 3  # that are named
-MAX_REMEDY_FRACTION = 0.9  # of what was foretold: a remedy that spares less may fail just so
+MAX_REMEDIES = 3  # in a message
+MAX_REMEDY_FRACTION = 0.9  # of the predicted memory: a remedy that saves less may fail as well
 
 
 class TrainingOutOfMemoryError(RunFailed):
-    """A run that took more memory than there was; its record says where, and the line what would help."""
+    """A run is out of memory; the message says where it happened and what would help."""
 
     def __init__(self, line: str, is_result: bool) -> None:
         super().__init__(line)
@@ -43,17 +42,17 @@ def record_oom(
     run: Run,
     display: Display,
 ) -> tuple[TrainingOutOfMemoryError, MetricsRow]:
-    """What to raise, and the metrics of a run that has just met too little memory; noted in its record."""
+    """Record that a run is out of memory; return the error to raise and the metrics to log."""
     device = torch.device(config.device.name)
-    # Evaluation puts the model into its own mode, and has not come to put it back.
+    # The evaluation did not get to restore the training mode.
     during: OomPhase = "evaluation" if state is not None and not state.model.training else "training"
     phase = {"training": "train", "evaluation": "eval"}[during]
     meter = devices.MemoryMeter(device)
     metrics = meter.peaks(phase) | plan.prediction_error_metrics([])
     peak_mib = metrics["memory/process_peak_mib"] = meter.process_peak_mib()
     epoch, step = (state.epoch, state.step + 1) if state is not None else (0, 0)
-    splits = config.train.on_oom == "split"  # that is tried next, and needs no search for others
-    spared = [] if splits else find_remedies(plan, split_sizes, config, display)
+    splits = config.train.on_oom == "split"  # tried next, so remedies are not needed
+    remedies = [] if splits else find_remedies(plan, split_sizes, config, display)
     run.update(
         tags={**run.state["tags"], "oom": "true"},
         oom={
@@ -62,38 +61,39 @@ def record_oom(
             "step": step,
             "peak_mib": peak_mib,
             "predicted_mib": plan.process_mib,
-            "remedies": spared,
+            "remedies": remedies,
         },
     )
-    place = f"{during}, epoch {epoch}, step {step}" if step else "setting up"
-    line = (
-        f"out of memory in {place}: {peak_mib:,.0f} MiB taken at most, {plan.process_mib} MiB foretold "
-        f"for {config.gpu.name}; "
-        f"{'train.on_oom=split tries less at a time' if splits else format_remedies(spared)}"
+    position = f"{during}, epoch {epoch}, step {step}" if step else "setup"
+    message = (
+        f"out of memory in {position}: peak {peak_mib:,.0f} MiB, predicted {plan.process_mib} MiB for "
+        f"{config.gpu.name}; "
+        f"{'retrying with smaller parts (train.on_oom=split)' if splits else format_remedies(remedies)}"
     )
-    return TrainingOutOfMemoryError(line, config.train.on_oom != "fail"), MetricsRow(epoch, now_ms(), metrics)
+    error = TrainingOutOfMemoryError(message, config.train.on_oom != "fail")
+    return error, MetricsRow(epoch, now_ms(), metrics)
 
 
 def find_remedies(plan: Plan, split_sizes: Mapping[str, int], config: Config, display: Display) -> list[str]:
-    """The cheapest in time of what needs clearly less than this plan, each with the MiB that it needs.
+    """Return the fastest settings that need clearly less memory than this plan, each with its MiB.
 
-    Where there are few, the largest batch that fits is one more.
+    If there are few, the largest batch size that fits is added.
     """
-    room_mib = MAX_REMEDY_FRACTION * plan.process_mib.max
+    limit_mib = MAX_REMEDY_FRACTION * plan.process_mib.max
     if plan.budget_mib is not None:
-        room_mib = min(room_mib, plan.budget_mib.min)
-    if room_mib <= config.gpu.context_mib.max:  # nothing fits: half a minute would be spent to find none
+        limit_mib = min(limit_mib, plan.budget_mib.min)
+    if limit_mib <= config.gpu.context_mib.max:  # nothing can fit: skip the search, which takes half a minute
         return []
-    tighter = replace(config, device=replace(config.device, vram_budget_mib=max(1, int(room_mib))))
-    found = advise(tighter, split_sizes, None, display)[:MAX_REMEDIES]
-    named = [f"{' '.join(each.overrides)} ({each.plan.process_mib} MiB)" for each in found]
-    if len(named) < MAX_REMEDIES and (largest := Planner(tighter, split_sizes).max_batch_plan()):
-        named.append(f"train.batch_size={largest.batch_size} ({largest.process_mib} MiB)")
-    return named
+    tighter = replace(config, device=replace(config.device, vram_budget_mib=max(1, int(limit_mib))))
+    advice = advise(tighter, split_sizes, None, display)[:MAX_REMEDIES]
+    remedies = [f"{' '.join(each.overrides)} ({each.plan.process_mib} MiB)" for each in advice]
+    if len(remedies) < MAX_REMEDIES and (largest := Planner(tighter, split_sizes).max_batch_plan()):
+        remedies.append(f"train.batch_size={largest.batch_size} ({largest.process_mib} MiB)")
+    return remedies
 
 
 def format_remedies(remedies: list[str]) -> str:
-    """Remedies in one line."""
+    """Return remedies in one line."""
     if not remedies:
-        return "nothing known here needs clearly less; take smaller pictures or a smaller network"
-    return f"the cheapest that spare memory: {', or '.join(remedies)}"
+        return "no setting needs clearly less memory; use smaller images or a smaller network"
+    return f"to need less memory, set {', or '.join(remedies)}"

@@ -1,4 +1,4 @@
-"""What a person sees of an epoch while it runs, and the sums behind it."""
+"""The progress of an epoch: its running sums, the progress bar, the status line."""
 
 import time
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from captcha_exp.runtime.console import ProgressBar
 
 
 class EpochMeter:
-    """Adds up an epoch on the device; read when a person may look, twice a second."""
+    """Accumulates the metrics of an epoch on the device; updates the progress bar twice a second."""
 
     def __init__(self, progress: EpochProgress, bar: ProgressBar, title: str) -> None:
         self.progress, self.bar, self.title = progress, bar, title
@@ -19,7 +19,7 @@ class EpochMeter:
         self.last_time = self.last_shown = time.perf_counter()
 
     def update(self, step: Step, num_images: int) -> bool:
-        """Whether this was a moment to look."""
+        """Add a step; return whether the progress bar was updated, which waits for the device."""
         progress = self.progress
         progress.loss += step.loss * num_images
         progress.num_correct += step.num_correct
@@ -33,14 +33,15 @@ class EpochMeter:
         return True
 
     def metrics(self) -> dict[str, float]:
+        """Return the metrics of the epoch so far."""
         progress = self.progress
-        # Before the clock is read, since this waits for the device.
-        loss, right = float(progress.loss), int(progress.num_correct)
+        # Before the clock is read: this waits for the device.
+        loss, num_correct = float(progress.loss), int(progress.num_correct)
         self._update_bar()
         self._update_seconds()
         return {
             "train/loss": loss / progress.num_images,
-            "train/accuracy": right / progress.num_images,
+            "train/accuracy": num_correct / progress.num_images,
             "speed/images_per_second": progress.num_images / progress.seconds,
         }
 
@@ -50,28 +51,29 @@ class EpochMeter:
         self.last_time = now
 
     def _update_bar(self) -> None:
-        done = self.progress
-        loss, share = float(done.loss) / done.num_images, int(done.num_correct) / done.num_images
-        peak = devices.process_peak_mib(done.loss.device)
-        speed = done.num_images / done.seconds
-        note = f"{self.title}  loss {loss:.4f}  accuracy {share:.1%}  {speed:,.0f} pictures/s"
-        self.bar.advance(done.num_images - self.num_shown, f"{note}  peak {peak:,.0f} MiB")
-        self.num_shown = done.num_images
+        progress = self.progress
+        loss, accuracy = (float(x) / progress.num_images for x in (progress.loss, progress.num_correct))
+        peak = devices.process_peak_mib(progress.loss.device)
+        speed = progress.num_images / progress.seconds
+        status = f"{self.title}  loss {loss:.4f}  accuracy {accuracy:.1%}  {speed:,.0f} images/s"
+        self.bar.advance(progress.num_images - self.num_shown, f"{status}  peak {peak:,.0f} MiB")
+        self.num_shown = progress.num_images
 
 
 def num_images_seen(state: TrainState, num_images: int) -> int:
-    """By a training that goes on, in all epochs; each has so many."""
+    """Return the number of images trained on so far in all epochs of `num_images` each."""
     if state.progress is None:
         return state.epoch * num_images
     return (state.epoch - 1) * num_images + state.progress.num_images
 
 
 def format_epoch(state: TrainState, metrics: Mapping[str, float], config: Config, is_best: bool) -> str:
+    """Return the status line of a finished epoch."""
     width = len(str(config.train.epochs))
     return (
         f"epoch {state.epoch:{width}}/{config.train.epochs}  "
         f"train loss {metrics['train/loss']:.4f} accuracy {metrics['train/accuracy']:7.2%}  "
         f"val loss {metrics['val/loss']:.4f} accuracy {metrics['val/accuracy']:7.2%}  "
-        f"{metrics['speed/images_per_second']:,.0f} pictures/s  "
+        f"{metrics['speed/images_per_second']:,.0f} images/s  "
         f"peak {metrics['memory/process_peak_mib']:,.0f} MiB{'  best' if is_best else ''}"
     )

@@ -1,4 +1,4 @@
-"""How a training is recorded: in the run's folder first, then at the `Tracker` that it talks to."""
+"""Recording of a training, first in its run directory, then by its `Tracker`."""
 
 import contextlib
 import json
@@ -22,11 +22,11 @@ from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.training import oom
 
 NUMERICS_KEYS = {"python", "packages", "code_sha256", "device", "variables"}
-"""groups of environment.json of which a training's numbers may depend"""
+"""groups of environment.json that can affect the numbers of a training"""
 
 
 class Tracker(Protocol):
-    """Where a run is reported to, beside its own folder."""
+    """Where a run is reported to in addition to its run directory."""
 
     def start(self, run: Run, config: Config) -> None: ...
 
@@ -38,7 +38,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """The run's folder is the only record."""
+    """A tracker that reports nothing: the run directory is the only record."""
 
     def start(self, run: Run, config: Config) -> None:
         pass
@@ -55,19 +55,19 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class RunRecorder:
-    """A run, the tracker that hears of it, and the person who watches."""
+    """A run with its tracker and its display."""
 
     run: Run
     tracker: Tracker
     display: Display
 
     def log_metrics(self, row: MetricsRow) -> None:
-        """One row of metrics; what was done again after an interruption is there already."""
+        """Log a row of metrics; one that was logged before an interruption is not logged again."""
         if self.run.log_metrics(row):
             self.tracker.log_metrics(row)
 
     def warn(self, message: str) -> None:
-        """To the person, and into the record."""
+        """Show a warning, and add it to the record of the run."""
         self.display.warn(message)
         if message not in self.run.state["warnings"]:
             self.run.update(warnings=[*self.run.state["warnings"], message])
@@ -75,7 +75,7 @@ class RunRecorder:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training leaves behind."""
+    """The result of a training."""
 
     run_dir: Path
     config: Config
@@ -88,7 +88,7 @@ class TrainResult:
 
 @contextlib.contextmanager
 def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
-    """However it ends, the record says so: in the folder first, then at the tracker."""
+    """Record how the run ends, in the run directory first, then by the tracker."""
     run, display = recorder.run, recorder.display
     status: Status = "FAILED"
     error: str | None = None
@@ -96,14 +96,16 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
         recorder.tracker.start(run, config)
         yield
         status = "FINISHED"
-    except oom.TrainingOutOfMemoryError as short:
-        status, error = ("FINISHED" if short.is_result else "FAILED"), str(short)
+    except oom.TrainingOutOfMemoryError as oom_error:
+        status, error = ("FINISHED" if oom_error.is_result else "FAILED"), str(oom_error)
         raise
     except (KeyboardInterrupt, SystemExit, TimeLimitReached) as interruption:
         status, error = "KILLED", type(interruption).__name__
-        # Who reproduces a run would get its end and no verdict.
-        again = "" if "reproduces" in run.state.get("lineage", ()) else "; the same command goes on"
-        display.info(f"interrupted: {run.run_dir} keeps what was reached, as KILLED{again}")
+        # A resumed reproduction would finish the run but give no verdict.
+        hint = (
+            "" if "reproduces" in run.state.get("lineage", ()) else "; run the same command again to resume"
+        )
+        display.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
         raise
     except BaseException as exception:
         error = f"{type(exception).__name__}: {exception}"
@@ -117,23 +119,23 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
 def record_test_results(
     result: TrainResult, data: Dataset, plan: Plan, state: TrainState, recorder: RunRecorder
 ) -> None:
-    """What is known at the end, and the pictures of the report, in the run's folder and at the tracker."""
-    run, tested, alphabet = recorder.run, result.test, data.alphabet
-    low, high = tested.accuracy_interval
-    metrics = tested.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
+    """Record the test results, the figures of the report and the summary of the run."""
+    run, test = recorder.run, result.test
+    low, high = test.accuracy_interval
+    metrics = test.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
     metrics |= plan.prediction_error_metrics([row.metrics for row in run.metrics_rows()])
     recorder.log_metrics(MetricsRow(state.epoch, now_ms(), metrics))
-    run.write_json("test.json", tested.to_json(data))
+    run.write_json("test.json", test.to_json(data))
     figures.plot_curves(run.metrics_rows(), run.report_dir / "curves.png")
-    figures.plot_confusion_matrix(tested, alphabet, run.report_dir / "confusion.png")
-    figures.plot_misreads(tested, data, run.report_dir / "errors.png")
-    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], run.report_dir / "pictures.png")
+    figures.plot_confusion_matrix(test, data.alphabet, run.report_dir / "confusion.png")
+    figures.plot_misreads(test, data, run.report_dir / "misreads.png")
+    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], run.report_dir / "images.png")
     run.update(
         result={
             "epochs": state.epoch,
             "best_epoch": state.best_epoch,
             "val_accuracy": state.best_accuracy,
-            "test_accuracy": tested.accuracy,
+            "test_accuracy": test.accuracy,
             "weights_sha256": result.weights_sha256,
             "seconds": result.seconds,
             "process_peak_mib": result.process_peak_mib,
@@ -142,10 +144,10 @@ def record_test_results(
 
 
 def check_dataset_unchanged(manifest: Mapping[str, Any], run: Run) -> None:
-    """Nothing, for a run that begins, or that goes on with the pictures that it began with.
+    """Check that a resumed run has the same images as when it started.
 
     Raises:
-        UserError: they are others now.
+        UserError: they differ; restore the images or start a new run.
     """
     path = run.run_dir / "dataset.json"
     if not path.exists():
@@ -154,13 +156,13 @@ def check_dataset_unchanged(manifest: Mapping[str, Any], run: Run) -> None:
     for key in ("images_sha256", "labels_sha256", "splits"):
         if before[key] != manifest[key]:
             raise UserError(
-                f"{run.run_dir}: began with other pictures than there are now ({key} of dataset.json is "
-                "another); bring those back, or start anew with --resume=never"
+                f"{run.run_dir}: the images have changed since the run started ({key} of dataset.json "
+                "differs); restore them, or start a new run with --resume=never"
             )
 
 
 def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) -> None:
-    """environment.json; of a run that goes on, what is not as it was when it began."""
+    """Write environment.json; for a resumed run, record and report its changes since the start."""
     run = recorder.run
     path = run.run_dir / "environment.json"
     if not path.exists():
@@ -168,18 +170,20 @@ def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) ->
         run.write_json(path.name, environment)
         return
     then, now = read_flat_environment(run.run_dir), flatten(environment)
-    watched = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in NUMERICS_KEYS]
-    changed = {key: [then.get(key), now.get(key)] for key in watched if then.get(key) != now.get(key)}
+    keys = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in NUMERICS_KEYS]
+    changed = {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
     if changed:
-        *before, this_time = run.state["resumed"]
-        run.update(resumed=[*before, {**this_time, "changed": changed}])
-        words = ", ".join(f"{key} {_shorten(old)} -> {_shorten(new)}" for key, (old, new) in changed.items())
+        *earlier, current = run.state["resumed"]
+        run.update(resumed=[*earlier, {**current, "changed": changed}])
+        changes = ", ".join(
+            f"{key} {_shorten(old)} -> {_shorten(new)}" for key, (old, new) in changed.items()
+        )
         recorder.warn(
-            f"not as it was when the run began: {words}; the result may not be that of a run that was not "
-            "interrupted"
+            f"the environment has changed since the run started: {changes}; the result may differ from that "
+            "of an uninterrupted run"
         )
 
 
 def _shorten(value: object) -> str:
-    """A value on a line; of a SHA-256, the beginning."""
+    """Return a value as text; of a SHA-256, the first 12 characters."""
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)

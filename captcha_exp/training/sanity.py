@@ -1,8 +1,7 @@
-"""Watches a training for the trouble that people most often have, and says what it is.
+"""Sanity checks of a training, which report the most frequent problems with their likely causes.
 
-A loss that starts far from chance, numbers that are no numbers, characters that are still read at chance:
-each is told with its likely causes. Flags are kept on the device and looked at now and then, so that no step
-waits.
+They are an initial loss far from chance, non-finite numbers, and a character accuracy that stays at chance.
+Flags are kept on the device and read from time to time, so no step waits for the device.
 """
 
 import math
@@ -19,10 +18,9 @@ from captcha_exp.model.networks import Recognizer
 
 
 class SanityChecker:
-    """Watches one training, and tells of each trouble once.
+    """Checks one training and reports each problem once.
 
-    Remembers, on the device, the loss of the first step and the first step that was broken: not finite, for
-    good.
+    Keeps on the device the loss of the first step and the number of the first diverged step.
     """
 
     def __init__(
@@ -36,88 +34,86 @@ class SanityChecker:
         self._has_warned_at_chance = False
 
     def observe(self, step: int, loss: Tensor, diverged: Tensor) -> None:
-        """One step more, counted from 0; both tensors () on the device."""
+        """Observe a step, counted from 0; both tensors are () on the device."""
         if step == 0:
             self._first_loss = loss
-        new = diverged & (self._diverged_step < 0)
-        self._loss_diverged = torch.where(new, ~torch.isfinite(loss), self._loss_diverged)
-        self._diverged_step = torch.where(new, step, self._diverged_step)
+        is_first = diverged & (self._diverged_step < 0)
+        self._loss_diverged = torch.where(is_first, ~torch.isfinite(loss), self._loss_diverged)
+        self._diverged_step = torch.where(is_first, step, self._diverged_step)
 
     def check(self, model: Recognizer, epoch: int) -> None:
-        """Tell of a first loss far from chance; stop at a step that was not finite. Waits for the device.
+        """Check the first loss and whether a step diverged. Waits for the device.
 
         Raises:
-            RunFailed: the line names the step, the batch and the cause.
+            RunFailed: a step diverged; the line names the step, the batch and the likely cause.
         """
         if self._first_loss is not None:
-            if trouble := check_first_loss(float(self._first_loss), model):
-                self._warn(trouble)
+            if problem := check_first_loss(float(self._first_loss), model):
+                self._warn(problem)
             self._first_loss = None
-        bad = int(self._diverged_step)
-        if bad < 0:
+        step = int(self._diverged_step)
+        if step < 0:
             return
         size = int(self._config.train.batch_size)
-        number = bad % -(-len(self._training) // size)  # of the batch in its epoch
+        number = step % -(-len(self._training) // size)  # of the batch in its epoch
         order = self._training.permutation(self._config.seed, epoch)[number * size : (number + 1) * size]
         batch = next(self._training.batches(size, order))
-        what = "the loss" if bool(self._loss_diverged) else "a gradient"
-        shown = ", ".join(repr(self._labels[int(row)]) for row in batch.indices[:4])
+        quantity = "the loss" if bool(self._loss_diverged) else "a gradient"
+        labels = ", ".join(repr(self._labels[int(index)]) for index in batch.indices[:4])
         cause = diagnose_divergence(model, batch, self._config)
         raise RunFailed(
-            f"step {bad + 1} (epoch {epoch}): {what} is not a finite number, in the batch of "
-            f"{len(batch.indices)} pictures that begins with {shown}; {cause}"
+            f"step {step + 1} (epoch {epoch}): {quantity} is not finite, in a batch of {len(batch.indices)} "
+            f"images that starts with {labels}; {cause}"
         )
 
     def check_validation(self, validation: Evaluation, steps: int) -> None:
-        """Tell of characters that are read no better than by chance, after steps enough to have moved."""
+        """Warn once if the character accuracy is at chance after train.sanity_check_steps."""
         if not self._has_warned_at_chance and (
-            trouble := check_above_chance(validation, self._config, steps)
+            problem := check_above_chance(validation, self._config, steps)
         ):
-            self._warn(trouble)
+            self._warn(problem)
             self._has_warned_at_chance = True
 
 
 def diagnose_divergence(model: Recognizer, batch: Batch, config: Config) -> str:
-    """Why a step was not finite, found by doing it once more in fp32.
+    """Return the likely cause of a non-finite step, found by repeating it in fp32.
 
-    A bad step changes nothing, so the weights are those that it met, or little older.
+    A non-finite step changes nothing, so the weights are still about those it started from.
     """
-    sizes = [(float(p.detach().abs().max()), name) for name, p in model.named_parameters()]
-    largest, name = max(sizes, key=lambda size: math.inf if math.isnan(size[0]) else size[0])
+    maxima = [(float(p.detach().abs().max()), name) for name, p in model.named_parameters()]
+    largest, name = max(maxima, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
     rate = f"train.learning_rate={config.train.learning_rate:g}"
     with torch.no_grad():
         loss = model.head.loss(model(batch.images).float(), batch.targets, config.train.label_smoothing)
     if config.device.precision != "fp32" and math.isfinite(float(loss)):
-        return f"{config.device.precision} overflows where fp32 does not; write device.precision=fp32"
+        return f"{config.device.precision} overflows and fp32 does not; set device.precision=fp32"
     if not math.isfinite(largest) or largest > 1e3:
-        return f"weights have grown to {largest:.3g} ({name}); {rate} is too high: try a tenth of it"
+        return f"weights have grown to {largest:.3g} ({name}); {rate} is too high, try a tenth of it"
     return f"the weights are small ({largest:.3g}); try a tenth of {rate}"
 
 
 def check_first_loss(loss: float, model: Recognizer) -> str | None:
-    """What is wrong with the loss of the first step, or None; fresh weights know nothing: it is at chance."""
+    """Return a warning if the loss of the first step is far from chance, where it should be; else None."""
     chance = model.head.loss_at_chance()
     if not math.isfinite(loss) or chance / 2 <= loss <= chance * 2:
         return None
     return (
-        f"the first loss is {loss:.3f}, but a head that knows nothing has {chance:.3f}: "
-        "the weights do not start small, or targets and logits do not belong together"
+        f"the first loss is {loss:.3f}, but the loss at chance is {chance:.3f}: the initial weights are too "
+        "large, or targets and logits do not match"
     )
 
 
 def check_above_chance(validation: Evaluation, config: Config, steps: int) -> str | None:
-    """What to look for when characters are still read as if by chance, or None."""
+    """Return a warning with likely causes if the character accuracy is still at chance; else None."""
     chance = validation.chance_char_accuracy()
-    characters = validation.targets.size
-    spread = 4 * math.sqrt(chance * (1 - chance) / characters)
-    if steps < config.train.sanity_check_steps or validation.char_accuracy > chance + spread:
+    tolerance = 4 * math.sqrt(chance * (1 - chance) / validation.targets.size)
+    if steps < config.train.sanity_check_steps or validation.char_accuracy > chance + tolerance:
         return None
     size = f"{config.captcha.width}x{config.captcha.height}"
     rate = f"{config.train.learning_rate:g}"
     return (
-        f"after {steps:,} steps characters are read no better than by chance "
-        f"({validation.char_accuracy:.1%}, chance {chance:.1%}). Likely causes: labels that do not belong to "
-        f"their pictures; train.learning_rate={rate} too high or far too low; pictures that "
-        f"nobody could read at {size} (captcha-exp data shows some); or only patience: the "
-        "article's network takes more steps than compact"
+        f"after {steps:,} steps the character accuracy is still at chance ({validation.char_accuracy:.1%}, "
+        f"chance {chance:.1%}). Likely causes: labels that do not match their images; "
+        f"train.learning_rate={rate} too high or far too low; images that are illegible at {size} "
+        "(captcha-exp data shows some); or too few steps: the article's network needs more than compact"
     )

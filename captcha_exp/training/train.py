@@ -1,8 +1,8 @@
-"""The training: the one-page loop, and what stands around it.
+"""Training: the loop, which fits on a page, and the steps before and after it.
 
-The loop talks to a `Tracker` and a `Display` and knows neither MLflow nor the terminal. All that changes
-while it runs stands in one `TrainState`, so that a training that was interrupted goes on as if nothing had
-happened.
+The loop reports to a `Tracker` and a `Display` and knows neither MLflow nor the terminal. Everything that
+changes during training is in one `TrainState`: an interrupted training resumes as if it had not been
+interrupted.
 """
 
 import time
@@ -17,7 +17,7 @@ from captcha_exp import runs
 from captcha_exp.config import Config, load, resolve
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
-from captcha_exp.data.dataset import DatasetSpec, Split
+from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
 from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.model import optim
@@ -54,14 +54,14 @@ def fit(
     recorder: RunRecorder,
     shutdown: ShutdownHandler,
 ) -> None:
-    """The loop: train an epoch, look at the whole validation split, log, keep the best, stop early.
+    """Run the training loop: train an epoch, validate, log, keep the best weights, stop early.
 
-    Asked to end, it saves what it has reached and ends as it was asked.
+    If a stop is requested, save a checkpoint and exit as requested.
     """
     run, display = recorder.run, recorder.display
     memory = devices.MemoryMeter(training.device)
-    guard = sanity.SanityChecker(training, labels, config, recorder.warn)
-    keeper = Checkpointer(run.checkpoint_dir, config, guard, shutdown, display)
+    sanity_checker = sanity.SanityChecker(training, labels, config, recorder.warn)
+    checkpointer = Checkpointer(run.checkpoint_dir, config, sanity_checker, shutdown, display)
     with (
         display.progress_bar("training", config.train.epochs * len(training)) as bar,
         shutdown.trap_signals(),
@@ -71,32 +71,33 @@ def fit(
             while not state.is_finished(config.train):
                 progress = state.begin_or_continue_epoch(training.device)
                 memory.start_phase()
-                change = Augmenter(config, state.epoch, len(labels), training.device)
-                metrics = train_epoch(state, training, change, config, guard, keeper, bar)
+                augmenter = Augmenter(config, state.epoch, len(labels), training.device)
+                metrics = train_epoch(state, training, augmenter, config, sanity_checker, checkpointer, bar)
                 metrics |= memory.peaks("train")
 
                 memory.start_phase()
-                began = time.perf_counter()
+                start_time = time.perf_counter()
                 result = evaluate(state.model, validation, config, shutdown.check_signal)
                 metrics |= result.metrics("val") | memory.peaks("eval")
                 metrics["memory/process_peak_mib"] = memory.process_peak_mib()
-                metrics["speed/epoch_seconds"] = progress.seconds + time.perf_counter() - began
+                metrics["speed/epoch_seconds"] = progress.seconds + time.perf_counter() - start_time
                 recorder.log_metrics(MetricsRow(state.epoch, runs.now_ms(), metrics))
 
-                better = state.update_best(result.accuracy, result.loss)
-                if better:
+                is_best = state.update_best(result.accuracy, result.loss)
+                if is_best:
                     run.write("model.safetensors", weights_to_bytes(state.model, config))
-                display.info(format_epoch(state, metrics, config, better))
-                guard.check_validation(result, state.step)
+                display.info(format_epoch(state, metrics, config, is_best))
+                sanity_checker.check_validation(result, state.step)
                 state.progress = None
-                keeper.maybe_save(state)
+                checkpointer.maybe_save(state)
         except StopRequested:
-            keeper.save(state)
+            checkpointer.save(state)
             shutdown.exit()
-        keeper.save(state)
+        checkpointer.save(state)
     if state.should_stop_early(config.train):
         display.info(
-            f"no better accuracy since epoch {state.last_improved_epoch}: stopping early (train.patience)"
+            f"Stopping early: validation accuracy has not improved since epoch {state.last_improved_epoch} "
+            "(train.patience)"
         )
 
 
@@ -109,33 +110,34 @@ def train_epoch(
     checkpointer: "Checkpointer",
     bar: ProgressBar,
 ) -> dict[str, float]:
-    """Every picture once, changed, from where the epoch stands; loss and accuracy as they were on the way,
-    and pictures per second.
+    """Train on the remaining batches of the epoch, augmented; return the training metrics.
+
+    Loss and accuracy are means over the epoch while the weights change.
 
     Raises:
-        RunFailed: a loss or a gradient was not a finite number; the line says where and why.
-        Asked: the training is to end.
+        RunFailed: a loss or gradient was not finite; the line says where and why.
+        StopRequested: training has to stop.
     """
     size = int(config.train.batch_size)
-    steps = -(-len(training) // size) * config.train.epochs
+    total_steps = -(-len(training) // size) * config.train.epochs
     progress = state.begin_or_continue_epoch(training.device)
     order = training.permutation(config.seed, state.epoch)[progress.num_batches * size :]
     state.model.train()
-    sums = EpochMeter(progress, bar, f"epoch {state.epoch}/{config.train.epochs}")
+    meter = EpochMeter(progress, bar, f"epoch {state.epoch}/{config.train.epochs}")
     for batch in training.batches(size, order):
-        optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, steps))
+        optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, total_steps))
         step = train_step(state, augmenter(batch), config)
         sanity_checker.observe(state.step, step.loss, step.diverged)
         state.step += 1
-        if sums.update(step, len(batch.indices)):
+        if meter.update(step, len(batch.indices)):
             sanity_checker.check(state.model, state.epoch)
         checkpointer.maybe_save(state)
     sanity_checker.check(state.model, state.epoch)
-    return sums.metrics()
+    return meter.metrics()
 
 
 class Checkpointer:
-    """Between two steps: saves what was reached when it is time to, and hears whether to end."""
+    """Saves checkpoints when they are due, and checks whether training has to stop."""
 
     def __init__(
         self,
@@ -145,40 +147,36 @@ class Checkpointer:
         shutdown: ShutdownHandler,
         display: Display,
     ) -> None:
-        self._checkpoint_dir, self._sanity_checker, self._shutdown, self._display = (
-            checkpoint_dir,
-            sanity_checker,
-            shutdown,
-            display,
-        )
+        self._checkpoint_dir, self._display = checkpoint_dir, display
+        self._sanity_checker, self._shutdown = sanity_checker, shutdown
         self._interval = checkpoint.CheckpointInterval(config.train.checkpoint_every)
         self._last_position: tuple[int, bool] | None = None
 
     def maybe_save(self, state: TrainState) -> None:
-        """After a step, or an epoch.
+        """Save a checkpoint if one is due after this step or epoch.
 
         Raises:
-            Asked: the training is to end.
+            StopRequested: training has to stop.
         """
         if self._interval.is_due(state):
             self.save(state)
         self._shutdown.check_stop()
 
     def save(self, state: TrainState) -> None:
-        """The state on the disk; where it cannot be written, the training goes on without.
+        """Save a checkpoint; warn if it cannot be written, and continue without it.
 
         Raises:
-            RunFailed: a step was not finite: a state that does not know it is not saved.
+            RunFailed: a step was not finite; such a state is never saved.
         """
-        place = state.step, state.progress is None
-        if place == self._last_position:
+        position = state.step, state.progress is None
+        if position == self._last_position:
             return
         self._sanity_checker.check(state.model, state.epoch)
         try:
             checkpoint.save(self._checkpoint_dir, state)
-            self._last_position = place
+            self._last_position = position
         except OSError as error:
-            self._display.warn(f"{self._checkpoint_dir}: no checkpoint can be written: {error}")
+            self._display.warn(f"{self._checkpoint_dir}: cannot write a checkpoint: {error}")
         self._interval.reset()
 
 
@@ -186,103 +184,133 @@ def train(
     requested: Config,
     tracker: Tracker | None = None,
     display: Display | None = None,
+    *,
     run_dir: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
+    extend_from: Path | None = None,
     on_complete: Callable[[Run], None] | None = None,
+    shutdown: ShutdownHandler | None = None,
+) -> TrainResult:
+    """Train, test and record a model in a new run.
+
+    Args:
+        requested: The config, which may contain `auto`.
+        tracker: Reports the run, for example to MLflow; by default the run directory is the only record.
+        display: Shows progress and warnings; by default only warnings, on standard error.
+        run_dir: An empty directory for the record; by default outputs/<date>/<time>-<name>.
+        lineage: How the run is related to others, as in `runs.create_run`.
+        extend_from: The directory of a finished run whose final state this one starts from.
+        on_complete: Called with the complete run before it is closed, to add to its record.
+        shutdown: Decides when to stop; by default a signal or train.max_minutes.
+
+    Raises:
+        TrainingOutOfMemoryError: out of memory; train.on_oom says whether the run counts as failed.
+        UserError: the config cannot run here, or the run failed; the lines say why.
+    """
+    start_time = time.perf_counter()
+    tracker, display = tracker or NullTracker(), display or NullDisplay()
+    shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
+    prepared = _prepare(requested, display)
+    final_state = None if extend_from is None else _load_final_state(extend_from, prepared.config, display)
+    with shutdown:
+        run = runs.create_run(prepared.config, requested, run_dir, lineage)
+        recorder = RunRecorder(run, tracker, display)
+        with record_outcome(recorder, prepared.config):
+            if extend_from is not None:
+                _copy_epoch_rows(extend_from, recorder)
+            return _run_training(prepared, recorder, shutdown, start_time, final_state, on_complete)
+
+
+def resume(
+    run_dir: Path,
+    tracker: Tracker | None = None,
+    display: Display | None = None,
+    *,
     extend_from: Path | None = None,
     shutdown: ShutdownHandler | None = None,
 ) -> TrainResult:
-    """A trained, tested and recorded model; its record is in this empty folder, or in a new one.
+    """Resume an interrupted run from its latest checkpoint, with its own config and in its own record.
 
-    The folder of an unfinished run is gone on with: its own config is what runs, from where it stands.
-    `start_from` is the folder of a finished run from whose last state this one starts. `links` is as
-    `record.create` has it; `at_end` writes what else belongs into a record that is complete, and not closed
-    yet. `leaving` says when to end; without it, that is what is `requested`.
+    Args:
+        run_dir: The directory of the run.
+        tracker: As in `train`.
+        display: As in `train`.
+        extend_from: The finished run that this one extends, if any; used if it has no checkpoint yet.
+        shutdown: As in `train`.
 
     Raises:
-        OutOfMemory: there was too little memory; its record says what train.on_oom takes that for.
-        UserError: the run cannot be made or cannot go on; the lines say why. Its record says FAILED.
+        TrainingOutOfMemoryError: as in `train`.
+        UserError: the run cannot be resumed, or it failed; the lines say why.
     """
+    start_time = time.perf_counter()
     tracker, display = tracker or NullTracker(), display or NullDisplay()
-    began = time.perf_counter()
-    shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
-    if run_dir is not None and (run_dir / "run.json").exists():
-        config = load(run_dir / "config.yaml")
-        with shutdown:
-            recording = RunRecorder(runs.reopen_run(run_dir), tracker, display)
-            with record_outcome(recording, config):
-                job = _prepare(config, display)
-                epochs = {row.step for row in recording.run.metrics_rows() if _is_epoch_row(row)}
-                saved = checkpoint.load_latest(recording.run.checkpoint_dir, recording.warn, epochs)
-                if saved is None and extend_from is not None:  # killed before its first checkpoint
-                    saved = _load_final_state(extend_from, job.config, display)
-                    _copy_epoch_rows(extend_from, recording)
-                return _run_training(job, recording, shutdown, began, saved, on_complete)
-    job = _prepare(requested, display)
-    saved = _load_final_state(extend_from, job.config, display)
+    config = load(run_dir / "config.yaml")
+    shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
     with shutdown:
-        run = runs.create_run(job.config, requested, run_dir, lineage)
-        recording = RunRecorder(run, tracker, display)
-        with record_outcome(recording, job.config):
-            if extend_from is not None:
-                _copy_epoch_rows(extend_from, recording)
-            return _run_training(job, recording, shutdown, began, saved, on_complete)
+        recorder = RunRecorder(runs.reopen_run(run_dir), tracker, display)
+        with record_outcome(recorder, config):
+            prepared = _prepare(config, display)
+            recorded_epochs = {row.step for row in recorder.run.metrics_rows() if _is_epoch_row(row)}
+            saved = checkpoint.load_latest(recorder.run.checkpoint_dir, recorder.warn, recorded_epochs)
+            if saved is None and extend_from is not None:
+                saved = _load_final_state(extend_from, prepared.config, display)
+                _copy_epoch_rows(extend_from, recorder)
+            return _run_training(prepared, recorder, shutdown, start_time, saved)
 
 
 @dataclass(frozen=True)
 class _PreparedTraining:
-    """A training that can begin."""
+    """A training that is ready to start."""
 
-    config: Config
+    config: Config  # without any `auto`
     device: torch.device
     dataset_spec: DatasetSpec
     plan: Plan
-    autotuner: autotune.Autotuner
+    trials: autotune.Trials
 
 
 def _prepare(requested: Config, display: Display) -> _PreparedTraining:
-    trials = autotune.Autotuner(display)
-    config = resolve(requested, devices.detect_machine(trials.choose_precision, trials.choose_batch_size))
+    """Resolve and autotune the config, inspect the dataset and plan the memory."""
+    config = resolve(requested, devices.detect_machine())
     device = devices.setup_device(config)
+    spec = dataset.inspect_dataset(config, display)
+    config, trials = autotune.autotune(config, spec.split_sizes, display)
     devices.set_memory_limit(config, device)
-    outline = trials.dataset_spec or dataset.inspect_dataset(config, display)
-    planned = Planner(config, outline.split_sizes, devices.gpu_total_mib(config)).plan_for(
-        int(config.train.batch_size)
-    )
-    return _PreparedTraining(config, device, outline, planned, trials)
+    planner = Planner(config, spec.split_sizes, devices.gpu_total_mib(config))
+    return _PreparedTraining(config, device, spec, planner.plan_for(int(config.train.batch_size)), trials)
 
 
-def _load_final_state(run_dir: Path | None, config: Config, display: Display) -> Checkpoint | None:
-    """The last state of a finished run that is to have more epochs.
+def _load_final_state(run_dir: Path, config: Config, display: Display) -> Checkpoint:
+    """Return the last state of a finished run that is extended by more epochs.
 
     Raises:
-        UserError: it has none any more, or there is nothing more to do.
+        UserError: the run has no checkpoint any more, or the config asks for no more epochs than it has.
     """
-    if run_dir is None:
-        return None
     saved = checkpoint.load_latest(run_dir / runs.CHECKPOINT_DIR, display.warn)
     if saved is None:
-        raise UserError(f"{run_dir}: has no checkpoint to start from; train anew, with --resume=never")
-    epoch, gain = saved.counters["epoch"], saved.counters["last_improved_epoch"]
+        raise UserError(f"{run_dir}: has no checkpoint to start from; start a new run with --resume=never")
+    epoch, improved = saved.counters["epoch"], saved.counters["last_improved_epoch"]
     if epoch >= config.train.epochs:
-        raise UserError(f"train.epochs={config.train.epochs}: {run_dir} has {epoch} already; write more")
-    if config.train.patience is not None and epoch - gain > config.train.patience:
         raise UserError(
-            f"train.patience={config.train.patience}: {run_dir} stopped early in epoch {epoch}, with no gain "
-            f"since epoch {gain}; write more than {epoch - gain}, or null"
+            f"train.epochs={config.train.epochs}: {run_dir} already has {epoch} epochs; set a larger number"
+        )
+    if config.train.patience is not None and epoch - improved > config.train.patience:
+        raise UserError(
+            f"train.patience={config.train.patience}: {run_dir} stopped early in epoch {epoch}, without "
+            f"improvement since epoch {improved}; set more than {epoch - improved}, or null"
         )
     return saved
 
 
 def _copy_epoch_rows(source_dir: Path, recorder: RunRecorder) -> None:
-    """The epochs that a finished run has, without its test: this run has one of its own."""
+    """Log the epochs of a finished run in the run that extends it; its test is not copied."""
     for row in runs.read_metrics_rows(source_dir)[0]:
         if _is_epoch_row(row):
             recorder.log_metrics(row)
 
 
 def _is_epoch_row(row: MetricsRow) -> bool:
-    """Whether it is not the test's."""
+    """Return whether the row has the metrics of an epoch, not of the test."""
     return "val/loss" in row.metrics
 
 
@@ -292,26 +320,16 @@ def _run_training(
     shutdown: ShutdownHandler,
     start_time: float,
     saved: Checkpoint | None,
-    on_complete: Callable[[Run], None] | None,
+    on_complete: Callable[[Run], None] | None = None,
 ) -> TrainResult:
-    config, device, run, display = prepared.config, prepared.device, recorder.run, recorder.display
-    display.info(f"run {run.run_dir} on {devices.describe(config)}")
-    _print_plan(prepared.plan, config, display)
-    ran_on = collect_environment(config)
-    ran_on |= {
-        "precisions_tried": prepared.autotuner.precision_trials,
-        "batch_sizes_tried": prepared.autotuner.batch_size_trials,
-    }
-    record_environment(ran_on, recorder)
-    run.write_json("memory.json", prepared.plan.to_json())
-    data = dataset.load_or_build(prepared.dataset_spec, config, display)
-    check_dataset_unchanged(data.manifest, run)
-    run.write_json("dataset.json", data.manifest)
-    recorder.tracker.log_inputs(data.manifest, ran_on)
+    """Train from the saved state or from scratch, test the best weights, and record the results."""
+    config, device, run = prepared.config, prepared.device, recorder.run
+    data = _record_inputs(prepared, recorder)
+    preload_limit_mib = config.device.preload_limit_mib
     state: TrainState | None = None
     try:
-        training = data.split("train", device, config.device.preload_limit_mib)
-        validation = data.split("validation", device, config.device.preload_limit_mib)
+        training = data.split("train", device, preload_limit_mib)
+        validation = data.split("validation", device, preload_limit_mib)
         state = init_train_state(config, device)
         state.start_time = start_time
         if saved is not None:
@@ -320,20 +338,18 @@ def _run_training(
 
         state.restore_best_weights()
         run.write("model.safetensors", weights_to_bytes(state.model, config))
-        test = data.split("test", device, config.device.preload_limit_mib)
-        tested = evaluate(state.model, test, config)
+        test_result = evaluate(state.model, data.split("test", device, preload_limit_mib), config)
     except Exception as error:
         if not devices.is_out_of_memory(error):
             raise
-        short, row = oom.record_oom(
-            state, prepared.plan, prepared.dataset_spec.split_sizes, config, run, display
-        )
+        split_sizes = prepared.dataset_spec.split_sizes
+        oom_error, row = oom.record_oom(state, prepared.plan, split_sizes, config, run, recorder.display)
         recorder.log_metrics(row)
-        raise short from error
+        raise oom_error from error
     result = TrainResult(
         run_dir=run.run_dir,
         config=config,
-        test=tested,
+        test=test_result,
         best_epoch=state.best_epoch,
         weights_sha256=weights_sha256(state.model),
         seconds=state.elapsed_seconds(),
@@ -346,12 +362,30 @@ def _run_training(
     return result
 
 
+def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Dataset:
+    """Record the environment, the memory plan and the dataset; return the dataset."""
+    config, run, display = prepared.config, recorder.run, recorder.display
+    display.info(f"run {run.run_dir} on {devices.describe(config)}")
+    _print_plan(prepared.plan, config, display)
+    environment = collect_environment(config) | {
+        "precisions_tried": prepared.trials.precisions,
+        "batch_sizes_tried": prepared.trials.batch_sizes,
+    }
+    record_environment(environment, recorder)
+    run.write_json("memory.json", prepared.plan.to_json())
+    data = dataset.load_or_build(prepared.dataset_spec, config, display)
+    check_dataset_unchanged(data.manifest, run)
+    run.write_json("dataset.json", data.manifest)
+    recorder.tracker.log_inputs(data.manifest, environment)
+    return data
+
+
 def _print_plan(plan: Plan, config: Config, display: Display) -> None:
-    """What the training will need, and what it does otherwise to need less."""
-    words = f"memory: {plan.describe(config.gpu.name)}"
+    """Print the predicted memory, as a warning if it does not fit."""
+    prediction = f"memory: {plan.describe(config.gpu.name)}"
     if plan.fits == "does not fit":
-        display.warn(f"{words}; captcha-exp plan --advise names what fits")
+        display.warn(f"{prediction}; captcha-exp plan --advise lists what fits")
     else:
-        display.info(words)
+        display.info(prediction)
     if micro := config.train.micro_batch_size:
-        display.info(f"train.micro_batch_size={micro}: batch norms see so many pictures at a time")
+        display.info(f"train.micro_batch_size={micro}: batch norm statistics are those of a micro-batch")

@@ -1,4 +1,4 @@
-"""Looking at runs: chosen by what they say, put in an order, two of them side by side."""
+"""`captcha-exp runs` and `diff`: filter, sort and print runs, and compare two of them."""
 
 import json
 import os
@@ -60,8 +60,8 @@ RESULT = {
 
 @pytest.fixture
 def make(tiny: Config) -> Make:
-    """A run of an hour of its own, finished unless `result` is None."""
-    made: list[Run] = []
+    """Return a function that creates a run, finished unless `result` is None; each starts an hour later."""
+    created: list[Run] = []
 
     def run(
         config: Config = tiny,
@@ -71,39 +71,39 @@ def make(tiny: Config) -> Make:
         **state: Any,
     ) -> Run:
         new = record.create_run(config, config)
-        new.update(started=f"2026-03-01T{len(made):02}:00:00+00:00", **state)
+        new.update(started=f"2026-03-01T{len(created):02}:00:00+00:00", **state)
         for step, metrics in enumerate(rows, 1):
             new.log_metrics(MetricsRow(step, step, metrics))
         if result is not None:
             new.log_metrics(MetricsRow(len(rows), 9, {"test/accuracy": test}))
             new.update(result={**result, "test_accuracy": test}, status="FINISHED")
-        made.append(new)
+        created.append(new)
         return new
 
     return run
 
 
-def names(folders: list[Run]) -> list[str]:
-    return [str(run.run_dir) for run in folders]
+def dirs_of(created: list[Run]) -> list[str]:
+    return [str(run.run_dir) for run in created]
 
 
-def listed(call: Call, *words: str) -> list[str]:
-    """The folders that `runs` lists, in its order."""
+def list_dirs(call: Call, *words: str) -> list[str]:
+    """Return the run directories that `runs` lists, in its order."""
     code, out, err = call("runs", "--json", *words)
     assert (code, err) == (0, "")
     return [run["run_dir"] for run in json.loads(out)]
 
 
 def table(out: str) -> list[list[str]]:
-    """The cells of every line of a table."""
+    """Return the cells of each row of a table."""
     lines = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
     return [[cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]] for line in lines]
 
 
-# -- what a run says -----------------------------------------------------------------------------------------
+# -- values of a run -----------------------------------------------------------------------------------------
 
 
-def said(run: Run, key: str) -> Any:
+def value_of(run: Run, key: str) -> Any:
     state = json.loads((run.run_dir / "run.json").read_text())
     return RunFields(run.run_dir, state, warn=lambda line: pytest.fail(line))[key]
 
@@ -127,26 +127,26 @@ def said(run: Run, key: str) -> Any:
         ("run_id", None),
     ],
 )
-def test_a_key_has_one_value(make: Make, key: str, value: object) -> None:
-    assert said(make(), key) == value
+def test_value_of_a_key(make: Make, key: str, value: object) -> None:
+    assert value_of(make(), key) == value
 
 
-def test_without_a_result_the_last_epoch_stands_for_all(make: Make) -> None:
+def test_without_a_result_metrics_are_of_the_last_epoch(make: Make) -> None:
     run = make(result=None)
-    assert said(run, "val/accuracy") == 0.8
-    assert said(run, "memory/process_peak_mib") == 900.0
+    assert value_of(run, "val/accuracy") == 0.8
+    assert value_of(run, "memory/process_peak_mib") == 900.0
 
 
-def test_an_epoch_that_was_done_again_counts_as_done_last(make: Make) -> None:
+def test_the_last_row_of_a_repeated_epoch_counts(make: Make) -> None:
     run = make()
     run.log_metrics(MetricsRow(2, 99, {"val/accuracy": 0.75}))
-    assert said(run, "val/accuracy") == 0.75
+    assert value_of(run, "val/accuracy") == 0.75
 
 
-def test_a_metric_that_the_best_epoch_lacks_is_not_taken_from_another(make: Make) -> None:
+def test_a_metric_that_the_best_epoch_lacks_is_missing(make: Make) -> None:
     run = make(rows=({"val/accuracy": 0.5}, {"train/loss": 1.0}))
     with pytest.raises(KeyError):
-        said(run, "val/accuracy")
+        value_of(run, "val/accuracy")
 
 
 @pytest.mark.parametrize(
@@ -155,32 +155,30 @@ def test_a_metric_that_the_best_epoch_lacks_is_not_taken_from_another(make: Make
         ({"oom": None}, "oom", False),
         ({"oom": {"where": "training"}}, "oom", True),
         ({"sweep": None}, "sweep", None),
-        ({"sweep": {"run_dir": "elsewhere/1200-grid", "point": 2}}, "sweep", "elsewhere/1200-grid"),
+        ({"sweep": {"run_dir": "elsewhere/1200-grid", "job": 2}}, "sweep", "elsewhere/1200-grid"),
         ({"mlflow": {"run_id": "abc"}}, "run_id", "abc"),
     ],
 )
-def test_what_newer_runs_say_of_themselves(
-    make: Make, state: dict[str, Any], key: str, value: object
-) -> None:
-    assert said(make(**state), key) == value
+def test_optional_fields(make: Make, state: dict[str, Any], key: str, value: object) -> None:
+    assert value_of(make(**state), key) == value
 
 
-def test_the_folder_of_a_point_is_told_with_that_of_its_sweep(tiny: Config, root: Path, call: Call) -> None:
+def test_a_job_is_listed_with_its_sweep(tiny: Config, root: Path, call: Call) -> None:
     sweep = root / "outputs/2026-03-01/120000-grid"
     sweep.mkdir(parents=True)
-    point = record.create_run(tiny, tiny, sweep / "1-batch_size=64")
-    point.update(sweep={"run_dir": str(sweep), "point": 1})
-    assert said(point, "folder") == "2026-03-01/120000-grid/1-batch_size=64"
-    assert said(point, "sweep") == "2026-03-01/120000-grid"
-    assert listed(call, "sweep=2026-03-01/120000-grid") == [str(point.run_dir)]
+    job = record.create_run(tiny, tiny, sweep / "1-batch_size=64")
+    job.update(sweep={"run_dir": str(sweep), "job": 1})
+    assert value_of(job, "run_dir") == "2026-03-01/120000-grid/1-batch_size=64"
+    assert value_of(job, "sweep") == "2026-03-01/120000-grid"
+    assert list_dirs(call, "sweep=2026-03-01/120000-grid") == [str(job.run_dir)]
     assert table(call("runs")[1])[1][0] == "2026-03-01/120000-grid/1-batch_size=64"
 
 
-def test_a_run_whose_process_is_gone_is_closed_at_once(make: Make, call: Call) -> None:
-    gone, there = make(result=None, process_started=1.0), make(result=None)
-    assert "closed as KILLED" in call("runs")[2]
-    assert listed(call, "status=KILLED") == names([gone])
-    assert listed(call, "status=RUNNING") == names([there])
+def test_a_stale_run_is_closed(make: Make, call: Call) -> None:
+    stale, running = make(result=None, process_started=1.0), make(result=None)
+    assert "marked KILLED" in call("runs")[2]
+    assert list_dirs(call, "status=KILLED") == dirs_of([stale])
+    assert list_dirs(call, "status=RUNNING") == dirs_of([running])
 
 
 # -- conditions ----------------------------------------------------------------------------------------------
@@ -232,19 +230,19 @@ def test_a_run_whose_process_is_gone_is_closed_at_once(make: Make, call: Call) -
         ("k=x\ny", "x\ny", True),
     ],
 )
-def test_a_condition_compares_as_the_value_of_the_run_is(text: str, value: object, holds: bool) -> None:
+def test_comparison_by_the_type_of_the_value(text: str, value: object, holds: bool) -> None:
     assert Condition.parse(text).matches(value) is holds
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
-def test_numbers_have_the_order_of_numbers(value: float, wanted: float) -> None:
-    assert Condition.parse(f"a/b>={wanted!r}").matches(value) is (value >= wanted)
-    assert Condition.parse(f"a/b<{wanted!r}").matches(value) is (value < wanted)
+def test_numbers_are_compared_as_numbers(value: float, expected: float) -> None:
+    assert Condition.parse(f"a/b>={expected!r}").matches(value) is (value >= expected)
+    assert Condition.parse(f"a/b<{expected!r}").matches(value) is (value < expected)
 
 
 @pytest.mark.parametrize("text", ["x", "", "=5", "train.batch_size", "<", "~quick", "a b"])
-def test_what_is_no_condition_is_told_with_how_one_looks(text: str) -> None:
-    with pytest.raises(UserError, match=r"is no condition; write KEY OP VALUE in one word"):
+def test_invalid_conditions(text: str) -> None:
+    with pytest.raises(UserError, match=r"invalid condition; write KEY OP VALUE without spaces"):
         Condition.parse(text)
 
 
@@ -262,29 +260,31 @@ def test_what_is_no_condition_is_told_with_how_one_looks(text: str) -> None:
         ("1e9999999999999999999", None),
     ],
 )
-def test_a_number_is_read_as_a_person_writes_it(text: str, value: float | None) -> None:
+def test_parse_number(text: str, value: float | None) -> None:
     assert parse_number(text) == value
 
 
 def test_all_conditions_must_hold(make: Make, call: Call, tiny: Config) -> None:
     small, large = make(training(tiny, batch_size=8)), make(training(tiny, batch_size=128), test=0.5)
     failed = make(training(tiny, batch_size=128), result=None, status="FAILED", error="no [memory]")
-    assert listed(call) == names([small, large, failed])
-    assert listed(call, "train.batch_size>=64") == names([large, failed])
-    assert listed(call, "train.batch_size>=64", "status=FINISHED") == names([large])
-    assert listed(call, "train.batch_size>=64", "test/accuracy>80%") == []
-    assert listed(call, "error~[memory]") == names([failed])
-    assert listed(call, "best_epoch!=7") == names([small, large])  # a run that lacks the key does not match
+    assert list_dirs(call) == dirs_of([small, large, failed])
+    assert list_dirs(call, "train.batch_size>=64") == dirs_of([large, failed])
+    assert list_dirs(call, "train.batch_size>=64", "status=FINISHED") == dirs_of([large])
+    assert list_dirs(call, "train.batch_size>=64", "test/accuracy>80%") == []
+    assert list_dirs(call, "error~[memory]") == dirs_of([failed])
+    assert list_dirs(call, "best_epoch!=7") == dirs_of(
+        [small, large]
+    )  # a run that lacks the key does not match
 
 
-def test_conditions_may_stand_behind_a_flag(make: Make, call: Call) -> None:
+def test_conditions_after_a_flag(make: Make, call: Call) -> None:
     run = make()
     make(result=None)
-    assert listed(call, "name=tiny", "--limit", "1", "status=FINISHED") == names([run])
-    assert listed(call, "--limit", "1", "status=FINISHED") == names([run])
+    assert list_dirs(call, "name=tiny", "--limit", "1", "status=FINISHED") == dirs_of([run])
+    assert list_dirs(call, "--limit", "1", "status=FINISHED") == dirs_of([run])
 
 
-def test_a_key_that_no_run_has_is_told_with_the_nearest(make: Make, call: Call) -> None:
+def test_an_unknown_key_suggests_the_closest(make: Make, call: Call) -> None:
     make()
     for words in (
         ["train.bach_size=3"],
@@ -294,124 +294,132 @@ def test_a_key_that_no_run_has_is_told_with_the_nearest(make: Make, call: Call) 
         assert call("runs", *words) == (
             2,
             "",
-            "train.bach_size: no run has such a key; did you mean train.batch_size?\n",
+            "train.bach_size: no run has this key; did you mean train.batch_size?\n",
         )
     assert call("runs", "tst/accuracy>1", "xyzzy=1")[2].splitlines() == [
-        "tst/accuracy: no run has such a key; did you mean test/accuracy?",
-        "xyzzy: no run has such a key; known are the leaves of config.yaml, metrics, and name, status, "
-        "started, folder, run_id, error, epochs, best_epoch, seconds, weights_sha256, oom, sweep",
+        "tst/accuracy: no run has this key; did you mean test/accuracy?",
+        "xyzzy: no run has this key; use a key of config.yaml, a metric, or one of name, status, "
+        "started, run_dir, run_id, error, epochs, best_epoch, seconds, weights_sha256, oom, sweep",
     ]
 
 
-def test_a_fact_that_no_run_has_yet_is_no_mistake(make: Make, call: Call) -> None:
+def test_a_standard_key_may_be_missing(make: Make, call: Call) -> None:
     make(result=None)
-    assert listed(call, "oom=true") == []
-    assert listed(call, "best_epoch>1") == []
+    assert list_dirs(call, "oom=true") == []
+    assert list_dirs(call, "best_epoch>1") == []
 
 
-def test_a_number_is_not_compared_with_a_word(make: Make, call: Call) -> None:
+def test_a_number_is_not_compared_with_text(make: Make, call: Call) -> None:
     make()
-    line = "train.batch_size is a number, and 'many' is none; 98% is one, and so is 0.98"
+    line = "train.batch_size is a number, but 'many' is not; write a number such as 0.98 or 98%"
     assert call("runs", "train.batch_size=many") == (2, "", f"train.batch_size=many: {line}\n")
-    assert listed(call, "train.batch_size=null") == []
+    assert list_dirs(call, "train.batch_size=null") == []
 
 
-def test_nothing_chosen_is_a_line_and_no_mistake(make: Make, call: Call, root: Path) -> None:
+def test_no_matching_run_is_not_an_error(make: Make, call: Call, root: Path) -> None:
     make()
-    line = f"none of 1 runs in {root / 'outputs'}: status=[red] and name=tiny\n"
+    line = f"none of the 1 runs in {root / 'outputs'} matches status=[red] and name=tiny\n"
     assert call("runs", "status=[red]", "name=tiny") == (0, line, "")
 
 
 # -- order ---------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_sorted_by_number_by_text_and_by_metric(make: Make, call: Call, tiny: Config) -> None:
+def test_sort_by_number_text_and_metric(make: Make, call: Call, tiny: Config) -> None:
     a = make(training(tiny, batch_size=9), test=0.7)
     b = make(replace(tiny, name="alpha", train=replace(tiny.train, batch_size=10)), test=0.9)
     c = make(replace(tiny, name="zeta", train=replace(tiny.train, batch_size=100)), test=0.8)
-    assert listed(call, "--sort", "train.batch_size") == names([a, b, c])
-    assert listed(call, "--sort", "name") == names([b, a, c])
-    assert listed(call, "--sort", "test/accuracy") == names([a, c, b])
-    assert listed(call, "--sort", "test/accuracy", "--reverse", "--limit", "2") == names([b, c])
-    assert listed(call, "--reverse") == listed(call, "--sort", "started", "--reverse") == names([c, b, a])
+    assert list_dirs(call, "--sort", "train.batch_size") == dirs_of([a, b, c])
+    assert list_dirs(call, "--sort", "name") == dirs_of([b, a, c])
+    assert list_dirs(call, "--sort", "test/accuracy") == dirs_of([a, c, b])
+    assert list_dirs(call, "--sort", "test/accuracy", "--reverse", "--limit", "2") == dirs_of([b, c])
+    assert (
+        list_dirs(call, "--reverse")
+        == list_dirs(call, "--sort", "started", "--reverse")
+        == dirs_of([c, b, a])
+    )
 
 
-def test_a_minus_is_no_way_to_turn_the_order(make: Make, call: Call) -> None:
+def test_a_minus_sign_does_not_reverse_the_order(make: Make, call: Call) -> None:
     make()
     code, out, err = call("runs", "--sort=-test/accuracy")
     assert (code, out) == (2, "")
-    assert err == "-test/accuracy: no run has such a key; did you mean test/accuracy?\n"
+    assert err == "-test/accuracy: no run has this key; did you mean test/accuracy?\n"
     assert call("runs", "--sort", "-test/accuracy")[0] == 2
 
 
-def test_equal_runs_stay_in_the_order_of_their_start(make: Make, call: Call) -> None:
-    runs = [make(), make(), make()]
-    assert listed(call, "--sort", "seed") == listed(call, "--sort", "seed", "--reverse") == names(runs)
+def test_sorting_is_stable(make: Make, call: Call) -> None:
+    created = [make(), make(), make()]
+    assert (
+        list_dirs(call, "--sort", "seed")
+        == list_dirs(call, "--sort", "seed", "--reverse")
+        == dirs_of(created)
+    )
 
 
-def test_runs_without_a_value_come_last_in_either_direction(make: Make, call: Call, tiny: Config) -> None:
-    unlimited, nothing = make(), make(result=None)
-    patient, hasty = make(training(tiny, patience=9)), make(training(tiny, patience=2))
-    broken = make(rows=({"val/accuracy": 0.1}, {"val/accuracy": float("nan")}))
-    assert listed(call, "--sort", "train.patience")[:2] == names([hasty, patient])
-    assert listed(call, "--sort", "train.patience", "--reverse")[:2] == names([patient, hasty])
-    assert listed(call, "--sort", "best_epoch", "--reverse")[-1] == str(nothing.run_dir)
-    by_accuracy = names([nothing, unlimited, patient, hasty, broken])
-    assert listed(call, "--sort", "val/accuracy") == by_accuracy
+def test_runs_without_a_value_come_last(make: Make, call: Call, tiny: Config) -> None:
+    unlimited, unfinished = make(), make(result=None)
+    patient, impatient = make(training(tiny, patience=9)), make(training(tiny, patience=2))
+    diverged = make(rows=({"val/accuracy": 0.1}, {"val/accuracy": float("nan")}))
+    assert list_dirs(call, "--sort", "train.patience")[:2] == dirs_of([impatient, patient])
+    assert list_dirs(call, "--sort", "train.patience", "--reverse")[:2] == dirs_of([patient, impatient])
+    assert list_dirs(call, "--sort", "best_epoch", "--reverse")[-1] == str(unfinished.run_dir)
+    by_accuracy = dirs_of([unfinished, unlimited, patient, impatient, diverged])
+    assert list_dirs(call, "--sort", "val/accuracy") == by_accuracy
 
 
-def test_a_start_is_sorted_by_the_clock_of_the_world(make: Make, call: Call) -> None:
+def test_start_times_of_different_time_zones(make: Make, call: Call) -> None:
     first, second = make(), make()
     first.update(started="2026-10-25T02:50:00+02:00")
     second.update(started="2026-10-25T02:10:00+01:00")
-    assert listed(call, "--sort", "started") == names([first, second])
+    assert list_dirs(call, "--sort", "started") == dirs_of([first, second])
 
 
 @pytest.mark.parametrize("limit", ["0", "-1"])
-def test_a_limit_is_at_least_one(call: Call, limit: str) -> None:
+def test_limit_must_be_positive(call: Call, limit: str) -> None:
     assert call("runs", f"--limit={limit}") == (2, "", f"--limit={limit}: must be at least 1\n")
 
 
 # -- the table -----------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_a_column_for_each_key_that_is_named(make: Make, call: Call) -> None:
+def test_table_has_a_column_for_each_requested_key(make: Make, call: Call) -> None:
     run = make(mlflow={"run_id": "0123456789abcdef"})
     bare = make(result=None, rows=())
     words = ["status~N", "--columns", "model.name,memory/process_peak_mib,oom", "--sort", "val/accuracy"]
     code, out, err = call("runs", *words)
     assert (code, err) == (0, "")
     keys = "val/accuracy", "model.name", "memory/process_peak_mib", "oom"
-    figures = "3", "90.00%", "87.50%", "12", "900"
+    results = "3", "90.00%", "87.50%", "12", "900"
     assert table(out) == [
         ["run", "status", "epochs", "validation", "test", "seconds", "peak MiB", "MLflow id", *keys],
-        [said(run, "folder"), "FINISHED", *figures, "01234567", "90.00%", "compact", "900", ""],
-        [said(bare, "folder"), "RUNNING", "", "", "", "", "", "", "", "compact", "", ""],
+        [value_of(run, "run_dir"), "FINISHED", *results, "01234567", "90.00%", "compact", "900", ""],
+        [value_of(bare, "run_dir"), "RUNNING", "", "", "", "", "", "", "", "compact", "", ""],
     ]
 
 
 @pytest.mark.parametrize(("width", "framed"), [(80, False), (200, True)])
-def test_a_narrow_terminal_gets_whole_lines_without_a_frame(
+def test_a_narrow_terminal_gets_full_lines_without_a_frame(
     make: Make, call: Call, monkeypatch: pytest.MonkeyPatch, width: int, framed: bool
 ) -> None:
     run = make(error="too little " * 3)
     out = Console(file=StringIO(), force_terminal=True, color_system=None, width=width, soft_wrap=True)
-    monkeypatch.setattr("captcha_exp.cli.runs.console", lambda: out)
+    monkeypatch.setattr("captcha_exp.cli.runs.get_console", lambda: out)
     call("runs", "--columns", "error")
     assert isinstance(out.file, StringIO)
     lines = out.file.getvalue().splitlines()
     assert ("│" in lines[-2]) is framed
-    (line,) = [line for line in lines if said(run, "folder") in line]
+    (line,) = [line for line in lines if value_of(run, "run_dir") in line]
     assert "FINISHED" in line
     assert "too little too little too little" in line
 
 
-def test_what_looks_like_markup_is_text(make: Make, call: Call) -> None:
+def test_markup_is_printed_as_text(make: Make, call: Call) -> None:
     make(error="[red]no[/red] [/]")
     assert table(call("runs", "--columns", "error")[1])[1][-1] == "[red]no[/red] [/]"
 
 
-def test_json_has_the_record_and_the_values_that_were_named(make: Make, call: Call) -> None:
+def test_json_has_run_json_and_the_requested_values(make: Make, call: Call) -> None:
     run = make(rows=(ROWS[0], {"train/loss": float("nan")}))
     make()
     keys = "train/loss,train.epochs,val/accuracy,test/accuracy"
@@ -441,39 +449,39 @@ def test_json_has_the_record_and_the_values_that_were_named(make: Make, call: Ca
         ("captcha.alphabet", "äé", "äé"),
     ],
 )
-def test_values_are_tidy(key: str, value: object, text: str) -> None:
+def test_format_value(key: str, value: object, text: str) -> None:
     assert format_value(key, value) == text
 
 
 # -- damage --------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_line_of_metrics_is_told_and_the_others_count(make: Make, call: Call) -> None:
+def test_a_damaged_row_of_metrics_is_skipped_with_a_warning(make: Make, call: Call) -> None:
     run, whole = make(), make()
     path = run.run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0].replace(b"0.5", b"0.6") + b"\xff\n" + b"".join(lines[1:]))
     code, out, err = call("runs", "--json", "val/accuracy>=0.9")
-    assert (code, [each["run_dir"] for each in json.loads(out)]) == (0, names([run, whole]))
+    assert (code, [each["run_dir"] for each in json.loads(out)]) == (0, dirs_of([run, whole]))
     assert [line.split(": ")[0] for line in err.splitlines()] == [f"{path}, line 1", f"{path}, line 2"]
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        MetricsRow(1, 2, {"val/accuracy": "high"}),  # type: ignore[dict-item]  # what no training writes
+        MetricsRow(1, 2, {"val/accuracy": "high"}),  # type: ignore[dict-item]  # not written by a training
         MetricsRow("1", 2, {"val/accuracy": 1.0}),  # type: ignore[arg-type]  # as above
         MetricsRow(1, 2, [0.5]),  # type: ignore[arg-type]  # as above
     ],
     ids=["a metric", "a step", "all metrics"],
 )
-def test_a_row_of_other_things_than_numbers_is_told(make: Make, call: Call, row: MetricsRow) -> None:
+def test_a_row_with_other_types_is_skipped_with_a_warning(make: Make, call: Call, row: MetricsRow) -> None:
     run = make()
     with (run.run_dir / "metrics.jsonl").open("a") as file:
         file.write(row.to_line())
     code, _, err = call("runs", "val/accuracy>=0.9")
     path = run.run_dir / "metrics.jsonl"
-    line = f"{path}, line 5: is left out: a step or a metric is no number\n"
+    line = f"{path}, line 5: skipped: a step or a metric is not a number\n"
     assert (code, err) == (0, line)
 
 
@@ -484,11 +492,11 @@ BOMB = b"a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     ("text", "reason"),
     [
         (b"seed: [1", "while parsing .+"),
-        (b"", "it holds no keys"),
-        (b"- 1", "it holds no keys"),
-        (BOMB, "it holds an alias"),
-        (b"a: &a\n  b: *a", "it holds an alias"),
-        (b"a: 2026-03-01", "it holds a date"),
+        (b"", "not a mapping of keys to values"),
+        (b"- 1", "not a mapping of keys to values"),
+        (BOMB, "contains an alias"),
+        (b"a: &a\n  b: *a", "contains an alias"),
+        (b"a: 2026-03-01", "contains a value of type date"),
         (b"a: !!python/name:os.system", "could not determine a constructor .+"),
         (b"a: " + b"[" * 100_000, "maximum recursion .+"),
         (b"- " * 40_000, "maximum recursion .+"),
@@ -496,20 +504,18 @@ BOMB = b"a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     ],
     ids=["cut", "empty", "list", "bomb", "circle", "date", "tag", "deep", "deep list", "bytes"],
 )
-def test_a_damaged_config_is_told_and_the_run_goes_on_without(
-    make: Make, call: Call, text: bytes, reason: str
-) -> None:
+def test_a_damaged_config_is_reported_and_ignored(make: Make, call: Call, text: bytes, reason: str) -> None:
     run, whole = make(), make()
     (run.run_dir / "config.yaml").write_bytes(text)
     code, out, err = call("runs", "--json", "--sort", "train.batch_size", "--columns", "test/accuracy")
     assert code == 0
-    assert [each["run_dir"] for each in json.loads(out)] == names([whole, run])
+    assert [each["run_dir"] for each in json.loads(out)] == dirs_of([whole, run])
     assert json.loads(out)[1]["values"] == {"test/accuracy": 0.875}
     path = re.escape(str(run.run_dir / "config.yaml"))
-    assert re.fullmatch(f"{path}: cannot be read as a config: {reason}\n", err)
+    assert re.fullmatch(f"{path}: is not a valid config: {reason}\n", err)
 
 
-def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> None:
+def test_a_run_without_a_config_is_listed_with_a_warning(make: Make, call: Call) -> None:
     run = make()
     make()
     (run.run_dir / "config.yaml").unlink()
@@ -518,7 +524,7 @@ def test_a_run_without_a_config_is_told_and_listed(make: Make, call: Call) -> No
     assert json.loads(out)[-1]["run_dir"] == str(run.run_dir)
 
 
-def test_a_record_of_odd_things_is_listed_all_the_same(make: Make, call: Call) -> None:
+def test_unusual_values_of_run_json_are_listed(make: Make, call: Call) -> None:
     run = make(result=None)
     run.update(name="[x]", status="ODD", mlflow={}, sweep="there", oom=0, error={"a": [None]})
     words = ["--columns", "name,run_id,sweep,oom,error", "--sort", "status", "name!=x"]
@@ -529,27 +535,27 @@ def test_a_record_of_odd_things_is_listed_all_the_same(make: Make, call: Call) -
     assert table(out)[1] == [label, "ODD", "", "", "", "", "", "", *odd]
 
 
-def test_a_record_of_another_shape_is_told_of_and_not_listed(make: Make, call: Call) -> None:
+def test_an_invalid_run_json_is_reported_and_not_listed(make: Make, call: Call) -> None:
     odd, good = make(result=None), make()
     odd.update(result=["[b]"])
     code, out, err = call("runs", "--json")
     assert [each["run_dir"] for each in json.loads(out)] == [str(good.run_dir)]
     assert code == 0
-    assert err.endswith("run.json: is not the record of a run: result=['[b]'] is nothing that a run writes\n")
+    assert err.endswith("run.json: is not a valid run.json: result=['[b]'] has the wrong type\n")
 
 
-def test_a_file_is_read_only_when_a_key_needs_it(make: Make, call: Call) -> None:
+def test_files_are_read_only_if_a_key_needs_them(make: Make, call: Call) -> None:
     run = make()
     (run.run_dir / "config.yaml").write_text("{")
     (run.run_dir / "metrics.jsonl").write_text("{")
-    assert listed(call, "status=FINISHED", "--sort", "seconds") == names([run])
+    assert list_dirs(call, "status=FINISHED", "--sort", "seconds") == dirs_of([run])
 
 
 # -- diff ----------------------------------------------------------------------------------------------------
 
 
-def complete(run: Run, threads: int = 2, key: str = "k") -> Run:
-    """A run with the other files of a finished one."""
+def add_files(run: Run, threads: int = 2, key: str = "k") -> Run:
+    """Add the other files of a finished run."""
     environment = {
         "python": "3.11",
         "git": {"commit": "abc"},
@@ -570,16 +576,16 @@ def complete(run: Run, threads: int = 2, key: str = "k") -> Run:
     return run
 
 
-def told(call: Call, *words: str) -> dict[str, Any]:
+def diff_json(call: Call, *words: str) -> dict[str, Any]:
     code, out, err = call("diff", "--json", *words)
     assert (code, err) == (0, "")
     values: dict[str, Any] = json.loads(out)
     return values
 
 
-def test_diff_names_what_differs_section_by_section(make: Make, call: Call, tiny: Config) -> None:
-    first = complete(make())
-    second = complete(
+def test_diff_lists_differences_by_section(make: Make, call: Call, tiny: Config) -> None:
+    first = add_files(make())
+    second = add_files(
         make(
             training(tiny, batch_size=32, patience=3),
             test=0.9,
@@ -588,7 +594,7 @@ def test_diff_names_what_differs_section_by_section(make: Make, call: Call, tiny
         threads=1,
         key="l",
     )
-    assert told(call, str(first.run_dir), str(second.run_dir)) == {
+    assert diff_json(call, str(first.run_dir), str(second.run_dir)) == {
         "config": {"train.batch_size": [64, 32], "train.patience": [None, 3]},
         "environment": {"device.threads": [2, 1]},
         "dataset": {"key": ["k", "l"]},
@@ -603,9 +609,9 @@ def test_diff_names_what_differs_section_by_section(make: Make, call: Call, tiny
     }
 
 
-def test_diff_with_all_names_what_is_the_same_too(make: Make, call: Call) -> None:
-    first, second = complete(make()), complete(make())
-    values = told(call, "--all", str(first.run_dir), str(second.run_dir))
+def test_diff_with_all_lists_equal_values(make: Make, call: Call) -> None:
+    first, second = add_files(make()), add_files(make())
+    values = diff_json(call, "--all", str(first.run_dir), str(second.run_dir))
     assert values["config"]["train.batch_size"] == [64, 64]
     assert values["environment"]["device.flags"] == [[1, 2], [1, 2]]
     assert values["dataset"] == {
@@ -619,24 +625,24 @@ def test_diff_with_all_names_what_is_the_same_too(make: Make, call: Call) -> Non
     assert values["metrics"]["val/accuracy"] == [0.9, 0.9]
 
 
-def test_diff_of_equal_runs_says_so(make: Make, call: Call) -> None:
-    complete(make())
-    same_everywhere = "".join(
-        f"{title}: the same\n" for title in ("config", "environment", "dataset", "metrics", "result")
+def test_diff_of_equal_runs(make: Make, call: Call) -> None:
+    add_files(make())
+    equal_sections = "".join(
+        f"{title}: equal\n" for title in ("config", "environment", "dataset", "metrics", "result")
     )
-    assert call("diff", "latest", "latest") == (0, same_everywhere, "")
+    assert call("diff", "latest", "latest") == (0, equal_sections, "")
 
 
-def test_diff_puts_numbers_side_by_side_with_their_difference(make: Make, call: Call) -> None:
-    first = complete(make())
+def test_diff_table(make: Make, call: Call) -> None:
+    first = add_files(make())
     rows = ({**ROWS[0], "val/accuracy": 0.92, "memory/eval_peak_mib": 5.0}, {"train/loss": float("nan")})
-    second = complete(make(rows=rows, result={**RESULT, "best_epoch": 1, "weights_sha256": "ef" * 32}))
+    second = add_files(make(rows=rows, result={**RESULT, "best_epoch": 1, "weights_sha256": "ef" * 32}))
     code, out, err = call("diff", str(first.run_dir), str(second.run_dir))
     assert (code, err) == (0, "")
-    assert out.splitlines()[:3] == ["config: the same", "environment: the same", "dataset: the same"]
+    assert out.splitlines()[:3] == ["config: equal", "environment: equal", "dataset: equal"]
     assert out.splitlines()[3].strip() == "metrics: 5 of 6 differ"
     cells = table(out)
-    assert cells[0] == ["", said(first, "folder"), said(second, "folder"), "difference"]
+    assert cells[0] == ["", value_of(first, "run_dir"), value_of(second, "run_dir"), "difference"]
     assert cells[1:6] == [
         ["val/accuracy", "90.00%", "92.00%", "+2 points"],
         ["train/loss", "2", "3", "+1"],
@@ -650,12 +656,12 @@ def test_diff_puts_numbers_side_by_side_with_their_difference(make: Make, call: 
     ]
 
 
-def test_diff_says_which_file_a_run_lacks(make: Make, call: Call) -> None:
-    whole, early = complete(make()), make(rows=(), result=None, status="FAILED", error="[/] no\nroom")
+def test_diff_names_missing_files(make: Make, call: Call) -> None:
+    whole, early = add_files(make()), make(rows=(), result=None, status="FAILED", error="[/] no\nroom")
     code, out, err = call("diff", str(whole.run_dir), str(early.run_dir))
     assert (code, err) == (0, "")
     assert out.splitlines()[:4] == [
-        "config: the same",
+        "config: equal",
         f"environment: {early.run_dir}: has no environment.json",
         f"dataset: {early.run_dir}: has no dataset.json",
         f"metrics: {early.run_dir}: has no metrics.jsonl",
@@ -674,8 +680,8 @@ def test_diff_says_which_file_a_run_lacks(make: Make, call: Call) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "5"])
-def test_diff_goes_on_where_a_file_is_damaged(make: Make, call: Call, text: str) -> None:
-    run = complete(make())
+def test_diff_reports_damaged_files(make: Make, call: Call, text: str) -> None:
+    run = add_files(make())
     (run.run_dir / "environment.json").write_text(text)
     code, out, err = call("diff", "latest", "latest")
     assert (code, err) == (0, "")
@@ -685,18 +691,18 @@ def test_diff_goes_on_where_a_file_is_damaged(make: Make, call: Call, text: str)
     assert len(out.splitlines()) == 5
 
 
-def test_a_long_value_is_cut_and_told_to_be(make: Make, call: Call, tiny: Config) -> None:
+def test_a_long_value_is_truncated(make: Make, call: Call, tiny: Config) -> None:
     first = make()
     second = make(replace(tiny, data=replace(tiny.data, cache="c" * 300)))
     cells = table(call("diff", str(first.run_dir), str(second.run_dir))[1])
     assert cells[1][2] == "c" * 100 + "... (300 characters)"
 
 
-def test_a_run_that_is_none_is_refused(make: Make, call: Call) -> None:
+def test_diff_of_an_unknown_run(make: Make, call: Call) -> None:
     make()
     code, out, err = call("diff", "latest", "nosuchrun")
     assert (code, out) == (2, "")
-    assert err.startswith("'nosuchrun' is no run: ")
+    assert err.startswith("'nosuchrun' is not a run: ")
 
 
 @pytest.mark.parametrize(
@@ -712,7 +718,7 @@ def test_a_run_that_is_none_is_refused(make: Make, call: Call) -> None:
         ([1, 2], [2, 1], False),
     ],
 )
-def test_same_means_the_same_to_a_reader(first: object, second: object, equal: bool) -> None:
+def test_is_equal(first: object, second: object, equal: bool) -> None:
     assert is_equal(first, second) is equal
 
 
@@ -728,15 +734,15 @@ def test_same_means_the_same_to_a_reader(first: object, second: object, equal: b
         ("train.deterministic", False, True, ""),
     ],
 )
-def test_a_difference_has_its_sign_and_unit(key: str, first: object, second: object, text: str) -> None:
+def test_format_difference(key: str, first: object, second: object, text: str) -> None:
     assert format_difference(key, first, second) == text
 
 
-# -- the real command ----------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 
-def test_the_real_command_lists_and_compares(make: Make, root: Path, tmp_path_factory: Any) -> None:
-    first, second = complete(make(test=0.9)), complete(make(test=0.7))
+def test_runs_and_diff_in_a_shell(make: Make, root: Path, tmp_path_factory: Any) -> None:
+    first, second = add_files(make(test=0.9)), add_files(make(test=0.7))
 
     def shell(*words: str) -> str:
         return subprocess.run(
@@ -749,18 +755,18 @@ def test_the_real_command_lists_and_compares(make: Make, root: Path, tmp_path_fa
         ).stdout
 
     listing = shell("runs", "test/accuracy>80%")
-    assert [row[0] for row in table(listing)[1:]] == [said(first, "folder")]
+    assert [row[0] for row in table(listing)[1:]] == [value_of(first, "run_dir")]
     short = [str(run.run_dir.relative_to(root / "outputs")) for run in (first, second)]
     assert json.loads(shell("diff", *short, "--json"))["metrics"] == {"test/accuracy": [0.9, 0.7]}
 
 
-def test_a_list_of_runs_needs_neither_torch_nor_mlflow(make: Make, root: Path) -> None:
+def test_runs_and_diff_import_neither_torch_nor_mlflow(make: Make, root: Path) -> None:
     make()
     code = (
-        "import sys, contextlib, captcha_exp.cli\n"
+        "import sys, contextlib, captcha_exp.cli.main\n"
         "for words in (['runs', 'train.batch_size>1', 'val/accuracy>0'], ['diff', 'latest', 'latest']):\n"
         "    sys.argv = ['captcha-exp', *words]\n"
-        "    with contextlib.suppress(SystemExit): captcha_exp.cli.main()\n"
+        "    with contextlib.suppress(SystemExit): captcha_exp.cli.main.main()\n"
         "print('loaded:', *sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Sweeps that are interrupted, gone on with, cut off from disk and terminal, asked for in odd words."""
+"""`train -m`: interruption, time limits, resuming, special characters, and failures of disk and terminal."""
 
 import json
 import os
@@ -22,14 +22,13 @@ from support.faults import planted
 
 from captcha_exp import runs
 from captcha_exp.cli import main
-from captcha_exp.cli import sweep as sweeping
+from captcha_exp.cli import sweep as sweep_command
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
-from captcha_exp.sweep import record as recorded
-from captcha_exp.sweep import supervisor
+from captcha_exp.sweep import record, supervisor
 from captcha_exp.sweep.forecast import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.results import Outcome, collect_results
@@ -41,174 +40,173 @@ from captcha_exp.training import oom
 Launch = Callable[[Path, Sequence[int]], None]
 
 
-def points_of(tiny: Config, count: int = 3) -> list[Job]:
+def make_jobs(tiny: Config, count: int = 3) -> list[Job]:
     return [
         Job(number=n, swept={"seed": str(n)}, choices={}, requested=replace(tiny, seed=n))
         for n in range(1, count + 1)
     ]
 
 
-def recording(became: Outcome = "finished", launched: list[int] | None = None) -> Launch:
-    """A launcher whose points leave a record and nothing else."""
+def make_launch(outcome: Outcome = "finished", launched: list[int] | None = None) -> Launch:
+    """Return a launcher that only creates the run of each job."""
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         sweep = Sweep(folder)
         for number in numbers:
-            record_of(sweep, number, became)
+            make_run(sweep, number, outcome)
             if launched is not None:
                 launched.append(number)
 
     return launch
 
 
-def record_of(sweep: Sweep, number: int, became: Outcome) -> runs.Run:
-    point = sweep.jobs[number - 1]
-    run = runs.create_run(point.requested, point.requested, sweep.new_attempt(point))
-    match became:
+def make_run(sweep: Sweep, number: int, outcome: Outcome) -> runs.Run:
+    """Create the run of a job with this outcome."""
+    job = sweep.jobs[number - 1]
+    run = runs.create_run(job.requested, job.requested, sweep.new_attempt(job))
+    match outcome:
         case "killed":
-            run.update(pid=2**22 + 1)  # no process has it
+            run.update(pid=2**22 + 1)  # above the maximum process id
         case "failed":
-            run.close("FAILED", "a mistake")
+            run.close("FAILED", "an error")
         case "oom" | "skipped":
-            run.update(**{became: {"remedies": []}})
+            run.update(**{outcome: {"remedies": []}})
             run.close("FINISHED")
         case _:
             run.close("FINISHED")
     return run
 
 
-class Told:
-    """What a sweep tells at its end."""
+class SummaryRecorder:
+    """A callback that stores the summaries of a sweep."""
 
     def __init__(self) -> None:
-        self.verdicts: list[SweepSummary] = []
+        self.summaries: list[SweepSummary] = []
         self.sweep: Sweep | None = None
 
-    def __call__(self, sweep: Sweep, verdict: SweepSummary) -> None:
+    def __call__(self, sweep: Sweep, summary: SweepSummary) -> None:
         self.sweep = sweep
-        self.verdicts.append(verdict)
+        self.summaries.append(summary)
 
 
-def became(verdict: SweepSummary) -> list[str]:
-    return [row.outcome for row in verdict.results]
+def outcomes(summary: SweepSummary) -> list[str]:
+    return [result.outcome for result in summary.results]
 
 
-# -- interrupted, and gone on with ---------------------------------------------------------------------------
+# -- interruption --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_the_last_words(number: signal.Signals) -> None:
+def test_defer_signals_delays_a_signal(number: signal.Signals) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    said = []
+    calls = []
 
-    def speak() -> None:
+    def call() -> None:
         with defer_signals():
-            signal.raise_signal(number)  # a second Ctrl-C would end this process at once
-            said.append("the last word")
+            signal.raise_signal(number)
+            calls.append("after the signal")
 
     try:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            speak()
-        assert said
+            call()
+        assert calls
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_in_a_thread_that_hears_no_signal_there_is_nothing_to_wait_with() -> None:
-    said = []
+def test_defer_signals_in_another_thread() -> None:
+    calls = []
 
-    def speak() -> None:
+    def call() -> None:
         with defer_signals():
-            said.append(True)
+            calls.append(True)
 
-    thread = threading.Thread(target=speak)
+    thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    assert said
+    assert calls
 
 
-def test_interrupted_in_the_second_point_and_gone_on_with(tiny: Config) -> None:
-    found, told, heard = plan_jobs(points_of(tiny), Heard()), Told(), Heard()
+def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
+    found, recorder, display = plan_jobs(make_jobs(tiny), Heard()), SummaryRecorder(), Heard()
 
     def interrupted(folder: Path, numbers: Sequence[int]) -> None:
-        recording()(folder, numbers[:1])
-        recording("killed")(folder, numbers[1:2])
+        make_launch()(folder, numbers[:1])
+        make_launch("killed")(folder, numbers[1:2])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(found, interrupted, 1, heard, told)
-    (verdict,) = told.verdicts
-    assert told.sweep is not None
-    folder = told.sweep.sweep_dir
-    assert became(verdict) == ["finished", "killed", "not run"]
+        run_sweep(found, interrupted, 1, display, recorder)
+    (summary,) = recorder.summaries
+    assert recorder.sweep is not None
+    folder = recorder.sweep.sweep_dir
+    assert outcomes(summary) == ["finished", "killed", "not run"]
     assert json.loads((folder / "summary.json").read_text())["jobs"][1]["outcome"] == "killed"
     states = [json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/run.json"))]
     assert states == ["FINISHED", "KILLED"]
 
-    sweep = recorded.find_sweep(folder.name if (Path.cwd() / folder.name).exists() else str(folder))
+    sweep = record.find_sweep(folder.name if (Path.cwd() / folder.name).exists() else str(folder))
     assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "KeyboardInterrupt")
-    sweep.update(pid=2**22 + 1)  # another process, that is gone
+    sweep.update(pid=2**22 + 1)  # a process that has exited
     launched: list[int] = []
-    seen = {}
+    state = {}
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
-        seen.update(Sweep(folder).state)
-        recording(launched=launched)(folder, numbers)
+        state.update(Sweep(folder).state)
+        make_launch(launched=launched)(folder, numbers)
 
-    verdict = run_sweep(plan_jobs(sweep.jobs, heard), launch, 1, heard, told, Sweep(folder))
-    assert (seen["status"], seen["pid"]) == ("RUNNING", os.getpid()), "it is this process's own now"
+    summary = run_sweep(plan_jobs(sweep.jobs, display), launch, 1, display, recorder, Sweep(folder))
+    assert (state["status"], state["pid"]) == ("RUNNING", os.getpid()), "claimed by this process"
     assert launched == [2, 3]
-    assert became(verdict) == ["finished"] * 3
-    assert [row.attempts for row in verdict.results] == [1, 2, 1]
+    assert outcomes(summary) == ["finished"] * 3
+    assert [result.attempts for result in summary.results] == [1, 2, 1]
     assert Sweep(folder).state["status"] == "FINISHED"
-    assert "1 of 3 jobs are already done" in heard.lines
+    assert "1 of 3 jobs are already done" in display.lines
 
 
-def test_what_has_a_result_is_not_run_again(tiny: Config) -> None:
-    found, told = plan_jobs(points_of(tiny, 5), Heard()), Told()
-    kinds: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
+def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
+    found, recorder = plan_jobs(make_jobs(tiny, 5), Heard()), SummaryRecorder()
+    expected: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
-        for number, kind in zip(numbers, kinds, strict=True):
-            record_of(Sweep(folder), number, kind)
+        for number, outcome in zip(numbers, expected, strict=True):
+            make_run(Sweep(folder), number, outcome)
 
-    assert became(run_sweep(found, launch, 1, Heard(), told)) == kinds
-    assert told.sweep is not None
+    assert outcomes(run_sweep(found, launch, 1, Heard(), recorder)) == expected
+    assert recorder.sweep is not None
     launched: list[int] = []
-    sweep = Sweep(told.sweep.sweep_dir)
-    again = run_sweep(found, recording(launched=launched), 1, Heard(), told, sweep)
+    sweep = Sweep(recorder.sweep.sweep_dir)
+    again = run_sweep(found, make_launch(launched=launched), 1, Heard(), recorder, sweep)
     assert launched == [4, 5]
     assert again.has_failures is False
 
 
-# -- a limit of time -----------------------------------------------------------------------------------------
+# -- time limit ----------------------------------------------------------------------------------------------
 
 
-def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first point ends in time, the second is ended by it, the third is not begun."""
-    begun: list[tuple[str, float]] = []
+def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job finishes in time, the second is stopped, the third is not started."""
+    started: list[tuple[str, float]] = []
 
-    def train(order: supervisor.TrainJob, folder: Path, _: object) -> None:
-        assert order.deadline is not None
-        begun.append((order.name or "", order.deadline))
+    def train(job: supervisor.TrainJob, folder: Path, _: object) -> None:
+        assert job.deadline is not None
+        started.append((job.name or "", job.deadline))
         run = (
             runs.reopen_run(folder)
             if (folder / "run.json").exists()
-            else runs.create_run(order.requested, order.requested, folder)
+            else runs.create_run(job.requested, job.requested, folder)
         )
         run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
-        time.sleep(max(0.0, order.deadline - time.time()) if len(begun) == 2 else 0.0)
-        run.close(*(("KILLED", "TimeLimitReached") if len(begun) == 2 else ("FINISHED", None)))
+        time.sleep(max(0.0, job.deadline - time.time()) if len(started) == 2 else 0.0)
+        run.close(*(("KILLED", "TimeLimitReached") if len(started) == 2 else ("FINISHED", None)))
 
     def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
         for number in numbers:
             supervisor.run_job(folder, number)
 
     monkeypatch.setattr(supervisor, "_train_in_child", train)
-    monkeypatch.setattr(sweeping, "_launch", launch)
+    monkeypatch.setattr(sweep_command, "_launch", launch)
     words = (*TINY, "tracking=none", "seed=1,2,3")
     with pytest.raises(TimeLimitReached, match="run the same command to resume") as caught:
         train_all(*words, "train.max_minutes=0.05")
@@ -217,35 +215,33 @@ def test_when_the_time_of_a_sweep_is_up_its_points_are_left_and_gone_on_with(
     sweep = Sweep(path.parent)
     assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeLimitReached")
     assert json.loads((path.parent / "summary.json").read_text())["title"].startswith("sweep over seed: ")
-    assert [row.outcome for row in collect_results(sweep)] == ["finished", "killed", "not run"]
-    assert len({moment for _, moment in begun}) == 1, "the points have one time together"
+    assert [result.outcome for result in collect_results(sweep)] == ["finished", "killed", "not run"]
+    assert len({moment for _, moment in started}) == 1, "the jobs share one deadline"
 
     assert train_all(*words, "train.max_minutes=5", resume="auto") == 0
-    assert [name for name, _ in begun] == ["seed=1", "seed=2", "seed=2", "seed=3"]
-    assert begun[-1][1] > begun[0][1] + 60
-    assert [row.attempts for row in collect_results(Sweep(path.parent))] == [1, 1, 1]
+    assert [name for name, _ in started] == ["seed=1", "seed=2", "seed=2", "seed=3"]
+    assert started[-1][1] > started[0][1] + 60
+    assert [result.attempts for result in collect_results(Sweep(path.parent))] == [1, 1, 1]
 
 
-def test_a_point_on_another_machine_has_a_time_of_its_own(root: Path, launched: list[Any]) -> None:
+def test_a_job_on_another_machine_has_its_own_deadline(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID, "train.max_minutes=2") == 0
     sweep = Sweep(next((root / "outputs").glob("*/*/sweep.json")).parent)
     until = datetime.fromisoformat(sweep.state["time_limit"]["deadline"]).timestamp()
     assert supervisor._job_deadline(sweep) == until
     sweep.state["time_limit"]["deadline"] = "2000-01-01T00:00:00+00:00"
     sweep.state["host"] = "elsewhere"
-    leave_at = supervisor._job_deadline(sweep)
-    assert leave_at is not None
-    assert time.time() + 100 < leave_at < time.time() + 121
-    del sweep.state["time_limit"]  # a record of before
+    deadline = supervisor._job_deadline(sweep)
+    assert deadline is not None
+    assert time.time() + 100 < deadline < time.time() + 121
+    del sweep.state["time_limit"]
     assert supervisor._job_deadline(sweep) is None
 
 
-def test_a_sweep_has_one_limit_of_time(root: Path) -> None:
+def test_a_sweep_has_one_time_limit(root: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         train_all(*TINY, "train.max_minutes=1,2.5")
-    assert caught.value.lines == (
-        "train.max_minutes=1.0,2.5: is the time that the whole sweep may take; write one value",
-    )
+    assert caught.value.lines == ("train.max_minutes=1.0,2.5: limits the whole sweep; write one value",)
     assert not (root / "outputs").exists()
 
 
@@ -256,25 +252,25 @@ GRID = (*TINY, "tracking=none", "seed=1,2")
 
 def train_all(*words: str, resume: str = "never", display: Heard | None = None) -> int:
     arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
-    return sweeping.train_sweep(arguments, detect_machine(best_batch_size=lambda _: 1), display or Heard())
+    return sweep_command.train_sweep(arguments, detect_machine(), display or Heard())
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
-    """(numbers, points at a time) of each launch; points leave a record alone."""
-    found: list[tuple[list[int], int]] = []
+    """Return (numbers, n_jobs) of each launch. Launching only creates the runs."""
+    launches: list[tuple[list[int], int]] = []
 
     def launch(folder: Path, numbers: Sequence[int], grid: Any, _: object) -> None:
-        found.append((list(numbers), grid.n_jobs))
-        recording()(folder, numbers)
+        launches.append((list(numbers), grid.n_jobs))
+        make_launch()(folder, numbers)
 
-    monkeypatch.setattr(sweeping, "_launch", launch)
-    return found
+    monkeypatch.setattr(sweep_command, "_launch", launch)
+    return launches
 
 
-def cut(place: Path) -> Path:
-    """The folder of the only sweep, whose second point is as if it never was."""
-    (path,) = (place / "outputs").glob("*/*/sweep.json")
+def interrupt(root: Path) -> Path:
+    """Mark the only sweep and its second job KILLED, and return the sweep directory."""
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
     (folder,) = sweep.attempts(sweep.jobs[1])
     state = json.loads((folder / "run.json").read_text())
@@ -294,24 +290,24 @@ def cut(place: Path) -> Path:
         (("train.max_minutes=9",), "folder"),
         ((*GRID, "train.max_minutes=9"), "auto"),
     ],
-    ids=["nothing", "the same", "in another order", "auto", "another launcher", "a limit", "auto, a limit"],
+    ids=["none", "same", "other order", "auto", "other launcher", "time limit", "auto, time limit"],
 )
-def test_resume_with(words: tuple[str, ...], resume: str, root: Path, launched: list[Any]) -> None:
+def test_resume_with_overrides(words: tuple[str, ...], resume: str, root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = cut(root)
+    folder = interrupt(root)
     moved = folder.with_name("moved away")
     folder.rename(moved)
 
     assert train_all(*words, resume=str(moved) if resume == "folder" else resume) == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
-    assert [row.attempts for row in collect_results(Sweep(moved))] == [1, 2]
+    assert [result.attempts for result in collect_results(Sweep(moved))] == [1, 2]
     limit = Sweep(moved).state["time_limit"]
     assert (limit and limit["max_minutes"]) == (9 if "train.max_minutes=9" in words else None)
     assert not folder.exists()
 
 
-def test_a_finished_sweep_gets_its_verdict_once_more(root: Path, launched: list[Any]) -> None:
+def test_resuming_a_finished_sweep_writes_its_summary_again(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     (path.parent / "summary.json").unlink()
@@ -321,92 +317,90 @@ def test_a_finished_sweep_gets_its_verdict_once_more(root: Path, launched: list[
     assert len(launched) == 1
 
 
-def test_by_itself_an_unfinished_sweep_of_other_code_is_told_of_and_left(
-    root: Path, launched: list[Any]
-) -> None:
+def test_auto_skips_an_unfinished_sweep_of_other_code(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = cut(root)
+    folder = interrupt(root)
     Sweep(folder).update(code_sha256="0" * 64)
-    heard = Heard()
-    assert train_all(*GRID, resume="auto", display=heard) == 0
+    display = Heard()
+    assert train_all(*GRID, resume="auto", display=display) == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [1, 2]]
-    assert heard.lines[0] == (
-        f"{folder}: is an unfinished sweep of these points, but other code began it; --resume={folder} "
-        "goes on with it"
+    assert display.lines[0] == (
+        f"{folder}: unfinished sweep with the same jobs, but started with different code; resume it with "
+        f"--resume={folder}"
     )
-    heard = Heard()
-    assert train_all(*GRID, resume="auto", display=heard) == 0
-    assert len(launched) == 3, "the second one has finished"
+    display = Heard()
+    assert train_all(*GRID, resume="auto", display=display) == 0
+    assert len(launched) == 3, "the second sweep is finished"
     assert train_all(resume=str(folder)) == 0
-    assert launched[3][0] == [2], "by its name it is gone on with"
+    assert launched[3][0] == [2], "a named sweep is resumed"
 
 
-def test_a_sweep_whose_start_fails_is_left_as_it_was(
+def test_a_sweep_that_fails_to_start_is_unchanged(
     root: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train_all(*GRID) == 0
-    folder = cut(root)
+    folder = interrupt(root)
     before = json.loads((folder / "sweep.json").read_text())
 
     def fail(*_: object) -> None:
         assert json.loads((folder / "sweep.json").read_text())["status"] == "RUNNING"
         raise UserError("no plan")
 
-    monkeypatch.setattr(sweeping, "plan_jobs", fail)
+    monkeypatch.setattr(sweep_command, "plan_jobs", fail)
     with pytest.raises(UserError, match="no plan"):
         train_all(*GRID, resume="auto")
     assert json.loads((folder / "sweep.json").read_text()) == before
     assert len(launched) == 1
 
 
-def test_what_cannot_be_gone_on_with(root: Path, launched: list[Any]) -> None:
+def test_sweeps_that_cannot_be_resumed(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = cut(root)
+    folder = interrupt(root)
 
-    def refused(*words: str) -> str:
+    def error_of(*words: str) -> str:
         with pytest.raises(UserError) as caught:
             train_all(*words, resume=str(folder))
         (line,) = caught.value.lines
         return line
 
-    assert "its points are not those that these overrides describe" in refused(*GRID, "train.epochs=3")
+    assert "has other jobs than these overrides" in error_of(*GRID, "train.epochs=3")
     sweep = Sweep(folder)
     sweep.reopen()
-    assert refused().endswith(f"its process {os.getpid()} is still at work")
+    assert error_of().endswith(f"its process {os.getpid()} is still running")
     sweep.close("KILLED")
     text = (folder / "jobs" / "2.yaml").read_text()
     (folder / "jobs" / "2.yaml").unlink()
-    assert "2.yaml" in refused()
+    assert "2.yaml" in error_of()
     (folder / "jobs" / "2.yaml").write_text(text)
     (folder / "sweep.json").write_text('{"status": "KILLED", "jobs": [{}]}')
-    assert "invalid sweep record" in refused()
+    assert "invalid sweep record" in error_of()
     assert len(launched) == 1
 
 
-def test_a_sweep_is_gone_on_with_as_a_sweep(root: Path, launched: list[Any]) -> None:
+def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = cut(root)
+    folder = interrupt(root)
     with pytest.raises(UserError, match=f"--resume={re.escape(str(folder))}: is a sweep; add -m"):
         main._dispatch(["train", "--resume", str(folder)])
     assert len(launched) == 1
 
 
-def test_a_parent_that_was_deleted_in_mlflow_is_made_anew(root: Path) -> None:
+def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
     parent = SweepParentRun(
         MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"), Heard()
     )
     state = {"host": "h", "pid": 1, "process_started": 1.0}
     parent.start(root, state, {"seed": "1, 2"})
-    known = parent.run_id
-    assert known is not None
+    run_id = parent.run_id
+    assert run_id is not None
 
-    assert parent.resume(known)
-    parent._client.delete_run(known)
-    assert not parent.resume(known)
-    assert not parent.resume("0" * 32), "the store is another one"
+    assert parent.resume(run_id)
+    parent._client.delete_run(run_id)
+    assert not parent.resume(run_id)
+    assert not parent.resume("0" * 32), "not in the store"
 
 
-# -- odd words, and mistakes ---------------------------------------------------------------------------------
+# -- special characters, mistakes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -424,31 +418,31 @@ def test_a_parent_that_was_deleted_in_mlflow_is_made_anew(root: Path) -> None:
         "/a\\\\${x}'\\",
     ],
 )
-def test_any_folder_gets_through_hydra(path: str) -> None:
+def test_quote_for_hydra(path: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    (override,) = OverridesParser.create().parse_overrides([f"dir={sweeping._quote_for_hydra(path)}"])
+    (override,) = OverridesParser.create().parse_overrides([f"dir={sweep_command._quote_for_hydra(path)}"])
     assert OmegaConf.create({"dir": override.value()}).dir == path
 
 
-def test_values_that_no_file_name_can_have_get_folders_of_their_own(tiny: Config) -> None:
+def test_values_with_special_characters_get_distinct_directories(tiny: Config) -> None:
     values = ["a/b", "a\\b", "a b", "../..", "", "ä" * 300, "[b]", "x\ny"]
-    points = [
+    jobs = [
         Job(number=n, swept={"captcha.width": v, "data.width": v}, choices={}, requested=tiny)
         for n, v in enumerate(values, 1)
     ]
-    sweep = recorded.create_sweep("tiny", points, {})
-    folders = [sweep.new_attempt(point) for point in points for _ in range(2)]
+    sweep = record.create_sweep("tiny", jobs, {})
+    folders = [sweep.new_attempt(job) for job in jobs for _ in range(2)]
 
     assert len(set(folders)) == 2 * len(values)
     assert {folder.parent for folder in folders} == {sweep.sweep_dir}
     assert all(len(folder.name) < 100 for folder in folders)
-    assert Sweep(sweep.sweep_dir).jobs == points
-    assert points[0].name == "captcha.width=a/b data.width=a/b"
+    assert Sweep(sweep.sweep_dir).jobs == jobs
+    assert jobs[0].name == "captcha.width=a/b data.width=a/b"
 
 
-def test_mistakes_of_all_points_come_before_anything_is_made(root: Path) -> None:
+def test_mistakes_of_all_jobs_are_reported_before_anything_is_created(root: Path) -> None:
     for name in ("one", "two"):
         (root / name).mkdir()
     words = ("data=folder", f"data.path={root}/one,{root}/two,{root}/three", "tracking=none")
@@ -461,87 +455,87 @@ def test_mistakes_of_all_points_come_before_anything_is_made(root: Path) -> None
     assert not (root / "outputs").exists()
 
 
-# -- no room, no terminal ------------------------------------------------------------------------------------
+# -- disk, terminal, process ---------------------------------------------------------------------------------
 
 
-def test_a_verdict_that_cannot_be_written_is_told(tiny: Config) -> None:
-    told, heard = Told(), Heard()
+def test_a_summary_that_cannot_be_written(tiny: Config) -> None:
+    recorder, display = SummaryRecorder(), Heard()
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
-        recording()(folder, numbers)
+        make_launch()(folder, numbers)
         (folder / "summary.json").mkdir()
 
     with pytest.raises(RunFailed, match="free disk space"):
-        run_sweep(plan_jobs(points_of(tiny), Heard()), launch, 1, heard, told)
-    assert became(told.verdicts[0]) == ["finished"] * 3
-    assert any("cannot write the summary" in line for line in heard.warnings)
+        run_sweep(plan_jobs(make_jobs(tiny), Heard()), launch, 1, display, recorder)
+    assert outcomes(recorder.summaries[0]) == ["finished"] * 3
+    assert any("cannot write the summary" in line for line in display.warnings)
 
 
-def test_a_record_that_stops_in_the_middle_is_a_row(tiny: Config) -> None:
-    """Killed before config.yaml was written; damaged; an empty folder."""
-    sweep = recorded.create_sweep("tiny", points_of(tiny), {"predicted": [None] * 3})
-    (record_of(sweep, 1, "killed").run_dir / "config.yaml").unlink()
-    (record_of(sweep, 2, "finished").run_dir / "run.json").write_text('{"status": "FIN')
+def test_incomplete_runs_are_listed(tiny: Config) -> None:
+    """Killed before config.yaml was written; a damaged run.json; an empty run directory."""
+    sweep = record.create_sweep("tiny", make_jobs(tiny), {"predicted": [None] * 3})
+    (make_run(sweep, 1, "killed").run_dir / "config.yaml").unlink()
+    (make_run(sweep, 2, "finished").run_dir / "run.json").write_text('{"status": "FIN')
     sweep.new_attempt(sweep.jobs[2])
 
-    found = collect_results(sweep)
-    assert [row.outcome for row in found] == ["killed", "failed", "not run"]
-    assert "invalid run record" in (found[1].error or "")
+    results = collect_results(sweep)
+    assert [result.outcome for result in results] == ["killed", "failed", "not run"]
+    assert "invalid run record" in (results[1].error or "")
 
 
-def process_of(script: str, folder: Path, listen: Callable[[str], None], monkeypatch: Any) -> Any:
-    """A process of a training that is this shell script instead."""
+def child_process(script: str, folder: Path, on_line: Callable[[str], None], monkeypatch: Any) -> Any:
+    """Return a child process that runs a shell script instead of a training."""
     path = folder / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
-    return supervisor._ChildProcess(folder / "gone" / "1-x", listen)
+    return supervisor._ChildProcess(folder / "missing" / "1-x", on_line)
 
 
-def test_neither_a_log_nor_a_terminal_that_is_gone_stops_a_process(
+def test_a_missing_log_and_terminal_do_not_stop_a_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = []
+    lines = []
 
-    def listen(line: str) -> None:
-        heard.append(line)
-        raise SystemExit(1)  # what rich does
+    def on_line(line: str) -> None:
+        lines.append(line)
+        raise SystemExit(1)  # as rich does
 
-    with process_of("seq 1 100000; exit 3", tmp_path, listen, monkeypatch) as process:
-        process._process.wait(30)  # for ever, if nobody reads
+    with child_process("seq 1 100000; exit 3", tmp_path, on_line, monkeypatch) as process:
+        process._process.wait(30)  # blocks if the pipe is not read
         process.wait()
-    assert heard == ["1"]
+    assert lines == ["1"]
     assert process.describe_exit() == "100000"
 
 
-def test_last_words_are_kept_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_line_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "head -c 3000000 /dev/zero | tr '\\0' x; exit 3"
-    heard: list[str] = []
-    with process_of(script, tmp_path, heard.append, monkeypatch) as process:
+    lines: list[str] = []
+    with child_process(script, tmp_path, lines.append, monkeypatch) as process:
         process.wait()
     assert process.describe_exit() == "x" * 1000
-    assert re.search(r"cannot write .+1-x\.log$", heard[-1])
+    assert re.search(r"cannot write .+1-x\.log$", lines[-1])
 
 
-def test_a_process_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "STOP_TIMEOUT_SECONDS", 0.1)
-    with process_of("trap '' TERM INT; exec sleep 100", tmp_path, print, monkeypatch) as process:
+    with child_process("trap '' TERM INT; exec sleep 100", tmp_path, print, monkeypatch) as process:
         pass
     assert process.describe_exit() == "did not stop within 0.1 s; killed"
 
 
-def test_no_remedy_is_sought_where_the_context_alone_is_too_much(
+def test_no_remedies_if_the_context_alone_exceeds_the_budget(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (found,) = plan_jobs(points_of(tiny, 1), Heard())
-    assert found.plan is not None
+    (planned,) = plan_jobs(make_jobs(tiny, 1), Heard())
+    assert planned.plan is not None
     monkeypatch.setattr(oom, "advise", None)
-    plan = replace(found.plan, budget_mib=MiBRange(100.0, 100.0))
+    plan = replace(planned.plan, budget_mib=MiBRange(100.0, 100.0))
 
-    assert oom.find_remedies(plan, found.split_sizes, found.config, Heard()) == []
+    assert oom.find_remedies(plan, planned.split_sizes, planned.config, Heard()) == []
 
 
-# -- Ctrl-C for real -----------------------------------------------------------------------------------------
+# -- Ctrl-C --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -558,7 +552,7 @@ def test_no_remedy_is_sought_where_the_context_alone_is_too_much(
 def test_interrupted_at_a_terminal(
     root: Path, cache: Path, words: tuple[str, ...], number: signal.Signals, code: int
 ) -> None:
-    """Told, written, and nobody lives on; the point that waits is woken."""
+    """The summary is printed and written, no process is left, and a waiting job is stopped."""
     command = [sys.executable, "-m", "captcha_exp", "train", "-m", *TINY, f"data.cache={cache}", *words]
     process = subprocess.Popen(
         [*command, "tracking=none", "train.batch_size=32,64,16", "--json"],
@@ -571,17 +565,17 @@ def test_interrupted_at_a_terminal(
     while not (root / "waiting").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    there = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)
-    said, _ = process.communicate()
+    stdout, _ = process.communicate()
 
     assert process.returncode == code
-    assert psutil.wait_procs(there, timeout=2)[1] == []
-    told = json.loads(said)
-    assert told["jobs"][0]["outcome"] == "killed"
-    assert json.loads((Path(told["run_dir"]) / "summary.json").read_text())["title"] == told["title"]
-    states = [json.loads(path.read_text()) for path in Path(told["run_dir"]).glob("*/run.json")]
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+    summary = json.loads(stdout)
+    assert summary["jobs"][0]["outcome"] == "killed"
+    assert json.loads((Path(summary["run_dir"]) / "summary.json").read_text())["title"] == summary["title"]
+    states = [json.loads(path.read_text()) for path in Path(summary["run_dir"]).glob("*/run.json")]
     assert "RUNNING" not in {state["status"] for state in states}
-    assert json.loads((Path(told["run_dir"]) / "sweep.json").read_text())["status"] == "KILLED"
+    assert json.loads((Path(summary["run_dir"]) / "sweep.json").read_text())["status"] == "KILLED"
     if not words and number == signal.SIGINT:
-        assert states[0]["error"] == "interrupted", "it waits inside a step, and was made to end"
+        assert states[0]["error"] == "interrupted", "it waits inside a step and is killed"

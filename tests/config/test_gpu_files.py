@@ -1,4 +1,4 @@
-"""Files of GPUs: plausible figures, each with a source, and intervals that are those of a generation."""
+"""Test that the GPU files of conf/gpu have plausible figures, each with a source."""
 
 import re
 
@@ -8,7 +8,7 @@ from captcha_exp.config import Bounds, GpuSpec, load_gpu
 from captcha_exp.runtime.paths import conf_dir
 
 FILES = sorted((conf_dir() / "gpu").glob("*.yaml"))
-CARDS = {path.stem: load_gpu(path) for path in FILES}
+GPUS = {path.stem: load_gpu(path) for path in FILES}
 FIGURES = (
     "total_mib",
     "other_processes_mib",
@@ -18,7 +18,7 @@ FIGURES = (
     "fp16_speedup",
     "bf16_speedup",
 )
-EXPECTED_GIB = {  # as on the box
+EXPECTED_GIB = {  # nominal
     "gtx1060": 6,
     "gtx1650": 4,
     "gtx1660ti": 6,
@@ -48,32 +48,32 @@ GENERATIONS = {
 WIDEST = "the widest interval of its generation"
 
 
-def test_the_gpus_that_people_have_are_there() -> None:
-    assert set(EXPECTED_GIB) | {"generic"} == set(CARDS)
+def test_all_expected_gpus_have_a_file() -> None:
+    assert set(EXPECTED_GIB) | {"generic"} == set(GPUS)
 
 
-def test_no_two_files_are_of_one_gpu() -> None:
-    names = [gpu.name for gpu in CARDS.values()]
+def test_gpu_names_are_unique() -> None:
+    names = [gpu.name for gpu in GPUS.values()]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("stem", CARDS)
-def test_each_figure_has_a_source(stem: str) -> None:
-    for figure in (getattr(CARDS[stem], name) for name in FIGURES):
+@pytest.mark.parametrize("stem", GPUS)
+def test_every_figure_has_a_source(stem: str) -> None:
+    for figure in (getattr(GPUS[stem], name) for name in FIGURES):
         assert figure is None or len(figure.source) >= len("as fp16")
         assert figure is None or figure.source == figure.source.strip()
 
 
 @pytest.mark.parametrize("stem", EXPECTED_GIB)
-def test_a_gpu_s_memory_is_somewhat_below_what_its_box_says(stem: str) -> None:
-    total, box = CARDS[stem].total_mib, EXPECTED_GIB[stem] * 1024
+def test_total_memory_is_slightly_below_nominal(stem: str) -> None:
+    total, nominal = GPUS[stem].total_mib, EXPECTED_GIB[stem] * 1024
     assert total is not None
-    assert 0.89 * box < total.min <= total.max <= box
+    assert 0.89 * nominal < total.min <= total.max <= nominal
 
 
 @pytest.mark.parametrize("stem", EXPECTED_GIB)
-def test_the_figures_of_a_gpu_leave_room_for_a_training(stem: str) -> None:
-    gpu = CARDS[stem]
+def test_context_and_workspaces_leave_memory_for_training(stem: str) -> None:
+    gpu = GPUS[stem]
     assert gpu.total_mib is not None
     assert 40 <= gpu.context_mib.min < gpu.context_mib.max <= 1000
     assert gpu.context_mib.max + gpu.cublas_workspace_mib.max < gpu.total_mib.min / 2
@@ -81,8 +81,8 @@ def test_the_figures_of_a_gpu_leave_room_for_a_training(stem: str) -> None:
 
 
 @pytest.mark.parametrize("stem", EXPECTED_GIB)
-def test_bf16_is_said_to_be_emulated_below_compute_capability_8(stem: str) -> None:
-    gpu = CARDS[stem]
+def test_bf16_is_emulated_below_compute_capability_8(stem: str) -> None:
+    gpu = GPUS[stem]
     assert gpu.compute_capability is not None
     emulated = float(gpu.compute_capability) < 8
     assert ("emulated below compute capability 8" in gpu.bf16_speedup.source) == emulated
@@ -94,16 +94,16 @@ def generation(gpu: GpuSpec) -> str:
     return GENERATIONS[gpu.compute_capability]
 
 
-def test_a_gpu_without_published_context_has_the_widest_of_its_generation() -> None:
-    unpublished = {stem for stem in EXPECTED_GIB if WIDEST in CARDS[stem].context_mib.source}
+def test_an_unpublished_context_has_the_widest_bounds_of_the_generation() -> None:
+    unpublished = {stem for stem in EXPECTED_GIB if WIDEST in GPUS[stem].context_mib.source}
     assert unpublished == {"gtx1660ti", "rtx2060", "rtx3050"}
     for stem in unpublished:
-        gpu = CARDS[stem]
+        gpu = GPUS[stem]
         assert generation(gpu) in gpu.context_mib.source
         others = {
-            other: CARDS[other].context_mib
+            other: GPUS[other].context_mib
             for other in EXPECTED_GIB
-            if other not in unpublished and generation(CARDS[other]) == generation(gpu)
+            if other not in unpublished and generation(GPUS[other]) == generation(gpu)
         }
         assert others
         assert gpu.context_mib.min == min(each.min for each in others.values())
@@ -111,13 +111,13 @@ def test_a_gpu_without_published_context_has_the_widest_of_its_generation() -> N
 
 
 @pytest.mark.parametrize("stem", EXPECTED_GIB)
-def test_a_published_context_lies_within_its_bounds_with_room_above(stem: str) -> None:
-    """The MiB that a source names, without the numbers of issues and the GiB of GPUs."""
-    context: Bounds = CARDS[stem].context_mib
+def test_published_contexts_are_within_the_bounds_with_a_margin(stem: str) -> None:
+    """Compare with the MiB in the source, without issue numbers and GiB."""
+    context: Bounds = GPUS[stem].context_mib
     if WIDEST in context.source:
         return
     text = re.sub(r"issue \d+|GTX \d+|gtx\d+|\d+ GB|[\d.]+ GiB|capability [\d.]+|A10G?", "", context.source)
-    said = [int(number) for number in re.findall(r"\b\d{2,3}\b", text)]
-    assert said
-    assert context.min <= min(said)
-    assert max(said) * 1.25 < context.max
+    published = [int(number) for number in re.findall(r"\b\d{2,3}\b", text)]
+    assert published
+    assert context.min <= min(published)
+    assert max(published) * 1.25 < context.max

@@ -1,3 +1,5 @@
+"""Test the conversion between labels and class ids, and the validation of alphabets."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ ALPHABETS = st.lists(VISIBLE, min_size=2, max_size=80, unique=True).map("".join)
 
 @settings(deadline=None)
 @given(st.data(), ALPHABETS)
-def test_any_text_of_any_alphabet_survives_encode_and_decode(data: st.DataObject, characters: str) -> None:
+def test_decode_inverts_encode(data: st.DataObject, characters: str) -> None:
     alphabet = Alphabet(characters)
     text = data.draw(st.text(st.sampled_from(characters)))
     assert alphabet.decode(alphabet.encode(text)) == text
@@ -20,11 +22,11 @@ def test_any_text_of_any_alphabet_survives_encode_and_decode(data: st.DataObject
 
 @settings(deadline=None)
 @given(ALPHABETS)
-def test_the_class_id_of_a_character_is_its_place_in_the_alphabet(characters: str) -> None:
+def test_class_id_is_the_index_in_the_alphabet(characters: str) -> None:
     assert Alphabet(characters).encode(characters) == list(range(len(Alphabet(characters))))
 
 
-def test_a_label_keeps_its_leading_zeros() -> None:
+def test_leading_zeros_are_kept() -> None:
     assert DIGITS.decode(DIGITS.encode("0070")) == "0070"
 
 
@@ -32,7 +34,7 @@ def test_upper_and_lower_case_are_different_classes() -> None:
     assert Alphabet("aA").encode("Aa") == [1, 0]
 
 
-def test_a_character_outside_the_alphabet_is_refused_by_name() -> None:
+def test_encode_rejects_a_character_outside_the_alphabet() -> None:
     with pytest.raises(ValueError, match=r"^'x' in '12x4' is not in the alphabet '0123456789'$"):
         DIGITS.encode("12x4")
 
@@ -42,24 +44,24 @@ def test_a_character_outside_the_alphabet_is_refused_by_name() -> None:
     [
         ("abc0", "aBC0", "abc0"),
         ("ABC0", "aBC0", "ABC0"),
-        ("aAbc", "aABC", "aAbc"),  # both cases are classes of their own; B and C are not
+        ("aAbc", "aABC", "aAbc"),  # both cases are separate classes; B and C are not
         ("äöü", "ÄÖü", "äöü"),
-        ("abc", "xX1-", "xX1-"),  # what the alphabet has in no case stays what it is
+        ("abc", "xX1-", "xX1-"),  # in the alphabet in neither case: unchanged
         (
             "FISX",
             "\N{LATIN SMALL LIGATURE FI}x",
             "\N{LATIN SMALL LIGATURE FI}X",
-        ),  # its upper case is two letters
+        ),  # its upper case has two letters
         ("ab", "", ""),
     ],
 )
-def test_fold_takes_a_letter_for_the_only_case_that_there_is(characters: str, text: str, folded: str) -> None:
+def test_fold_case_converts_to_the_case_in_the_alphabet(characters: str, text: str, folded: str) -> None:
     assert Alphabet(characters).fold_case(text) == folded
 
 
 @settings(deadline=None)
 @given(ALPHABETS, st.text())
-def test_fold_changes_nothing_but_the_case_of_strangers(characters: str, text: str) -> None:
+def test_fold_case_changes_only_characters_outside_the_alphabet(characters: str, text: str) -> None:
     alphabet = Alphabet(characters)
     folded = alphabet.fold_case(text)
     assert len(folded) == len(text)
@@ -70,37 +72,37 @@ def test_fold_changes_nothing_but_the_case_of_strangers(characters: str, text: s
 
 
 @pytest.mark.parametrize("class_id", [10, 99])
-def test_a_class_id_beyond_the_alphabet_is_refused(class_id: int) -> None:
+def test_decode_rejects_a_class_id_beyond_the_alphabet(class_id: int) -> None:
     with pytest.raises(IndexError):
         DIGITS.decode([class_id])
 
 
 @pytest.mark.parametrize(
-    ("characters", "words"),
+    ("characters", "message"),
     [
         ("aab", "'a' occurs more than once"),
         ("abcabc", "'a', 'b', 'c' occurs more than once"),
         ("", "at least two characters"),
         ("a", "at least two characters"),
-        ("a b", "' ' cannot be seen"),
-        ("ab\n", r"'\n' cannot be seen"),
-        ("ab\N{NO-BREAK SPACE}", r"'\xa0' cannot be seen"),
-        ("ab\N{ZERO WIDTH SPACE}", r"'\u200b' cannot be seen"),
-        ("ab\N{COMBINING ACUTE ACCENT}", "cannot be seen as a character of its own"),
+        ("a b", "' ' is not a visible"),
+        ("ab\n", r"'\n' is not a visible"),
+        ("ab\N{NO-BREAK SPACE}", r"'\xa0' is not a visible"),
+        ("ab\N{ZERO WIDTH SPACE}", r"'\u200b' is not a visible"),
+        ("ab\N{COMBINING ACUTE ACCENT}", "is not a visible character"),
     ],
 )
-def test_an_alphabet_that_cannot_be_read_off_a_picture_is_refused(characters: str, words: str) -> None:
-    assert words in (alphabet_error(characters) or "")
+def test_invalid_alphabets_are_rejected(characters: str, message: str) -> None:
+    assert message in (alphabet_error(characters) or "")
     with pytest.raises(ValueError, match=r"^alphabet "):
         Alphabet(characters)
 
 
 @pytest.mark.parametrize("characters", ["01", "+-=x", "äöü", "你好", "o0O"])
-def test_an_alphabet_of_visible_characters_is_accepted(characters: str) -> None:
+def test_valid_alphabets_are_accepted(characters: str) -> None:
     assert alphabet_error(characters) is None
 
 
-def test_two_alphabets_with_the_same_characters_are_one_value() -> None:
+def test_alphabets_with_the_same_characters_are_equal() -> None:
     assert hash(Alphabet("ab")) == hash(Alphabet("ab"))
     assert Alphabet("ab") == Alphabet("ab")
     assert Alphabet("ab") != Alphabet("ba")

@@ -1,4 +1,4 @@
-"""The pictures are a function of (seed, index), whoever draws them; a drawing process ends and says why."""
+"""Test that generated images depend only on (seed, index), and that rendering processes end or report why."""
 
 import hashlib
 import os
@@ -37,91 +37,91 @@ from captcha_exp.runtime.console import Display, NullDisplay, ProgressBar
 CAPTCHA = CaptchaConfig(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
 
 SPLIT = {"validation_fraction": 0.1, "test_fraction": 0.1, "split_seed": 0, "cache": "unused"}
-DRAWN = {"count": 250, "seed": 0, "width": 64, "height": 32, "workers": 1, **SPLIT}
-LIBRARY = CaptchaLibraryConfig(source="captcha", fonts=(), **DRAWN)  # type: ignore[arg-type]  # a dict has one type
-WHEEZY = WheezyLibraryConfig(source="wheezy", fonts=("DejaVuSans.ttf",), font_sizes=(20, 24), **DRAWN)  # type: ignore[arg-type]
-ARTICLE = ArticleConfig(source="article", fonts=("DejaVuSans.ttf",), **DRAWN)  # type: ignore[arg-type]
+GENERATOR = {"count": 250, "seed": 0, "width": 64, "height": 32, "workers": 1, **SPLIT}
+LIBRARY = CaptchaLibraryConfig(source="captcha", fonts=(), **GENERATOR)  # type: ignore[arg-type]  # a dict has one value type
+WHEEZY = WheezyLibraryConfig(source="wheezy", fonts=("DejaVuSans.ttf",), font_sizes=(20, 24), **GENERATOR)  # type: ignore[arg-type]
+ARTICLE = ArticleConfig(source="article", fonts=("DejaVuSans.ttf",), **GENERATOR)  # type: ignore[arg-type]
 
 each_source = pytest.mark.parametrize("data", [LIBRARY, WHEEZY, ARTICLE], ids=lambda data: str(data.source))
 
 
-def draw(
+def render(
     data: GeneratorConfig, indices: Sequence[int], display: Display | None = None
 ) -> npt.NDArray[np.uint8]:
     return sources.render_images(data, CAPTCHA, indices, display or NullDisplay())
 
 
-def children() -> list[psutil.Process]:
+def rendering_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "captcha_exp.data.sources" in " ".join(p.cmdline())]
 
 
 @pytest.fixture
-def sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that several workers have something to do."""
-    monkeypatch.setattr(sources.rendering, "BLOCK", 16)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use chunks so small that every worker gets some."""
+    monkeypatch.setattr(sources.rendering, "CHUNK_SIZE", 16)
 
 
 @pytest.fixture
-def nobody_hangs() -> Iterator[None]:
-    """Ends drawing processes that are still there after 10 seconds, so that a hang becomes a failure."""
+def worker_timeout() -> Iterator[None]:
+    """Kill rendering processes after 10 seconds: a deadlock then fails the test."""
 
-    def end() -> None:
-        for child in children():
+    def kill_workers() -> None:
+        for child in rendering_processes():
             child.kill()
 
-    timer = threading.Timer(10, end)
+    timer = threading.Timer(10, kill_workers)
     timer.start()
     yield
     timer.cancel()
     timer.join()
 
 
-class Broken(NullDisplay):
-    """A display whose bar fails after some blocks."""
+class FailingDisplay(NullDisplay):
+    """A display whose progress bar raises after some chunks."""
 
     def __init__(self, after: int) -> None:
         self.after = after
         self.calls = 0
 
-    def bar(self, what: str, total: int) -> AbstractContextManager[ProgressBar]:
+    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]:
         return nullcontext(self)
 
-    def advance(self, amount: int, note: str = "") -> None:
+    def advance(self, amount: int, status: str = "") -> None:
         self.calls += 1
         if self.calls == self.after:
-            raise OSError("the terminal is gone")
+            raise OSError("the terminal was closed")
 
 
-# -- the same pictures ---------------------------------------------------------------------------------------
+# -- reproducibility -----------------------------------------------------------------------------------------
 
 
 @each_source
-def test_any_number_of_workers_draws_the_same_bytes(data: GeneratorConfig, sixteen_at_a_time: None) -> None:
-    one, two, three = (draw(replace(data, workers=workers), range(50)).tobytes() for workers in (1, 2, 3))
+def test_images_do_not_depend_on_the_number_of_workers(data: GeneratorConfig, small_chunks: None) -> None:
+    one, two, three = (render(replace(data, workers=workers), range(50)).tobytes() for workers in (1, 2, 3))
     assert one == two == three
 
 
 @each_source
-def test_a_picture_depends_on_its_number_alone(data: GeneratorConfig, sixteen_at_a_time: None) -> None:
-    """Not on how many there are, nor on which stand before it, nor on the size of the blocks."""
-    together = draw(data, range(40))
-    backwards = draw(replace(data, count=999), range(39, -1, -1))
+def test_an_image_depends_only_on_its_index(data: GeneratorConfig, small_chunks: None) -> None:
+    """Not on the number of images, their order, or the chunk size."""
+    together = render(data, range(40))
+    backwards = render(replace(data, count=999), range(39, -1, -1))
     assert (backwards[::-1] == together).all()
-    assert (draw(data, [17])[0] == together[17]).all()
+    assert (render(data, [17])[0] == together[17]).all()
 
 
 @each_source
-def test_another_seed_draws_other_pictures_and_labels(data: GeneratorConfig) -> None:
+def test_another_seed_gives_other_images_and_labels(data: GeneratorConfig) -> None:
     other = replace(data, seed=1)
-    assert (draw(data, range(8)) != draw(other, range(8))).any(axis=(1, 2, 3)).all()
+    assert (render(data, range(8)) != render(other, range(8))).any(axis=(1, 2, 3)).all()
     assert [sources.generate_label(data, CAPTCHA, i) for i in range(20)] != [
         sources.generate_label(other, CAPTCHA, i) for i in range(20)
     ]
 
 
 @each_source
-def test_pictures_differ_from_each_other(data: GeneratorConfig) -> None:
-    assert len({picture.tobytes() for picture in draw(data, range(30))}) == 30
+def test_all_images_are_different(data: GeneratorConfig) -> None:
+    assert len({image.tobytes() for image in render(data, range(30))}) == 30
 
 
 VERSIONS = {
@@ -139,134 +139,133 @@ PINNED = {
 
 
 @each_source
-def test_the_bytes_of_known_versions_are_known(data: GeneratorConfig) -> None:
-    """Another version of a package may draw otherwise; then there is only that it repeats."""
-    pictures = draw(data, range(5)).tobytes()
-    here = {name: version(name) for name in ("pillow", "captcha", "wheezy.captcha")}
-    here["freetype"] = features.version("freetype2") or ""
-    here["python"] = ".".join(platform.python_version_tuple()[:2])
-    if here == VERSIONS:
-        assert hashlib.sha256(pictures).hexdigest() == PINNED[data.source]
-    assert draw(data, range(5)).tobytes() == pictures
+def test_pixels_of_pinned_versions_are_unchanged(data: GeneratorConfig) -> None:
+    """With other versions of the packages, only reproducibility is tested."""
+    pixels = render(data, range(5)).tobytes()
+    installed = {name: version(name) for name in ("pillow", "captcha", "wheezy.captcha")}
+    installed["freetype"] = features.version("freetype2") or ""
+    installed["python"] = ".".join(platform.python_version_tuple()[:2])
+    if installed == VERSIONS:
+        assert hashlib.sha256(pixels).hexdigest() == PINNED[data.source]
+    assert render(data, range(5)).tobytes() == pixels
 
 
 @each_source
-def test_grey_pictures_have_one_channel(data: GeneratorConfig) -> None:
-    grey = replace(CAPTCHA, channels=1)
-    assert sources.render_images(data, grey, range(3), NullDisplay()).shape == (3, 16, 32, 1)
+def test_grayscale_images_have_one_channel(data: GeneratorConfig) -> None:
+    grayscale = replace(CAPTCHA, channels=1)
+    assert sources.render_images(data, grayscale, range(3), NullDisplay()).shape == (3, 16, 32, 1)
 
 
-# -- the labels ----------------------------------------------------------------------------------------------
+# -- labels --------------------------------------------------------------------------------------------------
 
 
 @each_source
-def test_the_label_is_the_text_that_the_worker_draws(
-    data: GeneratorConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drawn here, from the label as it is told, the picture is the worker's to the byte."""
+def test_the_label_is_the_rendered_text(data: GeneratorConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering the label in this process gives the pixels of the worker."""
     import captcha.image
     import wheezy.captcha.image
 
     monkeypatch.setattr(captcha.image, "secrets", secrets)
     monkeypatch.setattr(wheezy.captcha.image, "random", random)
-    by_worker = draw(data, range(6))
-    library = sources.get_renderer_spec(data)
-    draw_one = library.make_renderer()
+    expected = render(data, range(6))
+    spec = sources.get_renderer_spec(data)
+    render_one = spec.make_renderer()
     for index in range(6):
-        stream = seeding.rng(data.seed, "picture", index)
-        library.sample_label(CAPTCHA, stream)  # the text comes first out of the stream
-        image = draw_one(sources.generate_label(data, CAPTCHA, index), stream)
-        ours = images.resize(images.to_array(image, 3)[None], 16, 32)[0]
-        assert (ours == by_worker[index]).all()
+        rng = seeding.rng(data.seed, "picture", index)
+        spec.sample_label(CAPTCHA, rng)  # drawn before the image
+        image = render_one(sources.generate_label(data, CAPTCHA, index), rng)
+        pixels = images.resize(images.to_array(image, 3)[None], 16, 32)[0]
+        assert (pixels == expected[index]).all()
 
 
 @each_source
-def test_labels_take_every_character_about_as_often(data: GeneratorConfig) -> None:
+def test_characters_of_labels_are_uniform(data: GeneratorConfig) -> None:
     text = "".join(sources.generate_label(data, CAPTCHA, index) for index in range(1000))
     assert len(text) == 2000
-    characters = "234" if data.source == "article" else "01234"  # its recipe has no 0 and no 1
-    counts, share = {c: text.count(c) for c in characters}, 1 / len(characters)
+    characters = "234" if data.source == "article" else "01234"  # its classes exclude 0 and 1
+    counts, probability = {c: text.count(c) for c in characters}, 1 / len(characters)
     assert sum(counts.values()) == 2000
-    assert all(abs(n - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5 for n in counts.values())
+    assert all(
+        abs(n - 2000 * probability) < 5 * (2000 * probability * (1 - probability)) ** 0.5
+        for n in counts.values()
+    )
 
 
 @each_source
-def test_labels_at_once_are_those_of_each_picture(data: GeneratorConfig) -> None:
-    """A generator that is seeded again gives the stream of a new one."""
+def test_all_labels_equal_the_labels_of_each_image(data: GeneratorConfig) -> None:
+    """A reseeded generator gives the numbers of a new one."""
     source = sources.make_source(data, CAPTCHA, NullDisplay())
     assert source.scan(NullDisplay()).labels == [
         sources.generate_label(data, CAPTCHA, index) for index in range(data.count)
     ]
 
 
-def test_the_article_s_labels_are_written_as_the_alphabet_writes_them() -> None:
-    """An alphabet in capitals has the same texts in capitals, under the same pictures."""
-    small, large = (replace(CAPTCHA, alphabet=alphabet) for alphabet in ("34abcdef", "34ABCDEF"))
-    texts = [sources.generate_label(ARTICLE, small, index) for index in range(100)]
-    assert set("".join(texts)) == set("34abcdef")
-    assert [sources.generate_label(ARTICLE, large, index) for index in range(100)] == [
-        t.upper() for t in texts
+def test_labels_of_the_article_have_the_case_of_the_alphabet() -> None:
+    """An alphabet of capitals gives the same labels in capitals, and the same images."""
+    lower, upper = (replace(CAPTCHA, alphabet=alphabet) for alphabet in ("34abcdef", "34ABCDEF"))
+    labels = [sources.generate_label(ARTICLE, lower, index) for index in range(100)]
+    assert set("".join(labels)) == set("34abcdef")
+    assert [sources.generate_label(ARTICLE, upper, index) for index in range(100)] == [
+        label.upper() for label in labels
     ]
-    pictures = [
-        sources.render_images(ARTICLE, captcha, range(5), NullDisplay()) for captcha in (small, large)
+    rendered = [
+        sources.render_images(ARTICLE, captcha, range(5), NullDisplay()) for captcha in (lower, upper)
     ]
-    assert (pictures[0] == pictures[1]).all()
+    assert (rendered[0] == rendered[1]).all()
 
 
-def test_half_of_the_article_s_characters_are_digits_among_however_many_letters() -> None:
-    """In 4,000 characters, half of them within four standard deviations."""
+def test_half_of_the_characters_of_the_article_are_digits() -> None:
+    """Within four standard deviations of 4,000 characters."""
     letters = replace(CAPTCHA, alphabet="7abcdefgh", length=4)
     text = "".join(sources.generate_label(ARTICLE, letters, index) for index in range(1000))
     assert abs(text.count("7") - 2000) < 4 * (4000 * 0.5 * 0.5) ** 0.5
 
 
-# -- the parent ----------------------------------------------------------------------------------------------
+# -- processes -----------------------------------------------------------------------------------------------
 
 
 @each_source
-def test_the_parents_chance_is_untouched(data: GeneratorConfig) -> None:
+def test_generators_of_the_parent_process_are_unchanged(data: GeneratorConfig) -> None:
     import captcha.image
     import wheezy.captcha.image
 
     state = random.getstate()
-    draw(data, range(3))
+    render(data, range(3))
     assert random.getstate() == state
     assert vars(captcha.image)["secrets"] is secrets
     assert vars(wheezy.captcha.image)["random"] is random
 
 
-def test_no_process_is_left_after_drawing() -> None:
-    draw(replace(LIBRARY, workers=2), range(150))
-    assert children() == []
+def test_no_process_is_left_after_rendering() -> None:
+    render(replace(LIBRARY, workers=2), range(150))
+    assert rendering_processes() == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_no_process_is_left_after_an_exception(workers: int, sixteen_at_a_time: None) -> None:
-    with pytest.raises(OSError, match="the terminal is gone"):
-        draw(replace(LIBRARY, workers=workers), range(100), Broken(after=2))
-    assert children() == []
+def test_no_process_is_left_after_an_exception(workers: int, small_chunks: None) -> None:
+    with pytest.raises(OSError, match="the terminal was closed"):
+        render(replace(LIBRARY, workers=workers), range(100), FailingDisplay(after=2))
+    assert rendering_processes() == []
 
 
-def test_the_first_failure_stops_the_other_workers(sixteen_at_a_time: None) -> None:
-    """Who waits an hour for pictures is not to wait that hour for the news that drawing has failed."""
-    display = Broken(after=2)
-    with pytest.raises(OSError, match="the terminal is gone"):
-        draw(replace(LIBRARY, workers=2), range(16 * 50), display)
+def test_the_first_failure_stops_the_other_workers(small_chunks: None) -> None:
+    display = FailingDisplay(after=2)
+    with pytest.raises(OSError, match="the terminal was closed"):
+        render(replace(LIBRARY, workers=2), range(16 * 50), display)
     assert display.calls < 25
 
 
 WAIT = """
 import sys, time
-from captcha_exp.display import Silent
-from captcha_exp import sources
-from test_sources import CAPTCHA, LIBRARY, Broken, replace
+from captcha_exp.data import sources
+from test_sources import CAPTCHA, LIBRARY, FailingDisplay, replace
 
-class Stuck(Broken):
-    def advance(self, amount, note=""):
-        print("drawn", flush=True)
+class BlockingDisplay(FailingDisplay):
+    def advance(self, amount, status=""):
+        print("rendered", flush=True)
         time.sleep(600)
 
-sources.draw(replace(LIBRARY, workers=2), CAPTCHA, range(250), Stuck(0))
+sources.render_images(replace(LIBRARY, workers=2), CAPTCHA, range(250), BlockingDisplay(0))
 """
 
 
@@ -278,7 +277,7 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
     )
     assert parent.stdout is not None
     with parent.stdout:
-        assert parent.stdout.readline() == b"drawn\n"
+        assert parent.stdout.readline() == b"rendered\n"
         workers = psutil.Process(parent.pid).children()
         parent.kill()
         parent.wait()
@@ -289,56 +288,56 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
     assert alive == []
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a package `captcha` of these lines before the real one, for the drawing processes alone."""
+    """Return a function that shadows the package `captcha` in the rendering processes."""
 
-    def put(image: str) -> None:
+    def write_package(image: str) -> None:
         package = tmp_path / "captcha"
         package.mkdir()
         (package / "__init__.py").touch()
         (package / "image.py").write_text(f"DEFAULT_FONTS = []\n{image}")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    return put
+    return write_package
 
 
-def test_a_worker_that_dies_fails_the_run_with_its_last_words(shadow: Any) -> None:
-    shadow("raise ImportError('libfreetype is of another age')")
+def test_an_error_of_a_worker_fails_the_run_with_its_message(shadow: Any) -> None:
+    shadow("raise ImportError('libfreetype is too old')")
     with pytest.raises(RunFailed) as failure:
-        draw(replace(LIBRARY, workers=2), range(150))
+        render(replace(LIBRARY, workers=2), range(150))
     (line,) = failure.value.lines
-    assert line == "a drawing process ended with exit code 1: ImportError: libfreetype is of another age"
-    assert children() == []
+    assert line == "a rendering process exited with code 1: ImportError: libfreetype is too old"
+    assert rendering_processes() == []
 
 
 def test_a_killed_worker_fails_the_run(shadow: Any) -> None:
     shadow("import psutil; psutil.Process().kill()")
-    with pytest.raises(RunFailed, match=r"a drawing process ended with exit code (-9|15): it said nothing"):
-        draw(LIBRARY, range(5))
+    with pytest.raises(RunFailed, match=r"a rendering process exited with code (-9|15): no error output"):
+        render(LIBRARY, range(5))
 
 
-def test_a_worker_that_dies_in_the_middle_fails_the_run(shadow: Any, sixteen_at_a_time: None) -> None:
-    """It draws one block, then the text of the next is too much for it."""
+def test_a_worker_that_fails_in_a_later_chunk_fails_the_run(shadow: Any, small_chunks: None) -> None:
+    """The first chunk succeeds."""
     shadow(
         "from PIL import Image\n"
         "class ImageCaptcha:\n"
-        "    drawn = 0\n"
+        "    count = 0\n"
         "    def __init__(self, *a, **k): pass\n"
         "    def generate_image(self, text):\n"
-        "        self.drawn += 1\n"
-        "        if self.drawn > 20: raise MemoryError('no room for a picture')\n"
+        "        self.count += 1\n"
+        "        if self.count > 20: raise MemoryError('out of memory')\n"
         "        return Image.new('RGB', (64, 32))\n"
     )
-    with pytest.raises(RunFailed, match="exit code 1: MemoryError: no room for a picture"):
-        draw(LIBRARY, range(50))
+    with pytest.raises(RunFailed, match="exited with code 1: MemoryError: out of memory"):
+        render(LIBRARY, range(50))
 
 
-def test_a_library_that_talks_does_not_get_between_the_pictures(shadow: Any, nobody_hangs: None) -> None:
-    """200 kB are more than a pipe holds: somebody has to read what is said, or both sides wait for ever."""
+def test_output_of_a_library_does_not_mix_with_the_pixels(shadow: Any, worker_timeout: None) -> None:
+    """200 kB exceed the buffer of a pipe, which would deadlock if it is not read."""
     shadow(
         "from PIL import Image\n"
         "print('deprecated! ' * 20_000)\n"
@@ -346,26 +345,28 @@ def test_a_library_that_talks_does_not_get_between_the_pictures(shadow: Any, nob
         "    def __init__(self, *a, **k): pass\n"
         "    def generate_image(self, text): return Image.new('RGB', (64, 32), (1, 2, 3))\n"
     )
-    assert (draw(LIBRARY, range(5)) == [1, 2, 3]).all()
+    assert (render(LIBRARY, range(5)) == [1, 2, 3]).all()
 
 
 def test_files_of_the_working_directory_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody's captcha.py beside their pictures is not the library, and is not run."""
+    """A file captcha.py in the working directory must not shadow the package."""
     (tmp_path / "captcha.py").write_text("raise SystemExit('the wrong captcha')")
     monkeypatch.chdir(tmp_path)
-    assert draw(LIBRARY, range(2)).shape == (2, 16, 32, 3)
+    assert render(LIBRARY, range(2)).shape == (2, 16, 32, 3)
 
 
-def test_a_missing_font_is_named_with_those_that_there_are() -> None:
+def test_a_missing_font_is_an_error_that_lists_the_available_fonts() -> None:
     with pytest.raises(UserError) as error:
         sources.check_glyphs(replace(LIBRARY, fonts=("Comic.ttf",)), CAPTCHA)
     (line,) = error.value.lines
-    assert line.startswith("data.fonts: 'Comic.ttf' is no file and no font of matplotlib; it brings DejaVu")
+    assert line.startswith(
+        "data.fonts: 'Comic.ttf' is neither a file nor a font of matplotlib, such as DejaVu"
+    )
 
 
-def test_a_file_that_is_no_font_is_named() -> None:
+def test_a_file_that_is_not_a_font_is_an_error() -> None:
     with pytest.raises(UserError) as error:
         sources.check_glyphs(replace(LIBRARY, fonts=(__file__,)), CAPTCHA)
     (line,) = error.value.lines
@@ -373,30 +374,32 @@ def test_a_file_that_is_no_font_is_named() -> None:
     assert Path(__file__).name in line
 
 
-def test_characters_that_a_font_lacks_are_named() -> None:
+def test_missing_glyphs_are_an_error() -> None:
     with pytest.raises(UserError) as error:
         sources.check_glyphs(
             replace(LIBRARY, fonts=("DejaVuSans.ttf", "DejaVuSansMono.ttf")),
             replace(CAPTCHA, alphabet="a中b文"),
         )
     (line,) = error.value.lines
-    assert line.startswith("captcha.alphabet: DejaVuSans.ttf has no picture of '中文'")
+    assert line.startswith("captcha.alphabet: DejaVuSans.ttf has no glyphs for '中文'")
 
 
-def test_the_library_s_own_font_is_checked_too() -> None:
-    with pytest.raises(UserError, match=r"DroidSansMono\.ttf has no picture of '中'"):
+def test_the_default_font_of_the_library_is_checked() -> None:
+    with pytest.raises(UserError, match=r"DroidSansMono\.ttf has no glyphs for '中'"):
         sources.check_glyphs(LIBRARY, replace(CAPTCHA, alphabet="a中"))
     sources.check_glyphs(LIBRARY, replace(CAPTCHA, alphabet="aé+="))
 
 
 @pytest.mark.parametrize(("data", "name"), [(WHEEZY, "wheezy.captcha"), (ARTICLE, "article")])
-def test_a_generator_that_brings_no_font_asks_for_one_in_one_line(data: GeneratorConfig, name: str) -> None:
+def test_a_generator_without_default_fonts_needs_a_font(data: GeneratorConfig, name: str) -> None:
     with pytest.raises(UserError) as error:
         sources.make_source(replace(data, fonts=()), CAPTCHA, NullDisplay())
-    assert error.value.lines == (f"data.fonts=[]: {name} brings none; name one, such as DejaVuSans.ttf",)
+    assert error.value.lines == (
+        f"data.fonts=[]: {name} has no default font; add one, such as DejaVuSans.ttf",
+    )
 
 
-def test_an_alphabet_of_which_the_article_draws_nothing_is_one_line() -> None:
+def test_an_alphabet_without_characters_of_the_article_is_an_error() -> None:
     with pytest.raises(UserError) as error:
         sources.make_source(ARTICLE, replace(CAPTCHA, alphabet="01lo"), NullDisplay()).scan(NullDisplay())
     (line,) = error.value.lines
@@ -404,7 +407,7 @@ def test_an_alphabet_of_which_the_article_draws_nothing_is_one_line() -> None:
     assert f"none of {article.CLASSES} is in the alphabet" in line
 
 
-def test_a_font_is_known_by_its_bytes_not_by_its_name(tmp_path: Path) -> None:
+def test_a_font_is_identified_by_its_content(tmp_path: Path) -> None:
     (font,) = sources.font_files(WHEEZY)
     copy = tmp_path / "mine.ttf"
     copy.write_bytes(font.read_bytes())

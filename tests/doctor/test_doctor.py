@@ -511,10 +511,10 @@ def test_small_use_of_gpu_memory_is_ok() -> None:
 
 
 def test_unavailable_device() -> None:
-    reasons = {"cuda": "torch finds no usable CUDA card"}
+    reasons = {"cuda": "torch finds no usable CUDA GPU"}
     finding = only_finding(replace(NO_GPU, device_name="cuda:1", unavailable_reason=reasons))
     assert finding.level == "problem"
-    assert finding.message == "device.name=cuda:1 is not available: torch finds no usable CUDA card"
+    assert finding.message == "device.name=cuda:1 is not available: torch finds no usable CUDA GPU"
     assert finding.remedy == "device.name=auto (selects cpu), or one of cpu"
 
 
@@ -680,7 +680,7 @@ def test_unreadable_runs_are_listed() -> None:
 
 
 def test_missing_font() -> None:
-    line = "data.fonts: 'No.ttf' is no file and no font of matplotlib; it brings DejaVuSans.ttf"
+    line = "data.fonts: 'No.ttf' is neither a file nor a font of matplotlib, such as DejaVuSans.ttf"
     finding = only_finding(replace(HEALTHY, fonts=None, fonts_error=line))
     assert (finding.level, finding.message) == ("problem", line)
     assert finding.remedy.startswith("data.fonts=[DejaVuSans.ttf]")
@@ -945,9 +945,9 @@ def test_runs_whose_process_has_exited(root: Path, tiny: Config) -> None:
 def test_fonts_and_their_glyphs(tiny: Config) -> None:
     assert collect_info(tiny).fonts == "DroidSansMono.ttf"
     missing = replace(tiny, data=replace(drawn(tiny), fonts=("No.ttf",)))
-    assert collect_info(missing).fonts_error.startswith("data.fonts: 'No.ttf' is no file")
+    assert collect_info(missing).fonts_error.startswith("data.fonts: 'No.ttf' is neither a file")
     lacking = replace(tiny, captcha=replace(tiny.captcha, alphabet="ab\u4e2d"))
-    assert "DroidSansMono.ttf has no picture of" in collect_info(lacking).fonts_error
+    assert "DroidSansMono.ttf has no glyphs for" in collect_info(lacking).fonts_error
 
 
 def test_limits_of_a_container(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -635,7 +635,7 @@ def test_a_session_without_a_calibration_is_refused_in_one_line(
 def test_a_session_takes_no_overrides(call: Call, tmp_path: Path) -> None:
     code, out, err = call("--from", "x.json", "--config-dir", str(tmp_path), "model=compact")
     assert (code, out) == (2, "")
-    assert err == ("model=compact: calibrate --from takes no overrides, the session says what was measured\n")
+    assert err == ("model=compact: calibrate --from takes no overrides, it uses the session's config\n")
 
 
 def test_a_session_without_versions_says_that_they_are_unknown(call: Call, tmp_path: Path) -> None:

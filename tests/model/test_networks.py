@@ -1,4 +1,4 @@
-"""The networks against tables made by formula; the heads against slow loops and torch's own losses."""
+"""The networks compared with computed layer tables; the heads with slow loops and torch's losses."""
 
 import itertools
 import math
@@ -30,15 +30,15 @@ def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> C
     )
 
 
-def pictures(asked: CaptchaConfig, count: int = 3) -> Tensor:
+def random_images(captcha_config: CaptchaConfig, count: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    shape = (count, asked.height, asked.width, asked.channels)
+    shape = (count, captcha_config.height, captcha_config.width, captcha_config.channels)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def build(model: CompactConfig | ResNet18Config, asked: CaptchaConfig) -> Recognizer:
+def build(model: CompactConfig | ResNet18Config, captcha_config: CaptchaConfig) -> Recognizer:
     torch.manual_seed(0)
-    return networks.build(model, asked)
+    return networks.build(model, captcha_config)
 
 
 def parameters(module: nn.Module) -> int:
@@ -50,7 +50,7 @@ def parameters(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution without bias, its batch norm, and the picture that it makes."""
+    """A convolution without bias, its batch norm, and the size of its output."""
 
     inputs: int
     outputs: int
@@ -65,12 +65,12 @@ class Layer:
 
     @property
     def flop(self) -> int:
-        """Two for each multiplication with its addition."""
+        """FLOPs, two per multiply-add."""
         return 2 * self.inputs * self.outputs * self.kernel**2 * self.height * self.width
 
 
 def article(height: int, width: int) -> list[Layer]:
-    """ResNet-18 as the article has it: a 3x3 stem of stride 1, no max-pool, stages of 64 to 512."""
+    """Return the layers of the article's ResNet-18: a 3x3 stem of stride 1 and no max-pool."""
     layers = [Layer(3, 64, 3, 1, height, width)]
     inputs = 64
     for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
@@ -84,11 +84,11 @@ def article(height: int, width: int) -> list[Layer]:
     return layers
 
 
-def observed(model: Recognizer, asked: CaptchaConfig) -> list[Layer]:
-    """Every convolution as it runs."""
+def observed(model: Recognizer, captcha_config: CaptchaConfig) -> list[Layer]:
+    """Return every convolution in order of execution."""
     layers = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         assert module.bias is None
         assert module.kernel_size[0] == module.kernel_size[1]
@@ -99,14 +99,14 @@ def observed(model: Recognizer, asked: CaptchaConfig) -> list[Layer]:
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(note)
+            module.register_forward_hook(record)
     with torch.no_grad():
-        model.eval()(pictures(asked, 1))
+        model.eval()(random_images(captcha_config, 1))
     return layers
 
 
 def in_order(layers: list[Layer]) -> list[tuple[int, ...]]:
-    """Without regard to whether the short cut runs before or after the block beside it."""
+    """Return sortable tuples, as a shortcut may run before or after its block."""
     return sorted((x.inputs, x.outputs, x.kernel, x.stride, x.height, x.width) for x in layers)
 
 
@@ -131,14 +131,14 @@ def test_resnet18_is_the_article_s_layer_by_layer() -> None:
 def test_resnet18_takes_1458_mflop_forward() -> None:
     model = build(RESNET, ARTICLE).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pictures(ARTICLE, 1))
+        model(random_images(ARTICLE, 1))
     expected = sum(layer.flop for layer in article(24, 56)) + 2 * 512 * 144
     assert counter.get_total_flops() == expected
     assert round(expected / 1e9, 3) == 1.458
 
 
-def test_a_block_adds_its_short_cut_before_the_last_relu() -> None:
-    """Against the textbook's formula, with batch norms in evaluation mode."""
+def test_a_block_adds_its_shortcut_before_the_last_relu() -> None:
+    """Compared with the formula, with batch norms in evaluation mode."""
     torch.manual_seed(0)
     block = networks.BasicBlock(4, 6, 2).eval()
     x = torch.randn(2, 4, 8, 8)
@@ -158,7 +158,7 @@ def test_a_block_adds_its_short_cut_before_the_last_relu() -> None:
 def test_compact_takes_28_mflop() -> None:
     model = build(COMPACT, ARTICLE).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pictures(ARTICLE, 1))
+        model(random_images(ARTICLE, 1))
     assert counter.get_total_flops() == pytest.approx(28.2e6, rel=0.01)
     assert counter.get_total_flops() < 1.458e9 / 50
 
@@ -168,16 +168,16 @@ def test_compact_takes_28_mflop() -> None:
 def test_compact_keeps_a_quarter_of_the_width(channels: tuple[int, ...], height: int, width: int) -> None:
     model = build(CompactConfig(name="compact", channels=channels, head="position"), captcha(width, height))
     with torch.no_grad():
-        features = model.eval().network(pictures(captcha(width, height)))
+        features = model.eval().network(random_images(captcha(width, height)))
     rows = math.ceil(height // 2 / 2 ** (len(channels) - 1))
     assert features.shape == (3, channels[-1] * rows, math.ceil(width // 2 / 2))
 
 
 @pytest.mark.parametrize("gain", [0.5, 0.2])
-def test_compact_does_not_care_about_brightness_and_contrast(gain: float) -> None:
-    asked = captcha()
-    model = build(SMALL, asked).eval()
-    images = (pictures(asked) // 16) * 10
+def test_compact_is_invariant_to_brightness_and_contrast(gain: float) -> None:
+    captcha_config = captcha()
+    model = build(SMALL, captcha_config).eval()
+    images = (random_images(captcha_config) // 16) * 10
     with torch.no_grad():
         bright, pale = model(images), model((images * gain + 90).to(torch.uint8))
     torch.testing.assert_close(bright, pale, atol=0.02, rtol=0.02)
@@ -197,15 +197,15 @@ def test_every_combination_trains(
     height: int,
     width: int,
 ) -> None:
-    asked = captcha(width, height, channels)
+    captcha_config = captcha(width, height, channels)
     model = build(
         CompactConfig(name="compact", channels=(4, 6, 8, 10), head=head)
         if network == "compact"
         else ResNet18Config(name="resnet18", head=head),
-        asked,
+        captcha_config,
     )
     assert model.training
-    logits = model(pictures(asked))
+    logits = model(random_images(captcha_config))
     assert logits.shape == (3, 5, 10)
     targets = torch.arange(15).view(3, 5) % 10
     loss = model.head.loss(logits, targets)
@@ -225,38 +225,42 @@ def test_no_convolution_has_a_bias(model: CompactConfig | ResNet18Config) -> Non
 
 
 @pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
-def test_a_picture_is_read_the_same_beside_any_others(model: CompactConfig | ResNet18Config) -> None:
-    asked = captcha()
-    images = pictures(asked, 5)
-    built = build(model, asked)
+def test_logits_do_not_depend_on_the_other_images_of_the_batch(model: CompactConfig | ResNet18Config) -> None:
+    captcha_config = captcha()
+    images = random_images(captcha_config, 5)
+    built = build(model, captcha_config)
     with torch.no_grad():
-        built(images)  # the statistics move, as in training
+        built(images)  # updates the running statistics
         built.eval()
-        together = built(images)
+        batched = built(images)
         for n in range(5):
-            torch.testing.assert_close(built(images[n : n + 1])[0], together[n], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(built(images[n : n + 1])[0], batched[n], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
-def test_evaluation_leaves_the_statistics_alone(model: CompactConfig | ResNet18Config) -> None:
+def test_evaluation_does_not_update_the_statistics(model: CompactConfig | ResNet18Config) -> None:
     built = build(model, captcha()).eval()
     before = {name: value.clone() for name, value in built.state_dict().items()}
     with torch.no_grad():
-        built(pictures(captcha()))
+        built(random_images(captcha()))
     assert all((before[name] == value).all() for name, value in built.state_dict().items())
 
 
-def test_colours_last_in_memory_changes_no_value() -> None:
-    asked = captcha()
-    plain, placed = build(SMALL, asked), build(SMALL, asked)
-    networks.to_device(placed, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), placed.parameters(), strict=True))
+def test_channels_last_changes_no_value() -> None:
+    captcha_config = captcha()
+    contiguous, channels_last = build(SMALL, captcha_config), build(SMALL, captcha_config)
+    networks.to_device(channels_last, torch.device("cpu"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(contiguous.parameters(), channels_last.parameters(), strict=True)
+    )
     with torch.no_grad():
-        images = pictures(asked)
-        torch.testing.assert_close(plain.eval()(images), placed.eval()(images), atol=1e-5, rtol=1e-4)
+        images = random_images(captcha_config)
+        torch.testing.assert_close(
+            contiguous.eval()(images), channels_last.eval()(images), atol=1e-5, rtol=1e-4
+        )
 
 
-def test_the_same_chance_builds_the_same_weights() -> None:
+def test_the_same_seed_gives_the_same_weights() -> None:
     one, two = build(SMALL, captcha()), build(SMALL, captcha())
     torch.manual_seed(1)
     other = networks.build(SMALL, captcha())
@@ -313,7 +317,7 @@ def test_grouped_softmax_loss_is_the_article_s() -> None:
     assert float(GroupedSoftmaxHead(8, 1, 4, 36).loss(logits, targets)) == pytest.approx(float(expected))
 
 
-def test_grouped_softmax_reads_positions_one_after_the_other() -> None:
+def test_grouped_softmax_logits_are_grouped_by_position() -> None:
     head = GroupedSoftmaxHead(6, 2, 3, 4)
     features = some_logits(5, 6, 2)
     flat = features.reshape(5, 12) @ head.linear.weight.T + head.linear.bias
@@ -321,8 +325,8 @@ def test_grouped_softmax_reads_positions_one_after_the_other() -> None:
         torch.testing.assert_close(head(features)[:, t], flat[:, t * 4 : (t + 1) * 4])
 
 
-def test_position_head_looks_where_its_weights_say() -> None:
-    """Against a loop over positions and places."""
+def test_position_head_is_attention_pooling() -> None:
+    """Compared with a loop over positions and columns."""
     torch.manual_seed(0)
     head = PositionHead(6, 5, 3, 4)
     nn.init.normal_(head.pos_bias)
@@ -334,14 +338,14 @@ def test_position_head_looks_where_its_weights_say() -> None:
                 float(head.attn_score.weight[t, :, 0] @ features[b, :, s]) + float(head.pos_bias[t, s])
                 for s in range(5)
             ]
-            shares = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
-            seen = sum((share * features[b, :, s] for s, share in enumerate(shares)), torch.zeros(6))
-            torch.testing.assert_close(logits[b, t], head.classifier(seen), atol=1e-5, rtol=1e-4)
+            weights = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
+            pooled = sum((weight * features[b, :, s] for s, weight in enumerate(weights)), torch.zeros(6))
+            torch.testing.assert_close(logits[b, t], head.classifier(pooled), atol=1e-5, rtol=1e-4)
 
 
 @each_head
 @pytest.mark.parametrize(("positions", "classes"), [(1, 2), (3, 4), (4, 3)])
-def test_decode_finds_the_most_probable_of_all_texts(kind: type[Head], positions: int, classes: int) -> None:
+def test_decode_returns_the_most_probable_text(kind: type[Head], positions: int, classes: int) -> None:
     logits = some_logits(6, positions, classes)
     ids, confidence = kind(8, 3, positions, classes).decode(logits)
     for b in range(6):

@@ -1,4 +1,4 @@
-"""The learning rate against its description, the fused optimisers against torch's plain ones."""
+"""The learning rate schedule, and the fused optimizers compared with torch's for-loop ones."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,11 +38,11 @@ ONECYCLE = TrainConfig(
 CONSTANT = replace(ONECYCLE, schedule="constant")
 
 
-# -- the rate ------------------------------------------------------------------------------------------------
+# -- learning rate -------------------------------------------------------------------------------------------
 
 
-def test_onecycle_climbs_and_falls_along_two_straight_lines() -> None:
-    """100 steps, a peak of 0.01 after 20: made by hand, each rate taken in the middle of its step."""
+def test_onecycle_is_piecewise_linear() -> None:
+    """100 steps with a peak of 0.01 after 20; each rate is that of the middle of its step."""
     expected = [0.01 * (n + 0.5) / 20 for n in range(20)] + [0.01 * (79.5 - n) / 80 for n in range(80)]
     rates = [learning_rate(ONECYCLE, step, 100) for step in range(100)]
     assert rates == pytest.approx(expected, rel=1e-9)
@@ -55,13 +55,13 @@ def test_onecycle_peaks_where_the_warmup_ends() -> None:
     assert rates[-1] < 0.01 / 500
 
 
-@given(steps=st.integers(1, 5000), warmup=st.floats(0, 0.99), place=st.floats(0, 0.999999))
-def test_onecycle_is_positive_and_never_above_the_peak(steps: int, warmup: float, place: float) -> None:
-    rate = learning_rate(replace(ONECYCLE, warmup_fraction=warmup), int(place * steps), steps)
+@given(steps=st.integers(1, 5000), warmup=st.floats(0, 0.99), fraction=st.floats(0, 0.999999))
+def test_onecycle_is_positive_and_at_most_the_peak(steps: int, warmup: float, fraction: float) -> None:
+    rate = learning_rate(replace(ONECYCLE, warmup_fraction=warmup), int(fraction * steps), steps)
     assert 0 < rate <= 0.01 * (1 + 1e-9)
 
 
-def test_onecycle_without_warmup_only_falls() -> None:
+def test_onecycle_without_warmup_decreases() -> None:
     rates = [learning_rate(replace(ONECYCLE, warmup_fraction=0.0), step, 50) for step in range(50)]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == pytest.approx(0.01 * 99 / 100)
@@ -71,13 +71,13 @@ def test_constant_is_constant() -> None:
     assert {learning_rate(CONSTANT, step, 77) for step in range(77)} == {0.01}
 
 
-# -- the optimisers ------------------------------------------------------------------------------------------
+# -- optimizers ----------------------------------------------------------------------------------------------
 
 Kind = Literal["adam", "adamw", "sgd"]
 
 
 def network() -> nn.Sequential:
-    """Without a bias before the norm: its gradient would be rounding alone, which Adam makes large."""
+    """Return a network without a bias before the norm, whose gradient would be rounding noise."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)
@@ -91,8 +91,8 @@ def loss(model: nn.Module, step: int) -> Tensor:
     return value
 
 
-def plain(kind: Kind, model: nn.Module) -> torch.optim.Optimizer:
-    """torch's loop over the parameters, with the values that conf/ and schema.py promise."""
+def reference_optimizer(kind: Kind, model: nn.Module) -> torch.optim.Optimizer:
+    """Return torch's for-loop optimizer with the values documented in conf/ and schema.py."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -104,29 +104,29 @@ def plain(kind: Kind, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def descend(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int) -> Tensor:
-    """All parameters after these steps, with a rate that changes at each."""
-    chosen = make(model)
+    """Return all parameters after these steps, with a learning rate that changes at each."""
+    optimizer = make(model)
     for step in range(steps):
-        for group in chosen.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 0.01 / (1 + step)
-        chosen.zero_grad()
+        optimizer.zero_grad()
         loss(model, step).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        chosen.step()
+        optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
-def test_fused_optimisers_do_what_the_plain_ones_do(kind: Kind) -> None:
+def test_fused_optimizers_equal_the_for_loop_ones(kind: Kind) -> None:
     train = replace(ONECYCLE, optimizer=kind)
     fused = descend(network(), lambda model: build_optimizer(train, model.parameters()), 20)
-    slow = descend(network(), lambda model: plain(kind, model), 20)
+    slow = descend(network(), lambda model: reference_optimizer(kind, model), 20)
     start = torch.cat([p.detach().flatten() for p in network().parameters()])
     assert (fused - start).abs().max() > 1e-3
     torch.testing.assert_close(fused, slow, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
-def test_weights_decay_and_biases_and_norms_do_not(kind: Kind) -> None:
+def test_weight_decay_applies_to_weights_only(kind: Kind) -> None:
     model = network()
     groups = build_optimizer(replace(ONECYCLE, optimizer=kind), model.parameters()).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -141,11 +141,11 @@ def test_weights_decay_and_biases_and_norms_do_not(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
-def test_no_decay_leaves_weights_without_gradient_alone(kind: Kind) -> None:
+def test_weights_without_gradient_do_not_change_without_weight_decay(kind: Kind) -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
-    chosen = build_optimizer(replace(ONECYCLE, optimizer=kind, weight_decay=0.0), model.parameters())
+    optimizer = build_optimizer(replace(ONECYCLE, optimizer=kind, weight_decay=0.0), model.parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    chosen.step()
+    optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -1,4 +1,4 @@
-"""A picture file is read as the training saw it; what cannot be read is said, and the rest goes on."""
+"""Inference on image files: preprocessed as in training; invalid images are reported and skipped."""
 
 import io
 import json
@@ -19,17 +19,17 @@ from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.model.predict import Predictor, find_images, resolve_weights
 from captcha_exp.training.train import train
 
-FOLDER = [text for text in TINY if not text.startswith(("data.count", "data.workers"))]
+FOLDER_OVERRIDES = [text for text in TINY if not text.startswith(("data.count", "data.workers"))]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 picture files of two bars, whose heights are the label; of several formats and sizes."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 images of two bars whose heights are the label, in several formats and sizes."""
     folder = tmp_path_factory.mktemp("images")
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number in range(100):
-        first, second = chance.integers(0, 5, 2)
-        array = chance.integers(150, 255, (20 + number % 3, 40, 3), dtype=np.uint8)
+        first, second = rng.integers(0, 5, 2)
+        array = rng.integers(150, 255, (20 + number % 3, 40, 3), dtype=np.uint8)
         array[18 - 4 * first :, 5:12] = 20
         array[18 - 4 * second :, 25:32] = 20
         kind = ("PNG", "GIF", "BMP", "JPEG")[number % 4]
@@ -41,22 +41,28 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was trained on them, badly."""
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was trained on them for two epochs."""
     root = tmp_path_factory.mktemp("root")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPTCHA_EXP_ROOT", str(root))
-        overrides = [*FOLDER, "data=folder", f"data.path={pictures}", "tracking=none", "train.batch_size=8"]
+        overrides = [
+            *FOLDER_OVERRIDES,
+            "data=folder",
+            f"data.path={images}",
+            "tracking=none",
+            "train.batch_size=8",
+        ]
         return train(load(compose(*overrides)), None, Heard()).run_dir
 
 
 @pytest.fixture
-def at_home(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_root(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(run.parents[2]))
 
 
 @pytest.fixture
-def reader(run: Path, at_home: None) -> Predictor:
+def predictor(run: Path, run_root: None) -> Predictor:
     return Predictor(resolve_weights(str(run)), "cpu", Heard())
 
 
@@ -71,54 +77,54 @@ def command(run: Path, *arguments: str, typed: str = "") -> subprocess.Completed
     )
 
 
-def test_every_picture_of_the_test_split_is_answered_as_evaluate_did(
-    run: Path, reader: Predictor, pictures: Path
+def test_predictions_of_the_test_split_equal_those_of_evaluate(
+    run: Path, predictor: Predictor, images: Path
 ) -> None:
-    """The wrong ones too, of which a model this small has many."""
+    """Including wrong ones, of which a model this small has many."""
     evaluation, data = evaluate_run(run, "test", Heard(), "cpu")
-    files = [pictures / data.image_name(int(row)) for row in evaluation.indices]
+    files = [images / data.image_name(int(index)) for index in evaluation.indices]
     expected = [data.alphabet.decode(ids) for ids in evaluation.predicted]
 
-    readings = list(reader.predict_all(files, Heard()))
+    predictions = list(predictor.predict_all(files, Heard()))
 
-    assert [reading.text for reading in readings] == expected
-    assert [reading.image for reading in readings] == files
-    for reading, confidences in zip(readings, evaluation.confidences, strict=True):
-        assert reading.confidences == pytest.approx(confidences, abs=1e-4)
-        assert reading.confidence == pytest.approx(float(np.prod(confidences)), abs=1e-4)
-    wrong = {reading.image.name for reading in readings if reading.image.stem[-2:] != reading.text}
-    assert wrong == {error.image for error in evaluation.misreads(data)}
+    assert [prediction.text for prediction in predictions] == expected
+    assert [prediction.image for prediction in predictions] == files
+    for prediction, confidences in zip(predictions, evaluation.confidences, strict=True):
+        assert prediction.confidences == pytest.approx(confidences, abs=1e-4)
+        assert prediction.confidence == pytest.approx(float(np.prod(confidences)), abs=1e-4)
+    wrong = {each.image.name for each in predictions if each.image.stem[-2:] != each.text}
+    assert wrong == {misread.image for misread in evaluation.misreads(data)}
     assert 0 < len(wrong) < len(files) or evaluation.accuracy in (0, 1)
 
 
-def test_the_batch_a_picture_is_read_in_does_not_matter(reader: Predictor, pictures: Path) -> None:
-    files = sorted(pictures.iterdir())[:20]
+def test_a_prediction_does_not_depend_on_the_batch(predictor: Predictor, images: Path) -> None:
+    files = sorted(images.iterdir())[:20]
 
-    together = [reading.text for reading in reader.predict(files)]
+    batched = [prediction.text for prediction in predictor.predict(files)]
 
-    assert together == [reader.predict([file])[0].text for file in files]
+    assert batched == [predictor.predict([file])[0].text for file in files]
 
 
-def test_what_cannot_be_read_has_an_error_and_the_rest_a_text(
-    reader: Predictor, pictures: Path, tmp_path: Path
+def test_invalid_images_have_an_error_and_the_others_a_text(
+    predictor: Predictor, images: Path, tmp_path: Path
 ) -> None:
-    good = sorted(pictures.iterdir())[0]
+    good = sorted(images.iterdir())[0]
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("not an image")
 
-    missing, read, broken, folder = reader.predict([tmp_path / "none.png", good, text, tmp_path])
+    missing, valid, broken, folder = predictor.predict([tmp_path / "none.png", good, text, tmp_path])
 
     assert missing.error == "cannot be read: No such file or directory"
-    assert len(read.text) == 2
-    assert "is no picture of a known kind" in broken.error
+    assert len(valid.text) == 2
+    assert "is not an image in a supported format" in broken.error
     assert folder.error == "is a folder"
     assert missing.confidence == 0
 
 
-@pytest.mark.parametrize("which", ["folder", "latest", "weights"])
-def test_a_run_or_a_weights_file(run: Path, at_home: None, pictures: Path, which: str) -> None:
+@pytest.mark.parametrize("which", ["run_dir", "latest", "weights"])
+def test_a_run_or_a_weights_file(run: Path, run_root: None, images: Path, which: str) -> None:
     name = {"run_dir": str(run), "latest": "latest", "weights": str(run / "model.safetensors")}[which]
-    file = str(sorted(pictures.iterdir())[3])
+    file = str(sorted(images.iterdir())[3])
 
     done = command(run, name, file)
 
@@ -129,36 +135,38 @@ def test_a_run_or_a_weights_file(run: Path, at_home: None, pictures: Path, which
     assert confidence.endswith("%")
 
 
-def test_a_folder_is_read_whole_and_json_says_it_all(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_is_predicted_recursively_and_json_has_all_fields(
+    run: Path, images: Path, tmp_path: Path
+) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
-    for number, file in enumerate(sorted(pictures.iterdir())[:3]):
+    for number, file in enumerate(sorted(images.iterdir())[:3]):
         (inner if number else tmp_path).joinpath(file.name).write_bytes(file.read_bytes())
     (inner / "broken.gif").write_bytes(b"GIF89a")
 
     done = command(run, str(run), str(tmp_path), "--json")
 
-    assert done.returncode == 1, "one could not be read"
-    answers = json.loads(done.stdout)
-    assert len(answers) == 4
-    assert [set(answer) for answer in answers if "error" in answer] == [{"picture", "error"}]
-    for answer in answers:
-        if "text" in answer:
-            assert len(answer["text"]) == len(answer["confidences"]) == 2
-            assert answer["confidence"] == pytest.approx(np.prod(answer["confidences"]))
+    assert done.returncode == 1, "one image is invalid"
+    results = json.loads(done.stdout)
+    assert len(results) == 4
+    assert [set(result) for result in results if "error" in result] == [{"image", "error"}]
+    for result in results:
+        if "text" in result:
+            assert len(result["text"]) == len(result["confidences"]) == 2
+            assert result["confidence"] == pytest.approx(np.prod(result["confidences"]))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere", "x.png"], "'nowhere' is no run"),
-        (["nowhere.safetensors", "x.png"], "nowhere.safetensors: there is no such file"),
+        (["nowhere.safetensors", "x.png"], "nowhere.safetensors: no such file"),
         (["latest", "x.png", "--device", "cuda:7"], "--device=cuda:7: "),
         (["latest", "x.png", "--device", "gpu"], "--device=gpu: "),
-        (["latest", "EMPTY"], "there is no picture in this folder"),
+        (["latest", "EMPTY"], "contains no images"),
     ],
 )
-def test_a_mistake_is_one_line(run: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_an_invalid_argument_is_one_line(run: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
     done = command(run, *[str(tmp_path) if word == "EMPTY" else word for word in arguments])
 
     assert done.returncode == 2
@@ -169,13 +177,13 @@ def test_a_mistake_is_one_line(run: Path, tmp_path: Path, arguments: list[str], 
 # -- the interactive loop ------------------------------------------------------------------------------------
 
 
-def test_the_loop_answers_and_survives_everything(run: Path, pictures: Path, tmp_path: Path) -> None:
-    """A missing file, a text named .png, empty lines, quotes, a file: address; the end of the input."""
-    good = sorted(pictures.iterdir())[0]
+def test_the_loop_continues_after_any_invalid_input(run: Path, images: Path, tmp_path: Path) -> None:
+    """A missing file, a text file named .png, empty lines, quotes, a file: URI, the end of the input."""
+    good = sorted(images.iterdir())[0]
     spaced = tmp_path / "with space.png"
     spaced.write_bytes(good.read_bytes())
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("not an image")
     lines = [
         str(good),
         "",
@@ -192,9 +200,9 @@ def test_the_loop_answers_and_survives_everything(run: Path, pictures: Path, tmp
     done = command(run, str(run), typed="\n".join([*lines, escaped, str(good)]))
 
     assert done.returncode == 0
-    answers = done.stdout.splitlines()
-    assert len(answers) == 5
-    assert len(set(answers)) == 1
+    lines_out = done.stdout.splitlines()
+    assert len(lines_out) == 5
+    assert len(set(lines_out)) == 1
     assert [line.rpartition(": ")[2] for line in done.stderr.splitlines()[:1]] == [
         "No such file or directory"
     ]
@@ -202,42 +210,42 @@ def test_the_loop_answers_and_survives_everything(run: Path, pictures: Path, tmp
     assert "Traceback" not in done.stderr
 
 
-def test_the_loop_speaks_json_too(run: Path, pictures: Path) -> None:
-    good = sorted(pictures.iterdir())[0]
+def test_the_loop_prints_json_lines(run: Path, images: Path) -> None:
+    good = sorted(images.iterdir())[0]
 
     done = command(run, str(run), "--json", typed=f"{good}\nnone.png\n")
 
-    read, missing = (json.loads(line) for line in done.stdout.splitlines())
-    assert len(read["text"]) == 2
+    valid, missing = (json.loads(line) for line in done.stdout.splitlines())
+    assert len(valid["text"]) == 2
     assert "error" in missing
     assert done.stderr == ""
 
 
-def test_at_a_terminal_it_prompts_and_ctrl_d_ends_it(
-    reader: Predictor, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_at_a_terminal_the_loop_prompts_until_ctrl_d(
+    predictor: Predictor, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = iter([str(sorted(pictures.iterdir())[0])])
+    typed = iter([str(sorted(images.iterdir())[0])])
     prompts = []
 
-    def answer(prompt: str) -> str:
+    def fake_input(prompt: str) -> str:
         prompts.append(prompt)
         try:
             return next(typed)
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
 
-    interactive.prompt_loop(reader, as_json=False)
+    interactive.prompt_loop(predictor, as_json=False)
 
     printed = capsys.readouterr()
-    assert prompts == ["picture: ", "picture: "]
-    assert "Ctrl-D ends" in printed.err
+    assert prompts == ["image: ", "image: "]
+    assert "Ctrl-D to exit" in printed.err
     assert printed.out.count("%") == 1
 
 
-def test_a_home_directory_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert interactive.parse_path("~/x.png") == tmp_path / "x.png"
     (tmp_path / "x.png").write_bytes(b"")
@@ -245,14 +253,14 @@ def test_a_home_directory_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody_of_this_name/x.png", "file://["])
-def test_a_name_that_no_file_can_have_is_a_picture_that_cannot_be_read(reader: Predictor, name: str) -> None:
-    """To the loop as to the command; neither may end at it."""
+def test_an_impossible_file_name_is_an_invalid_image(predictor: Predictor, name: str) -> None:
+    """For the loop and for the command."""
     path = interactive.parse_path(name)
     assert path is not None
-    for reading in reader.predict([path, *find_images([name])]):
-        assert reading.error.startswith("cannot be read: ")
+    for prediction in predictor.predict([path, *find_images([name])]):
+        assert prediction.error.startswith("cannot be read: ")
 
 
-def test_an_empty_folder_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no picture in this folder"):
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains no images"):
         find_images([str(tmp_path)])

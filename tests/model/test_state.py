@@ -1,4 +1,4 @@
-"""A state that comes back to the bit, and files of it that are damaged: the one before is used."""
+"""The train state is restored exactly; a damaged checkpoint is skipped for the one before it."""
 
 import json
 import math
@@ -23,8 +23,8 @@ from captcha_exp.model.step import init_train_state, train_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def stepped(config: Config, steps: int = 3) -> TrainState:
-    """A state in the middle of its second epoch."""
+def trained_state(config: Config, steps: int = 3) -> TrainState:
+    """Return a state in the middle of its second epoch."""
     state = init_train_state(config, CPU)
     state.epoch = 1
     state.update_best(0.25, math.inf)
@@ -39,113 +39,115 @@ def stepped(config: Config, steps: int = 3) -> TrainState:
     return state
 
 
-def untimed(state: TrainState) -> dict[str, object]:
+def counters_without_time(state: TrainState) -> dict[str, object]:
     return {key: value for key, value in state.counters().items() if key != "seconds"}
 
 
-def refuse(trouble: str) -> None:
-    raise AssertionError(trouble)
+def fail_on_warning(message: str) -> None:
+    raise AssertionError(message)
 
 
-def restored(config: Config, folder: Path) -> TrainState:
+def restored_state(config: Config, checkpoint_dir: Path) -> TrainState:
     state = init_train_state(config, CPU)
-    saved = checkpoint.load_latest(folder, refuse)
+    saved = checkpoint.load_latest(checkpoint_dir, fail_on_warning)
     assert saved is not None
     state.load_state_dict(saved)
     return state
 
 
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# -- all of it -----------------------------------------------------------------------------------------------
+# -- round trip ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_every_tensor_and_every_counter_comes_back(
+def test_every_tensor_and_every_counter_is_restored(
     tiny: Config, tmp_path: Path, optimizer: Optimizer, precision: Precision
 ) -> None:
     config = training(tiny, optimizer=optimizer)
     config = replace(config, device=replace(config.device, precision=precision))
-    state = stepped(config)
+    state = trained_state(config)
     if state.loss_scale is not None:
         state.loss_scale.good_steps += 7
         state.loss_scale.factor /= 4
     checkpoint.save(tmp_path / "checkpoint", state)
     tensors = {name: value.clone() for name, value in state.state_dict().items()}
-    torch.rand(5)  # global chance goes on, and is to come back
+    torch.rand(5)  # changes the global RNG state, which is restored
 
-    again = restored(config, tmp_path / "checkpoint")
-    assert same(again.state_dict(), tensors)
-    assert untimed(again) == untimed(state)
-    assert again.best_weights is not None
-    assert again.best_loss == math.inf
-    assert (again.loss_scale is None) == (precision == "fp32")
+    restored = restored_state(config, tmp_path / "checkpoint")
+    assert equal(restored.state_dict(), tensors)
+    assert counters_without_time(restored) == counters_without_time(state)
+    assert restored.best_weights is not None
+    assert restored.best_loss == math.inf
+    assert (restored.loss_scale is None) == (precision == "fp32")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_steps_after_it_are_the_same_steps(tiny: Config, tmp_path: Path, optimizer: Optimizer) -> None:
+def test_steps_after_a_restore_equal_uninterrupted_steps(
+    tiny: Config, tmp_path: Path, optimizer: Optimizer
+) -> None:
     config = training(tiny, optimizer=optimizer)
-    state = stepped(config)
+    state = trained_state(config)
     checkpoint.save(tmp_path, state)
-    again = restored(config, tmp_path)
-    for each in (state, again):
+    restored = restored_state(config, tmp_path)
+    for each in (state, restored):
         for _ in range(3):
             train_step(each, batch_of(config), config)
-    assert same(state.state_dict(), again.state_dict())
+    assert equal(state.state_dict(), restored.state_dict())
 
 
-def test_the_layout_in_memory_stays(tiny: Config, tmp_path: Path) -> None:
-    state = stepped(tiny)
+def test_the_memory_format_is_kept(tiny: Config, tmp_path: Path) -> None:
+    state = trained_state(tiny)
     checkpoint.save(tmp_path, state)
-    again = restored(tiny, tmp_path)
+    restored = restored_state(tiny, tmp_path)
     strides = [value.stride() for value in state.model.state_dict().values()]
-    assert strides == [value.stride() for value in again.model.state_dict().values()]
+    assert strides == [value.stride() for value in restored.model.state_dict().values()]
 
 
-def test_between_epochs_there_is_no_epoch_under_way(tiny: Config, tmp_path: Path) -> None:
-    state = stepped(tiny)
+def test_a_checkpoint_between_epochs_has_no_progress(tiny: Config, tmp_path: Path) -> None:
+    state = trained_state(tiny)
     state.progress = None
     checkpoint.save(tmp_path, state)
-    again = restored(tiny, tmp_path)
-    assert again.progress is None
-    assert again.begin_or_continue_epoch(CPU).num_batches == 0
-    assert again.epoch == 3
+    restored = restored_state(tiny, tmp_path)
+    assert restored.progress is None
+    assert restored.begin_or_continue_epoch(CPU).num_batches == 0
+    assert restored.epoch == 3
 
 
-def test_seconds_add_up_over_processes(tiny: Config, tmp_path: Path) -> None:
-    state = stepped(tiny)
+def test_seconds_are_summed_over_processes(tiny: Config, tmp_path: Path) -> None:
+    state = trained_state(tiny)
     state.start_time -= 1000
     checkpoint.save(tmp_path, state)
-    again = restored(tiny, tmp_path)
-    assert 1000 <= again.elapsed_seconds() < 1100
-    again.start_time -= 500
-    checkpoint.save(tmp_path, again)
-    assert 1500 <= restored(tiny, tmp_path).elapsed_seconds() < 1600
+    restored = restored_state(tiny, tmp_path)
+    assert 1000 <= restored.elapsed_seconds() < 1100
+    restored.start_time -= 500
+    checkpoint.save(tmp_path, restored)
+    assert 1500 <= restored_state(tiny, tmp_path).elapsed_seconds() < 1600
 
 
-def test_a_state_of_another_network_is_one_line(tiny: Config, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, stepped(tiny))
+def test_a_checkpoint_of_another_network_or_optimizer_is_reported(tiny: Config, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, trained_state(tiny))
     other = replace(tiny, captcha=replace(tiny.captcha, alphabet="012"))
-    saved = checkpoint.load_latest(tmp_path, refuse)
+    saved = checkpoint.load_latest(tmp_path, fail_on_warning)
     assert saved is not None
-    with pytest.raises(UserError, match=r"step-3.safetensors: does not fit .*--resume=never"):
+    with pytest.raises(UserError, match=r"step-3.safetensors: does not match .*--resume=never"):
         init_train_state(other, CPU).load_state_dict(saved)
-    with pytest.raises(UserError, match=r"does not fit the run's config: optimizer/"):
+    with pytest.raises(UserError, match=r"does not match the config of the run \(optimizer/"):
         init_train_state(training(tiny, optimizer="sgd"), CPU).load_state_dict(saved)
 
 
-# -- generations ---------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def names(checkpoint_dir: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint_dir.iterdir())
 
 
-def test_two_generations_are_kept_by_the_number_of_their_step(tiny: Config, tmp_path: Path) -> None:
-    state = stepped(tiny)
+def test_the_two_latest_checkpoints_by_step_are_kept(tiny: Config, tmp_path: Path) -> None:
+    state = trained_state(tiny)
     for state.step in (8, 9, 10, 11):
         checkpoint.save(tmp_path, state)
     assert names(tmp_path) == ["step-10.safetensors", "step-11.safetensors"]
@@ -153,14 +155,14 @@ def test_two_generations_are_kept_by_the_number_of_their_step(tiny: Config, tmp_
     assert names(tmp_path) == ["step-11.safetensors"]
 
 
-def test_there_is_none(tmp_path: Path) -> None:
-    assert checkpoint.load_latest(tmp_path / "nowhere", refuse) is None
+def test_a_directory_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path / "nowhere", fail_on_warning) is None
     (tmp_path / "step-x.safetensors").write_text("?")
     (tmp_path / ".step-3.safetensors.77.part").write_text("?")
-    assert checkpoint.load_latest(tmp_path, refuse) is None
+    assert checkpoint.load_latest(tmp_path, fail_on_warning) is None
 
 
-def cut(content: bytes) -> bytes:
+def truncate(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
@@ -172,38 +174,38 @@ def flip_a_counter(content: bytes) -> bytes:
     return content.replace(b'\\"step\\": 4', b'\\"step\\": 5')
 
 
-def without_its_text(content: bytes) -> bytes:
+def remove_metadata(content: bytes) -> bytes:
     return content.replace(b"__metadata__", b"__metaxxta__")
 
 
-def test_one_after_an_epoch_that_is_not_recorded_is_set_aside(tiny: Config, tmp_path: Path) -> None:
-    """Its row was lost: from the checkpoint before, the epoch is trained again and recorded."""
-    state = stepped(tiny)
+def test_a_checkpoint_after_an_unrecorded_epoch_is_skipped(tiny: Config, tmp_path: Path) -> None:
+    """The epoch is trained again from the checkpoint before, and recorded."""
+    state = trained_state(tiny)
     state.epoch = 1
     before = checkpoint.save(tmp_path, state)
     state.epoch, state.step = 2, 4
     after = checkpoint.save(tmp_path, state)
-    assert checkpoint.load_latest(tmp_path, refuse, {1}) is not None
+    assert checkpoint.load_latest(tmp_path, fail_on_warning, {1}) is not None
 
-    told: list[str] = []
-    saved = checkpoint.load_latest(tmp_path, told.append, set())
+    warnings: list[str] = []
+    saved = checkpoint.load_latest(tmp_path, warnings.append, set())
     assert saved is not None
     assert saved.counters["step"] == 3
-    assert told == [
-        f"{after}: is not used, since metrics.jsonl has no whole line of epoch 1; the checkpoint before it "
-        "is, if there is one"
+    assert warnings == [
+        f"{after}: skipped: metrics.jsonl has no valid line for epoch 1; "
+        "using the previous checkpoint, if any"
     ]
     assert {path.name for path in tmp_path.iterdir()} == {before.name, f"{after.name}.damaged"}
 
 
-DAMAGES = [cut, flip_a_weight, flip_a_counter, without_its_text, lambda _: b"", lambda _: b"\xff" * 64]
+DAMAGES = [truncate, flip_a_weight, flip_a_counter, remove_metadata, lambda _: b"", lambda _: b"\xff" * 64]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
-def test_a_damaged_one_is_told_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     tiny: Config, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    state = stepped(tiny)
+    state = trained_state(tiny)
     checkpoint.save(tmp_path, state)
     state.step = 4
     path = checkpoint.save(tmp_path, state)
@@ -211,48 +213,51 @@ def test_a_damaged_one_is_told_and_the_one_before_used(
     assert damage(content) != content
     path.write_bytes(damage(content))
 
-    told: list[str] = []
-    saved = checkpoint.load_latest(tmp_path, told.append)
+    warnings: list[str] = []
+    saved = checkpoint.load_latest(tmp_path, warnings.append)
     assert saved is not None
     assert saved.counters["step"] == 3
-    (line,) = told
-    assert line.startswith(f"{path}: is damaged and not used (")
-    assert "\n" not in line
-    assert checkpoint.load_latest(tmp_path, refuse) is not None, "it is told of once"
+    (warning,) = warnings
+    assert warning.startswith(f"{path}: damaged, skipped (")
+    assert "\n" not in warning
+    assert checkpoint.load_latest(tmp_path, fail_on_warning) is not None, "it is reported only once"
 
     state.step = 5
     checkpoint.save(tmp_path, state)
     assert names(tmp_path) == ["step-3.safetensors", "step-5.safetensors"]
 
 
-def test_the_file_can_be_read_without_this_project(tiny: Config, tmp_path: Path) -> None:
-    state = stepped(tiny)
+def test_the_file_can_be_read_with_safetensors_alone(tiny: Config, tmp_path: Path) -> None:
+    state = trained_state(tiny)
     path = checkpoint.save(tmp_path, state)
     with safetensors.safe_open(path, "pt") as opened:
         values = json.loads(opened.metadata()["state"])
         assert set(opened.keys()) == set(state.state_dict())
-    assert (values["step"], values["epoch"], values["progress"]["batches"]) == (3, 2, 3)
+    assert (values["step"], values["epoch"], values["progress"]["num_batches"]) == (3, 2, 3)
 
 
-# -- when ----------------------------------------------------------------------------------------------------
+# -- interval ------------------------------------------------------------------------------------------------
 
 
-def due(every: str | None, places: list[tuple[int, int, bool]]) -> list[bool]:
-    """Whether it is, after (step, epoch, whether the epoch has ended); each look at the clock is a minute."""
+def due_checkpoints(every: str | None, positions: list[tuple[int, int, bool]]) -> list[bool]:
+    """Return whether a checkpoint is due after each (step, epoch, whether the epoch has ended).
+
+    Each reading of the clock takes a minute.
+    """
     clock = iter(range(0, 60_000, 60))
-    rhythm = CheckpointInterval(every, lambda: next(clock))
+    interval = CheckpointInterval(every, lambda: next(clock))
     model = networks.Recognizer.__new__(Recognizer)
-    found = []
-    for step, epoch, ended in places:
+    due = []
+    for step, epoch, ended in positions:
         progress = None if ended else EpochProgress.zeros(CPU)
-        state = TrainState(model, None, None, step, epoch, progress)  # type: ignore[arg-type]  # not looked at
-        found.append(rhythm.is_due(state))
-        if found[-1] and every and "minute" in every:
-            rhythm.reset()
-    return found
+        state = TrainState(model, None, None, step, epoch, progress)  # type: ignore[arg-type]  # not used
+        due.append(interval.is_due(state))
+        if due[-1] and every and "minute" in every:
+            interval.reset()
+    return due
 
 
-PLACES = [(1, 1, False), (2, 1, False), (2, 1, True), (3, 2, False), (4, 2, False), (4, 2, True)]
+POSITIONS = [(1, 1, False), (2, 1, False), (2, 1, True), (3, 2, False), (4, 2, False), (4, 2, True)]
 
 
 @pytest.mark.parametrize(
@@ -266,15 +271,15 @@ PLACES = [(1, 1, False), (2, 1, False), (2, 1, True), (3, 2, False), (4, 2, Fals
         ("3 minutes", [False, False, True, False, False, True]),
     ],
 )
-def test_the_rhythm(every: str | None, expected: list[bool]) -> None:
-    """Asking when it was saved takes a minute of this clock, too."""
-    assert due(every, PLACES) == expected
+def test_checkpoint_every(every: str | None, expected: list[bool]) -> None:
+    """After a due checkpoint, `reset` reads the clock as well."""
+    assert due_checkpoints(every, POSITIONS) == expected
 
 
-# -- the best ------------------------------------------------------------------------------------------------
+# -- best weights --------------------------------------------------------------------------------------------
 
 
-def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
+def test_the_best_weights_are_copied_and_restored(tiny: Config) -> None:
     model = networks.to_device(networks.build(tiny.model, tiny.captcha), CPU)
     state = TrainState(model, torch.optim.SGD(model.parameters()), None)
 
@@ -301,6 +306,6 @@ def test_the_best_weights_are_a_copy_and_come_back(tiny: Config) -> None:
             best = {name: value.clone() for name, value in model.state_dict().items()}
     assert better == [True, True, False, False, True, True, False, False]
     assert (state.best_epoch, state.best_accuracy, state.best_loss) == (6, 0.7, 2.5)
-    assert state.epochs_since_improvement() == 3, "the accuracy has not gained since epoch 5"
+    assert state.epochs_since_improvement() == 3, "the accuracy has not improved since epoch 5"
     state.restore_best_weights()
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())

@@ -1,6 +1,6 @@
-"""One training step: the textbook's, and no look at the device; one that is not finite changes nothing.
+"""The training step: correct, without host synchronization, and without effect if it is not finite.
 
-In fp16 the loss is scaled, overflows are skipped and mend themselves, what cannot mend is told.
+In fp16 the loss is scaled; overflows are skipped and reduce the scale until it is at its minimum.
 """
 
 import contextlib
@@ -31,50 +31,50 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("levers", [{}, {"micro_batch_size": 3, "activation_checkpointing": True}])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 3, "activation_checkpointing": True}])
 def test_a_step_reads_no_tensor_on_the_host(
     tiny: Config,
     kind: Optimizer,
     precision: Precision,
-    levers: dict[str, Any],
+    options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = training(tiny, optimizer=kind, **levers)
+    config = training(tiny, optimizer=kind, **options)
     config = replace(config, device=replace(tiny.device, precision=precision))
     state, batch = init_train_state(config, CPU), batch_of(config)
-    guard = guarding(config, batch)
-    train_step(state, batch, config)  # an optimiser may look while it makes its own state
+    checker = guarding(config, batch)
+    train_step(state, batch, config)  # an optimizer may read tensors while it initializes its state
 
-    def read(self: Tensor, *args: object, **kwargs: object) -> None:
+    def fail(self: Tensor, *args: object, **kwargs: object) -> None:
         raise AssertionError("a tensor was read on the host")
 
     with monkeypatch.context() as patch:
         names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__len__")
         for name in (*names, "__array__", "__contains__"):
-            patch.setattr(torch.Tensor, name, read)
+            patch.setattr(torch.Tensor, name, fail)
         step = train_step(state, batch, config)
-        guard.observe(0, step.loss, step.diverged)
-    guard.check(state.model, 1)
+        checker.observe(0, step.loss, step.diverged)
+    checker.check(state.model, 1)
     assert step.loss.isfinite()
 
 
 @pytest.mark.parametrize("model", ["compact", "resnet18"])
 @pytest.mark.parametrize("head", ["position", "grouped_softmax"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: str, kind: str) -> None:
-    """On fake tensors, which have shapes and no values: whatever looked at one would fail."""
+def test_a_step_can_be_traced_on_fake_tensors(model: str, head: str, kind: str) -> None:
+    """They have shapes and no values: reading a value would fail."""
     config = load(
         compose(f"model={model}", f"model.head={head}", f"train.optimizer={kind}", "device.name=cpu")
     )
-    recogniser = networks.build(config.model, config.captcha)
+    recognizer = networks.build(config.model, config.captcha)
     fake = FakeTensorMode()
-    for module in recogniser.modules():
+    for module in recognizer.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(fake.from_tensor(weight.detach())))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, fake.from_tensor(buffer))
     with fake:
-        state = TrainState(recogniser, optim.build_optimizer(config.train, recogniser.parameters()), None)
+        state = TrainState(recognizer, optim.build_optimizer(config.train, recognizer.parameters()), None)
         images = torch.zeros(8, config.captcha.height, config.captcha.width, 3, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(8, 4, dtype=torch.int64), torch.arange(8))
         for _ in range(3):
@@ -84,8 +84,8 @@ def test_a_step_can_be_traced_without_a_number_being_computed(model: str, head: 
     assert step.finite.shape == ()
 
 
-def test_a_step_is_the_textbooks(tiny: Config) -> None:
-    """Against torch's plain loop with the plain optimiser, the loss without any of our code."""
+def test_a_step_equals_a_plain_torch_step(tiny: Config) -> None:
+    """Compared with a standard torch loop with its for-loop optimizer and loss."""
     config = training(tiny, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
     state = init_train_state(config, CPU)
     plain = copy.deepcopy(state.model)
@@ -105,21 +105,26 @@ def test_a_step_is_the_textbooks(tiny: Config) -> None:
         torch.testing.assert_close(state.model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", ["foreach", "for_loop"])
+@pytest.mark.parametrize("implementation", ["foreach", "for_loop"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_kernels_of_an_optimiser_agree(tiny: Config, kind: Optimizer, kernel: str) -> None:
+def test_the_implementations_of_an_optimizer_agree(
+    tiny: Config, kind: Optimizer, implementation: str
+) -> None:
     states = []
-    for config in (training(tiny, optimizer=kind, optimizer_impl=kernel), training(tiny, optimizer=kind)):
+    for config in (
+        training(tiny, optimizer=kind, optimizer_impl=implementation),
+        training(tiny, optimizer=kind),
+    ):
         state = init_train_state(config, CPU)
         for seed in range(3):
             train_step(state, batch_of(config, 8 + seed), config)
-        states.append(everything(state))
+        states.append(snapshot(state))
     assert states[0].keys() == states[1].keys()
     for name, value in states[1].items():
         torch.testing.assert_close(states[0][name], value, atol=1e-5, rtol=1e-3)
 
 
-def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
+def test_label_smoothing_applies_to_training_only(tiny: Config) -> None:
     smooth, plain = (training(tiny, label_smoothing=value) for value in (0.5, 0.0))
     batch = batch_of(tiny)
     losses = [float(train_step(init_train_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
@@ -129,12 +134,12 @@ def test_label_smoothing_is_in_the_training_loss_alone(tiny: Config) -> None:
     assert evaluate(model, split, smooth).loss == evaluate(model, split, plain).loss
 
 
-# -- levers that spare memory --------------------------------------------------------------------------------
+# -- options that save memory --------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["compact position", "compact grouped_softmax", "resnet18 position", "article"])
 def network(request: pytest.FixtureRequest) -> Config:
-    """A network with a head, to read 2 of 5 characters in a small picture."""
+    """A network with a head for small images with 2 characters of 5 classes."""
     model, _, head = request.param.partition(" ")
     chosen = ["experiment=article"] if model == "article" else [f"model={model}", f"model.head={head}"]
     size = ("captcha.width=24", "captcha.height=16", "captcha.alphabet='01234'", "captcha.length=2")
@@ -142,7 +147,7 @@ def network(request: pytest.FixtureRequest) -> Config:
 
 
 def gradients(config: Config, batch: Batch, frozen: bool) -> tuple[Tensor, list[Tensor], TrainState]:
-    """Loss, gradients, and the state behind them; with its batch norms in evaluation mode where frozen."""
+    """Return the loss, the gradients and the state; `frozen` sets batch norms to evaluation mode."""
     state = init_train_state(config, CPU)
     for norm in (each for each in state.model.modules() if isinstance(each, torch.nn.BatchNorm2d)):
         norm.train(not frozen)
@@ -167,7 +172,7 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(network: Config, fro
 
 @pytest.mark.parametrize("size", [1, 4, 5, 12])
 def test_micro_batches_add_up_to_the_gradients_of_the_batch(network: Config, size: int) -> None:
-    """Where batch norms look at no neighbours."""
+    """With frozen batch norms."""
     batch = batch_of(network, 12)
     loss, plain, _ = gradients(network, batch, frozen=True)
     parts, ours, _ = gradients(training(network, micro_batch_size=size), batch, frozen=True)
@@ -185,19 +190,19 @@ def test_a_batch_norm_sees_one_micro_batch_alone(tiny: Config) -> None:
     assert set(counted) == {3}
 
 
-def test_a_step_of_micro_batches_counts_all_pictures(tiny: Config) -> None:
+def test_a_step_of_micro_batches_counts_all_images(tiny: Config) -> None:
     config = training(tiny, micro_batch_size=5)
     state, batch = init_train_state(config, CPU), batch_of(config, 12)
     for _ in range(40):
         step = train_step(state, batch, config)
-    assert int(step.num_correct) > 5  # more than any part has
+    assert int(step.num_correct) > 5  # more than in any micro-batch
 
 
-# -- a step that is not finite -------------------------------------------------------------------------------
+# -- non-finite steps ----------------------------------------------------------------------------------------
 
 
-def everything(state: TrainState) -> dict[str, Tensor]:
-    """Weights, batch-norm statistics and the optimiser's state, copied."""
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    """Return copies of the weights, the running statistics and the optimizer state."""
     found = dict(state.model.state_dict())
     for number, values in state.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{number}.{name}": x for name, x in values.items() if x is not None}
@@ -206,7 +211,7 @@ def everything(state: TrainState) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def not_finite(what: str, state: TrainState) -> Iterator[None]:
-    """Makes the loss, or one gradient alone, NaN or infinite."""
+    """Make the loss, or a single gradient, NaN or infinite."""
     cause, _, value = what.partition(" ")
     if cause == "gradient":
         parameter = list(state.model.parameters())[-1]
@@ -222,7 +227,7 @@ def not_finite(what: str, state: TrainState) -> Iterator[None]:
             yield
 
 
-LEVERS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"optimizer_impl": "foreach"},
     {"optimizer_impl": "for_loop"},
@@ -233,28 +238,28 @@ CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf
 
 @pytest.mark.parametrize("cause", CAUSES)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("levers", LEVERS)
-def test_a_step_that_is_not_finite_changes_nothing(
-    tiny: Config, kind: Optimizer, cause: str, levers: dict[str, Any]
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_non_finite_step_changes_nothing(
+    tiny: Config, kind: Optimizer, cause: str, options: dict[str, Any]
 ) -> None:
-    config = training(tiny, optimizer=kind, **levers)
+    config = training(tiny, optimizer=kind, **options)
     state, batch = init_train_state(config, CPU), batch_of(config)
     for _ in range(2):
         train_step(state, batch, config)
-    before = everything(state)
+    before = snapshot(state)
     with not_finite(cause, state):
         step = train_step(state, batch, config)
     assert not step.finite
-    after = everything(state)
+    after = snapshot(state)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert train_step(state, batch, config).finite
-    assert not torch.equal(everything(state)["head.read.weight"], before["head.read.weight"])
+    assert not torch.equal(snapshot(state)["head.classifier.weight"], before["head.classifier.weight"])
 
 
 @pytest.fixture
 def fresh_memory_is_nan() -> Iterator[None]:
-    """What nobody has written is NaN, so that a read of it is seen."""
+    """Fill uninitialized memory with NaN, which reveals reads of it."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # added at run time
@@ -264,24 +269,24 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("levers", LEVERS)
-def test_a_first_step_that_is_not_finite_leaves_no_trace(
-    tiny: Config, kind: Optimizer, levers: dict[str, Any], fresh_memory_is_nan: None
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_non_finite_first_step_changes_nothing(
+    tiny: Config, kind: Optimizer, options: dict[str, Any], fresh_memory_is_nan: None
 ) -> None:
-    """The good steps after it do what they would have done without it."""
-    config = training(tiny, optimizer=kind, **levers)
+    """The steps after it are the same as without it."""
+    config = training(tiny, optimizer=kind, **options)
     batch = batch_of(config)
-    hurt, whole = init_train_state(config, CPU), init_train_state(config, CPU)
-    with not_finite("loss nan", hurt):
-        train_step(hurt, batch, config)
-    for state in (hurt, whole):
+    interrupted, expected_state = init_train_state(config, CPU), init_train_state(config, CPU)
+    with not_finite("loss nan", interrupted):
+        train_step(interrupted, batch, config)
+    for state in (interrupted, expected_state):
         train_step(state, batch, config)
         train_step(state, batch, config)
-    ours, expected = everything(hurt), everything(whole)
-    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+    actual, expected = snapshot(interrupted), snapshot(expected_state)
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
-# -- 16 bits -------------------------------------------------------------------------------------------------
+# -- fp16 ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -315,8 +320,8 @@ def test_only_fp16_scales_its_loss(tiny: Config, half: Config) -> None:
     assert float(scale_of(init_train_state(half, CPU)).factor) == 65536
 
 
-def test_the_scale_is_in_the_gradients_and_not_in_the_step(half: Config, tiny: Config, batch: Batch) -> None:
-    """Against fp32: gradients are 65,536 times as large, the weights after a step are close."""
+def test_gradients_are_scaled_and_steps_are_not(half: Config, tiny: Config, batch: Batch) -> None:
+    """Compared with fp32, gradients are 65,536 times as large, and the weights after a step are close."""
     scaled, plain = init_train_state(half, CPU), init_train_state(tiny, CPU)
     forward_and_backward(scaled, batch, half)
     forward_and_backward(plain, batch, tiny)
@@ -349,7 +354,7 @@ def test_an_overflow_is_skipped_and_halves_the_scale(half: Config, batch: Batch)
     assert train_step(state, batch, half).finite
 
 
-def test_an_overflow_that_no_scale_mends_is_broken(half: Config, batch: Batch) -> None:
+def test_an_overflow_at_the_minimum_scale_diverges(half: Config, batch: Batch) -> None:
     state = init_train_state(half, CPU)
     next(state.model.parameters()).register_hook(overflow)  # type: ignore[no-untyped-call]
 
@@ -359,7 +364,7 @@ def test_an_overflow_that_no_scale_mends_is_broken(half: Config, batch: Batch) -
     assert float(scale_of(state).factor) == 1.0
 
 
-def test_a_loss_that_is_not_finite_is_broken_at_once(
+def test_a_non_finite_loss_diverges_at_once(
     half: Config, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = init_train_state(half, CPU)
@@ -369,13 +374,13 @@ def test_a_loss_that_is_not_finite_is_broken_at_once(
     assert train_step(state, batch, half).diverged
 
 
-def test_the_scale_doubles_after_many_good_steps_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LossScale, "STEPS_TO_GROW", 3)
+def test_the_scale_doubles_after_growth_interval_finite_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 3)
     scale = LossScale(CPU)
-    seen = []
+    factors = []
     for finite in (True, True, False, True, True, True, True, True, True, True):
         scale.update(torch.tensor(finite))
-        seen.append(float(scale.factor))
+        factors.append(float(scale.factor))
 
     half, whole = 32768.0, 65536.0
-    assert seen == [whole, whole, half, half, half, whole, whole, whole, 2 * whole, 2 * whole]
+    assert factors == [whole, whole, half, half, half, whole, whole, whole, 2 * whole, 2 * whole]

@@ -1,8 +1,9 @@
-"""Weights that come back to the bit, and files that are not what they should be, one line each."""
+"""Weights files: exact round trip, and one-line errors for damaged or foreign files."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -20,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
-def trained(config: Config, seed: int = 0) -> Recognizer:
-    """Weights and statistics that no fresh model has."""
+def random_model(config: Config, seed: int = 0) -> Recognizer:
+    """Return a model with random weights and running statistics."""
     torch.manual_seed(seed)
     model = networks.to_device(networks.build(config.model, config.captcha), CPU)
     with torch.no_grad():
@@ -33,12 +34,17 @@ def trained(config: Config, seed: int = 0) -> Recognizer:
 @pytest.fixture
 def file(tiny: Config, tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(weights_to_bytes(trained(tiny), tiny))
+    path.write_bytes(weights_to_bytes(random_model(tiny), tiny))
     return path
 
 
-def mistake(path: Path) -> str:
-    """The one line that reading this file gives."""
+def metadata_of(config: dict[str, Any], number: int = 2) -> dict[str, str]:
+    """Return the metadata of a weights file."""
+    return {"captcha_exp": json.dumps({"format": number, "config": config})}
+
+
+def load_error(path: Path) -> str:
+    """Return the one-line error of loading this file."""
     with pytest.raises(UserError) as error:
         load_weights(path, CPU)
     (line,) = error.value.lines
@@ -46,8 +52,8 @@ def mistake(path: Path) -> str:
     return line
 
 
-def test_weights_come_back_to_the_bit(tiny: Config, file: Path) -> None:
-    model, loaded = trained(tiny), load_weights(file, CPU)[0]
+def test_weights_are_restored_exactly(tiny: Config, file: Path) -> None:
+    model, loaded = random_model(tiny), load_weights(file, CPU)[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     images = torch.randint(0, 256, (5, 16, 32, 3), dtype=torch.uint8)
@@ -55,39 +61,42 @@ def test_weights_come_back_to_the_bit(tiny: Config, file: Path) -> None:
         assert torch.equal(model.eval()(images), loaded(images))
 
 
-def test_the_config_comes_back_with_them(tiny: Config, file: Path) -> None:
+def test_the_config_is_restored(tiny: Config, file: Path) -> None:
     model, config = load_weights(file, CPU)
     assert config == tiny
     assert not model.training
 
 
-def test_the_file_can_be_read_without_this_project(tiny: Config, file: Path) -> None:
-    assert load_file(file).keys() == trained(tiny).state_dict().keys()
+def test_the_file_can_be_read_with_safetensors_alone(tiny: Config, file: Path) -> None:
+    assert load_file(file).keys() == random_model(tiny).state_dict().keys()
     with safetensors.safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["config"]) == to_dict(tiny)
+        metadata = opened.metadata()
+    assert list(metadata) == ["captcha_exp"], "safetensors does not keep the order of several entries"
+    assert json.loads(metadata["captcha_exp"]) == {"format": 2, "config": to_dict(tiny)}
 
 
-def test_the_same_model_is_the_same_file_whatever_its_layout_in_memory(tiny: Config) -> None:
-    placed = trained(tiny)
-    plain = networks.build(tiny.model, tiny.captcha)
-    plain.load_state_dict(placed.state_dict())
-    assert weights_to_bytes(plain, tiny) == weights_to_bytes(placed, tiny) == weights_to_bytes(placed, tiny)
-    assert weights_to_bytes(trained(tiny, seed=1), tiny) != weights_to_bytes(placed, tiny)
+def test_the_file_does_not_depend_on_the_memory_format(tiny: Config) -> None:
+    channels_last = random_model(tiny)
+    contiguous = networks.build(tiny.model, tiny.captcha)
+    contiguous.load_state_dict(channels_last.state_dict())
+    content = weights_to_bytes(channels_last, tiny)
+    assert weights_to_bytes(contiguous, tiny) == content == weights_to_bytes(channels_last, tiny)
+    assert weights_to_bytes(random_model(tiny, seed=1), tiny) != content
 
 
-# -- files that are something else ---------------------------------------------------------------------------
+# -- damaged and foreign files -------------------------------------------------------------------------------
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    line = mistake(tmp_path / "model.safetensors")
-    assert line.startswith(f"{tmp_path / 'model.safetensors'}: there is no such file")
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
+    line = load_error(tmp_path / "model.safetensors")
+    assert line.startswith(f"{tmp_path / 'model.safetensors'}: no such file")
 
 
 def truncated(content: bytes) -> bytes:
     return content[:-5]
 
 
-def header_alone(content: bytes) -> bytes:
+def header_only(content: bytes) -> bytes:
     return content[: 8 + int.from_bytes(content[:8], "little")]
 
 
@@ -97,51 +106,67 @@ def absurd_header(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "damage",
-    [truncated, header_alone, absurd_header, lambda content: b"", lambda content: b"PK\x03\x04 a zip"],
+    [truncated, header_only, absurd_header, lambda content: b"", lambda content: b"PK\x03\x04 a zip"],
 )
-def test_a_damaged_file_is_one_line(file: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_reported(file: Path, damage: Callable[[bytes], bytes]) -> None:
     file.write_bytes(damage(file.read_bytes()))
-    assert mistake(file).startswith(f"{file}: is no whole safetensors file: ")
+    assert load_error(file).startswith(f"{file}: not a complete safetensors file: ")
 
 
-def test_a_folder_is_one_line(tmp_path: Path) -> None:
-    assert str(tmp_path) in mistake(tmp_path)
+def test_a_directory_is_reported(tmp_path: Path) -> None:
+    assert str(tmp_path) in load_error(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_a_foreign_file_is_one_line(file: Path, metadata: dict[str, str] | None) -> None:
+def test_a_foreign_file_is_reported(file: Path, metadata: dict[str, str] | None) -> None:
     save_file({"weight": torch.zeros(2)}, file, metadata)
-    assert mistake(file) == f"{file}: holds no config, so it is not from captcha-exp"
+    assert (
+        load_error(file) == f"{file}: contains no config of captcha_exp; pass the model.safetensors of a run"
+    )
 
 
 @pytest.mark.parametrize("config", ["resnet50", "[1, 2]", '"text"', "null", "{"])
-def test_a_foreign_config_is_one_line(file: Path, config: str) -> None:
+def test_a_foreign_config_is_reported(file: Path, config: str) -> None:
     """Other projects write a `config` of their own into their files."""
-    save_file({"weight": torch.zeros(2)}, file, {"config": config})
-    assert str(file) in mistake(file)
+    for key in ("config", "captcha_exp"):
+        save_file({"weight": torch.zeros(2)}, file, {key: config})
+        assert "contains no config of captcha_exp" in load_error(file)
 
 
-def test_a_config_with_other_keys_names_the_file(file: Path) -> None:
-    save_file({"weight": torch.zeros(2)}, file, {"config": '{"hidden_size": 768}'})
+def test_weights_of_version_0_1_are_refused(tiny: Config, file: Path) -> None:
+    """They have the config itself as metadata, with keys that have been renamed since."""
+    old = to_dict(tiny)
+    old["card"] = old.pop("gpu")
+    save_file(load_file(file), file, {"config": json.dumps(old)})
+    assert load_error(file) == (
+        f"{file}: was written by captcha_exp 0.1, whose weights this version cannot read; "
+        "train again, or use captcha_exp 0.1"
+    )
+
+
+def test_weights_of_a_later_format_are_refused(tiny: Config, file: Path) -> None:
+    save_file(load_file(file), file, metadata_of(to_dict(tiny), 3))
+    assert load_error(file) == (f"{file}: has format 3, but this version reads format 2; update captcha_exp")
+
+
+def test_an_invalid_config_is_reported_with_the_file(file: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, file, metadata_of({"hidden_size": 768}))
     with pytest.raises(UserError) as error:
         load_weights(file, CPU)
     assert str(file) in str(error.value)
 
 
-def test_weights_of_another_network_are_one_line(tiny: Config, file: Path) -> None:
+def test_weights_of_another_network_are_reported(tiny: Config, file: Path) -> None:
     tensors = load_file(file)
-    tensors["head.read.weight"] = torch.zeros(7, 16)
-    save_file(tensors, file, {"config": json.dumps(to_dict(tiny))})
-    line = mistake(file)
-    assert line.startswith(f"{file}: does not fit the network that its config names: ")
-    assert "head.read.weight" in line
+    tensors["head.classifier.weight"] = torch.zeros(7, 16)
+    save_file(tensors, file, metadata_of(to_dict(tiny)))
+    line = load_error(file)
+    assert line.startswith(f"{file}: does not match the network of its config: ")
+    assert "head.classifier.weight" in line
 
 
-def test_weights_that_lack_one_are_one_line(tiny: Config, file: Path) -> None:
+def test_missing_weights_are_reported(tiny: Config, file: Path) -> None:
     tensors = load_file(file)
-    del tensors["head.read.bias"]
-    save_file(tensors, file, {"config": json.dumps(to_dict(tiny))})
-    assert "head.read.bias" in mistake(file)
-
-
-# -- the best weights ----------------------------------------------------------------------------------------
+    del tensors["head.classifier.bias"]
+    save_file(tensors, file, metadata_of(to_dict(tiny)))
+    assert "head.classifier.bias" in load_error(file)

@@ -1,4 +1,4 @@
-"""The pictures of a run and of a sweep are whole PNG files, whatever characters stand in them."""
+"""The figures of a run and of a sweep are complete PNG files, whatever characters they contain."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from captcha_exp.config import Config
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.model.evaluate import Evaluation
-from captcha_exp.report import figures as report
+from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow
 from captcha_exp.training.train import train
 
@@ -30,8 +30,8 @@ ODD = [
 ]
 
 
-def look(path: Path) -> Image.Image:
-    """The picture, whose file is whole and not of one colour."""
+def open_figure(path: Path) -> Image.Image:
+    """Open a PNG file; check that it is complete and not of a single color."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         image.verify()
@@ -50,7 +50,7 @@ def epoch(step: int, accuracy: float) -> MetricsRow:
 
 
 def evaluation(classes: int) -> Evaluation:
-    """Every class once, and the last is read as the first."""
+    """Return an evaluation with every class once, whose last class is predicted as the first."""
     targets = np.arange(classes)[:, None]
     predicted = targets.copy()
     predicted[-1] = 0
@@ -58,34 +58,34 @@ def evaluation(classes: int) -> Evaluation:
     return Evaluation(0.1, predicted, targets, shape, np.arange(classes))
 
 
-def readings(
-    alphabet: str, seen: Sequence[tuple[str, str, float]], channels: int = 3
+def predictions(
+    alphabet: str, results: Sequence[tuple[str, str, float]], channels: int = 3
 ) -> tuple[Evaluation, Dataset]:
-    """Of (label, what was read, how surely); the pictures, of noise, lie the other way round."""
-    count, letters = len(seen), Alphabet(alphabet)
+    """Return an evaluation of (label, predicted, confidence), and its images of noise in reverse order."""
+    count, letters = len(results), Alphabet(alphabet)
     noise = np.random.default_rng(0).integers(0, 256, (count, 16, 32, channels), dtype=np.uint8)
-    targets = np.array([letters.encode(label) for label, _, _ in seen])
-    predicted = np.array([letters.encode(read) for _, read, _ in seen])
-    sure = np.ones(targets.shape, np.float32)
-    sure[:, 0] = [confidence for _, _, confidence in seen]
-    backwards = np.arange(count)[::-1].copy()
+    targets = np.array([letters.encode(label) for label, _, _ in results])
+    predicted = np.array([letters.encode(text) for _, text, _ in results])
+    confidences = np.ones(targets.shape, np.float32)
+    confidences[:, 0] = [confidence for _, _, confidence in results]
+    reverse = np.arange(count)[::-1].copy()
     manifest = {"provenance": {"captcha": {"alphabet": alphabet}}, "files": []}
     data = Dataset(torch.from_numpy(noise), torch.from_numpy(targets[::-1].copy()), [], {}, manifest)
-    return Evaluation(0.1, predicted, targets, sure, backwards), data
+    return Evaluation(0.1, predicted, targets, confidences, reverse), data
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were drawn, to look at their parts."""
-    figures: list[Figure] = []
-    plain = Figure.savefig
+    """Collect the figures that are saved."""
+    drawn_figures: list[Figure] = []
+    savefig = Figure.savefig
 
     def save(self: Figure, *args: Any, **kwargs: Any) -> None:
-        figures.append(self)
-        plain(self, *args, **kwargs)
+        drawn_figures.append(self)
+        savefig(self, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", save)
-    return figures
+    return drawn_figures
 
 
 def parts(figure: Figure) -> list[Axes]:
@@ -100,8 +100,8 @@ def points(line: Line2D) -> tuple[list[float], list[float]]:
 
 def test_curves_show_every_epoch_and_the_test(tmp_path: Path, drawn: list[Figure]) -> None:
     rows = [epoch(1, 0.2), epoch(2, 0.5), epoch(3, 0.4), row(3, test_loss=0.3, test_accuracy=0.45)]
-    report.plot_curves(rows, tmp_path / "curves.png")
-    look(tmp_path / "curves.png")
+    figures.plot_curves(rows, tmp_path / "curves.png")
+    open_figure(tmp_path / "curves.png")
     accuracy, loss = parts(drawn[0])
     lines = [points(line) for line in accuracy.lines]
     assert lines == [([1, 2, 3], [0.2, 0.5, 0.4]), ([1, 2, 3], [0.2, 0.5, 0.4]), ([3], [0.45])]
@@ -110,29 +110,31 @@ def test_curves_show_every_epoch_and_the_test(tmp_path: Path, drawn: list[Figure
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_curves_of_a_short_run_are_drawn_too(tmp_path: Path, epochs: int) -> None:
-    report.plot_curves([epoch(n + 1, 0.0) for n in range(epochs)], tmp_path / "curves.png")
-    look(tmp_path / "curves.png")
+    figures.plot_curves([epoch(n + 1, 0.0) for n in range(epochs)], tmp_path / "curves.png")
+    open_figure(tmp_path / "curves.png")
 
 
-def test_curves_survive_numbers_that_are_no_numbers(tmp_path: Path) -> None:
+def test_curves_accept_nan_and_infinity(tmp_path: Path) -> None:
     rows = [epoch(1, 0.2), row(2, train_loss=np.nan, train_accuracy=0, val_loss=np.inf, val_accuracy=0)]
-    report.plot_curves(rows, tmp_path / "curves.png")
-    look(tmp_path / "curves.png")
+    figures.plot_curves(rows, tmp_path / "curves.png")
+    open_figure(tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("characters", ODD)
-def test_the_confusion_of_any_alphabet_is_drawn(tmp_path: Path, characters: str) -> None:
-    report.plot_confusion_matrix(
+def test_the_confusion_matrix_of_any_alphabet_is_drawn(tmp_path: Path, characters: str) -> None:
+    figures.plot_confusion_matrix(
         evaluation(len(characters)), Alphabet(characters), tmp_path / "confusion.png"
     )
-    look(tmp_path / "confusion.png")
+    open_figure(tmp_path / "confusion.png")
 
 
-def test_the_confusion_has_labels_down_and_readings_across(tmp_path: Path, drawn: list[Figure]) -> None:
-    report.plot_confusion_matrix(evaluation(3), Alphabet("$_^"), tmp_path / "confusion.png")
+def test_the_confusion_matrix_has_labels_as_rows_and_predictions_as_columns(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
+    figures.plot_confusion_matrix(evaluation(3), Alphabet("$_^"), tmp_path / "confusion.png")
     axes = parts(drawn[0])[0]
     assert axes.get_title() == "1 wrong of 3 characters"
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "read")
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "predicted")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["$", "_", "^"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["$", "_", "^"]
     errors = np.zeros((3, 3))
@@ -140,79 +142,78 @@ def test_the_confusion_has_labels_down_and_readings_across(tmp_path: Path, drawn
     assert (np.asarray(axes.images[0].get_array()) == errors).all()
 
 
-def test_a_model_without_errors_has_an_empty_confusion(tmp_path: Path) -> None:
+def test_a_model_without_errors_has_an_empty_confusion_matrix(tmp_path: Path) -> None:
     made = evaluation(4)
     made.predicted[:] = made.targets
-    report.plot_confusion_matrix(made, Alphabet("0123"), tmp_path / "confusion.png")
-    look(tmp_path / "confusion.png")
+    figures.plot_confusion_matrix(made, Alphabet("0123"), tmp_path / "confusion.png")
+    open_figure(tmp_path / "confusion.png")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_errors_are_shown_with_label_and_reading_the_surest_first(
+def test_misreads_are_shown_with_label_and_prediction_by_confidence(
     tmp_path: Path, channels: int, drawn: list[Figure]
 ) -> None:
-    seen = [("01", "01", 1.0), ("01", "02", 0.4), ("22", "20", 0.9), ("11", "00", 0.6)]
-    made, data = readings("012", seen, channels)
-    report.plot_misreads(made, data, tmp_path / "errors.png")
-    look(tmp_path / "errors.png")
-    assert drawn[0].get_suptitle() == "3 of 4 labels read wrong"
+    results = [("01", "01", 1.0), ("01", "02", 0.4), ("22", "20", 0.9), ("11", "00", 0.6)]
+    made, data = predictions("012", results, channels)
+    figures.plot_misreads(made, data, tmp_path / "misreads.png")
+    open_figure(tmp_path / "misreads.png")
+    assert drawn[0].get_suptitle() == "3 of 4 images misread"
     shown = [axes for axes in parts(drawn[0]) if axes.images]
     titles = [axes.get_title() for axes in shown]
-    assert titles == ["22 read 20 (90%)", "11 read 00 (60%)", "01 read 02 (40%)"]
+    assert titles == ["22 as 20 (90%)", "11 as 00 (60%)", "01 as 02 (40%)"]
     for axes, row in zip(shown, [1, 0, 2], strict=True):
-        picture = data.images[row].numpy()
-        assert (np.asarray(axes.images[0].get_array()).reshape(picture.shape) == picture).all()
+        image = data.images[row].numpy()
+        assert (np.asarray(axes.images[0].get_array()).reshape(image.shape) == image).all()
 
 
-def test_a_model_without_errors_has_an_empty_sheet_that_says_so(tmp_path: Path, drawn: list[Figure]) -> None:
-    made, data = readings("01", [("0", "0", 0.9), ("1", "1", 0.8)])
-    report.plot_misreads(made, data, tmp_path / "errors.png")
-    look(tmp_path / "errors.png")
-    assert drawn[0].get_suptitle() == "0 of 2 labels read wrong"
+def test_a_model_without_errors_has_a_figure_without_images(tmp_path: Path, drawn: list[Figure]) -> None:
+    made, data = predictions("01", [("0", "0", 0.9), ("1", "1", 0.8)])
+    figures.plot_misreads(made, data, tmp_path / "misreads.png")
+    open_figure(tmp_path / "misreads.png")
+    assert drawn[0].get_suptitle() == "0 of 2 images misread"
     assert not any(axes.images for axes in parts(drawn[0]))
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_of_many_errors_the_surest_are_shown_and_the_title_says_so(
+def test_of_many_misreads_those_with_the_highest_confidence_are_shown(
     tmp_path: Path, more: int, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "SHOWN", 7)
-    made, data = readings("01", [("0", "1", 0.1 + n / 10) for n in range(7 + more)])
-    report.plot_misreads(made, data, tmp_path / "errors.png")
+    monkeypatch.setattr(figures, "MAX_MISREADS", 7)
+    made, data = predictions("01", [("0", "1", 0.1 + n / 10) for n in range(7 + more)])
+    figures.plot_misreads(made, data, tmp_path / "misreads.png")
     title = drawn[0].get_suptitle()
     assert (
-        title == ["7 of 7 labels read wrong", "8 of 8 labels read wrong; the 7 that it was surest of"][more]
+        title == ["7 of 7 images misread", "8 of 8 images misread; the 7 with the highest confidence"][more]
     )
     shown = [axes.get_title() for axes in parts(drawn[0]) if axes.images]
-    assert shown == [f"0 read 1 ({10 * (n + more)}%)" for n in range(7, 0, -1)]
+    assert shown == [f"0 as 1 ({10 * (n + more)}%)" for n in range(7, 0, -1)]
 
 
 @pytest.mark.parametrize("characters", ODD)
-def test_errors_of_any_alphabet_are_text_and_no_formulas(
+def test_titles_of_misreads_are_not_parsed_as_math(
     tmp_path: Path, characters: str, drawn: list[Figure]
 ) -> None:
     first, last = characters[:2], characters[-2:]
-    report.plot_misreads(*readings(characters, [(first, last, 0.5)]), tmp_path / "errors.png")
-    look(tmp_path / "errors.png")
+    figures.plot_misreads(*predictions(characters, [(first, last, 0.5)]), tmp_path / "misreads.png")
+    open_figure(tmp_path / "misreads.png")
     title = parts(drawn[0])[0].title
-    assert title.get_text() == f"{first} read {last} (50%)"
+    assert title.get_text() == f"{first} as {last} (50%)"
     assert not title.get_parse_math()
 
 
-def test_a_run_leaves_its_four_pictures(tiny: Config) -> None:
-    folder = train(tiny).run_dir / "report"
-    pictures = sorted(folder.iterdir())
-    assert [path.name for path in pictures] == ["confusion.png", "curves.png", "errors.png", "pictures.png"]
-    for path in pictures:
-        look(path)
+def test_a_run_has_four_figures(tiny: Config) -> None:
+    paths = sorted((train(tiny).run_dir / "report").iterdir())
+    assert [path.name for path in paths] == ["confusion.png", "curves.png", "images.png", "misreads.png"]
+    for path in paths:
+        open_figure(path)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("count", [1, 6, 8])
-def test_samples_show_every_picture(tmp_path: Path, channels: int, count: int, drawn: list[Figure]) -> None:
+def test_samples_show_every_image(tmp_path: Path, channels: int, count: int, drawn: list[Figure]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (count, 16, 32, channels), dtype=np.uint8)
-    report.plot_samples(images, [f"{n:04}" for n in range(count)], tmp_path / "samples.png")
-    look(tmp_path / "samples.png")
+    figures.plot_samples(images, [f"{n:04}" for n in range(count)], tmp_path / "samples.png")
+    open_figure(tmp_path / "samples.png")
     shown = [axes for axes in parts(drawn[0]) if axes.images]
     assert [axes.get_title() for axes in shown] == [f"{n:04}" for n in range(count)]
     for axes, image in zip(shown, images, strict=True):
@@ -220,29 +221,29 @@ def test_samples_show_every_picture(tmp_path: Path, channels: int, count: int, d
 
 
 @pytest.mark.parametrize("label", ["$_^$", "$\\frac$", "a$b$c", "$$", "中文"])
-def test_labels_are_text_and_no_formulas(tmp_path: Path, label: str, drawn: list[Figure]) -> None:
-    """`$_^$` as a formula is an error, and `a$b$c` would lose its dollars."""
-    report.plot_samples(np.zeros((1, 16, 32, 3), np.uint8), [label], tmp_path / "samples.png")
-    look(tmp_path / "samples.png")
+def test_labels_are_not_parsed_as_math(tmp_path: Path, label: str, drawn: list[Figure]) -> None:
+    """As math `$_^$` would be an error, and `a$b$c` would lose its dollar signs."""
+    figures.plot_samples(np.zeros((1, 16, 32, 3), np.uint8), [label], tmp_path / "samples.png")
+    open_figure(tmp_path / "samples.png")
     title = parts(drawn[0])[0].title
     assert title.get_text() == label
     assert not title.get_parse_math()
 
 
-# -- the picture of a sweep ----------------------------------------------------------------------------------
+# -- the figure of a sweep -----------------------------------------------------------------------------------
 
 
-def place(at: int, **others: Any) -> report.PlotPoint:
-    """A point that fits, with every figure."""
+def point(x: int, **others: Any) -> figures.PlotPoint:
+    """Return a point that fits and has all values."""
     values: dict[str, Any] = {
         "predicted_mib": (900.0, 1200.0),
         "measured_mib": 1000.0,
         "fits": True,
-        "images_per_second": 100.0 * at,
+        "images_per_second": 100.0 * x,
         "val_accuracy": 0.9,
         "accuracy_interval": None,
     }
-    return report.PlotPoint(x=at, **(values | others))
+    return figures.PlotPoint(x=x, **(values | others))
 
 
 def marks(axes: Axes, marker: str) -> list[tuple[list[float], list[float]]]:
@@ -261,10 +262,10 @@ NOTHING = {"measured_mib": None, "images_per_second": None, "val_accuracy": None
 
 
 def test_a_sweep_shows_memory_speed_and_accuracy(tmp_path: Path, drawn: list[Figure]) -> None:
-    unfit = place(800, predicted_mib=(6000.0, 6900.0), fits=False, **NOTHING)
-    line = report.Series("", [place(25), place(100, accuracy_interval=(0.8, 1.0)), unfit])
-    report.plot_sweep([line], [(3908.0, 3908.0)], "batch size", [], tmp_path / "sweep.png")
-    look(tmp_path / "sweep.png")
+    unfit = point(800, predicted_mib=(6000.0, 6900.0), fits=False, **NOTHING)
+    line = figures.Series("", [point(25), point(100, accuracy_interval=(0.8, 1.0)), unfit])
+    figures.plot_sweep([line], [(3908.0, 3908.0)], "batch size", [], tmp_path / "sweep.png")
+    open_figure(tmp_path / "sweep.png")
     memory, speed, accuracy = parts(drawn[0])
     assert marks(memory, "o") == [([25], [1000]), ([100], [1000])]
     assert marks(memory, "x") == [([800], [6900])]
@@ -283,35 +284,33 @@ def test_a_sweep_shows_memory_speed_and_accuracy(tmp_path: Path, drawn: list[Fig
     assert not drawn[0].legends
 
 
-def test_what_was_trained_without_room_has_its_cross_everywhere(tmp_path: Path, drawn: list[Figure]) -> None:
-    report.plot_sweep(
-        [report.Series("", [place(25, fits=False)])], [], "batch size", [], tmp_path / "sweep.png"
+def test_a_job_that_does_not_fit_has_a_cross_on_every_axis(tmp_path: Path, drawn: list[Figure]) -> None:
+    figures.plot_sweep(
+        [figures.Series("", [point(25, fits=False)])], [], "batch size", [], tmp_path / "sweep.png"
     )
     heights = [marks(axes, "x")[0][1] for axes in parts(drawn[0])]
     assert heights == [[1000], [2500], [0.9]]
 
 
-def test_lines_have_their_names_in_a_legend(tmp_path: Path, drawn: list[Figure]) -> None:
-    lines = [report.Series(f"alphabet=$_^${number}", [place(25), place(50)]) for number in range(20)]
-    report.plot_sweep(lines, [], "batch size", [], tmp_path / "sweep.png")
-    look(tmp_path / "sweep.png")
-    said = drawn[0].legends[0].get_texts()
-    assert [text.get_text() for text in said] == [
+def test_the_names_of_series_are_in_a_legend(tmp_path: Path, drawn: list[Figure]) -> None:
+    lines = [figures.Series(f"alphabet=$_^${number}", [point(25), point(50)]) for number in range(20)]
+    figures.plot_sweep(lines, [], "batch size", [], tmp_path / "sweep.png")
+    open_figure(tmp_path / "sweep.png")
+    entries = drawn[0].legends[0].get_texts()
+    assert [text.get_text() for text in entries] == [
         *(f"alphabet=$_^${number}" for number in range(16)),
         "and 4 more",
     ]
-    assert not any(text.get_parse_math() for text in said)
+    assert not any(text.get_parse_math() for text in entries)
 
 
-def test_a_budget_within_bounds_is_a_band_and_of_many_none_is_drawn(
-    tmp_path: Path, drawn: list[Figure]
-) -> None:
-    line = report.Series("", [place(25)])
-    report.plot_sweep([line], [(3700.0, 3900.0)], "batch size", [], tmp_path / "sweep.png")
+def test_a_budget_range_is_a_band_and_many_budgets_are_not_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    line = figures.Series("", [point(25)])
+    figures.plot_sweep([line], [(3700.0, 3900.0)], "batch size", [], tmp_path / "sweep.png")
     memory = parts(drawn[0])[0]
     assert texts(memory) == ["budget 3,700 to 3,900"]
     assert len(memory.patches) == 1
-    report.plot_sweep(
+    figures.plot_sweep(
         [line], [(n, n) for n in (1.0, 2.0, 3.0, 4.0)], "batch size", [], tmp_path / "sweep.png"
     )
     assert texts(parts(drawn[1])[0]) == []
@@ -320,13 +319,13 @@ def test_a_budget_within_bounds_is_a_band_and_of_many_none_is_drawn(
 @pytest.mark.parametrize(
     ("count", "every"), [(1, 1), (2, 1), (8, 1), (9, 1), (30, 1), (31, 2), (60, 2), (61, 3)]
 )
-def test_names_stand_below_of_many_every_nth(
+def test_every_nth_name_is_shown_if_there_are_many(
     tmp_path: Path, drawn: list[Figure], count: int, every: int
 ) -> None:
     names = [f"$_{number}^$" for number in range(count)]
-    line = report.Series("", [place(number) for number in range(count)])
-    report.plot_sweep([line], [], "a$_^$b", names, tmp_path / "sweep.png")
-    look(tmp_path / "sweep.png")
+    line = figures.Series("", [point(number) for number in range(count)])
+    figures.plot_sweep([line], [], "a$_^$b", names, tmp_path / "sweep.png")
+    open_figure(tmp_path / "sweep.png")
     for axes in parts(drawn[0]):
         assert axes.get_xscale() == "linear"
         assert labels(axes) == names[::every]
@@ -334,37 +333,37 @@ def test_names_stand_below_of_many_every_nth(
         assert axes.get_xlabel() == "a$_^$b"
 
 
-def test_of_batch_sizes_close_together_some_are_named(tmp_path: Path, drawn: list[Figure]) -> None:
-    line = report.Series("", [place(size) for size in range(1000, 1100)])
-    report.plot_sweep([line], [], "batch size", [], tmp_path / "sweep.png")
+def test_not_all_of_many_close_batch_sizes_are_shown(tmp_path: Path, drawn: list[Figure]) -> None:
+    line = figures.Series("", [point(size) for size in range(1000, 1100)])
+    figures.plot_sweep([line], [], "batch size", [], tmp_path / "sweep.png")
     named = labels(parts(drawn[0])[0])
     assert named[0] == "1000"
     assert 8 <= len(named) <= 14
 
 
 @pytest.mark.parametrize(
-    "line", [[], [place(25, **NOTHING, predicted_mib=None)]], ids=["no point", "no figure"]
+    "line", [[], [point(25, **NOTHING, predicted_mib=None)]], ids=["no point", "no value"]
 )
-def test_a_sweep_without_figures_says_so(
-    tmp_path: Path, drawn: list[Figure], line: list[report.PlotPoint]
+def test_a_sweep_without_values_has_a_note(
+    tmp_path: Path, drawn: list[Figure], line: list[figures.PlotPoint]
 ) -> None:
-    report.plot_sweep([report.Series("", line)], [], "batch size", [], tmp_path / "sweep.png")
-    look(tmp_path / "sweep.png")
-    assert [texts(axes) for axes in parts(drawn[0])] == [["no figures"]] * 3
+    figures.plot_sweep([figures.Series("", line)], [], "batch size", [], tmp_path / "sweep.png")
+    open_figure(tmp_path / "sweep.png")
+    assert [texts(axes) for axes in parts(drawn[0])] == [["no data"]] * 3
 
 
-def test_accuracies_of_all_and_of_none_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_accuracies_of_0_and_1_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     for share in (0.0, 1.0):
-        line = report.Series("", [place(25, val_accuracy=share), place(50, val_accuracy=share)])
-        report.plot_sweep([line], [], "batch size", [], tmp_path / "sweep.png")
+        line = figures.Series("", [point(25, val_accuracy=share), point(50, val_accuracy=share)])
+        figures.plot_sweep([line], [], "batch size", [], tmp_path / "sweep.png")
         low, high = parts(drawn[-1])[2].get_ylim()
         assert -0.03 < low < share + 0.001
         assert share - 0.001 < high < 1.01
 
 
-def test_an_old_picture_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    path.write_bytes(b"half a picture")
-    report.plot_curves([epoch(1, 0.1)], path)
-    look(path)
+    path.write_bytes(b"half an image")
+    figures.plot_curves([epoch(1, 0.1)], path)
+    open_figure(path)
     assert list(tmp_path.iterdir()) == [path]

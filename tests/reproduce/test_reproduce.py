@@ -432,7 +432,7 @@ def test_a_missing_or_damaged_manifest_is_a_one_line_error(
     [
         ("dataset.json", {"files": [{"file": "a"}]}),
         ("dataset.json", {"rejected": ["a"]}),
-        ("test.json", {"errors": [1]}),
+        ("test.json", {"misreads": [1]}),
         ("test.json", {"images": None}),
         ("run.json", {"result": [1]}),
     ],

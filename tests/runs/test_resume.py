@@ -60,7 +60,7 @@ def with_checkpoint(run_dir: Path, step: int = 7, state: Any = None) -> Path:
     """Write a checkpoint of this step and return the run directory."""
     (run_dir / "checkpoint").mkdir(exist_ok=True)
     path = run_dir / "checkpoint" / f"step-{step}.safetensors"
-    counters = {"step": step, "epoch": 3, "progress": {"batches": 2}} if state is None else state
+    counters = {"step": step, "epoch": 3, "progress": {"num_batches": 2}} if state is None else state
     save_file({"x": np.zeros(1)}, path, {"state": json.dumps(counters)})
     return run_dir
 

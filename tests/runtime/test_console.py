@@ -1,4 +1,4 @@
-"""What is told while long work runs, at a terminal and in a file."""
+"""Test the progress output on a terminal and in a file."""
 
 import io
 
@@ -9,7 +9,7 @@ from captcha_exp.runtime.console import RichDisplay
 
 
 class Clock:
-    """A clock that a test turns."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -25,16 +25,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def into_a_file() -> tuple[RichDisplay, io.StringIO]:
-    terminal, file = RichDisplay(), io.StringIO()
-    terminal.console = Console(file=file, soft_wrap=True)
-    return terminal, file
+def make_display() -> tuple[RichDisplay, io.StringIO]:
+    """Return a display that writes to a file, and the file."""
+    display, file = RichDisplay(), io.StringIO()
+    display.console = Console(file=file, soft_wrap=True)
+    return display, file
 
 
-def test_in_a_file_the_time_left_is_told_soon_and_then_every_minute(clock: Clock) -> None:
-    terminal, file = into_a_file()
+def test_a_file_gets_the_remaining_time_once_a_minute(clock: Clock) -> None:
+    display, file = make_display()
 
-    with terminal.progress_bar("training", 1000) as bar:
+    with display.progress_bar("training", 1000) as bar:
         for _ in range(99):
             clock.now += 3
             bar.advance(10, "loss 0.5")
@@ -48,26 +49,26 @@ def test_in_a_file_the_time_left_is_told_soon_and_then_every_minute(clock: Clock
     ]
 
 
-def test_in_a_file_short_work_and_finished_work_say_nothing(clock: Clock) -> None:
-    terminal, file = into_a_file()
+def test_a_file_gets_no_line_for_short_or_finished_work(clock: Clock) -> None:
+    display, file = make_display()
 
-    with terminal.progress_bar("reading", 10) as bar:
+    with display.progress_bar("decoding", 10) as bar:
         clock.now += 5
         bar.advance(9)
         clock.now += 100
         bar.advance(1)
-    with terminal.progress_bar("nothing", 0) as bar:
+    with display.progress_bar("nothing", 0) as bar:
         clock.now += 100
         bar.advance(0)
 
     assert file.getvalue() == ""
 
 
-def test_at_a_terminal_there_is_a_bar_with_the_time_left() -> None:
-    terminal, file = into_a_file()
-    terminal.console = Console(file=file, force_terminal=True, width=160)
+def test_a_terminal_shows_a_bar_with_the_remaining_time() -> None:
+    display, file = make_display()
+    display.console = Console(file=file, force_terminal=True, width=160)
 
-    with terminal.progress_bar("training", 10) as bar:
+    with display.progress_bar("training", 10) as bar:
         bar.advance(5, "loss 0.5")
 
     shown = file.getvalue()

@@ -1,4 +1,4 @@
-"""Test that a value from a child process is the value of the function, whatever becomes of the child."""
+"""Test that a function in a forked child gives its result, even if the child is killed."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ two_cores = pytest.mark.skipif(
 
 
 def run(code: str) -> str:
-    """Return what a new process prints, which has one thread and so may fork."""
+    """Run code in a new process with a single thread, which may fork, and return its output."""
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            "import os, signal, time\nfrom captcha_exp.runtime import fork as child\n" + code,
+            "import os, signal, time\nfrom captcha_exp.runtime.fork import run_in_child\n" + code,
         ],
         cwd=ROOT,
         capture_output=True,
@@ -36,39 +36,39 @@ def run(code: str) -> str:
 
 
 @two_cores
-def test_the_value_comes_from_a_child_that_has_ended_afterwards() -> None:
+def test_the_result_comes_from_a_child_that_ends_with_the_context() -> None:
     code = """
     import psutil
-    with child.started(lambda: {"pid": os.getpid(), "none": None}) as wait:
+    with run_in_child(lambda: {"pid": os.getpid(), "none": None}) as wait:
         value = wait()
     print(value["pid"] != os.getpid(), value["none"], psutil.pid_exists(value["pid"]))
     """
     assert run(textwrap.dedent(code)) == "True None False"
 
 
-def test_the_error_of_a_child_is_raised_where_its_value_is_asked_for() -> None:
+def test_an_exception_of_the_child_is_raised_in_the_parent() -> None:
     code = """
     def fail():
-        raise ValueError("as here")
-    with child.started(fail) as wait:
+        raise ValueError("expected")
+    with run_in_child(fail) as wait:
         try:
             wait()
         except ValueError as error:
             print(error)
     """
-    assert run(textwrap.dedent(code)) == "as here"
+    assert run(textwrap.dedent(code)) == "expected"
 
 
 @two_cores
 @pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_the_value_of_a_lost_child_is_computed_again(end: str) -> None:
+def test_the_result_of_a_killed_child_is_computed_in_the_parent(end: str) -> None:
     code = f"""
     parent = os.getpid()
     def value():
         if os.getpid() != parent:
             {end}
         return 7
-    with child.started(value) as wait:
+    with run_in_child(value) as wait:
         print(wait())
     """
     assert run(textwrap.dedent(code)) == "7"
@@ -76,7 +76,7 @@ def test_the_value_of_a_lost_child_is_computed_again(end: str) -> None:
 
 @two_cores
 @pytest.mark.parametrize("error", [False, True])
-def test_a_child_whose_value_nobody_asks_for_ends_with_its_context(error: bool) -> None:
+def test_a_child_ends_with_the_context_if_its_result_is_not_used(error: bool) -> None:
     code = f"""
     import psutil
     read, write = os.pipe()
@@ -84,7 +84,7 @@ def test_a_child_whose_value_nobody_asks_for_ends_with_its_context(error: bool) 
         os.write(write, b"%d" % os.getpid())
         time.sleep(600)
     try:
-        with child.started(forever):
+        with run_in_child(forever):
             pid = int(os.read(read, 20))
             if {error}:
                 raise KeyError
@@ -95,7 +95,7 @@ def test_a_child_whose_value_nobody_asks_for_ends_with_its_context(error: bool) 
     assert run(textwrap.dedent(code)) == "False"
 
 
-def test_a_process_with_threads_does_not_fork() -> None:
+def test_a_process_with_several_threads_does_not_fork() -> None:
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()

@@ -1,4 +1,4 @@
-"""Signals and time limits: heard between two steps, and never in the middle of last words."""
+"""Test that signals and time limits stop training between two steps, and do not interrupt saving."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested, TimeLim
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Those of Python's own start, whatever a test before has set; and none is left behind."""
+    """Install Python's default handlers, and restore the previous ones afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -22,7 +22,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def press(number: int) -> None:
+def send_signal(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
@@ -30,64 +30,64 @@ def press(number: int) -> None:
     ("number", "ends", "code"),
     [(signal.SIGINT, KeyboardInterrupt, ()), (signal.SIGTERM, SystemExit, (143,))],
 )
-def test_a_signal_waits_until_somebody_looks(number: int, ends: type[BaseException], code: object) -> None:
+def test_a_signal_is_pending_until_check_stop(number: int, ends: type[BaseException], code: object) -> None:
     before = signal.getsignal(number)
-    with ShutdownHandler(None) as leaving:
-        with leaving.trap_signals():
-            leaving.check_stop()
-            press(number)
+    with ShutdownHandler(None) as shutdown:
+        with shutdown.trap_signals():
+            shutdown.check_stop()
+            send_signal(number)
             with pytest.raises(StopRequested):
-                leaving.check_stop()
+                shutdown.check_stop()
         with pytest.raises(ends) as caught:
-            leaving.exit()
+            shutdown.exit()
         assert caught.value.args == code
     assert signal.getsignal(number) is before
 
 
-def test_outside_of_the_loop_a_signal_does_what_it_did() -> None:
-    with ShutdownHandler(None) as leaving:
-        with leaving.trap_signals():
+def test_signals_are_not_trapped_outside_of_the_context() -> None:
+    with ShutdownHandler(None) as shutdown:
+        with shutdown.trap_signals():
             pass
         with pytest.raises(KeyboardInterrupt):
-            press(signal.SIGINT)
+            send_signal(signal.SIGINT)
 
 
-def test_time_is_up_at_the_minute() -> None:
+def test_the_time_limit_is_reached_after_max_minutes() -> None:
     clock = iter([100.0, 219.9, 220.0])
-    with ShutdownHandler(2.0, lambda: next(clock)) as leaving:
-        leaving.check_stop()
+    with ShutdownHandler(2.0, lambda: next(clock)) as shutdown:
+        shutdown.check_stop()
         with pytest.raises(StopRequested):
-            leaving.check_stop()
-        with pytest.raises(TimeLimitReached, match=r"^train\.max_minutes: the time is up") as caught:
-            leaving.exit()
+            shutdown.check_stop()
+        with pytest.raises(TimeLimitReached, match=r"^train\.max_minutes: time limit reached") as caught:
+            shutdown.exit()
     assert caught.value.exit_code == 75
 
 
-def test_amid_what_cannot_be_gone_on_with_only_a_signal_counts() -> None:
-    with ShutdownHandler(0.0) as leaving, leaving.trap_signals():
-        leaving.check_signal()
-        press(signal.SIGTERM)
+def test_check_signal_ignores_the_time_limit() -> None:
+    with ShutdownHandler(0.0) as shutdown, shutdown.trap_signals():
+        shutdown.check_signal()
+        send_signal(signal.SIGTERM)
         with pytest.raises(StopRequested):
-            leaving.check_signal()
+            shutdown.check_signal()
 
 
-def test_what_is_ignored_stays_ignored() -> None:
-    """The process of a sweep's point leaves Ctrl-C to who supervises it."""
+def test_ignored_signals_stay_ignored() -> None:
+    """A job of a sweep leaves Ctrl-C to its supervisor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with ShutdownHandler(None) as leaving, leaving.trap_signals():
-        press(signal.SIGINT)
-        leaving.check_stop()
+    with ShutdownHandler(None) as shutdown, shutdown.trap_signals():
+        send_signal(signal.SIGINT)
+        shutdown.check_stop()
         with defer_signals():
-            press(signal.SIGINT)
+            send_signal(signal.SIGINT)
 
 
-def test_in_another_thread_nothing_is_touched() -> None:
-    """Only the main thread may: a training can run in any."""
+def test_handlers_are_not_changed_in_other_threads() -> None:
+    """Python allows it only in the main thread, but training may run in any."""
     found: list[object] = []
 
     def work() -> None:
-        with ShutdownHandler(None) as leaving, leaving.trap_signals(), defer_signals():
-            leaving.check_stop()
+        with ShutdownHandler(None) as shutdown, shutdown.trap_signals(), defer_signals():
+            shutdown.check_stop()
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -96,43 +96,43 @@ def test_in_another_thread_nothing_is_touched() -> None:
     assert found == [signal.default_int_handler]
 
 
-PRESSED_TWICE = """
-import os, signal, sys
-from captcha_exp.leaving import Asked, Leaving, undisturbed
-with Leaving(None) as leaving:
-    {first}
-    print("reached")
+TWO_SIGNALS = """
+import os, signal
+from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested, defer_signals
+def ctrl_c(): os.kill(os.getpid(), signal.SIGINT)
+with ShutdownHandler(None) as shutdown:
+    {body}
+    print("not stopped")
 """
-FIRST = {
-    "in a step": "with leaving.listening():\n        press(); press()",
-    "in the last words": (
-        "try:\n        with leaving.listening():\n            press(); leaving.look()\n"
-        "    except Asked:\n        with undisturbed():\n            press()"
+BODIES = {
+    "in a step": "with shutdown.trap_signals():\n        ctrl_c(); ctrl_c()",
+    "while saving after a stop request": (
+        "try:\n        with shutdown.trap_signals():\n            ctrl_c(); shutdown.check_stop()\n"
+        "    except StopRequested:\n        with defer_signals():\n            ctrl_c()"
     ),
-    "in last words of its own": "with undisturbed():\n        press(); press()",
+    "while saving": "with defer_signals():\n        ctrl_c(); ctrl_c()",
 }
 
 
-@pytest.mark.parametrize("when", FIRST)
-def test_a_second_ctrl_c_leaves_at_once(when: str) -> None:
-    script = "import os, signal\ndef press(): os.kill(os.getpid(), signal.SIGINT)\n"
-    script += PRESSED_TWICE.format(first=FIRST[when])
-    done = subprocess.run([sys.executable, "-c", script, ""], capture_output=True, text=True)
+@pytest.mark.parametrize("when", BODIES)
+def test_a_second_ctrl_c_quits_immediately(when: str) -> None:
+    script = TWO_SIGNALS.format(body=BODIES[when])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT
     assert done.stdout == ""
-    said = "" if when == "in last words of its own" else "Ctrl-C once more leaves at once"
-    assert said in done.stderr
+    notice = "" if when == "while saving" else "Press Ctrl-C again to quit immediately."
+    assert notice in done.stderr
 
 
-def test_last_words_are_said_before_a_signal_acts() -> None:
-    said = []
+def test_a_deferred_signal_is_raised_after_the_context() -> None:
+    saved = []
 
-    def speak() -> None:
+    def save() -> None:
         with defer_signals():
-            press(signal.SIGINT)
-            said.append("last words")
+            send_signal(signal.SIGINT)
+            saved.append("state")
 
     with pytest.raises(KeyboardInterrupt):
-        speak()
-    assert said == ["last words"]
+        save()
+    assert saved == ["state"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,8 +1,8 @@
-"""Faults for the process of a point: what the product has no switch for.
+"""Fault injection for the processes of a sweep's jobs.
 
-A folder with a sitecustomize.py that imports this module stands on PYTHONPATH (`planted` makes the
-environment). Python reads it at the start of each process; it waits until captcha_exp.training.train has been
-imported and then plants, in processes of points alone, what FAULTS says: batch size -> fault.
+`planted` makes an environment in which PYTHONPATH has a sitecustomize.py that imports this module. In the
+processes of jobs it waits until captcha_exp.training.train is imported and then injects the faults of the
+variable FAULTS, a mapping from batch size to fault.
 """
 
 import importlib.util
@@ -22,14 +22,14 @@ SECONDS_OF_A_SLOW_STEP = 16.0
 
 
 def planted(folder: Path, faults: Mapping[int, str]) -> dict[str, str]:
-    """The environment in which points of these batch sizes have these faults."""
-    (folder / "sitecustomize.py").write_text("import faults\nfaults.wait_for_the_training()\n")
+    """Return the environment in which jobs of these batch sizes have these faults."""
+    (folder / "sitecustomize.py").write_text("import faults\nfaults.wait_for_train_import()\n")
     path = os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, "FAULTS": json.dumps({str(size): fault for size, fault in faults.items()})}
 
 
 class _Finder:
-    """Find captcha_exp.training.train as Python does, and plant the faults once it has been imported."""
+    """An import finder that injects the faults after captcha_exp.training.train is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "captcha_exp.training.train":
@@ -38,34 +38,36 @@ class _Finder:
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
-        read = spec.loader.exec_module
+        exec_module = spec.loader.exec_module
 
-        def read_and_plant(module: ModuleType) -> None:
-            read(module)
-            _plant(json.loads(os.environ["FAULTS"]))
+        def exec_and_inject(module: ModuleType) -> None:
+            exec_module(module)
+            _inject(json.loads(os.environ["FAULTS"]))
 
-        spec.loader.exec_module = read_and_plant  # type: ignore[method-assign]  # in this process alone
+        spec.loader.exec_module = exec_and_inject  # type: ignore[method-assign]  # in this process only
         return spec
 
 
-def wait_for_the_training() -> None:
+def wait_for_train_import() -> None:
+    """Inject the faults once training is imported, if this is the process of a job."""
     if "captcha_exp.sweep" in sys.orig_argv:
         sys.meta_path.insert(0, _Finder())
 
 
-def _plant(faults: Mapping[str, str]) -> None:
+def _inject(faults: Mapping[str, str]) -> None:
     import torch
     from torch._subclasses import FakeTensor
 
     from captcha_exp.model import evaluate, optim, step
 
-    forward_and_backward, optimise, read = step.forward_and_backward, optim.step, evaluate.predict_split
-    due: list[str] = []  # what the optimiser's step is to do
+    forward_and_backward, optim_step = step.forward_and_backward, optim.step
+    predict_split = evaluate.predict_split
+    due: list[str] = []  # the fault of the next optimizer step
 
     def out_of_memory() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is (a test)")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much (a test)")
 
-    def new_step(state: Any, batch: Any, config: Any) -> Any:
+    def faulty_forward_and_backward(state: Any, batch: Any, config: Any) -> Any:
         fault = faults.get(str(config.train.batch_size))
         due.clear()
         if isinstance(batch.images, FakeTensor) or state.step != AT_STEP:
@@ -76,29 +78,29 @@ def _plant(faults: Mapping[str, str]) -> None:
             if fault == "optimizer":
                 due.append(fault)
         _break(fault, state)
-        found = forward_and_backward(state, batch, config)
+        result = forward_and_backward(state, batch, config)
         if fault == "backward" and config.train.micro_batch_size is None:
             out_of_memory()
-        return found
+        return result
 
-    def new_optimise(optimizer: Any, finite: Any, factor: Any) -> None:
-        if due:  # half-way: a foreach step that fails has moved a part of its state
+    def faulty_optim_step(optimizer: Any, finite: Any, factor: Any) -> None:
+        if due:  # a foreach step that fails has updated a part of its state
             optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].add_(1)
             out_of_memory()
-        optimise(optimizer, finite, factor)
+        optim_step(optimizer, finite, factor)
 
-    def new_read(model: Any, split: Any, config: Any, *between: Any) -> Any:
-        fake = isinstance(next(model.parameters()), FakeTensor)
-        whole = config.train.eval_batch_size == 512
-        if faults.get(str(config.train.batch_size)) == "evaluation" and whole and not fake:
+    def faulty_predict_split(model: Any, split: Any, config: Any, *after_batch: Any) -> Any:
+        is_fake = isinstance(next(model.parameters()), FakeTensor)
+        is_unsplit = config.train.eval_batch_size == 512
+        if faults.get(str(config.train.batch_size)) == "evaluation" and is_unsplit and not is_fake:
             model.eval()
             out_of_memory()
-        return read(model, split, config, *between)
+        return predict_split(model, split, config, *after_batch)
 
     for module, name, new in (
-        (step, "forward_and_backward", new_step),
-        (optim, "step", new_optimise),
-        (evaluate, "read", new_read),
+        (step, "forward_and_backward", faulty_forward_and_backward),
+        (optim, "step", faulty_optim_step),
+        (evaluate, "predict_split", faulty_predict_split),
     ):
         setattr(module, name, new)
 
@@ -106,7 +108,7 @@ def _plant(faults: Mapping[str, str]) -> None:
 def _break(fault: str | None, state: Any) -> None:
     match fault:
         case "raise":
-            raise ValueError("a mistake of a test, with [brackets]")
+            raise ValueError("an injected error, with [brackets]")
         case "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
         case "kill":

@@ -1,8 +1,8 @@
-"""The command `captcha-exp` at the price of a fork, interrupted where one wants it to be. Linux alone.
+"""A fork server that runs the command `captcha-exp` quickly and interrupts it at a chosen point. Linux only.
 
-A server imports what a training takes once (four seconds), and forks a child for each command that it is
-asked for. It has one thread and no work behind it, so that a child is what a fresh process is. Imported by
-`kill_resume.py` and by tests; run as a program it is the server.
+The server imports all modules of a training once, which takes four seconds, and forks a child for each
+command. It has a single thread and has run nothing else, so a child is equivalent to a new process. Tests and
+`kill_resume.py` import this module; run as a program it is the server.
 """
 
 import contextlib
@@ -34,78 +34,78 @@ HEAVY = (
     "torch._dynamo",
     "torch.profiler._cupti_monitor",
 )
-"""What a training imports late, beside all modules of captcha_exp"""
+"""modules that a training imports late, in addition to those of captcha_exp"""
 
 PROJECT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 120.0
-_NOTE = struct.Struct("=32sqqq")
+_PROGRESS = struct.Struct("=32sqqq")
 
 
 class Place(NamedTuple):
-    """A place in the code: a function, "module:name", and a word that one of its arguments has in it."""
+    """A function, "module:name", whose arguments contain a word, if one is given."""
 
     target: str
     word: str = ""
 
 
 PHASES = {
-    "beginning": Place("captcha_exp.runs.create:create"),
+    "beginning": Place("captcha_exp.runs.create:create_run"),
     "store": Place("captcha_exp.tracking.tracker:MlflowTracker.start"),
-    "drawing": Place("captcha_exp.data.sources.rendering:draw"),
+    "drawing": Place("captcha_exp.data.sources.rendering:render_images"),
     "caching": Place("captcha_exp.runtime.files:write_atomically", "/cache/"),
     "training": Place("captcha_exp.training.train:train_epoch"),
     "checkpointing": Place("captcha_exp.model.state:save"),
     "evaluation": Place("captcha_exp.model.evaluate:evaluate"),
-    "logging": Place("captcha_exp.tracking.tracker:MlflowTracker.log"),
+    "logging": Place("captcha_exp.tracking.tracker:MlflowTracker.log_metrics"),
     "best": Place("captcha_exp.runs.run:Run.write", "model.safetensors"),
-    "report": Place("captcha_exp.training.recorder:record_test"),
+    "report": Place("captcha_exp.training.recorder:record_test_results"),
     "closing": Place("captcha_exp.runs.run:Run.close"),
     "sending": Place("captcha_exp.tracking.tracker:MlflowTracker.finish"),
 }
-"""What a training does, in the order in which it first does it; what lies between has no name"""
+"""the phases of a training, in the order of their first occurrence; "between" elsewhere"""
 
-AFTER_STEP = Place("captcha_exp.training.sanity:Guard.note")
+AFTER_STEP = Place("captcha_exp.training.sanity:SanityChecker.observe")
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """Where a child is interrupted, and how."""
+    """Where and how a child is interrupted."""
 
     place: Place | None = None
-    """None: counted from the start of the child"""
+    """None: relative to the start of the child"""
     call: int = 1
-    """of that place, from 1"""
+    """the number of the call at which to interrupt, from 1"""
     when: str = "before"
-    """before or after the call; within: half of what write_atomically is to write has been written"""
+    """before or after the call; within: after write_atomically has written half of its content"""
     after_seconds: float | None = None
-    """None: at the place itself, exactly; else so long after it was reached"""
+    """delay after the call; None: exactly at the call, by the child itself"""
     signals: tuple[int, ...] = (signal.SIGKILL,)
     pause_seconds: float = 0.0
-    """between two signals"""
+    """pause between two signals"""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended."""
+    """How a child exited."""
 
-    code: int  # below 0: by this signal
+    code: int  # negative: killed by this signal
     output: str
-    phase: str  # what it was at when the first signal was sent, or at its end
+    phase: str  # at the first signal, or at the end
     signalled: bool
-    late: bool  # it did not end within the limit after the last signal, and was killed
-    steps_done: int  # of the training, as the child counted them: before this call and in it
-    steps_here: int
+    late: bool  # it did not exit within the limit after the last signal, and was killed
+    steps_done: int  # of the training, including earlier processes
+    steps_here: int  # in this process
 
 
 class ForkServer:
     """Runs commands in forked children, one at a time."""
 
     def __init__(self, without: Sequence[str] = ()) -> None:
-        """`without` are functions, as in `Place`, that do nothing in the children."""
+        """Start the server; the functions in `without`, as in `Place`, do nothing in the children."""
         self._without = list(without)
         path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__],  # -P: benchmarks/ is no place for a child to import from
+            [sys.executable, "-P", __file__],  # -P: a child must not import from benchmarks/
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path},
@@ -120,11 +120,11 @@ class ForkServer:
         limit_seconds: float = LIMIT_SECONDS,
         **environment: str,
     ) -> Ended:
-        """`captcha-exp WORDS` with its outputs/ in this folder, to its end."""
+        """Run `captcha-exp WORDS` to its end, with outputs/ in this directory."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         output = root / "output.txt"
-        order = {
+        request = {
             "words": list(words),
             "environment": os.environ | {"CAPTCHA_EXP_ROOT": str(root)} | environment,
             "output": str(output),
@@ -132,12 +132,12 @@ class ForkServer:
             "limit_seconds": limit_seconds,
             "without": self._without,
         }
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the fork server ended with exit code {self._process.wait()}")
-        return Ended(output=output.read_text(errors="replace"), **json.loads(answer))
+        reply = self._process.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"the fork server exited with code {self._process.wait()}")
+        return Ended(output=output.read_text(errors="replace"), **json.loads(reply))
 
     def close(self) -> None:
         self._process.communicate()
@@ -153,7 +153,7 @@ class ForkServer:
 
 
 def serve() -> Callable[[], object] | None:
-    """Forks a child for each line of standard input; in a child, what it is to do."""
+    """Fork a child for each line of standard input; in a child, return the function to run."""
     import captcha_exp
 
     for module in pkgutil.walk_packages(captcha_exp.__path__, "captcha_exp."):
@@ -162,61 +162,67 @@ def serve() -> Callable[[], object] | None:
     for name in HEAVY:
         importlib.import_module(name)
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")}
-    # A fork takes one thread along. The other one that is there is an allocator's, which knows of forks.
-    assert len(threads - {"jemalloc_bg_thd"}) == 1, f"threads besides: {threads}"
+    # Only the forking thread exists in a child. The background thread of jemalloc handles forks itself.
+    assert len(threads - {"jemalloc_bg_thd"}) == 1, f"unexpected threads: {threads}"
     for line in sys.stdin:
-        order = json.loads(line)
-        asked = order["interruption"]
-        interruption = asked and Interruption(**{**asked, "place": asked["place"] and Place(*asked["place"])})
-        note = Note()
-        heard, told = os.pipe()
+        request = json.loads(line)
+        values = request["interruption"]
+        interruption = values and Interruption(
+            **{**values, "place": values["place"] and Place(*values["place"])}
+        )
+        progress = SharedProgress()
+        reader, writer = os.pipe()
         if not (pid := os.fork()):
-            os.close(heard)
-            return functools.partial(_become, order, interruption, note, told)
-        os.close(told)
-        print(json.dumps(_watch(pid, interruption, note, heard, order["limit_seconds"])), flush=True)
-        os.close(heard)
+            os.close(reader)
+            return functools.partial(_run_child, request, interruption, progress, writer)
+        os.close(writer)
+        print(json.dumps(_watch(pid, interruption, progress, reader, request["limit_seconds"])), flush=True)
+        os.close(reader)
     return None
 
 
-class Note:
-    """What a child writes down for the server, in memory that both have."""
+class SharedProgress:
+    """The phase and the steps of a child, in memory shared with the server."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _NOTE.size)
+        self._memory = mmap.mmap(-1, _PROGRESS.size)
 
     def write(self, phase: str, steps_done: int, steps_here: int) -> None:
-        _NOTE.pack_into(self._memory, 0, phase.encode(), steps_done, steps_here, 0)
+        _PROGRESS.pack_into(self._memory, 0, phase.encode(), steps_done, steps_here, 0)
 
     def read(self) -> tuple[str, int, int]:
-        phase, steps_done, steps_here, _ = _NOTE.unpack_from(self._memory, 0)
+        phase, steps_done, steps_here, _ = _PROGRESS.unpack_from(self._memory, 0)
         return phase.rstrip(b"\0").decode(), steps_done, steps_here
 
 
 def _watch(
-    pid: int, interruption: Interruption | None, note: Note, heard: int, limit_seconds: float
+    pid: int,
+    interruption: Interruption | None,
+    progress: SharedProgress,
+    reader: int,
+    limit_seconds: float,
 ) -> dict[str, Any]:
-    """How the child ended, with the signals that it was to get sent to it in time."""
-    ended = os.pidfd_open(pid)
+    """Send the signals of the interruption to the child; return how it exited."""
+    child = os.pidfd_open(pid)
     signalled, phase = False, None
     if interruption is not None and interruption.after_seconds is not None:
         if interruption.place is not None:
-            select.select([heard, ended], [], [], limit_seconds)
+            select.select([reader, child], [], [], limit_seconds)
         pause = interruption.after_seconds
         for number in interruption.signals:
-            if select.select([ended], [], [], pause)[0]:
+            if select.select([child], [], [], pause)[0]:
                 break
-            phase = note.read()[0] if phase is None else phase
-            os.kill(pid, number)  # nobody but this process reaps it: the number is still its own
+            phase = progress.read()[0] if phase is None else phase
+            os.kill(pid, number)  # only this process reaps it, so the PID is not reused
             signalled, pause = True, interruption.pause_seconds
-    late = not select.select([ended], [], [], limit_seconds)[0]
+    late = not select.select([child], [], [], limit_seconds)[0]
     if late:
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(ended)
-    last, steps_done, steps_here = note.read()
+    os.close(child)
+    last, steps_done, steps_here = progress.read()
     if interruption is not None and interruption.after_seconds is None:
-        signalled = bool(select.select([heard], [], [], 0)[0] and os.read(heard, 1))
+        signalled = bool(select.select([reader], [], [], 0)[0] and os.read(reader, 1))
     return {
         "code": code,
         "phase": last if phase is None else phase,
@@ -230,39 +236,41 @@ def _watch(
 # -- the child -----------------------------------------------------------------------------------------------
 
 
-def _become(order: Mapping[str, Any], interruption: Interruption | None, note: Note, told: int) -> None:
-    """The command, as in a process of its own."""
-    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _run_child(
+    request: Mapping[str, Any], interruption: Interruption | None, progress: SharedProgress, writer: int
+) -> None:
+    """Run the command as in a new process."""
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
         os.dup2(descriptor, number)
     os.environ.clear()
-    os.environ.update(order["environment"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    for target in order["without"]:
+    os.environ.update(request["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
+    for target in request["without"]:
         _replace(target, lambda _: lambda *_, **__: None)
-    phases = _Phases(note)
+    recorder = _PhaseRecorder(progress)
     for name, place in PHASES.items():
-        _around(place, functools.partial(phases.within, name))
-    _around(AFTER_STEP, phases.step)
+        _around(place, functools.partial(recorder.within, name))
+    _around(AFTER_STEP, recorder.step)
     if interruption is not None and interruption.place is not None:
-        _plant(interruption, interruption.place, told)
+        _install(interruption, interruption.place, writer)
 
     from captcha_exp.cli.main import main
 
-    sys.argv = ["captcha-exp", *order["words"]]
+    sys.argv = ["captcha-exp", *request["words"]]
     main()
 
 
-class _Phases:
-    """Writes down which phase a child is in, and its steps."""
+class _PhaseRecorder:
+    """Records the current phase and the steps of a child."""
 
-    def __init__(self, note: Note) -> None:
-        self._note, self._phase, self._done, self._here = note, "between", 0, 0
+    def __init__(self, progress: SharedProgress) -> None:
+        self._progress, self._phase, self._done, self._here = progress, "between", 0, 0
         self._write(self._phase)
 
     def _write(self, phase: str) -> None:
         self._phase = phase
-        self._note.write(phase, self._done, self._here)
+        self._progress.write(phase, self._done, self._here)
 
     @contextlib.contextmanager
     def within(self, phase: str, _: Sequence[Any]) -> Iterator[None]:
@@ -275,14 +283,14 @@ class _Phases:
 
     @contextlib.contextmanager
     def step(self, arguments: Sequence[Any]) -> Iterator[None]:
-        """Of Guard.note(step, ...), which follows each training step; a plan calls it for none."""
+        """Count a step at SanityChecker.observe(step, ...), which follows each training step."""
         self._done, self._here = int(arguments[1]) + 1, self._here + 1
         self._write(self._phase)
         yield
 
 
 def _around(place: Place, context: Callable[[Sequence[Any]], Any]) -> None:
-    """A context around each call of this place."""
+    """Wrap each call of this function in a context."""
 
     def around(old: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(old)
@@ -298,14 +306,14 @@ def _around(place: Place, context: Callable[[Sequence[Any]], Any]) -> None:
 
 
 def _replace(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """A function by one that is made of it, by whatever name a module of captcha_exp knows it."""
+    """Replace a function in all modules of captcha_exp that refer to it."""
     module_name, _, path = target.partition(":")
     *outer, name = path.split(".")
-    holder = functools.reduce(getattr, outer, importlib.import_module(module_name))
-    old = getattr(holder, name)
+    owner = functools.reduce(getattr, outer, importlib.import_module(module_name))
+    old = getattr(owner, name)
     new = make(old)
     if outer:
-        setattr(holder, name, new)
+        setattr(owner, name, new)
         return
     for module in [each for each in sys.modules if each.partition(".")[0] == "captcha_exp"]:
         for key, value in list(vars(sys.modules[module]).items()):
@@ -317,12 +325,12 @@ def _is_name(argument: Any) -> bool:
     return isinstance(argument, str | Path)
 
 
-def _plant(interruption: Interruption, place: Place, told: int) -> None:
-    """Tells the server when the place has been reached, or sends the signals to this process at it."""
+def _install(interruption: Interruption, place: Place, writer: int) -> None:
+    """Notify the server when the function is called, or send the signals to this process then."""
     calls = 0
 
-    def reached() -> None:
-        os.write(told, b"!")
+    def interrupt() -> None:
+        os.write(writer, b"!")
         if interruption.after_seconds is None:
             for number in interruption.signals:
                 os.kill(os.getpid(), number)
@@ -331,15 +339,15 @@ def _plant(interruption: Interruption, place: Place, told: int) -> None:
     def context(arguments: Sequence[Any]) -> Iterator[None]:
         nonlocal calls
         calls += 1
-        due = calls == interruption.call
-        if due and interruption.when == "within":
+        is_due = calls == interruption.call
+        if is_due and interruption.when == "within":
             path, content = arguments
             path.with_name(f".{path.name}.{os.getpid()}.part").write_bytes(content[: len(content) // 2])
-        if due and interruption.when != "after":
-            reached()
+        if is_due and interruption.when != "after":
+            interrupt()
         yield
-        if due and interruption.when == "after":
-            reached()
+        if is_due and interruption.when == "after":
+            interrupt()
 
     _around(place, context)
 

@@ -1,4 +1,4 @@
-"""Picture files, made as no careful program would make them."""
+"""Image files, including unusual ones that Pillow does not write."""
 
 import io
 import struct
@@ -21,14 +21,14 @@ def noise(*shape: int, seed: int = 0) -> Bytes:
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """What Pillow writes."""
+    """Return the bytes of an image file written by Pillow."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def page(seed: int = 0, width: int = 32, height: int = 16) -> Image.Image:
-    """A grey picture that no other seed gives."""
+    """Return a grayscale image of noise, different for each seed."""
     return Image.fromarray(noise(height, width, seed=seed))
 
 
@@ -40,36 +40,36 @@ def png(
     width: int,
     height: int,
     depth: int,
-    colour: int,
+    color_type: int,
     passes: Sequence[Sequence[bytes]],
     *chunks: bytes,
     interlaced: bool = False,
 ) -> bytes:
-    """A PNG of rows of bytes, in one pass or seven; `chunks` stand before the pixels."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
+    """Return a PNG with rows of bytes, in one pass or seven; `chunks` come before the pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, int(interlaced))
     rows = b"".join(b"\0" + row for rows in passes for row in rows)
     parts = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def interlaced(pixels: Bytes) -> bytes:
-    """A PNG of (H, W) uint8 in the seven passes of Adam7."""
+    """Return a PNG of (H, W) uint8 in the seven passes of Adam7."""
     passes = [[row.tobytes() for row in pixels[y::dy, x::dx] if row.size] for x, y, dx, dy in ADAM7]
     return png(pixels.shape[1], pixels.shape[0], 8, 0, passes, interlaced=True)
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG that says it is this large."""
+    """Return a small PNG whose header claims this size."""
     return png(width, height, 8, 0, [[bytes(100)]])
 
 
 def gif_with_a_margin(inner: Bytes, left: int, top: int, width: int, height: int) -> bytes:
-    """A GIF whose only frame (H, W) of numbers 0 to 3 covers a part of its canvas; colour 0 is black."""
+    """Return a GIF whose frame (H, W) of color indices 0 to 3 covers part of its canvas; color 0 is black."""
     image = Image.fromarray(inner, "L").convert("P")
     image.putdata(inner.ravel().tolist())
     image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
     content = bytearray(saved(image, "GIF", optimize=False))
-    frame = content.index(b",", content.index(b"\0\0\xff") + 3)  # behind the colours
+    frame = content.index(b",", content.index(b"\0\0\xff") + 3)  # after the color table
     content[6:10] = struct.pack("<HH", width, height)
     content[frame + 1 : frame + 5] = struct.pack("<HH", left, top)
     return bytes(content)

@@ -1,4 +1,4 @@
-"""Four networks of other kinds than this project's, and their real training under torch's profiler."""
+"""Four networks unlike those of this project, and their real training under torch's profiler."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from captcha_exp.memory.module_trace import trace_module
 from support.profiling import ONEDNN, moments_of, profiled, real_peaks
 
-# Operators that are one to the trace and allocate inside themselves on the CPU.
+# Single operators in a trace that allocate internally on the CPU.
 ONE_OPERATOR = (
     *ONEDNN,
     "aten::mm",
@@ -192,32 +192,32 @@ def train_for_real(
 ) -> tuple[int, int]:
     """Return the peak bytes of two steps on the CPU: without blocks inside one operator, and with them."""
     loss_function = nn.CrossEntropyLoss()
-    with profiled() as seen:
+    with profiled() as profiler:
         with record_function("state"):
             model = deepcopy(module)
             optimizer = optimizer_factory(model.parameters())
         with record_function("step"):
             for _ in range(STEPS):
-                batch, wanted = inputs.clone(), targets.clone()
+                batch, labels = inputs.clone(), targets.clone()
                 optimizer.zero_grad()
                 output = model(batch)
-                loss = loss_function(output, wanted)
+                loss = loss_function(output, labels)
                 loss.backward()
                 optimizer.step()
-    moments = moments_of(seen, ONE_OPERATOR)
+    moments = moments_of(profiler, ONE_OPERATOR)
     without, raw = (real_peaks(moments, inside)["step"] for inside in (False, True))
     return without, raw
 
 
 def compared(name: str, size: int) -> dict[str, Any]:
-    """Return the bytes that are predicted for a case, and how far those of a real training are from them."""
+    """Return the predicted peak bytes of a case and the relative errors of the prediction."""
     case = CASES[name]
     torch.manual_seed(0)
     module = case.build()
     inputs, targets = case.batch(size)
     traced = trace_module(module, inputs, case.optimizer, nn.CrossEntropyLoss(), targets=targets, steps=STEPS)
     onednn = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(name != "lstm")  # else one call of oneDNN, which a GPU does not have
+    torch._C._set_mkldnn_enabled(name != "lstm")  # oneDNN would run it as one call, which a GPU does not
     try:
         without, raw = train_for_real(module, inputs, targets, case.optimizer)
     finally:

@@ -1,4 +1,4 @@
-"""Train for real on the CPU under torch's profiler: the reference for what a trace predicts."""
+"""Real trainings on the CPU under torch's profiler, the reference for traced memory."""
 
 import itertools
 from collections.abc import Mapping
@@ -35,46 +35,46 @@ def network(model: str, head: str, precision: str, *levers: str) -> Config:
 
 
 class Moment(NamedTuple):
-    """The profiler saw memory come (bytes above 0) or go."""
+    """An allocation (positive bytes) or deallocation seen by the profiler."""
 
     nanoseconds: int
     address: int
     size_bytes: int
-    product: int | None  # the convolution or matrix product inside which it happened
+    product: int | None  # the convolution or matrix product that contains it
     phase: str
 
 
-def run_for_real(config: Config, pictures: Mapping[str, int]) -> list[Moment]:
-    """The first epoch of a training on noise, as the profiler sees it."""
-    captcha, count = config.captcha, sum(pictures.values())
-    ends = itertools.accumulate(pictures.values())
-    members = {
-        name: torch.arange(end - pictures[name], end) for name, end in zip(pictures, ends, strict=True)
+def run_for_real(config: Config, split_sizes: Mapping[str, int]) -> list[Moment]:
+    """Train the first epoch on noise; return the profiled allocations and deallocations."""
+    captcha, count = config.captcha, sum(split_sizes.values())
+    ends = itertools.accumulate(split_sizes.values())
+    split_indices = {
+        name: torch.arange(end - split_sizes[name], end) for name, end in zip(split_sizes, ends, strict=True)
     }
     shape = (count, captcha.height, captcha.width, captcha.channels)
     targets = torch.randint(0, len(captcha.alphabet), (count, captcha.length))
-    data = Dataset(torch.randint(0, 256, shape, dtype=torch.uint8), targets, ["?"] * count, members, {})
-    with TemporaryDirectory() as folder, profiled() as seen:
-        sides = [data.split(name, CPU, config.device.preload_limit_mib) for name in pictures]
+    data = Dataset(torch.randint(0, 256, shape, dtype=torch.uint8), targets, ["?"] * count, split_indices, {})
+    with TemporaryDirectory() as folder, profiled() as profiler:
+        splits = [data.split(name, CPU, config.device.preload_limit_mib) for name in split_sizes]
         with record_function("state"):
             state = init_train_state(config, CPU)
-        change = Augmenter(config, 1, count, CPU)
-        guard = sanity.SanityChecker(sides[0], data.labels, config, lambda _: None)
+        augmenter = Augmenter(config, 1, count, CPU)
+        checker = sanity.SanityChecker(splits[0], data.labels, config, lambda _: None)
         with record_function("step"), NullDisplay().progress_bar("", 1) as bar:
-            keeper = Checkpointer(Path(folder), config, guard, ShutdownHandler(None), NullDisplay())
-            train_epoch(state, sides[0], change, config, guard, keeper, bar)
+            checkpointer = Checkpointer(Path(folder), config, checker, ShutdownHandler(None), NullDisplay())
+            train_epoch(state, splits[0], augmenter, config, checker, checkpointer, bar)
         with record_function("evaluation"):
-            evaluate(state.model, sides[1], config)
-    return moments_of(seen, ONEDNN)
+            evaluate(state.model, splits[1], config)
+    return moments_of(profiler, ONEDNN)
 
 
 def profiled() -> profile:
-    """Return the profiler of the CPU's memory; torch 2.11 warns unless it is told to keep all events."""
+    """Return a profiler of CPU memory; torch 2.11 warns without acc_events."""
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
 
 
-def moments_of(seen: profile, products: tuple[str, ...]) -> list[Moment]:
-    """Return all that the profiler saw come and go, by time; `products` are names of operators."""
+def moments_of(profiler: profile, products: tuple[str, ...]) -> list[Moment]:
+    """Return all allocations and deallocations in order of time; `products` are operator names."""
     moments: list[Moment] = []
 
     def walk(node: Any, product: int | None, phase: str) -> None:
@@ -86,35 +86,35 @@ def moments_of(seen: profile, products: tuple[str, ...]) -> list[Moment]:
         for child in node.children:
             walk(child, product, node.name if node.name in PHASES else phase)
 
-    assert seen.profiler is not None
-    assert seen.profiler.kineto_results is not None
-    for root in seen.profiler.kineto_results.experimental_event_tree():
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    for root in profiler.profiler.kineto_results.experimental_event_tree():
         walk(root, None, "")
     return sorted(moments)
 
 
-# Not aten::conv2d: inside it autocast makes the weights of 16 bits, which a card holds too.
+# Not aten::conv2d: it contains the 16-bit weights of autocast, which a GPU also keeps.
 ONEDNN = ("aten::convolution", "aten::mkldnn_convolution", "aten::addmm")
 PHASES = ("state", "step", "evaluation")
 
 
 def real_peaks(moments: list[Moment], with_reorders: bool) -> dict[str, int]:
-    """Bytes at most, by phase; without what oneDNN takes and gives back inside one operator."""
-    came: dict[int, int] = {}
-    left_out: set[int] = set()
+    """Return the peak bytes by phase, without blocks that oneDNN allocates and frees within one operator."""
+    allocations: dict[int, int] = {}
+    excluded: set[int] = set()
     pairs: dict[int, int] = {}
     for number, moment in enumerate(moments):
         if moment.size_bytes > 0:
-            came[moment.address] = number
-        elif moment.address in came:  # else it is older than the profile
-            first = came.pop(moment.address)
+            allocations[moment.address] = number
+        elif moment.address in allocations:  # else it was allocated before profiling
+            first = allocations.pop(moment.address)
             pairs[number] = first
             if moment.product is not None and moment.product == moments[first].product:
-                left_out |= {first, number}
-    now, most = 0, dict.fromkeys(PHASES, 0)
+                excluded |= {first, number}
+    current, peaks = 0, dict.fromkeys(PHASES, 0)
     for number, moment in enumerate(moments):
-        if (moment.size_bytes > 0 or number in pairs) and (with_reorders or number not in left_out):
-            now += moment.size_bytes
+        if (moment.size_bytes > 0 or number in pairs) and (with_reorders or number not in excluded):
+            current += moment.size_bytes
         if moment.phase in PHASES:
-            most[moment.phase] = max(most[moment.phase], now)
-    return most
+            peaks[moment.phase] = max(peaks[moment.phase], current)
+    return peaks

@@ -127,7 +127,7 @@ def test_artifacts_open(finished: tuple[MlflowClient, MlflowRun, Path], tmp_path
     client, run, _ = finished
     there = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
 
-    for picture in ("curves", "confusion", "errors", "images"):
+    for picture in ("curves", "confusion", "misreads", "images"):
         with Image.open(there / "report" / f"{picture}.png") as image:
             image.verify()
     for text in ("config.yaml", "requested.yaml"):

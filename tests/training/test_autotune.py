@@ -1,4 +1,4 @@
-"""A precision is taken when its numbers are right and it pays, a batch size when more brings nothing."""
+"""Autotuning: the fastest correct precision, and the smallest batch size close to the best throughput."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 from conftest import CPU, Heard, training
 
 from captcha_exp import load
-from captcha_exp.config import Config, Precision, resolve, to_dict
+from captcha_exp.config import Config, Precision, resolve, to_dict, with_untuned_defaults
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.runtime.device import detect_machine
@@ -22,88 +22,87 @@ from captcha_exp.training import autotune, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tried(precision: Precision, finite: bool, cosine: float, seconds: float) -> autotune.PrecisionTrial:
+def trial(precision: Precision, finite: bool, cosine: float, seconds: float) -> autotune.PrecisionTrial:
     return autotune.PrecisionTrial(precision, finite, cosine, seconds)
 
 
-PLAIN = tried("fp32", True, 1.0, 1.0)
+BASELINE = trial("fp32", True, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
     ("bf16", "fp16", "chosen"),
     [
-        (tried("bf16", True, 0.99, 0.5), tried("fp16", True, 0.99, 0.6), "bf16"),
-        (tried("bf16", True, 0.99, 0.6), tried("fp16", True, 0.99, 0.5), "fp16"),
-        (tried("bf16", True, 0.99, 0.6), tried("fp16", False, 0.0, 0.5), "bf16"),
-        (tried("bf16", True, 0.10, 0.5), tried("fp16", True, float("nan"), 0.5), "fp32"),
-        (tried("bf16", True, 0.99, 0.95), tried("fp16", True, 0.99, 3.0), "fp32"),
+        (trial("bf16", True, 0.99, 0.5), trial("fp16", True, 0.99, 0.6), "bf16"),
+        (trial("bf16", True, 0.99, 0.6), trial("fp16", True, 0.99, 0.5), "fp16"),
+        (trial("bf16", True, 0.99, 0.6), trial("fp16", False, 0.0, 0.5), "bf16"),
+        (trial("bf16", True, 0.10, 0.5), trial("fp16", True, float("nan"), 0.5), "fp32"),
+        (trial("bf16", True, 0.99, 0.95), trial("fp16", True, 0.99, 3.0), "fp32"),
     ],
-    ids=["the faster", "the faster, turned", "not finite", "points elsewhere", "does not pay"],
+    ids=["bf16 faster", "fp16 faster", "not finite", "wrong gradient", "not faster"],
 )
-def test_the_fastest_that_is_right_is_taken(
+def test_the_fastest_correct_precision_is_chosen(
     tiny: Config,
     monkeypatch: pytest.MonkeyPatch,
     bf16: autotune.PrecisionTrial,
     fp16: autotune.PrecisionTrial,
     chosen: str,
 ) -> None:
-    outcomes = {"fp32": PLAIN, "bf16": bf16, "fp16": fp16}
+    trials = {"fp32": BASELINE, "bf16": bf16, "fp16": fp16}
     monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16", "fp16"))
-    monkeypatch.setattr(autotune, "_try", lambda name, *_: (outcomes[name], torch.zeros(1)))
+    monkeypatch.setattr(autotune, "_try_precision", lambda name, *_: (trials[name], torch.zeros(1)))
     heard = Heard()
 
-    precision, seen = autotune.choose_precision(tiny, heard)
+    precision, recorded = autotune.choose_precision(tiny, heard)
 
     assert precision == chosen
-    assert [row["precision"] for row in seen] == ["fp32", "bf16", "fp16"]
+    assert [row["precision"] for row in recorded] == ["fp32", "bf16", "fp16"]
     assert heard.lines[0].startswith(f"precision {chosen}: bf16 ")
 
 
-def test_bf16_on_this_cpu_points_where_fp32_does(tiny: Config) -> None:
-    _, seen = autotune.choose_precision(tiny, Heard())
+def test_the_bf16_gradient_on_the_cpu_agrees_with_fp32(tiny: Config) -> None:
+    _, (baseline, half) = autotune.choose_precision(tiny, Heard())
 
-    plain, half = seen
-    assert plain["cosine"] == 1.0
+    assert baseline["cosine"] == 1.0
     assert half["precision"] == "bf16"
     assert half["finite"]
     assert isinstance(half["cosine"], float)
     assert 0.9 < half["cosine"] < 1.0
 
 
-def test_numbers_that_are_not_finite_are_seen(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a card whose 16-bit convolutions give NaN: every step of bf16 is not finite."""
+def test_a_non_finite_precision_is_rejected(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose 16-bit convolutions return NaN: every bf16 step is not finite."""
 
     def step(state: Any, batch: Any, config: Config) -> Step:
-        done = train_step(state, batch, config)
-        return done._replace(finite=torch.tensor(config.device.precision == "fp32"))
+        result = train_step(state, batch, config)
+        return result._replace(finite=torch.tensor(config.device.precision == "fp32"))
 
     monkeypatch.setattr(autotune, "train_step", step)
     heard = Heard()
 
     assert autotune.choose_precision(tiny, heard)[0] == "fp32"
-    assert heard.lines == ["precision fp32: bf16 is not finite here"]
+    assert heard.lines == ["precision fp32: bf16 is not finite on this device"]
 
 
-def test_auto_becomes_a_value_and_leaves_the_weights_alone(
+def test_precision_auto_trains_like_the_chosen_precision(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained with auto and with what it became: the same weights, and the table is in the record."""
-    monkeypatch.setattr(autotune, "LEAST_GAIN", 0.0)  # whatever it costs: the test is not about speed
+    """The weights are equal, and the trials are recorded."""
+    monkeypatch.setattr(autotune, "MIN_SPEEDUP", 0.0)  # the test does not depend on the speed
     monkeypatch.setattr("captcha_exp.training.autotune.devices.half_precisions", lambda _: ("bf16",))
-    asked = replace(tiny, device=replace(tiny.device, precision="auto"))
+    requested = replace(tiny, device=replace(tiny.device, precision="auto"))
 
-    result = train.train(asked)
+    result = train.train(requested)
     chosen = result.config.device.precision
     again = train.train(replace(tiny, device=replace(tiny.device, precision=chosen)))
 
     assert chosen in ("fp32", "bf16")
     assert result.weights_sha256 == again.weights_sha256
     assert '"precision": "bf16"' in (result.run_dir / "environment.json").read_text()
-    assert to_dict(asked)["device"]["precision"] == "auto"
+    assert to_dict(requested)["device"]["precision"] == "auto"
     assert sha256_of(result.run_dir / "config.yaml") == sha256_of(again.run_dir / "config.yaml")
 
 
-def test_the_probe_draws_from_its_own_chance(tiny: Config) -> None:
+def test_autotuning_does_not_change_the_initial_weights(tiny: Config) -> None:
     before = init_train_state(tiny, torch.device("cpu")).model.state_dict()
     autotune.choose_precision(tiny, Heard())
     after = init_train_state(tiny, torch.device("cpu")).model.state_dict()
@@ -113,17 +112,17 @@ def test_the_probe_draws_from_its_own_chance(tiny: Config) -> None:
 
 # -- the batch size ------------------------------------------------------------------------------------------
 
-ALL = {"train": 150, "validation": 75, "test": 75}
+SPLIT_SIZES = {"train": 150, "validation": 75, "test": 75}
 
 
 def auto(config: Config) -> Config:
     return training(config, batch_size="auto")
 
 
-def playing(
+def script_speeds(
     monkeypatch: pytest.MonkeyPatch, speeds: Mapping[int, float | None], clock: list[float] | None = None
 ) -> list[int]:
-    """Batch sizes have these speeds; None is out of memory. The sizes that are tried."""
+    """Script the speed of each batch size, None for out of memory; return the list of sizes tried."""
     tried: list[int] = []
 
     def speed(config: Config, device: torch.device) -> float | None:
@@ -132,58 +131,61 @@ def playing(
             clock.append(clock[-1] + 25.0)
         return speeds[tried[-1]]
 
-    monkeypatch.setattr(autotune, "_pictures_per_second", speed)
+    monkeypatch.setattr(autotune, "_measure_images_per_second", speed)
     return tried
 
 
 @pytest.mark.parametrize(
     ("speeds", "chosen"),
     [
-        ({8: 10, 16: 20, 32: 40, 64: 80, 128: 160}, 128),  # to the split's size
-        ({8: 10, 16: 50, 32: 94, 64: 99, 128: 100}, 64),  # 95 of the best
+        ({8: 10, 16: 20, 32: 40, 64: 80, 128: 160}, 128),  # up to the size of the split
+        ({8: 10, 16: 50, 32: 94, 64: 99, 128: 100}, 64),  # 95% of the best
         ({8: 10, 16: 50, 32: 95, 64: 99, 128: 100}, 32),
-        ({8: 96, 16: 97, 32: 97}, 8),  # two in a row bring nothing
+        ({8: 96, 16: 97, 32: 97}, 8),  # two in a row without improvement
         ({8: 50, 16: 100, 32: 101, 64: 101}, 16),
-        ({8: 50, 16: 100, 32: 90, 64: 103, 128: 100}, 16),  # one that brings nothing is no end
+        ({8: 50, 16: 100, 32: 90, 64: 103, 128: 100}, 16),  # one without improvement does not end the search
         ({8: 10, 16: 20, 32: 40, 64: None}, 32),  # out of memory
     ],
-    ids=["all", "near the best", "at 95 %", "stalled at once", "stalled", "a dent", "out of memory"],
+    ids=["all", "near the best", "at 95%", "plateau at once", "plateau", "dip", "out of memory"],
 )
-def test_the_smallest_batch_near_the_best_is_taken(
+def test_the_smallest_batch_size_close_to_the_best_is_chosen(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float | None], chosen: int
 ) -> None:
-    sizes = playing(monkeypatch, speeds)
+    sizes = script_speeds(monkeypatch, speeds)
     heard = Heard()
 
-    found, table = autotune.choose_batch_size(auto(tiny), ALL, heard)
+    chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, heard)
 
-    assert found == chosen
+    assert chosen_size == chosen
     assert sizes == list(speeds)
-    assert [row["images_per_second"] for row in table] == list(speeds.values())
-    assert [row["batch_size"] for row in table] == sizes
-    assert heard.lines[0].startswith(f"batch size {chosen}: pictures/s by batch size 8: ")
+    assert [row["images_per_second"] for row in recorded] == list(speeds.values())
+    assert [row["batch_size"] for row in recorded] == sizes
+    assert heard.lines[0].startswith(f"batch size {chosen}: images/s by batch size 8: ")
     assert heard.lines[0].endswith("; 64 does not fit") == (None in speeds.values())
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(5, [5]), (8, [8]), (31, [8, 16]), (32, [8, 16, 32])])
-def test_no_batch_is_larger_than_the_training_split(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, pictures: int, sizes: list[int]
+def test_no_batch_size_exceeds_the_training_split(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, images: int, sizes: list[int]
 ) -> None:
-    tried = playing(monkeypatch, {size: float(size) for size in (5, 8, 16, 32, 64)})
-    assert autotune.choose_batch_size(auto(tiny), ALL | {"train": pictures}, Heard())[0] == sizes[-1]
+    tried = script_speeds(monkeypatch, {size: float(size) for size in (5, 8, 16, 32, 64)})
+    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES | {"train": images}, Heard())[0] == sizes[-1]
     assert tried == sizes
 
 
-def test_what_does_not_fit_is_recorded_and_not_tried(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the plan says, and so what comes after it is not tried either."""
-    tried = playing(monkeypatch, {8: 10.0, 16: 20.0, 64: 80.0})
-    monkeypatch.setattr(autotune, "_room", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32))
+def test_a_batch_size_that_does_not_fit_is_recorded_and_ends_the_search(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = script_speeds(monkeypatch, {8: 10.0, 16: 20.0, 64: 80.0})
+    monkeypatch.setattr(
+        autotune, "_check_fit", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32)
+    )
     heard = Heard()
 
-    found, table = autotune.choose_batch_size(auto(tiny), ALL, heard)
+    chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, heard)
 
-    assert (found, tried) == (16, [8, 16])
-    assert table[-1] == {
+    assert (chosen_size, tried) == (16, [8, 16])
+    assert recorded[-1] == {
         "batch_size": 32,
         "predicted_mib": 32.0,
         "fits": False,
@@ -192,49 +194,51 @@ def test_what_does_not_fit_is_recorded_and_not_tried(tiny: Config, monkeypatch: 
     assert heard.lines[0].endswith("16: 20; 32 does not fit")
 
 
-def test_a_budget_holds_in_the_probe_too(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU it holds for what is foretold of a card; none is needed here but the plan's verdict."""
-    playing(monkeypatch, {8: 10.0})
+def test_autotuning_respects_the_budget(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the budget applies to the memory predicted for a GPU."""
+    script_speeds(monkeypatch, {8: 10.0})
     small = replace(tiny, device=replace(tiny.device, vram_budget_mib=30))
-    with pytest.raises(UserError, match=r"not even 8 pictures fit; they need .+ MiB") as caught:
-        autotune.choose_batch_size(auto(small), ALL, Heard())
+    with pytest.raises(UserError, match=r"not even 8 images fit \(predicted .+ MiB\)") as caught:
+        autotune.choose_batch_size(auto(small), SPLIT_SIZES, Heard())
     assert len(caught.value.lines) == 1
 
 
-def test_out_of_memory_at_the_first_size_is_a_line(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    playing(monkeypatch, {8: None})
-    with pytest.raises(UserError, match=r"train\.batch_size=auto: not even 8 pictures fit"):
-        autotune.choose_batch_size(auto(tiny), ALL, Heard())
+def test_out_of_memory_at_the_first_size_is_an_error_of_one_line(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script_speeds(monkeypatch, {8: None})
+    with pytest.raises(UserError, match=r"train\.batch_size=auto: not even 8 images fit"):
+        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, Heard())
 
 
-def test_a_step_without_memory_has_no_speed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_out_of_memory_has_no_speed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: object) -> None:
-        raise torch.OutOfMemoryError("played")
+        raise torch.OutOfMemoryError("simulated")
 
     assert autotune._measure_images_per_second(tiny, CPU) is not None
     monkeypatch.setattr(autotune, "train_step", step)
     assert autotune._measure_images_per_second(tiny, CPU) is None
 
 
-def test_the_probe_has_its_time(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 seconds for each size end it after the third; the best of them is taken."""
+def test_the_search_has_a_time_limit(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 25 seconds per size it ends after the third."""
     clock = [0.0]
-    tried = playing(monkeypatch, {8 * 2**n: 2.0**n for n in range(5)}, clock)
+    tried = script_speeds(monkeypatch, {8 * 2**n: 2.0**n for n in range(5)}, clock)
     monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
-    assert autotune.choose_batch_size(auto(tiny), ALL, Heard())[0] == 32
+    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, Heard())[0] == 32
     assert tried == [8, 16, 32]
 
 
-def test_a_batch_size_that_was_found_trains_as_one_that_was_written(
+def test_batch_size_auto_trains_like_the_chosen_batch_size(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For real, with parts that are larger than what was found: they are then none."""
-    monkeypatch.setattr(autotune, "TIMED_SECONDS", 0.01)
-    monkeypatch.setattr(autotune, "ENOUGH", 0.0)  # the smallest: the test is not about speed
+    """The micro-batch size, which is larger than the chosen batch size, is dropped."""
+    monkeypatch.setattr(autotune, "MIN_TIMED_SECONDS", 0.01)
+    monkeypatch.setattr(autotune, "TARGET_FRACTION", 0.0)  # choose the smallest, whatever the speed
     tiny = replace(tiny, device=replace(tiny.device, threads=1))
-    asked = training(tiny, batch_size="auto", micro_batch_size=10, epochs=1)
+    requested = training(tiny, batch_size="auto", micro_batch_size=10, epochs=1)
 
-    result = train.train(asked)
+    result = train.train(requested)
     again = train.train(training(tiny, batch_size=8, epochs=1))
 
     assert result.config.train.batch_size == 8
@@ -242,33 +246,53 @@ def test_a_batch_size_that_was_found_trains_as_one_that_was_written(
     assert load(result.run_dir / "config.yaml").train.batch_size == 8
     assert load(result.run_dir / "requested.yaml").train.batch_size == "auto"
     assert sha256_of(result.run_dir / "config.yaml") == sha256_of(again.run_dir / "config.yaml")
-    table = json.loads((result.run_dir / "environment.json").read_text())["batch_sizes_tried"]
-    assert [row["batch_size"] for row in table][:2] == [8, 16]
-    assert all(row["fits"] and row["images_per_second"] > 0 for row in table)
+    recorded = json.loads((result.run_dir / "environment.json").read_text())["batch_sizes_tried"]
+    assert [row["batch_size"] for row in recorded][:2] == [8, 16]
+    assert all(row["fits"] and row["images_per_second"] > 0 for row in recorded)
     assert json.loads((again.run_dir / "environment.json").read_text())["batch_sizes_tried"] == []
     assert json.loads((result.run_dir / "memory.json").read_text())["batch_size"] == 8
 
 
-def test_only_who_trains_can_find_a_batch_size(tiny: Config) -> None:
-    with pytest.raises(ConfigError, match="when it trains; write a number") as caught:
-        resolve(auto(tiny), detect_machine())
-    assert len(caught.value.lines) == 1
+def test_resolve_runs_no_trials(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time_step", pytest.fail)
+    requested = auto(replace(tiny, device=replace(tiny.device, precision="auto")))
+    resolved = resolve(requested, detect_machine())
+    assert (resolved.device.precision, resolved.train.batch_size) == ("auto", "auto")
 
 
-def test_a_card_that_is_not_here_is_told_before_anything_is_tried(
+def test_values_that_are_not_auto_are_not_tuned(tiny: Config) -> None:
+    heard = Heard()
+    assert autotune.autotune(tiny, SPLIT_SIZES, heard) == (tiny, autotune.Trials())
+    assert heard.lines == []
+
+
+@pytest.mark.parametrize(("micro", "size"), [(None, 1), (7, 8)])
+def test_untuned_defaults_are_fp32_and_a_batch_larger_than_the_micro_batch(
+    tiny: Config, micro: int | None, size: int
+) -> None:
+    config = training(tiny, batch_size="auto", micro_batch_size=micro)
+    config = with_untuned_defaults(replace(config, device=replace(config.device, precision="auto")))
+    assert (config.device.precision, config.train.batch_size) == ("fp32", size)
+    assert with_untuned_defaults(tiny) == tiny
+
+
+def test_a_missing_gpu_is_reported_before_any_trial(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    monkeypatch.setattr("captcha_exp.runtime.device._cuda_works", lambda: False)
-    on_card = replace(tiny, device=replace(tiny.device, name="cuda"))
+    monkeypatch.setattr("captcha_exp.runtime.device._is_cuda_available", lambda: False)
+    on_gpu = replace(tiny, device=replace(tiny.device, name="cuda"))
     with pytest.raises(ConfigError, match=r"^device\.name=cuda: .+; available here: auto, "):
-        train.train(auto(on_card))
+        train.train(auto(on_gpu))
     assert not (root / "outputs").exists()
 
 
-@pytest.mark.parametrize(("micro", "size", "left"), [(8, 4, None), (8, 8, None), (8, 16, 8), (None, 4, None)])
-def test_a_found_batch_smaller_than_its_parts_has_none(
-    tiny: Config, micro: int | None, size: int, left: int | None
+@pytest.mark.parametrize(
+    ("micro", "size", "expected"), [(8, 4, None), (8, 8, None), (8, 16, 8), (None, 4, None)]
+)
+def test_a_micro_batch_larger_than_the_chosen_batch_is_dropped(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, micro: int | None, size: int, expected: int | None
 ) -> None:
+    monkeypatch.setattr(autotune, "choose_batch_size", lambda *_: (size, []))
     config = training(tiny, batch_size="auto", micro_batch_size=micro)
-    resolved = resolve(config, detect_machine(best_batch_size=lambda _: size))
-    assert (resolved.train.batch_size, resolved.train.micro_batch_size) == (size, left)
+    tuned, _ = autotune.autotune(config, SPLIT_SIZES, Heard())
+    assert (tuned.train.batch_size, tuned.train.micro_batch_size) == (size, expected)

@@ -1,7 +1,7 @@
-"""A training that is interrupted, wherever that is, and started again ends as one that nobody disturbed.
+"""A training that is interrupted anywhere and resumed has the same result as an uninterrupted one.
 
-Through the real command, in processes that a fork server makes; what the trainings leave is compared as a
-whole: every tensor and counter of the last checkpoint, weights, metrics, the run in MLflow, files.
+The tests run the real command in the children of a fork server and compare complete snapshots: every tensor
+and counter of the last checkpoint, weights, metrics, the MLflow run, and files.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 if sys.platform != "linux":
-    pytest.skip("forks, and asks Linux for a process's end", allow_module_level=True)
+    pytest.skip("needs fork and pidfd_open", allow_module_level=True)
 
 from kill_resume import TINY, Storm, Training, new_store
 from run_snapshot import differences, reached
@@ -27,30 +27,34 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WRITE = "captcha_exp.runtime.files:write_atomically"
 PLACES = {
     "before the first step": Interruption(AFTER_STEP, 1),
-    "amid an epoch": Interruption(AFTER_STEP, 17, "after"),
+    "within an epoch": Interruption(AFTER_STEP, 17, "after"),
     "between a step and its checkpoint": Interruption(PHASES["checkpointing"], 3),
     "while a checkpoint is written": Interruption(Place(WRITE, "/checkpoint/"), 4, "within"),
-    "between a checkpoint and the end of an old one": Interruption(Place("captcha_exp.model.state:keep"), 4),
+    "between a checkpoint and the removal of an old one": Interruption(
+        Place("captcha_exp.model.state:prune"), 4
+    ),
     "before an evaluation": Interruption(PHASES["evaluation"], 2),
     "between an evaluation and its row": Interruption(PHASES["evaluation"], 3, "after"),
     "between the row and the best weights": Interruption(
-        Place("captcha_exp.model.state:TrainState.keep_if_better")
+        Place("captcha_exp.model.state:TrainState.update_best")
     ),
     "while the best weights are written": Interruption(Place(WRITE, "model.safetensors"), 1, "within"),
     "after the best weights": Interruption(PHASES["best"], 1, "after"),
-    "between epochs": Interruption(Place("captcha_exp.training.sanity:Guard.look_at"), 2, "after"),
+    "between epochs": Interruption(
+        Place("captcha_exp.training.sanity:SanityChecker.check_validation"), 2, "after"
+    ),
     "in the last epoch": Interruption(AFTER_STEP, 40, "after"),
     "before the test": Interruption(PHASES["evaluation"], 5),
-    "in the report": Interruption(Place("captcha_exp.report.figures:confusion")),
-    "before its end is written": Interruption(PHASES["closing"]),
+    "in the report": Interruption(Place("captcha_exp.report.figures:plot_confusion_matrix")),
+    "before its status is written": Interruption(PHASES["closing"]),
 }
-RHYTHMS = ("'1 epoch'", "null")
+INTERVALS = ("'1 epoch'", "null")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    """Children that draw no sheet of pictures, which takes longer than all the rest."""
-    with ForkServer(without=["captcha_exp.report.figures:_sheet"]) as server:
+    """A server whose children skip the image grids, which take longer than everything else."""
+    with ForkServer(without=["captcha_exp.report.figures:_save_image_grid"]) as server:
         yield server
 
 
@@ -60,10 +64,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: ForkServer, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a training leaves that nobody disturbs; by then nobody sees how often it saved what it had
-    reached."""
-    training = Training(server, tmp_path_factory.mktemp("undisturbed") / "root", (), store)
+def uninterrupted(
+    server: ForkServer, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The snapshot of an uninterrupted training; it does not depend on the checkpoint interval."""
+    training = Training(server, tmp_path_factory.mktemp("uninterrupted") / "root", (), store)
     assert training.start().code == 0
     return training.run_snapshot()
 
@@ -73,38 +78,38 @@ def training(server: ForkServer, store: Path, tmp_path: Path) -> Training:
     return Training(server, tmp_path / "root", (), store)
 
 
-def test_a_forked_training_is_what_a_fresh_process_is(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+def test_a_forked_training_equals_one_in_a_new_process(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "captcha_exp", "train", *TINY, "tracking=none", "--json"]
     environment = os.environ | {"CAPTCHA_EXP_ROOT": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    expected = undisturbed["runs"][0]["result"]["weights_sha256"]
+    expected = uninterrupted["runs"][0]["result"]["weights_sha256"]
     assert json.loads(done.stdout)["weights_sha256"] == expected
 
 
 @pytest.mark.parametrize(
-    ("place", "rhythm"),
+    ("place", "interval"),
     [
         *((place, "'3 steps'") for place in PLACES),
-        *(("amid an epoch", rhythm) for rhythm in RHYTHMS),
-        *(("between epochs", rhythm) for rhythm in RHYTHMS),
+        *(("within an epoch", interval) for interval in INTERVALS),
+        *(("between epochs", interval) for interval in INTERVALS),
     ],
 )
-def test_nothing_that_a_training_has_reached_is_another_for_an_interruption(
-    training: Training, cache: Path, undisturbed: dict[str, Any], place: str, rhythm: str
+def test_an_interruption_does_not_change_the_result(
+    training: Training, cache: Path, uninterrupted: dict[str, Any], place: str, interval: str
 ) -> None:
-    training.words += [f"train.checkpoint_every={rhythm}", "tracking=none", f"data.cache={cache}"]
+    training.words += [f"train.checkpoint_every={interval}", "tracking=none", f"data.cache={cache}"]
     ended = training.start(PLACES[place])
     assert (ended.code, ended.signalled) == (-signal.SIGKILL, True), ended.output
 
     ended = training.start()
 
     assert ended.code == 0, ended.output
-    assert differences(undisturbed["runs"], training.run_snapshot()["runs"]) == []
+    assert differences(uninterrupted["runs"], training.run_snapshot()["runs"]) == []
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_after_25_kills_and_damaged_checkpoints_it_ends_as_if_nothing_had_happened(
+def test_25_kills_with_damaged_checkpoints_do_not_change_the_result(
     server: ForkServer, tmp_path: Path, seed: int
 ) -> None:
     storm = Storm(server, tmp_path, seed)
@@ -115,12 +120,12 @@ def test_after_25_kills_and_damaged_checkpoints_it_ends_as_if_nothing_had_happen
 
 
 @pytest.mark.parametrize("phase", ["store", "drawing", "evaluation", "closing"])
-def test_asked_to_end_it_saves_and_says_so_and_goes_on(
-    server: ForkServer, training: Training, undisturbed: dict[str, Any], phase: str
+def test_sigterm_saves_a_checkpoint_and_the_run_resumes(
+    server: ForkServer, training: Training, uninterrupted: dict[str, Any], phase: str
 ) -> None:
-    aim = Interruption(PHASES[phase], after_seconds=0.001, signals=(signal.SIGTERM,))
+    interruption = Interruption(PHASES[phase], after_seconds=0.001, signals=(signal.SIGTERM,))
 
-    ended = training.start(aim, limit_seconds=10)
+    ended = training.start(interruption, limit_seconds=10)
 
     assert not ended.late
     assert ended.code == 128 + signal.SIGTERM, ended.output
@@ -131,11 +136,11 @@ def test_asked_to_end_it_saves_and_says_so_and_goes_on(
     statuses = set(training.run_snapshot()["MLflow"].get("runs", ()))
     assert statuses <= {training.status()}
     assert training.finish().code == 0
-    assert differences(undisturbed, training.run_snapshot()) == []
+    assert differences(uninterrupted, training.run_snapshot()) == []
 
 
-def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(
-    training: Training, undisturbed: dict[str, Any]
+def test_ctrl_c_stops_after_the_step_and_a_second_one_immediately(
+    training: Training, uninterrupted: dict[str, Any]
 ) -> None:
     once = Interruption(AFTER_STEP, 5, signals=(signal.SIGINT,))
     ended = training.start(once)
@@ -147,11 +152,11 @@ def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(
     assert "RUNNING" not in training.next_start().output
 
     assert training.finish().code == 0
-    assert differences(undisturbed, training.run_snapshot()) == []
+    assert differences(uninterrupted, training.run_snapshot()) == []
 
 
-def test_when_its_time_is_up_it_ends_and_the_same_command_goes_on(
-    training: Training, undisturbed: dict[str, Any]
+def test_a_run_stopped_by_max_minutes_is_resumed_by_the_same_command(
+    training: Training, uninterrupted: dict[str, Any]
 ) -> None:
     training.words.append("train.max_minutes=0.012")
     codes: list[int] = []
@@ -161,4 +166,4 @@ def test_when_its_time_is_up_it_ends_and_the_same_command_goes_on(
 
     assert set(codes[:-1]) == {75}
     assert codes[-1] == 0
-    assert differences(undisturbed, training.run_snapshot()) == []
+    assert differences(uninterrupted, training.run_snapshot()) == []

@@ -1,4 +1,4 @@
-"""The training: what it says of bad numbers, how the loop ends, what the record says of it."""
+"""Training: sanity checks, the end of the loop, and the record of the run."""
 
 import hashlib
 import json
@@ -47,18 +47,18 @@ from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 from captcha_exp.training import sanity, train
 
 
-class Notes:
-    """A tracker that remembers what it was told."""
+class RecordingTracker:
+    """A tracker that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.rows: list[MetricsRow] = []
         self.status: Status | None = None
-        self.folder: Path | None = None
+        self.run_dir: Path | None = None
 
     def start(self, run: Run, config: Config) -> None:
         self.calls.append("start")
-        self.folder = run.run_dir
+        self.run_dir = run.run_dir
 
     def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         self.calls.append("log_inputs")
@@ -72,74 +72,76 @@ class Notes:
         self.status = status
 
 
-def state_of(folder: Path | None) -> dict[str, Any]:
-    assert folder is not None
-    state: dict[str, Any] = json.loads((folder / "run.json").read_text())
+def state_of(run_dir: Path | None) -> dict[str, Any]:
+    assert run_dir is not None
+    state: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
     return state
 
 
-def rows_of(folder: Path) -> list[MetricsRow]:
-    return [MetricsRow.from_line(f"{line}\n") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def rows_of(run_dir: Path) -> list[MetricsRow]:
+    return [
+        MetricsRow.from_line(f"{line}\n") for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture
 def config(tiny: Config) -> Config:
-    """One epoch of the tiny config on one thread."""
+    """The tiny config with one epoch on one thread."""
     return replace(training(tiny, epochs=1), device=replace(tiny.device, threads=1))
 
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pictures of the report take longer than this training."""
-    for name in ("curves", "confusion", "errors", "samples"):
+    """Skip the figures of the report, which take longer than this training."""
+    for name in ("plot_curves", "plot_confusion_matrix", "plot_misreads", "plot_samples"):
         monkeypatch.setattr(figures, name, lambda *args: None)
 
 
-# -- numbers that are no numbers -----------------------------------------------------------------------------
+# -- non-finite losses and gradients -------------------------------------------------------------------------
 
 
-GOOD, BAD = torch.tensor(False), torch.tensor(True)  # whether a step was broken
+FINITE, DIVERGED = torch.tensor(False), torch.tensor(True)
 
 
-def test_the_first_bad_step_is_the_one_that_is_told(config: Config) -> None:
-    """Later good ones do not hide it, later bad ones do not replace it."""
+def test_the_first_diverged_step_is_reported(config: Config) -> None:
+    """Later finite steps do not hide it, and later diverged steps do not replace it."""
     config, batch = training(config, batch_size=2), batch_of(config, 20)
-    guard = guarding(config, batch)
+    checker = guarding(config, batch)
     model = init_train_state(config, CPU).model
-    guard.observe(10, torch.tensor(1.0), GOOD)
-    guard.check(model, 2)
-    guard.observe(17, torch.tensor(math.nan), BAD)
-    guard.observe(18, torch.tensor(1.0), BAD)
-    guard.observe(19, torch.tensor(1.0), GOOD)
-    with pytest.raises(RunFailed, match=r"^step 18 \(epoch 2\): the loss is not a finite number"):
-        guard.check(model, 2)
+    checker.observe(10, torch.tensor(1.0), FINITE)
+    checker.check(model, 2)
+    checker.observe(17, torch.tensor(math.nan), DIVERGED)
+    checker.observe(18, torch.tensor(1.0), DIVERGED)
+    checker.observe(19, torch.tensor(1.0), FINITE)
+    with pytest.raises(RunFailed, match=r"^step 18 \(epoch 2\): the loss is not finite"):
+        checker.check(model, 2)
 
 
-def test_a_bad_gradient_is_told_from_a_bad_loss(config: Config) -> None:
-    guard = guarding(config, batch_of(config))
-    guard.observe(0, torch.tensor(1.0), BAD)
-    with pytest.raises(RunFailed, match=r"^step 1 \(epoch 1\): a gradient is not a finite number"):
-        guard.check(init_train_state(config, CPU).model, 1)
+def test_a_non_finite_gradient_is_distinguished_from_a_non_finite_loss(config: Config) -> None:
+    checker = guarding(config, batch_of(config))
+    checker.observe(0, torch.tensor(1.0), DIVERGED)
+    with pytest.raises(RunFailed, match=r"^step 1 \(epoch 1\): a gradient is not finite"):
+        checker.check(init_train_state(config, CPU).model, 1)
 
 
-def test_a_learning_rate_that_is_too_high_is_said_in_one_line(config: Config, no_report: None) -> None:
-    notes = Notes()
+def test_a_too_high_learning_rate_is_reported_in_one_line(config: Config, no_report: None) -> None:
+    tracker = RecordingTracker()
     config = training(config, learning_rate=1e30, schedule="constant", batch_size=32, epochs=3)
     with pytest.raises(RunFailed) as failure:
-        train.train(config, notes, Heard())
+        train.train(config, tracker, Heard())
     (line,) = failure.value.lines
     assert line.startswith("step ")
-    assert "(epoch 1): the loss is not a finite number, in the batch of" in line
+    assert "(epoch 1): the loss is not finite, in a batch of" in line
     assert "weights have grown to" in line
-    assert "train.learning_rate=1e+30 is too high: try a tenth of it" in line
-    state = state_of(notes.folder)
-    assert state["status"] == notes.status == "FAILED"
+    assert "train.learning_rate=1e+30 is too high, try a tenth of it" in line
+    state = state_of(tracker.run_dir)
+    assert state["status"] == tracker.status == "FAILED"
     assert line in state["error"]
 
 
-def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str, value: float) -> str:
-    """The line of a training in which one weight is this number from step `at` (counted from 1) on."""
-    plain = train_step
+def diverge(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str, value: float) -> str:
+    """Set one weight to a value at step `at` (from 1) of a training; return the message of its error."""
+    original = train_step
     steps = 0
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
@@ -149,7 +151,7 @@ def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str
             with torch.no_grad():
                 parameter = dict(state.model.named_parameters())[name]
                 parameter[(0,) * parameter.ndim] = value
-        return plain(state, batch, config)
+        return original(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(RunFailed) as failure:
@@ -158,44 +160,42 @@ def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str
     return line
 
 
-def test_the_line_names_step_epoch_and_batch(
+def test_the_error_names_step_epoch_and_batch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = training(config, batch_size=32, epochs=3)
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
-    side = data.split("train", CPU, 512)
-    per_epoch = math.ceil(len(side) / 32)
-    line = poisoned(config, monkeypatch, per_epoch + per_epoch, "head.read.bias", math.inf)
-    last = side.permutation(config.seed, 2)[32 * (per_epoch - 1) :]
-    labels = ", ".join(repr(data.labels[int(side.indices[n])]) for n in last[:4])
-    assert line.startswith(f"step {2 * per_epoch} (epoch 2): the loss is not a finite number")
-    assert f"in the batch of {len(last)} pictures that begins with {labels};" in line
+    split = data.split("train", CPU, 512)
+    per_epoch = math.ceil(len(split) / 32)
+    line = diverge(config, monkeypatch, per_epoch + per_epoch, "head.classifier.bias", math.inf)
+    last = split.permutation(config.seed, 2)[32 * (per_epoch - 1) :]
+    labels = ", ".join(repr(data.labels[int(split.indices[n])]) for n in last[:4])
+    assert line.startswith(f"step {2 * per_epoch} (epoch 2): the loss is not finite")
+    assert f"in a batch of {len(last)} images that starts with {labels};" in line
 
 
-@pytest.mark.parametrize("name", ["network.stages.0.0.weight", "head.usual_place", "head.read.bias"])
+@pytest.mark.parametrize("name", ["network.stages.0.0.weight", "head.pos_bias", "head.classifier.bias"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_line_names_the_weight_that_is_no_number(
+def test_the_error_names_the_non_finite_weight(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    line = poisoned(config, monkeypatch, 2, name, value)
+    line = diverge(config, monkeypatch, 2, name, value)
     assert f"weights have grown to {value:.3g} ({name})" in line
 
 
-def test_16_bits_that_overflow_are_named_as_the_cause(config: Config) -> None:
+def test_a_16_bit_overflow_is_reported_as_the_cause(config: Config) -> None:
     config = replace(config, device=replace(config.device, precision="bf16"))
-    guard = guarding(config, batch_of(config))
-    guard.observe(0, torch.tensor(math.nan), BAD)
-    with pytest.raises(RunFailed, match=r"bf16 overflows where fp32 does not; write device\.precision=fp32"):
-        guard.check(init_train_state(config, CPU).model, 1)
+    checker = guarding(config, batch_of(config))
+    checker.observe(0, torch.tensor(math.nan), DIVERGED)
+    with pytest.raises(RunFailed, match=r"bf16 overflows and fp32 does not; set device\.precision=fp32"):
+        checker.check(init_train_state(config, CPU).model, 1)
 
 
-# -- losses and readings at chance ---------------------------------------------------------------------------
+# -- loss and accuracy at chance -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", ["position", "grouped_softmax"])
-def test_the_first_loss_of_fresh_weights_is_at_chance(
-    config: Config, head: Literal["position", "grouped_softmax"]
-) -> None:
+def test_the_first_loss_is_at_chance(config: Config, head: Literal["position", "grouped_softmax"]) -> None:
     config = replace(config, model=replace(config.model, head=head))
     state = init_train_state(config, CPU)
     step = train_step(state, batch_of(config, 32), config)
@@ -203,27 +203,27 @@ def test_the_first_loss_of_fresh_weights_is_at_chance(
 
 
 @pytest.mark.parametrize(
-    ("loss", "trouble"), [(0.7, True), (0.9, False), (1.61, False), (3.1, False), (3.3, True)]
+    ("loss", "warns"), [(0.7, True), (0.9, False), (1.61, False), (3.1, False), (3.3, True)]
 )
-def test_a_first_loss_far_from_chance_is_said(config: Config, loss: float, trouble: bool) -> None:
-    """ln 5 is 1.609; half and twice of it are borne."""
+def test_a_first_loss_far_from_chance_gives_a_warning(config: Config, loss: float, warns: bool) -> None:
+    """ln 5 is 1.609; from half to twice of it is allowed."""
     text = sanity.check_first_loss(loss, init_train_state(config, CPU).model)
-    assert (text is not None) == trouble
+    assert (text is not None) == warns
     if text:
-        assert f"the first loss is {loss:.3f}, but a head that knows nothing has 1.609" in text
+        assert f"the first loss is {loss:.3f}, but the loss at chance is 1.609" in text
 
 
-def test_a_first_loss_far_from_chance_is_in_the_record(
+def test_the_warning_of_the_first_loss_is_recorded(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = networks.build
+    build = networks.build
 
-    def large(*args: Any) -> networks.Recognizer:
-        model = plain(*args)
+    def build_large(*args: Any) -> networks.Recognizer:
+        model = build(*args)
         torch.nn.init.normal_(model.head.classifier.weight, std=100)  # type: ignore[union-attr, arg-type]
         return model
 
-    monkeypatch.setattr(networks, "build", large)
+    monkeypatch.setattr(networks, "build", build_large)
     heard = Heard()
     result = train.train(config, None, heard)
     (warning,) = state_of(result.run_dir)["warnings"]
@@ -233,47 +233,47 @@ def test_a_first_loss_far_from_chance_is_in_the_record(
 
 @pytest.fixture
 def learnable(config: Config) -> Config:
-    """Three characters that the tiny network learns to read in a second."""
+    """A task with three characters that the tiny network learns in a second."""
     captcha = replace(config.captcha, alphabet="017", length=3, width=40)
     learning = training(config, epochs=20, batch_size=16, learning_rate=0.02, sanity_check_steps=170)
     return replace(learning, captcha=captcha)
 
 
-def test_characters_that_stay_at_chance_are_told_with_causes(
+def test_an_accuracy_at_chance_gives_a_warning_with_causes(
     learnable: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = dataset.load_or_build
+    load_or_build = dataset.load_or_build
 
     def shuffled(*args: Any) -> Dataset:
-        data = plain(*args)
+        data = load_or_build(*args)
         return replace(data, targets=data.targets[torch.randperm(len(data.targets))])
 
-    monkeypatch.setattr(dataset, "prepare", shuffled)
+    monkeypatch.setattr(dataset, "load_or_build", shuffled)
     heard = Heard()
     result = train.train(learnable, None, heard)
-    (warning,) = heard.warnings  # once, not in every epoch
-    assert "characters are read no better than by chance" in warning
-    for cause in ("labels that do not belong", "train.learning_rate=0.02", "at 40x16", "patience"):
+    (warning,) = heard.warnings  # once, not per epoch
+    assert "the character accuracy is still at chance" in warning
+    for cause in ("labels that do not match", "train.learning_rate=0.02", "at 40x16", "too few steps"):
         assert cause in warning
     assert "  " not in warning
     assert state_of(result.run_dir)["warnings"] == [warning]
 
 
-def test_a_training_that_learns_is_not_warned(learnable: Config, no_report: None) -> None:
+def test_a_training_that_learns_gives_no_warning(learnable: Config, no_report: None) -> None:
     heard = Heard()
     result = train.train(learnable, None, heard)
     assert heard.warnings == []
     assert result.test.char_accuracy > 0.6
 
 
-def test_chance_is_not_judged_before_its_time(config: Config) -> None:
+def test_accuracy_at_chance_is_not_checked_before_sanity_check_steps(config: Config) -> None:
     targets = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
-    blind = Evaluation(1.0, np.zeros_like(targets), targets, np.ones((100, 2), np.float32), np.arange(100))
-    assert sanity.check_above_chance(blind, config, config.train.sanity_check_steps - 1) is None
-    assert sanity.check_above_chance(blind, config, config.train.sanity_check_steps) is not None
+    constant = Evaluation(1.0, np.zeros_like(targets), targets, np.ones((100, 2), np.float32), np.arange(100))
+    assert sanity.check_above_chance(constant, config, config.train.sanity_check_steps - 1) is None
+    assert sanity.check_above_chance(constant, config, config.train.sanity_check_steps) is not None
 
 
-# -- the same again ------------------------------------------------------------------------------------------
+# -- reproducibility -----------------------------------------------------------------------------------------
 
 
 def weights(config: Config) -> str:
@@ -282,25 +282,27 @@ def weights(config: Config) -> str:
 
 TRAIN = """
 import json, sys
-from captcha_exp import load, report
-from captcha_exp.train import train
-report.curves = report.confusion = report.errors = report.samples = lambda *args: None
+from captcha_exp import load
+from captcha_exp.report import figures
+from captcha_exp.training.train import train
+for name in ("plot_curves", "plot_confusion_matrix", "plot_misreads", "plot_samples"):
+    setattr(figures, name, lambda *args: None)
 print(train(load(json.loads(sys.argv[1]))).weights_sha256)
 """
 
 
 def test_the_weights_are_a_function_of_the_config(config: Config, no_report: None, tmp_path: Path) -> None:
-    """Not of how often, with how many drawing processes, or with which memory; nor of what ran before."""
+    """They do not depend on earlier runs, the number of rendering processes, or preloading."""
     expected = weights(config)
     torch.rand(7)
     assert weights(config) == expected
-    drawn_by_two = replace(drawn(config), workers=2, cache=str(tmp_path / "fresh"))
-    assert weights(replace(config, data=drawn_by_two)) == expected
+    two_workers = replace(drawn(config), workers=2, cache=str(tmp_path / "fresh"))
+    assert weights(replace(config, data=two_workers)) == expected
     assert weights(replace(config, device=replace(config.device, preload_limit_mib=0))) == expected
     assert weights(replace(config, seed=1)) != expected
 
 
-def test_threads_are_the_configs_not_the_environments(config: Config, no_report: None) -> None:
+def test_the_number_of_threads_comes_from_the_config(config: Config, no_report: None) -> None:
     config = replace(config, device=replace(config.device, threads=2))
     variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     done = subprocess.run(
@@ -313,23 +315,22 @@ def test_threads_are_the_configs_not_the_environments(config: Config, no_report:
     assert done.stdout.strip() == weights(config)
 
 
-def test_another_split_or_order_gives_other_weights(config: Config, no_report: None) -> None:
-    """The counterpart: the digest does see a change."""
-    one = weights(config)
-    assert weights(replace(config, data=replace(config.data, split_seed=5))) != one
-    assert weights(training(config, batch_size=63)) != one
+def test_another_split_or_batch_size_gives_other_weights(config: Config, no_report: None) -> None:
+    expected = weights(config)
+    assert weights(replace(config, data=replace(config.data, split_seed=5))) != expected
+    assert weights(training(config, batch_size=63)) != expected
 
 
-def test_the_digest_sees_names_shapes_values_and_statistics(config: Config) -> None:
+def test_weights_sha256_covers_weights_and_statistics_in_any_memory_format(config: Config) -> None:
     def digest() -> str:
         return weights_sha256(model)
 
     model = init_train_state(config, CPU).model
     before = digest()
     assert weights_sha256(init_train_state(config, CPU).model) == before
-    plain = networks.build(config.model, config.captcha)
-    plain.load_state_dict(model.state_dict())
-    assert weights_sha256(plain) == before  # another layout in memory
+    contiguous = networks.build(config.model, config.captcha)
+    contiguous.load_state_dict(model.state_dict())
+    assert weights_sha256(contiguous) == before
     with torch.no_grad():
         next(iter(model.buffers()))[0] += 1e-6
     assert digest() != before
@@ -339,31 +340,31 @@ def test_the_digest_sees_names_shapes_values_and_statistics(config: Config) -> N
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[tuple[int, str]]:
-    """Gives validation these accuracies; returns (pictures, digest of the weights) of each evaluation."""
-    seen: list[tuple[int, str]] = []
+    """Script the validation accuracies; return (images, SHA-256 of the weights) of each evaluation."""
+    evaluations: list[tuple[int, str]] = []
 
-    def chosen(model: networks.Recognizer, split: Split, config: Config, *_: object) -> Evaluation:
-        number = len(seen)
-        seen.append((len(split), weights_sha256(model)))
-        made = evaluate(model, split, config)
+    def scripted_evaluate(model: networks.Recognizer, split: Split, config: Config, *_: object) -> Evaluation:
+        number = len(evaluations)
+        evaluations.append((len(split), weights_sha256(model)))
+        result = evaluate(model, split, config)
         if number >= len(accuracies):
-            return made
-        right = round(accuracies[number] * len(split))
-        predicted = made.targets.copy()
-        predicted[right:] = (predicted[right:] + 1) % 5
-        return replace(made, predicted=predicted, loss=1.6)
+            return result
+        num_correct = round(accuracies[number] * len(split))
+        predicted = result.targets.copy()
+        predicted[num_correct:] = (predicted[num_correct:] + 1) % 5
+        return replace(result, predicted=predicted, loss=1.6)
 
-    monkeypatch.setattr(train, "evaluate", chosen)
-    return seen
+    monkeypatch.setattr(train, "evaluate", scripted_evaluate)
+    return evaluations
 
 
-def test_the_best_epochs_weights_are_kept_and_tested(
+def test_the_best_weights_are_kept_and_tested(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of two equals, in accuracy and loss, is the best one."""
-    seen = scripted(monkeypatch, [0.2, 0.6, 0.4, 0.6])
+    """Of two epochs with equal accuracy and loss, the first is the best."""
+    evaluations = scripted(monkeypatch, [0.2, 0.6, 0.4, 0.6])
     result = train.train(training(config, epochs=4), None, Heard())
-    digests = [digest for _, digest in seen]
+    digests = [digest for _, digest in evaluations]
     assert len(set(digests[:4])) == 4
     assert result.best_epoch == 2
     assert digests[4] == digests[1] == result.weights_sha256
@@ -382,7 +383,7 @@ def test_the_best_epochs_weights_are_kept_and_tested(
         (None, [0.5], 8),
     ],
 )
-def test_patience_bears_so_many_epochs_and_one_more_stops(
+def test_early_stopping_comes_after_more_than_patience_epochs_without_improvement(
     config: Config,
     no_report: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -394,112 +395,114 @@ def test_patience_bears_so_many_epochs_and_one_more_stops(
     heard = Heard()
     result = train.train(training(config, epochs=8, patience=patience, batch_size=200), None, heard)
     assert state_of(result.run_dir)["result"]["epochs"] == epochs
-    assert any("stopping early" in line for line in heard.lines) == (epochs < 8)
+    assert any("Stopping early" in line for line in heard.lines) == (epochs < 8)
 
 
-def test_an_evaluation_is_finished_though_the_time_is_up(
+def test_an_evaluation_is_not_interrupted_by_the_time_limit(
     config: Config, no_report: None, unplanned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It begins anew when it is interrupted: with less time than it takes, no start would get past it."""
+    """It restarts from zero: a limit shorter than one evaluation would never make progress."""
     seconds = [0.0]
 
-    def evaluated(*arguments: Any) -> Evaluation:
+    def slow_evaluate(*arguments: Any) -> Evaluation:
         seconds[0] = 1e9
         return evaluate(*arguments)
 
-    monkeypatch.setattr(train, "evaluate", evaluated)
+    monkeypatch.setattr(train, "evaluate", slow_evaluate)
     with pytest.raises(TimeLimitReached):
         train.train(training(config, epochs=4), shutdown=ShutdownHandler(1.0, lambda: seconds[0]))
-    (folder,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
-    assert [row.step for row in read_metrics_rows(folder)[0]] == [1]
-    assert state_of(folder)["status"] == "KILLED"
+    (run_dir,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
+    assert [row.step for row in read_metrics_rows(run_dir)[0]] == [1]
+    assert state_of(run_dir)["status"] == "KILLED"
 
 
-def test_what_changed_while_a_run_was_interrupted_is_told_and_recorded(
+def test_a_changed_environment_is_reported_and_recorded_on_resume(
     config: Config, no_report: None, unplanned: None
 ) -> None:
     seconds = iter([0.0, *[1e9] * 9])
     with pytest.raises(TimeLimitReached):
         train.train(config, shutdown=ShutdownHandler(1.0, lambda: next(seconds)))
-    (folder,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
-    path = folder / "environment.json"
+    (run_dir,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
+    path = run_dir / "environment.json"
     values = json.loads(path.read_text())
     values["packages"]["torch"] = "2.0.0"
     values["code_sha256"] = "0" * 64
-    values["host"] = "another one, which computes nothing"
+    values["host"] = "another host, which does not affect the numbers"
     path.write_text(json.dumps(values))
     heard = Heard()
-    train.train(config, None, heard, folder)
-    state = state_of(folder)
-    (again,) = state["resumed"]
-    now = json.loads(path.read_text())
-    assert now == values, "it says on what the run began"
-    assert again["changed"].keys() == {"packages.torch", "code_sha256"}
-    assert again["changed"]["packages.torch"] == ["2.0.0", str(torch.__version__)]
-    (told,) = (line for line in heard.warnings if line.startswith("not as it was when the run began: "))
-    assert f"packages.torch 2.0.0 -> {torch.__version__}" in told
-    assert "code_sha256 000000000000 -> " in told
-    assert told in state["warnings"]
+    train.resume(run_dir, None, heard)
+    state = state_of(run_dir)
+    (resumed,) = state["resumed"]
+    assert json.loads(path.read_text()) == values, "the environment of the start is kept"
+    assert resumed["changed"].keys() == {"packages.torch", "code_sha256"}
+    assert resumed["changed"]["packages.torch"] == ["2.0.0", str(torch.__version__)]
+    start = "the environment has changed since the run started: "
+    (warning,) = (line for line in heard.warnings if line.startswith(start))
+    assert f"packages.torch 2.0.0 -> {torch.__version__}" in warning
+    assert "code_sha256 000000000000 -> " in warning
+    assert warning in state["warnings"]
 
 
-def test_validation_is_whole_and_the_test_split_is_opened_once_at_the_end(
+def test_validation_uses_its_whole_split_and_the_test_split_is_used_once_at_the_end(
     config: Config, no_report: None, unplanned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    plain_split = Dataset.split
+    original_split = Dataset.split
 
-    def opened(self: Dataset, name: str, device: torch.device, limit: int) -> Split:
+    def recorded_split(self: Dataset, name: str, device: torch.device, limit: int) -> Split:
         events.append(f"open {name}")
-        return plain_split(self, name, device, limit)
+        return original_split(self, name, device, limit)
 
-    def evaluated(model: networks.Recognizer, split: Split, config: Config, *_: object) -> Evaluation:
-        made = evaluate(model, split, config)
-        (side,) = (
-            name for name, rows in data.split_indices.items() if set(made.indices) <= set(rows.tolist())
+    def recorded_evaluate(model: networks.Recognizer, split: Split, config: Config, *_: object) -> Evaluation:
+        result = evaluate(model, split, config)
+        (name,) = (
+            name
+            for name, indices in data.split_indices.items()
+            if set(result.indices) <= set(indices.tolist())
         )
-        assert sorted(made.indices) == data.split_indices[side].tolist()
-        events.append(f"evaluate {side}")
-        return made
+        assert sorted(result.indices) == data.split_indices[name].tolist()
+        events.append(f"evaluate {name}")
+        return result
 
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
-    monkeypatch.setattr(Dataset, "split", opened)
-    monkeypatch.setattr(train, "evaluate", evaluated)
+    monkeypatch.setattr(Dataset, "split", recorded_split)
+    monkeypatch.setattr(train, "evaluate", recorded_evaluate)
     train.train(training(config, epochs=3, eval_batch_size=7), None, Heard())
     assert [e for e in events if e.startswith("evaluate")] == ["evaluate validation"] * 3 + ["evaluate test"]
     assert [e for e in events if "test" in e] == ["open test", "evaluate test"]
     assert events[-2:] == ["open test", "evaluate test"]
 
 
-def test_every_epoch_trains_on_all_training_pictures_in_another_order(
+def test_every_epoch_trains_on_all_images_in_another_order(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train_step
-    rows: list[int] = []
+    original = train_step
+    indices: list[int] = []
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
         assert state.model.training
-        rows.extend(batch.indices.tolist())
-        return plain(state, batch, config)
+        indices.extend(batch.indices.tolist())
+        return original(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
     train.train(training(config, epochs=2), None, Heard())
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     expected = data.split_indices["train"].tolist()
-    first, second = rows[: len(expected)], rows[len(expected) :]
+    first, second = indices[: len(expected)], indices[len(expected) :]
     assert sorted(first) == sorted(second) == expected
     assert first != second
     assert first != expected
 
 
-def test_the_rate_follows_the_schedule_over_all_steps(
+def test_the_learning_rate_follows_the_schedule_over_all_steps(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train_step
+    original = train_step
     rates: list[float] = []
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
         rates.extend({group["lr"] for group in state.optimizer.param_groups})
-        return plain(state, batch, config)
+        return original(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
     config = training(config, epochs=3, schedule="onecycle", warmup_fraction=0.5, learning_rate=0.01)
@@ -511,30 +514,32 @@ def test_the_rate_follows_the_schedule_over_all_steps(
     assert rates == pytest.approx([0.01 * min(2 * m, 2 - 2 * m) for m in middles])
 
 
-def test_training_accuracy_and_loss_are_means_over_pictures(
+def test_training_accuracy_and_loss_are_means_over_images(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short last batch counts by its pictures."""
-    plain = train_step
-    seen: list[tuple[float, int, int]] = []
+    """A short last batch is weighted by its number of images."""
+    original = train_step
+    results: list[tuple[float, int, int]] = []
 
     def step(state: TrainState, batch: Batch, config: Config) -> Step:
-        made = plain(state, batch, config)
-        seen.append((float(made.loss), int(made.num_correct), len(batch.indices)))
-        return made
+        result = original(state, batch, config)
+        results.append((float(result.loss), int(result.num_correct), len(batch.indices)))
+        return result
 
     monkeypatch.setattr(train, "train_step", step)
     result = train.train(training(config, batch_size=100), None, Heard())
-    count = sum(n for _, _, n in seen)
-    assert seen[-1][2] < 100
+    count = sum(n for _, _, n in results)
+    assert results[-1][2] < 100
     metrics = rows_of(result.run_dir)[0].metrics
-    assert metrics["train/loss"] == pytest.approx(sum(loss * n for loss, _, n in seen) / count, rel=1e-5)
-    assert metrics["train/accuracy"] == pytest.approx(sum(right for _, right, _ in seen) / count)
+    assert metrics["train/loss"] == pytest.approx(sum(loss * n for loss, _, n in results) / count, rel=1e-5)
+    assert metrics["train/accuracy"] == pytest.approx(
+        sum(num_correct for _, num_correct, _ in results) / count
+    )
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_optimiser_trains_in_every_precision(
+def test_every_optimizer_trains_in_every_precision(
     config: Config, no_report: None, kind: Optimizer, precision: Literal["fp32", "bf16"]
 ) -> None:
     config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
@@ -555,7 +560,7 @@ def test_every_optimiser_trains_in_every_precision(
     ],
     ids=" ".join,
 )
-def test_the_choices_of_conf_train(
+def test_the_options_of_conf_train(
     overrides: tuple[str, ...], root: Path, cache: Path, no_report: None
 ) -> None:
     tiny = [text for text in TINY if not text.startswith("model.") and not text.startswith("train.")]
@@ -569,10 +574,10 @@ def test_the_choices_of_conf_train(
 # -- the record ----------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
-    """Every name at every epoch, every file with its hash, the report, and the tracker told."""
-    notes = Notes()
-    result = train.train(tiny, notes, Heard())
+def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
+    """All metrics of every epoch, every file with its hash, the report, and the calls of the tracker."""
+    tracker = RecordingTracker()
+    result = train.train(tiny, tracker, Heard())
 
     rows = rows_of(result.run_dir)
     assert [row.step for row in rows] == [1, 2, 2]
@@ -580,11 +585,11 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
     names = {"test/loss", "test/accuracy", "test/char_accuracy", "test/accuracy_low", "test/accuracy_high"}
     names |= {"memory/predicted_peak_mib", "memory/predicted_peak_min_mib"}
     assert rows[2].metrics.keys() == names
-    assert notes.rows == rows
-    assert notes.calls == ["start", "log_inputs", "log", "log", "log", "finish"]
+    assert tracker.rows == rows
+    assert tracker.calls == ["start", "log_inputs", *["log_metrics"] * 3, "finish"]
 
     state = state_of(result.run_dir)
-    assert state["status"] == notes.status == "FINISHED"
+    assert state["status"] == tracker.status == "FINISHED"
     assert state["error"] is None
     assert state["ended"] is not None
     assert state["result"]["weights_sha256"] == result.weights_sha256
@@ -610,30 +615,30 @@ def test_a_finished_run_is_recorded_whole(tiny: Config) -> None:
     } <= present.keys()
 
 
-def test_the_plan_of_the_memory_is_in_the_record(tiny: Config, no_report: None) -> None:
-    """And the same as one that is made without the training."""
+def test_the_memory_plan_is_recorded(tiny: Config, no_report: None) -> None:
+    """It equals a plan made without the training."""
     heard = Heard()
     result = train.train(training(tiny, epochs=1), None, heard)
 
-    pictures = dataset.inspect_dataset(result.config, Heard()).split_sizes
-    plan = Planner(result.config, pictures).plan_for(64)
+    split_sizes = dataset.inspect_dataset(result.config, Heard()).split_sizes
+    plan = Planner(result.config, split_sizes).plan_for(64)
     assert json.loads((result.run_dir / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
-    assert f"memory: {plan.describe('any CUDA card')}" in heard.lines
+    assert f"memory: {plan.describe('any CUDA GPU')}" in heard.lines
     last = rows_of(result.run_dir)[-1].metrics
     assert last["memory/predicted_peak_mib"] == plan.process_mib.max
     assert last["memory/predicted_peak_min_mib"] == plan.process_mib.min
-    assert not any(name.endswith("_error") for name in last)  # a CPU measures no card
+    assert not any(name.endswith("_error") for name in last)  # a CPU has no GPU memory
 
 
-def test_what_a_card_measures_stands_beside_the_plan(
+def test_measured_gpu_memory_is_compared_with_the_plan(
     tiny: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With readings of a card that are played: the error is of the worst epoch."""
-    readings = {"train": iter([1.0, 40.0]), "eval": iter([0.5, 10_000.0])}
+    """With simulated measurements of a GPU: the error is that of the worst epoch."""
+    measured = {"train": iter([1.0, 40.0]), "eval": iter([0.5, 10_000.0])}
 
     def peaks(meter: MemoryMeter, phase: str) -> dict[str, float]:
-        seen = next(readings[phase])
-        return {f"memory/{phase}_peak_allocated_mib": seen, f"memory/{phase}_peak_reserved_mib": seen}
+        mib = next(measured[phase])
+        return {f"memory/{phase}_peak_allocated_mib": mib, f"memory/{phase}_peak_reserved_mib": mib}
 
     monkeypatch.setattr(MemoryMeter, "peaks", peaks)
     monkeypatch.setattr(MemoryMeter, "process_peak_mib", lambda _: 20_000.0)
@@ -653,64 +658,64 @@ def test_what_a_card_measures_stands_beside_the_plan(
 @pytest.mark.parametrize(
     ("raised", "status"),
     [
-        (RuntimeError("the card fell off"), "FAILED"),
+        (RuntimeError("the GPU is lost"), "FAILED"),
         (UserError("a mistake"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (SystemExit(143), "KILLED"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_however_a_run_ends_its_record_says_so(
+def test_the_status_of_a_run_is_recorded_however_it_ends(
     config: Config, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: Status
 ) -> None:
-    def broken(state: TrainState, batch: Batch, config: Config) -> Step:
+    def failing_step(state: TrainState, batch: Batch, config: Config) -> Step:
         raise raised
 
-    monkeypatch.setattr(train, "train_step", broken)
-    notes = Notes()
+    monkeypatch.setattr(train, "train_step", failing_step)
+    tracker = RecordingTracker()
     with pytest.raises(type(raised)):
-        train.train(config, notes, Heard())
-    state = state_of(notes.folder)
-    assert state["status"] == notes.status == status
+        train.train(config, tracker, Heard())
+    state = state_of(tracker.run_dir)
+    assert state["status"] == tracker.status == status
     assert type(raised).__name__ in state["error"]
     assert str(raised) in state["error"] or status == "KILLED"
     assert state["files"].keys() >= {"config.yaml", "dataset.json"}
 
 
-def test_a_drawing_that_fails_is_a_failed_run(
+def test_a_failed_rendering_process_fails_the_run(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(*args: object) -> None:
-        raise RunFailed("a drawing process ended with exit code 1: no more ink")
+    def failing_render(*args: object) -> None:
+        raise RunFailed("a rendering process exited with code 1: font error")
 
-    monkeypatch.setattr(sources, "draw", broken)
-    notes = Notes()
+    monkeypatch.setattr(sources, "render_images", failing_render)
+    tracker = RecordingTracker()
     config = replace(config, data=replace(config.data, cache=str(tmp_path / "empty")))
-    with pytest.raises(RunFailed, match="no more ink"):
-        train.train(config, notes, Heard())
-    assert state_of(notes.folder)["status"] == notes.status == "FAILED"
+    with pytest.raises(RunFailed, match="font error"):
+        train.train(config, tracker, Heard())
+    assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
 
 
 def test_a_tracker_that_cannot_start_fails_the_run(config: Config) -> None:
-    class Away(Notes):
+    class UnreachableTracker(RecordingTracker):
         def start(self, run: Run, config: Config) -> None:
             super().start(run, config)
-            raise ConnectionError("nobody there")
+            raise ConnectionError("unreachable")
 
-    notes = Away()
+    tracker = UnreachableTracker()
     with pytest.raises(ConnectionError):
-        train.train(config, notes, Heard())
-    assert state_of(notes.folder)["status"] == notes.status == "FAILED"
+        train.train(config, tracker, Heard())
+    assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
 
 
-def test_nothing_is_made_when_the_data_cannot_be(config: Config, root: Path) -> None:
+def test_no_run_is_created_if_the_dataset_config_is_invalid(config: Config, root: Path) -> None:
     config = replace(config, data=replace(drawn(config), fonts=("Missing.ttf",)))
     with pytest.raises(UserError, match=r"Missing\.ttf"):
         train.train(config, None, Heard())
     assert not (root / "outputs").exists()
 
 
-def test_the_record_holds_what_was_asked_and_what_ran(config: Config, no_report: None) -> None:
+def test_the_record_has_the_requested_and_the_resolved_config(config: Config, no_report: None) -> None:
     requested = replace(
         config,
         device=replace(config.device, name="auto"),
@@ -722,19 +727,19 @@ def test_the_record_holds_what_was_asked_and_what_ran(config: Config, no_report:
     assert "uri: auto" in (result.run_dir / "requested.yaml").read_text()
 
 
-def test_the_model_is_on_disk_from_the_first_epoch_on(
+def test_the_weights_are_written_after_the_first_epoch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupting(Notes):
+    class Interrupting(RecordingTracker):
         def log_metrics(self, row: MetricsRow) -> None:
             super().log_metrics(row)
             if row.step == 2:
                 raise KeyboardInterrupt
 
-    notes = Interrupting()
+    tracker = Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        train.train(training(config, epochs=5), notes, Heard())
-    assert notes.folder is not None
-    assert len(rows_of(notes.folder)) == 2
-    load_weights(notes.folder / "model.safetensors", CPU)
-    assert state_of(notes.folder)["status"] == "KILLED"
+        train.train(training(config, epochs=5), tracker, Heard())
+    assert tracker.run_dir is not None
+    assert len(rows_of(tracker.run_dir)) == 2
+    load_weights(tracker.run_dir / "model.safetensors", CPU)
+    assert state_of(tracker.run_dir)["status"] == "KILLED"
