@@ -63,7 +63,7 @@ def calibrate(
         None if free_before is None else free_before / devices.MIB,
         display,
     )
-    card = build_gpu_spec(readings, configs[0].gpu)
+    spec = build_gpu_spec(readings, configs[0].gpu)
     software = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
@@ -71,9 +71,9 @@ def calibrate(
         "driver": devices.driver_version(),
     }
     _write_gpu_file(
-        path, card, [_format_measurement(card, time.strftime("%Y-%m-%d"), software), _format_command(command)]
+        path, spec, [_format_measurement(spec, time.strftime("%Y-%m-%d"), software), _format_command(command)]
     )
-    return card, path
+    return spec, path
 
 
 def calibrate_from_session(
