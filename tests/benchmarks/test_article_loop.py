@@ -505,8 +505,8 @@ def test_our_training_stops_where_the_article_s_does(
     monkeypatch.setattr(Dataset, "split", opened)
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train, "evaluate", scripted)
-    monkeypatch.setattr(figures, "curves", lambda rows, path: None)
-    monkeypatch.setattr(figures, "confusion", lambda evaluation, alphabet, path: None)
+    monkeypatch.setattr(figures, "plot_curves", lambda rows, path: None)
+    monkeypatch.setattr(figures, "plot_confusion_matrix", lambda evaluation, alphabet, path: None)
     chosen = [text for text in TINY if not text.startswith("train.")]
     config = load(
         compose(*chosen, f"data.cache={cache}", "tracking=none", "train=constant_lr", "device.threads=1")
