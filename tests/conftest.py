@@ -106,14 +106,6 @@ def make_checker(config: Config, batch: Batch) -> sanity.SanityChecker:
     return sanity.SanityChecker(Split(*batch, CPU), ["01"] * len(batch.indices), config, fail)
 
 
-# Old names, until all tests use the new ones.
-Heard = RecordingDisplay
-drawn = generator_config
-training = with_train
-batch_of = make_batch
-guarding = make_checker
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Use one thread: several are slower for tiny layers."""

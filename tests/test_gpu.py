@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, batch_of, drawn, training
+from conftest import TINY, generator_config, make_batch, with_train
 from PIL import Image
 
 from captcha_exp import compose, load
@@ -166,7 +166,7 @@ def test_a_step_never_synchronizes(
     device = setup_device(config)
     split = training_split(config)
     order = split.permutation(0, 1)
-    augmenter = Augmenter(config, 1, drawn(config).count, device)
+    augmenter = Augmenter(config, 1, generator_config(config).count, device)
     state = init_train_state(config, device)
     for batch in split.batches(64, order):  # warm-up: the first steps may synchronize
         train_step(state, augmenter(batch), config)
@@ -212,9 +212,9 @@ def test_16_bit_gradients_agree_with_fp32_since_ampere(cuda: Config) -> None:
 
 def test_fp16_fits_a_batch_with_a_reasonable_loss_scale(cuda: Config) -> None:
     """The loss scale is the initial one after at most 8 halvings."""
-    config = with_device(training(cuda, label_smoothing=0.0, learning_rate=0.01), precision="fp16")
+    config = with_device(with_train(cuda, label_smoothing=0.0, learning_rate=0.01), precision="fp16")
     device = setup_device(config)
-    batch = batch_of(config, 32)
+    batch = make_batch(config, 32)
     batch = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
     state = init_train_state(config, device)
     steps = [train_step(state, batch, config) for _ in range(60)]
@@ -293,7 +293,7 @@ def too_large(cuda: Config) -> Config:
     """Return a config with large images whose budget is little more than the CUDA context."""
     gpu = replace(cuda.gpu, context_mib=replace(cuda.gpu.context_mib, min=300.0, max=600.0))
     wide = replace(cuda, gpu=gpu, captcha=replace(cuda.captcha, width=1024, height=64))
-    return with_device(training(wide, batch_size=150), vram_budget_mib=640, preload_limit_mib=0)
+    return with_device(with_train(wide, batch_size=150), vram_budget_mib=640, preload_limit_mib=0)
 
 
 @pytest.mark.gpu_quick
@@ -301,7 +301,7 @@ def test_out_of_memory_is_recorded_with_peak_and_prediction(cuda: Config) -> Non
     with pytest.raises(
         TrainingOutOfMemoryError, match=r"out of memory in .+: peak .+ MiB, predicted .+ MiB for"
     ) as caught:
-        train(training(too_large(cuda), on_oom="record"))
+        train(with_train(too_large(cuda), on_oom="record"))
     state = json.loads((find_run("latest") / "run.json").read_text())
 
     assert caught.value.exit_code == 0
@@ -327,7 +327,7 @@ def test_on_oom_split_reduces_micro_batches_until_they_fit(
     cuda: Config, root: Path, memory_limit_reset: None
 ) -> None:
     """The budget is enough for half of the batch but not for all of it."""
-    config = training(too_large(cuda), on_oom="split", eval_batch_size=4)
+    config = with_train(too_large(cuda), on_oom="split", eval_batch_size=4)
     half, whole = (reserved_by_steps(config, count) for count in (75, 150))
     assert whole > half + 64
     context = replace(
@@ -345,7 +345,7 @@ def test_on_oom_split_reduces_micro_batches_until_they_fit(
     assert len(list(root.glob("outputs/*/*/run.json"))) > 1
     assert micro is not None
     assert micro < 150
-    asked = training(with_device(config, vram_budget_mib=None), micro_batch_size=micro)
+    asked = with_train(with_device(config, vram_budget_mib=None), micro_batch_size=micro)
     assert train(asked).weights_sha256 == state["result"]["weights_sha256"]
 
 

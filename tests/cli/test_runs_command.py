@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call, training
+from conftest import Call, with_train
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -265,8 +265,8 @@ def test_parse_number(text: str, value: float | None) -> None:
 
 
 def test_all_conditions_must_hold(make: Make, call: Call, tiny: Config) -> None:
-    small, large = make(training(tiny, batch_size=8)), make(training(tiny, batch_size=128), test=0.5)
-    failed = make(training(tiny, batch_size=128), result=None, status="FAILED", error="no [memory]")
+    small, large = make(with_train(tiny, batch_size=8)), make(with_train(tiny, batch_size=128), test=0.5)
+    failed = make(with_train(tiny, batch_size=128), result=None, status="FAILED", error="no [memory]")
     assert list_dirs(call) == dirs_of([small, large, failed])
     assert list_dirs(call, "train.batch_size>=64") == dirs_of([large, failed])
     assert list_dirs(call, "train.batch_size>=64", "status=FINISHED") == dirs_of([large])
@@ -326,7 +326,7 @@ def test_no_matching_run_is_not_an_error(make: Make, call: Call, root: Path) -> 
 
 
 def test_sort_by_number_text_and_metric(make: Make, call: Call, tiny: Config) -> None:
-    a = make(training(tiny, batch_size=9), test=0.7)
+    a = make(with_train(tiny, batch_size=9), test=0.7)
     b = make(replace(tiny, name="alpha", train=replace(tiny.train, batch_size=10)), test=0.9)
     c = make(replace(tiny, name="zeta", train=replace(tiny.train, batch_size=100)), test=0.8)
     assert list_dirs(call, "--sort", "train.batch_size") == dirs_of([a, b, c])
@@ -359,7 +359,7 @@ def test_sorting_is_stable(make: Make, call: Call) -> None:
 
 def test_runs_without_a_value_come_last(make: Make, call: Call, tiny: Config) -> None:
     unlimited, unfinished = make(), make(result=None)
-    patient, impatient = make(training(tiny, patience=9)), make(training(tiny, patience=2))
+    patient, impatient = make(with_train(tiny, patience=9)), make(with_train(tiny, patience=2))
     diverged = make(rows=({"val/accuracy": 0.1}, {"val/accuracy": float("nan")}))
     assert list_dirs(call, "--sort", "train.patience")[:2] == dirs_of([impatient, patient])
     assert list_dirs(call, "--sort", "train.patience", "--reverse")[:2] == dirs_of([patient, impatient])
@@ -587,7 +587,7 @@ def test_diff_lists_differences_by_section(make: Make, call: Call, tiny: Config)
     first = add_files(make())
     second = add_files(
         make(
-            training(tiny, batch_size=32, patience=3),
+            with_train(tiny, batch_size=32, patience=3),
             test=0.9,
             result={**RESULT, "weights_sha256": "ef" * 32},
         ),

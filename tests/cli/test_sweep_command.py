@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, Heard
+from conftest import TINY, RecordingDisplay
 from support.faults import planted
 
 from captcha_exp import runs
@@ -129,7 +129,11 @@ def test_defer_signals_in_another_thread() -> None:
 
 
 def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
-    found, recorder, display = plan_jobs(make_jobs(tiny), Heard()), SummaryRecorder(), Heard()
+    found, recorder, display = (
+        plan_jobs(make_jobs(tiny), RecordingDisplay()),
+        SummaryRecorder(),
+        RecordingDisplay(),
+    )
 
     def interrupted(folder: Path, numbers: Sequence[int]) -> None:
         make_launch()(folder, numbers[:1])
@@ -166,18 +170,18 @@ def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
 
 
 def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
-    found, recorder = plan_jobs(make_jobs(tiny, 5), Heard()), SummaryRecorder()
+    found, recorder = plan_jobs(make_jobs(tiny, 5), RecordingDisplay()), SummaryRecorder()
     expected: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         for number, outcome in zip(numbers, expected, strict=True):
             make_run(Sweep(folder), number, outcome)
 
-    assert outcomes(run_sweep(found, launch, 1, Heard(), recorder)) == expected
+    assert outcomes(run_sweep(found, launch, 1, RecordingDisplay(), recorder)) == expected
     assert recorder.sweep is not None
     launched: list[int] = []
     sweep = Sweep(recorder.sweep.sweep_dir)
-    again = run_sweep(found, make_launch(launched=launched), 1, Heard(), recorder, sweep)
+    again = run_sweep(found, make_launch(launched=launched), 1, RecordingDisplay(), recorder, sweep)
     assert launched == [4, 5]
     assert again.has_failures is False
 
@@ -250,9 +254,9 @@ def test_a_sweep_has_one_time_limit(root: Path) -> None:
 GRID = (*TINY, "tracking=none", "seed=1,2")
 
 
-def train_all(*words: str, resume: str = "never", display: Heard | None = None) -> int:
+def train_all(*words: str, resume: str = "never", display: RecordingDisplay | None = None) -> int:
     arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
-    return sweep_command.train_sweep(arguments, detect_machine(), display or Heard())
+    return sweep_command.train_sweep(arguments, detect_machine(), display or RecordingDisplay())
 
 
 @pytest.fixture
@@ -321,14 +325,14 @@ def test_auto_skips_an_unfinished_sweep_of_other_code(root: Path, launched: list
     assert train_all(*GRID) == 0
     folder = interrupt(root)
     Sweep(folder).update(code_sha256="0" * 64)
-    display = Heard()
+    display = RecordingDisplay()
     assert train_all(*GRID, resume="auto", display=display) == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [1, 2]]
     assert display.lines[0] == (
         f"{folder}: unfinished sweep with the same jobs, but started with different code; resume it with "
         f"--resume={folder}"
     )
-    display = Heard()
+    display = RecordingDisplay()
     assert train_all(*GRID, resume="auto", display=display) == 0
     assert len(launched) == 3, "the second sweep is finished"
     assert train_all(resume=str(folder)) == 0
@@ -387,7 +391,7 @@ def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) ->
 
 def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
     parent = SweepParentRun(
-        MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"), Heard()
+        MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"), RecordingDisplay()
     )
     state = {"host": "h", "pid": 1, "process_started": 1.0}
     parent.start(root, state, {"seed": "1, 2"})
@@ -459,14 +463,14 @@ def test_mistakes_of_all_jobs_are_reported_before_anything_is_created(root: Path
 
 
 def test_a_summary_that_cannot_be_written(tiny: Config) -> None:
-    recorder, display = SummaryRecorder(), Heard()
+    recorder, display = SummaryRecorder(), RecordingDisplay()
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         make_launch()(folder, numbers)
         (folder / "summary.json").mkdir()
 
     with pytest.raises(RunFailed, match="free disk space"):
-        run_sweep(plan_jobs(make_jobs(tiny), Heard()), launch, 1, display, recorder)
+        run_sweep(plan_jobs(make_jobs(tiny), RecordingDisplay()), launch, 1, display, recorder)
     assert outcomes(recorder.summaries[0]) == ["finished"] * 3
     assert any("cannot write the summary" in line for line in display.warnings)
 
@@ -527,12 +531,12 @@ def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pyt
 def test_no_remedies_if_the_context_alone_exceeds_the_budget(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (planned,) = plan_jobs(make_jobs(tiny, 1), Heard())
+    (planned,) = plan_jobs(make_jobs(tiny, 1), RecordingDisplay())
     assert planned.plan is not None
     monkeypatch.setattr(oom, "advise", None)
     plan = replace(planned.plan, budget_mib=MiBRange(100.0, 100.0))
 
-    assert oom.find_remedies(plan, planned.split_sizes, planned.config, Heard()) == []
+    assert oom.find_remedies(plan, planned.split_sizes, planned.config, RecordingDisplay()) == []
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------

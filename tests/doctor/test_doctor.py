@@ -20,7 +20,7 @@ import filelock
 import psutil
 import pytest
 import torch
-from conftest import drawn
+from conftest import generator_config
 
 from captcha_exp import runs
 from captcha_exp.cli import main, output
@@ -944,7 +944,7 @@ def test_runs_whose_process_has_exited(root: Path, tiny: Config) -> None:
 
 def test_fonts_and_their_glyphs(tiny: Config) -> None:
     assert collect_info(tiny).fonts == "DroidSansMono.ttf"
-    missing = replace(tiny, data=replace(drawn(tiny), fonts=("No.ttf",)))
+    missing = replace(tiny, data=replace(generator_config(tiny), fonts=("No.ttf",)))
     assert collect_info(missing).fonts_error.startswith("data.fonts: 'No.ttf' is neither a file")
     lacking = replace(tiny, captcha=replace(tiny.captcha, alphabet="ab\u4e2d"))
     assert "DroidSansMono.ttf has no glyphs for" in collect_info(lacking).fonts_error

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Heard, batch_of, training
+from conftest import CPU, RecordingDisplay, make_batch, with_train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -707,7 +707,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return FakeGpu(monkeypatch)
 
 
-class ProgressDisplay(Heard):
+class ProgressDisplay(RecordingDisplay):
     """A display that adds up the progress of its one bar."""
 
     total = done = 0
@@ -723,7 +723,7 @@ class ProgressDisplay(Heard):
 def test_measure_runs_completely_on_the_cpu(tiny: Config, fake_gpu: FakeGpu, one_thread: None) -> None:
     display = ProgressDisplay()
     config = replace(tiny, device=replace(tiny.device, threads=1))
-    measurements = gpu_probe.measure([training(config, batch_size=8)], CPU, 3500.0, display)
+    measurements = gpu_probe.measure([with_train(config, batch_size=8)], CPU, 3500.0, display)
     assert [stage.after for stage in measurements.stages] == [
         "the first tensor",
         "the first matrix products",
@@ -756,8 +756,8 @@ def test_the_deterministic_cublas_workspace_is_measured(
     monkeypatch.setattr(gpu_probe, "_measure_conv_workspaces", lambda *_: [])
     monkeypatch.setattr(gpu_probe, "_time_rounds", lambda *_: [])
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    config = training(tiny, deterministic=deterministic)
-    measurements = gpu_probe.measure([config], CPU, None, Heard())
+    config = with_train(tiny, deterministic=deterministic)
+    measurements = gpu_probe.measure([config], CPU, None, RecordingDisplay())
     assert measurements.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert measurements.deterministic == deterministic
     device.setup_device(tiny)
@@ -770,7 +770,7 @@ def test_memory_that_matrix_products_keep_is_the_cublas_workspace(
     monkeypatch.setattr(
         gpu_probe, "_run_matmul", lambda dtype, _: fake_gpu.allocate(32 if dtype != torch.bfloat16 else 1)
     )
-    assert gpu_probe._cublas_workspace(CPU, Heard()) == 65
+    assert gpu_probe._cublas_workspace(CPU, RecordingDisplay()) == 65
 
 
 def test_a_matrix_product_runs_forward_and_backward() -> None:
@@ -851,7 +851,7 @@ def test_an_unsupported_precision_is_skipped_with_a_warning(
 
     monkeypatch.setattr(gpu_probe, "_time_step", time_step)
     display = ProgressDisplay()
-    found = list(gpu_probe._time_rounds(training(tiny, batch_size=4), CPU, display, display))
+    found = list(gpu_probe._time_rounds(with_train(tiny, batch_size=4), CPU, display, display))
     assert found == [TimingRound("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.NUM_ROUNDS
     assert (
         display.warnings
@@ -870,7 +870,7 @@ def test_a_batch_is_halved_until_it_fits(
         return raise_out_of_memory() if len(batch.indices) > limit else 0.1
 
     monkeypatch.setattr(gpu_probe, "_time_step", time_step)
-    batch = gpu_probe._find_fitting_batch(training(tiny, batch_size=batch_size), CPU)
+    batch = gpu_probe._find_fitting_batch(with_train(tiny, batch_size=batch_size), CPU)
     assert {len(part) for part in batch} == {fits}
     assert batch.images.shape[1:] == (16, 32, 3)
     assert int(batch.targets.max()) < 5
@@ -895,7 +895,7 @@ def test_a_failure_in_fp32_is_a_one_line_error(
 
     monkeypatch.setattr(gpu_probe, broken, fails)
     with pytest.raises(RunFailed, match=r"in fp32 fails on this GPU") as error:
-        gpu_probe.measure([tiny], CPU, None, Heard())
+        gpu_probe.measure([tiny], CPU, None, RecordingDisplay())
     assert len(error.value.lines) == 1
     assert "\n" not in error.value.lines[0]
     device.setup_device(tiny)
@@ -908,7 +908,7 @@ def test_the_step_time_is_the_median_after_warmup(
     durations = [100, 90, 5, 1, 4, 2, 30]
     clock = iter([0.0] + [float(sum(durations[: n // 2 + n % 2])) for n in range(1, 2 * len(durations))])
     monkeypatch.setattr(gpu_probe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert gpu_probe._time_step(tiny, batch_of(tiny, 4)) == 4
+    assert gpu_probe._time_step(tiny, make_batch(tiny, 4)) == 4
 
 
 def test_a_file_that_loads_differently_is_not_written(

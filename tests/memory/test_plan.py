@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import training
+from conftest import with_train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,13 +301,13 @@ def test_a_gpu_file_without_a_size_uses_that_of_the_device(tiny: Config) -> None
 def test_a_micro_batch_is_smaller_than_the_batch_or_none(
     tiny: Config, micro: int | None, batch: int, expected: int | None
 ) -> None:
-    config = with_batch_size(training(tiny, batch_size=64, micro_batch_size=micro), batch)
+    config = with_batch_size(with_train(tiny, batch_size=64, micro_batch_size=micro), batch)
     assert (config.train.batch_size, config.train.micro_batch_size) == (batch, expected)
 
 
 def test_micro_batches_reduce_activations(tiny: Config) -> None:
     whole = Planner(tiny, SPLIT_SIZES).plan_for(40)
-    parts = Planner(training(tiny, micro_batch_size=10), SPLIT_SIZES).plan_for(40)
+    parts = Planner(with_train(tiny, micro_batch_size=10), SPLIT_SIZES).plan_for(40)
     assert parts.activations_mib < 0.5 * whole.activations_mib
     assert parts.state_mib == whole.state_mib
 
@@ -327,7 +327,7 @@ def test_the_maximum_batch_fits_and_the_next_larger_does_not(tiny: Config, micro
     config = with_gpu(load(compose("device.name=cpu", "tracking=none")))
     planner = Planner(config, {"train": 40, "validation": 2})
     budget = int(planner.plan_for(20).process_mib.max)
-    config = with_budget(training(config, micro_batch_size=micro), budget)
+    config = with_budget(with_train(config, micro_batch_size=micro), budget)
     planner = Planner(config, {"train": 40, "validation": 2})
 
     largest = planner.max_batch_plan()
@@ -346,7 +346,7 @@ def test_the_maximum_batch_fits_and_the_next_larger_does_not(tiny: Config, micro
 
 def test_the_maximum_batch_has_a_limited_number_of_micro_batches(tiny: Config) -> None:
     """Each micro-batch is traced, and their number hardly changes memory: a full search takes minutes."""
-    config = training(with_budget(with_gpu(tiny), 100_000), micro_batch_size=2)
+    config = with_train(with_budget(with_gpu(tiny), 100_000), micro_batch_size=2)
     planner = Planner(config, {"train": 10_000, "validation": 2})
 
     assert planner.max_batch_size() == planner.batch_size_limit == 2 * MAX_MICRO_BATCHES

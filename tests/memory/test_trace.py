@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, training
+from conftest import CPU, with_train
 from support.profiling import (
     HEADS,
     PHASES,
@@ -84,7 +84,7 @@ def test_the_articles_training_matches_a_manual_calculation() -> None:
 
 @pytest.mark.parametrize(("kind", "copies"), [("adam", 2), ("adamw", 2), ("sgd", 1)])
 def test_optimizer_state_is_a_multiple_of_the_weights(tiny: Config, kind: str, copies: int) -> None:
-    traced = trace(training(tiny, optimizer=kind), 16, SPLIT_SIZES)
+    traced = trace(with_train(tiny, optimizer=kind), 16, SPLIT_SIZES)
 
     scalars = 4 * len(list(init_train_state(tiny, CPU).model.parameters())) if kind != "sgd" else 0
     assert traced.optimizer_bytes == copies * traced.parameters_bytes + scalars
@@ -106,7 +106,7 @@ def test_a_split_on_the_host_needs_only_its_batches_on_the_device(tiny: Config) 
 
 def test_all_steps_after_the_first_have_the_same_peak(tiny: Config) -> None:
     """The first step has no tensors of an earlier step."""
-    peak = peaks(trace(training(tiny, epochs=9), 16, SPLIT_SIZES))
+    peak = peaks(trace(with_train(tiny, epochs=9), 16, SPLIT_SIZES))
 
     scalars = 4 + 8 + 1 + 1 + 4  # loss, num_correct, finite, diverged; the optimizer's found_inf
     assert peak["epoch 1: step 2"] - peak["epoch 1: step 1"] == scalars
@@ -119,7 +119,7 @@ def test_augmentation_adds_its_parameters(tiny: Config) -> None:
     augmented = replace(tiny, augment=replace(tiny.augment, translate=0.1, warmup_fraction=0.5))
     params_bytes = sum(SPLIT_SIZES.values()) * NUM_PARAMS * 4
 
-    plain, changed = (trace(training(config, epochs=9), 16, SPLIT_SIZES) for config in (tiny, augmented))
+    plain, changed = (trace(with_train(config, epochs=9), 16, SPLIT_SIZES) for config in (tiny, augmented))
 
     assert peaks(changed)["epoch 1: step 3"] == peaks(plain)["epoch 1: step 3"]
     assert peaks(changed)["epoch 1: evaluation"] == peaks(plain)["epoch 1: evaluation"]
@@ -141,7 +141,7 @@ def test_only_fp16_has_a_loss_scale(tiny: Config) -> None:
 def test_a_shortened_evaluation_has_the_peak_of_the_full_one(
     tiny: Config, limit_mib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = on_device(training(tiny, eval_batch_size=8), preload_limit_mib=limit_mib)
+    config = on_device(with_train(tiny, eval_batch_size=8), preload_limit_mib=limit_mib)
     split_sizes = SPLIT_SIZES | {"test": 80}
     short = trace(config, 16, split_sizes)
     monkeypatch.setattr(module, "NUM_EVAL_BATCHES", 1000)
@@ -152,7 +152,7 @@ def test_a_shortened_evaluation_has_the_peak_of_the_full_one(
 
 
 def test_an_epoch_has_no_more_batches_than_the_split(tiny: Config) -> None:
-    traced = trace(training(tiny, epochs=1), 64, {"train": 100, "validation": 10})
+    traced = trace(with_train(tiny, epochs=1), 64, {"train": 100, "validation": 10})
 
     steps = [phase.name for phase in traced.phases if "step" in phase.name]
     assert steps == ["epoch 1: step 1", "epoch 1: step 2"]
@@ -162,7 +162,7 @@ def test_an_epoch_has_no_more_batches_than_the_split(tiny: Config) -> None:
 
 
 def compare(config: Config, size: int, record: Any) -> None:
-    config = training(with_batch_size(config, size), eval_batch_size=size, epochs=1)
+    config = with_train(with_batch_size(config, size), eval_batch_size=size, epochs=1)
     split_sizes = {"train": 2 * size, "validation": 2 * size}
     moments = run_for_real(config, split_sizes)
     traced = trace(config, size, split_sizes)
@@ -336,7 +336,7 @@ def in_order(events: list[MemoryEvent]) -> list[MemoryEvent]:
 
 
 def check_convex(config: Config, sizes: list[int]) -> None:
-    config = training(config, epochs=1)
+    config = with_train(config, epochs=1)
     split_sizes = {"train": 3 * sizes[-1], "validation": 2}
     steps = [trace(config, size, split_sizes).peak_bytes("step") for size in sizes]
     slopes = [

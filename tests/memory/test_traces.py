@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import training
+from conftest import with_train
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
@@ -60,7 +60,7 @@ def test_an_interpolated_trace_equals_the_real_one(overrides: Sequence[str]) -> 
 
 
 def test_micro_batches_are_not_interpolated(small: Config) -> None:
-    config = training(small, micro_batch_size=10)
+    config = with_train(small, micro_batch_size=10)
     traces = PlannerCache(config, SPLIT_SIZES).traces
     for size in (9, 10, 11, 25):
         assert traces.trace_or_interpolate(size) == trace(with_batch_size(config, size), size, SPLIT_SIZES)

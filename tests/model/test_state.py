@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from conftest import CPU, OPTIMIZERS, Optimizer, batch_of, training
+from conftest import CPU, OPTIMIZERS, Optimizer, make_batch, with_train
 from torch import Tensor
 
 from captcha_exp.config import Config, Precision
@@ -30,7 +30,7 @@ def trained_state(config: Config, steps: int = 3) -> TrainState:
     state.update_best(0.25, math.inf)
     progress = state.begin_or_continue_epoch(CPU)
     for state.step in range(1, steps + 1):
-        step = train_step(state, batch_of(config), config)
+        step = train_step(state, make_batch(config), config)
         progress.loss += step.loss
         progress.num_correct += step.num_correct
         progress.num_batches += 1
@@ -67,7 +67,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def test_every_tensor_and_every_counter_is_restored(
     tiny: Config, tmp_path: Path, optimizer: Optimizer, precision: Precision
 ) -> None:
-    config = training(tiny, optimizer=optimizer)
+    config = with_train(tiny, optimizer=optimizer)
     config = replace(config, device=replace(config.device, precision=precision))
     state = trained_state(config)
     if state.loss_scale is not None:
@@ -89,13 +89,13 @@ def test_every_tensor_and_every_counter_is_restored(
 def test_steps_after_a_restore_equal_uninterrupted_steps(
     tiny: Config, tmp_path: Path, optimizer: Optimizer
 ) -> None:
-    config = training(tiny, optimizer=optimizer)
+    config = with_train(tiny, optimizer=optimizer)
     state = trained_state(config)
     checkpoint.save(tmp_path, state)
     restored = restored_state(config, tmp_path)
     for each in (state, restored):
         for _ in range(3):
-            train_step(each, batch_of(config), config)
+            train_step(each, make_batch(config), config)
     assert equal(state.state_dict(), restored.state_dict())
 
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_network_or_optimizer_is_reported(tiny: Config, 
     with pytest.raises(UserError, match=r"step-3.safetensors: does not match .*--resume=never"):
         init_train_state(other, CPU).load_state_dict(saved)
     with pytest.raises(UserError, match=r"does not match the config of the run \(optimizer/"):
-        init_train_state(training(tiny, optimizer="sgd"), CPU).load_state_dict(saved)
+        init_train_state(with_train(tiny, optimizer="sgd"), CPU).load_state_dict(saved)
 
 
 # -- files ---------------------------------------------------------------------------------------------------

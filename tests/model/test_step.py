@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, OPTIMIZERS, Optimizer, batch_of, guarding, training
+from conftest import CPU, OPTIMIZERS, Optimizer, make_batch, make_checker, with_train
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -39,10 +39,10 @@ def test_a_step_reads_no_tensor_on_the_host(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = training(tiny, optimizer=kind, **options)
+    config = with_train(tiny, optimizer=kind, **options)
     config = replace(config, device=replace(tiny.device, precision=precision))
-    state, batch = init_train_state(config, CPU), batch_of(config)
-    checker = guarding(config, batch)
+    state, batch = init_train_state(config, CPU), make_batch(config)
+    checker = make_checker(config, batch)
     train_step(state, batch, config)  # an optimizer may read tensors while it initializes its state
 
     def fail(self: Tensor, *args: object, **kwargs: object) -> None:
@@ -86,12 +86,12 @@ def test_a_step_can_be_traced_on_fake_tensors(model: str, head: str, kind: str) 
 
 def test_a_step_equals_a_plain_torch_step(tiny: Config) -> None:
     """Compared with a standard torch loop with its for-loop optimizer and loss."""
-    config = training(tiny, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
+    config = with_train(tiny, optimizer="sgd", weight_decay=0.0, learning_rate=0.01, label_smoothing=0.0)
     state = init_train_state(config, CPU)
     plain = copy.deepcopy(state.model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=False)
     for seed in range(3):
-        batch = batch_of(config, 8 + seed)
+        batch = make_batch(config, 8 + seed)
         ours = train_step(state, batch, config)
         optimizer.zero_grad()
         logits = plain(batch.images)
@@ -112,12 +112,12 @@ def test_the_implementations_of_an_optimizer_agree(
 ) -> None:
     states = []
     for config in (
-        training(tiny, optimizer=kind, optimizer_impl=implementation),
-        training(tiny, optimizer=kind),
+        with_train(tiny, optimizer=kind, optimizer_impl=implementation),
+        with_train(tiny, optimizer=kind),
     ):
         state = init_train_state(config, CPU)
         for seed in range(3):
-            train_step(state, batch_of(config, 8 + seed), config)
+            train_step(state, make_batch(config, 8 + seed), config)
         states.append(snapshot(state))
     assert states[0].keys() == states[1].keys()
     for name, value in states[1].items():
@@ -125,8 +125,8 @@ def test_the_implementations_of_an_optimizer_agree(
 
 
 def test_label_smoothing_applies_to_training_only(tiny: Config) -> None:
-    smooth, plain = (training(tiny, label_smoothing=value) for value in (0.5, 0.0))
-    batch = batch_of(tiny)
+    smooth, plain = (with_train(tiny, label_smoothing=value) for value in (0.5, 0.0))
+    batch = make_batch(tiny)
     losses = [float(train_step(init_train_state(c, CPU), batch, c).loss) for c in (smooth, plain)]
     assert losses[0] != losses[1]
     split = Split(batch.images, batch.targets, batch.indices, CPU)
@@ -158,9 +158,9 @@ def gradients(config: Config, batch: Batch, frozen: bool) -> tuple[Tensor, list[
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_checkpointing_changes_no_gradient_and_no_statistic(network: Config, frozen: bool) -> None:
-    batch = batch_of(network, 12)
+    batch = make_batch(network, 12)
     loss, plain, state = gradients(network, batch, frozen)
-    checkpointed = training(network, activation_checkpointing=True)
+    checkpointed = with_train(network, activation_checkpointing=True)
     again, ours, other = gradients(checkpointed, batch, frozen)
     assert float(again) == float(loss)
     assert len(ours) == len(plain) == len(list(state.model.parameters()))
@@ -173,26 +173,26 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(network: Config, fro
 @pytest.mark.parametrize("size", [1, 4, 5, 12])
 def test_micro_batches_add_up_to_the_gradients_of_the_batch(network: Config, size: int) -> None:
     """With frozen batch norms."""
-    batch = batch_of(network, 12)
+    batch = make_batch(network, 12)
     loss, plain, _ = gradients(network, batch, frozen=True)
-    parts, ours, _ = gradients(training(network, micro_batch_size=size), batch, frozen=True)
+    parts, ours, _ = gradients(with_train(network, micro_batch_size=size), batch, frozen=True)
     assert float(parts) == pytest.approx(float(loss), rel=1e-5)
     for one, two in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 
 def test_a_batch_norm_sees_one_micro_batch_alone(tiny: Config) -> None:
-    batch = batch_of(tiny, 12)
+    batch = make_batch(tiny, 12)
     _, whole, _ = gradients(tiny, batch, frozen=False)
-    _, parts, state = gradients(training(tiny, micro_batch_size=4), batch, frozen=False)
+    _, parts, state = gradients(with_train(tiny, micro_batch_size=4), batch, frozen=False)
     assert any(not torch.allclose(one, two, atol=1e-3) for one, two in zip(parts, whole, strict=True))
     counted = [int(value) for name, value in state.model.named_buffers() if "num_batches" in name]
     assert set(counted) == {3}
 
 
 def test_a_step_of_micro_batches_counts_all_images(tiny: Config) -> None:
-    config = training(tiny, micro_batch_size=5)
-    state, batch = init_train_state(config, CPU), batch_of(config, 12)
+    config = with_train(tiny, micro_batch_size=5)
+    state, batch = init_train_state(config, CPU), make_batch(config, 12)
     for _ in range(40):
         step = train_step(state, batch, config)
     assert int(step.num_correct) > 5  # more than in any micro-batch
@@ -242,8 +242,8 @@ CAUSES = ["loss nan", "loss inf", "gradient nan", "gradient inf", "gradient -inf
 def test_a_non_finite_step_changes_nothing(
     tiny: Config, kind: Optimizer, cause: str, options: dict[str, Any]
 ) -> None:
-    config = training(tiny, optimizer=kind, **options)
-    state, batch = init_train_state(config, CPU), batch_of(config)
+    config = with_train(tiny, optimizer=kind, **options)
+    state, batch = init_train_state(config, CPU), make_batch(config)
     for _ in range(2):
         train_step(state, batch, config)
     before = snapshot(state)
@@ -274,8 +274,8 @@ def test_a_non_finite_first_step_changes_nothing(
     tiny: Config, kind: Optimizer, options: dict[str, Any], fresh_memory_is_nan: None
 ) -> None:
     """The steps after it are the same as without it."""
-    config = training(tiny, optimizer=kind, **options)
-    batch = batch_of(config)
+    config = with_train(tiny, optimizer=kind, **options)
+    batch = make_batch(config)
     interrupted, expected_state = init_train_state(config, CPU), init_train_state(config, CPU)
     with not_finite("loss nan", interrupted):
         train_step(interrupted, batch, config)
@@ -296,7 +296,7 @@ def half(tiny: Config) -> Config:
 
 @pytest.fixture
 def batch(tiny: Config) -> Batch:
-    return batch_of(tiny, 16)
+    return make_batch(tiny, 16)
 
 
 def scale_of(state: TrainState) -> LossScale:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Call, Heard
+from conftest import TINY, Call, RecordingDisplay
 from omegaconf import DictConfig
 from PIL import Image
 from support.image_files import page, saved
@@ -168,7 +168,7 @@ def test_a_job_of_a_sweep_can_be_reproduced(run: Path, root: Path, call: Call) -
 )
 def test_an_edited_config_key_is_reported_as_the_cause(run: Path, keys: dict[str, Any], cause: str) -> None:
     edit(run, **keys)
-    display = Heard()
+    display = RecordingDisplay()
     reproduction = rerun(run, display=display)
     assert f"config.yaml was edited after the run finished: {cause}" in display.warnings
     assert reproduction.verdict != "identical"
@@ -192,7 +192,7 @@ def test_the_time_limit_is_not_reproduced(tiny: Config) -> None:
 def test_an_edited_config_without_a_known_edit_is_reported(run: Path) -> None:
     """The weights, which contain the config of the run, are missing or have the edited config."""
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "# a comment\n")
-    display = Heard()
+    display = RecordingDisplay()
     assert rerun(run, display=display).summary == "identical", "the config in the weights is unchanged"
     assert "config.yaml was modified after the run finished (SHA-256 differs)" in display.warnings
     changed = "identical, but the run's config.yaml original -> modified"
@@ -221,7 +221,7 @@ def test_changes_across_an_interruption_are_suspects_if_results_differ(run: Path
 
 def test_a_changed_package_version_is_reported_but_ruled_out(run: Path) -> None:
     edit_json(run / "environment.json", lambda values: values["packages"].update(pillow="1.2.3"))
-    display = Heard()
+    display = RecordingDisplay()
     reproduction = rerun(run, display=display)
     assert reproduction.summary.startswith("identical, but pillow 1.2.3 -> ")
     assert roles(reproduction) == {"pillow": "ruled_out"}
@@ -274,7 +274,7 @@ def test_one_changed_pixel_and_one_changed_label_are_reported(folder_run: tuple[
     (image_dir / "labels.csv").write_text(
         "file,label\n" + "".join(f"{n:04}.png,{9999 if n == 5 else n:04}\n" for n in range(60))
     )
-    display = Heard()
+    display = RecordingDisplay()
     reproduction = rerun(run_dir, display=display)
     prefix = "the image folder has changed:"
     assert f"{prefix} different content: 0007.png" in display.warnings
@@ -286,7 +286,7 @@ def test_one_changed_pixel_and_one_changed_label_are_reported(folder_run: tuple[
 def test_a_missing_and_a_new_image_are_reported(folder_run: tuple[Path, Path]) -> None:
     run_dir, image_dir = folder_run
     (image_dir / "0009.png").rename(image_dir / "7777.png")
-    display = Heard()
+    display = RecordingDisplay()
     reproduction = rerun(run_dir, display=display)
     assert [line.partition("changed: ")[2] for line in display.warnings] == [
         "missing: 0009.png",
@@ -305,7 +305,7 @@ def test_changed_code_is_reported_with_the_command_to_restore_it(run: Path) -> N
         lambda values: values.update(git={"commit": "a1" * 20, "branch": "main", "dirty": True}),
     )
     (run / "code.diff").write_text("")
-    display = Heard()
+    display = RecordingDisplay()
     reproduction = rerun(run, display=display)
     line = next(line for line in display.warnings if "code differs" in line)
     assert line.startswith(
@@ -322,7 +322,7 @@ def test_changed_code_is_reported_with_the_command_to_restore_it(run: Path) -> N
 def test_an_invalid_commit_is_never_part_of_a_command(run: Path) -> None:
     edit_json(run / "code.json", lambda values: values.update({"captcha_exp/model/step.py": "0" * 64}))
     edit_json(run / "environment.json", lambda values: values.update(git={"commit": "$(rm -rf ~)"}))
-    display = Heard()
+    display = RecordingDisplay()
     rerun(run, display=display)
     assert any("pip install captcha-exp==" in line for line in display.warnings)
     assert not any("worktree" in line for line in display.warnings)

@@ -16,7 +16,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from conftest import TINY, Heard
+from conftest import TINY, RecordingDisplay
 from mlflow import MlflowClient
 
 from captcha_exp import runs as record
@@ -77,7 +77,7 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(tiny: Config) -> No
     make_old(run.run_dir)
     os.utime(run.run_dir / "model.safetensors", (LONG_AGO + 7, LONG_AGO + 7))
     before = contents(run.run_dir)
-    display = Heard()
+    display = RecordingDisplay()
 
     assert close_stale_runs(display) == [run.run_dir]
 
@@ -136,7 +136,7 @@ def test_other_runs_are_not_changed(tiny: Config, root: Path, state: dict[str, A
     run.update(**state)
     (run.run_dir / f".metrics.jsonl.{os.getpid()}.part").write_text("partial")
     before = contents(root)
-    display = Heard()
+    display = RecordingDisplay()
 
     assert close_stale_runs(display) == []
     assert contents(root) == before
@@ -199,7 +199,7 @@ def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
         write_json(path, content)
 
     monkeypatch.setattr("captcha_exp.runs.stale.write_json", disk_full)
-    display = Heard()
+    display = RecordingDisplay()
 
     assert sorted(close_stale_runs(display)) == sorted([runs[0].run_dir, runs[2].run_dir])
     (warning,) = display.warnings
@@ -210,7 +210,7 @@ def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
 def test_a_lock_that_cannot_be_created_is_one_warning(tiny: Config, root: Path) -> None:
     make_stale(record.create_run(tiny, tiny))
     (root / "outputs/.closing.lock").mkdir()
-    display = Heard()
+    display = RecordingDisplay()
 
     assert close_stale_runs(display) == []
     (warning,) = display.warnings
@@ -333,7 +333,7 @@ def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
 
 def test_close_returns_if_another_process_holds_the_lock(tiny: Config) -> None:
     run = make_stale(record.create_run(tiny, tiny))
-    display = Heard()
+    display = RecordingDisplay()
     with record.stale_lock() as granted, ThreadPoolExecutor(1) as pool:
         assert granted
         assert pool.submit(close_stale_runs, display).result() == []
@@ -411,7 +411,7 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
     tracker.log_metrics(ROWS[0])
     (run.report_dir / "curves.png").write_bytes(b"image")
     make_stale(run)
-    display = Heard()
+    display = RecordingDisplay()
 
     assert close_stale_runs(display) == [run.run_dir]
 
@@ -437,7 +437,7 @@ def test_a_run_closed_but_not_synced_keeps_its_status(tracked: Config) -> None:
     run.close("FINISHED")
     ended = run.state["ended"]
     make_stale(run)
-    display = Heard()
+    display = RecordingDisplay()
 
     assert close_stale_runs(display) == [run.run_dir]
 
@@ -470,7 +470,7 @@ def test_a_failed_end_is_synced_at_the_next_start(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, method, refuse)
         run.log_metrics(ROWS[0])
-        tracker._display = Heard()
+        tracker._display = RecordingDisplay()
         tracker.log_metrics(ROWS[0])
         run.close("FINISHED")
         tracker.finish(run, "FINISHED")
@@ -498,7 +498,7 @@ def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(tracked: Conf
     make_stale(created, mlflow={**created.state["mlflow"], "run_id": None})
     before = make_stale(record.create_run(tracked, tracked), mlflow=created.state["mlflow"])
 
-    display = Heard()
+    display = RecordingDisplay()
     assert sorted(close_stale_runs(display)) == sorted([created.run_dir, before.run_dir])
 
     assert state_of(created.run_dir)["mlflow"]["run_id"] == run_id
@@ -512,7 +512,7 @@ def test_an_unreachable_store_is_one_warning_and_synced_later(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [make_stale(start_run(tracked)[0]) for _ in range(3)]
-    display = Heard()
+    display = RecordingDisplay()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", unreachable)
         assert len(close_stale_runs(display)) == 3
@@ -548,7 +548,7 @@ def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachabl
     statuses = iter([("current", ""), ("current", "") if reachable else unreachable()])
     monkeypatch.setattr(MlflowClient, "get_run", fail_first)
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", lambda *_: next(statuses))
-    display = Heard()
+    display = RecordingDisplay()
     close_stale_runs(display)
 
     closed = [state["mlflow"]["closed"] for _, state in record.list_runs()]
@@ -564,7 +564,7 @@ def test_a_missing_store_is_neither_created_nor_inspected(
 ) -> None:
     run = make_stale(start_run(tracked)[0])
     (root / "mlruns").rename(root / "elsewhere")
-    display = Heard()
+    display = RecordingDisplay()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
         assert close_stale_runs(display) == [run.run_dir]
@@ -593,7 +593,7 @@ def test_a_run_deleted_in_mlflow_is_not_retried(
             shutil.copy(store.removeprefix("sqlite:///"), path)
         case "tables":
             path.write_bytes(b"")
-    display = Heard()
+    display = RecordingDisplay()
 
     assert close_stale_runs(display) == [run.run_dir]
     assert display.warnings == []

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Heard, training
+from conftest import RecordingDisplay, with_train
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
@@ -67,7 +67,7 @@ def test_each_attempt_has_its_own_run_directory(tiny: Config, root: Path) -> Non
 
 
 def test_a_sweep_survives_a_round_trip_through_its_directory(tiny: Config, root: Path) -> None:
-    jobs = [make_job(training(tiny, batch_size=n), {"train.batch_size": str(n)}, n) for n in (1, 2, 3)]
+    jobs = [make_job(with_train(tiny, batch_size=n), {"train.batch_size": str(n)}, n) for n in (1, 2, 3)]
     loaded = Sweep(make_sweep(jobs).sweep_dir)
 
     assert loaded.jobs == jobs
@@ -107,9 +107,9 @@ def test_a_damaged_record_is_a_one_line_error(tiny: Config, root: Path, damage: 
 
 
 def test_a_job_with_automatic_batch_size_has_no_plan(tiny: Config, root: Path) -> None:
-    automatic = make_job(training(tiny, batch_size="auto"))
-    fixed = make_job(training(tiny, batch_size=8), number=2)
-    first, second = plan_jobs([automatic, fixed], Heard())
+    automatic = make_job(with_train(tiny, batch_size="auto"))
+    fixed = make_job(with_train(tiny, batch_size=8), number=2)
+    first, second = plan_jobs([automatic, fixed], RecordingDisplay())
 
     assert first.plan is None
     assert first.should_train
@@ -132,7 +132,7 @@ def test_a_job_with_automatic_batch_size_has_no_plan(tiny: Config, root: Path) -
 def test_a_job_over_budget_is_trained_only_on_cuda_or_on_request(
     tiny: Config, root: Path, fits: Fits | None, device: str, run_over_budget: bool, should_train: bool
 ) -> None:
-    (planned,) = plan_jobs([make_job(tiny)], Heard())
+    (planned,) = plan_jobs([make_job(tiny)], RecordingDisplay())
     assert planned.plan is not None
     config = replace(
         planned.config,

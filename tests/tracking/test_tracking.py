@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_EPOCH, TINY, Heard
+from conftest import EVERY_EPOCH, TINY, RecordingDisplay
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
@@ -171,7 +171,7 @@ def test_an_interrupted_run_has_its_status_in_mlflow(
 def test_rows_are_queued_while_the_store_is_unreachable(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    display = Heard()
+    display = RecordingDisplay()
     log_batch = MlflowClient.log_batch
     calls = 0
 
@@ -197,7 +197,7 @@ def test_rows_are_queued_while_the_store_is_unreachable(
 def test_the_run_directory_is_complete_if_the_store_stays_unreachable(
     tracked: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    display = Heard()
+    display = RecordingDisplay()
     tracker = MlflowTracker(display)
 
     def refuse(*_: object, **kwargs: object) -> None:

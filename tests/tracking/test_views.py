@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
-from conftest import Heard
+from conftest import RecordingDisplay
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
@@ -150,7 +150,7 @@ def test_a_store_that_rejects_views_shows_the_default_pages(
         raise OSError("attempt to write a readonly database\nand more")
 
     monkeypatch.setattr(client, "set_experiment_tag", refuse)
-    display = Heard()
+    display = RecordingDisplay()
     server._print_pages(client, SERVER, experiment, display)
 
     (warning,) = display.warnings

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Heard, training
+from conftest import CPU, RecordingDisplay, with_train
 
 from captcha_exp import load
 from captcha_exp.config import Config, Precision, resolve, to_dict, with_untuned_defaults
@@ -50,7 +50,7 @@ def test_the_fastest_correct_precision_is_chosen(
     trials = {"fp32": BASELINE, "bf16": bf16, "fp16": fp16}
     monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16", "fp16"))
     monkeypatch.setattr(autotune, "_try_precision", lambda name, *_: (trials[name], torch.zeros(1)))
-    heard = Heard()
+    heard = RecordingDisplay()
 
     precision, recorded = autotune.choose_precision(tiny, heard)
 
@@ -60,7 +60,7 @@ def test_the_fastest_correct_precision_is_chosen(
 
 
 def test_the_bf16_gradient_on_the_cpu_agrees_with_fp32(tiny: Config) -> None:
-    _, (baseline, half) = autotune.choose_precision(tiny, Heard())
+    _, (baseline, half) = autotune.choose_precision(tiny, RecordingDisplay())
 
     assert baseline["cosine"] == 1.0
     assert half["precision"] == "bf16"
@@ -77,7 +77,7 @@ def test_a_non_finite_precision_is_rejected(tiny: Config, monkeypatch: pytest.Mo
         return result._replace(finite=torch.tensor(config.device.precision == "fp32"))
 
     monkeypatch.setattr(autotune, "train_step", step)
-    heard = Heard()
+    heard = RecordingDisplay()
 
     assert autotune.choose_precision(tiny, heard)[0] == "fp32"
     assert heard.lines == ["precision fp32: bf16 is not finite on this device"]
@@ -104,7 +104,7 @@ def test_precision_auto_trains_like_the_chosen_precision(
 
 def test_autotuning_does_not_change_the_initial_weights(tiny: Config) -> None:
     before = init_train_state(tiny, torch.device("cpu")).model.state_dict()
-    autotune.choose_precision(tiny, Heard())
+    autotune.choose_precision(tiny, RecordingDisplay())
     after = init_train_state(tiny, torch.device("cpu")).model.state_dict()
 
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -116,7 +116,7 @@ SPLIT_SIZES = {"train": 150, "validation": 75, "test": 75}
 
 
 def auto(config: Config) -> Config:
-    return training(config, batch_size="auto")
+    return with_train(config, batch_size="auto")
 
 
 def script_speeds(
@@ -152,7 +152,7 @@ def test_the_smallest_batch_size_close_to_the_best_is_chosen(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float | None], chosen: int
 ) -> None:
     sizes = script_speeds(monkeypatch, speeds)
-    heard = Heard()
+    heard = RecordingDisplay()
 
     chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, heard)
 
@@ -169,7 +169,10 @@ def test_no_batch_size_exceeds_the_training_split(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, images: int, sizes: list[int]
 ) -> None:
     tried = script_speeds(monkeypatch, {size: float(size) for size in (5, 8, 16, 32, 64)})
-    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES | {"train": images}, Heard())[0] == sizes[-1]
+    assert (
+        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES | {"train": images}, RecordingDisplay())[0]
+        == sizes[-1]
+    )
     assert tried == sizes
 
 
@@ -180,7 +183,7 @@ def test_a_batch_size_that_does_not_fit_is_recorded_and_ends_the_search(
     monkeypatch.setattr(
         autotune, "_check_fit", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32)
     )
-    heard = Heard()
+    heard = RecordingDisplay()
 
     chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, heard)
 
@@ -199,7 +202,7 @@ def test_autotuning_respects_the_budget(tiny: Config, monkeypatch: pytest.Monkey
     script_speeds(monkeypatch, {8: 10.0})
     small = replace(tiny, device=replace(tiny.device, vram_budget_mib=30))
     with pytest.raises(UserError, match=r"not even 8 images fit \(predicted .+ MiB\)") as caught:
-        autotune.choose_batch_size(auto(small), SPLIT_SIZES, Heard())
+        autotune.choose_batch_size(auto(small), SPLIT_SIZES, RecordingDisplay())
     assert len(caught.value.lines) == 1
 
 
@@ -208,7 +211,7 @@ def test_out_of_memory_at_the_first_size_is_an_error_of_one_line(
 ) -> None:
     script_speeds(monkeypatch, {8: None})
     with pytest.raises(UserError, match=r"train\.batch_size=auto: not even 8 images fit"):
-        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, Heard())
+        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, RecordingDisplay())
 
 
 def test_a_step_out_of_memory_has_no_speed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +228,7 @@ def test_the_search_has_a_time_limit(tiny: Config, monkeypatch: pytest.MonkeyPat
     clock = [0.0]
     tried = script_speeds(monkeypatch, {8 * 2**n: 2.0**n for n in range(5)}, clock)
     monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
-    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, Heard())[0] == 32
+    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, RecordingDisplay())[0] == 32
     assert tried == [8, 16, 32]
 
 
@@ -236,10 +239,10 @@ def test_batch_size_auto_trains_like_the_chosen_batch_size(
     monkeypatch.setattr(autotune, "MIN_TIMED_SECONDS", 0.01)
     monkeypatch.setattr(autotune, "TARGET_FRACTION", 0.0)  # choose the smallest, whatever the speed
     tiny = replace(tiny, device=replace(tiny.device, threads=1))
-    requested = training(tiny, batch_size="auto", micro_batch_size=10, epochs=1)
+    requested = with_train(tiny, batch_size="auto", micro_batch_size=10, epochs=1)
 
     result = train.train(requested)
-    again = train.train(training(tiny, batch_size=8, epochs=1))
+    again = train.train(with_train(tiny, batch_size=8, epochs=1))
 
     assert result.config.train.batch_size == 8
     assert result.weights_sha256 == again.weights_sha256
@@ -261,7 +264,7 @@ def test_resolve_runs_no_trials(tiny: Config, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_values_that_are_not_auto_are_not_tuned(tiny: Config) -> None:
-    heard = Heard()
+    heard = RecordingDisplay()
     assert autotune.autotune(tiny, SPLIT_SIZES, heard) == (tiny, autotune.Trials())
     assert heard.lines == []
 
@@ -270,7 +273,7 @@ def test_values_that_are_not_auto_are_not_tuned(tiny: Config) -> None:
 def test_untuned_defaults_are_fp32_and_a_batch_larger_than_the_micro_batch(
     tiny: Config, micro: int | None, size: int
 ) -> None:
-    config = training(tiny, batch_size="auto", micro_batch_size=micro)
+    config = with_train(tiny, batch_size="auto", micro_batch_size=micro)
     config = with_untuned_defaults(replace(config, device=replace(config.device, precision="auto")))
     assert (config.device.precision, config.train.batch_size) == ("fp32", size)
     assert with_untuned_defaults(tiny) == tiny
@@ -293,6 +296,6 @@ def test_a_micro_batch_larger_than_the_chosen_batch_is_dropped(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, micro: int | None, size: int, expected: int | None
 ) -> None:
     monkeypatch.setattr(autotune, "choose_batch_size", lambda *_: (size, []))
-    config = training(tiny, batch_size="auto", micro_batch_size=micro)
-    tuned, _ = autotune.autotune(config, SPLIT_SIZES, Heard())
+    config = with_train(tiny, batch_size="auto", micro_batch_size=micro)
+    tuned, _ = autotune.autotune(config, SPLIT_SIZES, RecordingDisplay())
     assert (tuned.train.batch_size, tuned.train.micro_batch_size) == (size, expected)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Heard, training
+from conftest import RecordingDisplay, with_train
 
 from captcha_exp import runs
 from captcha_exp.config import Config, resolve
@@ -77,7 +77,7 @@ def run_out_of_memory(
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     with pytest.raises(oom.TrainingOutOfMemoryError) as caught:
-        train.train(config, display=Heard())
+        train.train(config, display=RecordingDisplay())
     run_dir = find_run("latest")
     return json.loads((run_dir / "run.json").read_text()), run_dir, str(caught.value)
 
@@ -86,7 +86,7 @@ def run_out_of_memory(
 def test_the_record_has_the_position_and_the_prediction(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, where: str, step: int
 ) -> None:
-    state, run_dir, message = run_out_of_memory(training(tiny, on_oom="record"), monkeypatch, where)
+    state, run_dir, message = run_out_of_memory(with_train(tiny, on_oom="record"), monkeypatch, where)
     recorded = state["oom"]
 
     assert (recorded["during"], recorded["epoch"], recorded["step"]) == (where, 2, step)
@@ -115,7 +115,7 @@ def test_on_oom_decides_whether_the_run_has_failed(
 
     monkeypatch.setattr(train, "fit", fail)
     with pytest.raises(oom.TrainingOutOfMemoryError) as caught:
-        train.train(training(tiny, on_oom=on_oom), display=Heard())
+        train.train(with_train(tiny, on_oom=on_oom), display=RecordingDisplay())
 
     assert caught.value.exit_code == code
     assert json.loads((find_run("latest") / "run.json").read_text())["status"] == status
@@ -136,7 +136,7 @@ def roomy(tiny: Config, budget_mib: int | None) -> Config:
         cublas_workspace_mib=zero,
     )
     return replace(
-        training(tiny, batch_size=100),
+        with_train(tiny, batch_size=100),
         gpu=gpu,
         captcha=replace(tiny.captcha, width=512, height=64),
         device=replace(tiny.device, vram_budget_mib=budget_mib, preload_limit_mib=0, threads=2),
@@ -147,7 +147,7 @@ def roomy(tiny: Config, budget_mib: int | None) -> Config:
 def test_a_remedy_needs_clearly_less_memory(tiny: Config, budget_mib: int | None) -> None:
     config = roomy(tiny, budget_mib)
     plan = Planner(config, SPLIT_SIZES).plan_for(100)
-    remedies = oom.find_remedies(plan, SPLIT_SIZES, config, Heard())
+    remedies = oom.find_remedies(plan, SPLIT_SIZES, config, RecordingDisplay())
 
     assert 1 <= len(remedies) <= 3
     for remedy in remedies:
@@ -180,7 +180,7 @@ def retry(config: Config, during: str) -> Config | None:
 
 
 def test_the_micro_batch_is_halved_down_to_one_image_and_the_batch_size_is_kept(tiny: Config) -> None:
-    config: Config | None = training(tiny, on_oom="split", batch_size=100)
+    config: Config | None = with_train(tiny, on_oom="split", batch_size=100)
     sizes = []
     while config is not None:
         assert config.train.batch_size == 100
@@ -191,7 +191,7 @@ def test_the_micro_batch_is_halved_down_to_one_image_and_the_batch_size_is_kept(
 
 
 def test_a_batch_larger_than_the_split_is_halved_from_the_size_of_the_split(tiny: Config) -> None:
-    config = training(tiny, on_oom="split", batch_size=1000, eval_batch_size=1000)
+    config = with_train(tiny, on_oom="split", batch_size=1000, eval_batch_size=1000)
     in_training, in_evaluation = retry(config, "training"), retry(config, "evaluation")
 
     assert in_training is not None
@@ -201,22 +201,22 @@ def test_a_batch_larger_than_the_split_is_halved_from_the_size_of_the_split(tiny
 
 
 def test_out_of_memory_in_evaluation_halves_the_evaluation_batch(tiny: Config) -> None:
-    config = training(tiny, on_oom="split", eval_batch_size=3)
+    config = with_train(tiny, on_oom="split", eval_batch_size=3)
     smaller = retry(config, "evaluation")
 
-    assert smaller == training(config, eval_batch_size=2)
-    assert retry(training(config, eval_batch_size=1), "evaluation") is None
+    assert smaller == with_train(config, eval_batch_size=2)
+    assert retry(with_train(config, eval_batch_size=1), "evaluation") is None
 
 
 @pytest.mark.parametrize("on_oom", ["record", "fail"])
 def test_only_on_oom_split_retries(tiny: Config, on_oom: str) -> None:
-    assert retry(training(tiny, on_oom=on_oom), "training") is None
+    assert retry(with_train(tiny, on_oom=on_oom), "training") is None
 
 
 def test_an_autotuned_batch_size_is_kept_in_a_retry(tiny: Config) -> None:
     """train.batch_size=auto might choose another value in the next run."""
-    requested = training(tiny, on_oom="split", batch_size="auto")
-    run = runs.create_run(training(requested, batch_size=48), requested)
+    requested = with_train(tiny, on_oom="split", batch_size="auto")
+    run = runs.create_run(with_train(requested, batch_size=48), requested)
     run.write_json("dataset.json", {"splits": SPLIT_SIZES})
     run.update(oom={"during": "training"})
     smaller = _halve_micro_batch(requested, run.run_dir)

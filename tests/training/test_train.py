@@ -19,12 +19,12 @@ from conftest import (
     EVERY_EPOCH,
     OPTIMIZERS,
     TINY,
-    Heard,
     Optimizer,
-    batch_of,
-    drawn,
-    guarding,
-    training,
+    RecordingDisplay,
+    generator_config,
+    make_batch,
+    make_checker,
+    with_train,
 )
 
 from captcha_exp import compose, load
@@ -87,7 +87,7 @@ def rows_of(run_dir: Path) -> list[MetricsRow]:
 @pytest.fixture
 def config(tiny: Config) -> Config:
     """The tiny config with one epoch on one thread."""
-    return replace(training(tiny, epochs=1), device=replace(tiny.device, threads=1))
+    return replace(with_train(tiny, epochs=1), device=replace(tiny.device, threads=1))
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ FINITE, DIVERGED = torch.tensor(False), torch.tensor(True)
 
 def test_the_first_diverged_step_is_reported(config: Config) -> None:
     """Later finite steps do not hide it, and later diverged steps do not replace it."""
-    config, batch = training(config, batch_size=2), batch_of(config, 20)
-    checker = guarding(config, batch)
+    config, batch = with_train(config, batch_size=2), make_batch(config, 20)
+    checker = make_checker(config, batch)
     model = init_train_state(config, CPU).model
     checker.observe(10, torch.tensor(1.0), FINITE)
     checker.check(model, 2)
@@ -118,7 +118,7 @@ def test_the_first_diverged_step_is_reported(config: Config) -> None:
 
 
 def test_a_non_finite_gradient_is_distinguished_from_a_non_finite_loss(config: Config) -> None:
-    checker = guarding(config, batch_of(config))
+    checker = make_checker(config, make_batch(config))
     checker.observe(0, torch.tensor(1.0), DIVERGED)
     with pytest.raises(RunFailed, match=r"^step 1 \(epoch 1\): a gradient is not finite"):
         checker.check(init_train_state(config, CPU).model, 1)
@@ -126,9 +126,9 @@ def test_a_non_finite_gradient_is_distinguished_from_a_non_finite_loss(config: C
 
 def test_a_too_high_learning_rate_is_reported_in_one_line(config: Config, no_report: None) -> None:
     tracker = RecordingTracker()
-    config = training(config, learning_rate=1e30, schedule="constant", batch_size=32, epochs=3)
+    config = with_train(config, learning_rate=1e30, schedule="constant", batch_size=32, epochs=3)
     with pytest.raises(RunFailed) as failure:
-        train.train(config, tracker, Heard())
+        train.train(config, tracker, RecordingDisplay())
     (line,) = failure.value.lines
     assert line.startswith("step ")
     assert "(epoch 1): the loss is not finite, in a batch of" in line
@@ -155,7 +155,7 @@ def diverge(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str,
 
     monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(RunFailed) as failure:
-        train.train(config, None, Heard())
+        train.train(config, None, RecordingDisplay())
     (line,) = failure.value.lines
     return line
 
@@ -163,7 +163,7 @@ def diverge(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str,
 def test_the_error_names_step_epoch_and_batch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = training(config, batch_size=32, epochs=3)
+    config = with_train(config, batch_size=32, epochs=3)
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     split = data.split("train", CPU, 512)
     per_epoch = math.ceil(len(split) / 32)
@@ -185,7 +185,7 @@ def test_the_error_names_the_non_finite_weight(
 
 def test_a_16_bit_overflow_is_reported_as_the_cause(config: Config) -> None:
     config = replace(config, device=replace(config.device, precision="bf16"))
-    checker = guarding(config, batch_of(config))
+    checker = make_checker(config, make_batch(config))
     checker.observe(0, torch.tensor(math.nan), DIVERGED)
     with pytest.raises(RunFailed, match=r"bf16 overflows and fp32 does not; set device\.precision=fp32"):
         checker.check(init_train_state(config, CPU).model, 1)
@@ -198,7 +198,7 @@ def test_a_16_bit_overflow_is_reported_as_the_cause(config: Config) -> None:
 def test_the_first_loss_is_at_chance(config: Config, head: Literal["position", "grouped_softmax"]) -> None:
     config = replace(config, model=replace(config.model, head=head))
     state = init_train_state(config, CPU)
-    step = train_step(state, batch_of(config, 32), config)
+    step = train_step(state, make_batch(config, 32), config)
     assert sanity.check_first_loss(float(step.loss), state.model) is None
 
 
@@ -224,7 +224,7 @@ def test_the_warning_of_the_first_loss_is_recorded(
         return model
 
     monkeypatch.setattr(networks, "build", build_large)
-    heard = Heard()
+    heard = RecordingDisplay()
     result = train.train(config, None, heard)
     (warning,) = state_of(result.run_dir)["warnings"]
     assert warning.startswith("the first loss is ")
@@ -235,7 +235,7 @@ def test_the_warning_of_the_first_loss_is_recorded(
 def learnable(config: Config) -> Config:
     """A task with three characters that the tiny network learns in a second."""
     captcha = replace(config.captcha, alphabet="017", length=3, width=40)
-    learning = training(config, epochs=20, batch_size=16, learning_rate=0.02, sanity_check_steps=170)
+    learning = with_train(config, epochs=20, batch_size=16, learning_rate=0.02, sanity_check_steps=170)
     return replace(learning, captcha=captcha)
 
 
@@ -249,7 +249,7 @@ def test_an_accuracy_at_chance_gives_a_warning_with_causes(
         return replace(data, targets=data.targets[torch.randperm(len(data.targets))])
 
     monkeypatch.setattr(dataset, "load_or_build", shuffled)
-    heard = Heard()
+    heard = RecordingDisplay()
     result = train.train(learnable, None, heard)
     (warning,) = heard.warnings  # once, not per epoch
     assert "the character accuracy is still at chance" in warning
@@ -260,7 +260,7 @@ def test_an_accuracy_at_chance_gives_a_warning_with_causes(
 
 
 def test_a_training_that_learns_gives_no_warning(learnable: Config, no_report: None) -> None:
-    heard = Heard()
+    heard = RecordingDisplay()
     result = train.train(learnable, None, heard)
     assert heard.warnings == []
     assert result.test.char_accuracy > 0.6
@@ -277,7 +277,7 @@ def test_accuracy_at_chance_is_not_checked_before_sanity_check_steps(config: Con
 
 
 def weights(config: Config) -> str:
-    return train.train(config, None, Heard()).weights_sha256
+    return train.train(config, None, RecordingDisplay()).weights_sha256
 
 
 TRAIN = """
@@ -296,7 +296,7 @@ def test_the_weights_are_a_function_of_the_config(config: Config, no_report: Non
     expected = weights(config)
     torch.rand(7)
     assert weights(config) == expected
-    two_workers = replace(drawn(config), workers=2, cache=str(tmp_path / "fresh"))
+    two_workers = replace(generator_config(config), workers=2, cache=str(tmp_path / "fresh"))
     assert weights(replace(config, data=two_workers)) == expected
     assert weights(replace(config, device=replace(config.device, preload_limit_mib=0))) == expected
     assert weights(replace(config, seed=1)) != expected
@@ -318,7 +318,7 @@ def test_the_number_of_threads_comes_from_the_config(config: Config, no_report: 
 def test_another_split_or_batch_size_gives_other_weights(config: Config, no_report: None) -> None:
     expected = weights(config)
     assert weights(replace(config, data=replace(config.data, split_seed=5))) != expected
-    assert weights(training(config, batch_size=63)) != expected
+    assert weights(with_train(config, batch_size=63)) != expected
 
 
 def test_weights_sha256_covers_weights_and_statistics_in_any_memory_format(config: Config) -> None:
@@ -363,7 +363,7 @@ def test_the_best_weights_are_kept_and_tested(
 ) -> None:
     """Of two epochs with equal accuracy and loss, the first is the best."""
     evaluations = scripted(monkeypatch, [0.2, 0.6, 0.4, 0.6])
-    result = train.train(training(config, epochs=4), None, Heard())
+    result = train.train(with_train(config, epochs=4), None, RecordingDisplay())
     digests = [digest for _, digest in evaluations]
     assert len(set(digests[:4])) == 4
     assert result.best_epoch == 2
@@ -392,8 +392,8 @@ def test_early_stopping_comes_after_more_than_patience_epochs_without_improvemen
     epochs: int,
 ) -> None:
     scripted(monkeypatch, accuracies + [0.0] * (8 - len(accuracies)))
-    heard = Heard()
-    result = train.train(training(config, epochs=8, patience=patience, batch_size=200), None, heard)
+    heard = RecordingDisplay()
+    result = train.train(with_train(config, epochs=8, patience=patience, batch_size=200), None, heard)
     assert state_of(result.run_dir)["result"]["epochs"] == epochs
     assert any("Stopping early" in line for line in heard.lines) == (epochs < 8)
 
@@ -410,7 +410,7 @@ def test_an_evaluation_is_not_interrupted_by_the_time_limit(
 
     monkeypatch.setattr(train, "evaluate", slow_evaluate)
     with pytest.raises(TimeLimitReached):
-        train.train(training(config, epochs=4), shutdown=ShutdownHandler(1.0, lambda: seconds[0]))
+        train.train(with_train(config, epochs=4), shutdown=ShutdownHandler(1.0, lambda: seconds[0]))
     (run_dir,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
     assert [row.step for row in read_metrics_rows(run_dir)[0]] == [1]
     assert state_of(run_dir)["status"] == "KILLED"
@@ -429,7 +429,7 @@ def test_a_changed_environment_is_reported_and_recorded_on_resume(
     values["code_sha256"] = "0" * 64
     values["host"] = "another host, which does not affect the numbers"
     path.write_text(json.dumps(values))
-    heard = Heard()
+    heard = RecordingDisplay()
     train.resume(run_dir, None, heard)
     state = state_of(run_dir)
     (resumed,) = state["resumed"]
@@ -467,7 +467,7 @@ def test_validation_uses_its_whole_split_and_the_test_split_is_used_once_at_the_
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     monkeypatch.setattr(Dataset, "split", recorded_split)
     monkeypatch.setattr(train, "evaluate", recorded_evaluate)
-    train.train(training(config, epochs=3, eval_batch_size=7), None, Heard())
+    train.train(with_train(config, epochs=3, eval_batch_size=7), None, RecordingDisplay())
     assert [e for e in events if e.startswith("evaluate")] == ["evaluate validation"] * 3 + ["evaluate test"]
     assert [e for e in events if "test" in e] == ["open test", "evaluate test"]
     assert events[-2:] == ["open test", "evaluate test"]
@@ -485,7 +485,7 @@ def test_every_epoch_trains_on_all_images_in_another_order(
         return original(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
-    train.train(training(config, epochs=2), None, Heard())
+    train.train(with_train(config, epochs=2), None, RecordingDisplay())
     data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
     expected = data.split_indices["train"].tolist()
     first, second = indices[: len(expected)], indices[len(expected) :]
@@ -505,8 +505,8 @@ def test_the_learning_rate_follows_the_schedule_over_all_steps(
         return original(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
-    config = training(config, epochs=3, schedule="onecycle", warmup_fraction=0.5, learning_rate=0.01)
-    train.train(config, None, Heard())
+    config = with_train(config, epochs=3, schedule="onecycle", warmup_fraction=0.5, learning_rate=0.01)
+    train.train(config, None, RecordingDisplay())
     steps = len(rates)
     assert steps % 3 == 0
     assert steps > 3
@@ -527,7 +527,7 @@ def test_training_accuracy_and_loss_are_means_over_images(
         return result
 
     monkeypatch.setattr(train, "train_step", step)
-    result = train.train(training(config, batch_size=100), None, Heard())
+    result = train.train(with_train(config, batch_size=100), None, RecordingDisplay())
     count = sum(n for _, _, n in results)
     assert results[-1][2] < 100
     metrics = rows_of(result.run_dir)[0].metrics
@@ -542,8 +542,8 @@ def test_training_accuracy_and_loss_are_means_over_images(
 def test_every_optimizer_trains_in_every_precision(
     config: Config, no_report: None, kind: Optimizer, precision: Literal["fp32", "bf16"]
 ) -> None:
-    config = replace(training(config, optimizer=kind), device=replace(config.device, precision=precision))
-    result = train.train(config, None, Heard())
+    config = replace(with_train(config, optimizer=kind), device=replace(config.device, precision=precision))
+    result = train.train(config, None, RecordingDisplay())
     (epoch, test) = rows_of(result.run_dir)
     assert all(math.isfinite(value) for value in (*epoch.metrics.values(), *test.metrics.values()))
     stored, _ = load_weights(result.run_dir / "model.safetensors", CPU)
@@ -565,7 +565,7 @@ def test_the_options_of_conf_train(
 ) -> None:
     tiny = [text for text in TINY if not text.startswith("model.") and not text.startswith("train.")]
     asked = compose(*tiny, f"data.cache={cache}", "tracking=none", *overrides, "train.epochs=1")
-    result = train.train(load(asked), None, Heard())
+    result = train.train(load(asked), None, RecordingDisplay())
 
     assert state_of(result.run_dir)["status"] == "FINISHED"
     assert math.isfinite(result.test.loss)
@@ -577,7 +577,7 @@ def test_the_options_of_conf_train(
 def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
     """All metrics of every epoch, every file with its hash, the report, and the calls of the tracker."""
     tracker = RecordingTracker()
-    result = train.train(tiny, tracker, Heard())
+    result = train.train(tiny, tracker, RecordingDisplay())
 
     rows = rows_of(result.run_dir)
     assert [row.step for row in rows] == [1, 2, 2]
@@ -617,10 +617,10 @@ def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
 
 def test_the_memory_plan_is_recorded(tiny: Config, no_report: None) -> None:
     """It equals a plan made without the training."""
-    heard = Heard()
-    result = train.train(training(tiny, epochs=1), None, heard)
+    heard = RecordingDisplay()
+    result = train.train(with_train(tiny, epochs=1), None, heard)
 
-    split_sizes = dataset.inspect_dataset(result.config, Heard()).split_sizes
+    split_sizes = dataset.inspect_dataset(result.config, RecordingDisplay()).split_sizes
     plan = Planner(result.config, split_sizes).plan_for(64)
     assert json.loads((result.run_dir / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
     assert f"memory: {plan.describe('any CUDA GPU')}" in heard.lines
@@ -642,9 +642,11 @@ def test_measured_gpu_memory_is_compared_with_the_plan(
 
     monkeypatch.setattr(MemoryMeter, "peaks", peaks)
     monkeypatch.setattr(MemoryMeter, "process_peak_mib", lambda _: 20_000.0)
-    result = train.train(tiny, None, Heard())
+    result = train.train(tiny, None, RecordingDisplay())
 
-    plan = Planner(result.config, dataset.inspect_dataset(result.config, Heard()).split_sizes).plan_for(64)
+    plan = Planner(
+        result.config, dataset.inspect_dataset(result.config, RecordingDisplay()).split_sizes
+    ).plan_for(64)
     last = rows_of(result.run_dir)[-1].metrics
     assert {name: value for name, value in last.items() if name.endswith("_error")} == {
         "memory/train_peak_allocated_error": plan.training.allocated_mib.relative_error(40.0),
@@ -674,7 +676,7 @@ def test_the_status_of_a_run_is_recorded_however_it_ends(
     monkeypatch.setattr(train, "train_step", failing_step)
     tracker = RecordingTracker()
     with pytest.raises(type(raised)):
-        train.train(config, tracker, Heard())
+        train.train(config, tracker, RecordingDisplay())
     state = state_of(tracker.run_dir)
     assert state["status"] == tracker.status == status
     assert type(raised).__name__ in state["error"]
@@ -692,7 +694,7 @@ def test_a_failed_rendering_process_fails_the_run(
     tracker = RecordingTracker()
     config = replace(config, data=replace(config.data, cache=str(tmp_path / "empty")))
     with pytest.raises(RunFailed, match="font error"):
-        train.train(config, tracker, Heard())
+        train.train(config, tracker, RecordingDisplay())
     assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
 
 
@@ -704,14 +706,14 @@ def test_a_tracker_that_cannot_start_fails_the_run(config: Config) -> None:
 
     tracker = UnreachableTracker()
     with pytest.raises(ConnectionError):
-        train.train(config, tracker, Heard())
+        train.train(config, tracker, RecordingDisplay())
     assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
 
 
 def test_no_run_is_created_if_the_dataset_config_is_invalid(config: Config, root: Path) -> None:
-    config = replace(config, data=replace(drawn(config), fonts=("Missing.ttf",)))
+    config = replace(config, data=replace(generator_config(config), fonts=("Missing.ttf",)))
     with pytest.raises(UserError, match=r"Missing\.ttf"):
-        train.train(config, None, Heard())
+        train.train(config, None, RecordingDisplay())
     assert not (root / "outputs").exists()
 
 
@@ -721,7 +723,7 @@ def test_the_record_has_the_requested_and_the_resolved_config(config: Config, no
         device=replace(config.device, name="auto"),
         tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"),
     )
-    result = train.train(requested, None, Heard())
+    result = train.train(requested, None, RecordingDisplay())
     assert "auto" not in (result.run_dir / "config.yaml").read_text()
     assert "name: auto" in (result.run_dir / "requested.yaml").read_text()
     assert "uri: auto" in (result.run_dir / "requested.yaml").read_text()
@@ -738,7 +740,7 @@ def test_the_weights_are_written_after_the_first_epoch(
 
     tracker = Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        train.train(training(config, epochs=5), tracker, Heard())
+        train.train(with_train(config, epochs=5), tracker, RecordingDisplay())
     assert tracker.run_dir is not None
     assert len(rows_of(tracker.run_dir)) == 2
     load_weights(tracker.run_dir / "model.safetensors", CPU)
