@@ -6,8 +6,6 @@ The order of the alphabet is the order of the classes, and part of every trained
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from captcha_exp.config.validators import alphabet_error
-
 
 @dataclass(frozen=True)
 class Alphabet:
@@ -16,6 +14,8 @@ class Alphabet:
     characters: str
 
     def __post_init__(self) -> None:
+        from captcha_exp.config.validators import alphabet_error  # the package config imports pydantic
+
         if error := alphabet_error(self.characters):
             raise ValueError(f"alphabet {self.characters!r}: {error}")
 

@@ -281,7 +281,7 @@ def test_a_missing_device_index_has_no_memory_size(call: Call, monkeypatch: pyte
     def properties(device: torch.device) -> None:
         raise AssertionError("Invalid device id")
 
-    monkeypatch.setattr("captcha_exp.runtime.device._cuda_works", lambda: True)
+    monkeypatch.setattr("captcha_exp.runtime.device._is_cuda_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     code, out, _ = call(*WORDS, "--batch-sizes", "8", "device.name=cuda:1", "--json")

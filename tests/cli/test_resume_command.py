@@ -170,7 +170,7 @@ def test_a_call_that_fails_leaves_the_run_unchanged(
         assert json.loads((run_dir / "run.json").read_text())["pid"] == os.getpid()
         raise ConfigError("data.path=x: does not exist")
 
-    monkeypatch.setattr(training, "train", fail)
+    monkeypatch.setattr(training, "resume", fail)
     assert call("train", *words)[0] == 2
     assert json.loads((run_dir / "run.json").read_text()) == json.loads(before)
 

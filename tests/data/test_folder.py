@@ -1000,4 +1000,4 @@ def test_evaluating_a_run_warns_if_its_images_have_changed(folder: Path) -> None
     write_files(folder, {"9999.png": png(99)})
     evaluate_run(result.run_dir, "test", display)
     (warning,) = display.warnings
-    assert warning.startswith("the pictures are not those of the run: source.files_sha256 was ")
+    assert warning.startswith("the images differ from those of the run: source.files_sha256 was ")

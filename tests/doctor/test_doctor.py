@@ -1019,9 +1019,9 @@ def test_files_that_are_not_a_store(tmp_path: Path) -> None:
     assert inspect_file(tmp_path / "text.db") == ("broken", "file is not a database")
     with closing(sqlite3.connect(tmp_path / "other.db")) as database, database:
         database.execute("CREATE TABLE t (i)")
-    assert inspect_file(tmp_path / "other.db") == ("broken", "a database, but not one of MLflow's")
+    assert inspect_file(tmp_path / "other.db") == ("broken", "not an MLflow database")
     state, detail = inspect_file(tmp_path / "text.db" / "mlflow.db")
-    assert (state, detail) == ("broken", f"{tmp_path}/text.db is a file, not a folder")
+    assert (state, detail) == ("broken", f"{tmp_path}/text.db is a file, not a directory")
 
 
 @pytest.mark.parametrize("kind", ["EXCLUSIVE", "IMMEDIATE"])

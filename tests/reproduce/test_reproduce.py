@@ -443,7 +443,7 @@ def test_a_manifest_with_invalid_values_is_a_one_line_error(
     run: Path, name: str, change: dict[str, Any]
 ) -> None:
     edit_json(run / name, lambda values: values.update(change))
-    with pytest.raises(UserError, match="its record is damaged"):
+    with pytest.raises(UserError, match="damaged run record"):
         load_reference(run)
 
 
@@ -451,7 +451,7 @@ def test_invalid_metrics_are_a_one_line_error(run: Path) -> None:
     for metrics in ([0.5], {"train/loss": "a"}):
         row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # as in a damaged file
         (run / "metrics.jsonl").write_text(row.to_line())
-        with pytest.raises(UserError, match="its record is damaged"):
+        with pytest.raises(UserError, match="damaged run record"):
             load_reference(run)
 
 
@@ -539,10 +539,12 @@ def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:
     (sweep / "sweep.json").write_text("{}")
     code, _, err = call("reproduce", str(sweep))
     assert code == 2
-    assert err.endswith(": is a sweep; give the folder of one of its points, which has none yet\n")
+    assert err.endswith(
+        ": is a sweep, not a run; give the run directory of one of its jobs (none has started yet)\n"
+    )
     (sweep / "1-seed=1").mkdir()
     (sweep / "1-seed=1" / "run.json").write_text("{}")
-    assert f"one of its points: {sweep / '1-seed=1'}, say\n" in call("reproduce", str(sweep))[2]
+    assert f"one of its jobs, e.g. {sweep / '1-seed=1'}\n" in call("reproduce", str(sweep))[2]
 
 
 # -- verdicts and causes -------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_a_fault_ends_only_its_own_job(workspace: Workspace) -> None:
     assert result.returncode == 1
     assert outcomes(workspace) == ["failed", "failed", "failed", "failed", "oom", "finished"]
     assert statuses(workspace.sweep_dir()) == {"FAILED", "FINISHED"}
-    for job, error in zip(jobs, ("SIGSEGV", "SIGKILL", "[brackets]", "not a finite number"), strict=False):
+    for job, error in zip(jobs, ("SIGSEGV", "SIGKILL", "[brackets]", "the loss is not finite"), strict=False):
         assert error in job["error"]
         assert f"{job['name']}: " in result.stdout
         assert job["error"] in " ".join(result.stdout.split())
