@@ -166,7 +166,7 @@ def test_a_fault_ends_only_its_own_job(workspace: Workspace) -> None:
     assert "Traceback" not in result.stderr, "only in the log"
     log = (workspace.sweep_dir() / "3-batch_size=32.log").read_text()
     assert "Traceback" in log
-    assert "ValueError: a mistake of a test, with [brackets]" in log
+    assert "ValueError: an injected error, with [brackets]" in log
     assert (
         "Fatal Python error: Segmentation fault"
         in (workspace.sweep_dir() / "1-batch_size=16.log").read_text()
