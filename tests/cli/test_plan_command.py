@@ -432,7 +432,7 @@ def test_must_fit_without_a_decision_is_a_mistake(call: Call, words: list[str], 
 
 
 def test_assumptions_are_printed(call: Call) -> None:
-    words = ("device.precision=auto", "train.micro_batch_size=2", "train.batch_size=auto")
+    words = ("device.precision=auto", "train.micro_batch_size=2", "train.batch_size=auto", "data.count=200")
     code, out, _ = call("plan", "--gpu", "gtx1650,h200", *words, "--batch-sizes", "4,1000000")
 
     assert code == 0
