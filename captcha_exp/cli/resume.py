@@ -13,7 +13,7 @@ from captcha_exp.cli.hydra_config import ComposedConfig, apply_overrides
 from captcha_exp.config import Config, Machine, flatten, load
 from captcha_exp.errors import UserError
 from captcha_exp.runs import CHECKPOINT_DIR, StaleRun, find_linked, list_checkpoints, make_run_dir
-from captcha_exp.runs import resume as unfinished
+from captcha_exp.runs import resume as run_resume
 from captcha_exp.runtime.console import Display
 
 TIME_LIMIT_KEY = "train.max_minutes"  # limits a process, not a run
@@ -80,9 +80,9 @@ def _or_resume(plan: ResumePlan, display: Display, stack: contextlib.ExitStack) 
     """Resume an unfinished run with the same config and code if there is one; else return the plan."""
 
     def find() -> StaleRun | None:
-        return unfinished.find_resumable(plan.requested, display.info, plan.lineage)
+        return run_resume.find_resumable(plan.requested, display.info, plan.lineage)
 
-    stale = stack.enter_context(unfinished.claim(find))
+    stale = stack.enter_context(run_resume.claim(find))
     if stale is None:
         return plan
     _report_resume(stale, display)
@@ -90,7 +90,7 @@ def _or_resume(plan: ResumePlan, display: Display, stack: contextlib.ExitStack) 
 
 
 def _report_resume(stale: StaleRun, display: Display) -> None:
-    display.info(f"Resuming {stale.run_dir} {unfinished.describe_progress(stale.run_dir)}")
+    display.info(f"Resuming {stale.run_dir} {run_resume.describe_progress(stale.run_dir)}")
 
 
 # -- --resume RUN --------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _plan_named(
     stack: contextlib.ExitStack,
 ) -> ResumePlan:
     name = arguments.resume
-    named = unfinished.find_named(name)
+    named = run_resume.find_named(name)
     saved = load(named.run_dir / "requested.yaml")
     requested, choices = _requested_config(saved, arguments, composed, machine)
     changes = _changed_keys(saved, requested)
@@ -124,14 +124,14 @@ def _plan_named(
         )
 
     def find() -> StaleRun:
-        stale = unfinished.find_named(name)
+        stale = run_resume.find_named(name)
         if stale.state["status"] == "FINISHED":
             raise UserError(f"--resume={name}: has just finished; add train.epochs=N to train more epochs")
         return stale
 
-    stale = stack.enter_context(unfinished.claim(find))
+    stale = stack.enter_context(run_resume.claim(find))
     assert stale is not None  # find() raises if there is no such run
-    if unfinished.has_code_changed(stale.run_dir):
+    if run_resume.has_code_changed(stale.run_dir):
         display.warn(
             f"{stale.run_dir}: started with different code; the result may differ from that of an "
             "uninterrupted run"

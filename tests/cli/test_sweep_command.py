@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import TINY, RecordingDisplay
-from support.faults import planted
+from support.faults import inject_faults
 
 from captcha_exp import runs
 from captcha_exp.cli import main
@@ -560,7 +560,7 @@ def test_interrupted_at_a_terminal(
     command = [sys.executable, "-m", "captcha_exp", "train", "-m", *TINY, f"data.cache={cache}", *words]
     process = subprocess.Popen(
         [*command, "tracking=none", "train.batch_size=32,64,16", "--json"],
-        env=os.environ | planted(root, {32: "wait"}) | {"WAITING": str(root / "waiting")},
+        env=os.environ | inject_faults(root, {32: "wait"}) | {"WAITING": str(root / "waiting")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -1,7 +1,7 @@
 """Fault injection for the processes of a sweep's jobs.
 
-`planted` makes an environment in which PYTHONPATH has a sitecustomize.py that imports this module. In the
-processes of jobs it waits until captcha_exp.training.train is imported and then injects the faults of the
+`inject_faults` makes an environment in which PYTHONPATH has a sitecustomize.py that imports this module. In
+the processes of jobs it waits until captcha_exp.training.train is imported and then injects the faults of the
 variable FAULTS, a mapping from batch size to fault.
 """
 
@@ -18,10 +18,10 @@ from types import ModuleType
 from typing import Any
 
 AT_STEP = 2  # counted from 0, of the first epoch
-SECONDS_OF_A_SLOW_STEP = 16.0
+SLOW_STEP_SECONDS = 16.0
 
 
-def planted(folder: Path, faults: Mapping[int, str]) -> dict[str, str]:
+def inject_faults(folder: Path, faults: Mapping[int, str]) -> dict[str, str]:
     """Return the environment in which jobs of these batch sizes have these faults."""
     (folder / "sitecustomize.py").write_text("import faults\nfaults.wait_for_train_import()\n")
     path = os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -116,7 +116,7 @@ def _break(fault: str | None, state: Any) -> None:
         case "nan":
             next(state.model.parameters()).data.fill_(float("nan"))
         case "slow":
-            time.sleep(SECONDS_OF_A_SLOW_STEP)
+            time.sleep(SLOW_STEP_SECONDS)
         case "wait":
             Path(os.environ["WAITING"]).touch()
             time.sleep(600)

@@ -20,7 +20,7 @@ import pytest
 from conftest import TINY
 from mlflow import MlflowClient
 from PIL import Image
-from support.faults import SECONDS_OF_A_SLOW_STEP, planted
+from support.faults import SLOW_STEP_SECONDS, inject_faults
 
 from captcha_exp import compose, load
 from captcha_exp.training.train import train
@@ -40,7 +40,7 @@ class Workspace:
 
     def environment(self, faults: Mapping[int, str] | None = None) -> dict[str, str]:
         variables = {"CAPTCHA_EXP_ROOT": str(self.root), "WAITING": str(self.root / "waiting")}
-        return os.environ | variables | (planted(self.root, faults) if faults else {})
+        return os.environ | variables | (inject_faults(self.root, faults) if faults else {})
 
     def sweep(
         self, *overrides: str, faults: Mapping[int, str] | None = None
@@ -274,7 +274,7 @@ def test_a_killed_job_is_resumed_from_its_checkpoint(workspace: Workspace) -> No
 
 def test_a_sweep_that_reached_its_time_limit_is_resumed(workspace: Workspace) -> None:
     overrides = ("train.batch_size=32,48", "tracking=none")
-    minutes = 0.95 * SECONDS_OF_A_SLOW_STEP / 60  # enough to start a job, also on a busy machine
+    minutes = 0.95 * SLOW_STEP_SECONDS / 60  # enough to start a job, also on a busy machine
     result = workspace.sweep(*overrides, f"train.max_minutes={minutes}", faults={32: "slow"})
     assert result.returncode == 75, result.stderr
     assert outcomes(workspace) == ["killed", "not run"]
