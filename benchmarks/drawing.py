@@ -14,7 +14,6 @@ import time
 from captcha_exp import compose, load
 from captcha_exp.config import CaptchaLibraryConfig, Config, WheezyLibraryConfig
 from captcha_exp.data import sources
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.device import detect_machine
 
 
@@ -25,7 +24,7 @@ def images_per_second(config: Config, workers: int, count: int) -> float:
     )  # conf/data/ has two generators
     data = dataclasses.replace(config.data, workers=workers)
     began = time.perf_counter()
-    sources.render_images(data, config.captcha, range(count), NullDisplay())
+    sources.render_images(data, config.captcha, range(count))
     return count / (time.perf_counter() - began)
 
 

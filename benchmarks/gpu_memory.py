@@ -40,7 +40,6 @@ from captcha_exp.memory.gpu_profile import (
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import NullDisplay
 
 SplitSizes = Mapping[str, int]
 MAX_ENTRIES = 200_000  # of a recording; two steps take some thousands
@@ -104,7 +103,7 @@ def calibration(batches: Mapping[str, int], device: str) -> dict[str, Any]:
         return measurements_to_json(_fake_measurements())
     free = ProcessMeter(torch_device).free_before_mib  # before this process uses the GPU
     configs = [make_config(Case(network, "fp32", batches[network]), device) for network in NETWORKS]
-    return measurements_to_json(gpu_probe.measure(configs, torch_device, free, NullDisplay()))
+    return measurements_to_json(gpu_probe.measure(configs, torch_device, free))
 
 
 def _fake_measurements() -> GpuMeasurements:

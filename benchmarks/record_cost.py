@@ -29,7 +29,6 @@ from captcha_exp.model import state
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.model.weights import weights_sha256, weights_to_bytes
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.device import detect_machine, setup_device
 from captcha_exp.runtime.files import sha256_of
 from captcha_exp.runtime.paths import root_dir
@@ -84,7 +83,7 @@ def percent(shares: Sequence[float]) -> list[float]:
 
 def measure(config: Config, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Return the costs as shares of an epoch, and the measured seconds."""
-    counts = datasets.inspect_dataset(config, NullDisplay()).split_sizes
+    counts = datasets.inspect_dataset(config).split_sizes
     per_epoch = -(-counts["train"] // int(config.train.batch_size))
     steps = Steps(config)
     pairs = []

@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,6 @@ from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.training import sanity
 
 TINY = (
@@ -63,18 +63,29 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class RecordingDisplay(NullDisplay):
-    """A display that stores its lines and warnings."""
+def infos(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the status lines that the package has logged in this test."""
+    return _messages(caplog, logging.INFO)
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.warnings: list[str] = []
 
-    def info(self, text: str) -> None:
-        self.lines.append(text)
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings that the package has logged in this test."""
+    return _messages(caplog, logging.WARNING)
 
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
+
+def _messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    records = (record for record in caplog.records if record.name.startswith("captcha_exp."))
+    return [record.getMessage() for record in records if record.levelno == level]
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> logging.Logger:
+    """Return the package's logger without the handler of an earlier call of `main`; caplog gets INFO."""
+    logger = logging.getLogger("captcha_exp")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.INFO)
+    return logger
 
 
 def generator_config(config: Config) -> CaptchaLibraryConfig:

@@ -80,10 +80,21 @@ def _dangerous(node: ast.AST) -> Iterator[str]:
             yield text
 
 
+def no_function_is_handed_a_display(sources: Sources) -> list[str]:
+    """Modules log, and `runtime.console.progress_bar` finds the console itself."""
+    return [
+        f"{module}:{node.lineno} {node.arg}"
+        for module, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.arg) and node.arg in ("display", "console")
+    ]
+
+
 RULES: list[Rule] = [
     no_module_has_a_vague_name,
     no_module_is_longer_than_350_lines,
     no_code_execution_when_loading,
+    no_function_is_handed_a_display,
 ]
 
 
@@ -136,6 +147,8 @@ def test_config_files_name_no_code(path: Path) -> None:
         (no_code_execution_when_loading, {"m": "subprocess.run(line, shell=True)"}),
         (no_code_execution_when_loading, {"m": "os.system(line)"}),
         (no_code_execution_when_loading, {"m": "mlflow.pytorch.load_model(uri)"}),
+        (no_function_is_handed_a_display, {"m": "def train(config, *, display=None): pass"}),
+        (no_function_is_handed_a_display, {"m": "lambda console: 1"}),
     ],
 )
 def test_a_violation_is_detected(rule: Rule, sources: Sources) -> None:

@@ -26,7 +26,6 @@ from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.model.predict import Predictor
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runs import find_run, make_run_dir
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.device import half_precisions, set_memory_limit, setup_device
 from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
 from captcha_exp.training import autotune
@@ -60,7 +59,7 @@ def with_device(config: Config, **values: Any) -> Config:
 
 def training_split(config: Config) -> Split:
     """Return the training split of a config."""
-    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
+    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     return data.split("train", torch.device(config.device.name), config.device.preload_limit_mib)
 
 
@@ -201,7 +200,7 @@ def test_auto_precision_is_accurate_and_fastest_and_is_recorded(cuda: Config) ->
 def test_16_bit_gradients_agree_with_fp32_since_ampere(cuda: Config) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("older GPUs may have inaccurate 16-bit types, which auto detects")
-    _, tried = autotune.choose_precision(with_device(cuda, precision="auto"), NullDisplay())
+    _, tried = autotune.choose_precision(with_device(cuda, precision="auto"))
 
     assert [row["precision"] for row in tried] == ["fp32", "bf16", "fp16"]
     for row in tried:
@@ -352,13 +351,12 @@ def test_on_oom_split_reduces_micro_batches_until_they_fit(
 PLANNING = """
 import sys
 from captcha_exp import compose, load
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.device import nvml_free_bytes
 from captcha_exp.sweep.forecast import plan_jobs
 from captcha_exp.sweep.record import Job
 config = load(compose(*sys.argv[1:]))
 before = nvml_free_bytes()
-plan_jobs([Job(number=1, swept={}, choices={}, requested=config)], NullDisplay())
+plan_jobs([Job(number=1, swept={}, choices={}, requested=config)])
 print(max(abs(before[gpu] - free) for gpu, free in nvml_free_bytes().items()))
 """
 
@@ -403,13 +401,13 @@ def test_calibrate_writes_a_gpu_config_that_a_training_can_use(root: Path) -> No
 def test_predict_agrees_with_evaluate(cuda: Config, precision: Precision, tmp_path: Path) -> None:
     """On the images of the test split, saved in their original size."""
     folder = train(with_device(cuda, precision=precision)).run_dir
-    evaluation, data = evaluate_run(folder, "test", NullDisplay(), "cuda")
+    evaluation, data = evaluate_run(folder, "test", "cuda")
     files = [tmp_path / f"{row}.png" for row in evaluation.indices]
     for row, file in zip(evaluation.indices, files, strict=True):
         Image.fromarray(data.images[int(row)].numpy()).save(file)
 
-    predictor = Predictor(folder / "model.safetensors", "cuda", NullDisplay())
-    predictions = list(predictor.predict_all(files, NullDisplay()))
+    predictor = Predictor(folder / "model.safetensors", "cuda")
+    predictions = list(predictor.predict_all(files))
 
     assert predictor.device.type == "cuda"
     assert [prediction.image for prediction in predictions] == files
@@ -424,8 +422,8 @@ def test_predict_agrees_with_evaluate(cuda: Config, precision: Precision, tmp_pa
 def test_predictions_on_gpu_and_cpu_agree(cuda: Config) -> None:
     """In fp32, except for a few ambiguous images."""
     folder = train(cuda).run_dir
-    on_gpu, _ = evaluate_run(folder, "test", NullDisplay(), "cuda")
-    on_cpu, _ = evaluate_run(folder, "test", NullDisplay(), "cpu")
+    on_gpu, _ = evaluate_run(folder, "test", "cuda")
+    on_cpu, _ = evaluate_run(folder, "test", "cpu")
 
     assert (on_gpu.indices == on_cpu.indices).all()
     assert float((on_gpu.predicted == on_cpu.predicted).mean()) > 0.95

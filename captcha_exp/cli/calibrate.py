@@ -45,9 +45,8 @@ def _calibrate_this_gpu(
         for words in dict.fromkeys(remaining)
     ]
     from captcha_exp.memory.calibrate import calibrate
-    from captcha_exp.runtime.console import RichDisplay
 
-    return calibrate(configs, machine, RichDisplay(), **options)
+    return calibrate(configs, machine, **options)
 
 
 def _calibrate_from_session(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from captcha_exp.cli.runs import (
     format_value,
     is_fraction,
     is_number,
-    print_stderr,
     print_table,
     to_text,
 )
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RunFields, read_flat_config, read_flat_dataset, read_flat_environment
 from captcha_exp.runtime.console import escape_unprintable
+
+logger = logging.getLogger(__name__)
 
 RESULT_KEYS = ("status", "error", "epochs", "best_epoch", "weights_sha256")
 SECTIONS: dict[str, Callable[[RunFields], Mapping[str, Any]]] = {
@@ -75,7 +77,7 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """
     run_dirs = [runs.find_run(name) for name in arguments.run]
     first, second = (
-        RunFields(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")), print_stderr)
+        RunFields(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
         for run_dir in run_dirs
     )
     values: dict[str, Any] = {}
@@ -85,7 +87,7 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
             _print_section(section, (first.short_name, second.short_name), arguments.all)
             continue
         for line in section.errors:
-            print_stderr(line)
+            logger.warning(escape_unprintable(line))
         pairs = {
             key: [None if value is MISSING else finite_or_none(value) for value in section.values(key)]
             for key in section.selected_keys(arguments.all)

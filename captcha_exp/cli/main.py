@@ -76,6 +76,9 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif words is not None:
         words += rest
+    from captcha_exp.runtime.console import set_up_logging
+
+    set_up_logging(arguments.log_level)
     exit_code: int = arguments.handler(arguments)
     return exit_code
 
@@ -86,23 +89,21 @@ def _dispatch(argv: list[str]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
-    from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import close_stale_runs, make_tracker
 
-    display = RichDisplay()
-    close_stale_runs(display)
+    close_stale_runs()
     composed = None
     if not arguments.multirun:
         composed = try_compose(arguments.overrides, arguments.config_dir)
     if composed is None or composed.multirun:
         from captcha_exp.cli.sweep import train_sweep
 
-        return train_sweep(arguments, _detect_machine(), display)
+        return train_sweep(arguments, _detect_machine())
     from captcha_exp.cli import resume
     from captcha_exp.training.train import resume as resume_training
     from captcha_exp.training.train import train
 
-    with resume.plan_resume(arguments, composed, _detect_machine(), display) as plan:
+    with resume.plan_resume(arguments, composed, _detect_machine()) as plan:
         config = plan.requested
         if config.train.on_oom == "split":  # each attempt needs a process without leftover allocations
             from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
@@ -112,15 +113,15 @@ def _train(arguments: argparse.Namespace) -> int:
             job = TrainJob(
                 config, plan.choices, lineage=plan.lineage, extend_from=plan.extend_from, deadline=deadline
             )
-            run_dir = train_with_oom_retry(job, resume.run_dir_factory(plan, arguments.resume, display))
+            run_dir = train_with_oom_retry(job, resume.run_dir_factory(plan, arguments.resume))
         else:
-            tracker = make_tracker(config, display, plan.choices)
+            tracker = make_tracker(config, plan.choices)
             if plan.run_dir is None:
-                result = train(config, tracker, display, lineage=plan.lineage, extend_from=plan.extend_from)
+                result = train(config, tracker, lineage=plan.lineage, extend_from=plan.extend_from)
             else:
                 shutdown = ShutdownHandler(config.train.max_minutes)  # may differ from that of the run
                 result = resume_training(
-                    plan.run_dir, tracker, display, extend_from=plan.extend_from, shutdown=shutdown
+                    plan.run_dir, tracker, extend_from=plan.extend_from, shutdown=shutdown
                 )
             run_dir = result.run_dir
     return _report_training(run_dir, arguments)
@@ -145,11 +146,10 @@ def _data(arguments: argparse.Namespace) -> int:
     from captcha_exp.config import resolve
     from captcha_exp.data import dataset
     from captcha_exp.report import figures
-    from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.runtime.paths import root_dir
 
-    config, display = resolve(config, _detect_machine()), RichDisplay()
-    data = dataset.load_or_build(dataset.inspect_dataset(config, display), config, display)
+    config = resolve(config, _detect_machine())
+    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
     figures.plot_samples(data.images[:30].numpy(), data.labels[:30], preview)
     if arguments.json:
@@ -174,10 +174,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import output
     from captcha_exp.model.evaluate import evaluate_run
     from captcha_exp.runs import find_run
-    from captcha_exp.runtime.console import RichDisplay
 
     run_dir = find_run(arguments.run)
-    evaluation, data = evaluate_run(run_dir, arguments.split, RichDisplay(), arguments.device)
+    evaluation, data = evaluate_run(run_dir, arguments.split, arguments.device)
     if arguments.json:
         _print_json({"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)})
     else:
@@ -188,14 +187,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import interactive, output
     from captcha_exp.model.predict import Predictor, find_images, resolve_weights
-    from captcha_exp.runtime.console import RichDisplay
 
-    display = RichDisplay()
-    predictor = Predictor(resolve_weights(arguments.run), arguments.device, display)
+    predictor = Predictor(resolve_weights(arguments.run), arguments.device)
     if not arguments.images:
         interactive.prompt_loop(predictor, arguments.json)
         return 0
-    predictions = list(predictor.predict_all(find_images(arguments.images), display))
+    predictions = list(predictor.predict_all(find_images(arguments.images)))
     if arguments.json:
         _print_json([prediction.to_json() for prediction in predictions])
     else:
@@ -205,12 +202,10 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import reproduce
-    from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import close_stale_runs
 
-    display = RichDisplay()
-    close_stale_runs(display)
-    reproduction = reproduce.reproduce(arguments, _detect_machine(), display)
+    close_stale_runs()
+    reproduction = reproduce.reproduce(arguments, _detect_machine())
     if arguments.json:
         _print_json(reproduction.to_json())
     else:
@@ -220,10 +215,9 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import runs
-    from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import close_stale_runs
 
-    close_stale_runs(RichDisplay())
+    close_stale_runs()
     return _print_values(runs.list_runs(arguments))
 
 
@@ -236,13 +230,12 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _ui(arguments: argparse.Namespace) -> int:
     config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
     from captcha_exp.config import MlflowConfig, resolve
-    from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import serve_ui
 
     tracking = resolve(config, _detect_machine()).tracking
     if not isinstance(tracking, MlflowConfig):
         raise UserError("tracking=none: has no MLflow store to show; use tracking=mlflow")
-    serve_ui(tracking, arguments.port, RichDisplay())
+    serve_ui(tracking, arguments.port)
     return 0
 
 

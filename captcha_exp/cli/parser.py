@@ -1,6 +1,7 @@
 """The argument parser: the commands and their flags."""
 
 import argparse
+import logging
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -60,6 +61,7 @@ def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
             command.add_argument("--config-dir", "-cd", metavar="DIR", help=text)
         if json:
             command.add_argument("--json", action="store_true", help="print JSON")
+        _add_log_level(command)
         return command
 
     train = add_command("train")
@@ -112,6 +114,24 @@ def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     calibrate.add_argument("--from", dest="session", metavar="FILE.json", help=text)
     add_command("doctor")
     return parser
+
+
+def _add_log_level(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet and --verbose."""
+    group = parser.add_mutually_exclusive_group()
+    for name, level, text in (
+        ("quiet", logging.WARNING, "print only warnings and errors to standard error, and no progress bars"),
+        ("verbose", logging.DEBUG, "also print debug messages, each with the module that it is from"),
+    ):
+        group.add_argument(
+            f"-{name[0]}",
+            f"--{name}",
+            dest="log_level",
+            action="store_const",
+            const=level,
+            default=logging.INFO,
+            help=text,
+        )
 
 
 _METRICS_NOTE = (  # see runs/fields.py

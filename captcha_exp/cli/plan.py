@@ -39,10 +39,9 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
                 config = try_compose(overrides, arguments.config_dir).to_config(None)
             count = stack.enter_context(_image_counter(config))
             from captcha_exp.cli import plan_gpus, plan_report
-            from captcha_exp.runtime.console import RichDisplay
         if names is not None:
-            return plan_gpus.run(configs, arguments, count, RichDisplay())
-        return plan_report.run(config, arguments, count, RichDisplay())
+            return plan_gpus.run(configs, arguments, count)
+        return plan_report.run(config, arguments, count)
 
 
 @contextlib.contextmanager
@@ -62,9 +61,8 @@ def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, 
 
     def count(resolved: "Config") -> dict[str, int]:
         from captcha_exp.data import dataset
-        from captcha_exp.runtime.console import RichDisplay
 
-        return dataset.inspect_dataset(resolved, RichDisplay()).split_sizes
+        return dataset.inspect_dataset(resolved).split_sizes
 
     yield count
 

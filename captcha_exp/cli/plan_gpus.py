@@ -22,7 +22,7 @@ from captcha_exp.config import Bounds, Config, to_dict
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import MAX_MICRO_BATCHES, Plan, Planner, PlannerCache, memory_budget
 from captcha_exp.runtime import fork
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import progress_bar
 
 
 class GpuRow(NamedTuple):
@@ -50,7 +50,6 @@ def run(
     configs: Mapping[str, Config],
     arguments: argparse.Namespace,
     count_images: Callable[[Config], dict[str, int]],
-    display: Display,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit.
 
@@ -66,7 +65,7 @@ def run(
         check_must_fit(arguments, batch_size, unknown)
     first = next(iter(resolved.values()))
     split_sizes = count_images(first)
-    rows = _rows(resolved, sizes, split_sizes, display)
+    rows = _rows(resolved, sizes, split_sizes)
     misfits = []
     if arguments.must_fit:
         misfits = [text for row in rows for text in list_misfits(row.plans, row.config.gpu.name)]
@@ -79,7 +78,7 @@ def run(
 
 
 def _rows(
-    configs: Mapping[str, Config], sizes: Sequence[int], split_sizes: Mapping[str, int], display: Display
+    configs: Mapping[str, Config], sizes: Sequence[int], split_sizes: Mapping[str, int]
 ) -> list[GpuRow]:
     """Return a row for each GPU, sorted by memory; GPUs of unknown memory come last."""
     cache = PlannerCache(next(iter(configs.values())), split_sizes)
@@ -93,7 +92,7 @@ def _rows(
     half = partial(find_max_batch_sizes, names[1::2])
     start = fork.run_in_child if cache.traces.can_interpolate() else nullcontext
     plans, max_batch_sizes = {}, dict[str, int | None]()
-    with start(half) as wait, display.progress_bar("planning", len(names)) as bar:
+    with start(half) as wait, progress_bar("planning", len(names)) as bar:
         for index, name in enumerate(names):
             plans[name] = [planners[name].plan_for(size) for size in sizes]
             if index % 2 == 0:

@@ -16,7 +16,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import Advice, advise
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import MAX_MICRO_BATCHES, Plan, Planner, memory_budget
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import progress_bar
 from captcha_exp.runtime.device import detect_machine, gpu_total_mib
 
 BATCH_SIZE_FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of train.batch_size, without --batch-sizes
@@ -24,10 +24,7 @@ COLORS = {"fits": "green", "unsure": "yellow", "does not fit": "red", None: ""}
 
 
 def run(
-    config: Config,
-    arguments: argparse.Namespace,
-    count_images: Callable[[Config], dict[str, int]],
-    display: Display,
+    config: Config, arguments: argparse.Namespace, count_images: Callable[[Config], dict[str, int]]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit."""
     batch_size, config = config.train.batch_size, resolve_for_plan(config)
@@ -45,14 +42,14 @@ def run(
         "budget_mib": budget_mib,
     }
     if arguments.advise:
-        advice = advise(config, split_sizes, total_mib, display)
+        advice = advise(config, split_sizes, total_mib)
         if arguments.json:
             return header | {"batch_size": batch_size, "advice": [each.to_json() for each in advice]}, []
         _print_advice(advice, int(batch_size), config, budget_mib)
         return None, []
     planner = Planner(config, split_sizes, total_mib)
     plans, seconds = [], []
-    with display.progress_bar("planning", len(sizes)) as bar:
+    with progress_bar("planning", len(sizes)) as bar:
         for size in sizes:
             start = time.perf_counter()
             plans.append(planner.plan_for(size))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import tempfile
@@ -21,15 +22,17 @@ from captcha_exp.reproduce import rerun
 from captcha_exp.reproduce.changes import to_short_text
 from captcha_exp.reproduce.reference import READ_FILES, load_reference
 from captcha_exp.reproduce.rerun import Reproduction
-from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.training.recorder import Tracker
+
+logger = logging.getLogger(__name__)
 
 EXIT_CODES = {"identical": 0, "equivalent": 3, "different": 4}
 COLORS = {"identical": "bold green", "equivalent": "bold yellow", "different": "bold red"}
 
 
-def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display) -> Reproduction:
+def reproduce(arguments: argparse.Namespace, machine: Machine) -> Reproduction:
     """Train the named run again and compare the results.
 
     Raises:
@@ -40,12 +43,12 @@ def reproduce(arguments: argparse.Namespace, machine: Machine, display: Display)
     def tracker(config: Config) -> Tracker:
         from captcha_exp.tracking import make_tracker
 
-        return make_tracker(config, display, {})
+        return make_tracker(config, {})
 
-    with _find_run_dir(arguments.run, display) as (run_dir, store):
+    with _find_run_dir(arguments.run) as (run_dir, store):
         reference = load_reference(run_dir, store)
         requested = apply_overrides(reference.config, arguments.overrides)
-        return rerun.reproduce(reference, requested, machine, tracker, display)
+        return rerun.reproduce(reference, requested, machine, tracker)
 
 
 def print_reproduction(reproduction: Reproduction) -> None:
@@ -82,7 +85,7 @@ def print_reproduction(reproduction: Reproduction) -> None:
 
 
 @contextlib.contextmanager
-def _find_run_dir(name: str, display: Display) -> Iterator[tuple[Path, str | None]]:
+def _find_run_dir(name: str) -> Iterator[tuple[Path, str | None]]:
     """Yield the run directory and None; for a run that only MLflow has, a temporary copy and the store."""
     try:
         run_dir = runs.find_run(name)
@@ -90,7 +93,7 @@ def _find_run_dir(name: str, display: Display) -> Iterator[tuple[Path, str | Non
         if not re.fullmatch(r"[0-9a-f]{32}", name):
             raise
         with tempfile.TemporaryDirectory() as temporary_dir:
-            store = _download_run(name, Path(temporary_dir), display)
+            store = _download_run(name, Path(temporary_dir))
             if store is None:
                 raise
             try:
@@ -102,7 +105,7 @@ def _find_run_dir(name: str, display: Display) -> Iterator[tuple[Path, str | Non
     yield run_dir, None
 
 
-def _download_run(run_id: str, directory: Path, display: Display) -> str | None:
+def _download_run(run_id: str, directory: Path) -> str | None:
     """Download the files of a run; return the store's URI without its password, or None if not found."""
     from captcha_exp.tracking import download_artifacts
 
@@ -110,5 +113,5 @@ def _download_run(run_id: str, directory: Path, display: Display) -> str | None:
     if not download_artifacts(run_id, uri, READ_FILES, directory):
         return None
     public_uri = re.sub(r"://[^/@]*@", "://", uri)
-    display.info(f"Downloaded run {run_id} from {public_uri}")
+    logger.info(f"Downloaded run {run_id} from {public_uri}")
     return public_uri

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +15,8 @@ from captcha_exp.config import Config, Machine, flatten, load
 from captcha_exp.errors import UserError
 from captcha_exp.runs import CHECKPOINT_DIR, StaleRun, find_linked, list_checkpoints, make_run_dir
 from captcha_exp.runs import resume as run_resume
-from captcha_exp.runtime.console import Display
+
+logger = logging.getLogger(__name__)
 
 TIME_LIMIT_KEY = "train.max_minutes"  # limits a process, not a run
 EXTENDABLE_KEYS = {"train.epochs", "train.patience", TIME_LIMIT_KEY}  # may change to extend a finished run
@@ -38,7 +40,7 @@ class ResumePlan:
 
 @contextlib.contextmanager
 def plan_resume(
-    arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine, display: Display
+    arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine
 ) -> Iterator[ResumePlan]:
     """Yield the plan for --resume and the overrides. A run to resume is claimed until the context exits.
 
@@ -48,15 +50,13 @@ def plan_resume(
     """
     with contextlib.ExitStack() as stack:
         if arguments.resume not in ("auto", "never"):
-            yield _plan_named(arguments, composed, machine, display, stack)
+            yield _plan_named(arguments, composed, machine, stack)
             return
         plan = ResumePlan(requested=composed.to_config(machine), choices=composed.choices)
-        yield plan if arguments.resume == "never" else _or_resume(plan, display, stack)
+        yield plan if arguments.resume == "never" else _or_resume(plan, stack)
 
 
-def run_dir_factory(
-    resume_plan: ResumePlan, resume: str, display: Display
-) -> Callable[[Config], AbstractContextManager[Path]]:
+def run_dir_factory(resume_plan: ResumePlan, resume: str) -> Callable[[Config], AbstractContextManager[Path]]:
     """Return a function that opens the run directory for each attempt of `train_with_oom_retry`.
 
     The first attempt follows the plan. Later ones have another config: they resume an unfinished run with it,
@@ -70,38 +70,34 @@ def run_dir_factory(
             if requested != plan.requested:
                 plan = replace(plan, requested=requested, run_dir=None)
                 if resume != "never":
-                    plan = _or_resume(plan, display, stack)
+                    plan = _or_resume(plan, stack)
             yield plan.run_dir or make_run_dir(requested.name)
 
     return open_run_dir
 
 
-def _or_resume(plan: ResumePlan, display: Display, stack: contextlib.ExitStack) -> ResumePlan:
+def _or_resume(plan: ResumePlan, stack: contextlib.ExitStack) -> ResumePlan:
     """Resume an unfinished run with the same config and code if there is one; else return the plan."""
 
     def find() -> StaleRun | None:
-        return run_resume.find_resumable(plan.requested, display.info, plan.lineage)
+        return run_resume.find_resumable(plan.requested, plan.lineage)
 
     stale = stack.enter_context(run_resume.claim(find))
     if stale is None:
         return plan
-    _report_resume(stale, display)
+    _report_resume(stale)
     return replace(plan, run_dir=stale.run_dir)
 
 
-def _report_resume(stale: StaleRun, display: Display) -> None:
-    display.info(f"Resuming {stale.run_dir} {run_resume.describe_progress(stale.run_dir)}")
+def _report_resume(stale: StaleRun) -> None:
+    logger.info(f"Resuming {stale.run_dir} {run_resume.describe_progress(stale.run_dir)}")
 
 
 # -- --resume RUN --------------------------------------------------------------------------------------------
 
 
 def _plan_named(
-    arguments: argparse.Namespace,
-    composed: ComposedConfig,
-    machine: Machine,
-    display: Display,
-    stack: contextlib.ExitStack,
+    arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine, stack: contextlib.ExitStack
 ) -> ResumePlan:
     name = arguments.resume
     named = run_resume.find_named(name)
@@ -110,8 +106,8 @@ def _plan_named(
     changes = _changed_keys(saved, requested)
     if named.state["status"] == "FINISHED":
         plan = replace(_plan_extension(name, named, saved, requested, changes), choices=choices)
-        _warn_epoch_schedules(requested, set(changes), display)
-        return _or_resume(plan, display, stack)
+        _warn_epoch_schedules(requested, set(changes))
+        return _or_resume(plan, stack)
     if "reproduces" in (named.state.get("lineage") or {}):
         raise UserError(
             f"--resume={name}: is an interrupted reproduction, which cannot be resumed; start it again with "
@@ -132,11 +128,11 @@ def _plan_named(
     stale = stack.enter_context(run_resume.claim(find))
     assert stale is not None  # find() raises if there is no such run
     if run_resume.has_code_changed(stale.run_dir):
-        display.warn(
+        logger.warning(
             f"{stale.run_dir}: started with different code; the result may differ from that of an "
             "uninterrupted run"
         )
-    _report_resume(stale, display)
+    _report_resume(stale)
     links = stale.state.get("lineage") or {}
     return ResumePlan(
         requested=requested,
@@ -202,13 +198,13 @@ def _find_extended_run(links: Mapping[str, Any], run_dir: Path) -> Path | None:
     return (find_linked(continued, run_dir) or Path(continued["run_dir"])) if continued else None
 
 
-def _warn_epoch_schedules(requested: Config, changed_keys: set[str], display: Display) -> None:
+def _warn_epoch_schedules(requested: Config, changed_keys: set[str]) -> None:
     """Warn about settings that depend on the total number of epochs, if that changes."""
     train, warmup = requested.train, requested.augment.warmup_fraction
     settings = [f"train.schedule={train.schedule}"] if train.schedule != "constant" else []
     settings += [f"augment.warmup_fraction={warmup:g}"] if warmup > 0 else []
     if settings and "train.epochs" in changed_keys:
-        display.warn(
+        logger.warning(
             f"{' and '.join(settings)}: depends on the number of epochs, and the result will differ from a "
             f"run of {train.epochs} epochs from the start"
         )

@@ -3,10 +3,10 @@
 import argparse
 import difflib
 import json
+import logging
 import math
 import operator
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +21,8 @@ from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RUN_KEYS, RunFields
 from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.paths import root_dir
+
+logger = logging.getLogger(__name__)
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
@@ -107,7 +109,10 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
     sort: list[str] = [] if arguments.sort is None else [arguments.sort]
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit}: must be at least 1")
-    known = [RunFields(run_dir, state, print_stderr) for run_dir, state in runs.list_runs(print_stderr)]
+    unreadable: list[str] = []
+    known = [RunFields(run_dir, state) for run_dir, state in runs.list_runs(unreadable.append)]
+    for line in unreadable:
+        logger.warning(escape_unprintable(line))
     keys = list(dict.fromkeys([*(each.key for each in conditions), *sort, *columns]))
     if known:
         check_keys(keys, known)
@@ -230,11 +235,6 @@ def finite_or_none(value: Any) -> Any:
 def to_text(value: Any) -> str:
     """Return a value as one line: a string unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def print_stderr(line: str) -> None:
-    """Print a line to standard error."""
-    print(escape_unprintable(line), file=sys.stderr)
 
 
 def print_table(table: Table) -> None:

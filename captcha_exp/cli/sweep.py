@@ -6,6 +6,7 @@ changes to conf/ do not affect them.
 
 import argparse
 import json
+import logging
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.runs import StaleRun, code_sha256, read_stale_run, resume
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
 from captcha_exp.sweep.forecast import plan_jobs
 from captcha_exp.sweep.record import SWEEP_FILE, Job, Sweep
@@ -32,8 +33,10 @@ from captcha_exp.sweep.supervisor import run_job
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+logger = logging.getLogger(__name__)
 
-def train_sweep(arguments: argparse.Namespace, machine: Machine, display: Display) -> int:
+
+def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     """Run every job of the grid and print the summary; return exit code 1 if a job failed.
 
     Raises:
@@ -52,14 +55,14 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine, display: Displa
             output.print_sweep(summary)
             _print_locations(sweep, summary)
 
-    with resume.claim(lambda: _find_resumable(arguments, grid, jobs, display)) as stale:
+    with resume.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
         if resumed is not None and arguments.resume == "auto":
-            display.info(f"Resuming {resumed.sweep_dir}, an unfinished sweep with the same jobs")
-        planned = plan_jobs(jobs if resumed is None else resumed.jobs, display)
+            logger.info(f"Resuming {resumed.sweep_dir}, an unfinished sweep with the same jobs")
+        planned = plan_jobs(jobs if resumed is None else resumed.jobs)
         parallelism = min(grid.n_jobs, len(planned))
         minutes = _max_minutes(jobs if resumed is None or grid.override_keys else resumed.jobs)
-        summary = run_sweep(planned, launch, parallelism, display, print_summary, resumed, minutes)
+        summary = run_sweep(planned, launch, parallelism, print_summary, resumed, minutes)
         return 1 if summary.has_failures else 0
 
 
@@ -93,9 +96,7 @@ def _with_oom_recorded(config: Config) -> Config:
     return replace(config, train=replace(config.train, on_oom=on_oom))
 
 
-def _find_resumable(
-    arguments: argparse.Namespace, grid: Grid, jobs: Sequence[Job], display: Display
-) -> StaleRun | None:
+def _find_resumable(arguments: argparse.Namespace, grid: Grid, jobs: Sequence[Job]) -> StaleRun | None:
     """Return the sweep to resume; None to start a new one.
 
     Raises:
@@ -104,7 +105,7 @@ def _find_resumable(
     if arguments.resume == "never":
         return None
     if arguments.resume == "auto":
-        sweep = _find_latest_unfinished(jobs, display)
+        sweep = _find_latest_unfinished(jobs)
         return None if sweep is None else read_stale_run(sweep.sweep_dir / SWEEP_FILE)
     sweep = record.find_sweep(arguments.resume)
     if record.is_running(sweep):
@@ -120,7 +121,7 @@ def _find_resumable(
     return stale
 
 
-def _find_latest_unfinished(jobs: Sequence[Job], display: Display) -> Sweep | None:
+def _find_latest_unfinished(jobs: Sequence[Job]) -> Sweep | None:
     """Return the latest sweep with these jobs if it is unfinished, not running, and has the same code."""
     for sweep in reversed(record.list_sweeps()):
         is_over = sweep.state["status"] == "FINISHED" or record.is_running(sweep)
@@ -128,7 +129,7 @@ def _find_latest_unfinished(jobs: Sequence[Job], display: Display) -> Sweep | No
             continue
         if sweep.state.get("code_sha256") == code_sha256():
             return sweep
-        display.info(
+        logger.info(
             f"{sweep.sweep_dir}: unfinished sweep with the same jobs, but started with different code; "
             f"resume it with --resume={shlex.quote(str(sweep.sweep_dir))}"
         )
@@ -149,9 +150,10 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
         f"hydra.sweep.dir={_quote_for_hydra(str(sweep_dir))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
-        "hydra/job_logging=disabled",
-        "hydra/hydra_logging=disabled",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
         f"+job={','.join(map(str, numbers))}",
+        f"+log_level={get_log_level()}",
     ]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     try:
@@ -190,7 +192,8 @@ def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
 
 
 def run_hydra_job(config: "DictConfig") -> None:
-    """Run the job whose number the launcher passes."""
+    """Run the job whose number the launcher passes, in this process or another one."""
     from hydra.core.hydra_config import HydraConfig
 
+    set_up_logging(int(config.log_level))
     run_job(Path(HydraConfig.get().sweep.dir), int(config.job))

@@ -7,6 +7,7 @@ normalized on the device, per batch.
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,9 +27,11 @@ from captcha_exp.data.sources import ScanResult
 from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.files import sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
+
+logger = logging.getLogger(__name__)
 
 CACHE_FORMAT_VERSION = 4  # raised when the cache file of the same config would have other content
 MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
@@ -142,25 +145,25 @@ class DatasetSpec:
         return _cache_key(self.provenance)
 
 
-def inspect_dataset(config: Config, display: Display) -> DatasetSpec:
+def inspect_dataset(config: Config) -> DatasetSpec:
     """Return the labels and splits of a resolved config; creates no files.
 
     Raises:
         UserError: a split would be empty, a font lacks characters of the alphabet, or images of a folder
             cannot be used; the lines say which, and what to change.
     """
-    source = sources.make_source(config.data, config.captcha, display)
+    source = sources.make_source(config.data, config.captcha)
     provenance = {"format": CACHE_FORMAT_VERSION, "captcha": to_dict(config.captcha), **source.provenance}
     path = _cache_path(config, _cache_key(provenance))
     # For a generator, a scan is faster than verifying the cache file.
     cached = _load_cached_scan(path) if isinstance(config.data, FolderConfig) else None
-    scan = cached or source.scan(display)
-    _report_scan(scan, source.ignored, config.data, display)
+    scan = cached or source.scan()
+    _report_scan(scan, source.ignored, config.data)
     splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
     return DatasetSpec(source, scan, splits, provenance)
 
 
-def load_or_build(spec: DatasetSpec, config: Config, display: Display) -> Dataset:
+def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
     """Load the images of a dataset from the cache; if they are not cached, render or decode them first.
 
     Raises:
@@ -173,9 +176,9 @@ def load_or_build(spec: DatasetSpec, config: Config, display: Display) -> Datase
     with filelock.FileLock(path.with_suffix(".lock")):
         for part in path.parent.glob(f".{path.stem}.*.part"):  # of a process killed while writing
             part.unlink()
-        digest = _verify_cache(path, display)
+        digest = _verify_cache(path)
         if digest is None:
-            digest = _build_cache(path, spec, display)
+            digest = _build_cache(path, spec)
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")
     targets = torch.tensor([alphabet.encode(label) for label in labels])
@@ -208,7 +211,7 @@ def _cache_path(config: Config, key: str) -> Path:
     return root_dir() / config.data.cache / f"{key}.safetensors"
 
 
-def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig, display: Display) -> None:
+def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None:
     """Report every file of a folder that is ignored, rejected, or used with a remark.
 
     Raises:
@@ -217,9 +220,9 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig, display
     if not isinstance(data, FolderConfig):
         return
     for remark, names in scan.remarks.items():
-        display.info(f"Used ({len(names):,}): {remark} ({_summarize_names(names)})")
+        logger.info(f"Used ({len(names):,}): {remark} ({_summarize_names(names)})")
     if ignored:
-        display.info(f"Ignored, not images ({len(ignored):,}): {_summarize_names(ignored)}")
+        logger.info(f"Ignored, not images ({len(ignored):,}): {_summarize_names(ignored)}")
     if not scan.rejected:
         return
     num_bad, num_good = len(scan.rejected), len(scan.labels)
@@ -237,7 +240,9 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig, display
     if data.on_invalid == "error" or not num_good:
         skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
         raise UserError(f"{problem}; fix or remove them{skip}", *table)
-    display.warn("\n".join([f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)", *table]))
+    logger.warning(
+        "\n".join([f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)", *table])
+    )
 
 
 def _summarize_names(names: list[str]) -> str:
@@ -245,9 +250,9 @@ def _summarize_names(names: list[str]) -> str:
     return ", ".join(map(escape_unprintable, names[:3])) + more
 
 
-def _build_cache(path: Path, spec: DatasetSpec, display: Display) -> str:
+def _build_cache(path: Path, spec: DatasetSpec) -> str:
     """Render or decode the images, write the cache file, and return its SHA-256."""
-    images = torch.from_numpy(spec.source.load_images(display))
+    images = torch.from_numpy(spec.source.load_images())
     # A single metadata key: safetensors writes several in random order, which would change the SHA-256.
     write_atomically(path, to_safetensors({"images": images}, {"scan": json.dumps(asdict(spec.scan))}))
     digest = sha256_of(path)
@@ -267,16 +272,19 @@ def _load_cached_scan(path: Path) -> ScanResult | None:
     return ScanResult(**{**values, **{k: [tuple(pair) for pair in values[k]] for k in ("files", "rejected")}})
 
 
-def _verify_cache(path: Path, display: Display) -> str | None:
+def _verify_cache(path: Path) -> str | None:
     """Return the SHA-256 of a cache file; None if it is missing or, with a warning, damaged."""
     if not path.exists():
+        logger.debug(f"no cached images at {path}")
         return None
     try:
         expected = path.with_suffix(".sha256").read_text(errors="replace")
     except FileNotFoundError:
-        return None  # the process that wrote the images was killed before it wrote their hash
-    if sha256_of(path) != expected:
-        display.warn(f"{path}: is damaged (SHA-256 mismatch); rebuilding it")
+        # The process that wrote the images was killed before it wrote their hash.
+        logger.debug(f"{path}: its SHA-256 is missing; rebuilding it")
         return None
-    display.info(f"Using cached images from {path}")
+    if sha256_of(path) != expected:
+        logger.warning(f"{path}: is damaged (SHA-256 mismatch); rebuilding it")
+        return None
+    logger.info(f"Using cached images from {path}")
     return expected

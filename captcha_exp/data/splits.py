@@ -7,7 +7,6 @@ from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import sources
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import NullDisplay
 
 SPLITS = ("train", "validation", "test")
 
@@ -44,6 +43,6 @@ def generated_split_sizes(config: Config) -> dict[str, int]:
         UserError: a split would be empty, or a font lacks characters of the alphabet.
     """
     assert not isinstance(config.data, FolderConfig)
-    source = sources.make_source(config.data, config.captcha, NullDisplay())
-    labels = source.scan(NullDisplay()).labels
+    source = sources.make_source(config.data, config.captcha)
+    labels = source.scan().labels
     return {name: len(indices) for name, indices in split_by_label(labels, config).items()}

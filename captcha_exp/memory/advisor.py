@@ -17,7 +17,7 @@ from typing import Any
 
 from captcha_exp.config import Config, Precision, flatten
 from captcha_exp.memory.plan import Plan, Planner, with_batch_size
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import progress_bar
 
 # micro-batches per step that are tried
 MICRO_BATCH_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
@@ -46,9 +46,7 @@ class Advice:
         }
 
 
-def advise(
-    config: Config, split_sizes: Mapping[str, int], total_mib: float | None, display: Display
-) -> list[Advice]:
+def advise(config: Config, split_sizes: Mapping[str, int], total_mib: float | None) -> list[Advice]:
     """Return the combinations with which train.batch_size fits the budget, the fastest first.
 
     A combination is left out if a subset of its overrides is as fast. Each one uses the smallest number of
@@ -59,7 +57,7 @@ def advise(
     found: list[Advice] = []
     if not _could_fit(variants[-1], split_sizes, total_mib):  # the one with every saving
         return found
-    with display.progress_bar("planning", len(variants)) as bar:
+    with progress_bar("planning", len(variants)) as bar:
         for variant in variants:
             found += _with_fewest_micro_batches(variant, base, split_sizes, total_mib)
             bar.advance(1)

@@ -5,6 +5,7 @@ The process must not have used CUDA before, because the size of the context is m
 (`session`).
 """
 
+import logging
 import re
 import shlex
 import tempfile
@@ -21,9 +22,10 @@ from captcha_exp.memory.gpu_probe import measure
 from captcha_exp.memory.gpu_profile import build_gpu_spec
 from captcha_exp.memory.session import gpu_spec_from_session, read_session, read_versions
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import checkout_dir, conf_dir
+
+logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 RESERVED_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values in Hydra; plan --gpu all: every GPU
@@ -32,7 +34,6 @@ RESERVED_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values in Hyd
 def calibrate(
     configs: Sequence[Config],
     machine: Machine,
-    display: Display,
     *,
     name: str | None = None,
     config_dir: str | None = None,
@@ -56,12 +57,11 @@ def calibrate(
     path = _output_path(folder, name or slug(properties.name), force)
     chosen = [replace(c, device=replace(c.device, name=device_name, precision="fp32")) for c in configs]
     free_before = free.get(str(getattr(properties, "uuid", "")))
-    display.info(f"{properties.name}: measuring; do not use the GPU for anything else meanwhile")
+    logger.info(f"{properties.name}: measuring; do not use the GPU for anything else meanwhile")
     readings = measure(
         [resolve(config, machine) for config in chosen],
         device,
         None if free_before is None else free_before / devices.MIB,
-        display,
     )
     spec = build_gpu_spec(readings, configs[0].gpu)
     software = {

@@ -5,6 +5,7 @@
 
 import copy
 import functools
+import logging
 import os
 import statistics
 import time
@@ -23,7 +24,9 @@ from captcha_exp.memory.gpu_profile import ConvWorkspace, GpuMeasurements, Memor
 from captcha_exp.model import networks
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display, ProgressBar
+from captcha_exp.runtime.console import ProgressBar, progress_bar
+
+logger = logging.getLogger(__name__)
 
 MIB = devices.MIB
 DTYPES: dict[Precision, torch.dtype] = {
@@ -48,7 +51,7 @@ class ConvLayer(NamedTuple):
 
 
 def measure(
-    configs: Sequence[Config], device: torch.device, free_before_mib: float | None, display: Display
+    configs: Sequence[Config], device: torch.device, free_before_mib: float | None
 ) -> GpuMeasurements:
     """Measure a GPU that this process has not used yet.
 
@@ -71,20 +74,20 @@ def measure(
         stages.append(
             MemoryStage(after, (total - free) / MIB, reserved, None if process is None else process / MIB)
         )
-        display.info(f"{stages[-1].used_mib:,.0f} MiB of GPU memory in use after {after}")
+        logger.info(f"{stages[-1].used_mib:,.0f} MiB of GPU memory in use after {after}")
 
     total = 1 + len(DTYPES) * (1 + len(conv_layers) * (len(BATCH_SIZES) + NUM_ROUNDS))
-    with display.progress_bar("calibrate", total) as bar:
+    with progress_bar("calibrate", total) as bar:
         torch.zeros(1, device=device)
         record_stage("the first tensor")
-        cublas_mib = _cublas_workspace(device, display)
+        cublas_mib = _cublas_workspace(device)
         record_stage("the first matrix products")
         bar.advance(1)
         for precision, dtype in DTYPES.items():
             first = functools.partial(
                 _max_conv_workspace, conv_layers[0][1][:1], BATCH_SIZES[0], dtype, device
             )
-            if _attempt(first, f"a convolution in {precision}", display) is not None:
+            if _attempt(first, f"a convolution in {precision}") is not None:
                 record_stage(f"the first convolution in {precision}")
             elif precision == "fp32":
                 raise RunFailed(
@@ -94,9 +97,9 @@ def measure(
         workspaces = [
             each
             for config, convs in conv_layers
-            for each in _measure_conv_workspaces(config, convs, device, display, bar)
+            for each in _measure_conv_workspaces(config, convs, device, bar)
         ]
-        rounds = [each for config, _ in conv_layers for each in _time_rounds(config, device, display, bar)]
+        rounds = [each for config, _ in conv_layers for each in _time_rounds(config, device, bar)]
         record_stage("training steps in every precision")
     properties = torch.cuda.get_device_properties(device)
     return GpuMeasurements(
@@ -114,14 +117,14 @@ def measure(
     )
 
 
-def _attempt(work: Callable[[], T], what: str, display: Display) -> T | None:
+def _attempt(work: Callable[[], T], what: str) -> T | None:
     """Return the result of `work`; None if memory does not suffice, or if it fails, with a warning."""
     try:
         return work()
     except torch.OutOfMemoryError:
         return None
     except RuntimeError as error:
-        display.warn(f"{what} fails: {' '.join(str(error).split())[:200]}")
+        logger.warning(f"{what} fails: {' '.join(str(error).split())[:200]}")
         return None
     finally:
         torch.cuda.empty_cache()
@@ -130,12 +133,12 @@ def _attempt(work: Callable[[], T], what: str, display: Display) -> T | None:
 # -- matrix products -----------------------------------------------------------------------------------------
 
 
-def _cublas_workspace(device: torch.device, display: Display) -> float:
+def _cublas_workspace(device: torch.device) -> float:
     """Return the MiB that stay allocated after matrix products, forward and backward."""
     before = torch.cuda.memory_allocated(device)
     for precision, dtype in DTYPES.items():
         matmul = functools.partial(_run_matmul, dtype, device)
-        _attempt(matmul, f"a matrix product in {precision}", display)
+        _attempt(matmul, f"a matrix product in {precision}")
     torch.cuda.synchronize(device)
     return (torch.cuda.memory_allocated(device) - before) / MIB
 
@@ -169,7 +172,7 @@ def list_conv_layers(config: Config) -> list[ConvLayer]:
 
 
 def _measure_conv_workspaces(
-    config: Config, convs: Sequence[ConvLayer], device: torch.device, display: Display, bar: ProgressBar
+    config: Config, convs: Sequence[ConvLayer], device: torch.device, bar: ProgressBar
 ) -> Iterator[ConvWorkspace]:
     """Yield the largest workspace of any convolution, for each precision and batch size that fits."""
     network = config.model.name
@@ -179,7 +182,7 @@ def _measure_conv_workspaces(
             what = f"{network}, {precision}, batch size {size}"
             if fits:
                 work = functools.partial(_max_conv_workspace, convs, size, dtype, device)
-                mib = _attempt(work, what, display)
+                mib = _attempt(work, what)
                 if mib is not None:
                     yield ConvWorkspace(network, precision, size, mib)
                 fits = mib is not None
@@ -223,9 +226,7 @@ def _measure_transient_bytes(work: Callable[[], T], device: torch.device) -> tup
 # -- training steps ------------------------------------------------------------------------------------------
 
 
-def _time_rounds(
-    config: Config, device: torch.device, display: Display, bar: ProgressBar
-) -> Iterator[TimingRound]:
+def _time_rounds(config: Config, device: torch.device, bar: ProgressBar) -> Iterator[TimingRound]:
     """Yield the step times of several rounds over all precisions, which warm-up thus affects alike."""
     batch = _find_fitting_batch(config, device)
     size = batch.indices.shape[0]
@@ -234,7 +235,7 @@ def _time_rounds(
         for precision in DTYPES:
             chosen = replace(config, device=replace(config.device, precision=precision))
             what = f"{config.model.name}, {precision}, training steps of batch size {size}"
-            step_seconds = _attempt(functools.partial(_time_step, chosen, batch), what, display)
+            step_seconds = _attempt(functools.partial(_time_step, chosen, batch), what)
             if step_seconds is not None:
                 seconds[precision] = step_seconds
             bar.advance(1, what)

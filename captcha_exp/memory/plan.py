@@ -8,6 +8,7 @@ is a range. A batch *fits* if it does with every bound at its maximum, and *does
 every bound at its minimum. Otherwise the verdict is *unsure*, which is treated as *does not fit*.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +28,8 @@ from captcha_exp.memory.search import find_max_batch_size
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import TraceCache
 from captcha_exp.memory.workspaces import Workspaces, workspace_scenarios
+
+logger = logging.getLogger(__name__)
 
 # Of the reserved memory: the largest error of a trace (tests/memory/test_trace.py), with some margin.
 ERROR_MARGIN = 0.02
@@ -150,7 +153,10 @@ class Planner:
         """Return the plan for a batch size."""
         if batch_size not in self._plans:
             replayer = self.cache.replayer_for(batch_size)
-            self._plans[batch_size] = _make_plan(replayer, self.config.gpu, batch_size, self.budget_mib)
+            plan = self._plans[batch_size] = _make_plan(
+                replayer, self.config.gpu, batch_size, self.budget_mib
+            )
+            logger.debug(f"batch size {batch_size:,}: {plan.describe(self.config.gpu.name)}")
         return self._plans[batch_size]
 
     def max_batch_plan(self) -> Plan | None:

@@ -1,6 +1,7 @@
 """Evaluation of a model on a split: exact match with an interval, accuracy per position, confusions."""
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,7 +22,8 @@ from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights
 from captcha_exp.runs import check_file_unchanged
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,7 @@ def predict_split(
     return found
 
 
-def evaluate_run(
-    run_dir: Path, split: str, display: Display, device_name: str = "auto"
-) -> tuple[Evaluation, Dataset]:
+def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[Evaluation, Dataset]:
     """Evaluate the best weights of a finished run on one of its splits; return the dataset as well.
 
     Raises:
@@ -228,14 +228,14 @@ def evaluate_run(
     check_file_unchanged(run_dir, weights.name)
     config = load(run_dir / "config.yaml")
     # The device that the run was trained on may not exist here; inference works on any.
-    config = devices.for_inference(config, device_name, display)
+    config = devices.for_inference(config, device_name)
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
-    spec = dataset.inspect_dataset(config, display)
+    spec = dataset.inspect_dataset(config)
     recorded = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))
-    data = dataset.load_or_build(spec, config, display)
+    data = dataset.load_or_build(spec, config)
     if data.manifest["images_sha256"] != recorded["images_sha256"]:
-        display.warn(
+        logger.warning(
             "the images differ from those of the run: "
             f"{_first_difference(recorded['provenance'], spec.provenance)}"
         )

@@ -21,7 +21,7 @@ from captcha_exp.model import networks
 from captcha_exp.model.weights import load_weights
 from captcha_exp.runs import check_file_unchanged, find_run
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import progress_bar
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Prediction:
 class Predictor:
     """A trained recognizer that predicts the text of image files."""
 
-    def __init__(self, weights: Path, device: str, display: Display) -> None:
+    def __init__(self, weights: Path, device: str) -> None:
         """Load a weights file onto a device, "auto" or a name as in device.name.
 
         Raises:
             UserError: the file is missing, damaged or not a recognizer, or the device is not available.
         """
         model, config = load_weights(weights, torch.device("cpu"))
-        self.config = devices.for_inference(config, device, display)
+        self.config = devices.for_inference(config, device)
         self.device = devices.setup_device(self.config)
         self._model = networks.to_device(model, self.device)
         self._alphabet = Alphabet(self.config.captcha.alphabet)
@@ -84,9 +84,9 @@ class Predictor:
                 predictions[path] = Prediction(path, self._alphabet.decode(text), tuple(confidence))
         return [predictions[path] for path in paths]
 
-    def predict_all(self, paths: Sequence[Path], display: Display) -> Iterator[Prediction]:
+    def predict_all(self, paths: Sequence[Path]) -> Iterator[Prediction]:
         """Yield the predictions of many images, predicted in batches."""
-        with display.progress_bar(f"predicting {len(paths):,} images", len(paths)) as bar:
+        with progress_bar(f"predicting {len(paths):,} images", len(paths)) as bar:
             size = self.config.train.eval_batch_size
             for start in range(0, len(paths), size):
                 yield from self.predict(paths[start : start + size])

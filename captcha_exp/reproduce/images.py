@@ -7,7 +7,7 @@ from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import dataset
 from captcha_exp.data.sources import folder
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import NullDisplay, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable
 
 MAX_SHOWN = 5  # file names per kind of change
 
@@ -21,7 +21,7 @@ def changed_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list
     if not isinstance(config.data, FolderConfig):
         return {}
     try:
-        scan = folder.scan_folder(config.data, config.captcha, NullDisplay())
+        scan = folder.scan_folder(config.data, config.captcha)
     except UserError as error:
         hint = "set data.path=DIR to its current location"
         raise UserError(*error.lines[:-1], f"{error.lines[-1]}; {hint}") from None
@@ -48,4 +48,4 @@ def rendered_differently(config: Config, manifest: Mapping[str, Any]) -> bool:
     """Return whether the config renders images with other settings or versions than the run did."""
     if isinstance(config.data, FolderConfig):
         return False
-    return dataset.inspect_dataset(config, NullDisplay()).key != manifest.get("key")
+    return dataset.inspect_dataset(config).key != manifest.get("key")

@@ -1,5 +1,6 @@
 """Run the reference run again as a new run, and save the verdict in its run directory."""
 
+import logging
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,12 @@ from captcha_exp.reproduce.overrides import with_overrides
 from captcha_exp.reproduce.reference import ReferenceRun, load_result
 from captcha_exp.runs import Run
 from captcha_exp.runs.source_code import git_info, hash_source_files
-from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.training import train
 from captcha_exp.training.oom import TrainingOutOfMemoryError
 from captcha_exp.training.recorder import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,7 @@ class Reproduction:
 
 
 def reproduce(
-    reference: ReferenceRun,
-    requested: Config,
-    machine: Machine,
-    make_tracker: Callable[[Config], Tracker],
-    display: Display,
+    reference: ReferenceRun, requested: Config, machine: Machine, make_tracker: Callable[[Config], Tracker]
 ) -> Reproduction:
     """Train with the requested config, compare with the reference run, and save reproduction.json.
 
@@ -78,9 +77,9 @@ def reproduce(
         *changes.from_config(overrides),
         *changes.from_record(reference),
     ]
-    _report_record(reference, display)
-    _report_code(reference, display)
-    known_changes += _report_images(reference, config, display)
+    _report_record(reference)
+    _report_code(reference)
+    known_changes += _report_images(reference, config)
     reproductions: list[Reproduction] = []
 
     def on_complete(run: Run) -> None:
@@ -96,12 +95,7 @@ def reproduce(
     extend_from = reference.find_extended_run()
     try:
         train.train(
-            config,
-            make_tracker(config),
-            display,
-            lineage=lineage,
-            on_complete=on_complete,
-            extend_from=extend_from,
+            config, make_tracker(config), lineage=lineage, on_complete=on_complete, extend_from=extend_from
         )
     except TrainingOutOfMemoryError as error:  # a result of a run, but not of a comparison
         raise RunFailed(*error.lines) from error
@@ -140,17 +134,21 @@ def _compare_runs(
 # -- warnings before the training ----------------------------------------------------------------------------
 
 
-def _report_record(reference: ReferenceRun, display: Display) -> None:
+def _report_record(reference: ReferenceRun) -> None:
     """Warn about files modified after the run finished."""
     edits = [each.describe() for each in changes.from_config(reference.config_edits)]
     if edits:
-        display.warn(escape_unprintable(f"config.yaml was edited after the run finished: {', '.join(edits)}"))
+        logger.warning(
+            escape_unprintable(f"config.yaml was edited after the run finished: {', '.join(edits)}")
+        )
     for name in reference.changed_files:
         if name != "config.yaml" or not edits:
-            display.warn(escape_unprintable(f"{name} was modified after the run finished (SHA-256 differs)"))
+            logger.warning(
+                escape_unprintable(f"{name} was modified after the run finished (SHA-256 differs)")
+            )
 
 
-def _report_code(reference: ReferenceRun, display: Display) -> None:
+def _report_code(reference: ReferenceRun) -> None:
     """Warn if the current code differs from that of the run, with the command that checks it out."""
     environment = reference.result.environment
     files = changes.changed_files(reference.result, hash_source_files())
@@ -167,7 +165,7 @@ def _report_code(reference: ReferenceRun, display: Display) -> None:
         names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
         message = f"the code differs from that of the run ({changes.describe_code(environment)}): {names}"
     command = _checkout_command(reference, run_git or {}, in_checkout=bool(current_git))
-    display.warn(escape_unprintable(f"{message}; to restore it: {command}"))
+    logger.warning(escape_unprintable(f"{message}; to restore it: {command}"))
 
 
 def _checkout_command(reference: ReferenceRun, git: Mapping[str, Any], in_checkout: bool) -> str:
@@ -191,13 +189,13 @@ def _checkout_command(reference: ReferenceRun, git: Mapping[str, Any], in_checko
     return f"{command}, then in it git apply {source}"
 
 
-def _report_images(reference: ReferenceRun, config: Config, display: Display) -> list[Change]:
+def _report_images(reference: ReferenceRun, config: Config) -> list[Change]:
     """Warn about changed files of an image folder, and return them as changes."""
     manifest = reference.result.dataset
     if images.rendered_differently(config, manifest):
-        display.info("images are rendered with other settings or versions than those of the run")
+        logger.info("images are rendered with other settings or versions than those of the run")
     changed_files = images.changed_files(config, manifest)
     descriptions = [images.describe_files(kind, names) for kind, names in changed_files.items()]
     for description in descriptions:
-        display.warn(f"the image folder has changed: {description}")
+        logger.warning(f"the image folder has changed: {description}")
     return [changes.from_images(description) for description in descriptions]

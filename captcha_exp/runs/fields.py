@@ -5,8 +5,9 @@ one, if the run has no result), the maximum of memory/*, the median of speed/*, 
 """
 
 import json
+import logging
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import yaml
 
 from captcha_exp.errors import UserError
 from captcha_exp.runs.run import MetricsRow
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive
+
+logger = logging.getLogger(__name__)
 
 RUN_KEYS = (
     "name",
@@ -49,10 +53,10 @@ _NESTING_CHARS = "[{-?"  # without these, only indentation nests YAML
 
 
 class RunFields:
-    """The values of one run by key. Files are read on first use; `warn` reports unreadable ones."""
+    """The values of one run by key. Files are read on first use; unreadable ones are logged."""
 
-    def __init__(self, run_dir: Path, state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-        self.run_dir, self.state, self._warn = run_dir, state, warn
+    def __init__(self, run_dir: Path, state: Mapping[str, Any]) -> None:
+        self.run_dir, self.state = run_dir, state
         self.short_name = short_name(run_dir)
 
     def __contains__(self, key: str) -> bool:
@@ -77,7 +81,7 @@ class RunFields:
         """
         best = _as_mapping(self.state["result"]).get("best_epoch")
         values_by_step: dict[str, dict[int, float]] = {}
-        for row in _iter_rows(self.run_dir / "metrics.jsonl", self._warn):
+        for row in _iter_rows(self.run_dir / "metrics.jsonl"):
             for key, value in row.metrics.items():
                 values_by_step.setdefault(key, {})[row.step] = value  # the last row of a repeated step counts
         values = {key: _aggregate(key, by_step, best) for key, by_step in values_by_step.items()}
@@ -115,7 +119,7 @@ class RunFields:
         try:
             return read_flat_config(self.run_dir)
         except UserError as error:
-            self._warn(str(error))
+            logger.warning(escape_unprintable(str(error)))
             return {}
 
     @cached_property
@@ -125,7 +129,7 @@ class RunFields:
         try:
             return self.metrics()
         except UserError as error:
-            self._warn(str(error))
+            logger.warning(escape_unprintable(str(error)))
             return {}
 
 
@@ -188,7 +192,7 @@ def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: object) -> fl
             return by_step[max(by_step)]
 
 
-def _iter_rows(path: Path, warn: Callable[[str], None]) -> Iterator[MetricsRow]:
+def _iter_rows(path: Path) -> Iterator[MetricsRow]:
     text = _read_bytes(path).decode(errors="replace")  # a line of invalid UTF-8 fails its checksum
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         try:
@@ -197,7 +201,7 @@ def _iter_rows(path: Path, warn: Callable[[str], None]) -> Iterator[MetricsRow]:
             if not all(isinstance(value, int | float) for value in (row.step, *values)):
                 raise ValueError("a step or a metric is not a number")
         except (ValueError, RecursionError) as error:
-            warn(f"{path}, line {number}: skipped: {_one_line(error)}")
+            logger.warning(escape_unprintable(f"{path}, line {number}: skipped: {_one_line(error)}"))
             continue
         yield row
 

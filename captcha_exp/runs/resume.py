@@ -6,6 +6,7 @@ the source code are unchanged; it then ends exactly like an uninterrupted run.
 
 import contextlib
 import json
+import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -30,31 +31,32 @@ from captcha_exp.runtime.files import write_json
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive, is_remote, process_identity
 
+logger = logging.getLogger(__name__)
+
 LOCK_TIMEOUT_SECONDS = 60.0  # another process may be syncing many runs to MLflow
 
 _Resumability: TypeAlias = Literal["resumable", "other code", "other host", "no"]
 
 
-def find_resumable(
-    requested: Config, warn: Callable[[str], None], lineage: Mapping[str, Any] | None = None
-) -> StaleRun | None:
+def find_resumable(requested: Config, lineage: Mapping[str, Any] | None = None) -> StaleRun | None:
     """Return the newest resumable run in outputs/ with this requested config, or None.
 
-    Warns of the newest run that is skipped because other code started it or because it may still run on
+    Logs the newest run that is skipped because other code started it or because it may still run on
     another host. Jobs of a sweep are resumed with the sweep and not considered.
     """
     code = code_sha256()
-    has_warned = False
+    has_logged = False
     for run_dir, _ in reversed(list_runs()):
         stale = read_stale_run(run_dir / "run.json")
         if stale is None or (run_dir.parent / "sweep.json").is_file():
             continue
         resumability = _resumability(stale, requested, code, lineage or {})
+        logger.debug(f"{run_dir}: can be resumed: {resumability}")
         if resumability == "resumable":
             return stale
-        if resumability != "no" and not has_warned:
-            warn(_skip_reason(stale, resumability))
-            has_warned = True
+        if resumability != "no" and not has_logged:
+            logger.info(_skip_reason(stale, resumability))
+            has_logged = True
     return None
 
 

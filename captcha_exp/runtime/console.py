@@ -1,13 +1,13 @@
-"""Terminal output of long operations: progress bars, status lines and warnings, on standard error.
+"""Output of long operations on standard error: log records and progress bars. Results go to standard output.
 
-Results go to standard output.
+Modules log with `logging.getLogger(__name__)`. A process that a user watches calls `set_up_logging`; without
+it, as in a notebook, `logging` itself prints the warnings, and no bar is drawn.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -20,78 +20,58 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+logger = logging.getLogger(__name__)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""prints to what `sys.stderr` is at the time; lines that it prints appear above a progress bar"""
 
-class ProgressBar(Protocol):
-    """A progress bar of one operation."""
-
-    def advance(self, amount: int, status: str = "") -> None: ...
-
-
-class Display(Protocol):
-    """Where long operations report to."""
-
-    def info(self, text: str) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]: ...
+_PACKAGE_LOGGER = logging.getLogger("captcha_exp")
 
 
-class NullDisplay:
-    """A display that prints only warnings, to standard error."""
+class _ConsoleHandler(logging.Handler):
+    """Prints warnings in yellow, status lines unchanged, and debug lines after the name of their logger."""
 
-    def info(self, text: str) -> None:
-        pass
+    def emit(self, record: logging.LogRecord) -> None:
+        # An error of the console, such as a closed terminal, is raised: main() turns it into an exit code.
+        text, style = record.getMessage(), None
+        if record.levelno >= logging.WARNING:
+            text, style = f"warning: {text}", "yellow"
+        elif record.levelno <= logging.DEBUG:
+            text = f"{record.name}: {text}"
+        console.print(text, style=style, markup=False)
 
-    def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr)
 
-    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]:  # noqa: ARG002 - shows no bar
-        return nullcontext(_NullProgressBar())
+_HANDLER = _ConsoleHandler()
 
 
-class _NullProgressBar:
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Print the package's log records from this level on; draw progress bars unless INFO is off.
+
+    A further call only changes the level.
+    """
+    _PACKAGE_LOGGER.addHandler(_HANDLER)  # once, however often it is called
+    _PACKAGE_LOGGER.setLevel(level)
+    _PACKAGE_LOGGER.propagate = False  # a handler that a library adds to the root logger would print it again
+
+
+def get_log_level() -> int:
+    """Return the level from which on records are printed, to be passed to `set_up_logging` of a child."""
+    return _PACKAGE_LOGGER.getEffectiveLevel()
+
+
+class ProgressBar:
+    """The progress of one operation; this one shows nothing."""
+
     def advance(self, amount: int, status: str = "") -> None:
-        pass
+        """Add to the progress, and show the status beside it."""
 
 
-class RichDisplay:
-    """A display with progress bars on a terminal; in a file or pipe, a status line once a minute."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def info(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-    def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
-
-    @contextmanager
-    def progress_bar(self, description: str, total: int) -> Iterator[ProgressBar]:
-        if not self.console.is_terminal:
-            yield _LineProgressBar(self, description, total)
-            return
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _RichProgressBar(progress, description, total)
-
-
-class _LineProgressBar:
-    """Prints the progress and the remaining time after 15 seconds and then every minute."""
+class _LineProgressBar(ProgressBar):
+    """Logs the progress and the remaining time after 15 seconds and then every minute."""
 
     FIRST_SECONDS, INTERVAL_SECONDS = 15.0, 60.0
 
-    def __init__(self, display: RichDisplay, description: str, total: int) -> None:
-        self._display, self._description, self._total = display, description, total
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total = description, total
         self._done = 0
         self._start_time = time.monotonic()
         self._next_update = self._start_time + self.FIRST_SECONDS
@@ -105,16 +85,37 @@ class _LineProgressBar:
         seconds = (now - self._start_time) * (self._total - self._done) / self._done
         remaining = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
         text = f"{self._description}: {self._done / self._total:.0%}, about {remaining} left"
-        self._display.info(f"{text}  {status}".rstrip())
+        logger.info(f"{text}  {status}".rstrip())
 
 
-class _RichProgressBar:
+class _RichProgressBar(ProgressBar):
     def __init__(self, progress: Progress, description: str, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task(description, total=total, status="")
 
     def advance(self, amount: int, status: str = "") -> None:
         self._progress.update(self._task, advance=amount, status=status)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[ProgressBar]:
+    """Draw a progress bar on a terminal; in a file or pipe, log a status line once a minute."""
+    if _HANDLER not in _PACKAGE_LOGGER.handlers or not _PACKAGE_LOGGER.isEnabledFor(logging.INFO):
+        yield ProgressBar()
+    elif not console.is_terminal:
+        yield _LineProgressBar(description, total)
+    else:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield _RichProgressBar(progress, description, total)
 
 
 def escape_unprintable(name: str) -> str:

@@ -4,6 +4,7 @@ Environment variables for threads are ignored: launchers set them, and results w
 """
 
 import contextlib
+import logging
 import os
 import platform
 import sys
@@ -17,8 +18,9 @@ import torch
 
 from captcha_exp.config import Config, Machine, Precision, resolve
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.paths import root_dir
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
@@ -130,7 +132,7 @@ def set_memory_limit(config: Config, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 
-def for_inference(config: Config, name: str, display: Display) -> Config:
+def for_inference(config: Config, name: str) -> Config:
     """Resolve the config of a run for inference on a device of this machine.
 
     Raises:
@@ -144,7 +146,7 @@ def for_inference(config: Config, name: str, display: Display) -> Config:
     precision = config.device.precision
     if precision in ("fp32", *half_precisions(torch.device(config.device.name))):
         return config
-    display.info(f"The run used {precision}, which {config.device.name} does not support; using fp32")
+    logger.info(f"The run used {precision}, which {config.device.name} does not support; using fp32")
     return replace(config, device=replace(config.device, precision="fp32"))
 
 

@@ -1,5 +1,6 @@
 """Predict the memory of every job of a sweep before the first one starts, and record skipped jobs."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from captcha_exp.data import dataset
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import progress_bar
 from captcha_exp.sweep.record import Job
 from captcha_exp.training import oom
 from captcha_exp.training.recorder import RunRecorder, Tracker, record_outcome
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class PlannedJob:
         return None if self.plan is None else self.plan.to_json()
 
 
-def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
+def plan_jobs(jobs: Sequence[Job]) -> list[PlannedJob]:
     """Plan the memory of each job.
 
     Raises:
@@ -52,13 +55,13 @@ def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
     split_sizes: dict[tuple[DataConfig, CaptchaConfig], Mapping[str, int]] = {}  # each dataset is read once
     planned = []
     errors: dict[str, None] = {}  # without duplicates
-    with display.progress_bar("planning", len(jobs)) as bar:
+    with progress_bar("planning", len(jobs)) as bar:
         for job in jobs:
             config = with_untuned_defaults(resolve(job.requested, machine))
             key = (config.data, config.captcha)
             try:
                 if key not in split_sizes:
-                    split_sizes[key] = dataset.inspect_dataset(config, display).split_sizes
+                    split_sizes[key] = dataset.inspect_dataset(config).split_sizes
             except UserError as error:
                 errors |= dict.fromkeys(error.lines)
                 continue
@@ -72,15 +75,15 @@ def plan_jobs(jobs: Sequence[Job], display: Display) -> list[PlannedJob]:
     return planned
 
 
-def record_skipped(planned_job: PlannedJob, run_dir: Path, tracker: Tracker, display: Display) -> None:
+def record_skipped(planned_job: PlannedJob, run_dir: Path, tracker: Tracker) -> None:
     """Record a job that is skipped because it is not predicted to fit as a finished, tagged run."""
     plan, job, config = planned_job.plan, planned_job.job, planned_job.config
     assert plan is not None
     run = runs.create_run(config, job.requested, run_dir)
-    remedies = oom.find_remedies(plan, planned_job.split_sizes, config, display)
+    remedies = oom.find_remedies(plan, planned_job.split_sizes, config)
     run.update(tags={"fits": str(plan.fits), "trained": "false"}, skipped={"remedies": remedies})
-    display.info(f"{job.name}: {plan.describe(config.gpu.name)}; skipped; {oom.format_remedies(remedies)}")
-    recorder = RunRecorder(run, tracker, display)
+    logger.info(f"{job.name}: {plan.describe(config.gpu.name)}; skipped; {oom.format_remedies(remedies)}")
+    recorder = RunRecorder(run, tracker)
     with record_outcome(recorder, config):
         run.write_json("memory.json", plan.to_json())
         recorder.log_metrics(runs.MetricsRow(0, runs.now_ms(), plan.prediction_error_metrics([])))

@@ -1,6 +1,7 @@
 """Run a sweep: start its MLflow parent run, run the jobs, and save the summary however it ends."""
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING
 from captcha_exp import runs
 from captcha_exp.config import MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
-from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record
@@ -24,6 +24,8 @@ from captcha_exp.tracking import finalize_run, make_tracker
 if TYPE_CHECKING:
     from captcha_exp.tracking import SweepParentRun
 
+logger = logging.getLogger(__name__)
+
 EXIT_TIMEOUT_SECONDS = 5.0  # for the processes of a stopped launcher to exit
 
 Launcher = Callable[[Path, Sequence[int]], None]
@@ -34,7 +36,6 @@ def run_sweep(
     planned_jobs: Sequence[PlannedJob],
     launch: Launcher,
     parallelism: int,
-    display: Display,
     on_complete: Callable[[Sweep, SweepSummary], None],
     resumed: Sweep | None = None,
     max_minutes: float | None = None,
@@ -59,8 +60,8 @@ def run_sweep(
     parent = None
     try:
         sweep.set_deadline(max_minutes)
-        parent = _start_parent_run(sweep, planned_jobs, display)
-        _run_jobs(sweep, planned_jobs, launch, display)
+        parent = _start_parent_run(sweep, planned_jobs)
+        _run_jobs(sweep, planned_jobs, launch)
         if sweep.deadline is not None and _is_out_of_time(sweep, sweep.deadline):
             raise TimeLimitReached(
                 "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
@@ -74,10 +75,10 @@ def run_sweep(
         raise
     finally:
         with defer_signals():
-            _finalize_stale_runs(sweep, display)
+            _finalize_stale_runs(sweep)
             summary = SweepSummary(collect_results(sweep), parallelism)
             status = "FAILED" if status == "FINISHED" and summary.has_failures else status
-            is_saved = _save_summary(summary, sweep, status, error, parent, display)
+            is_saved = _save_summary(summary, sweep, status, error, parent)
             on_complete(sweep, summary)
     if not is_saved:
         option = f"--resume={shlex.quote(str(sweep.sweep_dir))}"
@@ -91,7 +92,6 @@ def _save_summary(
     status: runs.Status,
     error: str | None,
     parent: "SweepParentRun | None",
-    display: Display,
 ) -> bool:
     """Save the summary in the sweep directory and in MLflow; return False on a write error."""
     try:
@@ -102,23 +102,23 @@ def _save_summary(
         ):
             sweep.update(mlflow={**sweep.state["mlflow"], "closed": True})
     except OSError as exception:  # a full disk
-        display.warn(f"{sweep.sweep_dir}: cannot write the summary: {exception}")
+        logger.warning(f"{sweep.sweep_dir}: cannot write the summary: {exception}")
         return False
     return True
 
 
-def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher, display: Display) -> None:
+def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher) -> None:
     """Launch each job that is not done; record those that are not to be trained as skipped."""
-    display.info(f"sweep {sweep.sweep_dir}, {len(planned_jobs)} jobs")
+    logger.info(f"sweep {sweep.sweep_dir}, {len(planned_jobs)} jobs")
     pending = [each for each in planned_jobs if _last_outcome(sweep, each) not in DONE]
     if num_done := len(planned_jobs) - len(pending):
-        display.info(f"{num_done} of {len(planned_jobs)} jobs are already done")
+        logger.info(f"{num_done} of {len(planned_jobs)} jobs are already done")
     for each in pending:
         if not each.should_train:
             job, parent = each.job, (sweep.state["mlflow"] or {}).get("run_id")
-            tracker = make_tracker(each.config, display, job.choices, job.name, parent)
+            tracker = make_tracker(each.config, job.choices, job.name, parent)
             with defer_signals():
-                record_skipped(each, sweep.new_attempt(job), tracker, display)
+                record_skipped(each, sweep.new_attempt(job), tracker)
     if numbers := [each.job.number for each in pending if each.should_train]:
         launch(sweep.sweep_dir, numbers)
 
@@ -151,28 +151,26 @@ def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
     save_figure(summary, sweep_dir / "summary.png")
 
 
-def _finalize_stale_runs(sweep: Sweep, display: Display) -> None:
+def _finalize_stale_runs(sweep: Sweep) -> None:
     """Close the runs whose processes a stopped launcher killed before they could close them."""
     deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
     for job in sweep.jobs:
         for run_dir in sweep.attempts(job):
             while is_running(run_dir) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            finalize_run(run_dir, "KILLED", "interrupted", display)
+            finalize_run(run_dir, "KILLED", "interrupted")
 
 
 # -- in MLflow -----------------------------------------------------------------------------------------------
 
 
-def _start_parent_run(
-    sweep: Sweep, planned_jobs: Sequence[PlannedJob], display: Display
-) -> "SweepParentRun | None":
+def _start_parent_run(sweep: Sweep, planned_jobs: Sequence[PlannedJob]) -> "SweepParentRun | None":
     tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
     if not isinstance(tracking, MlflowConfig):
         return None
     from captcha_exp.tracking import SweepParentRun
 
-    parent = SweepParentRun(tracking, display)
+    parent = SweepParentRun(tracking)
     known = (sweep.state["mlflow"] or {}).get("run_id")
     if known is None or not parent.resume(known):
         sweep.update(mlflow=parent.mlflow_ref)  # before the run exists: no run without a reference to it

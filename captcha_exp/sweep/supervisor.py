@@ -6,6 +6,7 @@ random state, thread count or CUDA context carries over to the next job.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,12 +24,14 @@ from captcha_exp.config import Config, load, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import resume
 from captcha_exp.runtime import process
-from captcha_exp.runtime.console import RichDisplay
+from captcha_exp.runtime.console import console, get_log_level
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
 from captcha_exp.tracking import finalize_run, make_tracker
+
+logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_SECONDS = 15.0  # for the current step, the hashes of the files and the last MLflow calls
 CRASH_MARKERS = ("Traceback (most recent call last)", "Fatal Python error")
@@ -66,10 +69,10 @@ def run_job(sweep_dir: Path, number: int) -> None:
     deadline = _job_deadline(sweep)
     if deadline is not None and deadline <= time.time():
         return
-    terminal, num_jobs = RichDisplay(), len(sweep.jobs)
+    num_jobs = len(sweep.jobs)
 
     def on_line(line: str) -> None:
-        terminal.info(f"[{number}/{num_jobs} {job.name}] {line}")
+        console.print(f"[{number}/{num_jobs} {job.name}] {line}", markup=False)
 
     parent_run_id = (sweep.state["mlflow"] or {}).get("run_id")
     train_job = TrainJob(job.requested, job.choices, job.name, parent_run_id, deadline=deadline)
@@ -89,7 +92,7 @@ def run_job(sweep_dir: Path, number: int) -> None:
     try:
         train_with_oom_retry(train_job, run_dir, on_line)
     except OSError as error:  # a full disk; later jobs may find space
-        terminal.warn(f"{job.name}: cannot write its record: {error}")
+        logger.warning(f"{job.name}: cannot write its record: {error}")
 
 
 def _job_deadline(sweep: Sweep) -> float | None:
@@ -147,6 +150,7 @@ def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None]
                     "lineage": dict(job.lineage),
                     "extend_from": job.extend_from and str(job.extend_from),
                     "deadline": job.deadline,
+                    "log_level": get_log_level(),
                 }
             )
             child.wait()
@@ -174,6 +178,7 @@ class _ChildProcess:
             stderr=subprocess.STDOUT if on_line else None,
             env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"},
         )
+        logger.debug(f"started process {self._process.pid} for {run_dir}")
         self._reader = threading.Thread(target=self._forward_output)
         self._reader.start()
 
@@ -280,14 +285,13 @@ def _finalize_run(job: TrainJob, run_dir: Path, status: runs.Status, error: str)
 
 
 def _write_final_state(job: TrainJob, run_dir: Path, status: runs.Status, error: str) -> None:
-    display = RichDisplay()
     if (run_dir / "run.json").exists():
-        finalize_run(run_dir, status, error, display)
+        finalize_run(run_dir, status, error)
         return
     # The process exited before it created a run: an error at its start, or it was killed immediately.
     config = with_tracking_uri(job.requested, root_dir())
     run = runs.create_run(config, job.requested, run_dir)
-    tracker = make_tracker(config, display, job.choices, job.name, job.parent_run_id)
+    tracker = make_tracker(config, job.choices, job.name, job.parent_run_id)
     with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
         tracker.start(run, config)
     run.close(status, error)

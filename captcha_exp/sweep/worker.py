@@ -29,24 +29,24 @@ def worker_main() -> None:
 
     from captcha_exp.config import load
     from captcha_exp.errors import UserError
-    from captcha_exp.runtime.console import RichDisplay
+    from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.shutdown import ShutdownHandler
     from captcha_exp.tracking import make_tracker
     from captcha_exp.training.train import resume, train
 
-    config, display = load(job["config"]), RichDisplay()
-    tracker = make_tracker(config, display, job["choices"], job["name"], job["parent_run_id"])
+    set_up_logging(job["log_level"])
+    config = load(job["config"])
+    tracker = make_tracker(config, job["choices"], job["name"], job["parent_run_id"])
     try:
         run_dir = Path(job["run_dir"])
         extend_from = job["extend_from"] and Path(job["extend_from"])
         shutdown = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)
         if (run_dir / "run.json").exists():
-            resume(run_dir, tracker, display, extend_from=extend_from, shutdown=shutdown)
+            resume(run_dir, tracker, extend_from=extend_from, shutdown=shutdown)
         else:
             train(
                 config,
                 tracker,
-                display,
                 run_dir=run_dir,
                 lineage=job["lineage"],
                 extend_from=extend_from,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from captcha_exp.config import Config
-    from captcha_exp.runtime.console import Display
     from captcha_exp.tracking.download import download_artifacts as download_artifacts
     from captcha_exp.tracking.parent_run import SweepParentRun as SweepParentRun
     from captcha_exp.tracking.parent_run import ui_url as ui_url
@@ -42,7 +41,6 @@ _MODULES = {
 
 def make_tracker(
     config: "Config",
-    display: "Display",
     choices: "Mapping[str, str]",
     run_name: str | None = None,
     parent_run_id: str | None = None,
@@ -55,7 +53,7 @@ def make_tracker(
         return NullTracker()
     from captcha_exp.tracking.tracker import MlflowTracker
 
-    return MlflowTracker(display, choices, run_name, parent_run_id)
+    return MlflowTracker(choices, run_name, parent_run_id)
 
 
 def __getattr__(name: str) -> object:

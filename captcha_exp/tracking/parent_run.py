@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,9 +13,10 @@ from mlflow.entities import Param
 from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import MetricsRow, now_ms
-from captcha_exp.runtime.console import Display
 from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
 from captcha_exp.tracking.tracker import PARAMS_PER_REQUEST, send_artifacts, send_metrics, send_status
+
+logger = logging.getLogger(__name__)
 
 StepMetrics: TypeAlias = tuple[int, Mapping[str, float]]
 """(step, metrics)"""
@@ -26,13 +28,13 @@ MAX_PARAM_LENGTH = 6000  # characters; limit of MLflow
 class SweepParentRun:
     """The parent run of a sweep. Created before the first job, so a single process creates a new store."""
 
-    def __init__(self, tracking: MlflowConfig, display: Display) -> None:
+    def __init__(self, tracking: MlflowConfig) -> None:
         """Open the store and get or create the experiment.
 
         Raises:
             RunFailed: The store cannot be opened; fix it, or use tracking=none.
         """
-        self._display, self._uri = display, tracking.uri
+        self._uri = tracking.uri
         with self._raise_run_failed():
             self._client: MlflowClient = open_store(tracking.uri)
             self.experiment_id = get_or_create_experiment(self._client, tracking.uri, tracking.experiment)
@@ -104,7 +106,7 @@ class SweepParentRun:
             send_artifacts(self._client, self.run_id, sweep_dir)
             send_status(self._client, self.run_id, state)
         except Exception as error:  # as above; the sweep directory is complete, and `sync` retries
-            self._display.warn(
+            logger.warning(
                 f"sweep summary not logged to MLflow: {first_line(error)}; it is in the sweep directory"
             )
             return False

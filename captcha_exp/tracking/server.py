@@ -1,6 +1,7 @@
 """Serve the MLflow UI for a store on 127.0.0.1."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,13 +18,14 @@ from mlflow import MlflowClient
 
 from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import Display
 from captcha_exp.tracking import views
 from captcha_exp.tracking.store import first_line, open_store
 from captcha_exp.tracking.uri import sqlite_path
 
+logger = logging.getLogger(__name__)
 
-def serve_ui(tracking: MlflowConfig, port: int | None, display: Display) -> None:
+
+def serve_ui(tracking: MlflowConfig, port: int | None) -> None:
     """Serve the MLflow UI on 127.0.0.1 until Ctrl-C, and print the URLs of its pages.
 
     Raises:
@@ -53,27 +55,27 @@ def serve_ui(tracking: MlflowConfig, port: int | None, display: Display) -> None
     ) as server:
         try:
             _wait_until_up(server, port)
-            _print_pages(client, f"http://127.0.0.1:{port}", str(experiment.experiment_id), display)
+            _print_pages(client, f"http://127.0.0.1:{port}", str(experiment.experiment_id))
             assert server.stderr is not None
             for _ in server.stderr:  # drain the pipe, or the server blocks when it is full
                 pass
         except KeyboardInterrupt:
-            display.info("UI stopped")
+            logger.info("UI stopped")
         finally:
             server.terminate()
 
 
-def _print_pages(client: MlflowClient, base_url: str, experiment_id: str, display: Display) -> None:
+def _print_pages(client: MlflowClient, base_url: str, experiment_id: str) -> None:
     try:
         urls = views.create_views(client, base_url, experiment_id)
     except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-        display.warn(f"views were not saved to MLflow: {first_line(error)}; showing its default pages")
+        logger.warning(f"views were not saved to MLflow: {first_line(error)}; showing its default pages")
         urls = {
             "runs": views.runs_url(base_url, experiment_id),
             "curves": views.runs_url(base_url, experiment_id, charts=True),
         }
     lines = [f"{label:7}  {url}" for label, url in urls.items()]
-    display.info("\n".join([*lines, "Press Ctrl-C to stop"]))
+    logger.info("\n".join([*lines, "Press Ctrl-C to stop"]))
 
 
 def _free_port(requested: int | None) -> int:

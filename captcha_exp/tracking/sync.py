@@ -4,6 +4,7 @@ MLflow is imported only if it lacks the end of a run and the store exists. Synci
 MLflow ignores rows that it already has.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,17 @@ from captcha_exp.runs import (
     stale_in,
     stale_lock,
 )
-from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.tracking.uri import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+logger = logging.getLogger(__name__)
 
-def close_stale_runs(display: Display) -> list[Path]:
+
+def close_stale_runs() -> list[Path]:
     """Close the stale runs and sweeps of this host, sync them to MLflow, and return their directories.
 
     Errors are reported as warnings, and the next start tries again.
@@ -39,30 +42,30 @@ def close_stale_runs(display: Display) -> list[Path]:
             if not granted:
                 return []  # another process is closing them
             stale_runs = [current for stale in stale_runs if (current := stale.reload()) is not None]
-            closed = _close_runs(stale_runs, display)
-            synced = [stale for stale in _sync_all(stale_runs, display) if stale not in closed]
+            closed = _close_runs(stale_runs)
+            synced = [stale for stale in _sync_all(stale_runs) if stale not in closed]
     except OSError as error:
-        display.warn(
+        logger.warning(
             f"{root_dir() / 'outputs'}: cannot close stale runs: {error}; the next start tries again"
         )
         return []
     for stale in closed:
-        display.info(f"{_format_name(stale)}: process {stale.state['pid']} has exited; marked KILLED")
+        logger.info(f"{_format_name(stale)}: process {stale.state['pid']} has exited; marked KILLED")
     for stale in synced:
-        display.info(f"{_format_name(stale)}: synced to MLflow as {stale.state['status']}")
+        logger.info(f"{_format_name(stale)}: synced to MLflow as {stale.state['status']}")
     return [stale.run_dir for stale in (*closed, *synced)]
 
 
-def finalize_run(run_dir: Path, status: Status, error: str, display: Display) -> None:
+def finalize_run(run_dir: Path, status: Status, error: str) -> None:
     """Close a run whose process has exited without doing so, and sync it to MLflow."""
     stale = stale_in(run_dir)
     if stale is not None:
         if stale.is_running:
             stale.close(status, error)
-        _sync_all([stale], display)
+        _sync_all([stale])
 
 
-def _close_runs(stale_runs: Sequence[StaleRun], display: Display) -> list[StaleRun]:
+def _close_runs(stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
     closed = []
     for stale in stale_runs:
         if stale.is_running:
@@ -70,7 +73,7 @@ def _close_runs(stale_runs: Sequence[StaleRun], display: Display) -> list[StaleR
                 stale.close()
                 closed.append(stale)
             except OSError as error:
-                display.warn(
+                logger.warning(
                     f"{_format_name(stale)}: its process has exited, but it cannot be marked KILLED: {error}"
                 )
     return closed
@@ -99,16 +102,16 @@ def _store_uri(stale: StaleRun) -> str:
     return uri if isinstance(uri, str) else ""
 
 
-def _sync_all(stale_runs: Sequence[StaleRun], display: Display) -> list[StaleRun]:
+def _sync_all(stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
     """Sync the closed runs to their stores, and return those that MLflow has now."""
     by_store: dict[str, list[StaleRun]] = {}
     for stale in stale_runs:
         if not stale.is_running and _can_sync(stale):
             by_store.setdefault(_store_uri(stale), []).append(stale)
-    return [stale for uri, group in by_store.items() for stale in _sync_to_store(uri, group, display)]
+    return [stale for uri, group in by_store.items() for stale in _sync_to_store(uri, group)]
 
 
-def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun], display: Display) -> list[StaleRun]:
+def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
     from mlflow import MlflowClient
 
     from captcha_exp.tracking.store import first_line, inspect_store
@@ -132,7 +135,7 @@ def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun], display: Display) -
                 break  # the store became unreachable: the other runs would wait for a timeout each
     if problem:
         count = f"{len(stale_runs) - num_handled} of {len(stale_runs)} stale runs"
-        display.warn(
+        logger.warning(
             f"{escape_unprintable(uri)}: {count} not synced to MLflow: {problem}; the next start tries again"
         )
     return synced
@@ -145,6 +148,7 @@ def _sync_run(client: "MlflowClient", stale: StaleRun) -> str | None:
     run_id = _find_run_id(client, stale)
     if run_id is not None:
         stale.remove_partial_files()  # a run that ended by itself still has them
+        logger.debug(f"sending {stale.run_dir} to MLflow run {run_id}")
         send_metrics(client, run_id, read_metrics_rows(stale.run_dir)[0])
         send_artifacts(client, run_id, stale.run_dir)
         send_status(client, run_id, stale.state)

@@ -6,6 +6,7 @@ continues: rows are queued and sent with the next one. Their timestamps let MLfl
 
 import getpass
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +18,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, Run, Status
-from captcha_exp.runtime.console import Display
 from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
+
+logger = logging.getLogger(__name__)
 
 PARAMS_PER_REQUEST = 100  # limit of MLflow, also for tags
 METRICS_PER_REQUEST = 1000  # limit of MLflow
@@ -29,7 +31,6 @@ class MlflowTracker:
 
     def __init__(
         self,
-        display: Display,
         choices: Mapping[str, str] | None = None,
         run_name: str | None = None,
         parent_run_id: str | None = None,
@@ -41,7 +42,6 @@ class MlflowTracker:
             run_name: Name of the MLflow run; defaults to the name of the run directory.
             parent_run_id: ID of the MLflow run of the sweep.
         """
-        self._display = display
         self._run_name = run_name
         self._tags = {f"choice.{group}": choice for group, choice in (choices or {}).items()}
         if parent_run_id is not None:
@@ -163,9 +163,7 @@ class MlflowTracker:
         try:
             send(self._client)
         except Exception as error:  # as in start()
-            self._display.warn(
-                f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete"
-            )
+            logger.warning(f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete")
             return False
         return True
 

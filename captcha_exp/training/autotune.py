@@ -8,6 +8,7 @@ The batch size at which the device is fully used depends on the device as well. 
 from small to large until the throughput stops improving.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ from captcha_exp.memory.plan import Plan, Planner, with_batch_size
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import forward_and_backward, init_train_state, train_step
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display
+
+logger = logging.getLogger(__name__)
 
 MIN_COSINE = 0.9  # between the gradients of fp32 and of the precision; 0 for unrelated ones
 MIN_SPEEDUP = 1.1  # over fp32: less does not justify the rounding
@@ -47,7 +49,7 @@ class Trials:
     batch_sizes: list[dict[str, object]] = field(default_factory=list)
 
 
-def autotune(config: Config, split_sizes: Mapping[str, int], display: Display) -> tuple[Config, Trials]:
+def autotune(config: Config, split_sizes: Mapping[str, int]) -> tuple[Config, Trials]:
     """Replace device.precision=auto and train.batch_size=auto of a resolved config by the fastest values.
 
     Raises:
@@ -55,11 +57,11 @@ def autotune(config: Config, split_sizes: Mapping[str, int], display: Display) -
     """
     trials = Trials()
     if config.device.precision == "auto":
-        precision, tried = choose_precision(config, display)
+        precision, tried = choose_precision(config)
         trials = replace(trials, precisions=tried)
         config = replace(config, device=replace(config.device, precision=precision))
     if config.train.batch_size == "auto":
-        batch_size, tried = choose_batch_size(config, split_sizes, display)
+        batch_size, tried = choose_batch_size(config, split_sizes)
         trials = replace(trials, batch_sizes=tried)
         config = with_batch_size(config, batch_size)
     return config, trials
@@ -89,7 +91,7 @@ class PrecisionTrial:
         return self.cosine >= MIN_COSINE
 
 
-def choose_precision(config: Config, display: Display) -> tuple[Precision, list[dict[str, object]]]:
+def choose_precision(config: Config) -> tuple[Precision, list[dict[str, object]]]:
     """Return the fastest precision with correct results on the device, and all trials."""
     device = devices.setup_device(config)
     num_images, batch_size = MAX_TRIAL_IMAGES[device.type], config.train.batch_size
@@ -100,6 +102,7 @@ def choose_precision(config: Config, display: Display) -> tuple[Precision, list[
     trials = [baseline]
     for precision in devices.half_precisions(device):
         trials.append(_try_precision(precision, config, batch, gradient)[0])
+        logger.debug(f"tried {trials[-1]}")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # keep the trials out of the peaks of the training
     good = [
@@ -107,7 +110,7 @@ def choose_precision(config: Config, display: Display) -> tuple[Precision, list[
     ]
     best = min(good, key=lambda t: t.step_seconds, default=baseline).precision
     results = "; ".join(t.describe(baseline) for t in trials[1:]) or "no other precision on this device"
-    display.info(f"precision {best}: {results}")
+    logger.info(f"precision {best}: {results}")
     return best, [asdict(t) for t in trials]
 
 
@@ -121,9 +124,7 @@ class BatchSizeTrial:
     images_per_second: float | None  # None: not tried, or out of memory
 
 
-def choose_batch_size(
-    config: Config, split_sizes: Mapping[str, int], display: Display
-) -> tuple[int, list[dict[str, object]]]:
+def choose_batch_size(config: Config, split_sizes: Mapping[str, int]) -> tuple[int, list[dict[str, object]]]:
     """Return the smallest batch size that fits and is close to the best throughput, and all trials.
 
     Raises:
@@ -144,6 +145,7 @@ def choose_batch_size(
         predicted_mib, fits = _check_fit(plan, device)
         speed = _measure_images_per_second(with_batch_size(config, size), device) if fits else None
         trials.append(BatchSizeTrial(size, predicted_mib, fits, speed))
+        logger.debug(f"tried {trials[-1]}")
         if speed is None:
             break
         size *= 2
@@ -158,7 +160,7 @@ def choose_batch_size(
     chosen = min(size for size, speed in speeds.items() if speed >= TARGET_FRACTION * max(speeds.values()))
     results = ", ".join(f"{size:,}: {speed:,.0f}" for size, speed in speeds.items())
     limit = "" if trials[-1].images_per_second else f"; {trials[-1].batch_size:,} does not fit"
-    display.info(f"batch size {chosen}: images/s by batch size {results}{limit}")
+    logger.info(f"batch size {chosen}: images/s by batch size {results}{limit}")
     return chosen, [asdict(t) for t in trials]
 
 

@@ -1,13 +1,15 @@
 """Save checkpoints during training, and stop when asked to."""
 
+import logging
 from pathlib import Path
 
 from captcha_exp.config import Config
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.state import TrainState
-from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.shutdown import ShutdownHandler
 from captcha_exp.training import sanity
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -19,9 +21,8 @@ class Checkpointer:
         config: Config,
         sanity_checker: sanity.SanityChecker,
         shutdown: ShutdownHandler,
-        display: Display,
     ) -> None:
-        self._checkpoint_dir, self._display = checkpoint_dir, display
+        self._checkpoint_dir = checkpoint_dir
         self._sanity_checker, self._shutdown = sanity_checker, shutdown
         self._interval = checkpoint.CheckpointInterval(config.train.checkpoint_every)
         self._last_position: tuple[int, bool] | None = None
@@ -49,6 +50,7 @@ class Checkpointer:
         try:
             checkpoint.save(self._checkpoint_dir, state)
             self._last_position = position
+            logger.debug(f"saved a checkpoint at step {state.step:,} in {self._checkpoint_dir}")
         except OSError as error:
-            self._display.warn(f"{self._checkpoint_dir}: cannot write a checkpoint: {error}")
+            logger.warning(f"{self._checkpoint_dir}: cannot write a checkpoint: {error}")
         self._interval.reset()

@@ -17,7 +17,6 @@ from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.model.state import TrainState
 from captcha_exp.runs import MetricsRow, Run, now_ms
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display
 
 OomPhase: TypeAlias = Literal["training", "evaluation"]
 
@@ -35,12 +34,7 @@ class TrainingOutOfMemoryError(RunFailed):
 
 
 def record_oom(
-    state: TrainState | None,
-    plan: Plan,
-    split_sizes: Mapping[str, int],
-    config: Config,
-    run: Run,
-    display: Display,
+    state: TrainState | None, plan: Plan, split_sizes: Mapping[str, int], config: Config, run: Run
 ) -> tuple[TrainingOutOfMemoryError, MetricsRow]:
     """Record that a run is out of memory; return the error to raise and the metrics to log."""
     device = torch.device(config.device.name)
@@ -52,7 +46,7 @@ def record_oom(
     peak_mib = metrics["memory/process_peak_mib"] = meter.process_peak_mib()
     epoch, step = (state.epoch, state.step + 1) if state is not None else (0, 0)
     splits = config.train.on_oom == "split"  # tried next, so remedies are not needed
-    remedies = [] if splits else find_remedies(plan, split_sizes, config, display)
+    remedies = [] if splits else find_remedies(plan, split_sizes, config)
     run.update(
         tags={**run.state["tags"], "oom": "true"},
         oom={
@@ -74,7 +68,7 @@ def record_oom(
     return error, MetricsRow(epoch, now_ms(), metrics)
 
 
-def find_remedies(plan: Plan, split_sizes: Mapping[str, int], config: Config, display: Display) -> list[str]:
+def find_remedies(plan: Plan, split_sizes: Mapping[str, int], config: Config) -> list[str]:
     """Return the fastest settings that need clearly less memory than this plan, each with its MiB.
 
     If there are few, the largest batch size that fits is added.
@@ -85,7 +79,7 @@ def find_remedies(plan: Plan, split_sizes: Mapping[str, int], config: Config, di
     if limit_mib <= config.gpu.context_mib.max:  # nothing can fit: skip the search, which takes half a minute
         return []
     tighter = replace(config, device=replace(config.device, vram_budget_mib=max(1, int(limit_mib))))
-    advice = advise(tighter, split_sizes, None, display)[:MAX_REMEDIES]
+    advice = advise(tighter, split_sizes, None)[:MAX_REMEDIES]
     remedies = [f"{' '.join(each.overrides)} ({each.plan.process_mib} MiB)" for each in advice]
     if len(remedies) < MAX_REMEDIES and (largest := Planner(tighter, split_sizes).max_batch_plan()):
         remedies.append(f"train.batch_size={largest.batch_size} ({largest.process_mib} MiB)")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, Status, now_ms
 from captcha_exp.runs.fields import flatten, read_flat_environment
 from captcha_exp.runs.source_code import write_source_info
-from captcha_exp.runtime.console import Display
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.training import oom
+
+logger = logging.getLogger(__name__)
 
 NUMERICS_KEYS = {"python", "packages", "code_sha256", "device", "variables"}
 """groups of environment.json that can affect the numbers of a training"""
@@ -55,11 +57,10 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class RunRecorder:
-    """A run with its tracker and its display."""
+    """A run with its tracker."""
 
     run: Run
     tracker: Tracker
-    display: Display
 
     def log_metrics(self, row: MetricsRow) -> None:
         """Log a row of metrics; one that was logged before an interruption is not logged again."""
@@ -67,8 +68,8 @@ class RunRecorder:
             self.tracker.log_metrics(row)
 
     def warn(self, message: str) -> None:
-        """Show a warning, and add it to the record of the run."""
-        self.display.warn(message)
+        """Log a warning, and add it to the record of the run."""
+        logger.warning(message)
         if message not in self.run.state["warnings"]:
             self.run.update(warnings=[*self.run.state["warnings"], message])
 
@@ -89,7 +90,7 @@ class TrainResult:
 @contextlib.contextmanager
 def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     """Record how the run ends, in the run directory first, then by the tracker."""
-    run, display = recorder.run, recorder.display
+    run = recorder.run
     status: Status = "FAILED"
     error: str | None = None
     try:
@@ -105,7 +106,7 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
         hint = (
             "" if "reproduces" in run.state.get("lineage", ()) else "; run the same command again to resume"
         )
-        display.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
+        logger.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
         raise
     except BaseException as exception:
         error = f"{type(exception).__name__}: {exception}"

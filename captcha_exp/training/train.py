@@ -1,10 +1,11 @@
 """Training: the loop, which fits on a page, and the steps before and after it.
 
-The loop reports to a `Tracker` and a `Display` and knows neither MLflow nor the terminal. Everything that
-changes during training is in one `TrainState`: an interrupted training resumes as if it had not been
-interrupted.
+The loop reports to a `Tracker`, a logger and a progress bar, and knows neither MLflow nor the terminal.
+Everything that changes during training is in one `TrainState`: an interrupted training resumes as if it had
+not been interrupted.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from captcha_exp.model.weights import weights_sha256, weights_to_bytes
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.environment import collect_environment
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import Display, NullDisplay, ProgressBar
+from captcha_exp.runtime.console import ProgressBar, progress_bar
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
 from captcha_exp.training import autotune, oom, sanity
 from captcha_exp.training.checkpointer import Checkpointer
@@ -45,6 +46,8 @@ from captcha_exp.training.recorder import (
     record_test_results,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def fit(
     state: TrainState,
@@ -59,14 +62,11 @@ def fit(
 
     If a stop is requested, save a checkpoint and exit as requested.
     """
-    run, display = recorder.run, recorder.display
+    run = recorder.run
     memory = devices.MemoryMeter(training.device)
     sanity_checker = sanity.SanityChecker(training, labels, config, recorder.warn)
-    checkpointer = Checkpointer(run.checkpoint_dir, config, sanity_checker, shutdown, display)
-    with (
-        display.progress_bar("training", config.train.epochs * len(training)) as bar,
-        shutdown.trap_signals(),
-    ):
+    checkpointer = Checkpointer(run.checkpoint_dir, config, sanity_checker, shutdown)
+    with progress_bar("training", config.train.epochs * len(training)) as bar, shutdown.trap_signals():
         bar.advance(num_images_seen(state, len(training)))
         try:
             while not state.is_finished(config.train):
@@ -87,7 +87,7 @@ def fit(
                 is_best = state.update_best(result.accuracy, result.loss)
                 if is_best:
                     run.write("model.safetensors", weights_to_bytes(state.model, config))
-                display.info(format_epoch(state, metrics, config, is_best))
+                logger.info(format_epoch(state, metrics, config, is_best))
                 sanity_checker.check_validation(result, state.step)
                 state.progress = None
                 checkpointer.maybe_save(state)
@@ -96,7 +96,7 @@ def fit(
             shutdown.exit()
         checkpointer.save(state)
     if state.should_stop_early(config.train):
-        display.info(
+        logger.info(
             f"Stopping early: validation accuracy has not improved since epoch {state.last_improved_epoch} "
             "(train.patience)"
         )
@@ -140,7 +140,6 @@ def train_epoch(
 def train(
     requested: Config,
     tracker: Tracker | None = None,
-    display: Display | None = None,
     *,
     run_dir: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
@@ -153,7 +152,6 @@ def train(
     Args:
         requested: The config, which may contain `auto`.
         tracker: Reports the run, for example to MLflow; by default the run directory is the only record.
-        display: Shows progress and warnings; by default only warnings, on standard error.
         run_dir: An empty directory for the record; by default outputs/<date>/<time>-<name>.
         lineage: How the run is related to others, as in `runs.create_run`.
         extend_from: The directory of a finished run whose final state this one starts from.
@@ -165,13 +163,13 @@ def train(
         UserError: the config cannot run here, or the run failed; the lines say why.
     """
     start_time = time.perf_counter()
-    tracker, display = tracker or NullTracker(), display or NullDisplay()
+    tracker = tracker or NullTracker()
     shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
-    prepared = _prepare(requested, display)
-    final_state = None if extend_from is None else _load_final_state(extend_from, prepared.config, display)
+    prepared = _prepare(requested)
+    final_state = None if extend_from is None else _load_final_state(extend_from, prepared.config)
     with shutdown:
         run = runs.create_run(prepared.config, requested, run_dir, lineage)
-        recorder = RunRecorder(run, tracker, display)
+        recorder = RunRecorder(run, tracker)
         with record_outcome(recorder, prepared.config):
             if extend_from is not None:
                 _copy_epoch_rows(extend_from, recorder)
@@ -181,7 +179,6 @@ def train(
 def resume(
     run_dir: Path,
     tracker: Tracker | None = None,
-    display: Display | None = None,
     *,
     extend_from: Path | None = None,
     shutdown: ShutdownHandler | None = None,
@@ -191,7 +188,6 @@ def resume(
     Args:
         run_dir: The directory of the run.
         tracker: As in `train`.
-        display: As in `train`.
         extend_from: The finished run that this one extends, if any; used if it has no checkpoint yet.
         shutdown: As in `train`.
 
@@ -200,17 +196,17 @@ def resume(
         UserError: the run cannot be resumed, or it failed; the lines say why.
     """
     start_time = time.perf_counter()
-    tracker, display = tracker or NullTracker(), display or NullDisplay()
+    tracker = tracker or NullTracker()
     config = load(run_dir / "config.yaml")
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
     with shutdown:
-        recorder = RunRecorder(runs.reopen_run(run_dir), tracker, display)
+        recorder = RunRecorder(runs.reopen_run(run_dir), tracker)
         with record_outcome(recorder, config):
-            prepared = _prepare(config, display)
+            prepared = _prepare(config)
             recorded_epochs = {row.step for row in recorder.run.metrics_rows() if _is_epoch_row(row)}
             saved = checkpoint.load_latest(recorder.run.checkpoint_dir, recorder.warn, recorded_epochs)
             if saved is None and extend_from is not None:
-                saved = _load_final_state(extend_from, prepared.config, display)
+                saved = _load_final_state(extend_from, prepared.config)
                 _copy_epoch_rows(extend_from, recorder)
             return _run_training(prepared, recorder, shutdown, start_time, saved)
 
@@ -226,24 +222,24 @@ class _PreparedTraining:
     trials: autotune.Trials
 
 
-def _prepare(requested: Config, display: Display) -> _PreparedTraining:
+def _prepare(requested: Config) -> _PreparedTraining:
     """Resolve and autotune the config, inspect the dataset and plan the memory."""
     config = resolve(requested, devices.detect_machine())
     device = devices.setup_device(config)
-    spec = dataset.inspect_dataset(config, display)
-    config, trials = autotune.autotune(config, spec.split_sizes, display)
+    spec = dataset.inspect_dataset(config)
+    config, trials = autotune.autotune(config, spec.split_sizes)
     devices.set_memory_limit(config, device)
     planner = Planner(config, spec.split_sizes, devices.gpu_total_mib(config))
     return _PreparedTraining(config, device, spec, planner.plan_for(int(config.train.batch_size)), trials)
 
 
-def _load_final_state(run_dir: Path, config: Config, display: Display) -> Checkpoint:
+def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
     """Return the last state of a finished run that is extended by more epochs.
 
     Raises:
         UserError: the run has no checkpoint any more, or the config asks for no more epochs than it has.
     """
-    saved = checkpoint.load_latest(run_dir / runs.CHECKPOINT_DIR, display.warn)
+    saved = checkpoint.load_latest(run_dir / runs.CHECKPOINT_DIR, logger.warning)
     if saved is None:
         raise UserError(f"{run_dir}: has no checkpoint to start from; start a new run with --resume=never")
     epoch, improved = saved.counters["epoch"], saved.counters["last_improved_epoch"]
@@ -300,7 +296,7 @@ def _run_training(
         if not devices.is_out_of_memory(error):
             raise
         split_sizes = prepared.dataset_spec.split_sizes
-        oom_error, row = oom.record_oom(state, prepared.plan, split_sizes, config, run, recorder.display)
+        oom_error, row = oom.record_oom(state, prepared.plan, split_sizes, config, run)
         recorder.log_metrics(row)
         raise oom_error from error
     result = TrainResult(
@@ -321,28 +317,28 @@ def _run_training(
 
 def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Dataset:
     """Record the environment, the memory plan and the dataset; return the dataset."""
-    config, run, display = prepared.config, recorder.run, recorder.display
-    display.info(f"run {run.run_dir} on {devices.describe(config)}")
-    _print_plan(prepared.plan, config, display)
+    config, run = prepared.config, recorder.run
+    logger.info(f"run {run.run_dir} on {devices.describe(config)}")
+    _print_plan(prepared.plan, config)
     environment = collect_environment(config) | {
         "precisions_tried": prepared.trials.precisions,
         "batch_sizes_tried": prepared.trials.batch_sizes,
     }
     record_environment(environment, recorder)
     run.write_json("memory.json", prepared.plan.to_json())
-    data = dataset.load_or_build(prepared.dataset_spec, config, display)
+    data = dataset.load_or_build(prepared.dataset_spec, config)
     check_dataset_unchanged(data.manifest, run)
     run.write_json("dataset.json", data.manifest)
     recorder.tracker.log_inputs(data.manifest, environment)
     return data
 
 
-def _print_plan(plan: Plan, config: Config, display: Display) -> None:
+def _print_plan(plan: Plan, config: Config) -> None:
     """Print the predicted memory, as a warning if it does not fit."""
     prediction = f"memory: {plan.describe(config.gpu.name)}"
     if plan.fits == "does not fit":
-        display.warn(f"{prediction}; captcha-exp plan --advise lists what fits")
+        logger.warning(f"{prediction}; captcha-exp plan --advise lists what fits")
     else:
-        display.info(prediction)
+        logger.info(prediction)
     if micro := config.train.micro_batch_size:
-        display.info(f"train.micro_batch_size={micro}: batch norm statistics are those of a micro-batch")
+        logger.info(f"train.micro_batch_size={micro}: batch norm statistics are those of a micro-batch")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from article_loop import Batch, Network
-from conftest import TINY, RecordingDisplay
+from conftest import TINY
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -511,12 +511,9 @@ def test_our_training_stops_where_the_article_s_does(
     config = load(
         compose(*chosen, f"data.cache={cache}", "tracking=none", "train=constant_lr", "device.threads=1")
     )
-    result = train.train(config, None, RecordingDisplay())
+    result = train.train(config, None)
 
-    sizes = {
-        name: len(rows)
-        for name, rows in dataset.inspect_dataset(config, RecordingDisplay()).split_indices.items()
-    }
+    sizes = {name: len(rows) for name, rows in dataset.inspect_dataset(config).split_indices.items()}
     assert result.best_epoch == best
     assert events == [
         ("open train", 0),

@@ -702,7 +702,7 @@ def test_calibration_measures_both_networks_in_a_fresh_process(
     calls: list[Any] = []
     measurements = gpu_memory._fake_measurements()
 
-    def measure(configs: Any, device: Any, free: Any, display: Any) -> Any:
+    def measure(configs: Any, device: Any, free: Any) -> Any:
         calls.extend([[config.model.name for config in configs], device.type, free])
         return measurements
 

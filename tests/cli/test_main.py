@@ -106,9 +106,62 @@ def test_every_command_has_help(call: Call, command: str) -> None:
     code, out, _ = call(command, "--help")
     assert code == 0
     assert out.startswith(f"usage: captcha-exp {command}")
+    assert "[-q | -v]" in out
 
 
 # -- output --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ([], ["Rendered N images", "warning: PATH: is damaged"]),
+        (["-q"], ["warning: PATH: is damaged"]),
+        (["--quiet"], ["warning: PATH: is damaged"]),
+        (["-v"], ["captcha_exp.data.dataset: no cached images at PATH", "Rendered N images"]),
+        (["--verbose"], ["captcha_exp.data.dataset: no cached images at PATH", "Rendered N images"]),
+    ],
+    ids=str,
+)
+def test_quiet_and_verbose(
+    call: Call, root: Path, tmp_path: Path, flag: list[str], expected: list[str]
+) -> None:
+    """In one process after the other calls, so each line would be printed several times."""
+    words = ["data", *flag, "--json", *TINY, "data.count=40", f"data.cache={tmp_path}/cache"]
+    code, out, err = call(*words)
+    (images,) = tmp_path.glob("cache/*.safetensors")
+    images.write_bytes(images.read_bytes()[:-1])
+    same_code, same_out, damaged = call(*words)
+    assert (code, same_code, out) == (0, 0, same_out)
+    assert json.loads(out)["images"] == 40
+    lines = [
+        re.sub(r"(Rendered) \d+ (images).*", r"\1 N \2", line.replace(str(images), "PATH"))
+        for line in (err + damaged).splitlines()
+    ]
+    for text in expected:
+        assert sum(line.startswith(text) for line in lines) == 1 + (text.startswith("Rendered")), lines
+    assert any("captcha_exp." in line for line in lines) == (flag in (["-v"], ["--verbose"]))
+    assert any(line.startswith("Rendered") for line in lines) == (flag not in (["-q"], ["--quiet"]))
+
+
+def test_quiet_and_verbose_exclude_each_other(call: Call) -> None:
+    code, out, err = call("runs", "-q", "-v")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith("argument -v/--verbose: not allowed with argument -q/--quiet")
+
+
+@pytest.mark.parametrize("flag", ["-q", "-v"])
+def test_a_sweep_hands_the_flag_to_its_workers(shell: Call, root: Path, cache: Path, flag: str) -> None:
+    words = (*TINY, f"data.cache={cache}", "tracking=none", "train.epochs=1")
+    code, out, err = shell("train", "-m", flag, "--json", *words)
+    assert code == 0
+    (log,) = Path(json.loads(out)["run_dir"]).glob("*.log")
+    if flag == "-q":
+        assert (err, log.read_text()) == ("", "")
+    else:
+        line = "captcha_exp.training.checkpointer: saved a checkpoint at step "
+        assert f"] {line}" in err, "of the worker, after the name of its job"
+        assert log.read_text().count(line) == err.count(line)
 
 
 def test_cfg_job_prints_the_composed_config_as_yaml(call: Call, root: Path) -> None:

@@ -40,12 +40,11 @@ class FakeTrain:
         self,
         requested: Config,
         tracker: Any,
-        display: Any,
         run_dir: Path | None = None,
         lineage: Mapping[str, Any] | None = None,
         extend_from: Path | None = None,
     ) -> Any:
-        del tracker, display
+        del tracker
         self.calls.append(
             {
                 "requested": requested,
@@ -64,7 +63,6 @@ class FakeTrain:
         self,
         run_dir: Path,
         tracker: Any,
-        display: Any,
         extend_from: Path | None = None,
         shutdown: ShutdownHandler | None = None,
     ) -> Any:
@@ -75,7 +73,7 @@ class FakeTrain:
         requested = load(run_dir / "requested.yaml")
         requested = replace(requested, train=replace(requested.train, max_minutes=minutes))
         lineage = json.loads((run_dir / "run.json").read_text())["lineage"]
-        return self(requested, tracker, display, run_dir, lineage, extend_from)
+        return self(requested, tracker, run_dir, lineage, extend_from)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, RecordingDisplay
+from conftest import TINY, infos, warnings
 from support.faults import inject_faults
 
 from captcha_exp import runs
@@ -128,12 +128,8 @@ def test_defer_signals_in_another_thread() -> None:
     assert calls
 
 
-def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
-    found, recorder, display = (
-        plan_jobs(make_jobs(tiny), RecordingDisplay()),
-        SummaryRecorder(),
-        RecordingDisplay(),
-    )
+def test_interrupted_in_the_second_job_and_resumed(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
+    found, recorder = plan_jobs(make_jobs(tiny)), SummaryRecorder()
 
     def interrupted(folder: Path, numbers: Sequence[int]) -> None:
         make_launch()(folder, numbers[:1])
@@ -141,7 +137,7 @@ def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(found, interrupted, 1, display, recorder)
+        run_sweep(found, interrupted, 1, recorder)
     (summary,) = recorder.summaries
     assert recorder.sweep is not None
     folder = recorder.sweep.sweep_dir
@@ -160,28 +156,28 @@ def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
         state.update(Sweep(folder).state)
         make_launch(launched=launched)(folder, numbers)
 
-    summary = run_sweep(plan_jobs(sweep.jobs, display), launch, 1, display, recorder, Sweep(folder))
+    summary = run_sweep(plan_jobs(sweep.jobs), launch, 1, recorder, Sweep(folder))
     assert (state["status"], state["pid"]) == ("RUNNING", os.getpid()), "claimed by this process"
     assert launched == [2, 3]
     assert outcomes(summary) == ["finished"] * 3
     assert [result.attempts for result in summary.results] == [1, 2, 1]
     assert Sweep(folder).state["status"] == "FINISHED"
-    assert "1 of 3 jobs are already done" in display.lines
+    assert "1 of 3 jobs are already done" in infos(caplog)
 
 
 def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
-    found, recorder = plan_jobs(make_jobs(tiny, 5), RecordingDisplay()), SummaryRecorder()
+    found, recorder = plan_jobs(make_jobs(tiny, 5)), SummaryRecorder()
     expected: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         for number, outcome in zip(numbers, expected, strict=True):
             make_run(Sweep(folder), number, outcome)
 
-    assert outcomes(run_sweep(found, launch, 1, RecordingDisplay(), recorder)) == expected
+    assert outcomes(run_sweep(found, launch, 1, recorder)) == expected
     assert recorder.sweep is not None
     launched: list[int] = []
     sweep = Sweep(recorder.sweep.sweep_dir)
-    again = run_sweep(found, make_launch(launched=launched), 1, RecordingDisplay(), recorder, sweep)
+    again = run_sweep(found, make_launch(launched=launched), 1, recorder, sweep)
     assert launched == [4, 5]
     assert again.has_failures is False
 
@@ -254,9 +250,9 @@ def test_a_sweep_has_one_time_limit(root: Path) -> None:
 GRID = (*TINY, "tracking=none", "seed=1,2")
 
 
-def train_all(*words: str, resume: str = "never", display: RecordingDisplay | None = None) -> int:
+def train_all(*words: str, resume: str = "never") -> int:
     arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
-    return sweep_command.train_sweep(arguments, detect_machine(), display or RecordingDisplay())
+    return sweep_command.train_sweep(arguments, detect_machine())
 
 
 @pytest.fixture
@@ -321,19 +317,21 @@ def test_resuming_a_finished_sweep_writes_its_summary_again(root: Path, launched
     assert len(launched) == 1
 
 
-def test_auto_skips_an_unfinished_sweep_of_other_code(root: Path, launched: list[Any]) -> None:
+def test_auto_skips_an_unfinished_sweep_of_other_code(
+    root: Path, launched: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     assert train_all(*GRID) == 0
     folder = interrupt(root)
     Sweep(folder).update(code_sha256="0" * 64)
-    display = RecordingDisplay()
-    assert train_all(*GRID, resume="auto", display=display) == 0
+    caplog.clear()
+    assert train_all(*GRID, resume="auto") == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [1, 2]]
-    assert display.lines[0] == (
+    assert infos(caplog)[0] == (
         f"{folder}: unfinished sweep with the same jobs, but started with different code; resume it with "
         f"--resume={folder}"
     )
-    display = RecordingDisplay()
-    assert train_all(*GRID, resume="auto", display=display) == 0
+    caplog.clear()
+    assert train_all(*GRID, resume="auto") == 0
     assert len(launched) == 3, "the second sweep is finished"
     assert train_all(resume=str(folder)) == 0
     assert launched[3][0] == [2], "a named sweep is resumed"
@@ -390,9 +388,7 @@ def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) ->
 
 
 def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
-    parent = SweepParentRun(
-        MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"), RecordingDisplay()
-    )
+    parent = SweepParentRun(MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"))
     state = {"host": "h", "pid": 1, "process_started": 1.0}
     parent.start(root, state, {"seed": "1, 2"})
     run_id = parent.run_id
@@ -462,17 +458,17 @@ def test_mistakes_of_all_jobs_are_reported_before_anything_is_created(root: Path
 # -- disk, terminal, process ---------------------------------------------------------------------------------
 
 
-def test_a_summary_that_cannot_be_written(tiny: Config) -> None:
-    recorder, display = SummaryRecorder(), RecordingDisplay()
+def test_a_summary_that_cannot_be_written(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = SummaryRecorder()
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
         make_launch()(folder, numbers)
         (folder / "summary.json").mkdir()
 
     with pytest.raises(RunFailed, match="free disk space"):
-        run_sweep(plan_jobs(make_jobs(tiny), RecordingDisplay()), launch, 1, display, recorder)
+        run_sweep(plan_jobs(make_jobs(tiny)), launch, 1, recorder)
     assert outcomes(recorder.summaries[0]) == ["finished"] * 3
-    assert any("cannot write the summary" in line for line in display.warnings)
+    assert any("cannot write the summary" in line for line in warnings(caplog))
 
 
 def test_incomplete_runs_are_listed(tiny: Config) -> None:
@@ -531,12 +527,12 @@ def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pyt
 def test_no_remedies_if_the_context_alone_exceeds_the_budget(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (planned,) = plan_jobs(make_jobs(tiny, 1), RecordingDisplay())
+    (planned,) = plan_jobs(make_jobs(tiny, 1))
     assert planned.plan is not None
     monkeypatch.setattr(oom, "advise", None)
     plan = replace(planned.plan, budget_mib=MiBRange(100.0, 100.0))
 
-    assert oom.find_remedies(plan, planned.split_sizes, planned.config, RecordingDisplay()) == []
+    assert oom.find_remedies(plan, planned.split_sizes, planned.config) == []
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------

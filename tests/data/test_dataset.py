@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import RecordingDisplay, generator_config
+from conftest import generator_config, warnings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +21,6 @@ from captcha_exp.config import Config, to_dict
 from captcha_exp.data import dataset, sources, splits
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import NullDisplay
 
 CPU = torch.device("cpu")
 
@@ -37,7 +36,7 @@ def render_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replace rendering by noise, and record the number of images of each call."""
     calls: list[int] = []
 
-    def render(data: Any, captcha: Any, indices: Any, display: Any) -> Any:
+    def render(data: Any, captcha: Any, indices: Any) -> Any:
         calls.append(len(indices))
         shape = (len(indices), captcha.height, captcha.width, captcha.channels)
         return np.random.default_rng(data.seed).integers(0, 256, shape, dtype=np.uint8)
@@ -54,10 +53,8 @@ def with_captcha(config: Config, **captcha: Any) -> Config:
     return replace(config, captcha=replace(config.captcha, **captcha))
 
 
-def load_dataset(config: Config, display: NullDisplay | None = None) -> Dataset:
-    return dataset.load_or_build(
-        dataset.inspect_dataset(config, NullDisplay()), config, display or NullDisplay()
-    )
+def load_dataset(config: Config) -> Dataset:
+    return dataset.load_or_build(dataset.inspect_dataset(config), config)
 
 
 def split_labels(config: Config, labels: list[str]) -> dict[str, list[int]]:
@@ -119,9 +116,7 @@ def test_an_empty_split_is_an_error_in_one_line(
 ) -> None:
     validation, test = fractions
     with pytest.raises(UserError) as error:
-        dataset.inspect_dataset(
-            with_data(config, validation_fraction=validation, test_fraction=test), NullDisplay()
-        )
+        dataset.inspect_dataset(with_data(config, validation_fraction=validation, test_fraction=test))
     (line,) = error.value.lines
     assert line.startswith("data.count=60: ")
     assert f"distinct labels leave the {empty} split empty; use more images" in line
@@ -136,7 +131,7 @@ def test_images_targets_and_labels_match(config: Config) -> None:
     assert data.images.shape == (60, 16, 32, 3)
     assert data.images.dtype == torch.uint8
     assert data.targets.shape == (60, 2)
-    rendered = sources.render_images(generator_config(config), config.captcha, range(60), NullDisplay())
+    rendered = sources.render_images(generator_config(config), config.captcha, range(60))
     assert (data.images.numpy() == rendered).all()
     for n, label in enumerate(data.labels):
         assert label == sources.generate_label(generator_config(config), config.captcha, n)
@@ -283,19 +278,24 @@ def flip_bit(path: Path, position: Callable[[int], int], bit: int) -> None:
 )
 @pytest.mark.parametrize("bit", [1, 128])
 def test_a_flipped_bit_is_detected_and_the_cache_rebuilt(
-    config: Config, render_calls: list[int], suffix: str, position: Callable[[int], int], bit: int
+    config: Config,
+    render_calls: list[int],
+    suffix: str,
+    position: Callable[[int], int],
+    bit: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     original = load_dataset(config)
     images = original.images.clone()  # the tensor itself is a view of the file
     flip_bit(Path(config.data.cache) / f"{original.manifest['key']}{suffix}", position, bit)
-    display = RecordingDisplay()
-    again = load_dataset(config, display)
+    caplog.clear()
+    again = load_dataset(config)
     assert render_calls == [60, 60]
-    (warning,) = display.warnings
+    (warning,) = warnings(caplog)
     assert "is damaged" in warning
     assert original.manifest["key"] in warning
     assert torch.equal(again.images, images)
-    load_dataset(config, display)
+    load_dataset(config)
     assert render_calls == [60, 60]
 
 
@@ -310,13 +310,15 @@ def test_partial_files_of_killed_processes_are_deleted(config: Config, render_ca
     assert (part.exists(), other.exists()) == (False, True)
 
 
-def test_a_truncated_cache_file_is_detected(config: Config, render_calls: list[int]) -> None:
+def test_a_truncated_cache_file_is_detected(
+    config: Config, render_calls: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     key = load_dataset(config).manifest["key"]
     path = Path(config.data.cache) / f"{key}.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    display = RecordingDisplay()
-    assert len(load_dataset(config, display).images) == 60
-    assert len(display.warnings) == 1
+    caplog.clear()
+    assert len(load_dataset(config).images) == 60
+    assert len(warnings(caplog)) == 1
 
 
 def test_a_cache_file_without_its_hash_is_rebuilt(config: Config, render_calls: list[int]) -> None:
@@ -328,7 +330,7 @@ def test_a_cache_file_without_its_hash_is_rebuilt(config: Config, render_calls: 
 
 
 def cache_key(config: Config) -> str:
-    return dataset.inspect_dataset(config, NullDisplay()).key
+    return dataset.inspect_dataset(config).key
 
 
 @pytest.mark.parametrize(
@@ -392,17 +394,13 @@ def test_another_split_uses_the_same_cache_file(config: Config, render_calls: li
 
 
 LOAD_DATASET = """
-import json, sys
+import json, logging, sys
 from captcha_exp import load
 from captcha_exp.data import dataset
-from captcha_exp.runtime.console import NullDisplay
 
-class PrintingDisplay(NullDisplay):
-    def info(self, text):
-        print(text)
-
+logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
 config = load(json.loads(sys.argv[1]))
-data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, PrintingDisplay())
+data = dataset.load_or_build(dataset.inspect_dataset(config), config)
 print(data.manifest["images_sha256"])
 """
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, RecordingDisplay
+from conftest import TINY, infos, warnings
 from PIL import Image
 from support.image_files import Bytes, bomb, noise, page, saved
 
@@ -30,7 +30,7 @@ from captcha_exp.data.sources import ScanResult
 from captcha_exp.data.sources.folder import IMAGE_SUFFIXES
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.evaluate import evaluate_run
-from captcha_exp.runtime.console import NullDisplay, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.training.train import train
 
@@ -59,7 +59,7 @@ def folder_config(folder: Path, captcha: dict[str, Any] | None = None, **data: A
 
 def scan(config: Config) -> ScanResult:
     """Scan the folder of a config."""
-    return sources.make_source(config.data, config.captcha, NullDisplay()).scan(NullDisplay())
+    return sources.make_source(config.data, config.captcha).scan()
 
 
 def used(config: Config) -> dict[str, str]:
@@ -76,15 +76,15 @@ def rejected(config: Config) -> dict[str, str]:
 
 
 def ignored(config: Config) -> list[str]:
-    return sources.make_source(config.data, config.captcha, NullDisplay()).ignored
+    return sources.make_source(config.data, config.captcha).ignored
 
 
-def inspect(config: Config, display: NullDisplay | None = None) -> DatasetSpec:
-    return dataset.inspect_dataset(config, display or NullDisplay())
+def inspect(config: Config) -> DatasetSpec:
+    return dataset.inspect_dataset(config)
 
 
-def load_dataset(config: Config, display: NullDisplay | None = None) -> Dataset:
-    return dataset.load_or_build(inspect(config), config, display or NullDisplay())
+def load_dataset(config: Config) -> Dataset:
+    return dataset.load_or_build(inspect(config), config)
 
 
 def error_lines(config: Config) -> str:
@@ -539,10 +539,10 @@ def test_a_file_that_changes_during_the_scan_is_an_error(folder: Path, change: C
     """The cache file is named after the hashes and must have the same content."""
     fill(folder)
     config = folder_config(folder, on_invalid="skip")
-    source = sources.make_source(config.data, config.captcha, NullDisplay())
+    source = sources.make_source(config.data, config.captcha)
     change(folder / "00001-0037.png")
     with pytest.raises(UserError, match=r"00001-0037\.png changed while it was read; run the command again$"):
-        source.scan(NullDisplay())
+        source.scan()
 
 
 def test_too_few_labels_for_the_splits_are_an_error(folder: Path) -> None:
@@ -566,15 +566,15 @@ def test_a_relative_path_becomes_absolute(folder: Path, monkeypatch: pytest.Monk
 # -- other files and links -----------------------------------------------------------------------------------
 
 
-def test_files_without_an_image_suffix_are_ignored(folder: Path) -> None:
+def test_files_without_an_image_suffix_are_ignored(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(folder)
     clutter = ["Thumbs.db", ".DS_Store", "desktop.ini", "README.md", "__MACOSX/._00001-0037.png", "sub/notes"]
     write_files(folder, dict.fromkeys([*clutter, ".git/0001.png", ".cache/x/0002.png"], b"clutter"))
-    display = RecordingDisplay()
-    inspect(folder_config(folder), display)
+    caplog.clear()
+    inspect(folder_config(folder))
     assert ignored(folder_config(folder)) == sorted([*clutter, ".git/", ".cache/"])
-    assert display.lines[-1] == "Ignored, not images (8): .DS_Store, .cache/, .git/ and 5 more"
-    assert display.warnings == []
+    assert infos(caplog)[-1] == "Ignored, not images (8): .DS_Store, .cache/, .git/ and 5 more"
+    assert warnings(caplog) == []
 
 
 def test_output_directories_inside_the_folder_are_ignored(root: Path) -> None:
@@ -700,16 +700,16 @@ def test_images_are_decoded_once(folder: Path, decoded: list[str]) -> None:
     assert first.manifest == again.manifest
 
 
-def test_the_cached_scan_equals_the_scan(folder: Path) -> None:
+def test_the_cached_scan_equals_the_scan(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = folder_config(add_invalid_files(fill(folder)), on_invalid="skip")
-    fresh, cached = RecordingDisplay(), RecordingDisplay()
-    first = inspect(config, fresh)
-    dataset.load_or_build(first, config, NullDisplay())
-    again = inspect(config, cached)
+    first = inspect(config)
+    fresh = warnings(caplog), [line for line in infos(caplog) if not line.startswith("Decoded ")]
+    dataset.load_or_build(first, config)
+    caplog.clear()
+    again = inspect(config)
+    assert (warnings(caplog), infos(caplog)) == fresh
     assert first.scan == again.scan == scan(config)
     assert len(first.scan.rejected) == 2
-    assert fresh.warnings == cached.warnings
-    assert [line for line in fresh.lines if not line.startswith("Decoded ")] == cached.lines
 
 
 def test_the_same_content_in_another_folder_uses_the_same_cache_file(
@@ -776,7 +776,9 @@ def test_other_captcha_options_have_another_cache_file(folder: Path) -> None:
     assert len(keys) == 4
 
 
-def test_a_damaged_cache_file_is_rebuilt(folder: Path, decoded: list[str]) -> None:
+def test_a_damaged_cache_file_is_rebuilt(
+    folder: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     config = folder_config(add_invalid_files(fill(folder)), on_invalid="skip")
     original = load_dataset(config)
     images = original.images.clone()
@@ -785,10 +787,10 @@ def test_a_damaged_cache_file_is_rebuilt(folder: Path, decoded: list[str]) -> No
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     decoded.clear()
-    display = RecordingDisplay()
-    again = load_dataset(config, display)
+    caplog.clear()
+    again = load_dataset(config)
     assert len(decoded) == 62
-    (warning,) = display.warnings
+    (_, warning) = warnings(caplog)  # the first one lists the rejected images
     assert "is damaged" in warning
     assert torch.equal(again.images, images)
     assert again.manifest == original.manifest
@@ -989,15 +991,17 @@ def test_file_names_that_are_not_utf8_are_stored_in_the_manifest(folder: Path) -
     assert odd in {file["file"] for file in manifest["files"]}
 
 
-def test_evaluating_a_run_warns_if_its_images_have_changed(folder: Path) -> None:
+def test_evaluating_a_run_warns_if_its_images_have_changed(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     result = train(folder_config(fill(folder)))
-    display = RecordingDisplay()
-    again, _ = evaluate_run(result.run_dir, "test", display)
+    caplog.clear()
+    again, _ = evaluate_run(result.run_dir, "test")
     assert (again.predicted == result.test.predicted).all()
     assert again.accuracy == result.test.accuracy
-    assert display.warnings == []
+    assert warnings(caplog) == []
 
     write_files(folder, {"9999.png": png(99)})
-    evaluate_run(result.run_dir, "test", display)
-    (warning,) = display.warnings
+    evaluate_run(result.run_dir, "test")
+    (warning,) = warnings(caplog)
     assert warning.startswith("the images differ from those of the run: source.files_sha256 was ")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,10 +29,10 @@ from captcha_exp.config import (
     WheezyLibraryConfig,
 )
 from captcha_exp.data import images, sources
-from captcha_exp.data.sources import article
+from captcha_exp.data.sources import article, rendering
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import Display, NullDisplay, ProgressBar
+from captcha_exp.runtime.console import ProgressBar
 
 CAPTCHA = CaptchaConfig(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
 
@@ -45,10 +45,8 @@ ARTICLE = ArticleConfig(source="article", fonts=("DejaVuSans.ttf",), **GENERATOR
 each_source = pytest.mark.parametrize("data", [LIBRARY, WHEEZY, ARTICLE], ids=lambda data: str(data.source))
 
 
-def render(
-    data: GeneratorConfig, indices: Sequence[int], display: Display | None = None
-) -> npt.NDArray[np.uint8]:
-    return sources.render_images(data, CAPTCHA, indices, display or NullDisplay())
+def render(data: GeneratorConfig, indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    return sources.render_images(data, CAPTCHA, indices)
 
 
 def rendering_processes() -> list[psutil.Process]:
@@ -58,7 +56,7 @@ def rendering_processes() -> list[psutil.Process]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use chunks so small that every worker gets some."""
-    monkeypatch.setattr(sources.rendering, "CHUNK_SIZE", 16)
+    monkeypatch.setattr(rendering, "CHUNK_SIZE", 16)
 
 
 @pytest.fixture
@@ -76,20 +74,25 @@ def worker_timeout() -> Iterator[None]:
     timer.join()
 
 
-class FailingDisplay(NullDisplay):
-    """A display whose progress bar raises after some chunks."""
+class FailingBar(ProgressBar):
+    """A progress bar that raises after some chunks."""
 
     def __init__(self, after: int) -> None:
         self.after = after
         self.calls = 0
 
-    def progress_bar(self, description: str, total: int) -> AbstractContextManager[ProgressBar]:
-        return nullcontext(self)
-
     def advance(self, amount: int, status: str = "") -> None:
         self.calls += 1
         if self.calls == self.after:
             raise OSError("the terminal was closed")
+
+
+@pytest.fixture
+def failing_bar(monkeypatch: pytest.MonkeyPatch) -> FailingBar:
+    """Replace the progress bar of rendering by one that raises after two chunks."""
+    bar = FailingBar(after=2)
+    monkeypatch.setattr(rendering, "progress_bar", lambda *_: nullcontext(bar))
+    return bar
 
 
 # -- reproducibility -----------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def test_pixels_of_pinned_versions_are_unchanged(data: GeneratorConfig) -> None:
 @each_source
 def test_grayscale_images_have_one_channel(data: GeneratorConfig) -> None:
     grayscale = replace(CAPTCHA, channels=1)
-    assert sources.render_images(data, grayscale, range(3), NullDisplay()).shape == (3, 16, 32, 1)
+    assert sources.render_images(data, grayscale, range(3)).shape == (3, 16, 32, 1)
 
 
 # -- labels --------------------------------------------------------------------------------------------------
@@ -194,8 +197,8 @@ def test_characters_of_labels_are_uniform(data: GeneratorConfig) -> None:
 @each_source
 def test_all_labels_equal_the_labels_of_each_image(data: GeneratorConfig) -> None:
     """A reseeded generator gives the numbers of a new one."""
-    source = sources.make_source(data, CAPTCHA, NullDisplay())
-    assert source.scan(NullDisplay()).labels == [
+    source = sources.make_source(data, CAPTCHA)
+    assert source.scan().labels == [
         sources.generate_label(data, CAPTCHA, index) for index in range(data.count)
     ]
 
@@ -208,9 +211,7 @@ def test_labels_of_the_article_have_the_case_of_the_alphabet() -> None:
     assert [sources.generate_label(ARTICLE, upper, index) for index in range(100)] == [
         label.upper() for label in labels
     ]
-    rendered = [
-        sources.render_images(ARTICLE, captcha, range(5), NullDisplay()) for captcha in (lower, upper)
-    ]
+    rendered = [sources.render_images(ARTICLE, captcha, range(5)) for captcha in (lower, upper)]
     assert (rendered[0] == rendered[1]).all()
 
 
@@ -242,30 +243,33 @@ def test_no_process_is_left_after_rendering() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_no_process_is_left_after_an_exception(workers: int, small_chunks: None) -> None:
+def test_no_process_is_left_after_an_exception(
+    workers: int, small_chunks: None, failing_bar: FailingBar
+) -> None:
     with pytest.raises(OSError, match="the terminal was closed"):
-        render(replace(LIBRARY, workers=workers), range(100), FailingDisplay(after=2))
+        render(replace(LIBRARY, workers=workers), range(100))
     assert rendering_processes() == []
 
 
-def test_the_first_failure_stops_the_other_workers(small_chunks: None) -> None:
-    display = FailingDisplay(after=2)
+def test_the_first_failure_stops_the_other_workers(small_chunks: None, failing_bar: FailingBar) -> None:
     with pytest.raises(OSError, match="the terminal was closed"):
-        render(replace(LIBRARY, workers=2), range(16 * 50), display)
-    assert display.calls < 25
+        render(replace(LIBRARY, workers=2), range(16 * 50))
+    assert failing_bar.calls < 25
 
 
 WAIT = """
-import sys, time
-from captcha_exp.data import sources
-from test_sources import CAPTCHA, LIBRARY, FailingDisplay, replace
+import time
+from captcha_exp.data.sources import rendering
+from captcha_exp.runtime.console import ProgressBar
+from test_sources import LIBRARY, nullcontext, render, replace
 
-class BlockingDisplay(FailingDisplay):
+class BlockingBar(ProgressBar):
     def advance(self, amount, status=""):
         print("rendered", flush=True)
         time.sleep(600)
 
-sources.render_images(replace(LIBRARY, workers=2), CAPTCHA, range(250), BlockingDisplay(0))
+rendering.progress_bar = lambda *_: nullcontext(BlockingBar())
+render(replace(LIBRARY, workers=2), range(250))
 """
 
 
@@ -393,7 +397,7 @@ def test_the_default_font_of_the_library_is_checked() -> None:
 @pytest.mark.parametrize(("data", "name"), [(WHEEZY, "wheezy.captcha"), (ARTICLE, "article")])
 def test_a_generator_without_default_fonts_needs_a_font(data: GeneratorConfig, name: str) -> None:
     with pytest.raises(UserError) as error:
-        sources.make_source(replace(data, fonts=()), CAPTCHA, NullDisplay())
+        sources.make_source(replace(data, fonts=()), CAPTCHA)
     assert error.value.lines == (
         f"data.fonts=[]: {name} has no default font; add one, such as DejaVuSans.ttf",
     )
@@ -401,7 +405,7 @@ def test_a_generator_without_default_fonts_needs_a_font(data: GeneratorConfig, n
 
 def test_an_alphabet_without_characters_of_the_article_is_an_error() -> None:
     with pytest.raises(UserError) as error:
-        sources.make_source(ARTICLE, replace(CAPTCHA, alphabet="01lo"), NullDisplay()).scan(NullDisplay())
+        sources.make_source(ARTICLE, replace(CAPTCHA, alphabet="01lo")).scan()
     (line,) = error.value.lines
     assert line.startswith("captcha.alphabet=01lo: data=article: ")
     assert f"none of {article.CLASSES} is in the alphabet" in line

@@ -14,7 +14,6 @@ from captcha_exp.config import Config
 from captcha_exp.memory import advisor
 from captcha_exp.memory.advisor import MICRO_BATCH_COUNTS, Advice, advise
 from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.runtime.console import NullDisplay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +42,7 @@ def plan_of(config: Config, split_sizes: Mapping[str, int]) -> Plan:
 
 
 def advise_for(*overrides: str, split_sizes: Mapping[str, int] = SMALL_SPLITS) -> list[Advice]:
-    return advise(load_config(*overrides), split_sizes, None, NullDisplay())
+    return advise(load_config(*overrides), split_sizes, None)
 
 
 def override_keys(advice: Advice) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, RecordingDisplay, make_batch, with_train
+from conftest import CPU, infos, make_batch, warnings, with_train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -337,9 +337,7 @@ def measure_calls(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
     """A machine with one GPU, of which 3,311 MiB are free; returns the calls of `measure`."""
     calls: list[Any] = []
 
-    def measure(
-        configs: Any, on: torch.device, free_before_mib: float | None, display: Any
-    ) -> GpuMeasurements:
+    def measure(configs: Any, on: torch.device, free_before_mib: float | None) -> GpuMeasurements:
         calls.append((configs, on, free_before_mib))
         return replace(MEASUREMENTS, free_before_mib=free_before_mib)
 
@@ -707,23 +705,32 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return FakeGpu(monkeypatch)
 
 
-class ProgressDisplay(RecordingDisplay):
-    """A display that adds up the progress of its one bar."""
+class RecordingBar(ProgressBar):
+    """A bar that adds up its progress."""
 
-    total = done = 0
-
-    def progress_bar(self, what: str, total: int) -> AbstractContextManager[ProgressBar]:
-        self.total = total
-        return nullcontext(self)
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
 
     def advance(self, amount: int, status: str = "") -> None:
         self.done += amount
 
 
-def test_measure_runs_completely_on_the_cpu(tiny: Config, fake_gpu: FakeGpu, one_thread: None) -> None:
-    display = ProgressDisplay()
+def test_measure_runs_completely_on_the_cpu(
+    tiny: Config,
+    fake_gpu: FakeGpu,
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bars: list[RecordingBar] = []
+
+    def progress_bar(_: str, total: int) -> AbstractContextManager[ProgressBar]:
+        bars.append(RecordingBar(total))
+        return nullcontext(bars[-1])
+
+    monkeypatch.setattr(gpu_probe, "progress_bar", progress_bar)
     config = replace(tiny, device=replace(tiny.device, threads=1))
-    measurements = gpu_probe.measure([with_train(config, batch_size=8)], CPU, 3500.0, display)
+    measurements = gpu_probe.measure([with_train(config, batch_size=8)], CPU, 3500.0)
     assert [stage.after for stage in measurements.stages] == [
         "the first tensor",
         "the first matrix products",
@@ -744,8 +751,9 @@ def test_measure_runs_completely_on_the_cpu(tiny: Config, fake_gpu: FakeGpu, one
     assert [(each.batch_size, set(each.seconds)) for each in measurements.rounds] == [
         (8, {"fp32", "bf16", "fp16"})
     ] * gpu_probe.NUM_ROUNDS
-    assert display.done == display.total
-    assert (display.warnings, len(display.lines)) == ([], len(measurements.stages))
+    (bar,) = bars
+    assert bar.done == bar.total
+    assert (warnings(caplog), len(infos(caplog))) == ([], len(measurements.stages))
     assert bounds(build_gpu_spec(measurements, GENERIC).context_mib) == (598, 598 + CONTEXT_MARGIN_MIB)
 
 
@@ -757,7 +765,7 @@ def test_the_deterministic_cublas_workspace_is_measured(
     monkeypatch.setattr(gpu_probe, "_time_rounds", lambda *_: [])
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     config = with_train(tiny, deterministic=deterministic)
-    measurements = gpu_probe.measure([config], CPU, None, RecordingDisplay())
+    measurements = gpu_probe.measure([config], CPU, None)
     assert measurements.cublas_config == os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert measurements.deterministic == deterministic
     device.setup_device(tiny)
@@ -770,7 +778,7 @@ def test_memory_that_matrix_products_keep_is_the_cublas_workspace(
     monkeypatch.setattr(
         gpu_probe, "_run_matmul", lambda dtype, _: fake_gpu.allocate(32 if dtype != torch.bfloat16 else 1)
     )
-    assert gpu_probe._cublas_workspace(CPU, RecordingDisplay()) == 65
+    assert gpu_probe._cublas_workspace(CPU) == 65
 
 
 def test_a_matrix_product_runs_forward_and_backward() -> None:
@@ -828,21 +836,21 @@ def raise_out_of_memory(*_: Any) -> Any:
 
 
 def test_larger_batches_are_skipped_after_one_that_does_not_fit(
-    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def max_conv_workspace(convs: Any, size: int, dtype: torch.dtype, on: torch.device) -> float:
         return raise_out_of_memory() if size * dtype.itemsize >= 16 else float(size)
 
     monkeypatch.setattr(gpu_probe, "_max_conv_workspace", max_conv_workspace)
-    display = ProgressDisplay()
-    found = list(gpu_probe._measure_conv_workspaces(tiny, [], CPU, display, display))
+    bar = RecordingBar(total=9)
+    found = list(gpu_probe._measure_conv_workspaces(tiny, [], CPU, bar))
     measured: list[tuple[Precision, int]] = [(each.precision, each.batch_size) for each in found]
     assert measured == [("fp32", 2), ("bf16", 2), ("bf16", 4), ("fp16", 2), ("fp16", 4)]
-    assert (display.done, display.warnings) == (9, [])
+    assert (bar.done, warnings(caplog)) == (9, [])
 
 
 def test_an_unsupported_precision_is_skipped_with_a_warning(
-    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def time_step(config: Config, _: Any) -> float:
         if config.device.precision == "bf16":
@@ -850,14 +858,14 @@ def test_an_unsupported_precision_is_skipped_with_a_warning(
         return {"fp32": 0.3, "fp16": 0.1}[config.device.precision]
 
     monkeypatch.setattr(gpu_probe, "_time_step", time_step)
-    display = ProgressDisplay()
-    found = list(gpu_probe._time_rounds(with_train(tiny, batch_size=4), CPU, display, display))
+    bar = RecordingBar(total=9)
+    found = list(gpu_probe._time_rounds(with_train(tiny, batch_size=4), CPU, bar))
     assert found == [TimingRound("compact", 4, {"fp32": 0.3, "fp16": 0.1})] * gpu_probe.NUM_ROUNDS
     assert (
-        display.warnings
+        warnings(caplog)
         == ["compact, bf16, training steps of batch size 4 fails: no engine"] * gpu_probe.NUM_ROUNDS
     )
-    assert display.done == 3 * gpu_probe.NUM_ROUNDS
+    assert bar.done == 3 * gpu_probe.NUM_ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -895,7 +903,7 @@ def test_a_failure_in_fp32_is_a_one_line_error(
 
     monkeypatch.setattr(gpu_probe, broken, fails)
     with pytest.raises(RunFailed, match=r"in fp32 fails on this GPU") as error:
-        gpu_probe.measure([tiny], CPU, None, RecordingDisplay())
+        gpu_probe.measure([tiny], CPU, None)
     assert len(error.value.lines) == 1
     assert "\n" not in error.value.lines[0]
     device.setup_device(tiny)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, RecordingDisplay
+from conftest import TINY
 from PIL import Image
 
 from captcha_exp import compose, load
@@ -53,7 +53,7 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tracking=none",
             "train.batch_size=8",
         ]
-        return train(load(compose(*overrides)), None, RecordingDisplay()).run_dir
+        return train(load(compose(*overrides)), None).run_dir
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def run_root(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def predictor(run: Path, run_root: None) -> Predictor:
-    return Predictor(resolve_weights(str(run)), "cpu", RecordingDisplay())
+    return Predictor(resolve_weights(str(run)), "cpu")
 
 
 def command(run: Path, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
@@ -81,11 +81,11 @@ def test_predictions_of_the_test_split_equal_those_of_evaluate(
     run: Path, predictor: Predictor, images: Path
 ) -> None:
     """Including wrong ones, of which a model this small has many."""
-    evaluation, data = evaluate_run(run, "test", RecordingDisplay(), "cpu")
+    evaluation, data = evaluate_run(run, "test", "cpu")
     files = [images / data.image_name(int(index)) for index in evaluation.indices]
     expected = [data.alphabet.decode(ids) for ids in evaluation.predicted]
 
-    predictions = list(predictor.predict_all(files, RecordingDisplay()))
+    predictions = list(predictor.predict_all(files))
 
     assert [prediction.text for prediction in predictions] == expected
     assert [prediction.image for prediction in predictions] == files

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Call, RecordingDisplay
+from conftest import TINY, Call, warnings
 from omegaconf import DictConfig
 from PIL import Image
 from support.image_files import page, saved
@@ -28,7 +28,6 @@ from captcha_exp.reproduce.changes import Change, has_no_effect
 from captcha_exp.reproduce.reference import RunResult, load_reference
 from captcha_exp.reproduce.rerun import Reproduction, reproduce
 from captcha_exp.runs import MetricsRow, find_linked
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.files import sha256_of, write_json
 from captcha_exp.training.recorder import NullTracker
 from captcha_exp.training.train import train
@@ -63,14 +62,12 @@ def run(trained: Path, tmp_path: Path, root: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "copied [b]run")
 
 
-def rerun(folder: Path, *overrides: str, display: NullDisplay | None = None) -> Reproduction:
+def rerun(folder: Path, *overrides: str) -> Reproduction:
     from captcha_exp.runtime.device import detect_machine
 
     reference = load_reference(folder)
     requested = apply_overrides(reference.config, overrides)
-    return reproduce(
-        reference, requested, detect_machine(), lambda _: NullTracker(), display or NullDisplay()
-    )
+    return reproduce(reference, requested, detect_machine(), lambda _: NullTracker())
 
 
 def edit(folder: Path, **keys: Any) -> None:
@@ -166,11 +163,13 @@ def test_a_job_of_a_sweep_can_be_reproduced(run: Path, root: Path, call: Call) -
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_edited_config_key_is_reported_as_the_cause(run: Path, keys: dict[str, Any], cause: str) -> None:
+def test_an_edited_config_key_is_reported_as_the_cause(
+    run: Path, keys: dict[str, Any], cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
     edit(run, **keys)
-    display = RecordingDisplay()
-    reproduction = rerun(run, display=display)
-    assert f"config.yaml was edited after the run finished: {cause}" in display.warnings
+    caplog.clear()
+    reproduction = rerun(run)
+    assert f"config.yaml was edited after the run finished: {cause}" in warnings(caplog)
     assert reproduction.verdict != "identical"
     assert reproduction.summary.endswith(f"; cause: {cause}")
 
@@ -189,12 +188,14 @@ def test_the_time_limit_is_not_reproduced(tiny: Config) -> None:
     assert rerun(folder, "train.max_minutes=20").summary == ("identical, but train.max_minutes null -> 20.0")
 
 
-def test_an_edited_config_without_a_known_edit_is_reported(run: Path) -> None:
+def test_an_edited_config_without_a_known_edit_is_reported(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The weights, which contain the config of the run, are missing or have the edited config."""
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "# a comment\n")
-    display = RecordingDisplay()
-    assert rerun(run, display=display).summary == "identical", "the config in the weights is unchanged"
-    assert "config.yaml was modified after the run finished (SHA-256 differs)" in display.warnings
+    caplog.clear()
+    assert rerun(run).summary == "identical", "the config in the weights is unchanged"
+    assert "config.yaml was modified after the run finished (SHA-256 differs)" in warnings(caplog)
     changed = "identical, but the run's config.yaml original -> modified"
     edit_json(run / "run.json", lambda s: s["files"].update({"config.yaml": sha256_of(run / "config.yaml")}))
     assert rerun(run).summary == changed
@@ -219,13 +220,15 @@ def test_changes_across_an_interruption_are_suspects_if_results_differ(run: Path
     assert role_of["on resume: packages.mlflow"] == "ruled_out"
 
 
-def test_a_changed_package_version_is_reported_but_ruled_out(run: Path) -> None:
+def test_a_changed_package_version_is_reported_but_ruled_out(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     edit_json(run / "environment.json", lambda values: values["packages"].update(pillow="1.2.3"))
-    display = RecordingDisplay()
-    reproduction = rerun(run, display=display)
+    caplog.clear()
+    reproduction = rerun(run)
     assert reproduction.summary.startswith("identical, but pillow 1.2.3 -> ")
     assert roles(reproduction) == {"pillow": "ruled_out"}
-    assert display.warnings == ["environment.json was modified after the run finished (SHA-256 differs)"]
+    assert warnings(caplog) == ["environment.json was modified after the run finished (SHA-256 differs)"]
 
 
 def test_a_modified_metric_is_not_identical(run: Path) -> None:
@@ -266,7 +269,9 @@ def test_a_moved_image_folder_is_given_by_data_path(folder_run: tuple[Path, Path
     assert roles(reproduction) == {"data.path": "ruled_out"}
 
 
-def test_one_changed_pixel_and_one_changed_label_are_reported(folder_run: tuple[Path, Path]) -> None:
+def test_one_changed_pixel_and_one_changed_label_are_reported(
+    folder_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir, image_dir = folder_run
     with Image.open(image_dir / "0007.png") as image:
         image.putpixel((3, 4), (image.getpixel((3, 4)) or 0) ^ 128)  # type: ignore[operator]  # grayscale
@@ -274,21 +279,23 @@ def test_one_changed_pixel_and_one_changed_label_are_reported(folder_run: tuple[
     (image_dir / "labels.csv").write_text(
         "file,label\n" + "".join(f"{n:04}.png,{9999 if n == 5 else n:04}\n" for n in range(60))
     )
-    display = RecordingDisplay()
-    reproduction = rerun(run_dir, display=display)
+    caplog.clear()
+    reproduction = rerun(run_dir)
     prefix = "the image folder has changed:"
-    assert f"{prefix} different content: 0007.png" in display.warnings
-    assert f"{prefix} different label: 0005.png" in display.warnings
+    assert f"{prefix} different content: 0007.png" in warnings(caplog)
+    assert f"{prefix} different label: 0005.png" in warnings(caplog)
     assert reproduction.verdict == "different"
     assert reproduction.summary.endswith("; cause: different content: 0007.png, different label: 0005.png")
 
 
-def test_a_missing_and_a_new_image_are_reported(folder_run: tuple[Path, Path]) -> None:
+def test_a_missing_and_a_new_image_are_reported(
+    folder_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir, image_dir = folder_run
     (image_dir / "0009.png").rename(image_dir / "7777.png")
-    display = RecordingDisplay()
-    reproduction = rerun(run_dir, display=display)
-    assert [line.partition("changed: ")[2] for line in display.warnings] == [
+    caplog.clear()
+    reproduction = rerun(run_dir)
+    assert [line.partition("changed: ")[2] for line in warnings(caplog)] == [
         "missing: 0009.png",
         "new: 7777.png",
     ]
@@ -298,16 +305,18 @@ def test_a_missing_and_a_new_image_are_reported(folder_run: tuple[Path, Path]) -
 # -- code ----------------------------------------------------------------------------------------------------
 
 
-def test_changed_code_is_reported_with_the_command_to_restore_it(run: Path) -> None:
+def test_changed_code_is_reported_with_the_command_to_restore_it(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     edit_json(run / "code.json", lambda values: values.update({"captcha_exp/model/step.py": "0" * 64}))
     edit_json(
         run / "environment.json",
         lambda values: values.update(git={"commit": "a1" * 20, "branch": "main", "dirty": True}),
     )
     (run / "code.diff").write_text("")
-    display = RecordingDisplay()
-    reproduction = rerun(run, display=display)
-    line = next(line for line in display.warnings if "code differs" in line)
+    caplog.clear()
+    reproduction = rerun(run)
+    line = next(line for line in warnings(caplog) if "code differs" in line)
     assert line.startswith(
         "the code differs from that of the run (a1a1a1a1 with uncommitted changes): "
         "captcha_exp/model/step.py; to restore it: git "
@@ -319,13 +328,13 @@ def test_changed_code_is_reported_with_the_command_to_restore_it(run: Path) -> N
     )
 
 
-def test_an_invalid_commit_is_never_part_of_a_command(run: Path) -> None:
+def test_an_invalid_commit_is_never_part_of_a_command(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_json(run / "code.json", lambda values: values.update({"captcha_exp/model/step.py": "0" * 64}))
     edit_json(run / "environment.json", lambda values: values.update(git={"commit": "$(rm -rf ~)"}))
-    display = RecordingDisplay()
-    rerun(run, display=display)
-    assert any("pip install captcha-exp==" in line for line in display.warnings)
-    assert not any("worktree" in line for line in display.warnings)
+    caplog.clear()
+    rerun(run)
+    assert any("pip install captcha-exp==" in line for line in warnings(caplog))
+    assert not any("worktree" in line for line in warnings(caplog))
 
 
 def test_identical_code_at_another_commit_is_ruled_out(run: Path) -> None:
@@ -480,12 +489,11 @@ def test_a_run_that_exists_only_in_mlflow_is_downloaded(
     tiny: Config, root: Path, call: Call, composed: DictConfig
 ) -> None:
     from captcha_exp.config import MlflowConfig
-    from captcha_exp.runtime.console import NullDisplay
     from captcha_exp.tracking import make_tracker
 
     store = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root / 'mlruns' / 'mlflow.db'}", experiment="e")
     config = replace(tiny, tracking=store)
-    folder = train(config, make_tracker(config, NullDisplay(), {})).run_dir
+    folder = train(config, make_tracker(config, {})).run_dir
     run_id = json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]
     shutil.rmtree(folder)
     code, out, _ = call("reproduce", run_id[:8])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from conftest import infos
 from safetensors.numpy import save_file
 
 from captcha_exp import runs
@@ -38,7 +39,6 @@ class StaleRuns:
 
     def __init__(self, config: Config, process: Mapping[str, Any]) -> None:
         self.config, self.process = config, process
-        self.warnings: list[str] = []
 
     def create(self, status: str = "KILLED", run_dir: Path | None = None, **state: Any) -> Path:
         run = runs.create_run(self.config, self.config, run_dir)
@@ -47,7 +47,7 @@ class StaleRuns:
         return run.run_dir
 
     def find(self, **lineage: Any) -> Path | None:
-        found = resume.find_resumable(self.config, self.warnings.append, lineage)
+        found = resume.find_resumable(self.config, lineage)
         return None if found is None else found.run_dir
 
 
@@ -68,32 +68,34 @@ def with_checkpoint(run_dir: Path, step: int = 7, state: Any = None) -> Path:
 # -- find_resumable ------------------------------------------------------------------------------------------
 
 
-def test_the_newest_run_is_found(stale: StaleRuns) -> None:
+def test_the_newest_run_is_found(stale: StaleRuns, caplog: pytest.LogCaptureFixture) -> None:
     assert stale.find() is None
     stale.create()
     second = stale.create()
     assert stale.find() == second
-    assert stale.warnings == []
+    assert infos(caplog) == []
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["with a checkpoint", "without"])
 def test_a_failed_run_needs_a_checkpoint_and_a_finished_run_is_not_resumed(
-    stale: StaleRuns, status: str, checkpoint: bool
+    stale: StaleRuns, status: str, checkpoint: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = stale.create(status)
     if checkpoint:
         with_checkpoint(run_dir)
     is_found = status in ("RUNNING", "KILLED") or (status == "FAILED" and checkpoint)
     assert stale.find() == (run_dir if is_found else None)
-    assert stale.warnings == []
+    assert infos(caplog) == []
 
 
-def test_a_running_run_is_skipped_without_a_warning(stale: StaleRuns) -> None:
+def test_a_running_run_is_skipped_without_a_warning(
+    stale: StaleRuns, caplog: pytest.LogCaptureFixture
+) -> None:
     before = stale.create()
     stale.create("RUNNING", **process.process_identity())
     assert stale.find() == before, "an older resumable run"
-    assert stale.warnings == []
+    assert infos(caplog) == []
 
 
 def test_a_reused_pid_does_not_count_as_the_process_of_the_run(stale: StaleRuns) -> None:
@@ -102,10 +104,12 @@ def test_a_reused_pid_does_not_count_as_the_process_of_the_run(stale: StaleRuns)
     assert stale.find() == run_dir
 
 
-def test_a_running_run_of_another_host_is_skipped_with_a_warning(stale: StaleRuns) -> None:
+def test_a_running_run_of_another_host_is_skipped_with_a_warning(
+    stale: StaleRuns, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = stale.create("RUNNING", host="else[where]")
     assert stale.find() is None
-    assert stale.warnings == [
+    assert infos(caplog) == [
         f"{run_dir}: has status RUNNING on host else[where]; if it has stopped, --resume={run_dir} resumes it"
     ]
     stale.create("KILLED", host="elsewhere")
@@ -113,20 +117,22 @@ def test_a_running_run_of_another_host_is_skipped_with_a_warning(stale: StaleRun
 
 
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["with a checkpoint", "without"])
-def test_runs_of_different_code_are_skipped_with_one_warning(stale: StaleRuns, checkpoint: bool) -> None:
+def test_runs_of_different_code_are_skipped_with_one_warning(
+    stale: StaleRuns, checkpoint: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dirs = [stale.create(), stale.create()]
     for run_dir in run_dirs:
         (run_dir / "environment.json").write_text('{"code_sha256": "0"}')
         if checkpoint:
             with_checkpoint(run_dir)
     assert stale.find() is None
-    (line,) = stale.warnings
+    (line,) = infos(caplog)
     assert line.startswith(f"{run_dirs[1]}: unfinished run with the same config, started by different code; ")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"code_sha256": 1}', "[" * 100_000, None])
 def test_without_a_code_hash_a_run_is_resumed_only_without_a_checkpoint(
-    stale: StaleRuns, content: str | None
+    stale: StaleRuns, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = stale.create()
     (run_dir / "environment.json").unlink()
@@ -135,14 +141,14 @@ def test_without_a_code_hash_a_run_is_resumed_only_without_a_checkpoint(
     assert stale.find() == run_dir
     with_checkpoint(run_dir)
     assert stale.find() is None
-    assert len(stale.warnings) == 1
+    assert len(infos(caplog)) == 1
 
 
-def test_a_run_of_another_config_is_not_found(stale: StaleRuns) -> None:
+def test_a_run_of_another_config_is_not_found(stale: StaleRuns, caplog: pytest.LogCaptureFixture) -> None:
     stale.create()
     stale.config = replace(stale.config, seed=stale.config.seed + 1)
     assert stale.find() is None
-    assert stale.warnings == []
+    assert infos(caplog) == []
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "requested.yaml"])
@@ -288,7 +294,7 @@ def test_a_run_that_was_continued_is_not_restored(stale: StaleRuns) -> None:
 
 
 def test_nothing_is_claimed_if_no_run_is_found(stale: StaleRuns) -> None:
-    with resume.claim(lambda: resume.find_resumable(stale.config, stale.warnings.append)) as found:
+    with resume.claim(lambda: resume.find_resumable(stale.config)) as found:
         assert found is None
 
 
@@ -345,7 +351,7 @@ requested = load(Path(sys.argv[1]))
 sys.stdout.write("ready\\n")
 sys.stdout.flush()
 sys.stdin.readline()
-with resume.claim(lambda: resume.find_resumable(requested, print)) as claimed:
+with resume.claim(lambda: resume.find_resumable(requested)) as claimed:
     sys.stdout.write(f"{claimed and claimed.run_dir}\\n")
     sys.stdout.flush()
     sys.stdin.readline()

@@ -330,7 +330,7 @@ def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) ->
         runs.reopen_run(run.run_dir)
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
         runs.check_file_unchanged(run.run_dir, "config.yaml")
-    assert resume.find_resumable(tiny, pytest.fail) is None
+    assert resume.find_resumable(tiny) is None
 
 
 def test_a_run_of_version_0_1_is_listed_as_a_warning(tiny: Config, run: Run) -> None:
@@ -429,7 +429,7 @@ def test_a_reused_pid_is_not_alive(run: Run) -> None:
 def test_the_status_of_a_running_run_without_its_process_is_stale(run: Run) -> None:
     for process_started, status in ((run.state["process_started"], "RUNNING"), (1.0, "stale")):
         run.update(process_started=process_started)
-        assert RunFields(run.run_dir, run.state, pytest.fail)["status"] == status
+        assert RunFields(run.run_dir, run.state)["status"] == status
 
 
 def test_a_run_of_another_host_counts_as_alive(run: Run) -> None:

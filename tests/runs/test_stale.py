@@ -16,7 +16,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from conftest import TINY, RecordingDisplay
+from conftest import TINY, infos, warnings
 from mlflow import MlflowClient
 
 from captcha_exp import runs as record
@@ -24,7 +24,7 @@ from captcha_exp.cli import main
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.runs import MetricsRow, Run
-from captcha_exp.runtime.console import NullDisplay, RichDisplay
+from captcha_exp.runtime.console import set_up_logging
 from captcha_exp.runtime.files import write_json
 from captcha_exp.tracking import MlflowTracker, close_stale_runs
 from captcha_exp.tracking.store import open_store
@@ -70,16 +70,18 @@ def write_stale_sweep(sweep_dir: Path, **state: Any) -> Path:
 # -- run directories -----------------------------------------------------------------------------------------
 
 
-def test_a_stale_run_is_marked_killed_and_its_files_are_kept(tiny: Config) -> None:
+def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
+    tiny: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     run = make_stale(record.create_run(tiny, tiny))
     run.write("model.safetensors", b"weights")
     (run.report_dir / "curves.png").write_bytes(b"image")
     make_old(run.run_dir)
     os.utime(run.run_dir / "model.safetensors", (LONG_AGO + 7, LONG_AGO + 7))
     before = contents(run.run_dir)
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert close_stale_runs(display) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
 
     state = state_of(run.run_dir)
     assert state["status"] == "KILLED"
@@ -98,9 +100,9 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(tiny: Config) -> No
     }
     record.check_file_unchanged(run.run_dir, "model.safetensors")
     name = f"outputs/{run.run_dir.parent.name}/{run.run_dir.name}"
-    assert display.lines == [f"{name}: process {os.getpid()} has exited; marked KILLED"]
-    assert display.warnings == []
-    assert close_stale_runs(display) == []
+    assert infos(caplog) == [f"{name}: process {os.getpid()} has exited; marked KILLED"]
+    assert warnings(caplog) == []
+    assert close_stale_runs() == []
 
 
 def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
@@ -109,7 +111,7 @@ def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
     child.wait()
     run.update(pid=child.pid)
 
-    assert close_stale_runs(NullDisplay()) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
 
 
 @pytest.mark.parametrize(
@@ -131,20 +133,22 @@ def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
         "running, not yet synced",
     ],
 )
-def test_other_runs_are_not_changed(tiny: Config, root: Path, state: dict[str, Any]) -> None:
+def test_other_runs_are_not_changed(
+    tiny: Config, root: Path, state: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     run = record.create_run(tiny, tiny)
     run.update(**state)
     (run.run_dir / f".metrics.jsonl.{os.getpid()}.part").write_text("partial")
     before = contents(root)
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert close_stale_runs(display) == []
+    assert close_stale_runs() == []
     assert contents(root) == before
-    assert display.lines == display.warnings == []
+    assert infos(caplog) == warnings(caplog) == []
 
 
 def test_an_empty_root_stays_empty(root: Path) -> None:
-    assert close_stale_runs(NullDisplay()) == []
+    assert close_stale_runs() == []
     assert list(root.iterdir()) == []
 
 
@@ -184,12 +188,12 @@ def test_an_invalid_run_json_is_skipped_and_not_changed(tiny: Config, root: Path
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     other = make_stale(record.create_run(tiny, tiny))
 
-    assert close_stale_runs(NullDisplay()) == [other.run_dir]
+    assert close_stale_runs() == [other.run_dir]
     assert path.read_bytes() == content.encode("utf-8", "surrogateescape")
 
 
 def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = [make_stale(record.create_run(tiny, tiny)) for _ in range(3)]
 
@@ -199,21 +203,23 @@ def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
         write_json(path, content)
 
     monkeypatch.setattr("captcha_exp.runs.stale.write_json", disk_full)
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert sorted(close_stale_runs(display)) == sorted([runs[0].run_dir, runs[2].run_dir])
-    (warning,) = display.warnings
+    assert sorted(close_stale_runs()) == sorted([runs[0].run_dir, runs[2].run_dir])
+    (warning,) = warnings(caplog)
     assert warning.endswith("it cannot be marked KILLED: [Errno 28] No space left on device")
     assert state_of(runs[1].run_dir)["status"] == "RUNNING"
 
 
-def test_a_lock_that_cannot_be_created_is_one_warning(tiny: Config, root: Path) -> None:
+def test_a_lock_that_cannot_be_created_is_one_warning(
+    tiny: Config, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make_stale(record.create_run(tiny, tiny))
     (root / "outputs/.closing.lock").mkdir()
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert close_stale_runs(display) == []
-    (warning,) = display.warnings
+    assert close_stale_runs() == []
+    (warning,) = warnings(caplog)
     assert warning.startswith(f"{root}/outputs: cannot close stale runs: ")
 
 
@@ -224,7 +230,8 @@ def test_control_characters_in_a_name_are_escaped(
     renamed = run.run_dir.with_name("[red]a\x1b[31m\nb")
     run.run_dir.rename(renamed)
 
-    assert close_stale_runs(RichDisplay()) == [renamed]
+    set_up_logging()
+    assert close_stale_runs() == [renamed]
     assert "/[red]a\\x1b[31m\\nb: process" in capsys.readouterr().err
 
 
@@ -242,7 +249,7 @@ def test_a_truncated_last_line_is_a_warning_and_the_other_rows_are_read(tiny: Co
     path.write_bytes(path.read_bytes() + partial.encode())
     before = path.read_bytes()
 
-    close_stale_runs(NullDisplay())
+    close_stale_runs()
 
     assert path.read_bytes() == before
     assert record.read_metrics_rows(run.run_dir) == (ROWS[:2], [3])
@@ -256,7 +263,7 @@ def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tiny: Config) -> 
     lines = [row.to_line().encode() for row in ROWS]
     (run.run_dir / "metrics.jsonl").write_bytes(lines[0] + b"\xff" + lines[1] + lines[2])
 
-    close_stale_runs(NullDisplay())
+    close_stale_runs()
 
     assert record.read_metrics_rows(run.run_dir) == ([ROWS[0], ROWS[2]], [2])
     assert state_of(run.run_dir)["warnings"] == [
@@ -278,7 +285,7 @@ def test_temporary_files_of_exited_processes_are_removed(tiny: Config) -> None:
     make_old(run.run_dir)
     os.utime(run.report_dir / f".curves.png.{exited.pid}.part", (LONG_AGO + 9, LONG_AGO + 9))
 
-    close_stale_runs(NullDisplay())
+    close_stale_runs()
 
     names = {path.name for path in run.run_dir.rglob("*") if path.is_file()}
     assert names == {"run.json", "config.yaml", "requested.yaml", *kept}
@@ -298,7 +305,7 @@ def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root:
     os.utime(running.run_dir / "config.yaml", (LONG_AGO + 5, LONG_AGO + 5))
     before = contents(running.run_dir)
 
-    assert close_stale_runs(NullDisplay()) == [sweep_dir, stale.run_dir]
+    assert close_stale_runs() == [sweep_dir, stale.run_dir]
 
     state = state_of(sweep_dir, "sweep.json")
     assert state["status"] == "KILLED"
@@ -320,7 +327,7 @@ def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
 
     def close(_: int) -> list[Path]:
         barrier.wait()
-        return close_stale_runs(NullDisplay())
+        return close_stale_runs()
 
     with ThreadPoolExecutor(8) as pool:
         closed = [run_dir for run_dirs in pool.map(close, range(8)) for run_dir in run_dirs]
@@ -331,13 +338,15 @@ def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
         record.check_file_unchanged(run.run_dir, "config.yaml")
 
 
-def test_close_returns_if_another_process_holds_the_lock(tiny: Config) -> None:
+def test_close_returns_if_another_process_holds_the_lock(
+    tiny: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     run = make_stale(record.create_run(tiny, tiny))
-    display = RecordingDisplay()
+    caplog.clear()
     with record.stale_lock() as granted, ThreadPoolExecutor(1) as pool:
         assert granted
-        assert pool.submit(close_stale_runs, display).result() == []
-    assert display.lines == display.warnings == []
+        assert pool.submit(close_stale_runs).result() == []
+    assert infos(caplog) == warnings(caplog) == []
     assert state_of(run.run_dir)["status"] == "RUNNING"
 
 
@@ -353,7 +362,7 @@ def test_a_run_that_finishes_meanwhile_keeps_its_status(
 
     monkeypatch.setattr("captcha_exp.runs.stale.is_alive", finish_and_exit)
 
-    assert close_stale_runs(NullDisplay()) == []
+    assert close_stale_runs() == []
     assert state_of(run.run_dir)["status"] == "FINISHED"
 
 
@@ -378,7 +387,7 @@ def tracked(tiny: Config, store: str) -> Config:
 
 
 def start_run(config: Config) -> tuple[Run, MlflowTracker]:
-    run, tracker = record.create_run(config, config), MlflowTracker(NullDisplay())
+    run, tracker = record.create_run(config, config), MlflowTracker()
     tracker.start(run, config)
     return run, tracker
 
@@ -403,7 +412,7 @@ def unreachable(*_: object) -> tuple[str, str]:
 
 
 def test_rows_artifacts_and_status_are_synced_to_mlflow(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, tracker = start_run(tracked)
     for row in ROWS:
@@ -411,9 +420,9 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
     tracker.log_metrics(ROWS[0])
     (run.report_dir / "curves.png").write_bytes(b"image")
     make_stale(run)
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert close_stale_runs(display) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
 
     client, mlflow_run = in_mlflow(run)
     state = state_of(run.run_dir)
@@ -426,27 +435,29 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
         "report/curves.png"
     ]
     assert state["mlflow"] == {**run.state["mlflow"], "closed": True}
-    assert len(display.lines) == 1
+    assert len(infos(caplog)) == 1
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
-    assert close_stale_runs(display) == []
+    assert close_stale_runs() == []
 
 
-def test_a_run_closed_but_not_synced_keeps_its_status(tracked: Config) -> None:
+def test_a_run_closed_but_not_synced_keeps_its_status(
+    tracked: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     run, _ = start_run(tracked)
     run.log_metrics(ROWS[0])
     run.close("FINISHED")
     ended = run.state["ended"]
     make_stale(run)
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert close_stale_runs(display) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
 
     _, mlflow_run = in_mlflow(run)
     assert (mlflow_run.info.status, logged_steps(run)) == ("FINISHED", [1])
     assert mlflow_run.info.end_time == int(datetime.fromisoformat(ended).timestamp() * 1000)
     state = state_of(run.run_dir)
     assert (state["status"], state["ended"], state["error"]) == ("FINISHED", ended, None)
-    (line,) = display.lines
+    (line,) = infos(caplog)
     assert line.endswith(": synced to MLflow as FINISHED")
 
 
@@ -470,14 +481,13 @@ def test_a_failed_end_is_synced_at_the_next_start(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, method, refuse)
         run.log_metrics(ROWS[0])
-        tracker._display = RecordingDisplay()
         tracker.log_metrics(ROWS[0])
         run.close("FINISHED")
         tracker.finish(run, "FINISHED")
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
     make_stale(run)
 
-    assert close_stale_runs(NullDisplay()) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
     client, mlflow_run = in_mlflow(run)
     assert (mlflow_run.info.status, logged_steps(run)) == ("FINISHED", [1])
     assert "config.yaml" in {item.path for item in client.list_artifacts(mlflow_run.info.run_id)}
@@ -488,35 +498,37 @@ def test_a_running_run_without_the_field_closed_is_synced(tracked: Config) -> No
     mlflow_ref = {key: run.state["mlflow"][key] for key in ("uri", "experiment_id", "run_id")}
     make_stale(run, mlflow=mlflow_ref)
 
-    assert close_stale_runs(NullDisplay()) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
     assert in_mlflow(run)[1].info.status == "KILLED"
 
 
-def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(tracked: Config) -> None:
+def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(
+    tracked: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     created, other = start_run(tracked)[0], start_run(tracked)[0]
     run_id = created.state["mlflow"]["run_id"]
     make_stale(created, mlflow={**created.state["mlflow"], "run_id": None})
     before = make_stale(record.create_run(tracked, tracked), mlflow=created.state["mlflow"])
 
-    display = RecordingDisplay()
-    assert sorted(close_stale_runs(display)) == sorted([created.run_dir, before.run_dir])
+    caplog.clear()
+    assert sorted(close_stale_runs()) == sorted([created.run_dir, before.run_dir])
 
     assert state_of(created.run_dir)["mlflow"]["run_id"] == run_id
     assert in_mlflow(created)[1].info.status == "KILLED"
     assert in_mlflow(other)[1].info.status == "RUNNING"
     assert state_of(before.run_dir)["mlflow"]["closed"] is True
-    assert display.warnings == []
+    assert warnings(caplog) == []
 
 
 def test_an_unreachable_store_is_one_warning_and_synced_later(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = [make_stale(start_run(tracked)[0]) for _ in range(3)]
-    display = RecordingDisplay()
+    caplog.clear()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", unreachable)
-        assert len(close_stale_runs(display)) == 3
-    (warning,) = display.warnings
+        assert len(close_stale_runs()) == 3
+    (warning,) = warnings(caplog)
     assert warning.endswith(
         "mlflow.db: 3 of 3 stale runs not synced to MLflow: the store is unreachable (no answer within 8 s); "
         "the next start tries again"
@@ -524,14 +536,18 @@ def test_an_unreachable_store_is_one_warning_and_synced_later(
     assert {state_of(run.run_dir)["status"] for run in runs} == {"KILLED"}
     assert {in_mlflow(run)[1].info.status for run in runs} == {"RUNNING"}
 
-    assert len(close_stale_runs(display)) == 3
+    assert len(close_stale_runs()) == 3
     assert {in_mlflow(run)[1].info.status for run in runs} == {"KILLED"}
-    assert len(display.warnings) == 1
+    assert len(warnings(caplog)) == 1
 
 
 @pytest.mark.parametrize(("reachable", "num_synced"), [(True, 2), (False, 0)])
 def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachable(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch, reachable: bool, num_synced: int
+    tracked: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    reachable: bool,
+    num_synced: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for _ in range(3):
         make_stale(start_run(tracked)[0])
@@ -548,38 +564,43 @@ def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachabl
     statuses = iter([("current", ""), ("current", "") if reachable else unreachable()])
     monkeypatch.setattr(MlflowClient, "get_run", fail_first)
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", lambda *_: next(statuses))
-    display = RecordingDisplay()
-    close_stale_runs(display)
+    caplog.clear()
+    close_stale_runs()
 
     closed = [state["mlflow"]["closed"] for _, state in record.list_runs()]
     assert closed.count(True) == num_synced
-    assert len(display.warnings) == 1
+    assert len(warnings(caplog)) == 1
     assert (
-        f"{3 - num_synced} of 3 stale runs not synced to MLflow: [connection] refused;" in display.warnings[0]
+        f"{3 - num_synced} of 3 stale runs not synced to MLflow: [connection] refused;" in warnings(caplog)[0]
     )
 
 
 def test_a_missing_store_is_neither_created_nor_inspected(
-    tracked: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+    tracked: Config, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make_stale(start_run(tracked)[0])
     (root / "mlruns").rename(root / "elsewhere")
-    display = RecordingDisplay()
+    caplog.clear()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
-        assert close_stale_runs(display) == [run.run_dir]
-        assert close_stale_runs(display) == []
+        assert close_stale_runs() == [run.run_dir]
+        assert close_stale_runs() == []
     assert not (root / "mlruns").exists()
-    assert display.warnings == []
+    assert warnings(caplog) == []
 
     (root / "elsewhere").rename(root / "mlruns")  # as if its disk was mounted again
-    assert close_stale_runs(display) == [run.run_dir]
+    assert close_stale_runs() == [run.run_dir]
     assert in_mlflow(run)[1].info.status == "KILLED"
 
 
 @pytest.mark.parametrize("deleted", ["run", "experiment", "store", "tables"])
 def test_a_run_deleted_in_mlflow_is_not_retried(
-    tracked: Config, root: Path, store: str, monkeypatch: pytest.MonkeyPatch, deleted: str
+    tracked: Config,
+    root: Path,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    deleted: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = make_stale(start_run(tracked)[0])
     client, mlflow_run = in_mlflow(run)
@@ -593,16 +614,16 @@ def test_a_run_deleted_in_mlflow_is_not_retried(
             shutil.copy(store.removeprefix("sqlite:///"), path)
         case "tables":
             path.write_bytes(b"")
-    display = RecordingDisplay()
+    caplog.clear()
 
-    assert close_stale_runs(display) == [run.run_dir]
-    assert display.warnings == []
-    assert len(display.lines) == 1
+    assert close_stale_runs() == [run.run_dir]
+    assert warnings(caplog) == []
+    assert len(infos(caplog)) == 1
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
     if deleted == "tables":
         assert path.read_bytes() == b""
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
-    assert close_stale_runs(display) == []
+    assert close_stale_runs() == []
 
 
 def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: Path) -> None:
@@ -613,7 +634,7 @@ def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: 
     (sweep_dir / "images").mkdir()
     (sweep_dir / "images/grid.png").write_bytes(b"image")
 
-    assert close_stale_runs(NullDisplay()) == [sweep_dir]
+    assert close_stale_runs() == [sweep_dir]
 
     mlflow_ref = state_of(sweep_dir, "sweep.json")["mlflow"]
     client = MlflowClient(mlflow_ref["uri"])
@@ -648,7 +669,7 @@ def test_the_runs_command_lists_a_run_of_version_0_1_as_a_warning(
     captured = capsys.readouterr()
     assert [Path(run["run_dir"]) for run in json.loads(captured.out)] == [runs[1].run_dir]
     assert captured.err.splitlines() == [
-        f"{runs[0].run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
+        f"warning: {runs[0].run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
         "train again, or use captcha_exp 0.1"
     ]
 
@@ -656,9 +677,8 @@ def test_the_runs_command_lists_a_run_of_version_0_1_as_a_warning(
 def test_closing_a_run_imports_neither_torch_nor_mlflow(tiny: Config, root: Path) -> None:
     make_stale(record.create_run(tiny, tiny))
     script = (
-        "import sys; from captcha_exp.runtime.console import NullDisplay;"
-        "from captcha_exp.tracking import close_stale_runs;"
-        "print(len(close_stale_runs(NullDisplay())), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
+        "import sys; from captcha_exp.tracking import close_stale_runs;"
+        "print(len(close_stale_runs()), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split(maxsplit=1) == ["1", "set()\n"]
@@ -675,15 +695,15 @@ def test_a_killed_training_is_closed_by_the_next_start(tracked: Config, cache: P
     epochs = (line for line in process.stderr if line.startswith("epoch"))
     next(epochs)
     next(epochs)
-    assert close_stale_runs(NullDisplay()) == []  # still running
+    assert close_stale_runs() == []  # still running
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
-    (run_dir,) = close_stale_runs(NullDisplay())
+    (run_dir,) = close_stale_runs()
 
     state = state_of(run_dir)
     assert (state["status"], state["pid"]) == ("KILLED", process.pid)
-    evaluation, _ = evaluate_run(run_dir, "test", NullDisplay(), "cpu")
+    evaluation, _ = evaluate_run(run_dir, "test", "cpu")
     assert len(evaluation.indices) > 0
     rows, _ = record.read_metrics_rows(run_dir)
     client, mlflow_run = in_mlflow(run_dir)

@@ -17,7 +17,7 @@ from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.model.evaluate import evaluate
 from captcha_exp.model.step import init_train_state
-from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.console import ProgressBar
 from captcha_exp.runtime.shutdown import ShutdownHandler
 from captcha_exp.training import sanity
 from captcha_exp.training.checkpointer import Checkpointer
@@ -61,9 +61,9 @@ def run_for_real(config: Config, split_sizes: Mapping[str, int]) -> list[Moment]
             state = init_train_state(config, CPU)
         augmenter = Augmenter(config, 1, count, CPU)
         checker = sanity.SanityChecker(splits[0], data.labels, config, lambda _: None)
-        with record_function("step"), NullDisplay().progress_bar("", 1) as bar:
-            checkpointer = Checkpointer(Path(folder), config, checker, ShutdownHandler(None), NullDisplay())
-            train_epoch(state, splits[0], augmenter, config, checker, checkpointer, bar)
+        with record_function("step"):
+            checkpointer = Checkpointer(Path(folder), config, checker, ShutdownHandler(None))
+            train_epoch(state, splits[0], augmenter, config, checker, checkpointer, ProgressBar())
         with record_function("evaluation"):
             evaluate(state.model, splits[1], config)
     return moments_of(profiler, ONEDNN)

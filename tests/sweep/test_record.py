@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import RecordingDisplay, with_train
+from conftest import with_train
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
@@ -109,7 +109,7 @@ def test_a_damaged_record_is_a_one_line_error(tiny: Config, root: Path, damage: 
 def test_a_job_with_automatic_batch_size_has_no_plan(tiny: Config, root: Path) -> None:
     automatic = make_job(with_train(tiny, batch_size="auto"))
     fixed = make_job(with_train(tiny, batch_size=8), number=2)
-    first, second = plan_jobs([automatic, fixed], RecordingDisplay())
+    first, second = plan_jobs([automatic, fixed])
 
     assert first.plan is None
     assert first.should_train
@@ -132,7 +132,7 @@ def test_a_job_with_automatic_batch_size_has_no_plan(tiny: Config, root: Path) -
 def test_a_job_over_budget_is_trained_only_on_cuda_or_on_request(
     tiny: Config, root: Path, fits: Fits | None, device: str, run_over_budget: bool, should_train: bool
 ) -> None:
-    (planned,) = plan_jobs([make_job(tiny)], RecordingDisplay())
+    (planned,) = plan_jobs([make_job(tiny)])
     assert planned.plan is not None
     config = replace(
         planned.config,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_EPOCH, TINY, RecordingDisplay
+from conftest import EVERY_EPOCH, TINY, warnings
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
@@ -21,7 +21,6 @@ from captcha_exp import compose, load, runs
 from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
 from captcha_exp.model.weights import load_weights
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.tracking import MlflowTracker, serve_ui
 from captcha_exp.tracking.store import open_store
 from captcha_exp.training.train import train
@@ -49,7 +48,7 @@ def tracked(store: Path, cache: Path) -> Config:
 def finished(store: Path, cache: Path) -> tuple[MlflowClient, MlflowRun, Path]:
     """Return the client, the MLflow run and the run directory of a finished run."""
     config = load(compose(*TINY, f"data.cache={cache}", "tracking=mlflow"))
-    result = train(config, MlflowTracker(NullDisplay(), {"model": "compact"}))
+    result = train(config, MlflowTracker({"model": "compact"}))
     client, run = _mlflow_run(result.run_dir)
     return client, run, result.run_dir
 
@@ -161,7 +160,7 @@ def test_an_interrupted_run_has_its_status_in_mlflow(
 
     monkeypatch.setattr("captcha_exp.training.train.fit", fit)
     with pytest.raises(type(raised)):
-        train(tracked, MlflowTracker(NullDisplay()))
+        train(tracked, MlflowTracker())
 
     _, run = _mlflow_run(_latest())
     assert run.info.status == status
@@ -169,9 +168,8 @@ def test_an_interrupted_run_has_its_status_in_mlflow(
 
 
 def test_rows_are_queued_while_the_store_is_unreachable(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    display = RecordingDisplay()
     log_batch = MlflowClient.log_batch
     calls = 0
 
@@ -184,21 +182,20 @@ def test_rows_are_queued_while_the_store_is_unreachable(
         log_batch(self, *args, **kwargs)
 
     monkeypatch.setattr(MlflowClient, "log_batch", fail_first)
-    result = train(tracked, MlflowTracker(display))
+    result = train(tracked, MlflowTracker())
 
     client, run = _mlflow_run(result.run_dir)
     assert run.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]
-    assert display.warnings == [
+    assert warnings(caplog) == [
         "metrics of step 1 not logged to MLflow: the store is unreachable; the run directory is complete"
     ]
 
 
 def test_the_run_directory_is_complete_if_the_store_stays_unreachable(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    display = RecordingDisplay()
-    tracker = MlflowTracker(display)
+    tracker = MlflowTracker()
 
     def refuse(*_: object, **kwargs: object) -> None:
         raise ConnectionError("the store is unreachable")
@@ -214,7 +211,7 @@ def test_the_run_directory_is_complete_if_the_store_stays_unreachable(
     state = json.loads((result.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
     assert len((result.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
-    assert any("the final status" in warning for warning in display.warnings)
+    assert any("the final status" in warning for warning in warnings(caplog))
 
 
 def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> None:
@@ -225,7 +222,7 @@ def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> N
         RunFailed,
         match=r"^tracking.uri=sqlite:///.*; run captcha-exp doctor for the fix, or use tracking=none$",
     ):
-        train(config, MlflowTracker(NullDisplay()))
+        train(config, MlflowTracker())
 
     assert json.loads((_latest() / "run.json").read_text())["status"] == "FAILED"
 
@@ -235,7 +232,7 @@ def test_rows_logged_twice_are_stored_once(
 ) -> None:
     client, run, run_dir = finished
     assert isinstance(load(run_dir / "config.yaml").tracking, MlflowConfig)
-    tracker = MlflowTracker(NullDisplay())
+    tracker = MlflowTracker()
     tracker._client, tracker._run_id = client, run.info.run_id
 
     for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True):
@@ -250,7 +247,7 @@ def test_the_ui_reports_a_missing_store(root: Path) -> None:
     with pytest.raises(
         Exception, match=r"mlflow.db: MLflow store does not exist yet; captcha-exp train creates it"
     ):
-        serve_ui(tracking, None, NullDisplay())
+        serve_ui(tracking, None)
 
 
 def test_no_metric_is_nan(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import pytest
-from conftest import RecordingDisplay
+from conftest import infos, warnings
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
@@ -144,16 +144,16 @@ def test_the_compare_url_contains_runs_and_experiments_as_json() -> None:
 
 
 def test_a_store_that_rejects_views_shows_the_default_pages(
-    client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError("attempt to write a readonly database\nand more")
 
     monkeypatch.setattr(client, "set_experiment_tag", refuse)
-    display = RecordingDisplay()
-    server._print_pages(client, SERVER, experiment, display)
+    caplog.clear()
+    server._print_pages(client, SERVER, experiment)
 
-    (warning,) = display.warnings
+    (warning,) = warnings(caplog)
     assert "attempt to write a readonly database;" in warning
-    assert "viewStateShareKey" not in display.lines[0]
-    assert [line.split()[0] for line in display.lines[0].splitlines()] == ["runs", "curves", "Press"]
+    assert "viewStateShareKey" not in infos(caplog)[0]
+    assert [line.split()[0] for line in infos(caplog)[0].splitlines()] == ["runs", "curves", "Press"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, RecordingDisplay, with_train
+from conftest import CPU, infos, with_train
 
 from captcha_exp import load
 from captcha_exp.config import Config, Precision, resolve, to_dict, with_untuned_defaults
@@ -46,21 +46,22 @@ def test_the_fastest_correct_precision_is_chosen(
     bf16: autotune.PrecisionTrial,
     fp16: autotune.PrecisionTrial,
     chosen: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     trials = {"fp32": BASELINE, "bf16": bf16, "fp16": fp16}
     monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16", "fp16"))
     monkeypatch.setattr(autotune, "_try_precision", lambda name, *_: (trials[name], torch.zeros(1)))
-    heard = RecordingDisplay()
+    caplog.clear()
 
-    precision, recorded = autotune.choose_precision(tiny, heard)
+    precision, recorded = autotune.choose_precision(tiny)
 
     assert precision == chosen
     assert [row["precision"] for row in recorded] == ["fp32", "bf16", "fp16"]
-    assert heard.lines[0].startswith(f"precision {chosen}: bf16 ")
+    assert infos(caplog)[0].startswith(f"precision {chosen}: bf16 ")
 
 
 def test_the_bf16_gradient_on_the_cpu_agrees_with_fp32(tiny: Config) -> None:
-    _, (baseline, half) = autotune.choose_precision(tiny, RecordingDisplay())
+    _, (baseline, half) = autotune.choose_precision(tiny)
 
     assert baseline["cosine"] == 1.0
     assert half["precision"] == "bf16"
@@ -69,7 +70,9 @@ def test_the_bf16_gradient_on_the_cpu_agrees_with_fp32(tiny: Config) -> None:
     assert 0.9 < half["cosine"] < 1.0
 
 
-def test_a_non_finite_precision_is_rejected(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_precision_is_rejected(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on a GPU whose 16-bit convolutions return NaN: every bf16 step is not finite."""
 
     def step(state: Any, batch: Any, config: Config) -> Step:
@@ -77,10 +80,10 @@ def test_a_non_finite_precision_is_rejected(tiny: Config, monkeypatch: pytest.Mo
         return result._replace(finite=torch.tensor(config.device.precision == "fp32"))
 
     monkeypatch.setattr(autotune, "train_step", step)
-    heard = RecordingDisplay()
+    caplog.clear()
 
-    assert autotune.choose_precision(tiny, heard)[0] == "fp32"
-    assert heard.lines == ["precision fp32: bf16 is not finite on this device"]
+    assert autotune.choose_precision(tiny)[0] == "fp32"
+    assert infos(caplog) == ["precision fp32: bf16 is not finite on this device"]
 
 
 def test_precision_auto_trains_like_the_chosen_precision(
@@ -104,7 +107,7 @@ def test_precision_auto_trains_like_the_chosen_precision(
 
 def test_autotuning_does_not_change_the_initial_weights(tiny: Config) -> None:
     before = init_train_state(tiny, torch.device("cpu")).model.state_dict()
-    autotune.choose_precision(tiny, RecordingDisplay())
+    autotune.choose_precision(tiny)
     after = init_train_state(tiny, torch.device("cpu")).model.state_dict()
 
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -149,19 +152,23 @@ def script_speeds(
     ids=["all", "near the best", "at 95%", "plateau at once", "plateau", "dip", "out of memory"],
 )
 def test_the_smallest_batch_size_close_to_the_best_is_chosen(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float | None], chosen: int
+    tiny: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    speeds: dict[int, float | None],
+    chosen: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sizes = script_speeds(monkeypatch, speeds)
-    heard = RecordingDisplay()
+    caplog.clear()
 
-    chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, heard)
+    chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES)
 
     assert chosen_size == chosen
     assert sizes == list(speeds)
     assert [row["images_per_second"] for row in recorded] == list(speeds.values())
     assert [row["batch_size"] for row in recorded] == sizes
-    assert heard.lines[0].startswith(f"batch size {chosen}: images/s by batch size 8: ")
-    assert heard.lines[0].endswith("; 64 does not fit") == (None in speeds.values())
+    assert infos(caplog)[0].startswith(f"batch size {chosen}: images/s by batch size 8: ")
+    assert infos(caplog)[0].endswith("; 64 does not fit") == (None in speeds.values())
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(5, [5]), (8, [8]), (31, [8, 16]), (32, [8, 16, 32])])
@@ -169,23 +176,20 @@ def test_no_batch_size_exceeds_the_training_split(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, images: int, sizes: list[int]
 ) -> None:
     tried = script_speeds(monkeypatch, {size: float(size) for size in (5, 8, 16, 32, 64)})
-    assert (
-        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES | {"train": images}, RecordingDisplay())[0]
-        == sizes[-1]
-    )
+    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES | {"train": images})[0] == sizes[-1]
     assert tried == sizes
 
 
 def test_a_batch_size_that_does_not_fit_is_recorded_and_ends_the_search(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried = script_speeds(monkeypatch, {8: 10.0, 16: 20.0, 64: 80.0})
     monkeypatch.setattr(
         autotune, "_check_fit", lambda plan, _: (float(plan.batch_size), plan.batch_size != 32)
     )
-    heard = RecordingDisplay()
+    caplog.clear()
 
-    chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, heard)
+    chosen_size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES)
 
     assert (chosen_size, tried) == (16, [8, 16])
     assert recorded[-1] == {
@@ -194,7 +198,7 @@ def test_a_batch_size_that_does_not_fit_is_recorded_and_ends_the_search(
         "fits": False,
         "images_per_second": None,
     }
-    assert heard.lines[0].endswith("16: 20; 32 does not fit")
+    assert infos(caplog)[0].endswith("16: 20; 32 does not fit")
 
 
 def test_autotuning_respects_the_budget(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +206,7 @@ def test_autotuning_respects_the_budget(tiny: Config, monkeypatch: pytest.Monkey
     script_speeds(monkeypatch, {8: 10.0})
     small = replace(tiny, device=replace(tiny.device, vram_budget_mib=30))
     with pytest.raises(UserError, match=r"not even 8 images fit \(predicted .+ MiB\)") as caught:
-        autotune.choose_batch_size(auto(small), SPLIT_SIZES, RecordingDisplay())
+        autotune.choose_batch_size(auto(small), SPLIT_SIZES)
     assert len(caught.value.lines) == 1
 
 
@@ -211,7 +215,7 @@ def test_out_of_memory_at_the_first_size_is_an_error_of_one_line(
 ) -> None:
     script_speeds(monkeypatch, {8: None})
     with pytest.raises(UserError, match=r"train\.batch_size=auto: not even 8 images fit"):
-        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, RecordingDisplay())
+        autotune.choose_batch_size(auto(tiny), SPLIT_SIZES)
 
 
 def test_a_step_out_of_memory_has_no_speed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +232,7 @@ def test_the_search_has_a_time_limit(tiny: Config, monkeypatch: pytest.MonkeyPat
     clock = [0.0]
     tried = script_speeds(monkeypatch, {8 * 2**n: 2.0**n for n in range(5)}, clock)
     monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
-    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES, RecordingDisplay())[0] == 32
+    assert autotune.choose_batch_size(auto(tiny), SPLIT_SIZES)[0] == 32
     assert tried == [8, 16, 32]
 
 
@@ -263,10 +267,9 @@ def test_resolve_runs_no_trials(tiny: Config, monkeypatch: pytest.MonkeyPatch) -
     assert (resolved.device.precision, resolved.train.batch_size) == ("auto", "auto")
 
 
-def test_values_that_are_not_auto_are_not_tuned(tiny: Config) -> None:
-    heard = RecordingDisplay()
-    assert autotune.autotune(tiny, SPLIT_SIZES, heard) == (tiny, autotune.Trials())
-    assert heard.lines == []
+def test_values_that_are_not_auto_are_not_tuned(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
+    assert autotune.autotune(tiny, SPLIT_SIZES) == (tiny, autotune.Trials())
+    assert infos(caplog) == []
 
 
 @pytest.mark.parametrize(("micro", "size"), [(None, 1), (7, 8)])
@@ -297,5 +300,5 @@ def test_a_micro_batch_larger_than_the_chosen_batch_is_dropped(
 ) -> None:
     monkeypatch.setattr(autotune, "choose_batch_size", lambda *_: (size, []))
     config = with_train(tiny, batch_size="auto", micro_batch_size=micro)
-    tuned, _ = autotune.autotune(config, SPLIT_SIZES, RecordingDisplay())
+    tuned, _ = autotune.autotune(config, SPLIT_SIZES)
     assert (tuned.train.batch_size, tuned.train.micro_batch_size) == (size, expected)

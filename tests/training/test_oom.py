@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecordingDisplay, with_train
+from conftest import with_train
 
 from captcha_exp import runs
 from captcha_exp.config import Config, resolve
@@ -77,7 +77,7 @@ def run_out_of_memory(
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     with pytest.raises(oom.TrainingOutOfMemoryError) as caught:
-        train.train(config, display=RecordingDisplay())
+        train.train(config)
     run_dir = find_run("latest")
     return json.loads((run_dir / "run.json").read_text()), run_dir, str(caught.value)
 
@@ -115,7 +115,7 @@ def test_on_oom_decides_whether_the_run_has_failed(
 
     monkeypatch.setattr(train, "fit", fail)
     with pytest.raises(oom.TrainingOutOfMemoryError) as caught:
-        train.train(with_train(tiny, on_oom=on_oom), display=RecordingDisplay())
+        train.train(with_train(tiny, on_oom=on_oom))
 
     assert caught.value.exit_code == code
     assert json.loads((find_run("latest") / "run.json").read_text())["status"] == status
@@ -147,7 +147,7 @@ def roomy(tiny: Config, budget_mib: int | None) -> Config:
 def test_a_remedy_needs_clearly_less_memory(tiny: Config, budget_mib: int | None) -> None:
     config = roomy(tiny, budget_mib)
     plan = Planner(config, SPLIT_SIZES).plan_for(100)
-    remedies = oom.find_remedies(plan, SPLIT_SIZES, config, RecordingDisplay())
+    remedies = oom.find_remedies(plan, SPLIT_SIZES, config)
 
     assert 1 <= len(remedies) <= 3
     for remedy in remedies:

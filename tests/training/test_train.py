@@ -20,10 +20,11 @@ from conftest import (
     OPTIMIZERS,
     TINY,
     Optimizer,
-    RecordingDisplay,
     generator_config,
+    infos,
     make_batch,
     make_checker,
+    warnings,
     with_train,
 )
 
@@ -40,7 +41,6 @@ from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.model.weights import load_weights, weights_sha256
 from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, Status, read_metrics_rows
-from captcha_exp.runtime.console import NullDisplay
 from captcha_exp.runtime.device import MemoryMeter
 from captcha_exp.runtime.paths import root_dir as root_of_runs
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
@@ -128,7 +128,7 @@ def test_a_too_high_learning_rate_is_reported_in_one_line(config: Config, no_rep
     tracker = RecordingTracker()
     config = with_train(config, learning_rate=1e30, schedule="constant", batch_size=32, epochs=3)
     with pytest.raises(RunFailed) as failure:
-        train.train(config, tracker, RecordingDisplay())
+        train.train(config, tracker)
     (line,) = failure.value.lines
     assert line.startswith("step ")
     assert "(epoch 1): the loss is not finite, in a batch of" in line
@@ -155,7 +155,7 @@ def diverge(config: Config, monkeypatch: pytest.MonkeyPatch, at: int, name: str,
 
     monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(RunFailed) as failure:
-        train.train(config, None, RecordingDisplay())
+        train.train(config, None)
     (line,) = failure.value.lines
     return line
 
@@ -164,7 +164,7 @@ def test_the_error_names_step_epoch_and_batch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_train(config, batch_size=32, epochs=3)
-    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
+    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     split = data.split("train", CPU, 512)
     per_epoch = math.ceil(len(split) / 32)
     line = diverge(config, monkeypatch, per_epoch + per_epoch, "head.classifier.bias", math.inf)
@@ -214,7 +214,7 @@ def test_a_first_loss_far_from_chance_gives_a_warning(config: Config, loss: floa
 
 
 def test_the_warning_of_the_first_loss_is_recorded(
-    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = networks.build
 
@@ -224,11 +224,11 @@ def test_the_warning_of_the_first_loss_is_recorded(
         return model
 
     monkeypatch.setattr(networks, "build", build_large)
-    heard = RecordingDisplay()
-    result = train.train(config, None, heard)
+    caplog.clear()
+    result = train.train(config, None)
     (warning,) = state_of(result.run_dir)["warnings"]
     assert warning.startswith("the first loss is ")
-    assert heard.warnings == [warning]
+    assert warnings(caplog) == [warning]
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def learnable(config: Config) -> Config:
 
 
 def test_an_accuracy_at_chance_gives_a_warning_with_causes(
-    learnable: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+    learnable: Config, no_report: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     load_or_build = dataset.load_or_build
 
@@ -249,9 +249,9 @@ def test_an_accuracy_at_chance_gives_a_warning_with_causes(
         return replace(data, targets=data.targets[torch.randperm(len(data.targets))])
 
     monkeypatch.setattr(dataset, "load_or_build", shuffled)
-    heard = RecordingDisplay()
-    result = train.train(learnable, None, heard)
-    (warning,) = heard.warnings  # once, not per epoch
+    caplog.clear()
+    result = train.train(learnable, None)
+    (warning,) = warnings(caplog)  # once, not per epoch
     assert "the character accuracy is still at chance" in warning
     for cause in ("labels that do not match", "train.learning_rate=0.02", "at 40x16", "too few steps"):
         assert cause in warning
@@ -259,10 +259,11 @@ def test_an_accuracy_at_chance_gives_a_warning_with_causes(
     assert state_of(result.run_dir)["warnings"] == [warning]
 
 
-def test_a_training_that_learns_gives_no_warning(learnable: Config, no_report: None) -> None:
-    heard = RecordingDisplay()
-    result = train.train(learnable, None, heard)
-    assert heard.warnings == []
+def test_a_training_that_learns_gives_no_warning(
+    learnable: Config, no_report: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = train.train(learnable, None)
+    assert warnings(caplog) == []
     assert result.test.char_accuracy > 0.6
 
 
@@ -277,7 +278,7 @@ def test_accuracy_at_chance_is_not_checked_before_sanity_check_steps(config: Con
 
 
 def weights(config: Config) -> str:
-    return train.train(config, None, RecordingDisplay()).weights_sha256
+    return train.train(config, None).weights_sha256
 
 
 TRAIN = """
@@ -363,7 +364,7 @@ def test_the_best_weights_are_kept_and_tested(
 ) -> None:
     """Of two epochs with equal accuracy and loss, the first is the best."""
     evaluations = scripted(monkeypatch, [0.2, 0.6, 0.4, 0.6])
-    result = train.train(with_train(config, epochs=4), None, RecordingDisplay())
+    result = train.train(with_train(config, epochs=4), None)
     digests = [digest for _, digest in evaluations]
     assert len(set(digests[:4])) == 4
     assert result.best_epoch == 2
@@ -390,12 +391,13 @@ def test_early_stopping_comes_after_more_than_patience_epochs_without_improvemen
     patience: int | None,
     accuracies: list[float],
     epochs: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     scripted(monkeypatch, accuracies + [0.0] * (8 - len(accuracies)))
-    heard = RecordingDisplay()
-    result = train.train(with_train(config, epochs=8, patience=patience, batch_size=200), None, heard)
+    caplog.clear()
+    result = train.train(with_train(config, epochs=8, patience=patience, batch_size=200), None)
     assert state_of(result.run_dir)["result"]["epochs"] == epochs
-    assert any("Stopping early" in line for line in heard.lines) == (epochs < 8)
+    assert any("Stopping early" in line for line in infos(caplog)) == (epochs < 8)
 
 
 def test_an_evaluation_is_not_interrupted_by_the_time_limit(
@@ -417,7 +419,7 @@ def test_an_evaluation_is_not_interrupted_by_the_time_limit(
 
 
 def test_a_changed_environment_is_reported_and_recorded_on_resume(
-    config: Config, no_report: None, unplanned: None
+    config: Config, no_report: None, unplanned: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     seconds = iter([0.0, *[1e9] * 9])
     with pytest.raises(TimeLimitReached):
@@ -429,15 +431,15 @@ def test_a_changed_environment_is_reported_and_recorded_on_resume(
     values["code_sha256"] = "0" * 64
     values["host"] = "another host, which does not affect the numbers"
     path.write_text(json.dumps(values))
-    heard = RecordingDisplay()
-    train.resume(run_dir, None, heard)
+    caplog.clear()
+    train.resume(run_dir, None)
     state = state_of(run_dir)
     (resumed,) = state["resumed"]
     assert json.loads(path.read_text()) == values, "the environment of the start is kept"
     assert resumed["changed"].keys() == {"packages.torch", "code_sha256"}
     assert resumed["changed"]["packages.torch"] == ["2.0.0", str(torch.__version__)]
     start = "the environment has changed since the run started: "
-    (warning,) = (line for line in heard.warnings if line.startswith(start))
+    (warning,) = (line for line in warnings(caplog) if line.startswith(start))
     assert f"packages.torch 2.0.0 -> {torch.__version__}" in warning
     assert "code_sha256 000000000000 -> " in warning
     assert warning in state["warnings"]
@@ -464,10 +466,10 @@ def test_validation_uses_its_whole_split_and_the_test_split_is_used_once_at_the_
         events.append(f"evaluate {name}")
         return result
 
-    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
+    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     monkeypatch.setattr(Dataset, "split", recorded_split)
     monkeypatch.setattr(train, "evaluate", recorded_evaluate)
-    train.train(with_train(config, epochs=3, eval_batch_size=7), None, RecordingDisplay())
+    train.train(with_train(config, epochs=3, eval_batch_size=7), None)
     assert [e for e in events if e.startswith("evaluate")] == ["evaluate validation"] * 3 + ["evaluate test"]
     assert [e for e in events if "test" in e] == ["open test", "evaluate test"]
     assert events[-2:] == ["open test", "evaluate test"]
@@ -485,8 +487,8 @@ def test_every_epoch_trains_on_all_images_in_another_order(
         return original(state, batch, config)
 
     monkeypatch.setattr(train, "train_step", step)
-    train.train(with_train(config, epochs=2), None, RecordingDisplay())
-    data = dataset.load_or_build(dataset.inspect_dataset(config, NullDisplay()), config, NullDisplay())
+    train.train(with_train(config, epochs=2), None)
+    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     expected = data.split_indices["train"].tolist()
     first, second = indices[: len(expected)], indices[len(expected) :]
     assert sorted(first) == sorted(second) == expected
@@ -506,7 +508,7 @@ def test_the_learning_rate_follows_the_schedule_over_all_steps(
 
     monkeypatch.setattr(train, "train_step", step)
     config = with_train(config, epochs=3, schedule="onecycle", warmup_fraction=0.5, learning_rate=0.01)
-    train.train(config, None, RecordingDisplay())
+    train.train(config, None)
     steps = len(rates)
     assert steps % 3 == 0
     assert steps > 3
@@ -527,7 +529,7 @@ def test_training_accuracy_and_loss_are_means_over_images(
         return result
 
     monkeypatch.setattr(train, "train_step", step)
-    result = train.train(with_train(config, batch_size=100), None, RecordingDisplay())
+    result = train.train(with_train(config, batch_size=100), None)
     count = sum(n for _, _, n in results)
     assert results[-1][2] < 100
     metrics = rows_of(result.run_dir)[0].metrics
@@ -543,7 +545,7 @@ def test_every_optimizer_trains_in_every_precision(
     config: Config, no_report: None, kind: Optimizer, precision: Literal["fp32", "bf16"]
 ) -> None:
     config = replace(with_train(config, optimizer=kind), device=replace(config.device, precision=precision))
-    result = train.train(config, None, RecordingDisplay())
+    result = train.train(config, None)
     (epoch, test) = rows_of(result.run_dir)
     assert all(math.isfinite(value) for value in (*epoch.metrics.values(), *test.metrics.values()))
     stored, _ = load_weights(result.run_dir / "model.safetensors", CPU)
@@ -565,7 +567,7 @@ def test_the_options_of_conf_train(
 ) -> None:
     tiny = [text for text in TINY if not text.startswith("model.") and not text.startswith("train.")]
     asked = compose(*tiny, f"data.cache={cache}", "tracking=none", *overrides, "train.epochs=1")
-    result = train.train(load(asked), None, RecordingDisplay())
+    result = train.train(load(asked), None)
 
     assert state_of(result.run_dir)["status"] == "FINISHED"
     assert math.isfinite(result.test.loss)
@@ -577,7 +579,7 @@ def test_the_options_of_conf_train(
 def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
     """All metrics of every epoch, every file with its hash, the report, and the calls of the tracker."""
     tracker = RecordingTracker()
-    result = train.train(tiny, tracker, RecordingDisplay())
+    result = train.train(tiny, tracker)
 
     rows = rows_of(result.run_dir)
     assert [row.step for row in rows] == [1, 2, 2]
@@ -615,15 +617,14 @@ def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
     } <= present.keys()
 
 
-def test_the_memory_plan_is_recorded(tiny: Config, no_report: None) -> None:
+def test_the_memory_plan_is_recorded(tiny: Config, no_report: None, caplog: pytest.LogCaptureFixture) -> None:
     """It equals a plan made without the training."""
-    heard = RecordingDisplay()
-    result = train.train(with_train(tiny, epochs=1), None, heard)
+    result = train.train(with_train(tiny, epochs=1), None)
 
-    split_sizes = dataset.inspect_dataset(result.config, RecordingDisplay()).split_sizes
+    split_sizes = dataset.inspect_dataset(result.config).split_sizes
     plan = Planner(result.config, split_sizes).plan_for(64)
     assert json.loads((result.run_dir / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
-    assert f"memory: {plan.describe('any CUDA GPU')}" in heard.lines
+    assert f"memory: {plan.describe('any CUDA GPU')}" in infos(caplog)
     last = rows_of(result.run_dir)[-1].metrics
     assert last["memory/predicted_peak_mib"] == plan.process_mib.max
     assert last["memory/predicted_peak_min_mib"] == plan.process_mib.min
@@ -642,11 +643,9 @@ def test_measured_gpu_memory_is_compared_with_the_plan(
 
     monkeypatch.setattr(MemoryMeter, "peaks", peaks)
     monkeypatch.setattr(MemoryMeter, "process_peak_mib", lambda _: 20_000.0)
-    result = train.train(tiny, None, RecordingDisplay())
+    result = train.train(tiny, None)
 
-    plan = Planner(
-        result.config, dataset.inspect_dataset(result.config, RecordingDisplay()).split_sizes
-    ).plan_for(64)
+    plan = Planner(result.config, dataset.inspect_dataset(result.config).split_sizes).plan_for(64)
     last = rows_of(result.run_dir)[-1].metrics
     assert {name: value for name, value in last.items() if name.endswith("_error")} == {
         "memory/train_peak_allocated_error": plan.training.allocated_mib.relative_error(40.0),
@@ -676,7 +675,7 @@ def test_the_status_of_a_run_is_recorded_however_it_ends(
     monkeypatch.setattr(train, "train_step", failing_step)
     tracker = RecordingTracker()
     with pytest.raises(type(raised)):
-        train.train(config, tracker, RecordingDisplay())
+        train.train(config, tracker)
     state = state_of(tracker.run_dir)
     assert state["status"] == tracker.status == status
     assert type(raised).__name__ in state["error"]
@@ -694,7 +693,7 @@ def test_a_failed_rendering_process_fails_the_run(
     tracker = RecordingTracker()
     config = replace(config, data=replace(config.data, cache=str(tmp_path / "empty")))
     with pytest.raises(RunFailed, match="font error"):
-        train.train(config, tracker, RecordingDisplay())
+        train.train(config, tracker)
     assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
 
 
@@ -706,14 +705,14 @@ def test_a_tracker_that_cannot_start_fails_the_run(config: Config) -> None:
 
     tracker = UnreachableTracker()
     with pytest.raises(ConnectionError):
-        train.train(config, tracker, RecordingDisplay())
+        train.train(config, tracker)
     assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
 
 
 def test_no_run_is_created_if_the_dataset_config_is_invalid(config: Config, root: Path) -> None:
     config = replace(config, data=replace(generator_config(config), fonts=("Missing.ttf",)))
     with pytest.raises(UserError, match=r"Missing\.ttf"):
-        train.train(config, None, RecordingDisplay())
+        train.train(config, None)
     assert not (root / "outputs").exists()
 
 
@@ -723,7 +722,7 @@ def test_the_record_has_the_requested_and_the_resolved_config(config: Config, no
         device=replace(config.device, name="auto"),
         tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"),
     )
-    result = train.train(requested, None, RecordingDisplay())
+    result = train.train(requested, None)
     assert "auto" not in (result.run_dir / "config.yaml").read_text()
     assert "name: auto" in (result.run_dir / "requested.yaml").read_text()
     assert "uri: auto" in (result.run_dir / "requested.yaml").read_text()
@@ -740,7 +739,7 @@ def test_the_weights_are_written_after_the_first_epoch(
 
     tracker = Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        train.train(with_train(config, epochs=5), tracker, RecordingDisplay())
+        train.train(with_train(config, epochs=5), tracker)
     assert tracker.run_dir is not None
     assert len(rows_of(tracker.run_dir)) == 2
     load_weights(tracker.run_dir / "model.safetensors", CPU)

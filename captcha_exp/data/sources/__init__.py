@@ -18,7 +18,6 @@ from captcha_exp.data.sources.generators import generate_labels
 from captcha_exp.data.sources.generators import get_renderer_spec as get_renderer_spec
 from captcha_exp.data.sources.generators import rendering_dependencies as rendering_dependencies
 from captcha_exp.data.sources.rendering import render_images as render_images
-from captcha_exp.runtime.console import Display
 
 IMAGE_INDEPENDENT_KEYS = (  # keys of the data group that do not affect pixels
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction"),
@@ -45,11 +44,11 @@ class Source(Protocol):
     ignored: list[str]
     """names of files that are not images; not part of the scan result"""
 
-    def scan(self, display: Display) -> ScanResult:
+    def scan(self) -> ScanResult:
         """Return the labels, without loading images of a generator."""
         ...
 
-    def load_images(self, display: Display) -> npt.NDArray[np.uint8]:
+    def load_images(self) -> npt.NDArray[np.uint8]:
         """Return the images (N, H, W, C) in the order of the labels."""
         ...
 
@@ -63,26 +62,26 @@ class _GeneratorSource:
         self.provenance = {"source": _image_config(data), "dependencies": rendering_dependencies(data)}
         self.ignored: list[str] = []
 
-    def scan(self, display: Display) -> ScanResult:  # noqa: ARG002 - too fast for a bar
+    def scan(self) -> ScanResult:
         return ScanResult(generate_labels(self._data, self._captcha))
 
-    def load_images(self, display: Display) -> npt.NDArray[np.uint8]:
-        return render_images(self._data, self._captcha, range(self._data.count), display)
+    def load_images(self) -> npt.NDArray[np.uint8]:
+        return render_images(self._data, self._captcha, range(self._data.count))
 
 
 class _FolderSource:
     """The images of a folder; a scan decodes them and keeps them until they are loaded."""
 
-    def __init__(self, data: FolderConfig, captcha: CaptchaConfig, display: Display) -> None:
+    def __init__(self, data: FolderConfig, captcha: CaptchaConfig) -> None:
         self._captcha = captcha
-        self._folder_scan = folder.scan_folder(data, captcha, display)
+        self._folder_scan = folder.scan_folder(data, captcha)
         self.ignored = list(self._folder_scan.ignored)
         self._decoded: folder.DecodedFolder | None = None
         source = {**_image_config(data), "files_sha256": self._folder_scan.sha256}
         self.provenance = {"source": source, "dependencies": folder.decoding_dependencies()}
 
-    def scan(self, display: Display) -> ScanResult:
-        decoded = self._decoded = folder.decode_folder(self._folder_scan, self._captcha, display)
+    def scan(self) -> ScanResult:
+        decoded = self._decoded = folder.decode_folder(self._folder_scan, self._captcha)
         return ScanResult(
             labels=[candidate.label for candidate in decoded.accepted],
             files=[(candidate.name, candidate.sha256) for candidate in decoded.accepted],
@@ -91,23 +90,19 @@ class _FolderSource:
             sizes=decoded.sizes,
         )
 
-    def load_images(self, display: Display) -> npt.NDArray[np.uint8]:
-        decoded = self._decoded or folder.decode_folder(self._folder_scan, self._captcha, display)
+    def load_images(self) -> npt.NDArray[np.uint8]:
+        decoded = self._decoded or folder.decode_folder(self._folder_scan, self._captcha)
         self._decoded = None
         return decoded.images
 
 
-def make_source(data: DataConfig, captcha: CaptchaConfig, display: Display) -> Source:
+def make_source(data: DataConfig, captcha: CaptchaConfig) -> Source:
     """Return the data source of a resolved config, without rendering or decoding images.
 
     Raises:
         UserError: a font lacks characters of the alphabet, or a folder cannot be used; the line says why.
     """
-    return (
-        _FolderSource(data, captcha, display)
-        if isinstance(data, FolderConfig)
-        else _GeneratorSource(data, captcha)
-    )
+    return _FolderSource(data, captcha) if isinstance(data, FolderConfig) else _GeneratorSource(data, captcha)
 
 
 def _image_config(data: DataConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ detected from the content, not from the name; labels are in the file names or in
 
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -26,8 +27,10 @@ from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.sources import labels
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable, progress_bar
 from captcha_exp.runtime.paths import root_dir
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {
     ".png",
@@ -86,7 +89,7 @@ def decoding_dependencies() -> dict[str, Any]:
     }
 
 
-def scan_folder(data: FolderConfig, captcha: CaptchaConfig, display: Display) -> FolderScan:
+def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     """List the candidates of a folder, sorted by name, with labels and hashes of their contents.
 
     Raises:
@@ -103,7 +106,7 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig, display: Display) ->
         raise UserError(f"data.path={data.path}: has no images ({', '.join(images.FORMATS.values())})")
     alphabet = Alphabet(captcha.alphabet)
     checked = []
-    with display.progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
+    with progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
         for candidate in sorted(candidates, key=lambda c: c.name):
             checked.append(_add_hash(folder, _normalize_label(candidate, alphabet, captcha)))
             bar.advance(1)
@@ -112,12 +115,12 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig, display: Display) ->
     return FolderScan(folder, tuple(checked), tuple(name for name in ignored if name not in known))
 
 
-def decode_folder(scan: FolderScan, captcha: CaptchaConfig, display: Display) -> DecodedFolder:
+def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> DecodedFolder:
     """Decode the images of a folder and resize them to the size of the config."""
     start_time = time.perf_counter()
     arrays, accepted, rejected, sizes = [], [], [], []
     remarks: dict[str, list[str]] = defaultdict(list)
-    with display.progress_bar(f"Decoding {len(scan.candidates):,} images", len(scan.candidates)) as bar:
+    with progress_bar(f"Decoding {len(scan.candidates):,} images", len(scan.candidates)) as bar:
         for candidate in scan.candidates:
             bar.advance(1)
             if candidate.reason:
@@ -142,7 +145,7 @@ def decode_folder(scan: FolderScan, captcha: CaptchaConfig, display: Display) ->
     kept_remarks = {
         remark: kept for remark, names in remarks.items() if (kept := [n for n in names if n in kept_names])
     }
-    display.info(f"Decoded {len(keep):,} images in {time.perf_counter() - start_time:.1f} s")
+    logger.info(f"Decoded {len(keep):,} images in {time.perf_counter() - start_time:.1f} s")
     return DecodedFolder(kept_images, accepted, rejected, kept_remarks, dict(Counter(sizes[n] for n in keep)))
 
 

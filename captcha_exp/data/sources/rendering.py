@@ -7,6 +7,7 @@ workers or on their order.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,13 +26,15 @@ from captcha_exp.config import CaptchaConfig, FolderConfig, GeneratorConfig, dat
 from captcha_exp.data import images
 from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
 from captcha_exp.errors import RunFailed
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import progress_bar
+
+logger = logging.getLogger(__name__)
 
 CHUNK_SIZE = 100  # images per request: about 0.1 s, which keeps all workers busy until the end
 
 
 def render_images(
-    data: GeneratorConfig, captcha: CaptchaConfig, indices: Sequence[int], display: Display
+    data: GeneratorConfig, captcha: CaptchaConfig, indices: Sequence[int]
 ) -> npt.NDArray[np.uint8]:
     """Render the images of these indices in parallel; returns (N, H, W, C) uint8.
 
@@ -45,7 +48,7 @@ def render_images(
     num_workers = min(int(data.workers), len(chunks))
     pending = iter(chunks)  # shared by the threads
     stop = threading.Event()  # set on the first failure or Ctrl-C
-    with display.progress_bar(f"Rendering {len(indices):,} images", len(indices)) as bar:
+    with progress_bar(f"Rendering {len(indices):,} images", len(indices)) as bar:
 
         def render_chunks() -> None:
             with _Worker(data, captcha) as worker:
@@ -64,7 +67,7 @@ def render_images(
                 stop.set()
                 raise
     seconds = time.perf_counter() - start_time
-    display.info(
+    logger.info(
         f"Rendered {len(indices):,} images in {seconds:.1f} s ({len(indices) / seconds:,.0f} images/s)"
     )
     return rendered
