@@ -107,7 +107,7 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
     sort: list[str] = [] if arguments.sort is None else [arguments.sort]
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit}: must be at least 1")
-    known = [RunFields(run_dir, state, print_stderr) for run_dir, state in runs.list_runs(print_stderr)]
+    known = [RunFields(run.run_dir, run.info, print_stderr) for run in runs.list_runs(print_stderr)]
     keys = list(dict.fromkeys([*(each.key for each in conditions), *sort, *columns]))
     if known:
         check_keys(keys, known)
@@ -119,7 +119,7 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
         return [
             {
                 "run_dir": str(run.run_dir),
-                **run.state,
+                **run.info.model_dump(),
                 "values": {key: finite_or_none(run[key]) for key in keys if key in run},
             }
             for run in selected
@@ -175,8 +175,7 @@ def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
     for key in keys:
         table.add_column(Text(escape_unprintable(key)), justify="right")
     for run in selected:
-        result = run.state["result"] if isinstance(run.state["result"], dict) else {}
-        results = ((result.get(key), spec) for key, spec in RESULT_COLUMNS.values())
+        results = ((getattr(run.info.result, key, None), spec) for key, spec in RESULT_COLUMNS.values())
         cells = (
             run.short_name,
             to_text(run["status"]),

@@ -112,9 +112,8 @@ def from_record(reference: ReferenceRun) -> list[Change]:
     ]
     if reference.config_file_status == "values may differ":
         changes.append(Change("the run's config.yaml", "original", "modified", "numbers"))
-    for entry in reference.state.get("resumed") or ():
-        for key, pair in _as_mapping(_as_mapping(entry).get("changed")).items():
-            before, after = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
+    for resumption in reference.info.resumed:
+        for key, (before, after) in resumption.changed.items():
             changes.append(Change(f"on resume: {key}", before, after, _affects(key), is_headline=False))
     return changes
 

@@ -15,7 +15,7 @@ from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import Difference, Verdict
 from captcha_exp.reproduce.overrides import with_overrides
 from captcha_exp.reproduce.reference import ReferenceRun, load_result
-from captcha_exp.runs import Run
+from captcha_exp.runs import Lineage, Run
 from captcha_exp.runs.source_code import git_info, hash_source_files
 from captcha_exp.runtime.console import Display, escape_unprintable
 from captcha_exp.training import train
@@ -87,12 +87,10 @@ def reproduce(
         reproduction = _compare_runs(reference, config, overrides, known_changes, run)
         run.write_json("reproduction.json", reproduction.to_json())
         tags = {"reproduces": reference.run_id or reference.location, "reproduction": reproduction.verdict}
-        run.update(tags={**run.state["tags"], **tags})
+        run.update(tags={**run.info.tags, **tags})
         reproductions.append(reproduction)
 
-    lineage: dict[str, Any] = {"reproduces": reference.link}
-    if reference.extends is not None:
-        lineage["extends"] = dict(reference.extends)
+    lineage = Lineage(reproduces=reference.link, extends=reference.info.lineage.extends)
     extend_from = reference.find_extended_run()
     try:
         train.train(
@@ -115,7 +113,7 @@ def _compare_runs(
     known_changes: Sequence[Change],
     run: Run,
 ) -> Reproduction:
-    expected, actual = reference.result, load_result(run.run_dir, run.state)
+    expected, actual = reference.result, load_result(run.run_dir, run.info)
     verdict = compare.compute_verdict(expected, actual)
     differences = compare.find_differences(expected, actual)
     deterministic = config.train.deterministic

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from captcha_exp.errors import UserError
+from captcha_exp.runs.info import RunInfo, SweepInfo
 from captcha_exp.runs.run import MetricsRow
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import is_alive
 
 RUN_KEYS = (
     "name",
@@ -25,6 +25,7 @@ RUN_KEYS = (
     "run_dir",
     "run_id",
     "error",
+    "stop_reason",
     "epochs",
     "best_epoch",
     "seconds",
@@ -35,6 +36,7 @@ RUN_KEYS = (
 """Keys of run.json. status: also "stale", for a running run whose process has exited; run_dir and sweep:
 relative to outputs/; oom: whether the run ran out of memory"""
 
+_RESULT_KEYS = {"epochs", "best_epoch", "seconds", "weights_sha256"}
 _DATASET_KEYS = (
     "key",
     "provenance",
@@ -51,8 +53,8 @@ _NESTING_CHARS = "[{-?"  # without these, only indentation nests YAML
 class RunFields:
     """The values of one run by key. Files are read on first use; `warn` reports unreadable ones."""
 
-    def __init__(self, run_dir: Path, state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-        self.run_dir, self.state, self._warn = run_dir, state, warn
+    def __init__(self, run_dir: Path, info: RunInfo, warn: Callable[[str], None]) -> None:
+        self.run_dir, self.info, self._warn = run_dir, info, warn
         self.short_name = short_name(run_dir)
 
     def __contains__(self, key: str) -> bool:
@@ -75,7 +77,7 @@ class RunFields:
         Raises:
             UserError: metrics.jsonl is missing or unreadable.
         """
-        best = _as_mapping(self.state["result"]).get("best_epoch")
+        best = None if self.info.result is None else self.info.result.best_epoch
         values_by_step: dict[str, dict[int, float]] = {}
         for row in _iter_rows(self.run_dir / "metrics.jsonl", self._warn):
             for key, value in row.metrics.items():
@@ -90,24 +92,21 @@ class RunFields:
 
     @cached_property
     def _run_json(self) -> dict[str, Any]:
-        state = self.state
-        result = _as_mapping(state["result"])
+        info, sweep_dir = self.info, self.run_dir.parent
         fields = {
-            "name": state["name"],
-            "status": "stale" if state["status"] == "RUNNING" and not is_alive(state) else state["status"],
-            "started": state["started"],
+            "name": info.name,
+            "status": "stale" if info.is_running and not info.has_live_process() else info.status,
+            "started": info.started.isoformat(timespec="microseconds"),
             "run_dir": self.short_name,
-            "run_id": _as_mapping(state["mlflow"]).get("run_id"),
+            "run_id": info.run_id,
+            "error": info.error,
+            "stop_reason": info.stop_reason,
+            "oom": info.oom is not None,
         }
-        fields |= {key: state[key] for key in ("error",) if key in state}
-        fields |= {
-            key: result[key] for key in ("epochs", "best_epoch", "seconds", "weights_sha256") if key in result
-        }
-        if "oom" in state:
-            fields["oom"] = state["oom"] is not None
-        if "sweep" in state:
-            sweep_dir = _as_mapping(state["sweep"]).get("run_dir")
-            fields["sweep"] = short_name(Path(sweep_dir)) if isinstance(sweep_dir, str) else None
+        if info.result is not None:
+            fields |= info.result.model_dump(include=_RESULT_KEYS)
+        if (sweep_dir / SweepInfo.filename).is_file():
+            fields["sweep"] = short_name(sweep_dir)
         return fields
 
     @cached_property
@@ -175,10 +174,10 @@ def read_flat_dataset(run_dir: Path) -> dict[str, Any]:
     return chosen | ({"rejected": len(rejected)} if isinstance(rejected, list) else {})
 
 
-def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: object) -> float | None:
+def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -> float | None:
     """Return the aggregated value; None if the best epoch has none."""
     match key.partition("/")[0]:
-        case "train" | "val" if isinstance(best_epoch, int):
+        case "train" | "val" if best_epoch is not None:
             return by_step.get(best_epoch)
         case "memory":
             return max(by_step.values())
@@ -253,10 +252,6 @@ def _check_plain(node: Any, seen: set[int]) -> None:
         seen.add(id(node))
         for inner in node.values() if isinstance(node, dict) else node:
             _check_plain(inner, seen)
-
-
-def _as_mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _one_line(error: Exception) -> str:

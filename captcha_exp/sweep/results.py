@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import load
+from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
-from captcha_exp.runs import MetricsRow, read_metrics_rows
-from captcha_exp.runtime.process import is_alive
+from captcha_exp.runs import MetricsRow, RunInfo, read_metrics_rows
+from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.sweep.record import Job, Sweep
 
 Outcome: TypeAlias = Literal["finished", "oom", "skipped", "failed", "killed", "not run"]
@@ -30,6 +31,8 @@ class JobResult:
     outcome: Outcome
     error: str | None
     """one line, if the job failed"""
+    stop_reason: StopReason | None
+    """why it was killed"""
     attempts: int
     batch_size: int | None
     """images per step; None for auto until it has been measured"""
@@ -64,46 +67,48 @@ def collect_results(sweep: Sweep) -> list[JobResult]:
 
 def outcome_of(run_dir: Path | None) -> Outcome:
     """Return the outcome of the run in this directory."""
-    if run_dir is None or not (run_dir / "run.json").is_file():
-        return "not run"
-    state = _read_state(run_dir)
-    match state["status"]:
+    return _read_outcome(run_dir)[0]
+
+
+def _read_outcome(run_dir: Path | None) -> tuple[Outcome, str | None, RunInfo | None]:
+    """Return the outcome of the run in this directory, its error, and its record if there is a valid one."""
+    if run_dir is None or not (run_dir / RunInfo.filename).is_file():
+        return "not run", None, None
+    try:
+        info = RunInfo.load(run_dir)
+    except UserError as error:
+        return "failed", str(error), None
+    match info.status:
         case "FINISHED":
-            return "oom" if state.get("oom") else "skipped" if state.get("skipped") else "finished"
+            return "oom" if info.oom else "skipped" if info.skipped else "finished", info.error, info
         case "FAILED":
-            return "failed"
+            return "failed", info.error, info
         case _:
-            return "killed"
-
-
-def is_running(run_dir: Path) -> bool:
-    """Return whether a live process is writing to this run directory."""
-    state = _read_state(run_dir) if (run_dir / "run.json").is_file() else {"status": None}
-    return state["status"] == "RUNNING" and is_alive(state)
+            return "killed", info.error, info
 
 
 def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     attempts = sweep.attempts(job)
     run_dir = attempts[-1] if attempts else None
-    outcome = outcome_of(run_dir)
-    plan = sweep.state["predicted"][job.number - 1]
-    state: Mapping[str, Any] = {}
+    outcome, error, info = _read_outcome(run_dir)
+    plan = sweep.info.predicted[job.number - 1]
     metrics: list[MetricsRow] = []
     config = job.requested
     if run_dir is not None and outcome != "not run":
-        state, metrics = _read_state(run_dir), read_metrics_rows(run_dir)[0]
+        metrics = read_metrics_rows(run_dir)[0]
         if (run_dir / "config.yaml").is_file():  # missing if the run was killed at its start
             config = load(run_dir / "config.yaml")
         if (run_dir / "memory.json").is_file():
             plan = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
-    result = state.get("result") or {}
+    result = None if info is None else info.result
     size, micro = config.train.batch_size, config.train.micro_batch_size
     return JobResult(
         number=job.number,
         name=job.name,
         swept=job.swept,
         outcome=outcome,
-        error=state.get("error"),
+        error=error,
+        stop_reason=None if info is None else info.stop_reason,
         attempts=len(attempts),
         batch_size=None if size == "auto" else size,
         micro_batch_size=micro,
@@ -114,21 +119,12 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         measured_mib=max(_values(metrics, "memory/process_peak_mib"), default=None),
         images_per_second=_median_speed(metrics),
         val_accuracy=max(_values(metrics, "val/accuracy"), default=None),
-        seconds_to_best=_seconds_to_epoch(metrics, result.get("best_epoch")),
-        test_accuracy=result.get("test_accuracy"),
+        seconds_to_best=None if result is None else _seconds_to_epoch(metrics, result.best_epoch),
+        test_accuracy=None if result is None else result.test_accuracy,
         run_dir=None if run_dir is None else str(run_dir),
-        run_id=(state.get("mlflow") or {}).get("run_id"),
-        weights_sha256=result.get("weights_sha256"),
+        run_id=None if info is None else info.run_id,
+        weights_sha256=None if result is None else result.weights_sha256,
     )
-
-
-def _read_state(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "run.json"
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {"status": "FAILED", "error": f"{path}: invalid run record"}
-    return state
 
 
 def _parse_range(plan: Mapping[str, Any] | None, key: str) -> MiBRange | None:
@@ -144,7 +140,5 @@ def _median_speed(metrics: Sequence[MetricsRow]) -> float | None:
     return statistics.median(speeds[1:] or speeds) if speeds else None
 
 
-def _seconds_to_epoch(metrics: Sequence[MetricsRow], best_epoch: int | None) -> float | None:
-    if best_epoch is None:
-        return None
+def _seconds_to_epoch(metrics: Sequence[MetricsRow], best_epoch: int) -> float:
     return sum(row.metrics.get("speed/epoch_seconds", 0.0) for row in metrics if row.step <= best_epoch)

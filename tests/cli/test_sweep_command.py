@@ -144,7 +144,7 @@ def test_interrupted_in_the_second_job_and_resumed(tiny: Config) -> None:
         run_sweep(found, interrupted, 1, display, recorder)
     (summary,) = recorder.summaries
     assert recorder.sweep is not None
-    folder = recorder.sweep.sweep_dir
+    folder = recorder.sweep.run_dir
     assert outcomes(summary) == ["finished", "killed", "not run"]
     assert json.loads((folder / "summary.json").read_text())["jobs"][1]["outcome"] == "killed"
     states = [json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/run.json"))]
@@ -180,7 +180,7 @@ def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
     assert outcomes(run_sweep(found, launch, 1, RecordingDisplay(), recorder)) == expected
     assert recorder.sweep is not None
     launched: list[int] = []
-    sweep = Sweep(recorder.sweep.sweep_dir)
+    sweep = Sweep(recorder.sweep.run_dir)
     again = run_sweep(found, make_launch(launched=launched), 1, RecordingDisplay(), recorder, sweep)
     assert launched == [4, 5]
     assert again.has_failures is False
@@ -280,7 +280,7 @@ def interrupt(root: Path) -> Path:
     state = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(state | {"status": "KILLED"}))
     sweep.update(status="KILLED")
-    return sweep.sweep_dir
+    return sweep.run_dir
 
 
 @pytest.mark.parametrize(
@@ -440,9 +440,9 @@ def test_values_with_special_characters_get_distinct_directories(tiny: Config) -
     folders = [sweep.new_attempt(job) for job in jobs for _ in range(2)]
 
     assert len(set(folders)) == 2 * len(values)
-    assert {folder.parent for folder in folders} == {sweep.sweep_dir}
+    assert {folder.parent for folder in folders} == {sweep.run_dir}
     assert all(len(folder.name) < 100 for folder in folders)
-    assert Sweep(sweep.sweep_dir).jobs == jobs
+    assert Sweep(sweep.run_dir).jobs == jobs
     assert jobs[0].name == "captcha.width=a/b data.width=a/b"
 
 

@@ -82,7 +82,7 @@ def test_find_sweep_by_directory_or_run_id(tiny: Config, root: Path) -> None:
     first.update(mlflow={"run_id": "abc1"})
     second.update(mlflow={"run_id": "abd2"})
 
-    assert [sweep.sweep_dir for sweep in list_sweeps()] == [first.sweep_dir, second.sweep_dir]
+    assert [sweep.run_dir for sweep in list_sweeps()] == [first.sweep_dir, second.sweep_dir]
     assert find_sweep(str(first.sweep_dir)).sweep_dir == first.sweep_dir
     assert find_sweep(str(first.sweep_dir.relative_to(root))).sweep_dir == first.sweep_dir
     assert find_sweep("abd").sweep_dir == second.sweep_dir
@@ -95,10 +95,10 @@ def test_find_sweep_by_directory_or_run_id(tiny: Config, root: Path) -> None:
 @pytest.mark.parametrize("damage", ["{", "[]", '{"jobs": [{}]}'])
 def test_a_damaged_record_is_a_one_line_error(tiny: Config, root: Path, damage: str) -> None:
     sweep = make_sweep([make_job(tiny)])
-    (sweep.sweep_dir / "sweep.json").write_text(damage)
+    (sweep.run_dir / "sweep.json").write_text(damage)
 
     with pytest.raises(UserError, match=r"sweep.json: invalid sweep record: ") as caught:
-        Sweep(sweep.sweep_dir)
+        Sweep(sweep.run_dir)
     assert len(caught.value.lines) == 1
     assert list_sweeps() == []
 
@@ -191,4 +191,4 @@ def test_the_outcome_follows_from_the_run_record(
     run.update(status=status, **fields)
 
     assert collect_results(sweep)[0].outcome == outcome
-    assert json.loads((sweep.sweep_dir / "sweep.json").read_text())["jobs"][0]["name"] == "tiny"
+    assert json.loads((sweep.run_dir / "sweep.json").read_text())["jobs"][0]["name"] == "tiny"
