@@ -74,10 +74,7 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
         UserError: no such run; the line says how to name one.
     """
     run_dirs = [runs.find_run(name) for name in arguments.run]
-    first, second = (
-        RunFields(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")), print_stderr)
-        for run_dir in run_dirs
-    )
+    first, second = (RunFields(run_dir, runs.RunInfo.load(run_dir), print_stderr) for run_dir in run_dirs)
     values: dict[str, Any] = {}
     for title in SECTIONS:
         section = compare_section(title, first, second)

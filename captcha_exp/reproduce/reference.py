@@ -1,7 +1,7 @@
 """Load the reference run: its config, manifests and results, and whether files were modified since."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -11,8 +11,8 @@ import safetensors
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
-from captcha_exp.runs import MetricsRow, RunInfo, RunLink, find_linked, read_metrics_rows
-from captcha_exp.runs.fields import flatten, read_flat_config
+from captcha_exp.runs import RunInfo, RunLink, find_linked, read_metrics_rows
+from captcha_exp.runs.fields import flatten, read_flat_config, read_json
 from captcha_exp.runs.files import list_run_files
 from captcha_exp.runtime.files import sha256_of
 
@@ -61,22 +61,17 @@ class ReferenceRun:
     """state of config.yaml if `config_edits` is empty"""
 
     @property
-    def run_id(self) -> str | None:
-        """MLflow run ID."""
-        return self.info.run_id
-
-    @property
     def location(self) -> str:
         """The run directory, or the MLflow run and its store."""
         if self.store_uri is None:
             return str(self.run_dir)
-        return f"MLflow run {self.run_id} of {self.store_uri}"
+        return f"MLflow run {self.info.run_id} of {self.store_uri}"
 
     @property
     def link(self) -> RunLink:
         """Reference to this run for the record of another run."""
         run_dir = str(self.run_dir) if self.store_uri is None else None
-        return RunLink(run_dir=run_dir, run_id=self.run_id, store=self.store_uri)
+        return RunLink(run_dir=run_dir, run_id=self.info.run_id, store=self.store_uri)
 
     def find_extended_run(self) -> Path | None:
         """Return the directory of the run that this one extends; None if it started from fresh weights.
@@ -107,6 +102,8 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
         raise UserError(f"{run_dir}: status {info.status}; only a FINISHED run can be reproduced")
     if info.oom is not None:
         raise UserError(f"{run_dir}: the run ran out of memory and has no weights to compare with")
+    if info.result is None:
+        raise UserError(f"{run_dir}: the run has no result to compare with")
     for name in REQUIRED_FILES:
         if not (run_dir / name).is_file():
             raise UserError(f"{run_dir}: {name} is missing; it is required to reproduce the run")
@@ -144,43 +141,33 @@ def load_result(run_dir: Path, info: RunInfo) -> RunResult:
     Raises:
         UserError: a file of the run is damaged.
     """
+    assert info.result is not None  # the run has finished
     rows, broken = read_metrics_rows(run_dir)
     if broken or not rows:
         reason = f"line {', '.join(map(str, broken))} is damaged" if broken else "no metrics"
         raise UserError(f"{run_dir / 'metrics.jsonl'}: {reason}; the run cannot be compared")
-    dataset, test = _read_json(run_dir / "dataset.json"), _read_json(run_dir / "test.json")
+    metrics_by_epoch: dict[int, dict[str, float]] = {}
+    for row in rows:
+        metrics_by_epoch.setdefault(row.step, {}).update(row.metrics)
+    dataset, test = read_json(run_dir / "dataset.json"), read_json(run_dir / "test.json")
     code_file = run_dir / "code.json"
     try:
         return RunResult(
-            metrics_by_epoch=_metrics_by_epoch(rows),
+            metrics_by_epoch=metrics_by_epoch,
             dataset=_check_manifest(dataset),
-            environment=_read_json(run_dir / "environment.json"),
+            environment=read_json(run_dir / "environment.json"),
             misreads={
                 str(misread["image"]): (str(misread["label"]), str(misread["predicted"]))
                 for misread in test["misreads"]
             },
             num_test_images=int(test["images"]),
-            code_hashes=_read_json(code_file) if code_file.is_file() else {},
-            weights_sha256="" if info.result is None else info.result.weights_sha256,
+            code_hashes=read_json(code_file) if code_file.is_file() else {},
+            weights_sha256=info.result.weights_sha256,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{run_dir}: damaged run record ({type(error).__name__}: {error}); the run cannot be compared"
         ) from None
-
-
-def _metrics_by_epoch(rows: Sequence[MetricsRow]) -> dict[int, dict[str, float]]:
-    """Merge the rows by epoch.
-
-    Raises:
-        TypeError: a step or a metric is not a number.
-    """
-    epochs: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if not all(isinstance(value, int | float) for value in (row.step, *row.metrics.values())):
-            raise TypeError("a step or a metric is not a number")
-        epochs.setdefault(row.step, {}).update(row.metrics)
-    return epochs
 
 
 def _check_manifest(dataset: dict[str, Any]) -> dict[str, Any]:
@@ -229,15 +216,3 @@ def _config_of_weights(path: Path) -> dict[str, Any] | None:
             return flatten(config_from_metadata(file.metadata() or {}))
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: {path.name} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object, so not part of a run record")
-    return values

@@ -10,7 +10,7 @@ from typing import Any
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import RunFailed
 from captcha_exp.reproduce import changes, compare, images
-from captcha_exp.reproduce.causes import AttributedChange, attribute, format_verdict, tolerances
+from captcha_exp.reproduce.causes import AttributedChange, attribute, format_verdict
 from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import Difference, Verdict
 from captcha_exp.reproduce.overrides import with_overrides
@@ -55,7 +55,7 @@ class Reproduction:
             "num_epochs": self.num_epochs,
             "num_test_images": self.num_test_images,
             "weights_sha256": self.weights_sha256,
-            "tolerances": tolerances(),
+            "tolerances": compare.TOLERANCES,
         }
 
 
@@ -86,7 +86,10 @@ def reproduce(
     def on_complete(run: Run) -> None:
         reproduction = _compare_runs(reference, config, overrides, known_changes, run)
         run.write_json("reproduction.json", reproduction.to_json())
-        tags = {"reproduces": reference.run_id or reference.location, "reproduction": reproduction.verdict}
+        tags = {
+            "reproduces": reference.info.run_id or reference.location,
+            "reproduction": reproduction.verdict,
+        }
         run.update(tags={**run.info.tags, **tags})
         reproductions.append(reproduction)
 

@@ -1,8 +1,8 @@
 """Run directories: create, read, close and resume them.
 
-`create` makes a run directory, `run` reads and writes it, `environment` and `source_code` record the machine
-and the code, `fields` gives access by key, `stale` closes runs whose process has exited, and `resume` finds
-the run to continue.
+`create` makes a run directory, `info` has the types of run.json and sweep.json, `run` reads and writes the
+directory, `environment` and `source_code` record the machine and the code, `fields` gives access by key,
+`stale` closes runs whose process has exited, and `resume` finds the run to continue.
 """
 
 from captcha_exp.runs.create import create_run as create_run

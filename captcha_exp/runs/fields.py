@@ -15,7 +15,7 @@ import yaml
 
 from captcha_exp.errors import UserError
 from captcha_exp.runs.info import RunInfo, SweepInfo
-from captcha_exp.runs.run import MetricsRow
+from captcha_exp.runs.run import read_metrics_rows
 from captcha_exp.runtime.paths import root_dir
 
 RUN_KEYS = (
@@ -77,9 +77,18 @@ class RunFields:
         Raises:
             UserError: metrics.jsonl is missing or unreadable.
         """
+        path = self.run_dir / "metrics.jsonl"
+        if not path.exists():
+            raise UserError(f"{self.run_dir}: has no {path.name}")
+        try:
+            rows, damaged_lines = read_metrics_rows(self.run_dir)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        for number, damage in damaged_lines.items():
+            self._warn(f"{path}, line {number}: skipped: {damage}")
         best = None if self.info.result is None else self.info.result.best_epoch
         values_by_step: dict[str, dict[int, float]] = {}
-        for row in _iter_rows(self.run_dir / "metrics.jsonl", self._warn):
+        for row in rows:
             for key, value in row.metrics.items():
                 values_by_step.setdefault(key, {})[row.step] = value  # the last row of a repeated step counts
         values = {key: _aggregate(key, by_step, best) for key, by_step in values_by_step.items()}
@@ -187,20 +196,6 @@ def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -
             return by_step[max(by_step)]
 
 
-def _iter_rows(path: Path, warn: Callable[[str], None]) -> Iterator[MetricsRow]:
-    text = _read_bytes(path).decode(errors="replace")  # a line of invalid UTF-8 fails its checksum
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            row = MetricsRow.from_line(line)
-            values = row.metrics.values() if isinstance(row.metrics, dict) else [None]
-            if not all(isinstance(value, int | float) for value in (row.step, *values)):
-                raise ValueError("a step or a metric is not a number")
-        except (ValueError, RecursionError) as error:
-            warn(f"{path}, line {number}: skipped: {_one_line(error)}")
-            continue
-        yield row
-
-
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -210,11 +205,26 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _read_flat_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a run.
+
+    Raises:
+        UserError: The file is missing, unreadable or not an object.
+    """
     try:
-        return dict(_iter_leaves(json.loads(_read_bytes(path))))
+        values = json.loads(_read_bytes(path))
+        if not isinstance(values, dict):
+            raise ValueError("not an object with keys and values")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+    return values
+
+
+def _read_flat_json(path: Path) -> dict[str, Any]:
+    try:
+        return flatten(read_json(path))
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read: nested too deeply") from None
 
 
 def flatten(node: object) -> dict[str, Any]:

@@ -4,25 +4,18 @@ A file name that is not valid UTF-8 is text with lone surrogates, which pydantic
 that may contain one are of type `Text`.
 """
 
+import contextlib
 import json
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from captcha_exp.errors import UserError
+from captcha_exp.runs.files import hash_files
 from captcha_exp.runtime.files import write_json
-from captcha_exp.runtime.process import ProcessIdentity, this_process
+from captcha_exp.runtime.process import ProcessIdentity, identify_process
 from captcha_exp.runtime.shutdown import StopReason
 
 RECORD_FORMAT = 2
@@ -31,16 +24,24 @@ RECORD_FORMAT = 2
 Status: TypeAlias = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-def _check_text(value: Any) -> Any:
+def _check_text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be text")
     return value
 
 
-Text: TypeAlias = Annotated[Any, AfterValidator(_check_text)]
+def _parse_time(value: object) -> datetime:
+    with contextlib.suppress(ValueError):
+        time = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if isinstance(time, datetime) and time.tzinfo is not None:
+            return time
+    raise ValueError("must be an ISO 8601 time with a zone")
+
+
+Text: TypeAlias = Annotated[str, PlainValidator(_check_text)]
 Timestamp: TypeAlias = Annotated[
-    AwareDatetime,
-    BeforeValidator(lambda value: datetime.fromisoformat(value) if isinstance(value, str) else value),
+    datetime,
+    PlainValidator(_parse_time),
     PlainSerializer(lambda value: value.isoformat(timespec="microseconds")),
 ]
 
@@ -83,7 +84,7 @@ class Resumption(_Model):
     at: Timestamp
     host: str
     """of the process that was interrupted"""
-    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict, strict=False)
+    changed: dict[str, Annotated[tuple[Any, Any], Field(strict=False)]] = Field(default_factory=dict)
     """key of environment.json -> (before, after)"""
 
 
@@ -94,7 +95,8 @@ class OutOfMemory(_Model):
     epoch: int
     step: int
     peak_mib: float
-    predicted_mib: Any
+    predicted_mib: tuple[float, float] = Field(strict=False)
+    """of the whole process: minimum, maximum"""
     remedies: list[str]
 
 
@@ -176,7 +178,7 @@ class RunInfo(Record):
     """config file -> SHA-256 when the run started"""
     lineage: Lineage = Lineage()
     resumed: list[Resumption] = Field(default_factory=list)
-    tags: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, Text] = Field(default_factory=dict)
     warnings: list[Text] = Field(default_factory=list)
     result: ResultSummary | None = None
     oom: OutOfMemory | None = None
@@ -189,8 +191,8 @@ class JobInfo(_Model):
     """One job of a sweep."""
 
     number: int
-    name: str
-    swept: dict[str, str]
+    name: Text
+    swept: dict[str, Text]
     choices: dict[str, str]
 
 
@@ -234,6 +236,17 @@ class RecordedDir(Generic[InfoT]):
         if self.info.mlflow is not None:
             self.update(mlflow=self.info.mlflow.model_copy(update=fields))
 
+    def close(
+        self,
+        status: Status,
+        error: str | None = None,
+        stop_reason: StopReason | None = None,
+        ended: datetime | None = None,
+    ) -> None:
+        """Write the final status and the end time (default: now), and the SHA-256 of every file of a run."""
+        files = {"files": hash_files(self.run_dir)} if isinstance(self.info, RunInfo) else {}
+        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **files)
+
     def save(self) -> None:
         """Write the record."""
         write_json(self.run_dir / self.info.filename, self.info.model_dump())
@@ -241,7 +254,8 @@ class RecordedDir(Generic[InfoT]):
 
 def running_fields() -> dict[str, Any]:
     """Return the fields of a record while this process works on it."""
-    return {"status": "RUNNING", "ended": None, "error": None, "stop_reason": None, **dict(this_process())}
+    cleared = dict.fromkeys(("ended", "error", "stop_reason"))
+    return {"status": "RUNNING", **cleared, **dict(identify_process())}
 
 
 def now() -> datetime:
@@ -264,8 +278,10 @@ def _check_format(directory: Path, filename: str, found: object) -> None:
 
 def _describe(error: ValidationError) -> str:
     """Return the missing keys, or the first wrong value."""
-    errors = error.errors()
-    if missing := sorted(".".join(map(str, each["loc"])) for each in errors if each["type"] == "missing"):
+    errors = [(".".join(map(str, each["loc"])), each) for each in error.errors()]
+    if missing := sorted(key for key, each in errors if each["type"] == "missing"):
         return f"missing {', '.join(missing)}"
-    key, value = ".".join(map(str, errors[0]["loc"])), repr(errors[0]["input"])[:60]
-    return f"{key}={value}: {errors[0]['msg']}"
+    key, first = errors[0]
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    reason = reason.partition(" or instance of ")[0]  # "a valid dictionary or instance of RunInfo"
+    return f"{key}={first['input']!r:.60} {reason}".removeprefix("=")

@@ -16,6 +16,7 @@ import safetensors
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
+from captcha_exp.runs.fields import read_json
 from captcha_exp.runs.info import InfoT, Lineage, Record, RunInfo, SweepInfo
 from captcha_exp.runs.run import (
     CHECKPOINT_DIR,
@@ -28,7 +29,7 @@ from captcha_exp.runs.run import (
 from captcha_exp.runs.source_code import code_sha256
 from captcha_exp.runs.stale import StaleRun, stale_lock
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import ProcessIdentity, this_process
+from captcha_exp.runtime.process import ProcessIdentity, identify_process
 
 LOCK_TIMEOUT_SECONDS = 60.0  # another process may be syncing many runs to MLflow
 
@@ -157,8 +158,8 @@ def _skip_reason(stale: StaleRun[RunInfo], resumability: _Resumability) -> str:
 def _recorded_code_sha256(run_dir: Path) -> str | None:
     """Return the SHA-256 of the code that started the run, or None if it is not recorded."""
     try:
-        code = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["code_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        code = read_json(run_dir / "environment.json").get("code_sha256")
+    except UserError:
         return None
     return code if isinstance(code, str) else None
 
@@ -202,7 +203,7 @@ def _release(claimed: StaleRun[InfoT]) -> None:
 
 
 def _claimed(info: InfoT) -> InfoT:
-    return info.model_copy(update={"status": "RUNNING", **dict(this_process())})
+    return info.model_copy(update={"status": "RUNNING", **dict(identify_process())})
 
 
 def _owner(info: Record) -> tuple[Any, ...]:

@@ -24,11 +24,9 @@ from typing import Any
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
-from captcha_exp.runs.files import hash_files
-from captcha_exp.runs.info import RecordedDir, RunInfo, RunLink, Status, now
+from captcha_exp.runs.info import RecordedDir, RunInfo, RunLink
 from captcha_exp.runtime.files import sha256_of, write_atomically, write_json
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.shutdown import StopReason
 
 CHECKPOINT_DIR = "checkpoint"  # relative to the run directory
 
@@ -50,13 +48,16 @@ class MetricsRow:
         """Parse a line of metrics.jsonl.
 
         Raises:
-            ValueError: The line is truncated or does not match its checksum.
+            ValueError: The line is truncated, has other values, or does not match its checksum.
         """
         values = json.loads(line)
         try:
             row = MetricsRow(values["step"], values["timestamp_ms"], values["metrics"])
-        except (KeyError, TypeError):
+            numbers = [row.step, *row.metrics.values()]
+        except (KeyError, TypeError, AttributeError):
             raise ValueError(f"not a row of metrics.jsonl: {line[:60]!r}") from None
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("a step or a metric is not a number")
         if row.to_line() != line:
             raise ValueError(f"a row of metrics.jsonl does not match its checksum: {line[:60]!r}")
         return row
@@ -124,11 +125,6 @@ class Run(RecordedDir[RunInfo]):
     def metrics_rows(self) -> list[MetricsRow]:
         """Return all rows logged so far."""
         return list(self._rows)
-
-    def close(self, status: Status, error: str | None = None, stop_reason: StopReason | None = None) -> None:
-        """Write the final status, the end time, and the SHA-256 of every file."""
-        files = hash_files(self.run_dir)
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=now(), files=files)
 
 
 def _reproducible_metrics(row: MetricsRow) -> dict[str, float]:
@@ -220,22 +216,22 @@ def resolve_dir(name: str, filename: str) -> Path | None:
     return None
 
 
-def read_metrics_rows(run_dir: Path) -> tuple[list[MetricsRow], list[int]]:
-    """Return the valid rows of metrics.jsonl by step, and the line numbers of damaged ones, from 1.
+def read_metrics_rows(run_dir: Path) -> tuple[list[MetricsRow], dict[int, str]]:
+    """Return the valid rows of metrics.jsonl by step, and the damage by line number, from 1.
 
     A process that is killed while writing leaves a truncated last line; the other rows remain valid.
     """
     path = run_dir / "metrics.jsonl"
     rows: list[MetricsRow] = []
-    damaged_lines: list[int] = []
+    damaged_lines: dict[int, str] = {}
     if not path.exists():
         return rows, damaged_lines
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 rows.append(MetricsRow.from_line(line))
-            except (ValueError, RecursionError):
-                damaged_lines.append(number)
+            except (ValueError, RecursionError) as error:
+                damaged_lines[number] = str(error)
     # An epoch whose row was damaged is trained again, so its row follows those of later epochs.
     return sorted(rows, key=lambda row: row.step), damaged_lines
 

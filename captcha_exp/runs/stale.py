@@ -14,13 +14,11 @@ from typing import Any
 import psutil
 
 from captcha_exp.errors import UserError
-from captcha_exp.runs.files import hash_files, list_run_files
-from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, Status, SweepInfo
+from captcha_exp.runs.files import list_run_files
+from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo
 from captcha_exp.runs.run import read_metrics_rows
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.shutdown import StopReason
 
-KILLED_ERROR = "the process exited without closing the run: killed (SIGKILL, out of memory) or power loss"
 LOCK_TIMEOUT_SECONDS = 2.0
 
 
@@ -58,26 +56,20 @@ class StaleRun(RecordedDir[InfoT]):
             if _is_abandoned_part(path, self.info.pid):
                 path.unlink()
 
-    def close(
-        self,
-        status: Status = "KILLED",
-        error: str | None = KILLED_ERROR,
-        stop_reason: StopReason | None = "killed",
-    ) -> None:
-        """Write the final status, the newest modification time as end time, and the SHA-256 of each file."""
+    def finalize(self, error: str | None = None) -> None:
+        """Close as FAILED with this error, or as KILLED without; it ended at the newest modification time."""
         ended = datetime.fromtimestamp(_latest_mtime(self.run_dir)).astimezone()
         self.remove_partial_files()
-        fields: dict[str, Any] = {}
         rows, damaged_lines = read_metrics_rows(self.run_dir)
-        if isinstance(self.info, RunInfo):
-            fields["files"] = hash_files(self.run_dir)
-            if damaged_lines:
-                lines = ", ".join(map(str, damaged_lines))
-                warning = f"metrics.jsonl: skipped damaged line {lines}; {len(rows)} valid rows"
-                fields["warnings"] = [*self.info.warnings, warning]
-        if self.info.mlflow is not None:
-            fields["mlflow"] = self.info.mlflow.model_copy(update={"closed": False})
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended, **fields)
+        if damaged_lines and isinstance(self.info, RunInfo):
+            lines = ", ".join(map(str, damaged_lines))
+            warning = f"metrics.jsonl: skipped damaged line {lines}; {len(rows)} valid rows"
+            self.update(warnings=[*self.info.warnings, warning])
+        self.update_mlflow(closed=False)
+        if error is None:
+            self.close("KILLED", stop_reason="killed", ended=ended)
+        else:
+            self.close("FAILED", error, ended=ended)
 
 
 def find_stale() -> list[StaleRun[Any]]:

@@ -30,21 +30,6 @@ class ProcessIdentity(BaseModel):
     process_started: float
     """seconds since boot on Linux, since 1970 elsewhere"""
 
-    @staticmethod
-    def of(pid: int) -> "ProcessIdentity":
-        """Return the identity of a process of this machine.
-
-        Raises:
-            psutil.NoSuchProcess: no process has this PID.
-        """
-        return ProcessIdentity(
-            host=platform.node(),
-            boot_id=_boot_id(),
-            pid_namespace=_pid_namespace(),
-            pid=pid,
-            process_started=_start_time(pid),
-        )
-
     def is_alive(self) -> bool:
         """Return whether the process is running; True if it is remote, since that is unknown."""
         if self.is_remote():
@@ -66,9 +51,20 @@ class ProcessIdentity(BaseModel):
         return self.boot_id == _boot_id() and self.pid_namespace != _pid_namespace()
 
 
-def this_process() -> ProcessIdentity:
-    """Return the identity of this process."""
-    return ProcessIdentity.of(os.getpid())
+def identify_process(pid: int | None = None) -> ProcessIdentity:
+    """Return the identity of a process of this machine, by default of this one.
+
+    Raises:
+        psutil.NoSuchProcess: No process has this PID.
+    """
+    pid = pid or os.getpid()
+    return ProcessIdentity(
+        host=platform.node(),
+        boot_id=_boot_id(),
+        pid_namespace=_pid_namespace(),
+        pid=pid,
+        process_started=_start_time(pid),
+    )
 
 
 def _start_time(pid: int) -> float:

@@ -35,13 +35,11 @@ STOPPED = (KeyboardInterrupt, SystemExit, TimeLimitReached)
 """exceptions that end a run early, without an error"""
 
 
-def stop_reason(error: BaseException | None) -> StopReason | None:
-    """Return the reason that an exception of `STOPPED` stands for; None for any other."""
+def stop_reason(error: BaseException) -> StopReason:
+    """Return the reason that an exception of `STOPPED` stands for."""
     if isinstance(error, KeyboardInterrupt):
         return "SIGINT"
-    if isinstance(error, SystemExit):
-        return "SIGTERM"
-    return "time limit" if isinstance(error, TimeLimitReached) else None
+    return "SIGTERM" if isinstance(error, SystemExit) else "time limit"
 
 
 class ShutdownHandler:

@@ -16,19 +16,10 @@ from typing import Any
 
 from captcha_exp.config import Config, load, to_yaml
 from captcha_exp.errors import UserError
-from captcha_exp.runs import (
-    RecordedDir,
-    Status,
-    SweepInfo,
-    code_sha256,
-    config_sha256,
-    make_run_dir,
-    resolve_dir,
-)
+from captcha_exp.runs import RecordedDir, SweepInfo, code_sha256, config_sha256, make_run_dir, resolve_dir
 from captcha_exp.runs.info import JobInfo, TimeLimit, now, running_fields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.shutdown import StopReason
 
 DONE = ("finished", "oom", "skipped")  # outcomes of jobs that are not run again
 
@@ -75,21 +66,17 @@ class Sweep(RecordedDir[SweepInfo]):
             for each in self.info.jobs
         ]
 
-    def close(self, status: Status, error: str | None = None, stop_reason: StopReason | None = None) -> None:
-        """Record the final status."""
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=now())
-
     def reopen(self) -> None:
         """Take over the sweep in this process."""
         self.update(**running_fields())
 
     def set_deadline(self, max_minutes: float | None) -> None:
         """Limit the whole sweep to this time from now; None removes the limit."""
-        limit = None
-        if max_minutes is not None:
+        if max_minutes is None:
+            self.update(time_limit=None)
+        else:
             deadline = now() + timedelta(minutes=max_minutes)
-            limit = TimeLimit(max_minutes=max_minutes, deadline=deadline)
-        self.update(time_limit=limit)
+            self.update(time_limit=TimeLimit(max_minutes=max_minutes, deadline=deadline))
 
     @property
     def deadline(self) -> float | None:

@@ -4,7 +4,6 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import load
@@ -65,38 +64,22 @@ def collect_results(sweep: Sweep) -> list[JobResult]:
     return [_collect_result(sweep, job) for job in sweep.jobs]
 
 
-def outcome_of(run_dir: Path | None) -> Outcome:
-    """Return the outcome of the run in this directory."""
-    return _read_outcome(run_dir)[0]
-
-
-def _read_outcome(run_dir: Path | None) -> tuple[Outcome, str | None, RunInfo | None]:
-    """Return the outcome of the run in this directory, its error, and its record if there is a valid one."""
-    if run_dir is None or not (run_dir / RunInfo.filename).is_file():
-        return "not run", None, None
-    try:
-        info = RunInfo.load(run_dir)
-    except UserError as error:
-        return "failed", str(error), None
-    match info.status:
-        case "FINISHED":
-            return "oom" if info.oom else "skipped" if info.skipped else "finished", info.error, info
-        case "FAILED":
-            return "failed", info.error, info
-        case _:
-            return "killed", info.error, info
-
-
 def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     attempts = sweep.attempts(job)
     run_dir = attempts[-1] if attempts else None
-    outcome, error, info = _read_outcome(run_dir)
-    plan = sweep.info.predicted[job.number - 1]
+    outcome: Outcome = "not run"
+    error: str | None = None
+    info: RunInfo | None = None
+    config, plan = job.requested, sweep.info.predicted[job.number - 1] or {}
     metrics: list[MetricsRow] = []
-    config = job.requested
-    if run_dir is not None and outcome != "not run":
+    if run_dir is not None and (run_dir / RunInfo.filename).is_file():
+        try:
+            info = RunInfo.load(run_dir)
+            outcome, error = _outcome_of(info), info.error
+        except UserError as damage:
+            outcome, error = "failed", str(damage)
         metrics = read_metrics_rows(run_dir)[0]
-        if (run_dir / "config.yaml").is_file():  # missing if the run was killed at its start
+        if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
             config = load(run_dir / "config.yaml")
         if (run_dir / "memory.json").is_file():
             plan = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
@@ -115,7 +98,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         device=config.device.name,
         budget_mib=_parse_range(plan, "budget_mib"),
         predicted_mib=_parse_range(plan, "process_mib"),
-        fits=None if plan is None else plan["fits"],
+        fits=plan.get("fits"),
         measured_mib=max(_values(metrics, "memory/process_peak_mib"), default=None),
         images_per_second=_median_speed(metrics),
         val_accuracy=max(_values(metrics, "val/accuracy"), default=None),
@@ -127,8 +110,14 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     )
 
 
-def _parse_range(plan: Mapping[str, Any] | None, key: str) -> MiBRange | None:
-    return None if plan is None or plan[key] is None else MiBRange(*plan[key])
+def _outcome_of(info: RunInfo) -> Outcome:
+    if info.status == "FINISHED":
+        return "oom" if info.oom else "skipped" if info.skipped else "finished"
+    return "failed" if info.status == "FAILED" else "killed"
+
+
+def _parse_range(plan: Mapping[str, Any], key: str) -> MiBRange | None:
+    return None if plan.get(key) is None else MiBRange(*plan[key])
 
 
 def _values(metrics: Sequence[MetricsRow], key: str) -> list[float]:

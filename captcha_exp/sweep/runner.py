@@ -17,7 +17,7 @@ from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.forecast import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
-from captcha_exp.sweep.results import collect_results, outcome_of
+from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.tracking import finalize_run, make_tracker
 
@@ -107,9 +107,10 @@ def _save_summary(
 def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher, display: Display) -> None:
     """Launch each job that is not done; record those that are not to be trained as skipped."""
     display.info(f"sweep {sweep.run_dir}, {len(planned_jobs)} jobs")
-    pending = [each for each in planned_jobs if _last_outcome(sweep, each) not in DONE]
-    if num_done := len(planned_jobs) - len(pending):
-        display.info(f"{num_done} of {len(planned_jobs)} jobs are already done")
+    done = {result.number for result in collect_results(sweep) if result.outcome in DONE}
+    pending = [each for each in planned_jobs if each.job.number not in done]
+    if done:
+        display.info(f"{len(done)} of {len(planned_jobs)} jobs are already done")
     for each in pending:
         if not each.should_train:
             job = each.job
@@ -131,11 +132,6 @@ def _is_out_of_time(sweep: Sweep, deadline: float) -> bool:
     )
 
 
-def _last_outcome(sweep: Sweep, planned_job: PlannedJob) -> str:
-    attempts = sweep.attempts(planned_job.job)
-    return outcome_of(attempts[-1] if attempts else None)
-
-
 def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
     """Write summary.json, .csv, .md and .png."""
     texts = {
@@ -155,7 +151,7 @@ def _finalize_stale_runs(sweep: Sweep, display: Display) -> None:
         for run_dir in sweep.attempts(job):
             while _is_running(run_dir) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            finalize_run(run_dir, "KILLED", None, "killed", display)
+            finalize_run(run_dir, None, display)
 
 
 def _is_running(run_dir: Path) -> bool:

@@ -25,7 +25,7 @@ from captcha_exp.runs import resume
 from captcha_exp.runtime.console import RichDisplay
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import ProcessIdentity
-from captcha_exp.runtime.shutdown import StopReason, defer_signals
+from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
 from captcha_exp.tracking import finalize_run, make_tracker
@@ -274,27 +274,16 @@ def _file_appender(path: Path) -> Callable[[bytes], object]:
 
 def _finalize_run(job: TrainJob, run_dir: Path, error: str | None) -> None:
     """Close the run of a process that has exited without doing so itself: FAILED, or KILLED without error."""
-    status: runs.Status = "KILLED" if error is None else "FAILED"
-    reason: StopReason | None = "killed" if error is None else None
-    with defer_signals():
-        if (run_dir / runs.RunInfo.filename).exists():
-            finalize_run(run_dir, status, error, reason, RichDisplay())
-        else:
-            _record_early_exit(job, run_dir, status, error, reason)
-
-
-def _record_early_exit(
-    job: TrainJob, run_dir: Path, status: runs.Status, error: str | None, reason: StopReason | None
-) -> None:
     display = RichDisplay()
-    # The process exited before it created a run: an error at its start, or it was killed immediately.
-    config = with_tracking_uri(job.requested, root_dir())
-    run = runs.create_run(config, job.requested, run_dir)
-    tracker = make_tracker(config, display, job.choices, job.name, job.parent_run_id)
-    with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
-        tracker.start(run, config)
-    run.close(status, error, reason)
-    tracker.finish(run)
+    with defer_signals():
+        if not (run_dir / runs.RunInfo.filename).exists():
+            # It exited before it created a run: an error at its start, or it was killed immediately.
+            config = with_tracking_uri(job.requested, root_dir())
+            run = runs.create_run(config, job.requested, run_dir)
+            tracker = make_tracker(config, display, job.choices, job.name, job.parent_run_id)
+            with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
+                tracker.start(run, config)
+        finalize_run(run_dir, error, display)
 
 
 def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from captcha_exp.runs import (
     StaleRun,
-    Status,
     find_stale,
     read_metrics_rows,
     remove_partial_runs,
@@ -20,7 +19,6 @@ from captcha_exp.runs import (
 from captcha_exp.runs.info import MlflowRef
 from captcha_exp.runtime.console import Display, escape_unprintable
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.tracking.uri import sqlite_path
 
 if TYPE_CHECKING:
@@ -55,14 +53,12 @@ def close_stale_runs(display: Display) -> list[Path]:
     return [stale.run_dir for stale in (*closed, *synced)]
 
 
-def finalize_run(
-    run_dir: Path, status: Status, error: str | None, stop_reason: StopReason | None, display: Display
-) -> None:
-    """Close a run whose process has exited without doing so, and sync it to MLflow."""
+def finalize_run(run_dir: Path, error: str | None, display: Display) -> None:
+    """Close a run whose process has exited without doing so: FAILED with this error, KILLED without."""
     stale = stale_in(run_dir)
     if stale is not None:
         if stale.info.is_running:
-            stale.close(status, error, stop_reason)
+            stale.finalize(error)
         _sync_all([stale], display)
 
 
@@ -71,7 +67,7 @@ def _close_runs(stale_runs: Sequence[StaleRun[Any]], display: Display) -> list[S
     for stale in stale_runs:
         if stale.info.is_running:
             try:
-                stale.close()
+                stale.finalize()
                 closed.append(stale)
             except OSError as error:
                 display.warn(
