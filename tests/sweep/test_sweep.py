@@ -58,7 +58,7 @@ class Workspace:
         return record.parent
 
     def summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = json.loads((self.run_dir() / "summary.json").read_text())
+        summary: dict[str, Any] = json.loads((self.sweep_dir() / "summary.json").read_text())
         return summary
 
     def jobs(self) -> list[dict[str, Any]]:
