@@ -39,9 +39,10 @@ def _in_folder(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "status": state["status"],
         "error": state["error"],
+        "stop reason": state["stop_reason"],
         "files": [path.relative_to(folder).as_posix() for path in files],
         "files with a SHA-256": sorted(state["files"].keys() - {"code.diff"}),
-        "result": _timeless(state["result"]),
+        "result": _timeless(state["result"] or {}),
         "rows": _rows(folder),
     }
     for path in files:

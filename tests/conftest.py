@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
+from captcha_exp.runs import SweepInfo
+from captcha_exp.runs.info import MlflowRef, ResultSummary, now, running_fields
 from captcha_exp.training import sanity
 
 TINY = (
@@ -86,6 +89,41 @@ def package_logger() -> logging.Logger:
     logger.propagate = True
     logger.setLevel(logging.INFO)
     return logger
+
+
+def edit_record(directory: Path, filename: str = "run.json", **fields: Any) -> dict[str, Any]:
+    """Change fields of a run.json or sweep.json without any check, and return all of them."""
+    path = directory / filename
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return values
+
+
+def mlflow_ref(run_id: str | None = "a1", closed: bool = True) -> MlflowRef:
+    """Return the reference of a record to an MLflow run."""
+    return MlflowRef(uri="sqlite:///a.db", experiment_id="1", run_id=run_id, closed=closed)
+
+
+def result_summary(**fields: Any) -> ResultSummary:
+    """Return the results of a finished run, with other values of these fields."""
+    result = ResultSummary(
+        epochs=3,
+        best_epoch=2,
+        val_accuracy=0.9,
+        test_accuracy=0.875,
+        weights_sha256="ab" * 32,
+        seconds=12.5,
+        process_peak_mib=900.0,
+    )
+    return result.model_copy(update=fields)
+
+
+def sweep_info(**fields: Any) -> dict[str, Any]:
+    """Return the content of the sweep.json of a sweep without jobs, with other values of these fields."""
+    info = SweepInfo(
+        **running_fields(), name="grid", started=now(), code_sha256="", predicted=[], parallelism=1, jobs=[]
+    )
+    return info.model_dump() | fields
 
 
 def generator_config(config: Config) -> CaptchaLibraryConfig:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,8 @@ def test_thread_variables_do_not_change_the_result(
     assert f"weights {json.loads(done.stdout)['weights_sha256']}" in printed
 
 
-def test_sigterm_marks_the_run_killed(root: Path, cache: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_marks_the_run_killed(root: Path, cache: Path, number: signal.Signals) -> None:
     command = [
         sys.executable,
         "-u",
@@ -149,9 +151,10 @@ def test_sigterm_marks_the_run_killed(root: Path, cache: Path) -> None:
     for line in process.stderr:
         if line.startswith("epoch"):
             break
-    process.terminate()
+    process.send_signal(number)
     process.communicate(timeout=60)
 
-    (state,) = (root / "outputs").glob("*/*/run.json")
-    assert process.returncode == 143
-    assert json.loads(state.read_text())["status"] == "KILLED"
+    (path,) = (root / "outputs").glob("*/*/run.json")
+    state = json.loads(path.read_text())
+    assert process.returncode == 128 + number
+    assert (state["status"], state["error"], state["stop_reason"]) == ("KILLED", None, number.name)

@@ -76,10 +76,7 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
         UserError: no such run; the line says how to name one.
     """
     run_dirs = [runs.find_run(name) for name in arguments.run]
-    first, second = (
-        RunFields(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
-        for run_dir in run_dirs
-    )
+    first, second = (RunFields(run_dir, runs.RunInfo.load(run_dir)) for run_dir in run_dirs)
     values: dict[str, Any] = {}
     for title in SECTIONS:
         section = compare_section(title, first, second)
@@ -87,7 +84,7 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
             _print_section(section, (first.short_name, second.short_name), arguments.all)
             continue
         for line in section.errors:
-            logger.warning(escape_unprintable(line))
+            logger.warning(line)
         pairs = {
             key: [None if value is MISSING else finite_or_none(value) for value in section.values(key)]
             for key in section.selected_keys(arguments.all)

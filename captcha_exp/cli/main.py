@@ -128,16 +128,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _report_training(run_dir: Path, arguments: argparse.Namespace) -> int:
-    state = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    from captcha_exp.runs import RunInfo
+
+    info = RunInfo.load(run_dir)
     if arguments.json:
-        _print_json({"run_dir": str(run_dir), "status": state["status"], **state["result"]})
-    elif state["result"]:
+        result = {} if info.result is None else info.result.model_dump()
+        _print_json({"run_dir": str(run_dir), "status": info.status, **result})
+    elif info.result is not None:
         from captcha_exp.cli import output
 
-        output.print_training(run_dir, _program_name())
-    if state["error"] == TimeLimitReached.__name__:  # raised in a child process
+        output.print_training(run_dir, info, _program_name())
+    if info.stop_reason == "time limit":  # raised in a child process
         return TimeLimitReached.exit_code
-    return 0 if state["status"] == "FINISHED" else 1
+    return 0 if info.status == "FINISHED" else 1
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from captcha_exp.runs import RunInfo
 from captcha_exp.runtime.console import escape_unprintable
 
 if TYPE_CHECKING:  # some import torch, which takes seconds
@@ -34,25 +35,21 @@ def get_console() -> Console:
     return out
 
 
-def print_training(run_dir: Path, program: str) -> None:
+def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
     """Print test accuracy, cost, weights and location of a finished run, and suggested next commands."""
-    state, test = (
-        json.loads((run_dir / name).read_text(encoding="utf-8")) for name in ("run.json", "test.json")
-    )
-    result, mlflow = state["result"], state["mlflow"]
+    test, result = json.loads((run_dir / "test.json").read_text(encoding="utf-8")), info.result
+    assert result is not None  # the run has finished
     interval = (test["accuracy_low"], test["accuracy_high"])
     accuracy = _format_accuracy(test["accuracy"], interval, test["correct"], test["images"])
     out = get_console()
     out.print()
-    out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result['best_epoch']}")
-    out.print(
-        f"time {result['seconds']:.0f} s, peak memory {result['process_peak_mib']:,.0f} MiB (whole process)"
-    )
-    out.print(f"weights {result['weights_sha256']}", markup=False)
-    if mlflow:
-        out.print(f"run {mlflow['run_id']}", markup=False)
+    out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result.best_epoch}")
+    out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
+    out.print(f"weights {result.weights_sha256}", markup=False)
+    if info.run_id:
+        out.print(f"run {info.run_id}", markup=False)
     out.print(f"run directory {run_dir}", markup=False)
-    other = "experiment=alnum" if state["name"] != "alnum" else "experiment=quickstart"
+    other = "experiment=alnum" if info.name != "alnum" else "experiment=quickstart"
     out.print("\nnext:")
     for command, description in (
         (f"{program} evaluate latest", "accuracy per character and position, confusions"),

@@ -8,12 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from captcha_exp.cli.hydra_config import ComposedConfig, apply_overrides
 from captcha_exp.config import Config, Machine, flatten, load
 from captcha_exp.errors import UserError
-from captcha_exp.runs import CHECKPOINT_DIR, StaleRun, find_linked, list_checkpoints, make_run_dir
+from captcha_exp.runs import (
+    CHECKPOINT_DIR,
+    Lineage,
+    RunInfo,
+    RunLink,
+    StaleRun,
+    find_linked,
+    list_checkpoints,
+    make_run_dir,
+)
 from captcha_exp.runs import resume as run_resume
 
 logger = logging.getLogger(__name__)
@@ -32,8 +40,7 @@ class ResumePlan:
     """config group -> selected file; with --resume RUN, only those on the command line"""
     run_dir: Path | None = None
     """of the unfinished run to resume; None: a new run"""
-    lineage: Mapping[str, Any] = field(default_factory=dict)
-    """links to other runs, as in run.json"""
+    lineage: Lineage = field(default_factory=Lineage)
     extend_from: Path | None = None
     """the finished run whose final state is the initial state"""
 
@@ -79,7 +86,7 @@ def run_dir_factory(resume_plan: ResumePlan, resume: str) -> Callable[[Config], 
 def _or_resume(plan: ResumePlan, stack: contextlib.ExitStack) -> ResumePlan:
     """Resume an unfinished run with the same config and code if there is one; else return the plan."""
 
-    def find() -> StaleRun | None:
+    def find() -> StaleRun[RunInfo] | None:
         return run_resume.find_resumable(plan.requested, plan.lineage)
 
     stale = stack.enter_context(run_resume.claim(find))
@@ -89,7 +96,7 @@ def _or_resume(plan: ResumePlan, stack: contextlib.ExitStack) -> ResumePlan:
     return replace(plan, run_dir=stale.run_dir)
 
 
-def _report_resume(stale: StaleRun) -> None:
+def _report_resume(stale: StaleRun[RunInfo]) -> None:
     logger.info(f"Resuming {stale.run_dir} {run_resume.describe_progress(stale.run_dir)}")
 
 
@@ -104,14 +111,14 @@ def _plan_named(
     saved = load(named.run_dir / "requested.yaml")
     requested, choices = _requested_config(saved, arguments, composed, machine)
     changes = _changed_keys(saved, requested)
-    if named.state["status"] == "FINISHED":
+    if named.info.status == "FINISHED":
         plan = replace(_plan_extension(name, named, saved, requested, changes), choices=choices)
         _warn_epoch_schedules(requested, set(changes))
         return _or_resume(plan, stack)
-    if "reproduces" in (named.state.get("lineage") or {}):
+    if reproduced := named.info.lineage.reproduces:
         raise UserError(
             f"--resume={name}: is an interrupted reproduction, which cannot be resumed; start it again with "
-            f"captcha-exp reproduce {_reproduced_run(named.state['lineage'])}"
+            f"captcha-exp reproduce {shlex.quote(str(reproduced.run_dir or reproduced.run_id))}"
         )
     if rejected := {key: text for key, text in changes.items() if key != TIME_LIMIT_KEY}:
         raise UserError(
@@ -119,9 +126,9 @@ def _plan_named(
             f"{_format_changes(rejected)}: remove the override, or start a new run with --resume=never"
         )
 
-    def find() -> StaleRun:
+    def find() -> StaleRun[RunInfo]:
         stale = run_resume.find_named(name)
-        if stale.state["status"] == "FINISHED":
+        if stale.info.status == "FINISHED":
             raise UserError(f"--resume={name}: has just finished; add train.epochs=N to train more epochs")
         return stale
 
@@ -133,13 +140,13 @@ def _plan_named(
             "uninterrupted run"
         )
     _report_resume(stale)
-    links = stale.state.get("lineage") or {}
+    extends = stale.info.lineage.extends
     return ResumePlan(
         requested=requested,
         choices=choices,
         run_dir=stale.run_dir,
-        lineage=links,
-        extend_from=_find_extended_run(links, stale.run_dir),
+        lineage=stale.info.lineage,
+        extend_from=None if extends is None else _find_extended_run(extends, stale.run_dir),
     )
 
 
@@ -157,21 +164,21 @@ def _requested_config(
 
 
 def _plan_extension(
-    name: str, finished: StaleRun, saved: Config, requested: Config, changes: Mapping[str, str]
+    name: str, finished: StaleRun[RunInfo], saved: Config, requested: Config, changes: Mapping[str, str]
 ) -> ResumePlan:
     """Plan a new run that starts from the final state of a finished one.
 
     Raises:
         UserError: other values than the epochs change, or there is no state; the line says what to do.
     """
-    result = finished.state["result"]
-    epochs = result.get("epochs", saved.train.epochs) if isinstance(result, dict) else saved.train.epochs
+    result = finished.info.result
+    epochs = saved.train.epochs if result is None else result.epochs
     if rejected := {key: text for key, text in changes.items() if key not in EXTENDABLE_KEYS}:
         raise UserError(
             f"--resume={name}: is finished and can only be extended (train.epochs, train.patience); "
             f"{_format_changes(rejected)}: remove the override, or start a new run with --resume=never"
         )
-    if not result or not list_checkpoints(finished.run_dir / CHECKPOINT_DIR):
+    if result is None or not list_checkpoints(finished.run_dir / CHECKPOINT_DIR):
         raise UserError(
             f"--resume={name}: is finished, but has no checkpoint to extend; start a new run with "
             "--resume=never"
@@ -181,21 +188,12 @@ def _plan_extension(
             f"--resume={name}: finished after epoch {epochs} of {saved.train.epochs}; add a larger "
             "train.epochs=N to start a new run from its final state"
         )
-    run_id = (finished.state["mlflow"] or {}).get("run_id")
-    links = {"extends": {"run_dir": str(finished.run_dir), "run_id": run_id}}
-    return ResumePlan(requested=requested, lineage=links, extend_from=finished.run_dir)
+    link = RunLink(run_dir=str(finished.run_dir), run_id=finished.info.run_id)
+    return ResumePlan(requested=requested, lineage=Lineage(extends=link), extend_from=finished.run_dir)
 
 
-def _reproduced_run(links: Mapping[str, Any]) -> str:
-    """Return the reference run of a reproduction, quoted for the shell."""
-    reference = links["reproduces"]
-    return shlex.quote(str(reference.get("run_dir") or reference.get("run_id")))
-
-
-def _find_extended_run(links: Mapping[str, Any], run_dir: Path) -> Path | None:
-    """Return the finished run that the run with these links extends; None if there is none."""
-    continued = links.get("extends")
-    return (find_linked(continued, run_dir) or Path(continued["run_dir"])) if continued else None
+def _find_extended_run(link: RunLink, run_dir: Path) -> Path:
+    return find_linked(link, run_dir) or Path(str(link.run_dir))
 
 
 def _warn_epoch_schedules(requested: Config, changed_keys: set[str]) -> None:

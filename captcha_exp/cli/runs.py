@@ -110,9 +110,9 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit}: must be at least 1")
     unreadable: list[str] = []
-    known = [RunFields(run_dir, state) for run_dir, state in runs.list_runs(unreadable.append)]
+    known = [RunFields(run.run_dir, run.info) for run in runs.list_runs(unreadable.append)]
     for line in unreadable:
-        logger.warning(escape_unprintable(line))
+        logger.warning(line)
     keys = list(dict.fromkeys([*(each.key for each in conditions), *sort, *columns]))
     if known:
         check_keys(keys, known)
@@ -124,7 +124,7 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
         return [
             {
                 "run_dir": str(run.run_dir),
-                **run.state,
+                **run.info.model_dump(),
                 "values": {key: finite_or_none(run[key]) for key in keys if key in run},
             }
             for run in selected
@@ -180,8 +180,7 @@ def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
     for key in keys:
         table.add_column(Text(escape_unprintable(key)), justify="right")
     for run in selected:
-        result = run.state["result"] if isinstance(run.state["result"], dict) else {}
-        results = ((result.get(key), spec) for key, spec in RESULT_COLUMNS.values())
+        results = ((getattr(run.info.result, key, None), spec) for key, spec in RESULT_COLUMNS.values())
         cells = (
             run.short_name,
             to_text(run["status"]),

@@ -21,11 +21,11 @@ from captcha_exp.cli.hydra_config import run_hydra
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError
-from captcha_exp.runs import StaleRun, code_sha256, read_stale_run, resume
+from captcha_exp.runs import StaleRun, SweepInfo, code_sha256, resume
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
 from captcha_exp.sweep.forecast import plan_jobs
-from captcha_exp.sweep.record import SWEEP_FILE, Job, Sweep
+from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.sweep.supervisor import run_job
@@ -50,7 +50,7 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
 
     def print_summary(sweep: Sweep, summary: SweepSummary) -> None:
         if arguments.json:
-            print(json.dumps({"run_dir": str(sweep.sweep_dir), **summary.to_json()}, indent=2))
+            print(json.dumps({"run_dir": str(sweep.run_dir), **summary.to_json()}, indent=2))
         else:
             output.print_sweep(summary)
             _print_locations(sweep, summary)
@@ -58,7 +58,7 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     with resume.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
         if resumed is not None and arguments.resume == "auto":
-            logger.info(f"Resuming {resumed.sweep_dir}, an unfinished sweep with the same jobs")
+            logger.info(f"Resuming {resumed.run_dir}, an unfinished sweep with the same jobs")
         planned = plan_jobs(jobs if resumed is None else resumed.jobs)
         parallelism = min(grid.n_jobs, len(planned))
         minutes = _max_minutes(jobs if resumed is None or grid.override_keys else resumed.jobs)
@@ -96,42 +96,41 @@ def _with_oom_recorded(config: Config) -> Config:
     return replace(config, train=replace(config.train, on_oom=on_oom))
 
 
-def _find_resumable(arguments: argparse.Namespace, grid: Grid, jobs: Sequence[Job]) -> StaleRun | None:
+def _find_resumable(
+    arguments: argparse.Namespace, grid: Grid, jobs: Sequence[Job]
+) -> StaleRun[SweepInfo] | None:
     """Return the sweep to resume; None to start a new one.
 
     Raises:
-        UserError: the named sweep is running, has other jobs, or has no process id; the line says which.
+        UserError: the named sweep is running or has other jobs; the line says which.
     """
     if arguments.resume == "never":
         return None
     if arguments.resume == "auto":
         sweep = _find_latest_unfinished(jobs)
-        return None if sweep is None else read_stale_run(sweep.sweep_dir / SWEEP_FILE)
+        return None if sweep is None else StaleRun(sweep.run_dir, sweep.info)
     sweep = record.find_sweep(arguments.resume)
-    if record.is_running(sweep):
-        raise UserError(f"--resume={arguments.resume}: its process {sweep.state['pid']} is still running")
+    if sweep.info.has_live_process():
+        raise UserError(f"--resume={arguments.resume}: its process {sweep.info.pid} is still running")
     if grid.override_keys - {TIME_LIMIT_KEY} and not record.has_same_jobs(sweep, jobs):
         raise UserError(
             f"--resume={arguments.resume}: has other jobs than these overrides; remove the overrides to "
             "resume it unchanged, or start a new sweep with --resume=never"
         )
-    stale = read_stale_run(sweep.sweep_dir / SWEEP_FILE)
-    if stale is None:
-        raise UserError(f"--resume={arguments.resume}: {sweep.sweep_dir / SWEEP_FILE} has no process id")
-    return stale
+    return StaleRun(sweep.run_dir, sweep.info)
 
 
 def _find_latest_unfinished(jobs: Sequence[Job]) -> Sweep | None:
     """Return the latest sweep with these jobs if it is unfinished, not running, and has the same code."""
     for sweep in reversed(record.list_sweeps()):
-        is_over = sweep.state["status"] == "FINISHED" or record.is_running(sweep)
+        is_over = sweep.info.status == "FINISHED" or sweep.info.has_live_process()
         if is_over or not record.has_same_jobs(sweep, jobs):
             continue
-        if sweep.state.get("code_sha256") == code_sha256():
+        if sweep.info.code_sha256 == code_sha256():
             return sweep
         logger.info(
-            f"{sweep.sweep_dir}: unfinished sweep with the same jobs, but started with different code; "
-            f"resume it with --resume={shlex.quote(str(sweep.sweep_dir))}"
+            f"{sweep.run_dir}: unfinished sweep with the same jobs, but started with different code; "
+            f"resume it with --resume={shlex.quote(str(sweep.run_dir))}"
         )
         return None
     return None
@@ -178,17 +177,17 @@ def _quote_for_hydra(text: str) -> str:
 def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
     """Print the sweep directory and the MLflow pages of the sweep."""
     out = output.get_console()
-    out.print(f"sweep directory {sweep.sweep_dir} (summary.png, .json, .csv)", markup=False)
-    mlflow, run_ids = sweep.state["mlflow"], [result.run_id for result in summary.results if result.run_id]
+    out.print(f"sweep directory {sweep.run_dir} (summary.png, .json, .csv)", markup=False)
+    mlflow, run_ids = sweep.info.mlflow, [result.run_id for result in summary.results if result.run_id]
     if mlflow is None:
         return
     from captcha_exp.tracking import compare_url, ui_url
 
-    server = ui_url(mlflow["uri"])
-    out.print(f"run {mlflow['run_id']}", markup=False)
-    if not mlflow["uri"].startswith("http"):
+    server = ui_url(mlflow.uri)
+    out.print(f"run {mlflow.run_id}", markup=False)
+    if not mlflow.uri.startswith("http"):
         out.print("start captcha-exp ui, then compare the runs at", markup=False)
-    out.print(compare_url(server, mlflow["experiment_id"], run_ids), markup=False)
+    out.print(compare_url(server, mlflow.experiment_id, run_ids), markup=False)
 
 
 def run_hydra_job(config: "DictConfig") -> None:

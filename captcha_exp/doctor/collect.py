@@ -209,9 +209,7 @@ def _collect_runs() -> dict[str, Any]:
     unreadable: list[str] = []
     list_runs(warn=unreadable.append)
     return {
-        "stale_runs": tuple(
-            (str(run.run_dir), int(run.state["pid"])) for run in find_stale() if run.is_running
-        ),
+        "stale_runs": tuple((str(run.run_dir), run.info.pid) for run in find_stale() if run.info.is_running),
         "unreadable_runs": tuple(unreadable),
     }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.reproduce.changes import Change
-from captcha_exp.reproduce.compare import TOLERANCES, Difference, Verdict
+from captcha_exp.reproduce.compare import Difference, Verdict
 
 Role: TypeAlias = Literal["cause", "suspect", "ruled_out"]
 
@@ -82,8 +82,3 @@ def format_verdict(
 def _join_truncated(items: Sequence[str]) -> str:
     more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
     return ", ".join(items[:MAX_NAMED]) + more
-
-
-def tolerances() -> dict[str, str]:
-    """Return the criteria of an equivalent run, for reproduction.json."""
-    return dict(TOLERANCES)

@@ -28,7 +28,7 @@ NO_EFFECT_CODE = (
 )
 """path prefixes of code that does not affect results; the saved config has all values taken from conf/"""
 
-DEVICE_FIELDS = {
+DEVICE_FIELDS: dict[str, tuple[str, Affects]] = {
     "cpu": ("CPU", "numbers"),
     "cpu_capability": ("CPU capability", "numbers"),
     "cores": ("cores", "nothing"),  # device.threads is the number used
@@ -112,9 +112,8 @@ def from_record(reference: ReferenceRun) -> list[Change]:
     ]
     if reference.config_file_status == "values may differ":
         changes.append(Change("the run's config.yaml", "original", "modified", "numbers"))
-    for entry in reference.state.get("resumed") or ():
-        for key, pair in _as_mapping(_as_mapping(entry).get("changed")).items():
-            before, after = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
+    for resumption in reference.info.resumed:
+        for key, (before, after) in resumption.changed.items():
             changes.append(Change(f"on resume: {key}", before, after, _affects(key), is_headline=False))
     return changes
 
@@ -130,10 +129,9 @@ def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
     if old.get("python") != new.get("python"):
         changes.append(Change("python", old.get("python"), new.get("python"), "numbers"))
     devices = _as_mapping(old.get("device")), _as_mapping(new.get("device"))
-    for key, (name, effect) in DEVICE_FIELDS.items():
+    for key, (name, affects) in DEVICE_FIELDS.items():
         before, after = (device.get(key, ABSENT) for device in devices)
         if before != after:
-            affects: Affects = "numbers" if effect == "numbers" else "nothing"
             changes.append(Change(name, before, after, affects, is_headline=affects != "nothing"))
     if "variables" in old:
         changes += _variable_changes(_as_mapping(old["variables"]), _as_mapping(new.get("variables")))
@@ -183,7 +181,7 @@ def _affects(key: str) -> Affects:
         return "nothing"
     if key == "variables.FREETYPE_PROPERTIES":
         return "images"
-    return "nothing" if group == "device" and DEVICE_FIELDS.get(name, ("", ""))[1] == "nothing" else "numbers"
+    return DEVICE_FIELDS.get(name, ("", "numbers"))[1] if group == "device" else "numbers"
 
 
 # -- code ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Load the reference run: its config, manifests and results, and whether files were modified since."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -11,8 +11,8 @@ import safetensors
 from captcha_exp.config import Config, load
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
-from captcha_exp.runs import MetricsRow, check_run_format, find_linked, read_metrics_rows
-from captcha_exp.runs.fields import flatten, read_flat_config
+from captcha_exp.runs import RunInfo, RunLink, find_linked, read_metrics_rows
+from captcha_exp.runs.fields import flatten, read_flat_config, read_json
 from captcha_exp.runs.files import list_run_files
 from captcha_exp.runtime.files import sha256_of
 
@@ -49,7 +49,7 @@ class ReferenceRun:
     run_dir: Path
     store_uri: str | None
     """MLflow store that the run was downloaded from; None for a local run directory"""
-    state: Mapping[str, Any]
+    info: RunInfo
     config: Config
     """without train.max_minutes, which limited one process"""
     result: RunResult
@@ -61,24 +61,17 @@ class ReferenceRun:
     """state of config.yaml if `config_edits` is empty"""
 
     @property
-    def run_id(self) -> str | None:
-        """MLflow run ID."""
-        run_id = _as_mapping(self.state["mlflow"]).get("run_id")
-        return run_id if isinstance(run_id, str) else None
-
-    @property
     def location(self) -> str:
         """The run directory, or the MLflow run and its store."""
         if self.store_uri is None:
             return str(self.run_dir)
-        return f"MLflow run {self.run_id} of {self.store_uri}"
+        return f"MLflow run {self.info.run_id} of {self.store_uri}"
 
     @property
-    def link(self) -> dict[str, str | None]:
+    def link(self) -> RunLink:
         """Reference to this run for the record of another run."""
-        if self.store_uri is None:
-            return {"run_dir": str(self.run_dir), "run_id": self.run_id}
-        return {"run_dir": None, "run_id": self.run_id, "store": self.store_uri}
+        run_dir = str(self.run_dir) if self.store_uri is None else None
+        return RunLink(run_dir=run_dir, run_id=self.info.run_id, store=self.store_uri)
 
     def find_extended_run(self) -> Path | None:
         """Return the directory of the run that this one extends; None if it started from fresh weights.
@@ -86,22 +79,16 @@ class ReferenceRun:
         Raises:
             UserError: the extended run is missing; copy it back.
         """
-        link = self.extends
+        link = self.info.lineage.extends
         if link is None:
             return None
         run_dir = find_linked(link, self.run_dir)
         if run_dir is None:
             raise UserError(
-                f"{self.location}: extends {link.get('run_dir')} (MLflow run "
-                f"{link.get('run_id') or 'none'}), which was not found; copy it back, or next to this run"
+                f"{self.location}: extends {link.run_dir} (MLflow run "
+                f"{link.run_id or 'none'}), which was not found; copy it back, or next to this run"
             )
         return run_dir
-
-    @property
-    def extends(self) -> Mapping[str, Any] | None:
-        """Reference to the run that this one extends."""
-        link = _as_mapping(self.state.get("lineage")).get("extends")
-        return None if link is None else _as_mapping(link)
 
 
 def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
@@ -110,16 +97,17 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
     Raises:
         UserError: the run has no result to compare with, or a file is missing or damaged.
     """
-    state = _read_json(run_dir / "run.json")
-    check_run_format(run_dir, state)
-    if state.get("status") != "FINISHED":
-        raise UserError(f"{run_dir}: status {state.get('status')}; only a FINISHED run can be reproduced")
-    if state.get("oom") is not None:
+    info = RunInfo.load(run_dir)
+    if info.status != "FINISHED":
+        raise UserError(f"{run_dir}: status {info.status}; only a FINISHED run can be reproduced")
+    if info.oom is not None:
         raise UserError(f"{run_dir}: the run ran out of memory and has no weights to compare with")
+    if info.result is None:
+        raise UserError(f"{run_dir}: the run has no result to compare with")
     for name in REQUIRED_FILES:
         if not (run_dir / name).is_file():
             raise UserError(f"{run_dir}: {name} is missing; it is required to reproduce the run")
-    changed_files = _find_changed_files(run_dir, _as_mapping(state.get("files")))
+    changed_files = _find_changed_files(run_dir, info.files)
     saved = read_flat_config(run_dir)
     trained = _config_of_weights(run_dir / "model.safetensors")
     edits: dict[str, tuple[Any, Any]] = {}
@@ -128,7 +116,7 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
             pair = trained.get(key, ABSENT), saved.get(key, ABSENT)
             if json.dumps(pair[0]) != json.dumps(pair[1]):
                 edits[key] = pair
-    initial_sha256 = _as_mapping(state.get("configs")).get("config.yaml")
+    initial_sha256 = info.configs.get("config.yaml")
     edited_early = initial_sha256 is not None and initial_sha256 != sha256_of(run_dir / "config.yaml")
     config_file_status: ConfigFileStatus = "unchanged"
     if not edits and (edited_early or "config.yaml" in changed_files):
@@ -138,58 +126,48 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
     return ReferenceRun(
         run_dir=run_dir,
         store_uri=store_uri,
-        state=state,
+        info=info,
         config=_load_config(run_dir, "config.yaml" in changed_files),
-        result=load_result(run_dir, state),
+        result=load_result(run_dir, info),
         config_edits=edits,
         changed_files=changed_files,
         config_file_status=config_file_status,
     )
 
 
-def load_result(run_dir: Path, state: Mapping[str, Any]) -> RunResult:
+def load_result(run_dir: Path, info: RunInfo) -> RunResult:
     """Load the results of the run in a directory.
 
     Raises:
         UserError: a file of the run is damaged.
     """
+    assert info.result is not None  # the run has finished
     rows, broken = read_metrics_rows(run_dir)
     if broken or not rows:
         reason = f"line {', '.join(map(str, broken))} is damaged" if broken else "no metrics"
         raise UserError(f"{run_dir / 'metrics.jsonl'}: {reason}; the run cannot be compared")
-    dataset, test = _read_json(run_dir / "dataset.json"), _read_json(run_dir / "test.json")
+    metrics_by_epoch: dict[int, dict[str, float]] = {}
+    for row in rows:
+        metrics_by_epoch.setdefault(row.step, {}).update(row.metrics)
+    dataset, test = read_json(run_dir / "dataset.json"), read_json(run_dir / "test.json")
     code_file = run_dir / "code.json"
     try:
         return RunResult(
-            metrics_by_epoch=_metrics_by_epoch(rows),
+            metrics_by_epoch=metrics_by_epoch,
             dataset=_check_manifest(dataset),
-            environment=_read_json(run_dir / "environment.json"),
+            environment=read_json(run_dir / "environment.json"),
             misreads={
                 str(misread["image"]): (str(misread["label"]), str(misread["predicted"]))
                 for misread in test["misreads"]
             },
             num_test_images=int(test["images"]),
-            code_hashes=_read_json(code_file) if code_file.is_file() else {},
-            weights_sha256=str(_as_mapping(state["result"])["weights_sha256"]),
+            code_hashes=read_json(code_file) if code_file.is_file() else {},
+            weights_sha256=info.result.weights_sha256,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{run_dir}: damaged run record ({type(error).__name__}: {error}); the run cannot be compared"
         ) from None
-
-
-def _metrics_by_epoch(rows: Sequence[MetricsRow]) -> dict[int, dict[str, float]]:
-    """Merge the rows by epoch.
-
-    Raises:
-        TypeError: a step or a metric is not a number.
-    """
-    epochs: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if not all(isinstance(value, int | float) for value in (row.step, *row.metrics.values())):
-            raise TypeError("a step or a metric is not a number")
-        epochs.setdefault(row.step, {}).update(row.metrics)
-    return epochs
 
 
 def _check_manifest(dataset: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +199,7 @@ def _load_config(run_dir: Path, is_changed: bool) -> Config:
         raise UserError(*error.lines, f"{path}: invalid for the current code: {hint}") from None
 
 
-def _find_changed_files(run_dir: Path, files: Mapping[str, Any]) -> tuple[str, ...]:
+def _find_changed_files(run_dir: Path, files: Mapping[str, str]) -> tuple[str, ...]:
     """List files modified since the run finished, and removed ones of `READ_FILES`."""
     paths = {path.relative_to(run_dir).as_posix(): path for path in list_run_files(run_dir)}
     return tuple(
@@ -238,19 +216,3 @@ def _config_of_weights(path: Path) -> dict[str, Any] | None:
             return flatten(config_from_metadata(file.metadata() or {}))
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: {path.name} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object, so not part of a run record")
-    return values
-
-
-def _as_mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

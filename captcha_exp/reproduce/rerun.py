@@ -11,14 +11,13 @@ from typing import Any
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import RunFailed
 from captcha_exp.reproduce import changes, compare, images
-from captcha_exp.reproduce.causes import AttributedChange, attribute, format_verdict, tolerances
+from captcha_exp.reproduce.causes import AttributedChange, attribute, format_verdict
 from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import Difference, Verdict
 from captcha_exp.reproduce.overrides import with_overrides
 from captcha_exp.reproduce.reference import ReferenceRun, load_result
-from captcha_exp.runs import Run
+from captcha_exp.runs import Lineage, Run
 from captcha_exp.runs.source_code import git_info, hash_source_files
-from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.training import train
 from captcha_exp.training.oom import TrainingOutOfMemoryError
 from captcha_exp.training.recorder import Tracker
@@ -58,7 +57,7 @@ class Reproduction:
             "num_epochs": self.num_epochs,
             "num_test_images": self.num_test_images,
             "weights_sha256": self.weights_sha256,
-            "tolerances": tolerances(),
+            "tolerances": compare.TOLERANCES,
         }
 
 
@@ -85,13 +84,14 @@ def reproduce(
     def on_complete(run: Run) -> None:
         reproduction = _compare_runs(reference, config, overrides, known_changes, run)
         run.write_json("reproduction.json", reproduction.to_json())
-        tags = {"reproduces": reference.run_id or reference.location, "reproduction": reproduction.verdict}
-        run.update(tags={**run.state["tags"], **tags})
+        tags = {
+            "reproduces": reference.info.run_id or reference.location,
+            "reproduction": reproduction.verdict,
+        }
+        run.update(tags={**run.info.tags, **tags})
         reproductions.append(reproduction)
 
-    lineage: dict[str, Any] = {"reproduces": reference.link}
-    if reference.extends is not None:
-        lineage["extends"] = dict(reference.extends)
+    lineage = Lineage(reproduces=reference.link, extends=reference.info.lineage.extends)
     extend_from = reference.find_extended_run()
     try:
         train.train(
@@ -109,7 +109,7 @@ def _compare_runs(
     known_changes: Sequence[Change],
     run: Run,
 ) -> Reproduction:
-    expected, actual = reference.result, load_result(run.run_dir, run.state)
+    expected, actual = reference.result, load_result(run.run_dir, run.info)
     verdict = compare.compute_verdict(expected, actual)
     differences = compare.find_differences(expected, actual)
     deterministic = config.train.deterministic
@@ -138,14 +138,10 @@ def _report_record(reference: ReferenceRun) -> None:
     """Warn about files modified after the run finished."""
     edits = [each.describe() for each in changes.from_config(reference.config_edits)]
     if edits:
-        logger.warning(
-            escape_unprintable(f"config.yaml was edited after the run finished: {', '.join(edits)}")
-        )
+        logger.warning(f"config.yaml was edited after the run finished: {', '.join(edits)}")
     for name in reference.changed_files:
         if name != "config.yaml" or not edits:
-            logger.warning(
-                escape_unprintable(f"{name} was modified after the run finished (SHA-256 differs)")
-            )
+            logger.warning(f"{name} was modified after the run finished (SHA-256 differs)")
 
 
 def _report_code(reference: ReferenceRun) -> None:
@@ -165,7 +161,7 @@ def _report_code(reference: ReferenceRun) -> None:
         names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
         message = f"the code differs from that of the run ({changes.describe_code(environment)}): {names}"
     command = _checkout_command(reference, run_git or {}, in_checkout=bool(current_git))
-    logger.warning(escape_unprintable(f"{message}; to restore it: {command}"))
+    logger.warning(f"{message}; to restore it: {command}")
 
 
 def _checkout_command(reference: ReferenceRun, git: Mapping[str, Any], in_checkout: bool) -> str:

@@ -5,48 +5,38 @@ import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import psutil
 
 from captcha_exp.config import Config, flatten, load, to_yaml
 from captcha_exp.errors import UserError
-from captcha_exp.runs.run import RUN_FORMAT, Run, config_sha256, now_iso, read_metrics_rows, read_run_json
+from captcha_exp.runs.info import Lineage, Resumption, RunInfo, now, running_fields
+from captcha_exp.runs.run import Run, config_sha256, read_metrics_rows
 from captcha_exp.runtime.files import sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import process_identity
 
 CONFIG_FILES = ("config.yaml", "requested.yaml")  # the resolved and the requested config
 
 
 def create_run(
-    config: Config, requested: Config, run_dir: Path | None = None, lineage: Mapping[str, Any] | None = None
+    config: Config, requested: Config, run_dir: Path | None = None, lineage: Lineage | None = None
 ) -> Run:
-    """Create a run in `run_dir`, or in a new directory outputs/<date>/<time>-<name>.
-
-    `lineage` names the run that this one derives from: {"reproduces": {"run_dir": ..., "run_id": ...}}.
-    """
-    state = {
-        "format": RUN_FORMAT,
-        "name": config.name,
-        "started": now_iso(),
-        **_running_fields(),
-        "mlflow": None,
-        "config_sha256": config_sha256(requested),
-        "lineage": dict(lineage or {}),
-        "resumed": [],
-        "tags": {},
-        "warnings": [],
-        "result": {},
-    }
+    """Create a run in `run_dir`, or in a new directory outputs/<date>/<time>-<name>."""
+    info = RunInfo(
+        **running_fields(),
+        name=config.name,
+        started=now(),
+        config_sha256=config_sha256(requested),
+        lineage=lineage or Lineage(),
+    )
     if run_dir is not None:
         run_dir.mkdir(exist_ok=True)
-        return _init_run(run_dir, config, requested, state)
+        return _init_run(run_dir, config, requested, info)
     # Written to a temporary directory and renamed, so a kill never leaves an incomplete run directory.
     temporary = root_dir() / "outputs" / f".{uuid4().hex}.{os.getpid()}.part"
     temporary.mkdir(parents=True)
-    run = _init_run(temporary, config, requested, state)
+    run = _init_run(temporary, config, requested, info)
     run.run_dir = make_run_dir(config.name)
     if os.name == "nt":  # Windows cannot rename onto an existing directory, even an empty one
         run.run_dir.rmdir()
@@ -62,11 +52,12 @@ def remove_partial_runs() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _init_run(run_dir: Path, config: Config, requested: Config, state: dict[str, Any]) -> Run:
+def _init_run(run_dir: Path, config: Config, requested: Config, info: RunInfo) -> Run:
     # Configs first: a directory with a run.json always has its configs.
     for name, values in zip(CONFIG_FILES, (config, requested), strict=True):
         write_atomically(run_dir / name, to_yaml(values).encode())
-    return Run(run_dir, state | {"configs": {name: sha256_of(run_dir / name) for name in CONFIG_FILES}})
+    configs = {name: sha256_of(run_dir / name) for name in CONFIG_FILES}
+    return Run(run_dir, info.model_copy(update={"configs": configs}))
 
 
 def reopen_run(run_dir: Path) -> Run:
@@ -78,8 +69,8 @@ def reopen_run(run_dir: Path) -> Run:
     Raises:
         UserError: A config file was modified since the run started; restore the value that the message names.
     """
-    state = read_run_json(run_dir / "run.json")
-    _check_configs(run_dir, state.get("configs", {}))
+    info = RunInfo.load(run_dir)
+    _check_configs(run_dir, info.configs)
     for part in run_dir.rglob(".*.part"):
         part.unlink()
     path = run_dir / "metrics.jsonl"
@@ -89,13 +80,13 @@ def reopen_run(run_dir: Path) -> Run:
     if damaged_lines:
         write_atomically(run_dir / "metrics.jsonl.damaged", path.read_bytes())
         write_atomically(path, "".join(row.to_line() for row in rows).encode())
-    if state["mlflow"] is not None:
-        state["mlflow"] = {**state["mlflow"], "closed": False}
-    resumed = [*state.get("resumed", ()), {"at": now_iso(), "host": state["host"]}]
-    return Run(run_dir, {**state, **_running_fields(), "resumed": resumed})
+    resumed = [*info.resumed, Resumption(at=now(), host=info.host)]
+    run = Run(run_dir, info.model_copy(update={**running_fields(), "resumed": resumed, "files": {}}))
+    run.update_mlflow(closed=False)
+    return run
 
 
-def _check_configs(run_dir: Path, expected: Mapping[str, Any]) -> None:
+def _check_configs(run_dir: Path, expected: Mapping[str, str]) -> None:
     changed = [name for name, sha256 in expected.items() if sha256_of(run_dir / name) != sha256]
     if not changed:
         return
@@ -111,11 +102,6 @@ def _check_configs(run_dir: Path, expected: Mapping[str, Any]) -> None:
         f"{run_dir / changed[0]}: was modified since the run started{detail}; restore it, or start a new run "
         "with --resume=never"
     )
-
-
-def _running_fields() -> dict[str, Any]:
-    """Return the fields of run.json while this process works on the run."""
-    return {"status": "RUNNING", "ended": None, **process_identity(), "error": None, "files": {}}
 
 
 def make_run_dir(name: str) -> Path:

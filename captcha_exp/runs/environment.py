@@ -26,16 +26,9 @@ _PACKAGES = (
     "mlflow",
 )
 _NUMERICS_PREFIXES = (
-    *("ATEN_", "TORCH", "PYTORCH_", "NPY_"),  # kernel selection in torch and NumPy
-    *(
-        "ONEDNN_",
-        "DNNL_",
-        "MKL_",
-        "MKLDNN_",
-        "OPENBLAS_",
-        "BLIS_",
-        "VECLIB_",
-    ),  # and in the libraries that they call
+    # Kernel selection in torch and NumPy, and in the libraries that they call.
+    *("ATEN_", "TORCH", "PYTORCH_", "NPY_"),
+    *("ONEDNN_", "DNNL_", "MKL_", "MKLDNN_", "OPENBLAS_", "BLIS_", "VECLIB_"),
     *("OMP_", "GOMP_", "KMP_"),  # threading
     *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_OVERRIDE"),
     *("GLIBC_TUNABLES", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_"),  # which math library is loaded

@@ -15,10 +15,9 @@ from typing import Any
 import yaml
 
 from captcha_exp.errors import UserError
-from captcha_exp.runs.run import MetricsRow
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runs.info import RunInfo, SweepInfo
+from captcha_exp.runs.run import read_metrics_rows
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,7 @@ RUN_KEYS = (
     "run_dir",
     "run_id",
     "error",
+    "stop_reason",
     "epochs",
     "best_epoch",
     "seconds",
@@ -39,6 +39,7 @@ RUN_KEYS = (
 """Keys of run.json. status: also "stale", for a running run whose process has exited; run_dir and sweep:
 relative to outputs/; oom: whether the run ran out of memory"""
 
+_RESULT_KEYS = {"epochs", "best_epoch", "seconds", "weights_sha256"}
 _DATASET_KEYS = (
     "key",
     "provenance",
@@ -55,8 +56,8 @@ _NESTING_CHARS = "[{-?"  # without these, only indentation nests YAML
 class RunFields:
     """The values of one run by key. Files are read on first use; unreadable ones are logged."""
 
-    def __init__(self, run_dir: Path, state: Mapping[str, Any]) -> None:
-        self.run_dir, self.state = run_dir, state
+    def __init__(self, run_dir: Path, info: RunInfo) -> None:
+        self.run_dir, self.info = run_dir, info
         self.short_name = short_name(run_dir)
 
     def __contains__(self, key: str) -> bool:
@@ -79,9 +80,18 @@ class RunFields:
         Raises:
             UserError: metrics.jsonl is missing or unreadable.
         """
-        best = _as_mapping(self.state["result"]).get("best_epoch")
+        path = self.run_dir / "metrics.jsonl"
+        if not path.exists():
+            raise UserError(f"{self.run_dir}: has no {path.name}")
+        try:
+            rows, damaged_lines = read_metrics_rows(self.run_dir)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        for number, damage in damaged_lines.items():
+            logger.warning(f"{path}, line {number}: skipped: {damage}")
+        best = None if self.info.result is None else self.info.result.best_epoch
         values_by_step: dict[str, dict[int, float]] = {}
-        for row in _iter_rows(self.run_dir / "metrics.jsonl"):
+        for row in rows:
             for key, value in row.metrics.items():
                 values_by_step.setdefault(key, {})[row.step] = value  # the last row of a repeated step counts
         values = {key: _aggregate(key, by_step, best) for key, by_step in values_by_step.items()}
@@ -94,24 +104,21 @@ class RunFields:
 
     @cached_property
     def _run_json(self) -> dict[str, Any]:
-        state = self.state
-        result = _as_mapping(state["result"])
+        info, sweep_dir = self.info, self.run_dir.parent
         fields = {
-            "name": state["name"],
-            "status": "stale" if state["status"] == "RUNNING" and not is_alive(state) else state["status"],
-            "started": state["started"],
+            "name": info.name,
+            "status": "stale" if info.is_running and not info.has_live_process() else info.status,
+            "started": info.started.isoformat(timespec="microseconds"),
             "run_dir": self.short_name,
-            "run_id": _as_mapping(state["mlflow"]).get("run_id"),
+            "run_id": info.run_id,
+            "error": info.error,
+            "stop_reason": info.stop_reason,
+            "oom": info.oom is not None,
         }
-        fields |= {key: state[key] for key in ("error",) if key in state}
-        fields |= {
-            key: result[key] for key in ("epochs", "best_epoch", "seconds", "weights_sha256") if key in result
-        }
-        if "oom" in state:
-            fields["oom"] = state["oom"] is not None
-        if "sweep" in state:
-            sweep_dir = _as_mapping(state["sweep"]).get("run_dir")
-            fields["sweep"] = short_name(Path(sweep_dir)) if isinstance(sweep_dir, str) else None
+        if info.result is not None:
+            fields |= info.result.model_dump(include=_RESULT_KEYS)
+        if (sweep_dir / SweepInfo.filename).is_file():
+            fields["sweep"] = short_name(sweep_dir)
         return fields
 
     @cached_property
@@ -119,7 +126,7 @@ class RunFields:
         try:
             return read_flat_config(self.run_dir)
         except UserError as error:
-            logger.warning(escape_unprintable(str(error)))
+            logger.warning(str(error))
             return {}
 
     @cached_property
@@ -129,7 +136,7 @@ class RunFields:
         try:
             return self.metrics()
         except UserError as error:
-            logger.warning(escape_unprintable(str(error)))
+            logger.warning(str(error))
             return {}
 
 
@@ -179,10 +186,10 @@ def read_flat_dataset(run_dir: Path) -> dict[str, Any]:
     return chosen | ({"rejected": len(rejected)} if isinstance(rejected, list) else {})
 
 
-def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: object) -> float | None:
+def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -> float | None:
     """Return the aggregated value; None if the best epoch has none."""
     match key.partition("/")[0]:
-        case "train" | "val" if isinstance(best_epoch, int):
+        case "train" | "val" if best_epoch is not None:
             return by_step.get(best_epoch)
         case "memory":
             return max(by_step.values())
@@ -190,20 +197,6 @@ def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: object) -> fl
             return statistics.median(by_step.values())
         case _:
             return by_step[max(by_step)]
-
-
-def _iter_rows(path: Path) -> Iterator[MetricsRow]:
-    text = _read_bytes(path).decode(errors="replace")  # a line of invalid UTF-8 fails its checksum
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            row = MetricsRow.from_line(line)
-            values = row.metrics.values() if isinstance(row.metrics, dict) else [None]
-            if not all(isinstance(value, int | float) for value in (row.step, *values)):
-                raise ValueError("a step or a metric is not a number")
-        except (ValueError, RecursionError) as error:
-            logger.warning(escape_unprintable(f"{path}, line {number}: skipped: {_one_line(error)}"))
-            continue
-        yield row
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -215,11 +208,26 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _read_flat_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a run.
+
+    Raises:
+        UserError: The file is missing, unreadable or not an object.
+    """
     try:
-        return dict(_iter_leaves(json.loads(_read_bytes(path))))
+        values = json.loads(_read_bytes(path))
+        if not isinstance(values, dict):
+            raise ValueError("not an object with keys and values")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+    return values
+
+
+def _read_flat_json(path: Path) -> dict[str, Any]:
+    try:
+        return flatten(read_json(path))
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read: nested too deeply") from None
 
 
 def flatten(node: object) -> dict[str, Any]:
@@ -257,10 +265,6 @@ def _check_plain(node: Any, seen: set[int]) -> None:
         seen.add(id(node))
         for inner in node.values() if isinstance(node, dict) else node:
             _check_plain(inner, seen)
-
-
-def _as_mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,6 +17,8 @@ import safetensors
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
+from captcha_exp.runs.fields import read_json
+from captcha_exp.runs.info import InfoT, Lineage, Record, RunInfo, SweepInfo
 from captcha_exp.runs.run import (
     CHECKPOINT_DIR,
     config_sha256,
@@ -26,10 +28,9 @@ from captcha_exp.runs.run import (
     resolve_dir,
 )
 from captcha_exp.runs.source_code import code_sha256
-from captcha_exp.runs.stale import StaleRun, read_stale_run, stale_lock
-from captcha_exp.runtime.files import write_json
+from captcha_exp.runs.stale import StaleRun, stale_lock
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import is_alive, is_remote, process_identity
+from captcha_exp.runtime.process import ProcessIdentity, identify_process
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ LOCK_TIMEOUT_SECONDS = 60.0  # another process may be syncing many runs to MLflo
 _Resumability: TypeAlias = Literal["resumable", "other code", "other host", "no"]
 
 
-def find_resumable(requested: Config, lineage: Mapping[str, Any] | None = None) -> StaleRun | None:
+def find_resumable(requested: Config, lineage: Lineage) -> StaleRun[RunInfo] | None:
     """Return the newest resumable run in outputs/ with this requested config, or None.
 
     Logs the newest run that is skipped because other code started it or because it may still run on
@@ -46,12 +47,12 @@ def find_resumable(requested: Config, lineage: Mapping[str, Any] | None = None) 
     """
     code = code_sha256()
     has_logged = False
-    for run_dir, _ in reversed(list_runs()):
-        stale = read_stale_run(run_dir / "run.json")
-        if stale is None or (run_dir.parent / "sweep.json").is_file():
+    for run in reversed(list_runs()):
+        if (run.run_dir.parent / SweepInfo.filename).is_file():
             continue
-        resumability = _resumability(stale, requested, code, lineage or {})
-        logger.debug(f"{run_dir}: can be resumed: {resumability}")
+        stale = StaleRun(run.run_dir, run.info)
+        resumability = _resumability(stale, requested, code, lineage)
+        logger.debug(f"{run.run_dir}: can be resumed: {resumability}")
         if resumability == "resumable":
             return stale
         if resumability != "no" and not has_logged:
@@ -60,33 +61,31 @@ def find_resumable(requested: Config, lineage: Mapping[str, Any] | None = None) 
     return None
 
 
-def find_resumable_job(run_dir: Path, requested: Config) -> StaleRun | None:
+def find_resumable_job(run_dir: Path, requested: Config) -> StaleRun[RunInfo] | None:
     """Return the run in this job directory of a sweep if it is resumable with this requested config."""
-    stale = read_stale_run(run_dir / "run.json")
-    if stale is None or _resumability(stale, requested, code_sha256(), {}) != "resumable":
+    stale = StaleRun.load(RunInfo, run_dir)
+    if stale is None or _resumability(stale, requested, code_sha256(), Lineage()) != "resumable":
         return None
     return stale
 
 
-def find_named(name: str) -> StaleRun:
+def find_named(name: str) -> StaleRun[RunInfo]:
     """Return the run to resume by its directory, by a prefix of its MLflow run ID, or as `latest`.
 
     Raises:
         UserError: No run matches, or its process or that of its sweep is still running.
     """
-    if resolve_dir(name, "sweep.json"):
+    if resolve_dir(name, SweepInfo.filename):
         raise UserError(f"--resume={name}: is a sweep; add -m to resume it")
     run_dir = find_run(name)
-    run, sweep = read_stale_run(run_dir / "run.json"), read_stale_run(run_dir.parent / "sweep.json")
-    if run is None:
-        raise UserError(f"--resume={name}: {run_dir / 'run.json'} is not a valid run.json")
-    if _is_active(run):
-        raise UserError(f"--resume={name}: process {run.state['pid']} is still running; stop it first")
-    if sweep is not None and _is_active(sweep):
+    info, sweep = RunInfo.load(run_dir), StaleRun.load(SweepInfo, run_dir.parent)
+    if _is_active(info):
+        raise UserError(f"--resume={name}: process {info.pid} is still running; stop it first")
+    if sweep is not None and _is_active(sweep.info):
         raise UserError(
-            f"--resume={name}: process {sweep.state['pid']} of its sweep is still running; stop it first"
+            f"--resume={name}: process {sweep.info.pid} of its sweep is still running; stop it first"
         )
-    return run
+    return StaleRun(run_dir, info)
 
 
 def has_code_changed(run_dir: Path) -> bool:
@@ -95,7 +94,7 @@ def has_code_changed(run_dir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claim(find_candidate: Callable[[], StaleRun | None]) -> Iterator[StaleRun | None]:
+def claim(find_candidate: Callable[[], StaleRun[InfoT] | None]) -> Iterator[StaleRun[InfoT] | None]:
     """Claim the run that `find_candidate` returns, so no other process resumes it.
 
     If another process claims the same run first, `find_candidate` is called again. While claimed, run.json
@@ -131,19 +130,19 @@ def describe_progress(run_dir: Path) -> str:
 
 
 def _resumability(
-    stale: StaleRun, requested: Config, current_code: str, lineage: Mapping[str, Any]
+    stale: StaleRun[RunInfo], requested: Config, current_code: str, lineage: Lineage
 ) -> _Resumability:
     """Return whether a run can be resumed with this config, code and lineage, or the obstacle."""
-    state, run_dir = stale.state, stale.run_dir
-    is_same = state.get("config_sha256") == config_sha256(requested) and state.get("lineage") == lineage
-    if not is_same or state["status"] not in ("RUNNING", "KILLED", "FAILED"):
+    info, run_dir = stale.info, stale.run_dir
+    is_same = info.config_sha256 == config_sha256(requested) and info.lineage == lineage
+    if not is_same or info.status == "FINISHED":
         return "no"
     if not all((run_dir / name).is_file() for name in ("config.yaml", "requested.yaml")):
         return "no"
-    if stale.is_running and is_alive(state):  # a process of another host counts as alive
-        return "other host" if is_remote(state) else "no"
+    if info.has_live_process():  # a process of another host counts as alive
+        return "other host" if info.is_remote() else "no"
     has_checkpoint = bool(list_checkpoints(run_dir / CHECKPOINT_DIR))
-    if state["status"] == "FAILED" and not has_checkpoint:
+    if info.status == "FAILED" and not has_checkpoint:
         return "no"
     recorded = _recorded_code_sha256(run_dir)
     # A run killed before it wrote environment.json has no checkpoint, so nothing depends on its code.
@@ -151,30 +150,30 @@ def _resumability(
     return "resumable" if is_same_code else "other code"
 
 
-def _skip_reason(stale: StaleRun, resumability: _Resumability) -> str:
+def _skip_reason(stale: StaleRun[RunInfo], resumability: _Resumability) -> str:
     remedy = f"--resume={shlex.quote(str(stale.run_dir))} resumes it"
     if resumability == "other code":
         return f"{stale.run_dir}: unfinished run with the same config, started by different code; {remedy}"
-    return f"{stale.run_dir}: has status RUNNING on host {stale.state['host']}; if it has stopped, {remedy}"
+    return f"{stale.run_dir}: has status RUNNING on host {stale.info.host}; if it has stopped, {remedy}"
 
 
 def _recorded_code_sha256(run_dir: Path) -> str | None:
     """Return the SHA-256 of the code that started the run, or None if it is not recorded."""
     try:
-        code = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["code_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        code = read_json(run_dir / "environment.json").get("code_sha256")
+    except UserError:
         return None
     return code if isinstance(code, str) else None
 
 
-def _is_active(stale: StaleRun) -> bool:
-    return stale.is_running and not is_remote(stale.state) and is_alive(stale.state)
+def _is_active(info: Record) -> bool:
+    return info.has_live_process() and not info.is_remote()
 
 
 # -- one process at a time -----------------------------------------------------------------------------------
 
 
-def _try_claim(candidate: StaleRun) -> StaleRun | None:
+def _try_claim(candidate: StaleRun[InfoT]) -> StaleRun[InfoT] | None:
     """Claim a run by writing this process to its run.json.
 
     Returns the run as it was before, or None if it has changed since `candidate` was read.
@@ -187,33 +186,27 @@ def _try_claim(candidate: StaleRun) -> StaleRun | None:
                     f"{candidate.run_dir}: cannot resume: another process held the lock for "
                     f"{LOCK_TIMEOUT_SECONDS:.0f} s; try again later"
                 )
-            current = read_stale_run(candidate.path)
-            if (
-                current is None
-                or _owner(current) != _owner(candidate)
-                or _has_finished_since(candidate, current)
-            ):
+            current = StaleRun.load(type(candidate.info), candidate.run_dir)
+            if current is None or _owner(current.info) != _owner(candidate.info):
                 return None
-            write_json(current.path, current.state | _claim_fields())
+            if current.info.status == "FINISHED" != candidate.info.status:
+                return None
+            StaleRun(current.run_dir, _claimed(current.info)).save()
             return current
     except OSError as error:
         raise UserError(f"{candidate.run_dir}: cannot resume: {error}") from None
 
 
-def _has_finished_since(before: StaleRun, current: StaleRun) -> bool:
-    return bool(current.state["status"] == "FINISHED" != before.state["status"])
-
-
-def _release(claimed: StaleRun) -> None:
-    current = read_stale_run(claimed.path)
-    if current is not None and current.state == claimed.state | _claim_fields():
+def _release(claimed: StaleRun[InfoT]) -> None:
+    current = StaleRun.load(type(claimed.info), claimed.run_dir)
+    if current is not None and current.info == _claimed(claimed.info):
         with contextlib.suppress(OSError):  # the next start closes it as stale
-            write_json(claimed.path, claimed.state)
+            claimed.save()
 
 
-def _claim_fields() -> dict[str, Any]:
-    return {"status": "RUNNING", **process_identity()}
+def _claimed(info: InfoT) -> InfoT:
+    return info.model_copy(update={"status": "RUNNING", **dict(identify_process())})
 
 
-def _owner(stale: StaleRun) -> tuple[Any, ...]:
-    return tuple(stale.state.get(key) for key in process_identity())
+def _owner(info: Record) -> tuple[Any, ...]:
+    return tuple(getattr(info, key) for key in ProcessIdentity.model_fields)

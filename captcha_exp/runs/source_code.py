@@ -18,13 +18,8 @@ MAX_DIFF_BYTES = 10 * 2**20
 
 # Overrides the user's git settings, so the diff works with `git apply` everywhere.
 _DIFF_COMMAND = (
-    "diff",
-    "--binary",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--no-color",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
+    *("diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color"),
+    *("--src-prefix=a/", "--dst-prefix=b/"),
 )
 
 

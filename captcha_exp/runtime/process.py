@@ -7,11 +7,10 @@ together identify a process.
 
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 _PROC = Path("/proc")
 _BOOT_ID = _PROC / "sys/kernel/random/boot_id"
@@ -19,43 +18,53 @@ _PID_NAMESPACE = _PROC / "self/ns/pid"
 _START_TIME_FIELD = 22  # field of /proc/PID/stat: start time in clock ticks since boot
 
 
-def process_identity(pid: int | None = None) -> dict[str, Any]:
-    """Return the identity of this process, or of another process of this machine, for a record.
+class ProcessIdentity(BaseModel):
+    """A process of this or another machine."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    host: str
+    boot_id: str | None = None
+    pid_namespace: str | None = None
+    pid: PositiveInt
+    process_started: float
+    """seconds since boot on Linux, since 1970 elsewhere"""
+
+    def is_alive(self) -> bool:
+        """Return whether the process is running; True if it is remote, since that is unknown."""
+        if self.is_remote():
+            return True
+        if self.boot_id != _boot_id():
+            return False  # rebooted since
+        try:
+            started = _start_time(self.pid)
+            if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.Error:
+            return False
+        return started == self.process_started
+
+    def is_remote(self) -> bool:
+        """Return whether the process is on another machine or in another PID namespace."""
+        if self.host != platform.node():
+            return True
+        return self.boot_id == _boot_id() and self.pid_namespace != _pid_namespace()
+
+
+def identify_process(pid: int | None = None) -> ProcessIdentity:
+    """Return the identity of a process of this machine, by default of this one.
 
     Raises:
-        psutil.NoSuchProcess: no process has this PID.
+        psutil.NoSuchProcess: No process has this PID.
     """
-    if pid is None:
-        pid = os.getpid()
-    return {
-        "host": platform.node(),
-        "boot_id": _boot_id(),
-        "pid_namespace": _pid_namespace(),
-        "pid": pid,
-        "process_started": _start_time(pid),
-    }
-
-
-def is_alive(state: Mapping[str, Any]) -> bool:
-    """Return whether the process of a record is running; True if it is remote, since that is unknown."""
-    if is_remote(state):
-        return True
-    if state.get("boot_id") != _boot_id():
-        return False  # rebooted since
-    try:
-        started = _start_time(state["pid"])
-        if psutil.Process(state["pid"]).status() == psutil.STATUS_ZOMBIE:
-            return False
-    except psutil.Error:
-        return False
-    return started == float(state["process_started"])
-
-
-def is_remote(state: Mapping[str, Any]) -> bool:
-    """Return whether the process of a record is on another machine or in another PID namespace."""
-    if state["host"] != platform.node():
-        return True
-    return state.get("boot_id") == _boot_id() and state.get("pid_namespace") != _pid_namespace()
+    pid = pid or os.getpid()
+    return ProcessIdentity(
+        host=platform.node(),
+        boot_id=_boot_id(),
+        pid_namespace=_pid_namespace(),
+        pid=pid,
+        process_started=_start_time(pid),
+    )
 
 
 def _start_time(pid: int) -> float:

@@ -10,11 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 from captcha_exp.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+StopReason: TypeAlias = Literal["SIGINT", "SIGTERM", "time limit", "killed"]
+"""Why a run is KILLED; killed: its process has exited without closing it"""
+
 _STOP_NOTICE = b"\nStopping after the current step (resumable). Press Ctrl-C again to quit immediately.\n"
 
 
@@ -26,6 +29,17 @@ class TimeLimitReached(UserError):
     """train.max_minutes have passed; the run can be resumed."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+STOPPED = (KeyboardInterrupt, SystemExit, TimeLimitReached)
+"""exceptions that end a run early, without an error"""
+
+
+def stop_reason(error: BaseException) -> StopReason:
+    """Return the reason that an exception of `STOPPED` stands for."""
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGINT"
+    return "SIGTERM" if isinstance(error, SystemExit) else "time limit"
 
 
 class ShutdownHandler:

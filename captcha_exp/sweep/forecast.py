@@ -11,6 +11,7 @@ from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_
 from captcha_exp.data import dataset
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
+from captcha_exp.runs.info import Skipped
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import progress_bar
 from captcha_exp.sweep.record import Job
@@ -81,7 +82,7 @@ def record_skipped(planned_job: PlannedJob, run_dir: Path, tracker: Tracker) -> 
     assert plan is not None
     run = runs.create_run(config, job.requested, run_dir)
     remedies = oom.find_remedies(plan, planned_job.split_sizes, config)
-    run.update(tags={"fits": str(plan.fits), "trained": "false"}, skipped={"remedies": remedies})
+    run.update(tags={"fits": str(plan.fits), "trained": "false"}, skipped=Skipped(remedies=remedies))
     logger.info(f"{job.name}: {plan.describe(config.gpu.name)}; skipped; {oom.format_remedies(remedies)}")
     recorder = RunRecorder(run, tracker)
     with record_outcome(recorder, config):

@@ -7,22 +7,20 @@ N-key=value.log      the output of the worker process
 summary.*            the summary as JSON, CSV, Markdown and PNG
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.config import Config, load, to_yaml
 from captcha_exp.errors import UserError
-from captcha_exp.runs import Status, code_sha256, config_sha256, make_run_dir, resolve_dir
+from captcha_exp.runs import RecordedDir, SweepInfo, code_sha256, config_sha256, make_run_dir, resolve_dir
+from captcha_exp.runs.info import JobInfo, TimeLimit, now, running_fields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import is_alive, process_identity
 
-SWEEP_FILE = "sweep.json"
 DONE = ("finished", "oom", "skipped")  # outcomes of jobs that are not run again
 
 
@@ -48,7 +46,7 @@ class Job:
         return " ".join(f"{short[key]}={value}" for key, value in self.swept.items()) or self.requested.name
 
 
-class Sweep:
+class Sweep(RecordedDir[SweepInfo]):
     """A sweep directory, opened from any process that runs one of its jobs."""
 
     def __init__(self, sweep_dir: Path) -> None:
@@ -57,49 +55,34 @@ class Sweep:
         Raises:
             UserError: sweep.json is missing or damaged.
         """
-        self.sweep_dir = sweep_dir
-        try:
-            self.state: dict[str, Any] = json.loads((sweep_dir / SWEEP_FILE).read_text(encoding="utf-8"))
-            self.jobs = [
-                Job(
-                    number=each["number"],
-                    swept=each["swept"],
-                    choices=each["choices"],
-                    requested=load(sweep_dir / "jobs" / f"{each['number']}.yaml"),
-                )
-                for each in self.state["jobs"]
-            ]
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: file not found; a sweep directory must contain it") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{sweep_dir / SWEEP_FILE}: invalid sweep record: {error}") from None
-
-    def update(self, **state: Any) -> None:
-        """Set fields of sweep.json."""
-        self.state.update(state)
-        _write_json(self.sweep_dir / SWEEP_FILE, self.state)
-
-    def close(self, status: Status, error: str | None = None) -> None:
-        """Record the final status."""
-        self.update(status=status, error=error, ended=_now())
+        super().__init__(sweep_dir, SweepInfo.load(sweep_dir))
+        self.jobs = [
+            Job(
+                number=each.number,
+                swept=each.swept,
+                choices=each.choices,
+                requested=load(sweep_dir / "jobs" / f"{each.number}.yaml"),
+            )
+            for each in self.info.jobs
+        ]
 
     def reopen(self) -> None:
         """Take over the sweep in this process."""
-        self.update(**process_identity(), status="RUNNING", error=None, ended=None)
+        self.update(**running_fields())
 
     def set_deadline(self, max_minutes: float | None) -> None:
         """Limit the whole sweep to this time from now; None removes the limit."""
-        limit = None
-        if max_minutes is not None:
-            deadline = datetime.now().astimezone() + timedelta(minutes=max_minutes)
-            limit = {"max_minutes": max_minutes, "deadline": deadline.isoformat()}
-        self.update(time_limit=limit)
+        if max_minutes is None:
+            self.update(time_limit=None)
+        else:
+            deadline = now() + timedelta(minutes=max_minutes)
+            self.update(time_limit=TimeLimit(max_minutes=max_minutes, deadline=deadline))
 
     @property
     def deadline(self) -> float | None:
         """Unix time at which the time limit is reached; None without a limit."""
-        limit = self.state.get("time_limit")
-        return None if limit is None else datetime.fromisoformat(limit["deadline"]).timestamp()
+        limit = self.info.time_limit
+        return None if limit is None else limit.deadline.timestamp()
 
     def attempts(self, job: Job) -> list[Path]:
         """Return the run directories of the job so far, the latest last."""
@@ -113,7 +96,7 @@ class Sweep:
 
     def _run_dirs(self, job: Job) -> list[tuple[Path, bool]]:
         """List the run directories of all attempts and whether each exists; only the last does not."""
-        stem = self.sweep_dir / f"{job.number}-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', job.name)[:80]}"
+        stem = self.run_dir / f"{job.number}-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', job.name)[:80]}"
         run_dirs: list[tuple[Path, bool]] = []
         while not run_dirs or run_dirs[-1][1]:
             run_dir = stem if not run_dirs else stem.with_name(f"{stem.name}-{len(run_dirs) + 1}")
@@ -121,29 +104,27 @@ class Sweep:
         return run_dirs
 
 
-def create_sweep(name: str, jobs: Sequence[Job], metadata: Mapping[str, Any]) -> Sweep:
+def create_sweep(
+    name: str, jobs: Sequence[Job], predicted: Sequence[dict[str, Any] | None], parallelism: int
+) -> Sweep:
     """Create a sweep in a new directory, outputs/<date>/<time>-<name>."""
     sweep_dir = make_run_dir(name)
     (sweep_dir / "jobs").mkdir()
     for job in jobs:
         write_atomically(sweep_dir / "jobs" / f"{job.number}.yaml", to_yaml(job.requested).encode())
-    state = {
-        "name": name,
-        "status": "RUNNING",
-        "started": _now(),
-        "ended": None,
-        **process_identity(),
-        "mlflow": None,
-        "error": None,
-        "time_limit": None,
-        "code_sha256": code_sha256(),
-        **metadata,
-        "jobs": [
-            {"number": job.number, "name": job.name, "swept": dict(job.swept), "choices": dict(job.choices)}
+    info = SweepInfo(
+        **running_fields(),
+        name=name,
+        started=now(),
+        code_sha256=code_sha256(),
+        predicted=list(predicted),
+        parallelism=parallelism,
+        jobs=[
+            JobInfo(number=job.number, name=job.name, swept=dict(job.swept), choices=dict(job.choices))
             for job in jobs
         ],
-    }
-    _write_json(sweep_dir / SWEEP_FILE, state)
+    )
+    RecordedDir(sweep_dir, info).save()
     return Sweep(sweep_dir)
 
 
@@ -153,13 +134,9 @@ def find_sweep(name: str) -> Sweep:
     Raises:
         UserError: no sweep matches, or more than one.
     """
-    if sweep_dir := resolve_dir(name, SWEEP_FILE):
+    if sweep_dir := resolve_dir(name, SweepInfo.filename):
         return Sweep(sweep_dir)
-    matches = [
-        sweep
-        for sweep in list_sweeps()
-        if name and ((sweep.state["mlflow"] or {}).get("run_id") or "").startswith(name)
-    ]
+    matches = [sweep for sweep in list_sweeps() if name and (sweep.info.run_id or "").startswith(name)]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -172,17 +149,12 @@ def find_sweep(name: str) -> Sweep:
 def list_sweeps() -> list[Sweep]:
     """Return all sweeps in outputs/ with a valid record, the oldest first."""
     sweeps = []
-    for path in (root_dir() / "outputs").glob(f"*/*/{SWEEP_FILE}"):
+    for path in (root_dir() / "outputs").glob(f"*/*/{SweepInfo.filename}"):
         try:
             sweeps.append(Sweep(path.parent))
         except UserError:
             continue  # a damaged record cannot be resumed; naming it with --resume reports why
-    return sorted(sweeps, key=lambda sweep: str(sweep.state["started"]))
-
-
-def is_running(sweep: Sweep) -> bool:
-    """Return whether a live process is running the sweep."""
-    return sweep.state["status"] == "RUNNING" and is_alive(sweep.state)
+    return sorted(sweeps, key=lambda sweep: sweep.info.started)
 
 
 def has_same_jobs(sweep: Sweep, jobs: Sequence[Job]) -> bool:
@@ -192,12 +164,3 @@ def has_same_jobs(sweep: Sweep, jobs: Sequence[Job]) -> bool:
         return job.number, dict(job.swept), dict(job.choices), config_sha256(job.requested)
 
     return [identity(job) for job in sweep.jobs] == [identity(job) for job in jobs]
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="microseconds")
-
-
-def _write_json(path: Path, state: Mapping[str, Any]) -> None:
-    text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode("utf-8", "backslashreplace"))

@@ -4,13 +4,13 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import load
+from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
-from captcha_exp.runs import MetricsRow, read_metrics_rows
-from captcha_exp.runtime.process import is_alive
+from captcha_exp.runs import MetricsRow, RunInfo, read_metrics_rows
+from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.sweep.record import Job, Sweep
 
 Outcome: TypeAlias = Literal["finished", "oom", "skipped", "failed", "killed", "not run"]
@@ -30,6 +30,8 @@ class JobResult:
     outcome: Outcome
     error: str | None
     """one line, if the job failed"""
+    stop_reason: StopReason | None
+    """why it was killed"""
     attempts: int
     batch_size: int | None
     """images per step; None for auto until it has been measured"""
@@ -62,77 +64,60 @@ def collect_results(sweep: Sweep) -> list[JobResult]:
     return [_collect_result(sweep, job) for job in sweep.jobs]
 
 
-def outcome_of(run_dir: Path | None) -> Outcome:
-    """Return the outcome of the run in this directory."""
-    if run_dir is None or not (run_dir / "run.json").is_file():
-        return "not run"
-    state = _read_state(run_dir)
-    match state["status"]:
-        case "FINISHED":
-            return "oom" if state.get("oom") else "skipped" if state.get("skipped") else "finished"
-        case "FAILED":
-            return "failed"
-        case _:
-            return "killed"
-
-
-def is_running(run_dir: Path) -> bool:
-    """Return whether a live process is writing to this run directory."""
-    state = _read_state(run_dir) if (run_dir / "run.json").is_file() else {"status": None}
-    return state["status"] == "RUNNING" and is_alive(state)
-
-
 def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     attempts = sweep.attempts(job)
     run_dir = attempts[-1] if attempts else None
-    outcome = outcome_of(run_dir)
-    plan = sweep.state["predicted"][job.number - 1]
-    state: Mapping[str, Any] = {}
+    outcome: Outcome = "not run"
+    error: str | None = None
+    info: RunInfo | None = None
+    config, plan = job.requested, sweep.info.predicted[job.number - 1] or {}
     metrics: list[MetricsRow] = []
-    config = job.requested
-    if run_dir is not None and outcome != "not run":
-        state, metrics = _read_state(run_dir), read_metrics_rows(run_dir)[0]
-        if (run_dir / "config.yaml").is_file():  # missing if the run was killed at its start
+    if run_dir is not None and (run_dir / RunInfo.filename).is_file():
+        try:
+            info = RunInfo.load(run_dir)
+            outcome, error = _outcome_of(info), info.error
+        except UserError as damage:
+            outcome, error = "failed", str(damage)
+        metrics = read_metrics_rows(run_dir)[0]
+        if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
             config = load(run_dir / "config.yaml")
         if (run_dir / "memory.json").is_file():
             plan = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
-    result = state.get("result") or {}
+    result = None if info is None else info.result
     size, micro = config.train.batch_size, config.train.micro_batch_size
     return JobResult(
         number=job.number,
         name=job.name,
         swept=job.swept,
         outcome=outcome,
-        error=state.get("error"),
+        error=error,
+        stop_reason=None if info is None else info.stop_reason,
         attempts=len(attempts),
         batch_size=None if size == "auto" else size,
         micro_batch_size=micro,
         device=config.device.name,
         budget_mib=_parse_range(plan, "budget_mib"),
         predicted_mib=_parse_range(plan, "process_mib"),
-        fits=None if plan is None else plan["fits"],
+        fits=plan.get("fits"),
         measured_mib=max(_values(metrics, "memory/process_peak_mib"), default=None),
         images_per_second=_median_speed(metrics),
         val_accuracy=max(_values(metrics, "val/accuracy"), default=None),
-        seconds_to_best=_seconds_to_epoch(metrics, result.get("best_epoch")),
-        test_accuracy=result.get("test_accuracy"),
+        seconds_to_best=None if result is None else _seconds_to_epoch(metrics, result.best_epoch),
+        test_accuracy=None if result is None else result.test_accuracy,
         run_dir=None if run_dir is None else str(run_dir),
-        run_id=(state.get("mlflow") or {}).get("run_id"),
-        weights_sha256=result.get("weights_sha256"),
+        run_id=None if info is None else info.run_id,
+        weights_sha256=None if result is None else result.weights_sha256,
     )
 
 
-def _read_state(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "run.json"
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {"status": "FAILED", "error": f"{path}: invalid run record"}
-    return state
+def _outcome_of(info: RunInfo) -> Outcome:
+    if info.status == "FINISHED":
+        return "oom" if info.oom else "skipped" if info.skipped else "finished"
+    return "failed" if info.status == "FAILED" else "killed"
 
 
-def _parse_range(plan: Mapping[str, Any] | None, key: str) -> MiBRange | None:
-    return None if plan is None or plan[key] is None else MiBRange(*plan[key])
+def _parse_range(plan: Mapping[str, Any], key: str) -> MiBRange | None:
+    return None if plan.get(key) is None else MiBRange(*plan[key])
 
 
 def _values(metrics: Sequence[MetricsRow], key: str) -> list[float]:
@@ -144,7 +129,5 @@ def _median_speed(metrics: Sequence[MetricsRow]) -> float | None:
     return statistics.median(speeds[1:] or speeds) if speeds else None
 
 
-def _seconds_to_epoch(metrics: Sequence[MetricsRow], best_epoch: int | None) -> float | None:
-    if best_epoch is None:
-        return None
+def _seconds_to_epoch(metrics: Sequence[MetricsRow], best_epoch: int) -> float:
     return sum(row.metrics.get("speed/epoch_seconds", 0.0) for row in metrics if row.step <= best_epoch)

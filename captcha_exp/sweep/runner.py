@@ -12,12 +12,12 @@ from captcha_exp import runs
 from captcha_exp.config import MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
 from captcha_exp.runtime.files import write_atomically
-from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
+from captcha_exp.runtime.shutdown import STOPPED, StopReason, TimeLimitReached, defer_signals, stop_reason
 from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.forecast import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
-from captcha_exp.sweep.results import collect_results, is_running, outcome_of
+from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.tracking import finalize_run, make_tracker
 
@@ -49,14 +49,14 @@ def run_sweep(
         TimeLimitReached: `max_minutes` have passed; the same command resumes the sweep.
     """
     if resumed is None:
-        metadata = {"predicted": [each.to_json() for each in planned_jobs], "parallelism": parallelism}
-        jobs = [each.job for each in planned_jobs]
-        sweep = record.create_sweep(planned_jobs[0].config.name, jobs, metadata)
+        jobs, predicted = [each.job for each in planned_jobs], [each.to_json() for each in planned_jobs]
+        sweep = record.create_sweep(planned_jobs[0].config.name, jobs, predicted, parallelism)
     else:
         sweep = resumed
         sweep.reopen()
     status: runs.Status = "FAILED"
     error: str | None = None
+    reason: StopReason | None = None
     parent = None
     try:
         sweep.set_deadline(max_minutes)
@@ -67,8 +67,8 @@ def run_sweep(
                 "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
             )
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit, TimeLimitReached) as interruption:
-        status, error = "KILLED", type(interruption).__name__
+    except STOPPED as interruption:
+        status, reason = "KILLED", stop_reason(interruption)
         raise
     except Exception as exception:
         error = f"{type(exception).__name__}: {exception}"
@@ -78,65 +78,58 @@ def run_sweep(
             _finalize_stale_runs(sweep)
             summary = SweepSummary(collect_results(sweep), parallelism)
             status = "FAILED" if status == "FINISHED" and summary.has_failures else status
-            is_saved = _save_summary(summary, sweep, status, error, parent)
+            is_saved = _save_summary(summary, sweep, (status, error, reason), parent)
             on_complete(sweep, summary)
     if not is_saved:
-        option = f"--resume={shlex.quote(str(sweep.sweep_dir))}"
-        raise RunFailed(f"{sweep.sweep_dir}: no summary; free disk space and write it with {option}")
+        option = f"--resume={shlex.quote(str(sweep.run_dir))}"
+        raise RunFailed(f"{sweep.run_dir}: no summary; free disk space and write it with {option}")
     return summary
 
 
 def _save_summary(
     summary: SweepSummary,
     sweep: Sweep,
-    status: runs.Status,
-    error: str | None,
+    final: tuple[runs.Status, str | None, StopReason | None],
     parent: "SweepParentRun | None",
 ) -> bool:
     """Save the summary in the sweep directory and in MLflow; return False on a write error."""
     try:
-        _write_summary_files(summary, sweep.sweep_dir)
-        sweep.close(status, error)
-        if parent is not None and parent.finish(
-            sweep.sweep_dir, sweep.state, summary.metrics_by_step(), summary.to_markdown()
-        ):
-            sweep.update(mlflow={**sweep.state["mlflow"], "closed": True})
+        _write_summary_files(summary, sweep.run_dir)
+        sweep.close(*final)
+        if parent is not None and parent.finish(sweep, summary.metrics_by_step(), summary.to_markdown()):
+            sweep.update_mlflow(closed=True)
     except OSError as exception:  # a full disk
-        logger.warning(f"{sweep.sweep_dir}: cannot write the summary: {exception}")
+        logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
         return False
     return True
 
 
 def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher) -> None:
     """Launch each job that is not done; record those that are not to be trained as skipped."""
-    logger.info(f"sweep {sweep.sweep_dir}, {len(planned_jobs)} jobs")
-    pending = [each for each in planned_jobs if _last_outcome(sweep, each) not in DONE]
-    if num_done := len(planned_jobs) - len(pending):
-        logger.info(f"{num_done} of {len(planned_jobs)} jobs are already done")
+    logger.info(f"sweep {sweep.run_dir}, {len(planned_jobs)} jobs")
+    done = {result.number for result in collect_results(sweep) if result.outcome in DONE}
+    pending = [each for each in planned_jobs if each.job.number not in done]
+    if done:
+        logger.info(f"{len(done)} of {len(planned_jobs)} jobs are already done")
     for each in pending:
         if not each.should_train:
-            job, parent = each.job, (sweep.state["mlflow"] or {}).get("run_id")
-            tracker = make_tracker(each.config, job.choices, job.name, parent)
+            job = each.job
+            tracker = make_tracker(each.config, job.choices, job.name, sweep.info.run_id)
             with defer_signals():
                 record_skipped(each, sweep.new_attempt(job), tracker)
     if numbers := [each.job.number for each in pending if each.should_train]:
-        launch(sweep.sweep_dir, numbers)
+        launch(sweep.run_dir, numbers)
 
 
 def _is_out_of_time(sweep: Sweep, deadline: float) -> bool:
     """Return whether the time limit ended a job or kept one from starting."""
     is_over = time.time() >= deadline
     return any(
-        result.error == TimeLimitReached.__name__
+        result.stop_reason == "time limit"
         if result.outcome == "killed"
         else is_over and result.outcome == "not run"
         for result in collect_results(sweep)
     )
-
-
-def _last_outcome(sweep: Sweep, planned_job: PlannedJob) -> str:
-    attempts = sweep.attempts(planned_job.job)
-    return outcome_of(attempts[-1] if attempts else None)
 
 
 def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
@@ -156,9 +149,15 @@ def _finalize_stale_runs(sweep: Sweep) -> None:
     deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
     for job in sweep.jobs:
         for run_dir in sweep.attempts(job):
-            while is_running(run_dir) and time.monotonic() < deadline:
+            while _is_running(run_dir) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            finalize_run(run_dir, "KILLED", "interrupted")
+            finalize_run(run_dir, None)
+
+
+def _is_running(run_dir: Path) -> bool:
+    """Return whether a live process is writing to this run directory."""
+    run = runs.StaleRun.load(runs.RunInfo, run_dir)
+    return run is not None and run.info.has_live_process()
 
 
 # -- in MLflow -----------------------------------------------------------------------------------------------
@@ -171,10 +170,10 @@ def _start_parent_run(sweep: Sweep, planned_jobs: Sequence[PlannedJob]) -> "Swee
     from captcha_exp.tracking import SweepParentRun
 
     parent = SweepParentRun(tracking)
-    known = (sweep.state["mlflow"] or {}).get("run_id")
+    known = sweep.info.run_id
     if known is None or not parent.resume(known):
         sweep.update(mlflow=parent.mlflow_ref)  # before the run exists: no run without a reference to it
-        parent.start(sweep.sweep_dir, sweep.state, _params(planned_jobs))
+        parent.start(sweep, _params(planned_jobs))
     sweep.update(mlflow=parent.mlflow_ref)
     return parent
 

@@ -23,9 +23,9 @@ from captcha_exp import runs
 from captcha_exp.config import Config, load, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import resume
-from captcha_exp.runtime import process
 from captcha_exp.runtime.console import console, get_log_level
 from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.process import ProcessIdentity
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
@@ -50,8 +50,7 @@ class TrainJob:
     """name of the MLflow run; None for that of the run directory"""
     parent_run_id: str | None = None
     """MLflow run ID of the sweep"""
-    lineage: Mapping[str, Any] = field(default_factory=dict)
-    """links to the runs that this one extends or reproduces, as in run.json"""
+    lineage: runs.Lineage = field(default_factory=runs.Lineage)
     extend_from: Path | None = None
     """finished run from whose final state a new run starts"""
     deadline: float | None = None
@@ -65,7 +64,7 @@ def run_job(sweep_dir: Path, number: int) -> None:
     """
     sweep = Sweep(sweep_dir)
     job = sweep.jobs[number - 1]
-    _exit_with_parent(sweep.state)
+    _exit_with_parent(sweep.info)
     deadline = _job_deadline(sweep)
     if deadline is not None and deadline <= time.time():
         return
@@ -74,11 +73,10 @@ def run_job(sweep_dir: Path, number: int) -> None:
     def on_line(line: str) -> None:
         console.print(f"[{number}/{num_jobs} {job.name}] {line}", markup=False)
 
-    parent_run_id = (sweep.state["mlflow"] or {}).get("run_id")
-    train_job = TrainJob(job.requested, job.choices, job.name, parent_run_id, deadline=deadline)
+    train_job = TrainJob(job.requested, job.choices, job.name, sweep.info.run_id, deadline=deadline)
     for attempt in sweep.attempts(job):  # a micro-batch that ran out of memory would do so again
-        stale = runs.read_stale_run(attempt / "run.json")
-        if stale is not None and stale.state.get("config_sha256") == runs.config_sha256(train_job.requested):
+        stale = runs.StaleRun.load(runs.RunInfo, attempt)
+        if stale is not None and stale.info.config_sha256 == runs.config_sha256(train_job.requested):
             smaller = _halve_micro_batch(train_job.requested, attempt)
             train_job = replace(train_job, requested=smaller or train_job.requested)
 
@@ -101,12 +99,13 @@ def _job_deadline(sweep: Sweep) -> float | None:
     It is that of the sweep on the same machine. On another machine the job may have waited in a queue, and
     gets the full time.
     """
-    if sweep.deadline is not None and process.is_remote(sweep.state):
-        return time.time() + 60 * float(sweep.state["time_limit"]["max_minutes"])
+    limit = sweep.info.time_limit
+    if limit is not None and sweep.info.is_remote():
+        return time.time() + 60 * limit.max_minutes
     return sweep.deadline
 
 
-def _find_resumable(sweep: Sweep, job: Job, requested: Config) -> runs.StaleRun | None:
+def _find_resumable(sweep: Sweep, job: Job, requested: Config) -> runs.StaleRun[runs.RunInfo] | None:
     """Return the latest run of the job if it has this config and can be resumed."""
     attempts = sweep.attempts(job)
     return resume.find_resumable_job(attempts[-1], requested) if attempts else None
@@ -147,7 +146,7 @@ def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None]
                     "name": job.name,
                     "parent_run_id": job.parent_run_id,
                     "run_dir": str(run_dir),
-                    "lineage": dict(job.lineage),
+                    "lineage": job.lineage.model_dump(),
                     "extend_from": job.extend_from and str(job.extend_from),
                     "deadline": job.deadline,
                     "log_level": get_log_level(),
@@ -155,9 +154,9 @@ def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None]
             )
             child.wait()
     except BaseException:
-        _finalize_run(job, run_dir, "KILLED", "interrupted")
+        _finalize_run(job, run_dir, None)
         raise
-    _finalize_run(job, run_dir, "FAILED", child.describe_exit())
+    _finalize_run(job, run_dir, child.describe_exit())
 
 
 class _ChildProcess:
@@ -278,24 +277,17 @@ def _file_appender(path: Path) -> Callable[[bytes], object]:
     return write
 
 
-def _finalize_run(job: TrainJob, run_dir: Path, status: runs.Status, error: str) -> None:
-    """Close the run of a process that has exited without doing so itself."""
+def _finalize_run(job: TrainJob, run_dir: Path, error: str | None) -> None:
+    """Close the run of a process that has exited without doing so itself: FAILED, or KILLED without error."""
     with defer_signals():
-        _write_final_state(job, run_dir, status, error)
-
-
-def _write_final_state(job: TrainJob, run_dir: Path, status: runs.Status, error: str) -> None:
-    if (run_dir / "run.json").exists():
-        finalize_run(run_dir, status, error)
-        return
-    # The process exited before it created a run: an error at its start, or it was killed immediately.
-    config = with_tracking_uri(job.requested, root_dir())
-    run = runs.create_run(config, job.requested, run_dir)
-    tracker = make_tracker(config, job.choices, job.name, job.parent_run_id)
-    with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
-        tracker.start(run, config)
-    run.close(status, error)
-    tracker.finish(run, status)
+        if not (run_dir / runs.RunInfo.filename).exists():
+            # It exited before it created a run: an error at its start, or it was killed immediately.
+            config = with_tracking_uri(job.requested, root_dir())
+            run = runs.create_run(config, job.requested, run_dir)
+            tracker = make_tracker(config, job.choices, job.name, job.parent_run_id)
+            with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
+                tracker.start(run, config)
+        finalize_run(run_dir, error)
 
 
 def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
@@ -304,13 +296,12 @@ def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
     The batch size of a step does not change. Returns None if the run did not run out of memory, if
     train.on_oom is not split, or if the micro-batch is a single image.
     """
-    state = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    oom = state.get("oom")
-    if not oom or requested.train.on_oom != "split":
+    oom = runs.RunInfo.load(run_dir).oom
+    if oom is None or requested.train.on_oom != "split":
         return None
     train = load(run_dir / "config.yaml").train
     splits = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))["splits"]
-    if oom["during"] == "evaluation":
+    if oom.during == "evaluation":
         size = min(train.eval_batch_size, max(splits["validation"], splits["test"]))
         train = replace(train, eval_batch_size=-(-size // 2))
     else:  # a batch is no larger than the split
@@ -319,15 +310,15 @@ def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
     return None if size == 1 else replace(requested, train=train)
 
 
-def _exit_with_parent(state: Mapping[str, Any]) -> None:
+def _exit_with_parent(parent: ProcessIdentity) -> None:
     """Exit this process when that of the sweep exits; a launcher's worker would otherwise survive it."""
-    if state["pid"] == os.getpid() or any(
+    if parent.pid == os.getpid() or any(
         thread.name == _WATCHER_THREAD_NAME for thread in threading.enumerate()
     ):
         return
 
     def watch() -> None:
-        while process.is_alive(state):
+        while parent.is_alive():
             time.sleep(POLL_SECONDS)
         os._exit(1)  # closes the pipes to its children, which then exit
 

@@ -29,6 +29,7 @@ def worker_main() -> None:
 
     from captcha_exp.config import load
     from captcha_exp.errors import UserError
+    from captcha_exp.runs import Lineage, RunInfo
     from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.shutdown import ShutdownHandler
     from captcha_exp.tracking import make_tracker
@@ -41,14 +42,14 @@ def worker_main() -> None:
         run_dir = Path(job["run_dir"])
         extend_from = job["extend_from"] and Path(job["extend_from"])
         shutdown = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)
-        if (run_dir / "run.json").exists():
+        if (run_dir / RunInfo.filename).exists():
             resume(run_dir, tracker, extend_from=extend_from, shutdown=shutdown)
         else:
             train(
                 config,
                 tracker,
                 run_dir=run_dir,
-                lineage=job["lineage"],
+                lineage=Lineage.model_validate(job["lineage"]),
                 extend_from=extend_from,
                 shutdown=shutdown,
             )

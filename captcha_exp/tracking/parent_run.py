@@ -1,20 +1,25 @@
 """The MLflow parent run of a sweep."""
 
 import contextlib
-import getpass
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
 from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import RunFailed
-from captcha_exp.runs import MetricsRow, now_ms
+from captcha_exp.runs import MetricsRow, RecordedDir, SweepInfo, now_ms
+from captcha_exp.runs.info import MlflowRef
 from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
-from captcha_exp.tracking.tracker import PARAMS_PER_REQUEST, send_artifacts, send_metrics, send_status
+from captcha_exp.tracking.tracker import (
+    PARAMS_PER_REQUEST,
+    identity_tags,
+    send_artifacts,
+    send_metrics,
+    send_status,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,31 +46,21 @@ class SweepParentRun:
         self.run_id: str | None = None
 
     @property
-    def mlflow_ref(self) -> dict[str, str | bool | None]:
+    def mlflow_ref(self) -> MlflowRef:
         """Return the field `mlflow` of sweep.json while the sweep runs."""
-        return {
-            "uri": self._uri,
-            "experiment_id": self.experiment_id,
-            "run_id": self.run_id,
-            "closed": False,
-        }
+        return MlflowRef(uri=self._uri, experiment_id=self.experiment_id, run_id=self.run_id, closed=False)
 
-    def start(self, sweep_dir: Path, state: Mapping[str, Any], params: Mapping[str, str]) -> None:
+    def start(self, sweep: RecordedDir[SweepInfo], params: Mapping[str, str]) -> None:
         """Create the run, tagged with its directory and process, with the grid as params.
 
         Raises:
             RunFailed: The store rejects it; fix the store, or use tracking=none.
         """
-        tags = {
-            "mlflow.user": getpass.getuser(),
-            "mlflow.source.name": "captcha-exp",
-            "mlflow.source.type": "LOCAL",
-            "run_dir": str(sweep_dir),
-            **{key: str(state[key]) for key in ("host", "pid", "process_started")},
-        }
         entities = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items()]
         with self._raise_run_failed():
-            created = self._client.create_run(self.experiment_id, tags=tags, run_name=sweep_dir.name)
+            created = self._client.create_run(
+                self.experiment_id, tags=identity_tags(sweep), run_name=sweep.run_dir.name
+            )
             self.run_id = str(created.info.run_id)
             for start in range(0, len(entities), PARAMS_PER_REQUEST):
                 self._client.log_batch(self.run_id, params=entities[start : start + PARAMS_PER_REQUEST])
@@ -94,7 +89,7 @@ class SweepParentRun:
             ) from error
 
     def finish(
-        self, sweep_dir: Path, state: Mapping[str, Any], step_metrics: Sequence[StepMetrics], description: str
+        self, sweep: RecordedDir[SweepInfo], step_metrics: Sequence[StepMetrics], description: str
     ) -> bool:
         """Log metrics, description, artifacts and status of the sweep; returns False if MLflow failed."""
         now = now_ms()
@@ -103,8 +98,8 @@ class SweepParentRun:
         try:
             send_metrics(self._client, self.run_id, rows)
             self._client.set_tag(self.run_id, "mlflow.note.content", description)
-            send_artifacts(self._client, self.run_id, sweep_dir)
-            send_status(self._client, self.run_id, state)
+            send_artifacts(self._client, self.run_id, sweep.run_dir)
+            send_status(self._client, self.run_id, sweep.info)
         except Exception as error:  # as above; the sweep directory is complete, and `sync` retries
             logger.warning(
                 f"sweep summary not logged to MLflow: {first_line(error)}; it is in the sweep directory"

@@ -7,18 +7,17 @@ MLflow ignores rows that it already has.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captcha_exp.runs import (
     StaleRun,
-    Status,
     find_stale,
     read_metrics_rows,
     remove_partial_runs,
     stale_in,
     stale_lock,
 )
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runs.info import MlflowRef
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.tracking.uri import sqlite_path
 
@@ -34,7 +33,7 @@ def close_stale_runs() -> list[Path]:
     Errors are reported as warnings, and the next start tries again.
     """
     remove_partial_runs()
-    stale_runs = [stale for stale in find_stale() if stale.is_running or _can_sync(stale)]
+    stale_runs = [stale for stale in find_stale() if stale.info.is_running or _can_sync(stale)]
     if not stale_runs:
         return []
     try:
@@ -50,27 +49,27 @@ def close_stale_runs() -> list[Path]:
         )
         return []
     for stale in closed:
-        logger.info(f"{_format_name(stale)}: process {stale.state['pid']} has exited; marked KILLED")
+        logger.info(f"{_format_name(stale)}: process {stale.info.pid} has exited; marked KILLED")
     for stale in synced:
-        logger.info(f"{_format_name(stale)}: synced to MLflow as {stale.state['status']}")
+        logger.info(f"{_format_name(stale)}: synced to MLflow as {stale.info.status}")
     return [stale.run_dir for stale in (*closed, *synced)]
 
 
-def finalize_run(run_dir: Path, status: Status, error: str) -> None:
-    """Close a run whose process has exited without doing so, and sync it to MLflow."""
+def finalize_run(run_dir: Path, error: str | None) -> None:
+    """Close a run whose process has exited without doing so: FAILED with this error, KILLED without."""
     stale = stale_in(run_dir)
     if stale is not None:
-        if stale.is_running:
-            stale.close(status, error)
+        if stale.info.is_running:
+            stale.finalize(error)
         _sync_all([stale])
 
 
-def _close_runs(stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
+def _close_runs(stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
     closed = []
     for stale in stale_runs:
-        if stale.is_running:
+        if stale.info.is_running:
             try:
-                stale.close()
+                stale.finalize()
                 closed.append(stale)
             except OSError as error:
                 logger.warning(
@@ -79,39 +78,40 @@ def _close_runs(stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
     return closed
 
 
-def _format_name(stale: StaleRun) -> str:
-    return escape_unprintable(str(stale.run_dir.relative_to(root_dir())))
+def _format_name(stale: StaleRun[Any]) -> str:
+    return str(stale.run_dir.relative_to(root_dir()))
 
 
 # -- MLflow --------------------------------------------------------------------------------------------------
 
 
-def _can_sync(stale: StaleRun) -> bool:
+def _can_sync(stale: StaleRun[Any]) -> bool:
     """Check whether MLflow lacks the end of the run and the store may be reachable.
 
     A missing SQLite file is not an error: it was deleted, or its disk is not mounted.
     """
-    if not stale.needs_sync or not _store_uri(stale):
+    if not stale.needs_sync:
         return False
-    path = sqlite_path(_store_uri(stale))
+    path = sqlite_path(_mlflow_ref(stale).uri)
     return path is None or path.is_file()
 
 
-def _store_uri(stale: StaleRun) -> str:
-    uri = stale.state["mlflow"].get("uri")
-    return uri if isinstance(uri, str) else ""
+def _mlflow_ref(stale: StaleRun[Any]) -> MlflowRef:
+    ref = stale.info.mlflow
+    assert isinstance(ref, MlflowRef)  # only runs that need a sync come here
+    return ref
 
 
-def _sync_all(stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
+def _sync_all(stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
     """Sync the closed runs to their stores, and return those that MLflow has now."""
-    by_store: dict[str, list[StaleRun]] = {}
+    by_store: dict[str, list[StaleRun[Any]]] = {}
     for stale in stale_runs:
-        if not stale.is_running and _can_sync(stale):
-            by_store.setdefault(_store_uri(stale), []).append(stale)
+        if not stale.info.is_running and _can_sync(stale):
+            by_store.setdefault(_mlflow_ref(stale).uri, []).append(stale)
     return [stale for uri, group in by_store.items() for stale in _sync_to_store(uri, group)]
 
 
-def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
+def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
     from mlflow import MlflowClient
 
     from captcha_exp.tracking.store import first_line, inspect_store
@@ -120,13 +120,12 @@ def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
     problem = f"the store is {status}" + (f" ({detail})" if detail else "")
     if status in ("current", "new"):  # a new store has none of the runs, and stays empty
         problem = ""
-    synced: list[StaleRun] = []
+    synced: list[StaleRun[Any]] = []
     num_handled = 0
     for stale in () if problem else stale_runs:
         try:
             run_id = _sync_run(MlflowClient(uri), stale) if status == "current" else None
-            mlflow_ref = stale.state["mlflow"]
-            stale.update(mlflow={**mlflow_ref, "run_id": run_id or mlflow_ref.get("run_id"), "closed": True})
+            stale.update_mlflow(run_id=run_id or stale.info.run_id, closed=True)
             num_handled += 1
             synced += [stale] if run_id is not None else []
         except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
@@ -135,13 +134,11 @@ def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun]) -> list[StaleRun]:
                 break  # the store became unreachable: the other runs would wait for a timeout each
     if problem:
         count = f"{len(stale_runs) - num_handled} of {len(stale_runs)} stale runs"
-        logger.warning(
-            f"{escape_unprintable(uri)}: {count} not synced to MLflow: {problem}; the next start tries again"
-        )
+        logger.warning(f"{uri}: {count} not synced to MLflow: {problem}; the next start tries again")
     return synced
 
 
-def _sync_run(client: "MlflowClient", stale: StaleRun) -> str | None:
+def _sync_run(client: "MlflowClient", stale: StaleRun[Any]) -> str | None:
     """Send the whole run to MLflow and return its run ID; None if it was deleted in MLflow."""
     from captcha_exp.tracking.tracker import send_artifacts, send_metrics, send_status
 
@@ -151,16 +148,16 @@ def _sync_run(client: "MlflowClient", stale: StaleRun) -> str | None:
         logger.debug(f"sending {stale.run_dir} to MLflow run {run_id}")
         send_metrics(client, run_id, read_metrics_rows(stale.run_dir)[0])
         send_artifacts(client, run_id, stale.run_dir)
-        send_status(client, run_id, stale.state)
+        send_status(client, run_id, stale.info)
     return run_id
 
 
-def _find_run_id(client: "MlflowClient", stale: StaleRun) -> str | None:
+def _find_run_id(client: "MlflowClient", stale: StaleRun[Any]) -> str | None:
     from captcha_exp.tracking.store import run_exists
 
-    mlflow_ref = stale.state["mlflow"]
-    if mlflow_ref.get("run_id") is None:  # killed while MLflow created the run
-        candidates = client.search_runs([mlflow_ref["experiment_id"]], f"tags.pid = '{stale.state['pid']}'")
+    ref = _mlflow_ref(stale)
+    if ref.run_id is None:  # killed while MLflow created the run
+        candidates = client.search_runs([ref.experiment_id], f"tags.pid = '{stale.info.pid}'")
         ids = (run.info.run_id for run in candidates if run.data.tags.get("run_dir") == str(stale.run_dir))
         return next(ids, None)
-    return str(mlflow_ref["run_id"]) if run_exists(client, mlflow_ref["run_id"]) else None
+    return ref.run_id if run_exists(client, ref.run_id) else None

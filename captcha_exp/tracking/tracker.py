@@ -8,7 +8,6 @@ import getpass
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 
 from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
-from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, Run, Status
+from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, RecordedDir, Run, RunInfo
+from captcha_exp.runs.info import MlflowRef, Record
 from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
 
 logger = logging.getLogger(__name__)
@@ -61,25 +61,14 @@ class MlflowTracker:
         try:
             self._client = open_store(uri)
             experiment = get_or_create_experiment(self._client, uri, config.tracking.experiment)
-            tags = {
-                "mlflow.user": getpass.getuser(),
-                "mlflow.source.name": "captcha-exp",
-                "mlflow.source.type": "LOCAL",
-                "run_dir": str(run.run_dir),
-                "host": run.state["host"],
-                "pid": str(run.state["pid"]),
-                "process_started": str(run.state["process_started"]),
-                **run.state["tags"],
-                **self._tags,
-            }
+            tags = {**identity_tags(run), **run.info.tags, **self._tags}
             run_id = self._existing_run_id(run, uri)
             if run_id is None:
                 # Recorded before creating the MLflow run: after a kill in between, `sync` can find that run.
-                mlflow_ref = {"uri": uri, "experiment_id": experiment, "run_id": None, "closed": False}
-                run.update(mlflow=mlflow_ref)
+                run.update(mlflow=MlflowRef(uri=uri, experiment_id=experiment, run_id=None, closed=False))
                 name = self._run_name or run.run_dir.name
                 run_id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-                run.update(mlflow={**mlflow_ref, "run_id": run_id})
+                run.update_mlflow(run_id=run_id)
             else:
                 self._client.update_run(run_id, status="RUNNING")
                 self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -98,11 +87,10 @@ class MlflowTracker:
     def _existing_run_id(self, run: Run, uri: str) -> str | None:
         """Return the MLflow run ID of a resumed run, or None if it has none in this store."""
         assert self._client is not None
-        mlflow_ref = run.state["mlflow"] or {}
-        run_id = mlflow_ref.get("run_id")
-        if run_id is None or mlflow_ref.get("uri") != uri or not run_exists(self._client, run_id):
+        ref = run.info.mlflow
+        if ref is None or ref.run_id is None or ref.uri != uri or not run_exists(self._client, ref.run_id):
             return None
-        return str(run_id)
+        return ref.run_id
 
     def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Log the dataset as an MLflow dataset, and the git commit as tags."""
@@ -142,7 +130,7 @@ class MlflowTracker:
 
         self._try_send(f"metrics of step {row.step}", send)
 
-    def finish(self, run: Run, status: Status) -> None:
+    def finish(self, run: Run) -> None:
         """Log queued rows, the files of the run directory as artifacts, and the final status."""
         if not self._run_id:
             return
@@ -153,10 +141,10 @@ class MlflowTracker:
         )
         status_sent = self._try_send(
             "the final status",
-            lambda client: send_status(client, self._run_id, {**run.state, "status": status}),
+            lambda client: send_status(client, self._run_id, run.info),
         )
         if artifacts_sent and status_sent and not self._pending_rows:
-            run.update(mlflow={**run.state["mlflow"], "closed": True})  # otherwise `sync` sends the run again
+            run.update_mlflow(closed=True)  # otherwise `sync` sends the run again
 
     def _try_send(self, what: str, send: Callable[[Any], object]) -> bool:
         """Call `send`; on an error, warn and return False, since the run directory has all data."""
@@ -166,6 +154,17 @@ class MlflowTracker:
             logger.warning(f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete")
             return False
         return True
+
+
+def identity_tags(run: RecordedDir[Any]) -> dict[str, str]:
+    """Return the tags that name the directory and the process of a run or sweep."""
+    return {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "captcha-exp",
+        "mlflow.source.type": "LOCAL",
+        "run_dir": str(run.run_dir),
+        **{key: str(getattr(run.info, key)) for key in ("host", "pid", "process_started")},
+    }
 
 
 def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
@@ -186,9 +185,9 @@ def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
             client.log_artifacts(run_id, str(path), path.name)
 
 
-def send_status(client: MlflowClient, run_id: str, state: Mapping[str, Any]) -> None:
+def send_status(client: MlflowClient, run_id: str, info: Record) -> None:
     """Log the final status, the end time, and the tags of a run."""
-    if tags := [RunTag(key, str(value)) for key, value in state.get("tags", {}).items()]:
-        client.log_batch(run_id, tags=tags)
-    ended = state["ended"] and int(datetime.fromisoformat(state["ended"]).timestamp() * 1000)
-    client.set_terminated(run_id, state["status"], end_time=ended)
+    if isinstance(info, RunInfo) and info.tags:
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in info.tags.items()])
+    ended = None if info.ended is None else int(info.ended.timestamp() * 1000)
+    client.set_terminated(run_id, info.status, end_time=ended)

@@ -16,6 +16,7 @@ from captcha_exp.memory.advisor import advise
 from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.model.state import TrainState
 from captcha_exp.runs import MetricsRow, Run, now_ms
+from captcha_exp.runs.info import OutOfMemory
 from captcha_exp.runtime import device as devices
 
 OomPhase: TypeAlias = Literal["training", "evaluation"]
@@ -48,15 +49,15 @@ def record_oom(
     splits = config.train.on_oom == "split"  # tried next, so remedies are not needed
     remedies = [] if splits else find_remedies(plan, split_sizes, config)
     run.update(
-        tags={**run.state["tags"], "oom": "true"},
-        oom={
-            "during": during,
-            "epoch": epoch,
-            "step": step,
-            "peak_mib": peak_mib,
-            "predicted_mib": plan.process_mib,
-            "remedies": remedies,
-        },
+        tags={**run.info.tags, "oom": "true"},
+        oom=OutOfMemory(
+            during=during,
+            epoch=epoch,
+            step=step,
+            peak_mib=peak_mib,
+            predicted_mib=plan.process_mib,
+            remedies=remedies,
+        ),
     )
     position = f"{during}, epoch {epoch}, step {step}" if step else "setup"
     message = (

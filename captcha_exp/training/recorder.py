@@ -17,8 +17,9 @@ from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, Status, now_ms
 from captcha_exp.runs.fields import flatten, read_flat_environment
+from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
-from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
+from captcha_exp.runtime.shutdown import STOPPED, StopReason, defer_signals, stop_reason
 from captcha_exp.training import oom
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Tracker(Protocol):
 
     def log_metrics(self, row: MetricsRow) -> None: ...
 
-    def finish(self, run: Run, status: Status) -> None: ...
+    def finish(self, run: Run) -> None: ...
 
 
 class NullTracker:
@@ -51,7 +52,7 @@ class NullTracker:
     def log_metrics(self, row: MetricsRow) -> None:
         pass
 
-    def finish(self, run: Run, status: Status) -> None:
+    def finish(self, run: Run) -> None:
         pass
 
 
@@ -70,8 +71,7 @@ class RunRecorder:
     def warn(self, message: str) -> None:
         """Log a warning, and add it to the record of the run."""
         logger.warning(message)
-        if message not in self.run.state["warnings"]:
-            self.run.update(warnings=[*self.run.state["warnings"], message])
+        self.run.add_warning(message)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     run = recorder.run
     status: Status = "FAILED"
     error: str | None = None
+    reason: StopReason | None = None
     try:
         recorder.tracker.start(run, config)
         yield
@@ -100,12 +101,10 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     except oom.TrainingOutOfMemoryError as oom_error:
         status, error = ("FINISHED" if oom_error.is_result else "FAILED"), str(oom_error)
         raise
-    except (KeyboardInterrupt, SystemExit, TimeLimitReached) as interruption:
-        status, error = "KILLED", type(interruption).__name__
+    except STOPPED as interruption:
+        status, reason = "KILLED", stop_reason(interruption)
         # A resumed reproduction would finish the run but give no verdict.
-        hint = (
-            "" if "reproduces" in run.state.get("lineage", ()) else "; run the same command again to resume"
-        )
+        hint = "; run the same command again to resume" if run.info.lineage.reproduces is None else ""
         logger.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
         raise
     except BaseException as exception:
@@ -113,8 +112,8 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
         raise
     finally:
         with defer_signals():
-            run.close(status, error)
-            recorder.tracker.finish(run, status)
+            run.close(status, error, reason)
+            recorder.tracker.finish(run)
 
 
 def record_test_results(
@@ -132,15 +131,15 @@ def record_test_results(
     figures.plot_misreads(test, data, run.report_dir / "misreads.png")
     figures.plot_samples(data.images[:30].numpy(), data.labels[:30], run.report_dir / "images.png")
     run.update(
-        result={
-            "epochs": state.epoch,
-            "best_epoch": state.best_epoch,
-            "val_accuracy": state.best_accuracy,
-            "test_accuracy": test.accuracy,
-            "weights_sha256": result.weights_sha256,
-            "seconds": result.seconds,
-            "process_peak_mib": result.process_peak_mib,
-        }
+        result=ResultSummary(
+            epochs=state.epoch,
+            best_epoch=state.best_epoch,
+            val_accuracy=state.best_accuracy,
+            test_accuracy=test.accuracy,
+            weights_sha256=result.weights_sha256,
+            seconds=result.seconds,
+            process_peak_mib=result.process_peak_mib,
+        )
     )
 
 
@@ -172,10 +171,10 @@ def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) ->
         return
     then, now = read_flat_environment(run.run_dir), flatten(environment)
     keys = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in NUMERICS_KEYS]
-    changed = {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
+    changed = {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
     if changed:
-        *earlier, current = run.state["resumed"]
-        run.update(resumed=[*earlier, {**current, "changed": changed}])
+        *earlier, current = run.info.resumed
+        run.update(resumed=[*earlier, current.model_copy(update={"changed": changed})])
         changes = ", ".join(
             f"{key} {_shorten(old)} -> {_shorten(new)}" for key, (old, new) in changed.items()
         )

@@ -7,10 +7,9 @@ not been interrupted.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -142,7 +141,7 @@ def train(
     tracker: Tracker | None = None,
     *,
     run_dir: Path | None = None,
-    lineage: Mapping[str, Any] | None = None,
+    lineage: runs.Lineage | None = None,
     extend_from: Path | None = None,
     on_complete: Callable[[Run], None] | None = None,
     shutdown: ShutdownHandler | None = None,

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call
+from conftest import TINY, Call, edit_record, mlflow_ref, result_summary
 from mlflow import MlflowClient
 
 from captcha_exp import compose, load, runs
@@ -23,7 +22,7 @@ from captcha_exp.cli.hydra_config import apply_overrides
 from captcha_exp.config import Config, flatten
 from captcha_exp.errors import ConfigError
 from captcha_exp.model import state as checkpoint
-from captcha_exp.runs import code_sha256
+from captcha_exp.runs import Lineage, RunLink, code_sha256
 from captcha_exp.runtime.shutdown import ShutdownHandler
 from captcha_exp.training import train as training
 
@@ -41,7 +40,7 @@ class FakeTrain:
         requested: Config,
         tracker: Any,
         run_dir: Path | None = None,
-        lineage: Mapping[str, Any] | None = None,
+        lineage: Lineage | None = None,
         extend_from: Path | None = None,
     ) -> Any:
         del tracker
@@ -49,14 +48,13 @@ class FakeTrain:
             {
                 "requested": requested,
                 "run_dir": run_dir,
-                "lineage": dict(lineage or {}),
+                "lineage": lineage or Lineage(),
                 "extend_from": extend_from,
             }
         )
         if run_dir is None:
             run_dir = runs.create_run(requested, requested, None, lineage).run_dir
-        state = json.loads((run_dir / "run.json").read_text())
-        (run_dir / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
+        edit_record(run_dir, status="FINISHED")
         return SimpleNamespace(run_dir=run_dir)
 
     def resume(
@@ -72,7 +70,7 @@ class FakeTrain:
         minutes = None if deadline is None else round((deadline - time.monotonic()) / 60)
         requested = load(run_dir / "requested.yaml")
         requested = replace(requested, train=replace(requested.train, max_minutes=minutes))
-        lineage = json.loads((run_dir / "run.json").read_text())["lineage"]
+        lineage = runs.RunInfo.load(run_dir).lineage
         return self(requested, tracker, run_dir, lineage, extend_from)
 
 
@@ -102,7 +100,7 @@ def make_stale(words: list[str], status: str = "KILLED", code: str | None = None
 
 def make_finished(words: list[str], **state: Any) -> Path:
     """Create a finished run of two epochs with a checkpoint."""
-    run_dir = make_stale(words, "FINISHED", **{"result": {"epochs": 2}, **state})
+    run_dir = make_stale(words, "FINISHED", **{"result": result_summary(epochs=2), **state})
     (run_dir / "checkpoint" / "step-6.safetensors").touch()
     return run_dir
 
@@ -118,7 +116,7 @@ def test_auto_resumes_the_run_with_the_same_config(call: Call, trained: FakeTrai
     assert arguments == {
         "requested": load(compose(*words)),
         "run_dir": run_dir,
-        "lineage": {},
+        "lineage": Lineage(),
         "extend_from": None,
     }
     assert f"Resuming {run_dir} from the start (no checkpoint yet)" in err
@@ -185,7 +183,7 @@ def test_a_named_run_is_resumed_with_its_own_config(
     code, _, err = call("train", "--resume", str(run_dir), *overrides)
     assert code == 0, err
     assert trained.calls == [
-        {"requested": load(compose(*words)), "run_dir": run_dir, "lineage": {}, "extend_from": None}
+        {"requested": load(compose(*words)), "run_dir": run_dir, "lineage": Lineage(), "extend_from": None}
     ]
 
 
@@ -255,8 +253,7 @@ def test_a_named_run_that_has_just_finished_is_not_resumed(
     run_dir = make_stale(words)
 
     def changed_keys(*_: object) -> dict[str, str]:
-        state = json.loads((run_dir / "run.json").read_text())
-        (run_dir / "run.json").write_text(json.dumps(state | {"status": "FINISHED"}))
+        edit_record(run_dir, status="FINISHED")
         return {}
 
     monkeypatch.setattr(resume, "_changed_keys", changed_keys)
@@ -268,7 +265,7 @@ def test_a_named_run_that_has_just_finished_is_not_resumed(
 def test_an_interrupted_reproduction_cannot_be_resumed(
     call: Call, trained: FakeTrain, words: list[str]
 ) -> None:
-    run_dir = make_stale(words, lineage={"reproduces": {"run_dir": "/a run", "run_id": None}})
+    run_dir = make_stale(words, lineage=Lineage(reproduces=RunLink(run_dir="/a run", run_id=None)))
     code, out, err = call("train", f"--resume={run_dir}")
     assert (code, out) == (2, "")
     assert err == (
@@ -298,7 +295,7 @@ def test_a_damaged_config_is_one_line(call: Call, words: list[str]) -> None:
 
 def test_more_epochs_start_a_linked_run(call: Call, trained: FakeTrain, words: list[str]) -> None:
     words = [*words, "train.schedule=constant", "train.warmup_fraction=0"]
-    run_dir = make_finished(words, mlflow={"run_id": "abc", "uri": "", "closed": True})
+    run_dir = make_finished(words, mlflow=mlflow_ref("abc"))
     before = (run_dir / "run.json").read_text()
     code, _, err = call("train", f"--resume={run_dir}", "train.epochs=5", "train.patience=9")
     assert (code, err) == (0, "")
@@ -306,7 +303,7 @@ def test_more_epochs_start_a_linked_run(call: Call, trained: FakeTrain, words: l
         {
             "requested": load(compose(*words, "train.epochs=5", "train.patience=9")),
             "run_dir": None,
-            "lineage": {"extends": {"run_dir": str(run_dir), "run_id": "abc"}},
+            "lineage": Lineage(extends=RunLink(run_dir=str(run_dir), run_id="abc")),
             "extend_from": run_dir,
         }
     ]
@@ -315,7 +312,7 @@ def test_more_epochs_start_a_linked_run(call: Call, trained: FakeTrain, words: l
 
 def test_an_interrupted_extension_is_resumed(call: Call, trained: FakeTrain, words: list[str]) -> None:
     run_dir = make_finished(words)
-    links = {"extends": {"run_dir": str(run_dir), "run_id": None}}
+    links = Lineage(extends=RunLink(run_dir=str(run_dir), run_id=None))
     extension = make_stale([*words, "train.epochs=5"], lineage=links)
     for _ in range(2):
         code, _, err = call("train", f"--resume={run_dir}", "train.epochs=5")
@@ -381,7 +378,7 @@ def test_a_run_that_stopped_early_accepts_more_patience(
 def test_a_finished_run_without_a_checkpoint_cannot_be_extended(
     call: Call, trained: FakeTrain, words: list[str], missing: str
 ) -> None:
-    run_dir = make_finished(words, **({"result": {}} if missing == "result" else {}))
+    run_dir = make_finished(words, **({"result": None} if missing == "result" else {}))
     if missing == "checkpoint":
         (run_dir / "checkpoint" / "step-6.safetensors").unlink()
     code, _, err = call("train", f"--resume={run_dir}", "train.epochs=5")
@@ -474,7 +471,7 @@ def result_of(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
 def metrics_by_epoch(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     """Return the metrics without those of time and memory."""
     rows, broken = runs.read_metrics_rows(run_dir)
-    assert broken == []
+    assert not broken
     return [
         (row.step, {key: v for key, v in row.metrics.items() if not key.startswith(("memory/", "speed/"))})
         for row in rows
@@ -540,7 +537,8 @@ def test_an_extended_run_equals_one_of_as_many_epochs_from_the_start(
     assert_same_state(Path(more["run_dir"]), uninterrupted.run_dir)
     assert metrics_by_epoch(Path(more["run_dir"])) == metrics_by_epoch(uninterrupted.run_dir)
     state = json.loads((Path(more["run_dir"]) / "run.json").read_text())
-    assert state["lineage"] == {"extends": {"run_dir": first["run_dir"], "run_id": None}}
+    link = {"run_dir": first["run_dir"], "run_id": None, "store": None}
+    assert state["lineage"] == {"extends": link, "reproduces": None}
 
 
 def test_an_extension_killed_at_once_starts_again_from_the_finished_run(
@@ -549,7 +547,7 @@ def test_an_extension_killed_at_once_starts_again_from_the_finished_run(
     words = [*words, "train.schedule=constant", "train.warmup_fraction=0", "train.epochs=1"]
     first = json.loads(call("train", *words, "--json")[1])
     config = load(compose(*words[:-1], "train.epochs=3"))
-    links = {"extends": {"run_dir": first["run_dir"], "run_id": None}}
+    links = Lineage(extends=RunLink(run_dir=first["run_dir"], run_id=None))
     extension = runs.create_run(config, config, None, links)
     extension.update(status="KILLED", **EXITED_PROCESS)
 

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call, with_train
+from conftest import Call, edit_record, mlflow_ref, result_summary, with_train
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -24,8 +25,11 @@ from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.fields import RunFields
+from captcha_exp.runs.info import OutOfMemory, ResultSummary
 
 Make = Callable[..., Run]
+
+OOM = OutOfMemory(during="training", epoch=1, step=2, peak_mib=3.0, predicted_mib=(1.0, 2.0), remedies=[])
 
 ROWS = (
     {
@@ -47,15 +51,7 @@ ROWS = (
         "speed/images_per_second": 20.0,
     },
 )
-RESULT = {
-    "epochs": 3,
-    "best_epoch": 2,
-    "val_accuracy": 0.9,
-    "test_accuracy": 0.875,
-    "weights_sha256": "ab" * 32,
-    "seconds": 12.5,
-    "process_peak_mib": 900.0,
-}
+RESULT = result_summary()
 
 
 @pytest.fixture
@@ -66,17 +62,17 @@ def make(tiny: Config) -> Make:
     def run(
         config: Config = tiny,
         rows: tuple[Mapping[str, float], ...] = ROWS,
-        result: Mapping[str, Any] | None = RESULT,
+        result: ResultSummary | None = RESULT,
         test: float = 0.875,
         **state: Any,
     ) -> Run:
         new = record.create_run(config, config)
-        new.update(started=f"2026-03-01T{len(created):02}:00:00+00:00", **state)
+        new.update(started=datetime(2026, 3, 1, len(created), tzinfo=UTC), **state)
         for step, metrics in enumerate(rows, 1):
             new.log_metrics(MetricsRow(step, step, metrics))
         if result is not None:
             new.log_metrics(MetricsRow(len(rows), 9, {"test/accuracy": test}))
-            new.update(result={**result, "test_accuracy": test}, status="FINISHED")
+            new.update(result=result.model_copy(update={"test_accuracy": test}), status="FINISHED")
         created.append(new)
         return new
 
@@ -104,8 +100,8 @@ def table(out: str) -> list[list[str]]:
 
 
 def value_of(run: Run, key: str) -> Any:
-    state = json.loads((run.run_dir / "run.json").read_text())
-    return RunFields(run.run_dir, state)[key]
+    info = record.RunInfo.load(run.run_dir)
+    return RunFields(run.run_dir, info)[key]
 
 
 @pytest.mark.parametrize(
@@ -153,21 +149,31 @@ def test_a_metric_that_the_best_epoch_lacks_is_missing(make: Make) -> None:
     ("state", "key", "value"),
     [
         ({"oom": None}, "oom", False),
-        ({"oom": {"where": "training"}}, "oom", True),
-        ({"sweep": None}, "sweep", None),
-        ({"sweep": {"run_dir": "elsewhere/1200-grid", "job": 2}}, "sweep", "elsewhere/1200-grid"),
-        ({"mlflow": {"run_id": "abc"}}, "run_id", "abc"),
+        ({"oom": OOM}, "oom", True),
+        ({"mlflow": mlflow_ref("abc")}, "run_id", "abc"),
+        ({"stop_reason": None}, "stop_reason", None),
+        ({"stop_reason": "time limit"}, "stop_reason", "time limit"),
     ],
 )
 def test_optional_fields(make: Make, state: dict[str, Any], key: str, value: object) -> None:
     assert value_of(make(**state), key) == value
 
 
+def test_runs_are_selected_by_their_stop_reason(make: Make, call: Call) -> None:
+    reasons = ("SIGINT", "SIGTERM", "time limit", "killed")
+    killed = {reason: make(result=None, status="KILLED", stop_reason=reason) for reason in reasons}
+    make(status="FINISHED")
+    for reason, run in killed.items():
+        assert list_dirs(call, f"stop_reason={reason}") == dirs_of([run])
+    assert len(list_dirs(call, "stop_reason!=null")) == len(reasons)
+    assert table(call("runs", "stop_reason=time limit", "--columns", "stop_reason")[1])[1][-1] == "time limit"
+
+
 def test_a_job_is_listed_with_its_sweep(tiny: Config, root: Path, call: Call) -> None:
     sweep = root / "outputs/2026-03-01/120000-grid"
     sweep.mkdir(parents=True)
     job = record.create_run(tiny, tiny, sweep / "1-batch_size=64")
-    job.update(sweep={"run_dir": str(sweep), "job": 1})
+    (sweep / "sweep.json").write_text("{")  # also of a damaged sweep
     assert value_of(job, "run_dir") == "2026-03-01/120000-grid/1-batch_size=64"
     assert value_of(job, "sweep") == "2026-03-01/120000-grid"
     assert list_dirs(call, "sweep=2026-03-01/120000-grid") == [str(job.run_dir)]
@@ -370,8 +376,8 @@ def test_runs_without_a_value_come_last(make: Make, call: Call, tiny: Config) ->
 
 def test_start_times_of_different_time_zones(make: Make, call: Call) -> None:
     first, second = make(), make()
-    first.update(started="2026-10-25T02:50:00+02:00")
-    second.update(started="2026-10-25T02:10:00+01:00")
+    first.update(started=datetime.fromisoformat("2026-10-25T02:50:00+02:00"))
+    second.update(started=datetime.fromisoformat("2026-10-25T02:10:00+01:00"))
     assert list_dirs(call, "--sort", "started") == dirs_of([first, second])
 
 
@@ -526,22 +532,24 @@ def test_a_run_without_a_config_is_listed_with_a_warning(make: Make, call: Call)
 
 def test_unusual_values_of_run_json_are_listed(make: Make, call: Call) -> None:
     run = make(result=None)
-    run.update(name="[x]", status="ODD", mlflow={}, sweep="there", oom=0, error={"a": [None]})
-    words = ["--columns", "name,run_id,sweep,oom,error", "--sort", "status", "name!=x"]
+    edit_record(run.run_dir, name="[x]", sweep="there", error="[/]\ncaf\udce9")
+    words = ["--columns", "name,run_id,oom,error", "--sort", "status", "name!=x"]
     code, out, err = call("runs", *words)
     assert (code, err) == (0, "")
     label = run.run_dir.relative_to(run.run_dir.parents[1]).as_posix()
-    odd = ["[x]", "null", "null", "true", '{"a": [null]}']
-    assert table(out)[1] == [label, "ODD", "", "", "", "", "", "", *odd]
+    odd = ["[x]", "null", "false", r"[/]\ncaf\udce9"]
+    assert table(out)[1] == [label, "RUNNING", "", "", "", "", "", "", *odd]
+    (listed,) = json.loads(call("runs", "--json")[1])
+    assert (listed["error"], listed["sweep"]) == ("[/]\ncaf\udce9", "there")
 
 
 def test_an_invalid_run_json_is_reported_and_not_listed(make: Make, call: Call) -> None:
     odd, good = make(result=None), make()
-    odd.update(result=["[b]"])
+    edit_record(odd.run_dir, result=["[b]"])
     code, out, err = call("runs", "--json")
     assert [each["run_dir"] for each in json.loads(out)] == [str(good.run_dir)]
     assert code == 0
-    assert err.endswith("run.json: is not a valid run.json: result=['[b]'] has the wrong type\n")
+    assert err.endswith("run.json: is not a valid run.json: result=['[b]'] must be a valid dictionary\n")
 
 
 def test_files_are_read_only_if_a_key_needs_them(make: Make, call: Call) -> None:
@@ -589,7 +597,7 @@ def test_diff_lists_differences_by_section(make: Make, call: Call, tiny: Config)
         make(
             with_train(tiny, batch_size=32, patience=3),
             test=0.9,
-            result={**RESULT, "weights_sha256": "ef" * 32},
+            result=result_summary(weights_sha256="ef" * 32),
         ),
         threads=1,
         key="l",
@@ -636,7 +644,7 @@ def test_diff_of_equal_runs(make: Make, call: Call) -> None:
 def test_diff_table(make: Make, call: Call) -> None:
     first = add_files(make())
     rows = ({**ROWS[0], "val/accuracy": 0.92, "memory/eval_peak_mib": 5.0}, {"train/loss": float("nan")})
-    second = add_files(make(rows=rows, result={**RESULT, "best_epoch": 1, "weights_sha256": "ef" * 32}))
+    second = add_files(make(rows=rows, result=result_summary(best_epoch=1, weights_sha256="ef" * 32)))
     code, out, err = call("diff", str(first.run_dir), str(second.run_dir))
     assert (code, err) == (0, "")
     assert out.splitlines()[:3] == ["config: equal", "environment: equal", "dataset: equal"]

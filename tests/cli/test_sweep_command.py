@@ -11,13 +11,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, infos, warnings
+from conftest import TINY, edit_record, infos, sweep_info, warnings
 from support.faults import inject_faults
 
 from captcha_exp import runs
@@ -26,6 +26,8 @@ from captcha_exp.cli import sweep as sweep_command
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory.interval import MiBRange
+from captcha_exp.runs import RecordedDir
+from captcha_exp.runs.info import OutOfMemory, Skipped
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record, supervisor
@@ -70,7 +72,10 @@ def make_run(sweep: Sweep, number: int, outcome: Outcome) -> runs.Run:
         case "failed":
             run.close("FAILED", "an error")
         case "oom" | "skipped":
-            run.update(**{outcome: {"remedies": []}})
+            oom_info = OutOfMemory(
+                during="training", epoch=1, step=1, peak_mib=9.0, predicted_mib=(1.0, 2.0), remedies=[]
+            )
+            run.update(**{outcome: oom_info if outcome == "oom" else Skipped(remedies=[])})
             run.close("FINISHED")
         case _:
             run.close("FINISHED")
@@ -140,28 +145,29 @@ def test_interrupted_in_the_second_job_and_resumed(tiny: Config, caplog: pytest.
         run_sweep(found, interrupted, 1, recorder)
     (summary,) = recorder.summaries
     assert recorder.sweep is not None
-    folder = recorder.sweep.sweep_dir
+    folder = recorder.sweep.run_dir
     assert outcomes(summary) == ["finished", "killed", "not run"]
     assert json.loads((folder / "summary.json").read_text())["jobs"][1]["outcome"] == "killed"
     states = [json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/run.json"))]
     assert states == ["FINISHED", "KILLED"]
 
     sweep = record.find_sweep(folder.name if (Path.cwd() / folder.name).exists() else str(folder))
-    assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "KeyboardInterrupt")
+    assert (sweep.info.status, sweep.info.error, sweep.info.stop_reason) == ("KILLED", None, "SIGINT")
     sweep.update(pid=2**22 + 1)  # a process that has exited
     launched: list[int] = []
-    state = {}
+    during: list[runs.SweepInfo] = []
 
     def launch(folder: Path, numbers: Sequence[int]) -> None:
-        state.update(Sweep(folder).state)
+        during.append(Sweep(folder).info)
         make_launch(launched=launched)(folder, numbers)
 
     summary = run_sweep(plan_jobs(sweep.jobs), launch, 1, recorder, Sweep(folder))
-    assert (state["status"], state["pid"]) == ("RUNNING", os.getpid()), "claimed by this process"
+    assert (during[0].status, during[0].pid) == ("RUNNING", os.getpid()), "claimed by this process"
+    assert during[0].stop_reason is None
     assert launched == [2, 3]
     assert outcomes(summary) == ["finished"] * 3
     assert [result.attempts for result in summary.results] == [1, 2, 1]
-    assert Sweep(folder).state["status"] == "FINISHED"
+    assert Sweep(folder).info.status == "FINISHED"
     assert "1 of 3 jobs are already done" in infos(caplog)
 
 
@@ -176,7 +182,7 @@ def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
     assert outcomes(run_sweep(found, launch, 1, recorder)) == expected
     assert recorder.sweep is not None
     launched: list[int] = []
-    sweep = Sweep(recorder.sweep.sweep_dir)
+    sweep = Sweep(recorder.sweep.run_dir)
     again = run_sweep(found, make_launch(launched=launched), 1, recorder, sweep)
     assert launched == [4, 5]
     assert again.has_failures is False
@@ -199,7 +205,10 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
         )
         run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
         time.sleep(max(0.0, job.deadline - time.time()) if len(started) == 2 else 0.0)
-        run.close(*(("KILLED", "TimeLimitReached") if len(started) == 2 else ("FINISHED", None)))
+        if len(started) == 2:
+            run.close("KILLED", stop_reason="time limit")
+        else:
+            run.close("FINISHED")
 
     def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
         for number in numbers:
@@ -213,7 +222,7 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
     assert caught.value.exit_code == 75
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
-    assert (sweep.state["status"], sweep.state["error"]) == ("KILLED", "TimeLimitReached")
+    assert (sweep.info.status, sweep.info.error, sweep.info.stop_reason) == ("KILLED", None, "time limit")
     assert json.loads((path.parent / "summary.json").read_text())["title"].startswith("sweep over seed: ")
     assert [result.outcome for result in collect_results(sweep)] == ["finished", "killed", "not run"]
     assert len({moment for _, moment in started}) == 1, "the jobs share one deadline"
@@ -227,14 +236,15 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
 def test_a_job_on_another_machine_has_its_own_deadline(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID, "train.max_minutes=2") == 0
     sweep = Sweep(next((root / "outputs").glob("*/*/sweep.json")).parent)
-    until = datetime.fromisoformat(sweep.state["time_limit"]["deadline"]).timestamp()
-    assert supervisor._job_deadline(sweep) == until
-    sweep.state["time_limit"]["deadline"] = "2000-01-01T00:00:00+00:00"
-    sweep.state["host"] = "elsewhere"
+    limit = sweep.info.time_limit
+    assert limit is not None
+    assert supervisor._job_deadline(sweep) == limit.deadline.timestamp()
+    past = limit.model_copy(update={"deadline": datetime(2000, 1, 1, tzinfo=UTC)})
+    sweep.update(time_limit=past, host="elsewhere")
     deadline = supervisor._job_deadline(sweep)
     assert deadline is not None
     assert time.time() + 100 < deadline < time.time() + 121
-    del sweep.state["time_limit"]
+    sweep.update(time_limit=None)
     assert supervisor._job_deadline(sweep) is None
 
 
@@ -273,10 +283,9 @@ def interrupt(root: Path) -> Path:
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
     (folder,) = sweep.attempts(sweep.jobs[1])
-    state = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(state | {"status": "KILLED"}))
+    edit_record(folder, status="KILLED")
     sweep.update(status="KILLED")
-    return sweep.sweep_dir
+    return sweep.run_dir
 
 
 @pytest.mark.parametrize(
@@ -302,8 +311,8 @@ def test_resume_with_overrides(words: tuple[str, ...], resume: str, root: Path, 
     assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
     assert [result.attempts for result in collect_results(Sweep(moved))] == [1, 2]
-    limit = Sweep(moved).state["time_limit"]
-    assert (limit and limit["max_minutes"]) == (9 if "train.max_minutes=9" in words else None)
+    limit = Sweep(moved).info.time_limit
+    assert (limit and limit.max_minutes) == (9 if "train.max_minutes=9" in words else None)
     assert not folder.exists()
 
 
@@ -313,7 +322,7 @@ def test_resuming_a_finished_sweep_writes_its_summary_again(root: Path, launched
     (path.parent / "summary.json").unlink()
     assert train_all(resume=str(path.parent)) == 0
     assert (path.parent / "summary.json").is_file()
-    assert Sweep(path.parent).state["status"] == "FINISHED"
+    assert Sweep(path.parent).info.status == "FINISHED"
     assert len(launched) == 1
 
 
@@ -374,8 +383,8 @@ def test_sweeps_that_cannot_be_resumed(root: Path, launched: list[Any]) -> None:
     (folder / "jobs" / "2.yaml").unlink()
     assert "2.yaml" in error_of()
     (folder / "jobs" / "2.yaml").write_text(text)
-    (folder / "sweep.json").write_text('{"status": "KILLED", "jobs": [{}]}')
-    assert "invalid sweep record" in error_of()
+    edit_record(folder, "sweep.json", jobs=[{}])
+    assert "sweep.json: is not a valid sweep.json: missing jobs.0.choices, " in error_of()
     assert len(launched) == 1
 
 
@@ -389,8 +398,8 @@ def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) ->
 
 def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
     parent = SweepParentRun(MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"))
-    state = {"host": "h", "pid": 1, "process_started": 1.0}
-    parent.start(root, state, {"seed": "1, 2"})
+    sweep = RecordedDir(root, runs.SweepInfo.model_validate(sweep_info()))
+    parent.start(sweep, {"seed": "1, 2"})
     run_id = parent.run_id
     assert run_id is not None
 
@@ -432,13 +441,13 @@ def test_values_with_special_characters_get_distinct_directories(tiny: Config) -
         Job(number=n, swept={"captcha.width": v, "data.width": v}, choices={}, requested=tiny)
         for n, v in enumerate(values, 1)
     ]
-    sweep = record.create_sweep("tiny", jobs, {})
+    sweep = record.create_sweep("tiny", jobs, [None] * len(jobs), 1)
     folders = [sweep.new_attempt(job) for job in jobs for _ in range(2)]
 
     assert len(set(folders)) == 2 * len(values)
-    assert {folder.parent for folder in folders} == {sweep.sweep_dir}
+    assert {folder.parent for folder in folders} == {sweep.run_dir}
     assert all(len(folder.name) < 100 for folder in folders)
-    assert Sweep(sweep.sweep_dir).jobs == jobs
+    assert Sweep(sweep.run_dir).jobs == jobs
     assert jobs[0].name == "captcha.width=a/b data.width=a/b"
 
 
@@ -472,15 +481,15 @@ def test_a_summary_that_cannot_be_written(tiny: Config, caplog: pytest.LogCaptur
 
 
 def test_incomplete_runs_are_listed(tiny: Config) -> None:
-    """Killed before config.yaml was written; a damaged run.json; an empty run directory."""
-    sweep = record.create_sweep("tiny", make_jobs(tiny), {"predicted": [None] * 3})
+    """A deleted config.yaml; a damaged run.json; an empty run directory."""
+    sweep = record.create_sweep("tiny", make_jobs(tiny), [None] * 3, 1)
     (make_run(sweep, 1, "killed").run_dir / "config.yaml").unlink()
     (make_run(sweep, 2, "finished").run_dir / "run.json").write_text('{"status": "FIN')
     sweep.new_attempt(sweep.jobs[2])
 
     results = collect_results(sweep)
     assert [result.outcome for result in results] == ["killed", "failed", "not run"]
-    assert "invalid run record" in (results[1].error or "")
+    assert "run.json: cannot be read: " in (results[1].error or "")
 
 
 def child_process(script: str, folder: Path, on_line: Callable[[str], None], monkeypatch: Any) -> Any:
@@ -576,6 +585,7 @@ def test_interrupted_at_a_terminal(
     assert json.loads((Path(summary["run_dir"]) / "summary.json").read_text())["title"] == summary["title"]
     states = [json.loads(path.read_text()) for path in Path(summary["run_dir"]).glob("*/run.json")]
     assert "RUNNING" not in {state["status"] for state in states}
-    assert json.loads((Path(summary["run_dir"]) / "sweep.json").read_text())["status"] == "KILLED"
+    sweep = Sweep(Path(summary["run_dir"])).info
+    assert (sweep.status, sweep.stop_reason) == ("KILLED", signal.Signals(number).name)
     if not words and number == signal.SIGINT:
-        assert states[0]["error"] == "interrupted", "it waits inside a step and is killed"
+        assert states[0]["stop_reason"] == "killed", "it waits inside a step and is killed"

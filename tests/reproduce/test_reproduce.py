@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Call, warnings
+from conftest import TINY, Call, edit_record, mlflow_ref, warnings
 from omegaconf import DictConfig
 from PIL import Image
 from support.image_files import page, saved
@@ -27,11 +27,19 @@ from captcha_exp.reproduce.causes import attribute, format_verdict
 from captcha_exp.reproduce.changes import Change, has_no_effect
 from captcha_exp.reproduce.reference import RunResult, load_reference
 from captcha_exp.reproduce.rerun import Reproduction, reproduce
-from captcha_exp.runs import MetricsRow, find_linked
+from captcha_exp.runs import Lineage, MetricsRow, RunLink, find_linked
 from captcha_exp.runtime.files import sha256_of, write_json
 from captcha_exp.training.recorder import NullTracker
 from captcha_exp.training.train import train
 
+OOM = {
+    "during": "training",
+    "epoch": 1,
+    "step": 2,
+    "peak_mib": 3.0,
+    "predicted_mib": [1.0, 2.0],
+    "remedies": [],
+}
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGE_FOLDER = (
     *(text for text in TINY if text.split("=")[0] not in ("data.count", "data.workers", "captcha.alphabet")),
@@ -111,7 +119,8 @@ def test_the_new_run_links_to_the_reference_and_records_the_verdict(run: Path) -
     reproduction = rerun(run)
     state = json.loads((reproduction.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
-    assert state["lineage"] == {"reproduces": {"run_dir": str(run), "run_id": None}}
+    link = {"run_dir": str(run), "run_id": None, "store": None}
+    assert state["lineage"] == {"reproduces": link, "extends": None}
     assert state["tags"] == {"reproduces": str(run), "reproduction": "identical"}
     assert json.loads((reproduction.run_dir / "reproduction.json").read_text()) == reproduction.to_json()
     assert state["files"]["reproduction.json"] == sha256_of(reproduction.run_dir / "reproduction.json")
@@ -405,8 +414,9 @@ def test_a_changed_line_of_code_is_the_cause_but_a_comment_is_not(
     [
         ({"format": None}, "was written by captcha_exp 0.1, which this version cannot read"),
         ({"status": "KILLED"}, "status KILLED; only a FINISHED run can be reproduced"),
-        ({"oom": {"during": "training"}}, "ran out of memory and has no weights to compare with"),
-        ({"result": {}}, "damaged run record"),
+        ({"oom": OOM}, "ran out of memory and has no weights to compare with"),
+        ({"result": None}, "has no result to compare with"),
+        ({"result": [1]}, "is not a valid run.json: result=[1] must be a valid dictionary"),
     ],
 )
 def test_a_run_without_a_result_is_rejected(
@@ -444,7 +454,6 @@ def test_a_missing_or_damaged_manifest_is_a_one_line_error(
         ("dataset.json", {"rejected": ["a"]}),
         ("test.json", {"misreads": [1]}),
         ("test.json", {"images": None}),
-        ("run.json", {"result": [1]}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -460,7 +469,7 @@ def test_invalid_metrics_are_a_one_line_error(run: Path) -> None:
     for metrics in ([0.5], {"train/loss": "a"}):
         row = MetricsRow(1, 2, metrics)  # type: ignore[arg-type]  # as in a damaged file
         (run / "metrics.jsonl").write_text(row.to_line())
-        with pytest.raises(UserError, match="damaged run record"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is damaged; the run cannot be compared"):
             load_reference(run)
 
 
@@ -505,7 +514,8 @@ def test_a_run_that_exists_only_in_mlflow_is_downloaded(
     state = json.loads((Path(json.loads(out)["run_dir"]) / "run.json").read_text())
     tags = MlflowClient(store.uri).get_run(state["mlflow"]["run_id"]).data.tags
     assert (tags["reproduces"], tags["reproduction"]) == (run_id, "identical")
-    assert state["lineage"] == {"reproduces": {"run_dir": None, "run_id": run_id, "store": store.uri}}
+    link = {"run_dir": None, "run_id": run_id, "store": store.uri}
+    assert state["lineage"] == {"reproduces": link, "extends": None}
     assert json.loads(out)["reference"] == f"MLflow run {run_id} of {store.uri}"
     assert call("reproduce", "0" * 32)[0] == 2
 
@@ -514,12 +524,12 @@ def test_an_extended_run_is_reproduced_from_the_same_initial_state(run: Path, tm
     config = load_reference(run).config
     more = replace(config, train=replace(config.train, epochs=4, schedule="constant"))
     first = train(replace(more, train=replace(more.train, epochs=2))).run_dir
-    links = {"extends": {"run_dir": str(first), "run_id": None}}
+    links = Lineage(extends=RunLink(run_dir=str(first), run_id=None))
     second = train(more, lineage=links, extend_from=first).run_dir
     assert rerun(second).summary == "identical"
     reproduced = rerun(second)
     new_links = json.loads((reproduced.run_dir / "run.json").read_text())["lineage"]
-    assert new_links["extends"] == {"run_dir": str(first), "run_id": None}
+    assert new_links["extends"] == {"run_dir": str(first), "run_id": None, "store": None}
     assert rerun(reproduced.run_dir).summary == "identical", "it extends the same run"
 
     elsewhere = tmp_path / "elsewhere" / first.parent.name
@@ -532,13 +542,16 @@ def test_an_extended_run_is_reproduced_from_the_same_initial_state(run: Path, tm
 
 
 def test_an_extended_run_is_found_by_its_id(run: Path, root: Path) -> None:
-    edit_json(run / "run.json", lambda state: state.update(mlflow={"run_id": "a" * 32, "closed": True}))
+    edit_record(run, mlflow=mlflow_ref("a" * 32).model_dump())
     other = shutil.copytree(run, root / "outputs" / "2020-01-01" / "other")
-    link = {"run_dir": "/nowhere/x/y", "run_id": "a" * 32}
-    assert find_linked(link, run) == other
-    assert find_linked({**link, "run_id": "b" * 32}, run) is None
-    assert find_linked({"run_dir": f"/nowhere/2020-01-01/{other.name}", "run_id": "a" * 32}, other) == other
-    assert find_linked({"run_dir": str(other), "run_id": "b" * 32}, run) is None, "another run is there now"
+
+    def find(run_dir: str | None, character: str) -> Path | None:
+        return find_linked(RunLink(run_dir=run_dir, run_id=character * 32), run)
+
+    assert find("/nowhere/x/y", "a") == find(None, "a") == other
+    assert find("/nowhere/x/y", "b") is find(None, "b") is None
+    assert find(f"/nowhere/2020-01-01/{other.name}", "a") == other
+    assert find(str(other), "b") is None, "another run is there now"
 
 
 def test_a_sweep_is_not_a_run(call: Call, root: Path) -> None:

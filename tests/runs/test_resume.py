@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -14,14 +13,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import infos
+from conftest import edit_record, infos, sweep_info
 from safetensors.numpy import save_file
 
 from captcha_exp import runs
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.runs import StaleRun, code_sha256, resume
-from captcha_exp.runtime import process
+from captcha_exp.runtime.process import identify_process
 
 EXITED: dict[str, Any] = {"pid": 2**22 + 1, "process_started": 1.0}  # above the largest pid of Linux
 NUM_PROCESSES = 8
@@ -43,11 +42,11 @@ class StaleRuns:
     def create(self, status: str = "KILLED", run_dir: Path | None = None, **state: Any) -> Path:
         run = runs.create_run(self.config, self.config, run_dir)
         run.write_json("environment.json", {"code_sha256": code_sha256()})
-        run.update(**{"status": status, **self.process, **state})
+        edit_record(run.run_dir, **{"status": status, **self.process, **state})
         return run.run_dir
 
     def find(self, **lineage: Any) -> Path | None:
-        found = resume.find_resumable(self.config, lineage)
+        found = resume.find_resumable(self.config, runs.Lineage(**lineage))
         return None if found is None else found.run_dir
 
 
@@ -93,13 +92,13 @@ def test_a_running_run_is_skipped_without_a_warning(
     stale: StaleRuns, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = stale.create()
-    stale.create("RUNNING", **process.process_identity())
+    stale.create("RUNNING", **dict(identify_process()))
     assert stale.find() == before, "an older resumable run"
     assert infos(caplog) == []
 
 
 def test_a_reused_pid_does_not_count_as_the_process_of_the_run(stale: StaleRuns) -> None:
-    alive = process.process_identity()
+    alive = dict(identify_process())
     run_dir = stale.create("RUNNING", **alive | {"process_started": alive["process_started"] - 5})
     assert stale.find() == run_dir
 
@@ -174,7 +173,7 @@ def test_a_run_json_with_invalid_values_is_skipped(stale: StaleRuns, change: dic
 def test_jobs_of_a_sweep_are_found_only_by_job_directory(stale: StaleRuns, tiny: Config, root: Path) -> None:
     sweep = root / "outputs" / "2026-01-01" / "000000-sweep"
     sweep.mkdir(parents=True)
-    (sweep / "sweep.json").write_text("{}")
+    (sweep / "sweep.json").write_text("{}")  # also of a damaged sweep
     run_dir = stale.create(run_dir=sweep / "1-x")
     assert stale.find() is None
     found = resume.find_resumable_job(run_dir, tiny)
@@ -185,12 +184,12 @@ def test_jobs_of_a_sweep_are_found_only_by_job_directory(stale: StaleRuns, tiny:
 
 
 def test_a_run_with_lineage_is_found_only_by_the_same_lineage(stale: StaleRuns) -> None:
-    lineage = {"extends": {"run_dir": "/a", "run_id": None}}
-    run_dir = stale.create(lineage=lineage)
-    stale.create(lineage={"reproduces": {"run_dir": "/a", "run_id": None}})
+    link = runs.RunLink(run_dir="/a", run_id=None)
+    run_dir = stale.create(lineage={"extends": link.model_dump()})
+    stale.create(lineage={"reproduces": link.model_dump()})
     assert stale.find() is None
-    assert stale.find(**lineage) == run_dir
-    assert stale.find(extends={"run_dir": "/b", "run_id": None}) is None
+    assert stale.find(extends=link) == run_dir
+    assert stale.find(extends=runs.RunLink(run_dir="/b", run_id=None)) is None
 
 
 # -- find_named ----------------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def find_error(name: str) -> str:
 
 
 def test_a_name_that_cannot_be_resumed_is_one_line(stale: StaleRuns, root: Path) -> None:
-    alive = process.process_identity()
+    alive = dict(identify_process())
     assert find_error("nothing").startswith("'nothing' is not a run: ")
     run_dir = stale.create("RUNNING", **alive)
     assert (
@@ -223,14 +222,13 @@ def test_a_name_that_cannot_be_resumed_is_one_line(stale: StaleRuns, root: Path)
 
     sweep = root / "outputs" / "2026-01-01" / "000000-sweep"
     sweep.mkdir(parents=True)
-    state = {"status": "RUNNING", "host": platform.node(), **alive, "mlflow": None}
-    (sweep / "sweep.json").write_text(json.dumps(state))
+    (sweep / "sweep.json").write_text(json.dumps(sweep_info(**alive)))
     job_dir = stale.create(run_dir=sweep / "1-x")
     assert find_error(str(job_dir)).endswith(
         f"process {os.getpid()} of its sweep is still running; stop it first"
     )
     assert find_error(str(sweep)).endswith(": is a sweep; add -m to resume it")
-    (sweep / "sweep.json").write_text(json.dumps(state | {"status": "KILLED"}))
+    edit_record(sweep, "sweep.json", status="KILLED")
     assert resume.find_named(str(job_dir)).run_dir == job_dir
 
 
@@ -273,11 +271,11 @@ def state_of(run_dir: Path) -> dict[str, Any]:
 
 
 def test_a_claimed_run_is_running_and_is_restored_afterwards(stale: StaleRuns) -> None:
-    run_dir = stale.create(error="interrupted")
+    run_dir = stale.create(stop_reason="SIGINT")
     before = state_of(run_dir)
     with resume.claim(lambda: resume.find_named(str(run_dir))) as found:
         assert found is not None
-        assert found.state == before
+        assert found.info.model_dump() == before
         during = state_of(run_dir)
         assert (during["status"], during["pid"]) == ("RUNNING", os.getpid())
         assert stale.find() is None, "a claimed run is not found"
@@ -294,7 +292,7 @@ def test_a_run_that_was_continued_is_not_restored(stale: StaleRuns) -> None:
 
 
 def test_nothing_is_claimed_if_no_run_is_found(stale: StaleRuns) -> None:
-    with resume.claim(lambda: resume.find_resumable(stale.config)) as found:
+    with resume.claim(lambda: resume.find_resumable(stale.config, runs.Lineage())) as found:
         assert found is None
 
 
@@ -305,7 +303,7 @@ def test_a_run_that_has_changed_is_not_claimed_and_searched_again(
     stale: StaleRuns, changed: dict[str, Any]
 ) -> None:
     run_dir = stale.create()
-    candidates: list[StaleRun | None] = [resume.find_named(str(run_dir)), None]
+    candidates: list[StaleRun[runs.RunInfo] | None] = [resume.find_named(str(run_dir)), None]
     changed = state_of(run_dir) | changed
     (run_dir / "run.json").write_text(json.dumps(changed))
     with resume.claim(lambda: candidates.pop(0)) as found:
@@ -325,10 +323,11 @@ def test_a_finished_run_can_be_claimed(stale: StaleRuns) -> None:
 def test_a_run_that_was_closed_meanwhile_can_be_claimed(stale: StaleRuns) -> None:
     run_dir = stale.create("RUNNING")
     candidate = resume.find_named(str(run_dir))
-    (run_dir / "run.json").write_text(json.dumps(state_of(run_dir) | {"status": "KILLED", "ended": "now"}))
+    ended = "2026-01-01T00:00:00.000000+00:00"
+    edit_record(run_dir, status="KILLED", ended=ended)
     with resume.claim(lambda: candidate) as found:
         assert found is not None
-    assert (state_of(run_dir)["status"], state_of(run_dir)["ended"]) == ("KILLED", "now")
+    assert (state_of(run_dir)["status"], state_of(run_dir)["ended"]) == ("KILLED", ended)
 
 
 def test_a_lock_held_by_another_process_is_one_line(
@@ -344,14 +343,14 @@ def test_a_lock_held_by_another_process_is_one_line(
 CLAIM_SCRIPT = """
 import sys
 from captcha_exp.config import load
-from captcha_exp.runs import resume
+from captcha_exp.runs import Lineage, resume
 from pathlib import Path
 
 requested = load(Path(sys.argv[1]))
 sys.stdout.write("ready\\n")
 sys.stdout.flush()
 sys.stdin.readline()
-with resume.claim(lambda: resume.find_resumable(requested)) as claimed:
+with resume.claim(lambda: resume.find_resumable(requested, Lineage())) as claimed:
     sys.stdout.write(f"{claimed and claimed.run_dir}\\n")
     sys.stdout.flush()
     sys.stdin.readline()

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from captcha_exp.config import Config
-from captcha_exp.runs import Run, source_code
+from captcha_exp.runs import Run, RunInfo, source_code
 from captcha_exp.runs.environment import collect_environment, numerics_variables, parse_cpu_name
+from captcha_exp.runs.info import now, running_fields
 from captcha_exp.runtime import paths
 
 
@@ -98,7 +99,8 @@ def checkout(package: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return Run(tmp_path_factory.mktemp("run"), {})
+    info = RunInfo(**running_fields(), name="tiny", started=now())
+    return Run(tmp_path_factory.mktemp("run"), info)
 
 
 def write_source_info(run: Run) -> list[str]:

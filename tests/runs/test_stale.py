@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from conftest import TINY, infos, warnings
+from conftest import TINY, edit_record, infos, mlflow_ref, sweep_info, warnings
 from mlflow import MlflowClient
 
 from captcha_exp import runs as record
@@ -26,6 +25,7 @@ from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runtime.console import set_up_logging
 from captcha_exp.runtime.files import write_json
+from captcha_exp.runtime.process import ProcessIdentity
 from captcha_exp.tracking import MlflowTracker, close_stale_runs
 from captcha_exp.tracking.store import open_store
 
@@ -56,14 +56,7 @@ def make_old(run_dir: Path, seconds: float = LONG_AGO) -> None:
 def write_stale_sweep(sweep_dir: Path, **state: Any) -> Path:
     """Write the sweep.json of a stale sweep."""
     sweep_dir.mkdir(parents=True)
-    fields: dict[str, Any] = {
-        "name": "grid",
-        "status": "RUNNING",
-        "started": "2026-01-01T00:00:00.000000+00:00",
-    }
-    fields |= {"ended": None, "error": None}
-    fields |= {"host": platform.node(), "pid": os.getpid(), "process_started": 1.0, "mlflow": None}
-    (sweep_dir / "sweep.json").write_text(json.dumps(fields | state))
+    (sweep_dir / "sweep.json").write_text(json.dumps(sweep_info(**{"process_started": 1.0, **state})))
     return sweep_dir
 
 
@@ -85,7 +78,7 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
 
     state = state_of(run.run_dir)
     assert state["status"] == "KILLED"
-    assert state["error"].startswith("the process exited without closing the run")
+    assert (state["error"], state["stop_reason"]) == (None, "killed")
     assert datetime.fromisoformat(state["ended"]).timestamp() == LONG_AGO + 7
     after = contents(run.run_dir)
     del before[run.run_dir / "run.json"], after[run.run_dir / "run.json"]
@@ -94,10 +87,8 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
         path.relative_to(run.run_dir).as_posix(): hashlib.sha256(content).hexdigest()
         for path, content in before.items()
     }
-    changed = {"status", "error", "ended", "files"}
-    assert {k: v for k, v in state.items() if k not in changed} == {
-        k: v for k, v in run.state.items() if k not in changed
-    }
+    changed = {"status", "stop_reason", "ended", "files"}
+    assert {k: v for k, v in state.items() if k not in changed} == run.info.model_dump(exclude=changed)
     record.check_file_unchanged(run.run_dir, "model.safetensors")
     name = f"outputs/{run.run_dir.parent.name}/{run.run_dir.name}"
     assert infos(caplog) == [f"{name}: process {os.getpid()} has exited; marked KILLED"]
@@ -120,15 +111,13 @@ def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
         {},
         {"process_started": 1.0, "host": "another"},
         {"process_started": 1.0, "status": "FINISHED"},
-        {"process_started": 1.0, "status": "FAILED", "mlflow": {"uri": "x", "run_id": "y"}},
-        {"process_started": 1.0, "status": "FINISHED", "mlflow": {"uri": "x", "run_id": "y", "closed": True}},
-        {"status": "FINISHED", "mlflow": {"uri": "x", "run_id": "y", "closed": False}},
+        {"process_started": 1.0, "status": "FINISHED", "mlflow": mlflow_ref(closed=True)},
+        {"status": "FINISHED", "mlflow": mlflow_ref(closed=False)},
     ],
     ids=[
         "running",
         "other host",
         "ended, not tracked",
-        "ended, without the field closed",
         "ended and synced",
         "running, not yet synced",
     ],
@@ -161,35 +150,37 @@ def test_an_empty_root_stays_empty(root: Path) -> None:
         "[" * 100_000,
         "\udcff",
         '{"status": "RUNNING"}',
-        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": "1", "process_started": 1, "mlflow": null}',
-        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": -1, "process_started": 1, "mlflow": null}',
-        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": 1, "process_started": null, "mlflow": null}',
-        '{"format": 2, "status": "RUNNING", "host": HOST, "pid": 1, "process_started": 1, "mlflow": ["x"]}',
-        '{"status": "RUNNING", "host": HOST, "pid": 1, "process_started": 1, "mlflow": null}',
     ],
-    ids=[
-        "truncated",
-        "list",
-        "number",
-        "deep",
-        "bytes",
-        "incomplete",
-        "text pid",
-        "negative pid",
-        "no time",
-        "mlflow",
-        "version 0.1",
-    ],
+    ids=["truncated", "list", "number", "deep", "bytes", "incomplete"],
 )
-def test_an_invalid_run_json_is_skipped_and_not_changed(tiny: Config, root: Path, text: str) -> None:
-    path = root / "outputs/2026-01-01/000000-renamed/run.json"
+@pytest.mark.parametrize("filename", ["run.json", "sweep.json"])
+def test_a_damaged_record_is_skipped_and_not_changed(
+    tiny: Config, root: Path, text: str, filename: str
+) -> None:
+    path = root / "outputs/2026-01-01/000000-renamed" / filename
     path.parent.mkdir(parents=True)
-    content = text.replace("HOST", json.dumps(record.create_run(tiny, tiny).state["host"]))
-    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     other = make_stale(record.create_run(tiny, tiny))
 
     assert close_stale_runs() == [other.run_dir]
-    assert path.read_bytes() == content.encode("utf-8", "surrogateescape")
+    assert path.read_bytes() == text.encode("utf-8", "surrogateescape")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"pid": "1"}, {"pid": -1}, {"process_started": None}, {"mlflow": ["x"]}, {"format": None}],
+    ids=["text pid", "negative pid", "no time", "mlflow", "version 0.1"],
+)
+def test_a_record_with_an_invalid_field_is_skipped_and_not_changed(
+    tiny: Config, root: Path, field: dict[str, Any]
+) -> None:
+    sweep_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid", **field)
+    edit_record(make_stale(record.create_run(tiny, tiny)).run_dir, **field)
+    before = contents(root)
+
+    assert close_stale_runs() == []
+    assert contents(root) == before
+    assert (sweep_dir / "sweep.json").is_file()
 
 
 def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
@@ -202,7 +193,7 @@ def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
             raise OSError(28, "No space left on device")
         write_json(path, content)
 
-    monkeypatch.setattr("captcha_exp.runs.stale.write_json", disk_full)
+    monkeypatch.setattr("captcha_exp.runs.info.write_json", disk_full)
     caplog.clear()
 
     assert sorted(close_stale_runs()) == sorted([runs[0].run_dir, runs[2].run_dir])
@@ -252,7 +243,8 @@ def test_a_truncated_last_line_is_a_warning_and_the_other_rows_are_read(tiny: Co
     close_stale_runs()
 
     assert path.read_bytes() == before
-    assert record.read_metrics_rows(run.run_dir) == (ROWS[:2], [3])
+    rows, damaged_lines = record.read_metrics_rows(run.run_dir)
+    assert (rows, list(damaged_lines)) == (ROWS[:2], [3])
     assert run.metrics_rows() == ROWS[:2]
     assert state_of(run.run_dir)["warnings"] == ["metrics.jsonl: skipped damaged line 3; 2 valid rows"]
     record.check_file_unchanged(run.run_dir, "metrics.jsonl")
@@ -265,7 +257,8 @@ def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tiny: Config) -> 
 
     close_stale_runs()
 
-    assert record.read_metrics_rows(run.run_dir) == ([ROWS[0], ROWS[2]], [2])
+    rows, damaged_lines = record.read_metrics_rows(run.run_dir)
+    assert (rows, list(damaged_lines)) == ([ROWS[0], ROWS[2]], [2])
     assert state_of(run.run_dir)["warnings"] == [
         "slow",
         "metrics.jsonl: skipped damaged line 2; 2 valid rows",
@@ -310,9 +303,8 @@ def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root:
     state = state_of(sweep_dir, "sweep.json")
     assert state["status"] == "KILLED"
     assert datetime.fromisoformat(state["ended"]).timestamp() == LONG_AGO + 5
-    assert set(state) == {
-        *("name", "status", "started", "ended", "host", "pid", "process_started", "mlflow", "error")
-    }
+    assert state["stop_reason"] == "killed"
+    assert set(state) == set(sweep_info())
     assert datetime.fromisoformat(state_of(stale.run_dir)["ended"]).timestamp() == LONG_AGO
     assert contents(running.run_dir) == before
     assert not (sweep_dir / f".summary.json.{os.getpid()}.part").exists()
@@ -356,11 +348,11 @@ def test_a_run_that_finishes_meanwhile_keeps_its_status(
     run = record.create_run(tiny, tiny)
 
     def finish_and_exit(_: object) -> bool:
-        if run.state["status"] == "RUNNING":
+        if run.info.is_running:
             run.close("FINISHED")
         return False
 
-    monkeypatch.setattr("captcha_exp.runs.stale.is_alive", finish_and_exit)
+    monkeypatch.setattr(ProcessIdentity, "is_alive", finish_and_exit)
 
     assert close_stale_runs() == []
     assert state_of(run.run_dir)["status"] == "FINISHED"
@@ -419,7 +411,7 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
         run.log_metrics(row)
     tracker.log_metrics(ROWS[0])
     (run.report_dir / "curves.png").write_bytes(b"image")
-    make_stale(run)
+    before = state_of(make_stale(run).run_dir)["mlflow"]
     caplog.clear()
 
     assert close_stale_runs() == [run.run_dir]
@@ -434,7 +426,7 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
     assert [item.path for item in client.list_artifacts(mlflow_run.info.run_id, "report")] == [
         "report/curves.png"
     ]
-    assert state["mlflow"] == {**run.state["mlflow"], "closed": True}
+    assert state["mlflow"] == {**before, "closed": True}
     assert len(infos(caplog)) == 1
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
     assert close_stale_runs() == []
@@ -446,8 +438,7 @@ def test_a_run_closed_but_not_synced_keeps_its_status(
     run, _ = start_run(tracked)
     run.log_metrics(ROWS[0])
     run.close("FINISHED")
-    ended = run.state["ended"]
-    make_stale(run)
+    ended = state_of(make_stale(run).run_dir)["ended"]
     caplog.clear()
 
     assert close_stale_runs() == [run.run_dir]
@@ -465,7 +456,7 @@ def test_the_tracker_marks_the_run_as_closed(tracked: Config) -> None:
     run, tracker = start_run(tracked)
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
     run.close("FINISHED")
-    tracker.finish(run, "FINISHED")
+    tracker.finish(run)
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
 
 
@@ -483,7 +474,7 @@ def test_a_failed_end_is_synced_at_the_next_start(
         run.log_metrics(ROWS[0])
         tracker.log_metrics(ROWS[0])
         run.close("FINISHED")
-        tracker.finish(run, "FINISHED")
+        tracker.finish(run)
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
     make_stale(run)
 
@@ -493,22 +484,14 @@ def test_a_failed_end_is_synced_at_the_next_start(
     assert "config.yaml" in {item.path for item in client.list_artifacts(mlflow_run.info.run_id)}
 
 
-def test_a_running_run_without_the_field_closed_is_synced(tracked: Config) -> None:
-    run, _ = start_run(tracked)
-    mlflow_ref = {key: run.state["mlflow"][key] for key in ("uri", "experiment_id", "run_id")}
-    make_stale(run, mlflow=mlflow_ref)
-
-    assert close_stale_runs() == [run.run_dir]
-    assert in_mlflow(run)[1].info.status == "KILLED"
-
-
 def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(
     tracked: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     created, other = start_run(tracked)[0], start_run(tracked)[0]
-    run_id = created.state["mlflow"]["run_id"]
-    make_stale(created, mlflow={**created.state["mlflow"], "run_id": None})
-    before = make_stale(record.create_run(tracked, tracked), mlflow=created.state["mlflow"])
+    run_id = created.info.run_id
+    created.update_mlflow(run_id=None)
+    make_stale(created)
+    before = make_stale(record.create_run(tracked, tracked), mlflow=created.info.mlflow)
 
     caplog.clear()
     assert sorted(close_stale_runs()) == sorted([created.run_dir, before.run_dir])
@@ -567,7 +550,7 @@ def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachabl
     caplog.clear()
     close_stale_runs()
 
-    closed = [state["mlflow"]["closed"] for _, state in record.list_runs()]
+    closed = [run.info.mlflow is not None and run.info.mlflow.closed for run in record.list_runs()]
     assert closed.count(True) == num_synced
     assert len(warnings(caplog)) == 1
     assert (
@@ -628,7 +611,9 @@ def test_a_run_deleted_in_mlflow_is_not_retried(
 
 def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: Path) -> None:
     parent, _ = start_run(tracked)
-    sweep_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid", mlflow=parent.state["mlflow"])
+    sweep_dir = write_stale_sweep(
+        root / "outputs/2026-01-01/000000-grid", mlflow=state_of(parent.run_dir)["mlflow"]
+    )
     shutil.rmtree(parent.run_dir)
     record.create_run(tracked, tracked, sweep_dir / "1-seed=1")
     (sweep_dir / "images").mkdir()
@@ -661,7 +646,7 @@ def test_the_runs_command_lists_a_run_of_version_0_1_as_a_warning(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [record.create_run(tiny, tiny) for _ in range(2)]
-    state = {key: value for key, value in runs[0].state.items() if key != "format"}
+    state = runs[0].info.model_dump(exclude={"format"})
     (runs[0].run_dir / "run.json").write_text(json.dumps(state))
     monkeypatch.setattr(sys, "argv", ["captcha-exp", "runs", "--json"])
     with pytest.raises(SystemExit, match="0"):
@@ -702,7 +687,8 @@ def test_a_killed_training_is_closed_by_the_next_start(tracked: Config, cache: P
     (run_dir,) = close_stale_runs()
 
     state = state_of(run_dir)
-    assert (state["status"], state["pid"]) == ("KILLED", process.pid)
+    assert (state["status"], state["stop_reason"], state["error"]) == ("KILLED", "killed", None)
+    assert state["pid"] == process.pid
     evaluation, _ = evaluate_run(run_dir, "test", "cpu")
     assert len(evaluation.indices) > 0
     rows, _ = record.read_metrics_rows(run_dir)

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import with_train
+from conftest import mlflow_ref, result_summary, with_train
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits
 from captcha_exp.runs import MetricsRow, create_run
+from captcha_exp.runs.info import OutOfMemory, Skipped
 from captcha_exp.sweep.forecast import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import (
     Job,
@@ -19,10 +20,11 @@ from captcha_exp.sweep.record import (
     create_sweep,
     find_sweep,
     has_same_jobs,
-    is_running,
     list_sweeps,
 )
 from captcha_exp.sweep.results import collect_results
+
+OOM = OutOfMemory(during="training", epoch=1, step=2, peak_mib=3.0, predicted_mib=(1.0, 2.0), remedies=[])
 
 
 def make_job(tiny: Config, swept: Mapping[str, str] | None = None, number: int = 1) -> Job:
@@ -30,7 +32,7 @@ def make_job(tiny: Config, swept: Mapping[str, str] | None = None, number: int =
 
 
 def make_sweep(jobs: list[Job]) -> Sweep:
-    return create_sweep("some", jobs, {"predicted": [None] * len(jobs), "parallelism": 1})
+    return create_sweep("some", jobs, [None] * len(jobs), 1)
 
 
 @pytest.mark.parametrize(
@@ -68,37 +70,39 @@ def test_each_attempt_has_its_own_run_directory(tiny: Config, root: Path) -> Non
 
 def test_a_sweep_survives_a_round_trip_through_its_directory(tiny: Config, root: Path) -> None:
     jobs = [make_job(with_train(tiny, batch_size=n), {"train.batch_size": str(n)}, n) for n in (1, 2, 3)]
-    loaded = Sweep(make_sweep(jobs).sweep_dir)
+    loaded = Sweep(make_sweep(jobs).run_dir)
 
     assert loaded.jobs == jobs
     assert has_same_jobs(loaded, jobs)
     assert not has_same_jobs(loaded, jobs[:2])
     assert not has_same_jobs(loaded, [*jobs[:2], replace(jobs[2], requested=replace(tiny, seed=9))])
-    assert is_running(loaded), "in this process"
+    assert loaded.info.has_live_process(), "in this process"
 
 
 def test_find_sweep_by_directory_or_run_id(tiny: Config, root: Path) -> None:
     first, second = make_sweep([make_job(tiny)]), make_sweep([make_job(tiny)])
-    first.update(mlflow={"run_id": "abc1"})
-    second.update(mlflow={"run_id": "abd2"})
+    first.update(mlflow=mlflow_ref("abc1"))
+    second.update(mlflow=mlflow_ref("abd2"))
 
-    assert [sweep.sweep_dir for sweep in list_sweeps()] == [first.sweep_dir, second.sweep_dir]
-    assert find_sweep(str(first.sweep_dir)).sweep_dir == first.sweep_dir
-    assert find_sweep(str(first.sweep_dir.relative_to(root))).sweep_dir == first.sweep_dir
-    assert find_sweep("abd").sweep_dir == second.sweep_dir
+    assert [sweep.run_dir for sweep in list_sweeps()] == [first.run_dir, second.run_dir]
+    assert find_sweep(str(first.run_dir)).run_dir == first.run_dir
+    assert find_sweep(str(first.run_dir.relative_to(root))).run_dir == first.run_dir
+    assert find_sweep("abd").run_dir == second.run_dir
     with pytest.raises(UserError, match=r"--resume=ab: matches 2 sweeps; give more of the run ID"):
         find_sweep("ab")
     with pytest.raises(UserError, match=r"--resume=nothing: not a sweep; give a directory"):
         find_sweep("nothing")
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"jobs": [{}]}'])
+@pytest.mark.parametrize("damage", ["{", "[]", "[" * 100_000, '{"format": 2, "status": "KILLED"}'])
 def test_a_damaged_record_is_a_one_line_error(tiny: Config, root: Path, damage: str) -> None:
     sweep = make_sweep([make_job(tiny)])
-    (sweep.sweep_dir / "sweep.json").write_text(damage)
+    (sweep.run_dir / "sweep.json").write_text(damage)
 
-    with pytest.raises(UserError, match=r"sweep.json: invalid sweep record: ") as caught:
-        Sweep(sweep.sweep_dir)
+    with pytest.raises(
+        UserError, match=r"sweep.json: (cannot be read|is not a valid sweep.json): "
+    ) as caught:
+        Sweep(sweep.run_dir)
     assert len(caught.value.lines) == 1
     assert list_sweeps() == []
 
@@ -159,7 +163,7 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
                 "memory/process_peak_mib": 100.0 * epoch,
             }
             run.log_metrics(MetricsRow(epoch, epoch, metrics))
-        run.update(result={"best_epoch": 1, "test_accuracy": 0.25, "weights_sha256": "ab"})
+        run.update(result=result_summary(best_epoch=1, test_accuracy=0.25, weights_sha256="ab"))
         run.close(status)
     first, second = collect_results(sweep)
 
@@ -175,11 +179,11 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
     ("status", "fields", "outcome"),
     [
         ("FINISHED", {}, "finished"),
-        ("FINISHED", {"oom": {"during": "training"}}, "oom"),
-        ("FINISHED", {"skipped": {"remedies": []}}, "skipped"),
+        ("FINISHED", {"oom": OOM}, "oom"),
+        ("FINISHED", {"skipped": Skipped(remedies=[])}, "skipped"),
         ("FAILED", {"error": "no"}, "failed"),
-        ("FAILED", {"oom": {"during": "training"}}, "failed"),
-        ("KILLED", {}, "killed"),
+        ("FAILED", {"oom": OOM}, "failed"),
+        ("KILLED", {"stop_reason": "time limit"}, "killed"),
         ("RUNNING", {}, "killed"),
     ],
 )
@@ -190,5 +194,7 @@ def test_the_outcome_follows_from_the_run_record(
     run = create_run(tiny, tiny, sweep.new_attempt(sweep.jobs[0]))
     run.update(status=status, **fields)
 
-    assert collect_results(sweep)[0].outcome == outcome
-    assert json.loads((sweep.sweep_dir / "sweep.json").read_text())["jobs"][0]["name"] == "tiny"
+    (result,) = collect_results(sweep)
+    assert result.outcome == outcome
+    assert (result.error, result.stop_reason) == (fields.get("error"), fields.get("stop_reason"))
+    assert json.loads((sweep.run_dir / "sweep.json").read_text())["jobs"][0]["name"] == "tiny"

@@ -67,9 +67,9 @@ class RecordingTracker:
         self.calls.append("log_metrics")
         self.rows.append(row)
 
-    def finish(self, run: Run, status: Status) -> None:
+    def finish(self, run: Run) -> None:
         self.calls.append("finish")
-        self.status = status
+        self.status = run.info.status
 
 
 def state_of(run_dir: Path | None) -> dict[str, Any]:
@@ -415,7 +415,8 @@ def test_an_evaluation_is_not_interrupted_by_the_time_limit(
         train.train(with_train(config, epochs=4), shutdown=ShutdownHandler(1.0, lambda: seconds[0]))
     (run_dir,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
     assert [row.step for row in read_metrics_rows(run_dir)[0]] == [1]
-    assert state_of(run_dir)["status"] == "KILLED"
+    state = state_of(run_dir)
+    assert (state["status"], state["error"], state["stop_reason"]) == ("KILLED", None, "time limit")
 
 
 def test_a_changed_environment_is_reported_and_recorded_on_resume(
@@ -657,17 +658,23 @@ def test_measured_gpu_memory_is_compared_with_the_plan(
 
 
 @pytest.mark.parametrize(
-    ("raised", "status"),
+    ("raised", "status", "error", "stop_reason"),
     [
-        (RuntimeError("the GPU is lost"), "FAILED"),
-        (UserError("a mistake"), "FAILED"),
-        (KeyboardInterrupt(), "KILLED"),
-        (SystemExit(143), "KILLED"),
+        (RuntimeError("the GPU is lost"), "FAILED", "RuntimeError: the GPU is lost", None),
+        (UserError("a mistake"), "FAILED", "UserError: a mistake", None),
+        (KeyboardInterrupt(), "KILLED", None, "SIGINT"),
+        (SystemExit(143), "KILLED", None, "SIGTERM"),
+        (TimeLimitReached("train.max_minutes"), "KILLED", None, "time limit"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_the_status_of_a_run_is_recorded_however_it_ends(
-    config: Config, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: Status
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    status: Status,
+    error: str | None,
+    stop_reason: str | None,
 ) -> None:
     def failing_step(state: TrainState, batch: Batch, config: Config) -> Step:
         raise raised
@@ -678,8 +685,7 @@ def test_the_status_of_a_run_is_recorded_however_it_ends(
         train.train(config, tracker)
     state = state_of(tracker.run_dir)
     assert state["status"] == tracker.status == status
-    assert type(raised).__name__ in state["error"]
-    assert str(raised) in state["error"] or status == "KILLED"
+    assert (state["error"], state["stop_reason"], state["result"]) == (error, stop_reason, None)
     assert state["files"].keys() >= {"config.yaml", "dataset.json"}
 
 

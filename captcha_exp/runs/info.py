@@ -1,0 +1,287 @@
+"""run.json and sweep.json as typed records, each with one `load` that checks every field.
+
+A file name that is not valid UTF-8 is text with lone surrogates, which pydantic's own strings reject; fields
+that may contain one are of type `Text`.
+"""
+
+import contextlib
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+
+from captcha_exp.errors import UserError
+from captcha_exp.runs.files import hash_files
+from captcha_exp.runtime.files import write_json
+from captcha_exp.runtime.process import ProcessIdentity, identify_process
+from captcha_exp.runtime.shutdown import StopReason
+
+RECORD_FORMAT = 2
+"""Version of the layout of run and sweep directories, field `format`. Version 0.1 wrote no such field."""
+
+Status: TypeAlias = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+def _check_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    return value
+
+
+def _parse_time(value: object) -> datetime:
+    with contextlib.suppress(ValueError):
+        time = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if isinstance(time, datetime) and time.tzinfo is not None:
+            return time
+    raise ValueError("must be an ISO 8601 time with a zone")
+
+
+Text: TypeAlias = Annotated[str, PlainValidator(_check_text)]
+Timestamp: TypeAlias = Annotated[
+    datetime,
+    PlainValidator(_parse_time),
+    PlainSerializer(lambda value: value.isoformat(timespec="microseconds")),
+]
+
+
+class _Model(BaseModel):
+    # Fields of a later version are kept when this one writes the file.
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+
+class MlflowRef(_Model):
+    """Where MLflow has a run."""
+
+    uri: Text
+    experiment_id: str
+    run_id: str | None
+    """None until MLflow has created the run"""
+    closed: bool
+    """whether MLflow has the end of the run"""
+
+
+class RunLink(_Model):
+    """Reference to another run."""
+
+    run_dir: Text | None
+    run_id: str | None
+    store: Text | None = None
+    """MLflow store that the run was downloaded from"""
+
+
+class Lineage(_Model):
+    """The runs that a run derives from."""
+
+    extends: RunLink | None = None
+    reproduces: RunLink | None = None
+
+
+class Resumption(_Model):
+    """One continuation of an interrupted run."""
+
+    at: Timestamp
+    host: str
+    """of the process that was interrupted"""
+    changed: dict[str, Annotated[tuple[Any, Any], Field(strict=False)]] = Field(default_factory=dict)
+    """key of environment.json -> (before, after)"""
+
+
+class OutOfMemory(_Model):
+    """Where a run was out of memory, and what would help."""
+
+    during: Literal["training", "evaluation"]
+    epoch: int
+    step: int
+    peak_mib: float
+    predicted_mib: tuple[float, float] = Field(strict=False)
+    """of the whole process: minimum, maximum"""
+    remedies: list[str]
+
+
+class Skipped(_Model):
+    """Why a job of a sweep was not trained."""
+
+    remedies: list[str]
+
+
+class ResultSummary(_Model):
+    """The main results of a finished run."""
+
+    epochs: int
+    best_epoch: int
+    val_accuracy: float
+    test_accuracy: float
+    weights_sha256: str
+    seconds: float
+    process_peak_mib: float
+
+
+class Record(ProcessIdentity):
+    """The fields of both run.json and sweep.json; those of `ProcessIdentity` name the process that writes."""
+
+    filename: ClassVar[str]
+
+    format: int = RECORD_FORMAT
+    name: str
+    status: Status = "RUNNING"
+    started: Timestamp
+    ended: Timestamp | None = None
+    error: Text | None = None
+    """why the status is FAILED, in one line"""
+    stop_reason: StopReason | None = None
+    """why the status is KILLED"""
+    mlflow: MlflowRef | None = None
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Load the record of a directory.
+
+        Raises:
+            UserError: The file is unreadable or invalid, or another version of captcha_exp wrote it.
+        """
+        path = directory / cls.filename
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and "status" in values:
+                _check_format(directory, cls.filename, values.get("format"))
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{path}: is not a valid {cls.filename}: {_describe(error)}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the recorded status is RUNNING; the process may have exited."""
+        return self.status == "RUNNING"
+
+    def has_live_process(self) -> bool:
+        """Return whether a process is working on the run; True if it is remote, since that is unknown."""
+        return self.is_running and self.is_alive()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run ID."""
+        return None if self.mlflow is None else self.mlflow.run_id
+
+
+class RunInfo(Record):
+    """The content of run.json."""
+
+    filename = "run.json"
+
+    config_sha256: str = ""
+    """of the requested config"""
+    configs: dict[str, str] = Field(default_factory=dict)
+    """config file -> SHA-256 when the run started"""
+    lineage: Lineage = Lineage()
+    resumed: list[Resumption] = Field(default_factory=list)
+    tags: dict[str, Text] = Field(default_factory=dict)
+    warnings: list[Text] = Field(default_factory=list)
+    result: ResultSummary | None = None
+    oom: OutOfMemory | None = None
+    skipped: Skipped | None = None
+    files: dict[Text, str] = Field(default_factory=dict)
+    """file -> SHA-256 when the run ended"""
+
+
+class JobInfo(_Model):
+    """One job of a sweep."""
+
+    number: int
+    name: Text
+    swept: dict[str, Text]
+    choices: dict[str, str]
+
+
+class TimeLimit(_Model):
+    """How long a sweep may run."""
+
+    max_minutes: float
+    deadline: Timestamp
+
+
+class SweepInfo(Record):
+    """The content of sweep.json."""
+
+    filename = "sweep.json"
+
+    time_limit: TimeLimit | None = None
+    code_sha256: str
+    predicted: list[dict[str, Any] | None]
+    """plan of each job; None if its batch size is measured at run time"""
+    parallelism: int
+    jobs: list[JobInfo]
+
+
+InfoT = TypeVar("InfoT", bound=Record)
+
+
+class RecordedDir(Generic[InfoT]):
+    """A run or sweep directory with the content of its run.json or sweep.json."""
+
+    def __init__(self, run_dir: Path, info: InfoT) -> None:
+        self.run_dir, self.info = run_dir, info
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of the record and write it."""
+        assert fields.keys() <= type(self.info).model_fields.keys()
+        self.info = self.info.model_copy(update=fields)
+        self.save()
+
+    def update_mlflow(self, **fields: Any) -> None:
+        """Set fields of the reference to MLflow, if there is one."""
+        if self.info.mlflow is not None:
+            self.update(mlflow=self.info.mlflow.model_copy(update=fields))
+
+    def close(
+        self,
+        status: Status,
+        error: str | None = None,
+        stop_reason: StopReason | None = None,
+        ended: datetime | None = None,
+    ) -> None:
+        """Write the final status and the end time (default: now), and the SHA-256 of every file of a run."""
+        files = {"files": hash_files(self.run_dir)} if isinstance(self.info, RunInfo) else {}
+        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **files)
+
+    def save(self) -> None:
+        """Write the record."""
+        write_json(self.run_dir / self.info.filename, self.info.model_dump())
+
+
+def running_fields() -> dict[str, Any]:
+    """Return the fields of a record while this process works on it."""
+    cleared = dict.fromkeys(("ended", "error", "stop_reason"))
+    return {"status": "RUNNING", **cleared, **dict(identify_process())}
+
+
+def now() -> datetime:
+    """Return the current time with its zone."""
+    return datetime.now().astimezone()
+
+
+def _check_format(directory: Path, filename: str, found: object) -> None:
+    if found is None:
+        raise UserError(
+            f"{directory}: was written by captcha_exp 0.1, which this version cannot read; "
+            "train again, or use captcha_exp 0.1"
+        )
+    if found != RECORD_FORMAT:
+        raise UserError(
+            f"{directory}: format={found!r} in {filename} cannot be read by this version, which reads "
+            f"{RECORD_FORMAT}; use the version of captcha_exp that wrote it"
+        )
+
+
+def _describe(error: ValidationError) -> str:
+    """Return the missing keys, or the first wrong value."""
+    errors = [(".".join(map(str, each["loc"])), each) for each in error.errors()]
+    if missing := sorted(key for key, each in errors if each["type"] == "missing"):
+        return f"missing {', '.join(missing)}"
+    key, first = errors[0]
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    reason = reason.partition(" or instance of ")[0]  # "a valid dictionary or instance of RunInfo"
+    return f"{key}={first['input']!r:.60} {reason}".removeprefix("=")
