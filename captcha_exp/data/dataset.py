@@ -240,9 +240,9 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None
     if data.on_invalid == "error" or not num_good:
         skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
         raise UserError(f"{problem}; fix or remove them{skip}", *table)
-    logger.warning(
-        "\n".join([f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)", *table])
-    )
+    logger.warning(f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)")
+    for line in table:
+        logger.info(line)
 
 
 def _summarize_names(names: list[str]) -> str:

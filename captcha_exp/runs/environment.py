@@ -14,16 +14,8 @@ from captcha_exp.config import Config
 from captcha_exp.runs.source_code import code_sha256, git_info
 
 _PACKAGES = (
-    "torch",
-    "numpy",
-    "pillow",
-    "captcha",
-    "wheezy.captcha",
-    "hydra-core",
-    "omegaconf",
-    "pydantic",
-    "safetensors",
-    "mlflow",
+    *("torch", "numpy", "pillow", "captcha", "wheezy.captcha"),  # compute the images and the numbers
+    *("hydra-core", "omegaconf", "pydantic", "safetensors", "mlflow"),  # check and store values
 )
 _NUMERICS_PREFIXES = (
     # Kernel selection in torch and NumPy, and in the libraries that they call.

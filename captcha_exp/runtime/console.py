@@ -32,7 +32,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # An error of the console, such as a closed terminal, is raised: main() turns it into an exit code.
-        text, style = "\n".join(map(escape_unprintable, record.getMessage().split("\n"))), None
+        text, style = escape_unprintable(record.getMessage()), None
         if record.levelno >= logging.WARNING:
             text, style = f"warning: {text}", "yellow"
         elif record.levelno <= logging.DEBUG:

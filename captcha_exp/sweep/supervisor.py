@@ -312,9 +312,8 @@ def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
 
 def _exit_with_parent(parent: ProcessIdentity) -> None:
     """Exit this process when that of the sweep exits; a launcher's worker would otherwise survive it."""
-    if parent.pid == os.getpid() or any(
-        thread.name == _WATCHER_THREAD_NAME for thread in threading.enumerate()
-    ):
+    thread_names = {thread.name for thread in threading.enumerate()}
+    if parent.pid == os.getpid() or _WATCHER_THREAD_NAME in thread_names:
         return
 
     def watch() -> None:

@@ -74,8 +74,9 @@ def _print_pages(client: MlflowClient, base_url: str, experiment_id: str) -> Non
             "runs": views.runs_url(base_url, experiment_id),
             "curves": views.runs_url(base_url, experiment_id, charts=True),
         }
-    lines = [f"{label:7}  {url}" for label, url in urls.items()]
-    logger.info("\n".join([*lines, "Press Ctrl-C to stop"]))
+    for label, url in urls.items():
+        logger.info(f"{label:7}  {url}")
+    logger.info("Press Ctrl-C to stop")
 
 
 def _free_port(requested: int | None) -> int:
