@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 
 from captcha_exp import compose, load
 from captcha_exp.cli import main
@@ -19,7 +21,9 @@ from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
+from captcha_exp.report import figures
 from captcha_exp.runtime.console import NullDisplay
+from captcha_exp.runtime.files import write_atomically
 from captcha_exp.training import sanity
 
 TINY = (
@@ -104,6 +108,24 @@ def make_checker(config: Config, batch: Batch) -> sanity.SanityChecker:
         raise AssertionError(warning)
 
     return sanity.SanityChecker(Split(*batch, CPU), ["01"] * len(batch.indices), config, fail)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_figures() -> Iterator[None]:
+    """Write a small file for each figure of a training: drawing them takes more time than the training.
+
+    Processes are not affected, and `report/test_figures.py` draws the figures.
+    """
+    content = io.BytesIO()
+    Image.new("L", (2, 2)).save(content, "PNG")
+
+    def save(*arguments: Any) -> None:
+        write_atomically(arguments[-1], content.getvalue())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save_figure", save)
+        patch.setattr(figures, "_save_image_grid", save)
+        yield
 
 
 @pytest.fixture

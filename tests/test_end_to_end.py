@@ -111,6 +111,7 @@ def test_data_builds_a_dataset_with_a_preview(root: Path) -> None:
     assert Path(dataset["preview"]).is_file()
 
 
+@pytest.mark.long
 def test_three_lines_of_python_give_the_same_weights_without_mlflow(
     trained: tuple[Path, str], root: Path, cache: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_three_lines_of_python_give_the_same_weights_without_mlflow(
     assert f"weights {result['weights_sha256']}" in printed
 
 
+@pytest.mark.long
 def test_thread_variables_do_not_change_the_result(
     trained: tuple[Path, str], root: Path, cache: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_thread_variables_do_not_change_the_result(
     assert f"weights {json.loads(done.stdout)['weights_sha256']}" in printed
 
 
+@pytest.mark.long
 def test_sigterm_marks_the_run_killed(root: Path, cache: Path) -> None:
     command = [
         sys.executable,

@@ -351,6 +351,7 @@ def run_command(home: Path, root: Path, *words: str, **variables: str) -> dict[s
     return {**values, "exit_code": result.returncode}
 
 
+@pytest.mark.long
 def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
     printed = run_command(PROJECT, root, "reproduce", str(run), ATEN_CPU_CAPABILITY="default")
     assert printed["exit_code"] in (3, 4)
@@ -364,7 +365,7 @@ def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("replacement", "verdicts"),
     [
-        ('config.seed, "weights"))  # comment', {"identical"}),
+        pytest.param('config.seed, "weights"))  # comment', {"identical"}, marks=pytest.mark.long),
         ('config.seed, "weight"))', {"equivalent", "different"}),
     ],
     ids=["comment", "line"],
