@@ -10,7 +10,7 @@ train: .venv/installed
 # share fixtures, and one that has finished takes half of those of another.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Without the marker `long`: five minutes on two cores.
+# Without the tests marked `long`: five minutes on two cores.
 test: .venv/installed
 	$(BIN)/pytest $(PARALLEL)
 

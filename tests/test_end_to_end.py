@@ -77,6 +77,7 @@ def test_files_of_the_run_directory(trained: tuple[Path, str]) -> None:
     assert "name: cpu" in (run_dir / "config.yaml").read_text()
 
 
+@pytest.mark.long
 def test_evaluate_gives_the_results_of_training(trained: tuple[Path, str]) -> None:
     root, _ = trained
     done = run(root, "-m", "captcha_exp", "evaluate", "latest", "--json")
@@ -101,6 +102,7 @@ def test_runs_lists_the_run(trained: tuple[Path, str]) -> None:
     assert listed["name"] == "tiny"
 
 
+@pytest.mark.long
 def test_data_builds_a_dataset_with_a_preview(root: Path) -> None:
     done = run(root, "-m", "captcha_exp", "data", *TINY, "data=wheezy", "--json")
     dataset = json.loads(done.stdout)

@@ -95,6 +95,7 @@ class FailingDisplay(NullDisplay):
 # -- reproducibility -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @each_source
 def test_images_do_not_depend_on_the_number_of_workers(data: GeneratorConfig, small_chunks: None) -> None:
     one, two, three = (render(replace(data, workers=workers), range(50)).tobytes() for workers in (1, 2, 3))
