@@ -40,7 +40,7 @@ TINY = (
     "train.batch_size=64",
     "train.epochs=2",
     "device.name=cpu",
-    "device.threads=2",
+    "device.threads=1",
 )
 
 
@@ -62,7 +62,12 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
 
 
 def pytest_configure() -> None:
-    """Restore the SIGINT handler: a suite started with `&` ignores SIGINT, and so do its children."""
+    """Use one thread per process, and restore the SIGINT handler.
+
+    Several threads in each of several processes wait for each other. A suite started with `&` ignores SIGINT,
+    and so do its children.
+    """
+    torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -32,7 +32,9 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
     """Train once; return the root directory and the output."""
     root = tmp_path_factory.mktemp("root")
-    done = run(root, "-W", "error", "-m", "captcha_exp", "train", *TINY, f"data.cache={cache}")
+    done = run(
+        root, "-W", "error", "-m", "captcha_exp", "train", *TINY, "device.threads=2", f"data.cache={cache}"
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return root, done.stdout
@@ -118,7 +120,7 @@ def test_three_lines_of_python_give_the_same_weights_without_mlflow(
     trained: tuple[Path, str], root: Path, cache: Path
 ) -> None:
     _, printed = trained
-    done = run(root, "-c", SCRIPT, *TINY, f"data.cache={cache}")
+    done = run(root, "-c", SCRIPT, *TINY, "device.threads=2", f"data.cache={cache}")
     result = json.loads(done.stdout)
 
     assert not result["mlflow"]
@@ -130,7 +132,16 @@ def test_thread_variables_do_not_change_the_result(
     trained: tuple[Path, str], root: Path, cache: Path
 ) -> None:
     _, printed = trained
-    done = run(root, "-c", SCRIPT, *TINY, f"data.cache={cache}", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    done = run(
+        root,
+        "-c",
+        SCRIPT,
+        *TINY,
+        "device.threads=2",
+        f"data.cache={cache}",
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+    )
 
     assert f"weights {json.loads(done.stdout)['weights_sha256']}" in printed
 

@@ -199,7 +199,9 @@ def test_a_process_with_threads_or_an_open_gpu_does_not_fork(tmp_path: Path) -> 
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("--fresh-processes",)], ids=["forked", "fresh"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--fresh-processes",), marks=pytest.mark.long)], ids=["forked", "fresh"]
+)
 def test_a_part_is_added_to_the_file_and_the_last_line_is_a_summary(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -161,7 +161,7 @@ def test_a_job_of_a_sweep_can_be_reproduced(run: Path, root: Path, call: Call) -
         ({"data__split_seed": 7}, "data.split_seed 0 -> 7"),
         ({"train__learning_rate": 0.02}, "train.learning_rate 0.008 -> 0.02"),
         ({"augment__translate": 0.1}, "augment.translate 0.0 -> 0.1"),
-        ({"device__threads": 1}, "device.threads 2 -> 1"),
+        ({"device__threads": 2}, "device.threads 1 -> 2"),
         ({"data__seed": 3}, "data.seed 0 -> 3"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
