@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-ui check docs ui lock
+.PHONY: train test test-all test-ui check docs ui lock
 train: .venv/installed
 	$(BIN)/captcha-exp train experiment=quickstart
 
-# On all cores, four at most: more would wait for each other in torch.
+# On all cores, four at most: more would wait for each other in torch. Each process takes neighboring tests, which
+# share fixtures, and one that has finished takes half of those of another.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Without the tests marked `long`: five minutes on two cores.
 test: .venv/installed
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/pytest $(PARALLEL)
+
+test-all: .venv/installed
+	$(BIN)/pytest $(PARALLEL) -m 'not slow and not gpu and not ui'
 
 # In a real browser: needs chromium at /usr/bin/chromium.
 test-ui: .venv/installed

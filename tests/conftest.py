@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
+import io
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 
 from captcha_exp import compose, load
 from captcha_exp.cli import main
@@ -21,8 +23,10 @@ from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
+from captcha_exp.report import figures
 from captcha_exp.runs import SweepInfo
 from captcha_exp.runs.info import MlflowRef, ResultSummary, now, running_fields
+from captcha_exp.runtime.files import write_atomically
 from captcha_exp.training import sanity
 
 TINY = (
@@ -39,7 +43,7 @@ TINY = (
     "train.batch_size=64",
     "train.epochs=2",
     "device.name=cpu",
-    "device.threads=2",
+    "device.threads=1",
 )
 
 
@@ -61,7 +65,12 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
 
 
 def pytest_configure() -> None:
-    """Restore the SIGINT handler: a suite started with `&` ignores SIGINT, and so do its children."""
+    """Use one thread per process, and restore the SIGINT handler.
+
+    Several threads in each of several processes wait for each other. A suite started with `&` ignores SIGINT,
+    and so do its children.
+    """
+    torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -153,6 +162,24 @@ def make_checker(config: Config, batch: Batch) -> sanity.SanityChecker:
         raise AssertionError(warning)
 
     return sanity.SanityChecker(Split(*batch, CPU), ["01"] * len(batch.indices), config, fail)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_figures() -> Iterator[None]:
+    """Write a small file for each figure of a training: drawing them takes more time than the training.
+
+    Processes are not affected, and `report/test_figures.py` draws the figures.
+    """
+    content = io.BytesIO()
+    Image.new("L", (2, 2)).save(content, "PNG")
+
+    def save(*arguments: Any) -> None:
+        write_atomically(arguments[-1], content.getvalue())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save_figure", save)
+        patch.setattr(figures, "_save_image_grid", save)
+        yield
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ MARKDOWN = [
     *PAGES[1:],
     *(PROJECT / n / "README.md" for n in ("benchmarks", "tests")),
 ]
+LONG_PAGES = ("sweeps.md",)
+"""pages whose commands only `make test-all` runs"""
 MAX_README_LINES = 160
 NUM_IMAGES = 200
 
@@ -189,7 +191,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.long] if page.name in LONG_PAGES else [], id=page.name)
+        for page in PAGES
+    ],
+)
 def test_commands_run(
     page: Path, images: Path, trained: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,9 @@ def run(root: Path, *arguments: str, **environment: str) -> subprocess.Completed
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
     """Train once; return the root directory and the output."""
     root = tmp_path_factory.mktemp("root")
-    done = run(root, "-W", "error", "-m", "captcha_exp", "train", *TINY, f"data.cache={cache}")
+    done = run(
+        root, "-W", "error", "-m", "captcha_exp", "train", *TINY, "device.threads=2", f"data.cache={cache}"
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return root, done.stdout
@@ -78,6 +80,7 @@ def test_files_of_the_run_directory(trained: tuple[Path, str]) -> None:
     assert "name: cpu" in (run_dir / "config.yaml").read_text()
 
 
+@pytest.mark.long
 def test_evaluate_gives_the_results_of_training(trained: tuple[Path, str]) -> None:
     root, _ = trained
     done = run(root, "-m", "captcha_exp", "evaluate", "latest", "--json")
@@ -102,6 +105,7 @@ def test_runs_lists_the_run(trained: tuple[Path, str]) -> None:
     assert listed["name"] == "tiny"
 
 
+@pytest.mark.long
 def test_data_builds_a_dataset_with_a_preview(root: Path) -> None:
     done = run(root, "-m", "captcha_exp", "data", *TINY, "data=wheezy", "--json")
     dataset = json.loads(done.stdout)
@@ -112,26 +116,38 @@ def test_data_builds_a_dataset_with_a_preview(root: Path) -> None:
     assert Path(dataset["preview"]).is_file()
 
 
+@pytest.mark.long
 def test_three_lines_of_python_give_the_same_weights_without_mlflow(
     trained: tuple[Path, str], root: Path, cache: Path
 ) -> None:
     _, printed = trained
-    done = run(root, "-c", SCRIPT, *TINY, f"data.cache={cache}")
+    done = run(root, "-c", SCRIPT, *TINY, "device.threads=2", f"data.cache={cache}")
     result = json.loads(done.stdout)
 
     assert not result["mlflow"]
     assert f"weights {result['weights_sha256']}" in printed
 
 
+@pytest.mark.long
 def test_thread_variables_do_not_change_the_result(
     trained: tuple[Path, str], root: Path, cache: Path
 ) -> None:
     _, printed = trained
-    done = run(root, "-c", SCRIPT, *TINY, f"data.cache={cache}", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    done = run(
+        root,
+        "-c",
+        SCRIPT,
+        *TINY,
+        "device.threads=2",
+        f"data.cache={cache}",
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+    )
 
     assert f"weights {json.loads(done.stdout)['weights_sha256']}" in printed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_marks_the_run_killed(root: Path, cache: Path, number: signal.Signals) -> None:
     command = [

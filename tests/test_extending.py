@@ -103,6 +103,7 @@ def test_add_a_network(project: Copy) -> None:
     assert "name: columns" in project.train("model=columns", "~model.channels", "model.rows=5")
 
 
+@pytest.mark.long
 def test_add_a_head(project: Copy) -> None:
     project.insert(
         "captcha_exp/model/networks.py",
@@ -122,6 +123,7 @@ def test_add_a_head(project: Copy) -> None:
     assert "head: halved" in project.train("model.head=halved")
 
 
+@pytest.mark.long
 def test_add_a_data_source(project: Copy) -> None:
     project.insert(
         "captcha_exp/data/sources/generators.py",

@@ -115,6 +115,7 @@ def max_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
+@pytest.mark.long
 def test_eight_steps_match_the_article(article: Config, eight: list[Batch]) -> None:
     """From equal weights and with the same rounding: channels_last and the fused Adam.
 

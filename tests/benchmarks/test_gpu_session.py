@@ -199,7 +199,9 @@ def test_a_process_with_threads_or_an_open_gpu_does_not_fork(tmp_path: Path) -> 
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("--fresh-processes",)], ids=["forked", "fresh"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--fresh-processes",), marks=pytest.mark.long)], ids=["forked", "fresh"]
+)
 def test_a_part_is_added_to_the_file_and_the_last_line_is_a_summary(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_a_part_is_added_to_the_file_and_the_last_line_is_a_summary(
     }
 
 
+@pytest.mark.long
 def test_a_killed_call_loses_only_the_running_part_and_the_next_call_runs_it(tmp_path: Path) -> None:
     """The third call has only two remaining parts and is killed during the first."""
     out = tmp_path / "session.json"
@@ -501,6 +504,7 @@ def test_a_dry_run_has_every_kind_of_part_and_each_is_in_a_call() -> None:
     assert "auto-cpu" in second
 
 
+@pytest.mark.long
 def test_gpu_tests_are_quick_or_split_into_groups() -> None:
     """Together the groups have each gpu test exactly once."""
 
@@ -746,6 +750,7 @@ def test_a_batch_size_is_traced_once_for_all_gpus_and_budgets(monkeypatch: pytes
     assert found["h200"]["plan"]["process_mib"] != found["gtx1650"]["plan"]["process_mib"]
 
 
+@pytest.mark.long
 def test_predictions_are_made_for_several_gpus() -> None:
     cases = [(Case("compact", "fp32", 4), {"train": 12, "validation": 6})]
     found = run_part(gpu_predictions.predictions, cases, [600], ["fp32-again"], 300, 1)
@@ -838,6 +843,7 @@ def test_workspaces_are_the_memory_beyond_the_tensors(monkeypatch: pytest.Monkey
         assert (row["beyond_requested_mib"], row["beyond_allocated_mib"]) == pytest.approx((32, 32))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("restored_settings")
 def test_workspaces_are_measured_in_four_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDNN_CONV_WSCAP_DBG", "8")
@@ -848,6 +854,7 @@ def test_workspaces_are_measured_in_four_cases(monkeypatch: pytest.MonkeyPatch) 
     assert list(found["cases"]) == [f"{n}-{way}" for n in networks for way in ("deterministic", "tried")]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("restored_settings")
 @pytest.mark.parametrize("program", ["article", "bf16-again"])
 def test_the_largest_batch_is_searched_in_the_articles_loop_and_in_ours(program: str) -> None:

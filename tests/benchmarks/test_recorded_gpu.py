@@ -100,6 +100,7 @@ def test_the_h200_is_replayed_exactly_only_with_descending_segments(known: bool)
     assert upward / recording["peaks"]["reserved_bytes"] == pytest.approx(1 - 0.0519, abs=1e-4)
 
 
+@pytest.mark.long
 def test_current_plans_match_the_measurements() -> None:
     for name, session in committed_sessions().items():
         budgets = [int(budget) for budget in _budgets(session)]

@@ -478,6 +478,7 @@ def metrics_by_epoch(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
+@pytest.mark.long
 def test_the_same_command_resumes_after_sigkill(root: Path, words: list[str], tmp_path: Path) -> None:
     """In the same run directory and the same MLflow run, with bit-identical results."""
     words = [word for word in words if word != "tracking=none"]
@@ -569,6 +570,7 @@ def test_an_extension_killed_at_once_starts_again_from_the_finished_run(
     assert len(json.loads((extension.run_dir / "run.json").read_text())["resumed"]) == 1
 
 
+@pytest.mark.long
 def test_a_training_in_a_child_process_is_resumed(root: Path, words: list[str], tmp_path: Path) -> None:
     """train.on_oom=split starts a process for each training."""
     words = [*words, "train.checkpoint_every='1 step'", "train.epochs=6", "train.batch_size=16"]

@@ -547,14 +547,13 @@ def test_no_remedies_if_the_context_alone_exceeds_the_budget(
 # -- Ctrl-C --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "number", "code"),
     [
         ((), signal.SIGINT, 130),
-        pytest.param((), signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param(
-            ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), signal.SIGINT, 130, marks=pytest.mark.slow
-        ),
+        ((), signal.SIGTERM, 143),
+        (("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), signal.SIGINT, 130),
     ],
     ids=["ctrl-c", "sigterm", "joblib"],
 )

@@ -405,6 +405,7 @@ print(data.manifest["images_sha256"])
 """
 
 
+@pytest.mark.long
 def test_only_one_of_two_concurrent_processes_renders(config: Config) -> None:
     config = with_data(config, count=300)
     processes = [

@@ -933,6 +933,7 @@ def test_invalid_files_are_an_error_with_a_table_and_nothing_is_created(
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.long
 def test_on_invalid_skip_trains_on_the_valid_files(mixed: MixedFolder, root: Path) -> None:
     done = run_command(root, "train", *FOLDER_OVERRIDES, f"data.path={mixed.path}", "data.on_invalid=skip")
     assert done.returncode == 0, done.stderr

@@ -98,6 +98,7 @@ def failing_bar(monkeypatch: pytest.MonkeyPatch) -> FailingBar:
 # -- reproducibility -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @each_source
 def test_images_do_not_depend_on_the_number_of_workers(data: GeneratorConfig, small_chunks: None) -> None:
     one, two, three = (render(replace(data, workers=workers), range(50)).tobytes() for workers in (1, 2, 3))

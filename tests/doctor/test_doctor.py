@@ -1127,7 +1127,11 @@ def run(root: Path, *words: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("words", [("tracking=none",), ()], ids=["none", "sqlite"])
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(("tracking=none",), marks=pytest.mark.long), ()],
+    ids=["none", "sqlite"],
+)
 def test_command_on_this_machine(root: Path, words: tuple[str, ...]) -> None:
     code, out, err = run(root, *words)
     assert (code, err) == (0, "")

@@ -64,9 +64,21 @@ def small() -> list[Advice]:
         return advise_for(*SMALL, f"device.vram_budget_mib={BUDGET}")
 
 
+each_network = pytest.mark.parametrize(
+    ("name", "base", "split_sizes"),
+    [
+        pytest.param("article", ARTICLE, SPLIT_SIZES, marks=pytest.mark.long),
+        ("small", (*SMALL, f"device.vram_budget_mib={BUDGET}"), SMALL_SPLITS),
+    ],
+    ids=["article", "small"],
+)
+"""the fixture of the advice, its config, and the sizes of its splits"""
+
+
 # -- the article's network with ten times its batch ----------------------------------------------------------
 
 
+@pytest.mark.long
 def test_several_settings_make_a_batch_of_1000_fit(article: list[Advice]) -> None:
     assert len(article) >= 2
     for each in article:
@@ -76,12 +88,14 @@ def test_several_settings_make_a_batch_of_1000_fit(article: list[Advice]) -> Non
         assert each.plan.batch_size == 1000
 
 
+@pytest.mark.long
 def test_the_fastest_comes_first(article: list[Advice]) -> None:
     times = [each.relative_time for each in article]
     assert times == sorted(times)
     assert times[0] > 1.0  # micro-batches are slower
 
 
+@pytest.mark.long
 def test_each_override_makes_a_combination_faster(article: list[Advice], small: list[Advice]) -> None:
     for found in (article, small):
         for one, other in itertools.permutations(found, 2):
@@ -89,23 +103,22 @@ def test_each_override_makes_a_combination_faster(article: list[Advice], small: 
                 assert other.relative_time < one.relative_time
 
 
-def test_the_overrides_give_the_same_plan(article: list[Advice], small: list[Advice]) -> None:
-    for base, split_sizes, found in ((ARTICLE, SPLIT_SIZES, article), (SMALL, SMALL_SPLITS, small)):
-        budget = f"device.vram_budget_mib={3908 if base is ARTICLE else BUDGET}"
-        assert found
-        for each in found:
-            config = load_config(*base, budget, *each.overrides)
-            assert plan_of(config, split_sizes) == each.plan
+@each_network
+def test_the_overrides_give_the_same_plan(
+    name: str, base: tuple[str, ...], split_sizes: Mapping[str, int], request: pytest.FixtureRequest
+) -> None:
+    found: list[Advice] = request.getfixturevalue(name)
+    assert found
+    for each in found:
+        assert plan_of(load_config(*base, *each.overrides), split_sizes) == each.plan
 
 
-@pytest.mark.parametrize(
-    "base", [ARTICLE, (*SMALL, f"device.vram_budget_mib={BUDGET}")], ids=["article", "small"]
-)
+@each_network
 def test_the_number_of_micro_batches_is_minimal(
-    base: tuple[str, ...], article: list[Advice], small: list[Advice]
+    name: str, base: tuple[str, ...], split_sizes: Mapping[str, int], request: pytest.FixtureRequest
 ) -> None:
     """With one micro-batch fewer, and the other overrides as advised, it does not fit."""
-    found, split_sizes = (article, SPLIT_SIZES) if base is ARTICLE else (small, SMALL_SPLITS)
+    found: list[Advice] = request.getfixturevalue(name)
     with_micro_batches = [each for each in found if "train.micro_batch_size" in override_keys(each)]
     assert with_micro_batches
     for each in with_micro_batches:
@@ -117,6 +130,7 @@ def test_the_number_of_micro_batches_is_minimal(
         assert plan_of(one_fewer, split_sizes).fits != "fits"
 
 
+@pytest.mark.long
 def test_notes_describe_the_consequences(article: list[Advice]) -> None:
     for each in article:
         notes = " | ".join(each.notes)
@@ -129,6 +143,7 @@ def test_notes_describe_the_consequences(article: list[Advice]) -> None:
             assert f"batch norm statistics are computed over {micro[0]} images" in each.notes
 
 
+@pytest.mark.long
 def test_advice_can_be_written_as_json(article: list[Advice]) -> None:
     values = json.loads(json.dumps([each.to_json() for each in article]))
     assert [tuple(each["overrides"]) for each in values] == [each.overrides for each in article]

@@ -35,6 +35,7 @@ def test_an_optimizer_step_does_not_import_the_compiler() -> None:
     assert run_code(code) == "False False"
 
 
+@pytest.mark.long
 def test_afterwards_the_real_compiler_can_be_imported_and_excludes_the_optimizer() -> None:
     code = """
 with without_compiler():
@@ -81,6 +82,7 @@ print(sys.modules[DYNAMO_MODULE] is torch._dynamo)
     assert run_code(code).split() == ["True", "True"]
 
 
+@pytest.mark.long
 def test_any_other_attribute_imports_the_real_compiler() -> None:
     code = """
 with without_compiler():

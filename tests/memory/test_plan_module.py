@@ -29,7 +29,10 @@ def peak(module: nn.Module, batch: Any, **arguments: Any) -> int:
 # -- against real steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name == "resnet50" else []) for name in CASES],
+)
 def test_the_peak_matches_real_steps(name: str, record_property: Any) -> None:
     found = compared(name, 32)
     record_property("errors", found)

@@ -184,7 +184,7 @@ NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16
 QUICK_CASES = [
     *[(*case, size) for case in NETWORKS[:4] for size in (4, 32)],  # compact
     ("resnet18", "position", "fp32", 8),
-    ("resnet18", "grouped_softmax", "bf16", 8),
+    pytest.param("resnet18", "grouped_softmax", "bf16", 8, marks=pytest.mark.long),
 ]
 ALL_CASES = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
 

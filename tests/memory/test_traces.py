@@ -138,6 +138,7 @@ def plain_max_batch_size(config: Config, budget: MiBRange, guess: int) -> int:
     return low
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("expandable", [False, True])
 def test_planners_with_a_shared_cache_give_the_same_results(
     small: Config, monkeypatch: pytest.MonkeyPatch, expandable: bool

@@ -13,7 +13,7 @@ from conftest import TINY
 from PIL import Image
 
 from captcha_exp import compose, load
-from captcha_exp.cli import interactive
+from captcha_exp.cli import interactive, main
 from captcha_exp.errors import UserError
 from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.model.predict import Predictor, find_images, resolve_weights
@@ -66,15 +66,38 @@ def predictor(run: Path, run_root: None) -> Predictor:
     return Predictor(resolve_weights(str(run)), "cpu")
 
 
-def command(run: Path, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "captcha_exp", "predict", *arguments],
-        env=os.environ | {"CAPTCHA_EXP_ROOT": str(run.parents[2])},
-        input=typed,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+class Command:
+    """Runs `captcha-exp predict` in this process, or as a process of its own."""
+
+    def __init__(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self._root, self._monkeypatch, self._capsys = run.parents[2], monkeypatch, capsys
+
+    def __call__(self, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        words = ["captcha-exp", "predict", *arguments]
+        with self._monkeypatch.context() as patch:
+            patch.setenv("CAPTCHA_EXP_ROOT", str(self._root))
+            patch.setattr(sys, "argv", words)
+            patch.setattr(sys, "stdin", io.StringIO(typed))
+            with pytest.raises(SystemExit) as ended:
+                main.main()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), *self._capsys.readouterr())
+
+    def in_new_process(self, *arguments: str, typed: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-m", "captcha_exp", "predict", *arguments],
+            env=os.environ | {"CAPTCHA_EXP_ROOT": str(self._root)},
+            input=typed,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture
+def command(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(run, monkeypatch, capsys)
 
 
 def test_predictions_of_the_test_split_equal_those_of_evaluate(
@@ -122,11 +145,11 @@ def test_invalid_images_have_an_error_and_the_others_a_text(
 
 
 @pytest.mark.parametrize("which", ["run_dir", "latest", "weights"])
-def test_a_run_or_a_weights_file(run: Path, run_root: None, images: Path, which: str) -> None:
+def test_a_run_or_a_weights_file(command: Command, run: Path, images: Path, which: str) -> None:
     name = {"run_dir": str(run), "latest": "latest", "weights": str(run / "model.safetensors")}[which]
     file = str(sorted(images.iterdir())[3])
 
-    done = command(run, name, file)
+    done = command(name, file)
 
     assert (done.returncode, done.stderr) == (0, "")
     name, text, confidence = done.stdout.split()
@@ -136,7 +159,7 @@ def test_a_run_or_a_weights_file(run: Path, run_root: None, images: Path, which:
 
 
 def test_a_folder_is_predicted_recursively_and_json_has_all_fields(
-    run: Path, images: Path, tmp_path: Path
+    command: Command, run: Path, images: Path, tmp_path: Path
 ) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
@@ -144,7 +167,7 @@ def test_a_folder_is_predicted_recursively_and_json_has_all_fields(
         (inner if number else tmp_path).joinpath(file.name).write_bytes(file.read_bytes())
     (inner / "broken.gif").write_bytes(b"GIF89a")
 
-    done = command(run, str(run), str(tmp_path), "--json")
+    done = command(str(run), str(tmp_path), "--json")
 
     assert done.returncode == 1, "one image is invalid"
     results = json.loads(done.stdout)
@@ -166,8 +189,10 @@ def test_a_folder_is_predicted_recursively_and_json_has_all_fields(
         (["latest", "EMPTY"], "contains no images"),
     ],
 )
-def test_an_invalid_argument_is_one_line(run: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
-    done = command(run, *[str(tmp_path) if word == "EMPTY" else word for word in arguments])
+def test_an_invalid_argument_is_one_line(
+    command: Command, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    done = command(*[str(tmp_path) if word == "EMPTY" else word for word in arguments])
 
     assert done.returncode == 2
     assert words in done.stderr
@@ -177,7 +202,9 @@ def test_an_invalid_argument_is_one_line(run: Path, tmp_path: Path, arguments: l
 # -- the interactive loop ------------------------------------------------------------------------------------
 
 
-def test_the_loop_continues_after_any_invalid_input(run: Path, images: Path, tmp_path: Path) -> None:
+def test_the_loop_continues_after_any_invalid_input(
+    command: Command, run: Path, images: Path, tmp_path: Path
+) -> None:
     """A missing file, a text file named .png, empty lines, quotes, a file: URI, the end of the input."""
     good = sorted(images.iterdir())[0]
     spaced = tmp_path / "with space.png"
@@ -197,7 +224,7 @@ def test_the_loop_continues_after_any_invalid_input(run: Path, images: Path, tmp
     ]
     escaped = str(spaced).replace(" ", "\\ ")
 
-    done = command(run, str(run), typed="\n".join([*lines, escaped, str(good)]))
+    done = command(str(run), typed="\n".join([*lines, escaped, str(good)]))
 
     assert done.returncode == 0
     lines_out = done.stdout.splitlines()
@@ -210,10 +237,10 @@ def test_the_loop_continues_after_any_invalid_input(run: Path, images: Path, tmp
     assert "Traceback" not in done.stderr
 
 
-def test_the_loop_prints_json_lines(run: Path, images: Path) -> None:
+def test_the_loop_prints_json_lines(command: Command, run: Path, images: Path) -> None:
     good = sorted(images.iterdir())[0]
 
-    done = command(run, str(run), "--json", typed=f"{good}\nnone.png\n")
+    done = command.in_new_process(str(run), "--json", typed=f"{good}\nnone.png\n")
 
     valid, missing = (json.loads(line) for line in done.stdout.splitlines())
     assert len(valid["text"]) == 2

@@ -42,6 +42,8 @@ def load_mutants() -> tuple[Mutant, ...]:
     return tuple(found)
 
 
+SELECTED = "not slow and not gpu and not ui"
+"""the tests of `make test-all`"""
 GIT = (
     "git",
     "-c",
@@ -84,7 +86,7 @@ def run_tests(tests: Iterable[str], mutant: Mutant | None) -> "subprocess.Comple
         for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "copy"]):
             subprocess.run([*GIT, *command], cwd=copy, check=True)  # runs record the commit of their code
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests],
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", SELECTED, *tests],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,

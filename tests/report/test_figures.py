@@ -29,6 +29,15 @@ ODD = [
     "中文字",
 ]
 
+SAVE_FIGURE, SAVE_IMAGE_GRID = figures._save_figure, figures._save_image_grid
+
+
+@pytest.fixture(autouse=True)
+def complete_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures, which other tests replace by small files."""
+    monkeypatch.setattr(figures, "_save_figure", SAVE_FIGURE)
+    monkeypatch.setattr(figures, "_save_image_grid", SAVE_IMAGE_GRID)
+
 
 def open_figure(path: Path) -> Image.Image:
     """Open a PNG file; check that it is complete and not of a single color."""

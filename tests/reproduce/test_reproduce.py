@@ -167,7 +167,7 @@ def test_a_job_of_a_sweep_can_be_reproduced(run: Path, root: Path, call: Call) -
         ({"data__split_seed": 7}, "data.split_seed 0 -> 7"),
         ({"train__learning_rate": 0.02}, "train.learning_rate 0.008 -> 0.02"),
         ({"augment__translate": 0.1}, "augment.translate 0.0 -> 0.1"),
-        ({"device__threads": 1}, "device.threads 2 -> 1"),
+        ({"device__threads": 2}, "device.threads 1 -> 2"),
         ({"data__seed": 3}, "data.seed 0 -> 3"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -369,6 +369,7 @@ def run_command(home: Path, root: Path, *words: str, **variables: str) -> dict[s
     return {**values, "exit_code": result.returncode}
 
 
+@pytest.mark.long
 def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
     printed = run_command(PROJECT, root, "reproduce", str(run), ATEN_CPU_CAPABILITY="default")
     assert printed["exit_code"] in (3, 4)
@@ -382,7 +383,7 @@ def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("replacement", "verdicts"),
     [
-        ('config.seed, "weights"))  # comment', {"identical"}),
+        pytest.param('config.seed, "weights"))  # comment', {"identical"}, marks=pytest.mark.long),
         ('config.seed, "weight"))', {"equivalent", "different"}),
     ],
     ids=["comment", "line"],

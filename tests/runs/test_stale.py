@@ -669,6 +669,7 @@ def test_closing_a_run_imports_neither_torch_nor_mlflow(tiny: Config, root: Path
     assert done.stdout.split(maxsplit=1) == ["1", "set()\n"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_training_is_closed_by_the_next_start(tracked: Config, cache: Path) -> None:
     assert isinstance(tracked.tracking, MlflowConfig)

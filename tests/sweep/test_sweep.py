@@ -149,6 +149,7 @@ def test_a_sweep_is_recorded_in_its_directory_and_in_mlflow(workspace: Workspace
     assert str([run["run_id"] for run in jobs])[2:10] in result.stdout
 
 
+@pytest.mark.long
 def test_a_fault_ends_only_its_own_job(workspace: Workspace) -> None:
     faults = {16: "segfault", 24: "kill", 32: "raise", 40: "nan", 48: "forward"}
     sizes = [*faults, 64]
@@ -247,6 +248,7 @@ def check_resumed(workspace: Workspace, overrides: Sequence[str], blocked_size: 
     assert f"{number} of {len(workspace.jobs())} jobs are already done" in result.stderr
 
 
+@pytest.mark.long
 def test_a_sweep_whose_parent_was_killed_is_resumed(workspace: Workspace) -> None:
     overrides = ("train.batch_size=32,48", "tracking=none", "train.epochs=1")
     run_and_kill(workspace, overrides, 48, whole_group=False)
@@ -257,6 +259,7 @@ def test_a_sweep_whose_parent_was_killed_is_resumed(workspace: Workspace) -> Non
     ]
 
 
+@pytest.mark.long
 def test_a_killed_job_is_resumed_from_its_checkpoint(workspace: Workspace) -> None:
     overrides = ("train.batch_size=32,48", "tracking=none", "train.checkpoint_every='1 step'")
     result = workspace.sweep(*overrides, faults={48: "kill"})
@@ -272,6 +275,7 @@ def test_a_killed_job_is_resumed_from_its_checkpoint(workspace: Workspace) -> No
     ]
 
 
+@pytest.mark.long
 def test_a_sweep_that_reached_its_time_limit_is_resumed(workspace: Workspace) -> None:
     overrides = ("train.batch_size=32,48", "tracking=none")
     minutes = 0.95 * SLOW_STEP_SECONDS / 60  # enough to start a job, also on a busy machine
@@ -311,6 +315,7 @@ def test_five_jobs_of_which_the_third_is_killed(
     assert len({run.data.tags.get("mlflow.parentRunId") for run in runs}) == 2
 
 
+@pytest.mark.long
 def test_the_joblib_launcher_gives_the_same_weights(workspace: Workspace) -> None:
     overrides = (
         "train.batch_size=32,64",
@@ -374,6 +379,7 @@ def test_an_automatic_split_equals_an_explicit_micro_batch_size(workspace: Works
     assert (first["status"], first["tags"]) == ("FINISHED", {"oom": "true"})
 
 
+@pytest.mark.long
 def test_a_single_training_retries_with_half_the_micro_batch(workspace: Workspace) -> None:
     overrides = ("train.batch_size=48", "train.on_oom=split", "tracking=none", "train.epochs=1")
     command = [

@@ -49,6 +49,13 @@ PLACES = {
     "before its status is written": Interruption(PHASES["closing"]),
 }
 INTERVALS = ("'1 epoch'", "null")
+QUICK_PLACES = (
+    "within an epoch",
+    "while a checkpoint is written",
+    "between the row and the best weights",
+    "before its status is written",
+)
+"""the places of `make test`"""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,7 @@ def training(server: ForkServer, store: Path, tmp_path: Path) -> Training:
     return Training(server, tmp_path / "root", (), store)
 
 
+@pytest.mark.long
 def test_a_forked_training_equals_one_in_a_new_process(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "captcha_exp", "train", *TINY, "tracking=none", "--json"]
     environment = os.environ | {"CAPTCHA_EXP_ROOT": str(tmp_path)}
@@ -90,9 +98,15 @@ def test_a_forked_training_equals_one_in_a_new_process(uninterrupted: dict[str, 
 @pytest.mark.parametrize(
     ("place", "interval"),
     [
-        *((place, "'3 steps'") for place in PLACES),
-        *(("within an epoch", interval) for interval in INTERVALS),
-        *(("between epochs", interval) for interval in INTERVALS),
+        *((place, "'3 steps'") for place in QUICK_PLACES),
+        *(
+            pytest.param(place, interval, marks=pytest.mark.long)
+            for place, interval in [
+                *((place, "'3 steps'") for place in PLACES if place not in QUICK_PLACES),
+                *(("within an epoch", interval) for interval in INTERVALS),
+                *(("between epochs", interval) for interval in INTERVALS),
+            ]
+        ),
     ],
 )
 def test_an_interruption_does_not_change_the_result(
@@ -108,6 +122,7 @@ def test_an_interruption_does_not_change_the_result(
     assert differences(uninterrupted["runs"], training.run_snapshot()["runs"]) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
 def test_25_kills_with_damaged_checkpoints_do_not_change_the_result(
     server: ForkServer, tmp_path: Path, seed: int
@@ -119,7 +134,10 @@ def test_25_kills_with_damaged_checkpoints_do_not_change_the_result(
     assert storm.faults == []
 
 
-@pytest.mark.parametrize("phase", ["store", "drawing", "evaluation", "closing"])
+@pytest.mark.parametrize(
+    "phase",
+    ["evaluation", *(pytest.param(each, marks=pytest.mark.long) for each in ("store", "drawing", "closing"))],
+)
 def test_sigterm_saves_a_checkpoint_and_the_run_resumes(
     server: ForkServer, training: Training, uninterrupted: dict[str, Any], phase: str
 ) -> None:
@@ -139,6 +157,7 @@ def test_sigterm_saves_a_checkpoint_and_the_run_resumes(
     assert differences(uninterrupted, training.run_snapshot()) == []
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_after_the_step_and_a_second_one_immediately(
     training: Training, uninterrupted: dict[str, Any]
 ) -> None:
@@ -155,6 +174,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_one_immediately(
     assert differences(uninterrupted, training.run_snapshot()) == []
 
 
+@pytest.mark.long
 def test_a_run_stopped_by_max_minutes_is_resumed_by_the_same_command(
     training: Training, uninterrupted: dict[str, Any]
 ) -> None:

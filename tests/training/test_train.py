@@ -556,7 +556,7 @@ def test_every_optimizer_trains_in_every_precision(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model=resnet18", "train=constant_lr"),
+        pytest.param(("model=resnet18", "train=constant_lr"), marks=pytest.mark.long),
         ("model=resnet18", "model.head=position"),
         ("captcha.channels=1", "model.head=grouped_softmax", "train.deterministic=false"),
         ("data=wheezy", "train.optimizer=sgd", "train.patience=1"),
