@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_captchas(figure, grid[0], asked.run)
     plots = grid[1].subgridspec(2, 2, height_ratios=(4, 1), hspace=0.55, wspace=0.25)
     draw_memory(figure.add_subplot(plots[0, 0]), jobs)
-    draw_line(figure.add_subplot(plots[0, 1]), jobs, "accuracy", "validation accuracy, %")
+    draw_line(figure.add_subplot(plots[0, 1]), jobs, "accuracy", "validation accuracy after one epoch, %")
     words = figure.add_subplot(plots[1, :])
     words.set_axis_off()
     words.text(0.5, 0.2, conclusion, ha="center", va="center", size=8.5, family="monospace")
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_memory(memory, jobs)
     draw_line(speed, jobs, "images_per_second", "images/s in training")
     speed.set_ylim(0, 2600)
-    draw_line(accuracy, jobs, "accuracy", "validation accuracy, %")
+    draw_line(accuracy, jobs, "accuracy", "validation accuracy after one epoch, %")
     figure.savefig(asked.out / "sweep-summary.png", dpi=100, metadata={"Software": None})
 
 

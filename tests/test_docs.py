@@ -5,39 +5,70 @@ process, with tiny overrides, or only checked where a comment in the line before
 
     <!-- test: compose -->       parse the arguments and compose the config
     <!-- test: any exit code --> run; a problem that is found is not an error
-    <!-- test: run -->           run a Python block; without it, the block is compiled
+    <!-- test: run -->           run a Python block with a tiny config; without it, the block is compiled
+    <!-- test: after the changes --> run by test_extending.py
+
+Every text block is output, and is compared with that of a command: one after a $ in the block, one that the
+mark names, or the last one before the block. Line breaks and the borders of tables do not count, and a line
+of dots stands for any text:
+
+    <!-- test: output -->
+    <!-- test: masked output -->            any number, hash and run directory is right
+    <!-- test: masked output of COMMAND -->
+    <!-- test: masked output after a kill --> the first command in the block is interrupted
+    <!-- test: sweep -->                    see test_the_output_of_a_sweep
+    <!-- test: no output -->                not compared
 
 A command that occurs on several pages is run on the first one, and checked on the others.
-The working directory has a folder my_captchas/ and an image captcha.png; `latest` is a tiny finished run.
+The working directory has a folder my_captchas/, an image captcha.png, and a folder captchas/ in which five
+images cannot be used; `latest` is a tiny finished run.
 """
 
 import ast
+import contextlib
 import importlib.util
+import io
+import json
+import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, infos
+from omegaconf import DictConfig
+from PIL import Image
 from support.offline_site import remote_loads
 from support.phrases import LIMIT, PhraseCount, count_file, count_files, count_text, prose_of_python
 
-from captcha_exp import compose, load
-from captcha_exp.cli import main
+from captcha_exp import compose, load, runs
+from captcha_exp.cli import main, output
 from captcha_exp.cli.grid import compose_grid
 from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.cli.parser import COMMANDS, PROGRAM, build_parser
-from captcha_exp.config import CaptchaLibraryConfig
+from captcha_exp.config import CaptchaLibraryConfig, Config
+from captcha_exp.data.dataset import Batch
 from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
 from captcha_exp.errors import ConfigError
+from captcha_exp.memory.interval import MiBRange
+from captcha_exp.memory.plan import Planner
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import Step, train_step
+from captcha_exp.runtime.paths import root_dir
+from captcha_exp.sweep import forecast
+from captcha_exp.sweep.record import Job
+from captcha_exp.sweep.results import JobResult
+from captcha_exp.sweep.summary import SweepSummary
+from captcha_exp.training.recorder import NullTracker
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = PROJECT / "README.md"
@@ -57,6 +88,11 @@ _FENCE = re.compile(
 )
 _PROGRAMS = (PROGRAM, "make", "python")
 _SEPARATORS = {"&&", "||", "|", ";", "&"}
+_OUTPUT_MODE = re.compile(r"(?P<masked>masked )?output(?P<killed> after a kill)?(?: of (?P<command>.+))?")
+_OTHER_MODES = ("", "compose", "any exit code", "run", "after the changes", "sweep", "no output")
+_RUN_DIR = re.compile(r"\S*outputs/\d{4}-\d\d-\d\d/\d{6}-[\w.-]+")
+_HASH_OR_NUMBER = re.compile(r"\b(?=\w*\d)[0-9a-f]{8,}\b|\d[\d,.:]*(?<![,.:])")
+_PROGRESS_LINE = re.compile(r"^.*: \d+%, about .* left\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -75,6 +111,16 @@ class Block:
         if self.language == "console":
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         return [words for line in lines for words in commands_of(line) if words[0] in _PROGRAMS]
+
+    @property
+    def is_output(self) -> bool:
+        """Whether the block quotes the output of a command that the test runs."""
+        return _OUTPUT_MODE.fullmatch(self.mode) is not None
+
+    def quoted_commands(self) -> list[list[str]]:
+        """Return the words of each command after a $ in a text block."""
+        lines = [line for line in self.text.splitlines() if line.startswith("$ ")]
+        return [words for line in lines for words in commands_of(line.removeprefix("$ "))]
 
 
 def commands_of(line: str) -> Iterator[list[str]]:
@@ -105,7 +151,7 @@ def runs_of(page: Path) -> set[tuple[str, ...]]:
     return {
         tuple(words)
         for block in blocks_of(page)
-        if block.language in ("bash", "console") and block.mode != "compose"
+        if block.language in ("bash", "console") and block.mode not in ("compose", "after the changes")
         for words in block.commands()
     }
 
@@ -113,12 +159,18 @@ def runs_of(page: Path) -> set[tuple[str, ...]]:
 # -- commands ------------------------------------------------------------------------------------------------
 
 
-def run_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the command in this process; return its exit code."""
+def run_command(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Run the command in this process; return its exit code and output."""
     monkeypatch.setattr(sys, "argv", [*words])
-    with pytest.raises(SystemExit) as ended:
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.raises(SystemExit) as ended,
+    ):
         main.main()
-    return int(ended.value.code or 0)
+    print(printed.getvalue())  # noqa: T201 - shown where the test fails
+    return int(ended.value.code or 0), printed.getvalue()
 
 
 def make_tiny(words: Sequence[str], cache: Path) -> list[str]:
@@ -178,6 +230,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = spec.sample_label(config.captcha, rng)
         render(label, rng).save(folder / "my_captchas" / f"{index:05}-{label}.png")
     shutil.copy(next(iter((folder / "my_captchas").iterdir())), folder / "captcha.png")
+    (folder / "captchas").mkdir()
+    names = [f"{number:04}" for number in range(1000, 1220)]
+    for number, name in enumerate([*names, "0012", "0817", "31x7", "912"]):
+        pixels = random.Random(number).randbytes(32 * 16)
+        Image.frombytes("L", (32, 16), pixels).save(folder / "captchas" / f"{name}.png")
+    shutil.copy(folder / "captchas" / "0012.png", folder / "captchas" / "0011.png")
+    truncated = folder / "captchas" / "0817.png"
+    truncated.write_bytes(truncated.read_bytes()[:-12])  # the IEND chunk
     return folder
 
 
@@ -187,7 +247,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(root))
-        assert run_command(make_tiny([PROGRAM, "train"], cache), monkeypatch) == 0
+        assert run_command(make_tiny([PROGRAM, "train"], cache), monkeypatch)[0] == 0
     return root
 
 
@@ -206,32 +266,205 @@ def test_commands_run(
     shutil.copytree(images, tmp_path / "cwd")
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(tmp_path / "root"))
     monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr("torch.version.cuda", None)  # the docs quote messages of a machine without a GPU
     names: dict[str, Any] = {}
+    printed = ""
     run_before: set[tuple[str, ...]] = set().union(*(runs_of(other) for other in PAGES[: PAGES.index(page)]))
-    for block in blocks_of(page):
+    blocks = blocks_of(page)
+    for block, next_block in zip_longest(blocks, blocks[1:]):
         if block.language == "python":
-            code = compile(block.text, block.where, "exec")
-            if block.mode == "run":
-                exec(code, names)  # noqa: S102 - a block of our own docs
-        if block.language not in ("bash", "console"):
+            run_python(block, names, cache, monkeypatch)
+        elif block.language == "text":
+            check_output(block, printed, cache, monkeypatch)
+        if block.language not in ("bash", "console") or block.mode == "after the changes":
             continue
+        is_quoted = next_block is not None and next_block.is_output and not next_block.quoted_commands()
         for words in block.commands():
             print(f"{block.where}: {shlex.join(words)}")  # noqa: T201 - shown where the test fails
             if words[0] != PROGRAM:
                 check_program(words)
-            elif block.mode == "compose" or tuple(words) in run_before:
+            elif block.mode == "compose" or (tuple(words) in run_before and not is_quoted):
                 check_composes(words)
             else:
-                ended = run_command(make_tiny(words, cache), monkeypatch)
+                ended, printed = run_command(make_tiny(words, cache), monkeypatch)
                 assert ended == 0 or block.mode == "any exit code", (
                     f"{block.where}: {words}: exit code {ended}"
                 )
 
 
+def run_python(block: Block, names: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile a Python block, and run it with tiny configs if it is marked so."""
+    code = compile(block.text, block.where, "exec")
+    if block.mode != "run":
+        return
+
+    def compose_tiny(*overrides: str) -> DictConfig:
+        return compose(*overrides, *TINY, f"data.cache={cache}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(main, "compose", compose_tiny)
+        exec(code, names)  # noqa: S102 - a block of our own docs
+
+
+def check_output(block: Block, printed: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare a text block with the output of its commands, or with what was printed before it."""
+    mode = _OUTPUT_MODE.fullmatch(block.mode)
+    if mode is None:
+        return
+    quoted = block.quoted_commands()
+    if mode["command"]:
+        quoted = [shlex.split(mode["command"])]
+    if mode["killed"]:
+        interrupt_second_epoch(make_tiny(quoted.pop(0), cache), monkeypatch)
+    for words in quoted:
+        _, printed = run_command(make_tiny(words, cache), monkeypatch)
+    lines = [line for line in block.text.splitlines(keepends=True) if not line.startswith("$ ")]
+    printed = printed.replace(str(Path.cwd()), "/home/me")
+    assert_quoted("".join(lines), printed, is_masked=mode["masked"] is not None)
+
+
+def assert_quoted(quoted: str, printed: str, is_masked: bool = False) -> None:
+    """Check that a page quotes this output: line breaks and borders do not count, `...` is any text."""
+    normal = _normalize(_PROGRESS_LINE.sub("", printed), is_masked)
+    parts = re.split(r"^\.\.\.$", quoted, flags=re.MULTILINE)
+    pattern = ".*".join(re.escape(_normalize(part, is_masked)) for part in parts)
+    assert re.fullmatch(pattern, normal), f"quoted:\n{_normalize(quoted, is_masked)}\nprinted:\n{normal}"
+
+
+def _normalize(text: str, is_masked: bool) -> str:
+    if is_masked:
+        text = _HASH_OR_NUMBER.sub("N", _RUN_DIR.sub("RUN_DIR", text))
+    return " ".join(re.sub("[\u2500-\u257f]", " ", text).split())
+
+
+def interrupt_second_epoch(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the record of a training that was killed in its second epoch and has saved a checkpoint."""
+
+    def train_step_and_stop(state: TrainState, batch: Batch, config: Config) -> Step:
+        if state.epoch == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(state, batch, config)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("captcha_exp.training.train.train_step", train_step_and_stop)
+        patched.setattr(runs.Run, "close", lambda *_: None)
+        assert run_command(words, monkeypatch)[0] == 143
+    for path in root_dir().glob("outputs/*/*/run.json"):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["status"] == "RUNNING":
+            exited = subprocess.Popen([sys.executable, "-c", ""])
+            exited.wait()
+            path.write_text(json.dumps(state | {"pid": exited.pid}), encoding="utf-8")
+
+
 def test_every_mode_is_known() -> None:
     for page in PAGES:
         for block in blocks_of(page):
-            assert block.mode in ("", "compose", "any exit code", "run"), block.where
+            assert block.mode in _OTHER_MODES or block.is_output, block.where
+
+
+def test_every_quoted_output_is_compared() -> None:
+    """A block of text without a mark would be neither run nor compared."""
+    for page in PAGES:
+        for block in blocks_of(page):
+            assert block.language, block.where
+            if block.language == "text":
+                assert block.is_output or block.mode in ("sweep", "no output"), block.where
+
+
+@pytest.mark.parametrize(
+    ("quoted", "printed", "is_masked", "is_right"),
+    [
+        ("a b\nc\n", "a  b c\n", False, True),
+        ("a\n...\n", "a\nb\nc\n", False, True),
+        ("...\nc\n", "a\nb\nc\n", False, True),
+        ("b\n", "a\nb\n", False, False),
+        ("12 MiB\n", "13 MiB\n", False, False),
+        ("1,234 MiB, 0.5 %\n", "13 MiB, 12.25 %\n", True, True),
+        ("1,234 MiB\n", "13 GiB\n", True, False),
+        (
+            "outputs/2026-01-02/030405-a: 901f3c3ea854\n",
+            "/x/outputs/2026-01-03/030407-b: 0123456789ab\n",
+            True,
+            True,
+        ),
+        (" a  b\n 1  2\n", "┃ a ┃ b ┃\n│ 1 │ 2 │\n└───┘", False, True),
+        ("a\n", "planning: 38%, about 34 s left\na\n", False, True),
+    ],
+)
+def test_a_wrong_quote_is_found(quoted: str, printed: str, is_masked: bool, is_right: bool) -> None:
+    with contextlib.nullcontext() if is_right else pytest.raises(AssertionError):
+        assert_quoted(quoted, printed, is_masked)
+
+
+def test_the_output_of_a_sweep(
+    tiny: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The figures in the block were measured in minutes; its words and layout are those of the code."""
+    (block,) = (each for each in blocks_of(PROJECT / "docs" / "sweeps.md") if each.mode == "sweep")
+    skipped, _, table = block.text.partition("...\n")
+    results = _results_of_table(table)
+    output.print_sweep(SweepSummary(results))
+    assert_quoted(table, capsys.readouterr().out)
+
+    predicted = results[-1].predicted_mib
+    assert predicted is not None
+    tensors = re.search(r"\(tensors ([\d,]+)\)", skipped)
+    assert tensors is not None
+    remedies = " ".join(skipped.partition("set ")[2].split()).split(", or ")
+    monkeypatch.setattr("captcha_exp.training.oom.find_remedies", lambda *_: remedies)
+    plan = replace(
+        Planner(tiny, {"train": 150, "validation": 75, "test": 75}).plan_for(64),
+        process_mib=predicted,
+        tensors_mib=_number(tensors[1]),
+        budget_mib=results[-1].budget_mib,
+        fits="does not fit",
+    )
+    job = Job(number=5, swept=results[-1].swept, choices={}, requested=tiny)
+    planned = forecast.PlannedJob(job, tiny, {}, plan)
+    forecast.record_skipped(planned, runs.make_run_dir("skipped"), NullTracker())
+    assert_quoted(skipped, infos(caplog)[0])
+
+
+def _results_of_table(table: str) -> list[JobResult]:
+    rows = re.findall(
+        r"^ +(\d+) +([\d,]+) to ([\d,]+)(?: +([\d,]+) +fits +([\d,]+) +([\d.]+)% +([\d.]+))?",
+        table,
+        re.MULTILINE,
+    )
+    return [
+        JobResult(
+            number=number,
+            name=f"batch_size={size}",
+            swept={"train.batch_size": size},
+            outcome="finished" if measured else "skipped",
+            error=None,
+            stop_reason=None,
+            attempts=1,
+            batch_size=int(size),
+            micro_batch_size=None,
+            device="cpu",
+            budget_mib=MiBRange(1500.0, 1500.0),
+            predicted_mib=MiBRange(_number(low), _number(high)),
+            fits="fits" if measured else "does not fit",
+            measured_mib=_number(measured) if measured else None,
+            images_per_second=_number(speed) if measured else None,
+            val_accuracy=_number(accuracy) / 100 if measured else None,
+            seconds_to_best=_number(seconds) if measured else None,
+            test_accuracy=None,
+            run_dir=None,
+            run_id=None,
+            weights_sha256=None,
+        )
+        for number, (size, low, high, measured, speed, accuracy, seconds) in enumerate(rows, 1)
+    ]
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def test_a_command_in_an_unmarked_block_is_not_overlooked() -> None:
@@ -316,11 +549,62 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_packages_are_those_of_the_import_contract() -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
     (layers,) = (c["layers"] for c in project["tool"]["importlinter"]["contracts"] if c["name"] == "Layers")
-    upwards = [name for name in reversed(layers) if name != "errors"]
     svg = (PROJECT / "docs" / "architecture.svg").read_text(encoding="utf-8")
 
-    assert re.findall(r"^  (\w+)/ ", README.read_text(encoding="utf-8"), re.MULTILINE) == upwards
+    assert re.findall(r"^  (\w+)/ ", README.read_text(encoding="utf-8"), re.MULTILINE) == layers[:-1]
     assert re.findall(r'font-family="monospace"[^>]*>(\w+)<', svg) == layers
+
+
+def missing_names(row: str) -> list[str]:
+    """Return the files of a row, and the functions and classes named after each, that do not exist."""
+    missing, defined = [], set[str]()
+    for name in re.findall(r"`([\w./]+)`", row):
+        path = PROJECT / "captcha_exp" / name
+        if name.endswith(".py"):
+            defined = names_in(path) if path.is_file() else set()
+        if not (path.is_file() if name.endswith(".py") else name in defined):
+            missing.append(name)
+    return missing
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the functions, classes, methods and constants of a module."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef(name=name):
+                names.add(name)
+            case ast.ClassDef(name=name, body=body):
+                names |= {
+                    name,
+                    *(f"{name}.{each.name}" for each in body if isinstance(each, ast.FunctionDef)),
+                }
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                names.add(name)
+    return names
+
+
+def test_the_names_of_the_architecture_page_exist() -> None:
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("## Where things happen")
+    rows = re.findall(r"^\| .+\? \| (.+) \|$", table, re.MULTILINE)
+
+    assert len(rows) > 10
+    assert {row: missing for row in rows if (missing := missing_names(row))} == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "missing"),
+    [
+        ("`training/train.py`: `fit`", []),
+        ("`training/fit.py`", ["training/fit.py"]),
+        ("`training/train.py`: `fitted`", ["fitted"]),
+        ("`sweep/forecast.py`: `PlannedJob.should_train`", []),
+        ("`sweep/forecast.py`: `PlannedJob.is_trained`", ["PlannedJob.is_trained"]),
+    ],
+)
+def test_a_wrong_name_is_found(row: str, missing: list[str]) -> None:
+    assert missing_names(row) == missing
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(PROJECT)))

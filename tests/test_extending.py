@@ -1,170 +1,81 @@
-"""Add a network, a head and a data source by the steps of the README.
+"""Add a network, a head and a data source as docs/extending.md says.
 
-Each test applies the steps to a copy of the project and trains the result.
+Each test applies the diffs of a section of the page to a copy of the project, and runs the section's command
+there, with tiny overrides.
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from conftest import TINY
 
 PROJECT = Path(__file__).resolve().parents[1]
+PAGE = PROJECT / "docs" / "extending.md"
+_BLOCK = re.compile(r"^( *)```(?P<language>\w+)\n(?P<text>.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
-class Copy:
-    """A copy of the project to extend."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("captcha_exp", "conf"):
-            shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-
-    def insert(self, file: str, before: str, text: str) -> None:
-        """Insert text before the last occurrence of `before`."""
-        path = self.folder / file
-        head, found, tail = path.read_text().rpartition(before)
-        assert found, f"{file}: {before!r} not found"
-        path.write_text(head + text + found + tail)
-
-    def replace(self, file: str, old: str, new: str) -> None:
-        path = self.folder / file
-        assert path.read_text().count(old) == 1, f"{file}: {old!r} must occur exactly once"
-        path.write_text(path.read_text().replace(old, new))
-
-    def train(self, *overrides: str) -> str:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "captcha_exp",
-                "train",
-                *TINY,
-                "train.epochs=1",
-                "tracking=none",
-                *overrides,
-            ],
-            cwd=self.folder,
-            env=os.environ | {"CAPTCHA_EXP_ROOT": str(self.folder / "root"), "PYTHONPATH": str(self.folder)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        (saved,) = (self.folder / "root").glob("outputs/*/*/config.yaml")
-        return saved.read_text()
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Copy:
-    return Copy(tmp_path)
-
-
-def test_add_a_network(project: Copy) -> None:
-    project.insert(
-        "captcha_exp/model/networks.py",
-        "class Recognizer(",
-        "class PooledColumns(nn.Module):\n"
-        "    def __init__(self, rows: int) -> None:\n"
-        "        super().__init__()\n"
-        "        self.pool = nn.AdaptiveAvgPool2d((rows, None))\n\n"
-        "    def forward(self, images: Tensor) -> Tensor:\n"
-        "        return self.pool(images.movedim(-1, 1).float() / 255).flatten(1, 2)\n\n\n",
+def blocks_of_section(title: str, language: str) -> list[str]:
+    """Return the blocks of a language in a section of the page."""
+    (section,) = re.findall(
+        rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-    project.insert(
-        "captcha_exp/model/networks.py",
-        "        case _:\n            assert_never(model)",
-        "        case ColumnsConfig():\n            network = PooledColumns(model.rows)\n",
-    )
-    project.replace(
-        "captcha_exp/model/networks.py",
-        "from captcha_exp.config import ",
-        "from captcha_exp.config.schema import ColumnsConfig\nfrom captcha_exp.config import ",
-    )
-    project.insert(
-        "captcha_exp/config/schema.py",
-        "ModelConfig: TypeAlias",
-        "@dataclass(config=STRICT, frozen=True, kw_only=True)\n"
-        "class ColumnsConfig(BaseModelConfig):\n"
-        '    name: Literal["columns"]\n'
-        "    rows: Annotated[int, Field(ge=1)]\n\n\n",
-    )
-    project.replace(
-        "captcha_exp/config/schema.py",
-        "[CompactConfig | ResNet18Config,",
-        "[CompactConfig | ResNet18Config | ColumnsConfig,",
-    )
-    (project.folder / "conf/model/columns.yaml").write_text("name: columns\nrows: 4\nhead: position\n")
-
-    overrides = [text for text in TINY if not text.startswith("model.")]
-    assert len(overrides) == len(TINY) - 1
-    assert "name: columns" in project.train("model=columns", "~model.channels", "model.rows=5")
+    return [dedent(found["text"]) for found in _BLOCK.finditer(section) if found["language"] == language]
 
 
-@pytest.mark.long
-def test_add_a_head(project: Copy) -> None:
-    project.insert(
-        "captcha_exp/model/networks.py",
-        "def conv_bn(",
-        "class HalvedHead(PositionHead):\n"
-        "    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:\n"
-        "        return super().loss(logits / 2, targets, smoothing)\n\n\n",
-    )
-    project.insert(
-        "captcha_exp/model/networks.py",
-        "        case _:\n            assert_never(model.head)",
-        '        case "halved":\n'
-        "            head = HalvedHead(*network(blank).shape[1:], captcha.length, len(captcha.alphabet))\n",
-    )
-    project.replace("captcha_exp/config/schema.py", '"grouped_softmax"]', '"grouped_softmax", "halved"]')
-
-    assert "head: halved" in project.train("model.head=halved")
+def apply_diff(diff: str, folder: Path) -> None:
+    """Apply a diff of one file, whose hunks are separated by @@; without old lines it is a new file."""
+    header, _, hunks = diff.partition("\n")
+    path = folder / header.removeprefix("--- ")
+    for hunk in hunks.split("@@\n"):
+        lines = hunk.splitlines()
+        old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+        new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+        if old:
+            text = path.read_text(encoding="utf-8")
+            assert f"\n{text}".count(f"\n{old}") == 1, f"{path.name}: must occur exactly once:\n{old}"
+            path.write_text(text.replace(old, new), encoding="utf-8")
+        else:
+            assert not path.exists()
+            path.write_text(new, encoding="utf-8")
 
 
-@pytest.mark.long
-def test_add_a_data_source(project: Copy) -> None:
-    project.insert(
-        "captcha_exp/data/sources/generators.py",
-        "def _make_captcha_renderer(",
-        "def _make_plain_renderer(data: PlainConfig) -> RenderFn:\n"
-        "    def render(text: str, rng: random.Random) -> Image.Image:\n"
-        "        image = Image.new('L', (data.width, data.height), 255)\n"
-        "        ImageDraw.Draw(image).text((rng.randrange(9), 20), text, fill=0, font_size=28)\n"
-        "        return image\n\n"
-        "    return render\n\n\n",
-    )
-    project.insert(
-        "captcha_exp/data/sources/generators.py",
-        "        case _:\n            assert_never(data)",
-        "        case PlainConfig():\n"
-        "            return RendererSpec(\n"
-        '                "pillow", [], lambda: _make_plain_renderer(data), _sample_uniform_label\n'
-        "            )\n",
-    )
-    project.replace(
-        "captcha_exp/data/sources/generators.py",
-        "import Image, ImageFont",
-        "import Image, ImageDraw, ImageFont",
-    )
-    project.replace(
-        "captcha_exp/data/sources/generators.py",
-        "from captcha_exp.config import ",
-        "from captcha_exp.config.schema import PlainConfig\nfrom captcha_exp.config import ",
-    )
-    project.insert(
-        "captcha_exp/config/schema.py",
-        "GeneratorConfig: TypeAlias",
-        "@dataclass(config=STRICT, frozen=True, kw_only=True)\n"
-        "class PlainConfig(BaseGeneratorConfig):\n"
-        '    source: Literal["plain"]\n\n\n',
-    )
-    project.replace(
-        "captcha_exp/config/schema.py",
-        "= CaptchaLibraryConfig | WheezyLibraryConfig",
-        "= CaptchaLibraryConfig | WheezyLibraryConfig | PlainConfig",
-    )
-    (project.folder / "conf/data/plain.yaml").write_text("defaults: [captcha]\n\nsource: plain\n")
+@pytest.mark.parametrize(
+    "title",
+    [
+        pytest.param("A network"),
+        *(pytest.param(title, marks=pytest.mark.long) for title in ("A head", "A source")),
+    ],
+)
+def test_the_steps_of_the_page_train(title: str, tmp_path: Path) -> None:
+    for name in ("captcha_exp", "conf"):
+        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for diff in blocks_of_section(title, "diff"):
+        apply_diff(diff, tmp_path)
+    (command,) = blocks_of_section(title, "bash")
+    _, train, *overrides = shlex.split(command)
+    has_own_model = any(word.startswith("model=") for word in overrides)
+    tiny = [word for word in TINY if not (has_own_model and word.startswith("model."))]
 
-    assert "source: plain" in project.train("data=plain")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "captcha_exp", train),
+            *(*tiny, "train.epochs=1", "tracking=none", *overrides),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"CAPTCHA_EXP_ROOT": str(tmp_path / "root"), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    (saved,) = (tmp_path / "root").glob("outputs/*/*/config.yaml")
+    for word in overrides:
+        assert f": {word.partition('=')[2]}\n" in saved.read_text(encoding="utf-8"), word

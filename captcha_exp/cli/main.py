@@ -36,7 +36,12 @@ OS_ERROR_HINTS = {
 
 
 def main() -> NoReturn:
-    """Run a command. Exit codes: 0 success, 1 a failed run or a problem found, 2 usage error, 130 Ctrl-C."""
+    """Run a command and exit.
+
+    Exit codes: 0 success; 1 a failed run, an image that cannot be used, or a problem found; 2 usage error;
+    75 time limit reached (train.max_minutes), the run can be resumed; 130 Ctrl-C; 141 the reader of a pipe
+    has exited; 143 SIGTERM. `plan --must-fit` and `reproduce` have codes of their own, 3 and 4.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks must not end a sweep
             stream.reconfigure(errors="backslashreplace")

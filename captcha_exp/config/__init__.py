@@ -1,4 +1,10 @@
-"""The config: its schema (`schema`, `train`, `gpu`), loading and validation (`loading`, `messages`)."""
+"""The config: its schema, loading, validation and error messages.
+
+- `schema`: all groups of conf/, except `train` and `augment`, which are in `train`, and `gpu`, in `gpu`
+- `validators`: rules for single values that need more than a type and limits
+- `loading`: `load` checks types and values, `resolve` replaces each `auto` that needs no trial
+- `messages`: one line per mistake, with the allowed values and the closest key
+"""
 
 from captcha_exp.config.gpu import Bounds as Bounds
 from captcha_exp.config.gpu import GpuSpec as GpuSpec

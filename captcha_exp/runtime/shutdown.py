@@ -2,6 +2,18 @@
 
 Signals are SIGINT (Ctrl-C) and SIGTERM. A second Ctrl-C quits immediately: the record then still says
 RUNNING, and the next command closes it.
+
+SIGTERM, step by step:
+
+1. `cli.main.main` installs a handler that raises SystemExit(143). While the loop `training.train.fit` runs,
+   `trap_signals` replaces it by one that prints a notice and stores the signal.
+2. After the current step `check_stop` raises StopRequested; `fit` saves a checkpoint and calls `exit`, which
+   raises SystemExit(143).
+3. `training.recorder.record_outcome` marks the run KILLED, in the run directory first, then in the tracker.
+4. Leaving the ShutdownHandler restores the handlers, and the process exits with code 143.
+
+A sweep trains in worker processes: its parent is interrupted at once, writes STOP to the worker (which then
+stops as above), and kills it after 15 s (`sweep.supervisor`).
 """
 
 import contextlib
@@ -18,7 +30,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 StopReason: TypeAlias = Literal["SIGINT", "SIGTERM", "time limit", "killed"]
 """Why a run is KILLED; killed: its process has exited without closing it"""
 
-_STOP_NOTICE = b"\nStopping after the current step (resumable). Press Ctrl-C again to quit immediately.\n"
+_STOP_NOTICE = b"\nStopping after the current step (resumable)."
+_SECOND_SIGINT_HINT = b" Press Ctrl-C again to quit immediately."
 
 
 class StopRequested(BaseException):
@@ -72,10 +85,12 @@ class ShutdownHandler:
 
     def _on_signal(self, number: int, _: object) -> None:
         self._received = number
+        notice = _STOP_NOTICE
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            with contextlib.suppress(OSError):
-                os.write(2, _STOP_NOTICE)  # print may be interrupted while it holds a lock
+            notice += _SECOND_SIGINT_HINT
+        with contextlib.suppress(OSError):
+            os.write(2, notice + b"\n")  # print may be interrupted while it holds a lock
 
     def check_stop(self) -> None:
         """Check for a stop request.
@@ -136,8 +151,8 @@ def defer_signals() -> Iterator[None]:
 def _install(new_handler: Callable[[int, object], None]) -> dict[int, Any]:
     """Install a handler and return the previous ones by signal.
 
-    Ignored signals stay ignored, and so does the default SIGINT handler: it means that Ctrl-C was pressed
-    before.
+    Two handlers are left in place: SIG_IGN, since the parent process has chosen to ignore the signal, and
+    SIG_DFL of SIGINT, which is installed after the first Ctrl-C and lets the second one end the process.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         return {}

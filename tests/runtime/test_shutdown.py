@@ -124,6 +124,12 @@ def test_a_second_ctrl_c_quits_immediately(when: str) -> None:
     assert notice in done.stderr
 
 
+def test_sigterm_prints_that_training_stops_after_the_step(capfd: pytest.CaptureFixture[str]) -> None:
+    with ShutdownHandler(None) as shutdown, shutdown.trap_signals():
+        send_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == "\nStopping after the current step (resumable).\n"
+
+
 def test_a_deferred_signal_is_raised_after_the_context() -> None:
     saved = []
 
