@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.errors import ConfigError, UserError, one_line
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -105,7 +105,7 @@ def compose_overrides(
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
     except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(*mistakes, _one_line(error)) from None
+        raise ConfigError(*mistakes, one_line(error)) from None
     hydra = config.hydra
     if gpu_file is not None:
         config = with_gpu(config, gpu_file, gpu_overrides)
@@ -225,10 +225,6 @@ def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override,
                 f"{text}: no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
             )
     return override, None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:

@@ -14,7 +14,7 @@ from captcha_exp.config import Config, Machine, flatten, load
 from captcha_exp.errors import UserError
 from captcha_exp.runs import CHECKPOINT_DIR, StaleRun, find_linked, list_checkpoints, make_run_dir
 from captcha_exp.runs import resume as run_resume
-from captcha_exp.runtime.console import Display
+from captcha_exp.runtime.console import Display, preview
 
 TIME_LIMIT_KEY = "train.max_minutes"  # limits a process, not a run
 EXTENDABLE_KEYS = {"train.epochs", "train.patience", TIME_LIMIT_KEY}  # may change to extend a finished run
@@ -226,5 +226,5 @@ def _changed_keys(saved: Config, requested: Config) -> dict[str, str]:
 
 def _format_changes(changes: Mapping[str, str]) -> str:
     texts = list(changes.values())
-    more = f" and {len(texts) - MAX_NAMED} more keys" if len(texts) > MAX_NAMED else ""
-    return f"{', '.join(texts[:MAX_NAMED])}{more} {'differ' if len(texts) > 1 else 'differs'}"
+    keys = " keys" if len(texts) > MAX_NAMED else ""
+    return f"{preview(texts, MAX_NAMED)}{keys} {'differ' if len(texts) > 1 else 'differs'}"

@@ -19,7 +19,7 @@ from captcha_exp.cli.grid import Grid, compose_grid
 from captcha_exp.cli.hydra_config import run_hydra
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Config, Machine
-from captcha_exp.errors import ConfigError, RunFailed, UserError
+from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
 from captcha_exp.runs import StaleRun, code_sha256, read_stale_run, resume
 from captcha_exp.runtime.console import Display
 from captcha_exp.sweep import record
@@ -159,7 +159,7 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
     except UserError:
         raise
     except Exception as error:  # of any launcher plugin
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise RunFailed(
             f"Hydra's launcher failed: {reason}; resume with --resume={shlex.quote(str(sweep_dir))}"
         ) from error

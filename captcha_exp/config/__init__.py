@@ -5,6 +5,7 @@ from captcha_exp.config.gpu import GpuSpec as GpuSpec
 from captcha_exp.config.loading import Machine as Machine
 from captcha_exp.config.loading import data_from_json as data_from_json
 from captcha_exp.config.loading import flatten as flatten
+from captcha_exp.config.loading import flatten_mapping as flatten_mapping
 from captcha_exp.config.loading import frozen_without as frozen_without
 from captcha_exp.config.loading import gpu_to_yaml as gpu_to_yaml
 from captcha_exp.config.loading import load as load

@@ -26,7 +26,7 @@ from captcha_exp.data.sources import ScanResult
 from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import Display, escape_unprintable
+from captcha_exp.runtime.console import Display, escape_unprintable, preview
 from captcha_exp.runtime.files import sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
@@ -217,9 +217,9 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig, display
     if not isinstance(data, FolderConfig):
         return
     for remark, names in scan.remarks.items():
-        display.info(f"Used ({len(names):,}): {remark} ({_summarize_names(names)})")
+        display.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
     if ignored:
-        display.info(f"Ignored, not images ({len(ignored):,}): {_summarize_names(ignored)}")
+        display.info(f"Ignored, not images ({len(ignored):,}): {preview(ignored)}")
     if not scan.rejected:
         return
     num_bad, num_good = len(scan.rejected), len(scan.labels)
@@ -238,11 +238,6 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig, display
         skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
         raise UserError(f"{problem}; fix or remove them{skip}", *table)
     display.warn("\n".join([f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)", *table]))
-
-
-def _summarize_names(names: list[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(map(escape_unprintable, names[:3])) + more
 
 
 def _build_cache(path: Path, spec: DatasetSpec, display: Display) -> str:

@@ -35,30 +35,19 @@ def _unavailable_finding(query: str, reason: str) -> Finding:
 
 
 def _check_versions(info: MachineInfo) -> Iterator[Finding]:
-    if info.is_python_supported:
-        if info.python_version:
-            yield Finding("ok", f"Python {info.python_version}")
-    else:
-        yield Finding(
-            "problem",
-            f"Python {info.python_version} is not supported; supported: {info.python_specifier}",
-            "rm -r .venv && make PYTHON=python3.12 test",
-        )
     for package in info.packages:
         if package.is_supported:
             continue
         state = f"{package.installed} is not supported" if package.installed else "is not installed"
-        requirement = f'"{package.name}{package.specifier}"'
+        text = f"{package.name} {state}; supported: {package.specifier or 'any version'}"
         which = " (which build: pytorch.org, 'Get started')" if package.name == "torch" else ""
-        yield Finding(
-            "problem",
-            f"{package.name} {state}; supported: {package.specifier or 'any version'}",
-            f"python -m pip install {requirement}{which}",
-        )
+        remedy = f'python -m pip install "{package.name}{package.specifier}"{which}'
+        is_python = package.name == "Python"
+        yield Finding("problem", text, "rm -r .venv && make PYTHON=python3.12 test" if is_python else remedy)
     if info.packages and all(package.is_supported for package in info.packages):
-        main = ("torch", "hydra-core", "omegaconf", "mlflow")
+        main = ("Python", "torch", "hydra-core", "omegaconf", "mlflow")
         versions = ", ".join(f"{p.name} {p.installed}" for p in info.packages if p.name in main)
-        yield Finding("ok", f"{len(info.packages)} packages in supported versions: {versions} ...")
+        yield Finding("ok", f"supported versions of all {len(info.packages)} requirements: {versions} ...")
 
 
 def _check_device(info: MachineInfo) -> Iterator[Finding]:
@@ -147,60 +136,62 @@ def _check_directories(info: MachineInfo) -> Iterator[Finding]:
 
 def _write_remedy(directory: DirectoryInfo) -> str:
     elsewhere = "set CAPTCHA_EXP_ROOT to a directory of your own"
-    match directory.write_error:
-        case "Not a directory":
-            return f'mv "{directory.path}" "{directory.path}.old"'
-        case "Read-only file system":
-            return elsewhere
-        case "No space left on device":  # although there is: out of inodes
-            return f'df -i "{directory.path}", and delete unneeded files; or {elsewhere}'
-        case _:
-            return f'chmod u+rwx "{directory.path}", or {elsewhere}'
+    remedies = {
+        "Not a directory": f'mv "{directory.path}" "{directory.path}.old"',
+        "Read-only file system": elsewhere,
+        # Although there is: out of inodes.
+        "No space left on device": f'df -i "{directory.path}", and delete unneeded files; or {elsewhere}',
+    }
+    return remedies.get(directory.write_error, f'chmod u+rwx "{directory.path}", or {elsewhere}')
 
 
 def _check_store(info: MachineInfo) -> Iterator[Finding]:
-    if info.store is None:
+    store = info.store
+    if store is None:
         if not any(query == "the MLflow store" for query, _ in info.unavailable):
             yield Finding("ok", "tracking=none: runs are recorded in their run directories only")
-        return
-    store = info.store
-    match store.state:
-        case "new":
-            yield Finding("ok", f"tracking.uri={store.uri}: no store yet, the first run creates it")
-        case "current":
-            yield Finding("ok", f"tracking.uri={store.uri}: available")
-        case _:
-            detail = f" ({store.detail})" if store.detail else ""
-            problem, remedy = _describe_store_problem(store, info)
-            yield Finding("problem", f"tracking.uri={store.uri}: {problem}{detail}", remedy)
+    elif store.state == "new":
+        yield Finding("ok", f"tracking.uri={store.uri}: no store yet, the first run creates it")
+    elif store.state == "current":
+        yield Finding("ok", f"tracking.uri={store.uri}: available")
+    else:
+        detail = f" ({store.detail})" if store.detail else ""
+        problem, remedy = _describe_store_problem(store, info)
+        yield Finding("problem", f"tracking.uri={store.uri}: {problem}{detail}", remedy)
 
 
 def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, str]:
+    """Return the problem of a store in a state of `tracking.store.inspect_store`, and the remedy."""
+    path = store.uri.removeprefix("sqlite:///")
+    copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
+    allowed = next((p.specifier for p in info.packages if p.name == "mlflow"), "")
     untracked = "or train with tracking=none"
-    match store.state:
-        case "older":
-            path = store.uri.removeprefix("sqlite:///")
-            copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
-            return "created by an older MLflow", f'{copy}mlflow db upgrade "{store.uri}"'
-        case "newer":
-            allowed = next((p.specifier for p in info.packages if p.name == "mlflow"), "")
-            remedy = f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri'
-            return "created by a newer MLflow", remedy
-        case "locked":
-            remedy = "close the program that has it open (captcha-exp ui, a database browser), " + untracked
-            return "locked by another process", remedy
-        case "deleted":
-            remedy = "restore it (see mlflow experiments restore --help), or set another tracking.experiment"
-            return "the experiment of this config is deleted", remedy
-        case "unreachable":
-            return "does not answer", "start the server, correct the address in tracking.uri, " + untracked
-        case _:
-            remedy = "repair it, or move it away to get a new one, " + untracked
-            if not store.uri.startswith("sqlite"):
-                remedy = "correct tracking.uri, log in (MLFLOW_TRACKING_TOKEN), " + untracked
-            if store.detail.startswith("No module named"):
-                remedy = "install that module with python -m pip (psycopg2-binary, pymysql), " + untracked
-            return "cannot be used", remedy
+    if store.detail.startswith("No module named"):
+        repair = "install that module with python -m pip (psycopg2-binary, pymysql)"
+    elif store.uri.startswith("sqlite"):
+        repair = "repair it, or move it away to get a new one"
+    else:
+        repair = "correct tracking.uri, log in (MLFLOW_TRACKING_TOKEN)"
+    return {
+        "older": ("created by an older MLflow", f'{copy}mlflow db upgrade "{store.uri}"'),
+        "newer": (
+            "created by a newer MLflow",
+            f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri',
+        ),
+        "locked": (
+            "locked by another process",
+            f"close the program that has it open (captcha-exp ui, a database browser), {untracked}",
+        ),
+        "deleted": (
+            "the experiment of this config is deleted",
+            "restore it (see mlflow experiments restore --help), or set another tracking.experiment",
+        ),
+        "unreachable": (
+            "does not answer",
+            f"start the server, correct the address in tracking.uri, {untracked}",
+        ),
+        "broken": ("cannot be used", f"{repair}, {untracked}"),
+    }[store.state]
 
 
 def _check_runs(info: MachineInfo) -> Iterator[Finding]:

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias
 
 import safetensors
 
-from captcha_exp.config import Config, load
-from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.config import Config, flatten_mapping, load
+from captcha_exp.errors import ConfigError, UserError, one_line
 from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import MetricsRow, check_run_format, find_linked, read_metrics_rows
-from captcha_exp.runs.fields import flatten, read_flat_config
+from captcha_exp.runs.fields import read_flat_config
 from captcha_exp.runs.files import list_run_files
 from captcha_exp.runtime.files import sha256_of
 
@@ -235,7 +235,7 @@ def _config_of_weights(path: Path) -> dict[str, Any] | None:
     """Return the flat config stored in the weights file; None if the file is missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return flatten(config_from_metadata(file.metadata() or {}))
+            return flatten_mapping(config_from_metadata(file.metadata() or {}))
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -246,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path.parent}: {path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object, so not part of a run record")
     return values

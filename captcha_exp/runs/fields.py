@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from captcha_exp.errors import UserError
+from captcha_exp.config import flatten_mapping
+from captcha_exp.errors import UserError, one_line
 from captcha_exp.runs.run import MetricsRow
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.process import is_alive
@@ -149,9 +150,9 @@ def read_flat_config(run_dir: Path) -> dict[str, Any]:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if is_flat else yaml.SafeLoader
         values = loader(text).get_single_data()
         _check_plain(values, set())
-        return dict(_iter_leaves(values))
+        return flatten_mapping(values)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: is not a valid config: {_one_line(error)}") from None
+        raise UserError(f"{path}: is not a valid config: {one_line(error)}") from None
 
 
 def read_flat_environment(run_dir: Path) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def _iter_rows(path: Path, warn: Callable[[str], None]) -> Iterator[MetricsRow]:
             if not all(isinstance(value, int | float) for value in (row.step, *values)):
                 raise ValueError("a step or a metric is not a number")
         except (ValueError, RecursionError) as error:
-            warn(f"{path}, line {number}: skipped: {_one_line(error)}")
+            warn(f"{path}, line {number}: skipped: {one_line(error)}")
             continue
         yield row
 
@@ -213,29 +214,9 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_flat_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(_iter_leaves(json.loads(_read_bytes(path))))
+        return flatten_mapping(json.loads(_read_bytes(path)))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
-
-
-def flatten(node: object) -> dict[str, Any]:
-    """Flatten nested mappings to `group.key` -> value; lists are not flattened.
-
-    Raises:
-        ValueError: `node` is not a mapping.
-    """
-    return dict(_iter_leaves(node))
-
-
-def _iter_leaves(node: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (`group.key`, value) for every value that is not a group."""
-    if not isinstance(node, Mapping):
-        raise ValueError("not a mapping of keys to values")
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _iter_leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def _check_plain(node: Any, seen: set[int]) -> None:
@@ -257,7 +238,3 @@ def _check_plain(node: Any, seen: set[int]) -> None:
 
 def _as_mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,10 +10,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Param
 
 from captcha_exp.config import MlflowConfig
-from captcha_exp.errors import RunFailed
+from captcha_exp.errors import RunFailed, first_line
 from captcha_exp.runs import MetricsRow, now_ms
 from captcha_exp.runtime.console import Display
-from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
+from captcha_exp.tracking.store import get_or_create_experiment, open_store, run_exists
 from captcha_exp.tracking.tracker import PARAMS_PER_REQUEST, send_artifacts, send_metrics, send_status
 
 StepMetrics: TypeAlias = tuple[int, Mapping[str, float]]

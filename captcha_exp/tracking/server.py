@@ -16,10 +16,10 @@ import psutil
 from mlflow import MlflowClient
 
 from captcha_exp.config import MlflowConfig
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, first_line
 from captcha_exp.runtime.console import Display
 from captcha_exp.tracking import views
-from captcha_exp.tracking.store import first_line, open_store
+from captcha_exp.tracking.store import open_store
 from captcha_exp.tracking.uri import sqlite_path
 
 

@@ -15,6 +15,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from captcha_exp.errors import first_line
 from captcha_exp.tracking.uri import sqlite_path
 
 # MLflow logs each step of creating its tables.
@@ -75,11 +76,6 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
             return False
         raise
     return bool(run.info.lifecycle_stage == "active")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the name of the exception if it is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # -- inspect -----------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from captcha_exp.config import Config, MlflowConfig, flatten
-from captcha_exp.errors import RunFailed
+from captcha_exp.errors import RunFailed, first_line
 from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, Run, Status
 from captcha_exp.runtime.console import Display
-from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
+from captcha_exp.tracking.store import get_or_create_experiment, open_store, run_exists
 
 PARAMS_PER_REQUEST = 100  # limit of MLflow, also for tags
 METRICS_PER_REQUEST = 1000  # limit of MLflow
