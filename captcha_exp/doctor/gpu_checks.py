@@ -64,7 +64,7 @@ def _compatible_builds(info: MachineInfo, gpus: Sequence[GpuInfo]) -> str:
         for cuda, capabilities in (info.torch.release_archs if info.torch else {}).items()
         if cuda != (info.torch and info.torch.cuda)
         and (not max_cuda or Version(cuda).major <= max_cuda[0])
-        and any(not _arch_problem(gpu, [f"sm_{number}" for number in capabilities]) for gpu in gpus)
+        and any(_is_supported(gpu, [f"sm_{number}" for number in capabilities]) for gpu in gpus)
     ]
     versions.sort(key=Version, reverse=True)
     return f"torch built for CUDA {' or '.join(versions)} ({TORCH_INSTALL_PAGE})" if versions else ""
@@ -76,7 +76,8 @@ def _cuda_of_build(info: MachineInfo) -> tuple[int, ...]:
 
 def _is_driver_too_old(info: MachineInfo) -> bool:
     """Return whether the driver supports only earlier major versions of CUDA than the build's."""
-    return info.driver.max_cuda[:1] < _cuda_of_build(info)[:1] and bool(info.driver.max_cuda)
+    build, newest = _cuda_of_build(info), info.driver.max_cuda
+    return bool(build and newest and newest[0] < build[0])
 
 
 def _check_driver(info: MachineInfo) -> Iterator[Finding]:
@@ -131,7 +132,16 @@ def _check_gpu(info: MachineInfo, gpu: GpuInfo, is_selected: bool) -> Iterator[F
     """Check a GPU that torch sees; what is a problem of the selected one is only mentioned of another."""
     name = f"{gpu.device} ({gpu.name})"
     problem: Level = "problem" if is_selected else "info"
-    yield from _check_archs(info, gpu, name, problem)
+    archs = info.torch.archs if info.torch else ()
+    if archs and not _is_supported(gpu, archs):
+        targets = sorted(tuple(map(int, match)) for match in re.findall(r"_(\d+)(\d)", " ".join(archs)))
+        is_old = gpu.capability < targets[0]
+        support = "too old to be" if is_old else "too new to be" if gpu.capability > targets[-1] else "not"
+        capability = ".".join(map(str, gpu.capability))
+        text = f"{name}: capability {capability} is {support} supported by this torch: {' '.join(archs)}"
+        newest = "" if is_old else f"the newest supported torch ({TORCH_INSTALL_PAGE})"
+        build = _compatible_builds(info, [gpu]) or newest
+        yield Finding(problem, text, f"{f'install {build}, or ' if build else ''}device.name=cpu")
     yield from _check_memory(info, gpu, name, is_selected)
     types = [kind for kind, since in (("bf16", (8, 0)), ("fp16", (7, 0))) if gpu.capability >= since]
     if gpu.capability == (7, 5) and _WITHOUT_TENSOR_CORES.search(gpu.name):
@@ -146,46 +156,24 @@ def _check_gpu(info: MachineInfo, gpu: GpuInfo, is_selected: bool) -> Iterator[F
         yield Finding("ok", f"{name}: fast 16-bit types: {' and '.join(types) or 'none, use fp32'}")
 
 
-def _check_archs(info: MachineInfo, gpu: GpuInfo, name: str, level: Level) -> Iterator[Finding]:
-    """Check that the build of torch contains code for the GPU."""
-    max_cuda, archs = info.driver.max_cuda, info.torch.archs if info.torch else ()
-    problem = _arch_problem(gpu, archs)
-    # Minor-version compatibility of the driver covers machine code only, not the JIT compiler.
-    if problem == "PTX" and max_cuda and max_cuda < (build := _cuda_of_build(info)):
-        cuda = ".".join(map(str, build))
-        text = f"{name}: torch has only PTX for it, and the driver is older than CUDA {cuda}"
-        yield Finding(level, text, f"install the newest driver ({DRIVER_DOWNLOAD_PAGE})")
-    elif problem and problem != "PTX":
-        capability = ".".join(map(str, gpu.capability))
-        text = f"{name}: capability {capability} is {problem} by this torch: {' '.join(archs)}"
-        newest = "" if "too old" in problem else f"the newest supported torch ({TORCH_INSTALL_PAGE})"
-        build_names = _compatible_builds(info, [gpu]) or newest
-        yield Finding(
-            level, text, f"install {build_names}, or device.name=cpu" if build_names else "device.name=cpu"
-        )
+def _is_supported(gpu: GpuInfo, archs: Sequence[str]) -> bool:
+    """Return whether the GPU can run code for one of the archs, by torch's table of machine code.
 
-
-def _arch_problem(gpu: GpuInfo, archs: Sequence[str]) -> str:
-    """Return "" if `archs` have machine code for the GPU, "PTX" if only that, else why it is unsupported.
-
-    Machine code for 8.0 runs on 8.6, but not on 9.0 or 7.5; PTX runs on every later GPU. The suffix `a` means
-    exactly this capability. Source: CUDA C++ Programming Guide, 'Compute Capability'.
+    PTX (compute_90) runs on every later GPU. The suffix `a` means exactly this capability. Source: CUDA C++
+    Programming Guide, 'Compute Capability'.
     """
-    here = gpu.capability
-    targets = [
-        (kind, (int(major), int(minor)), suffix)
-        for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", " ".join(archs))
-    ]
-    if not here or not targets:
-        return ""
-    for kind, target, suffix in targets:
-        if kind == "sm" and target[0] == here[0] and (target == here if suffix == "a" else target <= here):
-            return ""
-    if any(kind == "compute" and target <= here and not suffix for kind, target, suffix in targets):
-        return "PTX"
-    capabilities = [target for _, target, _ in targets]
-    age = "too old" if here < min(capabilities) else "too new" if here > max(capabilities) else ""
-    return f"{age} to be supported" if age else "not supported"
+    from torch.cuda import DEVICE_REQUIREMENT
+
+    if not gpu.capability:
+        return True  # unknown
+    here = gpu.capability[0] * 10 + gpu.capability[1]
+    for kind, number, suffix in re.findall(r"(sm|compute)_(\d+)([af]?)", " ".join(archs)):
+        target = int(number)
+        if target == here or (kind == "compute" and target < here and not suffix):
+            return True
+        if kind == "sm" and suffix != "a" and here in DEVICE_REQUIREMENT.get(target, ()):
+            return True
+    return False
 
 
 def _format_gpu(gpu: GpuInfo) -> str:

@@ -417,17 +417,6 @@ def test_an_unsupported_second_gpu_is_not_a_problem() -> None:
     assert only_finding(chosen).level == "problem"
 
 
-def test_ptx_needs_a_driver_of_the_builds_cuda_version() -> None:
-    build = replace(CUDA, cuda="12.9", archs=("sm_90", "compute_90"))
-    gpu = replace(ADA, capability=(12, 0))
-    info = replace(HEALTHY, torch=build, gpus=(gpu,), driver=DriverInfo("525.60", (12, 0)))
-    finding = only_finding(info)
-    assert finding.level == "problem"
-    assert "torch has only PTX for it, and the driver is older than CUDA 12.9" in finding.message
-    assert finding.remedy.startswith("install the newest driver")
-    assert not at_level(replace(info, driver=DriverInfo("575.1", (12, 9))), "problem")
-
-
 @pytest.mark.parametrize(
     "name",
     ["NVIDIA GeForce GTX 1650", "NVIDIA GeForce GTX 1660 Ti", "NVIDIA GeForce MX450", "NVIDIA T1000"],
