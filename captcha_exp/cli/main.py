@@ -87,7 +87,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
     from captcha_exp.runtime.console import RichDisplay
-    from captcha_exp.tracking import close_stale_runs, make_tracker
+    from captcha_exp.tracking import make_tracker
+    from captcha_exp.tracking.sync import close_stale_runs
 
     display = RichDisplay()
     close_stale_runs(display)
@@ -206,7 +207,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import reproduce
     from captcha_exp.runtime.console import RichDisplay
-    from captcha_exp.tracking import close_stale_runs
+    from captcha_exp.tracking.sync import close_stale_runs
 
     display = RichDisplay()
     close_stale_runs(display)
@@ -221,7 +222,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import runs
     from captcha_exp.runtime.console import RichDisplay
-    from captcha_exp.tracking import close_stale_runs
+    from captcha_exp.tracking.sync import close_stale_runs
 
     close_stale_runs(RichDisplay())
     return _print_values(runs.list_runs(arguments))
@@ -237,7 +238,7 @@ def _ui(arguments: argparse.Namespace) -> int:
     config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
     from captcha_exp.config import MlflowConfig, resolve
     from captcha_exp.runtime.console import RichDisplay
-    from captcha_exp.tracking import serve_ui
+    from captcha_exp.tracking.server import serve_ui
 
     tracking = resolve(config, _detect_machine()).tracking
     if not isinstance(tracking, MlflowConfig):

@@ -180,7 +180,8 @@ def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
     mlflow, run_ids = sweep.state["mlflow"], [result.run_id for result in summary.results if result.run_id]
     if mlflow is None:
         return
-    from captcha_exp.tracking import compare_url, ui_url
+    from captcha_exp.tracking.parent_run import ui_url
+    from captcha_exp.tracking.views import compare_url
 
     server = ui_url(mlflow["uri"])
     out.print(f"run {mlflow['run_id']}", markup=False)

@@ -23,15 +23,12 @@ from captcha_exp.config.schema import CaptchaLibraryConfig as CaptchaLibraryConf
 from captcha_exp.config.schema import CompactConfig as CompactConfig
 from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import DataConfig as DataConfig
-from captcha_exp.config.schema import DeviceConfig as DeviceConfig
 from captcha_exp.config.schema import FolderConfig as FolderConfig
 from captcha_exp.config.schema import GeneratorConfig as GeneratorConfig
 from captcha_exp.config.schema import MlflowConfig as MlflowConfig
 from captcha_exp.config.schema import ModelConfig as ModelConfig
-from captcha_exp.config.schema import NoTrackingConfig as NoTrackingConfig
 from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18Config as ResNet18Config
-from captcha_exp.config.schema import SweepConfig as SweepConfig
 from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig

@@ -28,7 +28,8 @@ from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
-from captcha_exp.tracking import finalize_run, make_tracker
+from captcha_exp.tracking import make_tracker
+from captcha_exp.tracking.sync import finalize_run
 
 STOP_TIMEOUT_SECONDS = 15.0  # for the current step, the hashes of the files and the last MLflow calls
 CRASH_MARKERS = ("Traceback (most recent call last)", "Fatal Python error")

@@ -1,10 +1,12 @@
 """MLflow's backend store: open or create it, or inspect it without changing anything."""
 
 import contextlib
+import getpass
 import logging
 import os
 import sqlite3
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from captcha_exp.errors import first_line
+from captcha_exp.errors import RunFailed, first_line
 from captcha_exp.tracking.uri import sqlite_path
 
 # MLflow logs each step of creating its tables.
@@ -65,6 +67,27 @@ def get_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
         if experiment := client.get_experiment_by_name(name):  # another process created it in between
             return str(experiment.experiment_id)
         raise
+
+
+@contextlib.contextmanager
+def raise_run_failed(uri: str) -> Iterator[None]:
+    """Turn any error of the store into RunFailed."""
+    try:
+        yield
+    except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+        raise RunFailed(
+            f"tracking.uri={uri}: MLflow cannot write to this store: {first_line(error)}; "
+            "run captcha-exp doctor for the fix, or use tracking=none"
+        ) from error
+
+
+def source_tags() -> dict[str, str]:
+    """Return the tags in which MLflow shows who started a run, and with which program."""
+    return {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "captcha-exp",
+        "mlflow.source.type": "LOCAL",
+    }
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
@@ -179,9 +202,9 @@ def _schema_status(revision: str) -> StoreStatus:
 
 
 def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
-    # MLflow reads these for each request; a single try keeps the check short.
+    # MLflow reads these for each request; a single try keeps the check short. `tracking` has set both.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    before = {name: os.environ.get(name) for name in limits}
+    before = {name: os.environ[name] for name in limits}
     os.environ.update(limits)
     try:
         MlflowClient(uri).search_experiments(max_results=1)
@@ -189,9 +212,5 @@ def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
         is_unreachable = "failed with exception" in str(error) or "timed out" in str(error)
         return "unreachable" if is_unreachable else "broken", first_line(error)
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.update(before)
     return "current", ""

@@ -4,7 +4,6 @@ The run directory is written first and is complete without MLflow. If the store 
 continues: rows are queued and sent with the next one. Their timestamps let MLflow ignore duplicates.
 """
 
-import getpass
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -15,13 +14,16 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from captcha_exp.config import Config, MlflowConfig, flatten
-from captcha_exp.errors import RunFailed, first_line
+from captcha_exp.errors import first_line
 from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, Run, Status
 from captcha_exp.runtime.console import Display
-from captcha_exp.tracking.store import get_or_create_experiment, open_store, run_exists
-
-PARAMS_PER_REQUEST = 100  # limit of MLflow, also for tags
-METRICS_PER_REQUEST = 1000  # limit of MLflow
+from captcha_exp.tracking.store import (
+    get_or_create_experiment,
+    open_store,
+    raise_run_failed,
+    run_exists,
+    source_tags,
+)
 
 
 class MlflowTracker:
@@ -58,13 +60,11 @@ class MlflowTracker:
         """
         assert isinstance(config.tracking, MlflowConfig)  # `make_tracker` checks this
         uri = config.tracking.uri
-        try:
+        with raise_run_failed(uri):
             self._client = open_store(uri)
             experiment = get_or_create_experiment(self._client, uri, config.tracking.experiment)
             tags = {
-                "mlflow.user": getpass.getuser(),
-                "mlflow.source.name": "captcha-exp",
-                "mlflow.source.type": "LOCAL",
+                **source_tags(),
                 "run_dir": str(run.run_dir),
                 "host": run.state["host"],
                 "pid": str(run.state["pid"]),
@@ -87,13 +87,7 @@ class MlflowTracker:
                 send_metrics(self._client, run_id, run.metrics_rows())
             self._run_id = run_id
             params = [Param(key, value) for key, value in flatten(config).items()]
-            for start in range(0, len(params), PARAMS_PER_REQUEST):
-                self._client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_REQUEST])
-        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-            raise RunFailed(
-                f"tracking.uri={uri}: MLflow cannot write to this store: {first_line(error)}; "
-                "run captcha-exp doctor for the fix, or use tracking=none"
-            ) from error
+            self._client.log_batch(self._run_id, params=params)
 
     def _existing_run_id(self, run: Run, uri: str) -> str | None:
         """Return the MLflow run ID of a resumed run, or None if it has none in this store."""
@@ -162,7 +156,7 @@ class MlflowTracker:
         """Call `send`; on an error, warn and return False, since the run directory has all data."""
         try:
             send(self._client)
-        except Exception as error:  # as in start()
+        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
             self._display.warn(
                 f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete"
             )
@@ -175,8 +169,7 @@ def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) 
     metrics = [
         Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
     ]
-    for start in range(0, len(metrics), METRICS_PER_REQUEST):
-        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+    client.log_batch(run_id, metrics=metrics)
 
 
 def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
@@ -190,7 +183,6 @@ def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
 
 def send_status(client: MlflowClient, run_id: str, state: Mapping[str, Any]) -> None:
     """Log the final status, the end time, and the tags of a run."""
-    if tags := [RunTag(key, str(value)) for key, value in state.get("tags", {}).items()]:
-        client.log_batch(run_id, tags=tags)
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in state.get("tags", {}).items()])
     ended = state["ended"] and int(datetime.fromisoformat(state["ended"]).timestamp() * 1000)
     client.set_terminated(run_id, state["status"], end_time=ended)
