@@ -80,9 +80,10 @@ def _check_cpu(info: MachineInfo) -> Iterator[Finding]:
         yield Finding("info", f"{text}: more threads than cores are slower", "device.threads=auto")
     else:
         yield Finding("ok", text)
-    if info.torch is None or info.cpu_flags is None or not _trains_on_cpu(info):
+    trains_on_cpu = "cpu" in (info.device_name, *(info.devices[:1] if info.device_name == "auto" else ()))
+    if info.torch is None or not info.torch.cpu_flags or not trains_on_cpu:
         return
-    cpu, flags = f"CPU: {info.torch.cpu_capability}", info.cpu_flags
+    cpu, flags = f"CPU: {info.torch.cpu_capability}", info.torch.cpu_flags
     if {"amx_tile", "amx_bf16"} <= flags:
         yield Finding("ok", f"{cpu} and AMX: device.precision=bf16 is faster than fp32")
     elif flags & {"avx512_bf16", "bf16"}:
@@ -92,10 +93,6 @@ def _check_cpu(info: MachineInfo) -> Iterator[Finding]:
     else:
         text = f"{cpu}, no bf16 instructions: device.precision={info.precision} is slower than fp32"
         yield Finding("info", text, "device.precision=fp32")
-
-
-def _trains_on_cpu(info: MachineInfo) -> bool:
-    return info.device_name == "cpu" or (info.device_name == "auto" and info.devices[:1] == ("cpu",))
 
 
 def _check_memory(info: MachineInfo) -> Iterator[Finding]:

@@ -4,7 +4,6 @@ import math
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -43,7 +42,6 @@ def collect_info(config: Config) -> MachineInfo:
         "the GPUs with torch": lambda: gpu_info.query_torch_gpus(values["gpus"], values["devices"]),
         "the PCI bus": gpu_info.count_pci_gpus,
         "the CPU limit": _collect_cpu_quota,
-        "the CPU flags": _collect_cpu_flags,
         "the memory": _collect_memory,
         "the directories": lambda: _collect_directories(config),
         "the MLflow store": lambda: _inspect_store(config),
@@ -122,14 +120,6 @@ def _collect_cpu_quota() -> dict[str, Any]:
     from captcha_exp.runtime.device import cpu_quota  # imports torch
 
     return {"cpu_quota": cpu_quota()}
-
-
-def _collect_cpu_flags() -> dict[str, Any]:
-    """Return the instruction set extensions of the CPU on Linux."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    fields = ((name.strip(), words) for name, _, words in (line.partition(":") for line in lines))
-    flags = next((words for name, words in fields if name in ("flags", "Features")), None)
-    return {"cpu_flags": None if flags is None else frozenset(flags.split())}
 
 
 def _collect_memory() -> dict[str, Any]:

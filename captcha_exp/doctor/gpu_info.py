@@ -86,6 +86,7 @@ def query_torch_build() -> TorchInfo:
     # Since torch 2.12 the table has a set of capabilities for each processor of a CUDA version.
     processor = "aarch64" if platform.machine().lower() in ("aarch64", "arm64") else "x86_64"
     table: dict[str, Any] = getattr(torch.cuda, "PYTORCH_RELEASES_CODE_CC", {})
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return TorchInfo(
         version=torch.__version__,
         cuda=torch.version.cuda,
@@ -98,6 +99,7 @@ def query_torch_build() -> TorchInfo:
         },
         warning=one_line(caught[0].message) if caught else "",
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_flags=frozenset(name for name, value in capabilities.items() if value is True),
     )
 
 

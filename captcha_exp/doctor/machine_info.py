@@ -45,6 +45,8 @@ class TorchInfo:
     """the first warning of torch.cuda.is_available()"""
     cpu_capability: str = ""
     """torch.backends.cpu.get_cpu_capability()"""
+    cpu_flags: frozenset[str] = frozenset()
+    """instruction set extensions in torch.cpu.get_capabilities(); empty if this torch lacks the function"""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,6 @@ class MachineInfo:
     cores: int | None = None
     cpu_quota: float | None = None
     """CPU limit of the container, in cores"""
-    cpu_flags: frozenset[str] | None = None
     available_memory_bytes: int | None = None
     image_bytes: int = 0
     """memory of the decoded images of the config"""

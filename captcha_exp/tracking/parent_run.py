@@ -24,7 +24,6 @@ StepMetrics: TypeAlias = tuple[int, Mapping[str, float]]
 """(step, metrics)"""
 
 DEFAULT_PORT = 5000  # of the UI
-MAX_PARAM_LENGTH = 6000  # characters; limit of MLflow
 
 
 class SweepParentRun:
@@ -63,11 +62,10 @@ class SweepParentRun:
             "run_dir": str(sweep_dir),
             **{key: str(state[key]) for key in ("host", "pid", "process_started")},
         }
-        entities = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items()]
         with raise_run_failed(self._uri):
             created = self._client.create_run(self.experiment_id, tags=tags, run_name=sweep_dir.name)
             self.run_id = str(created.info.run_id)
-            self._client.log_batch(self.run_id, params=entities)
+            self._client.log_batch(self.run_id, params=[Param(*item) for item in params.items()])
 
     def resume(self, run_id: str) -> bool:
         """Reattach to the sweep's existing MLflow run; returns False if the run or the store was deleted.

@@ -53,6 +53,7 @@ CUDA = TorchInfo(
     archs=("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120"),
     release_archs=RELEASES,
     cpu_capability="AVX2",
+    cpu_flags=frozenset({"avx2"}),
 )
 HEALTHY = MachineInfo(
     device_name="auto",
@@ -68,7 +69,6 @@ HEALTHY = MachineInfo(
     num_pci_gpus=1,
     devices=("cuda", "cuda:0", "cpu"),
     cores=8,
-    cpu_flags=frozenset({"avx2"}),
     available_memory_bytes=16 * GIB,
     image_bytes=50 * MIB,
     directories=(DirectoryInfo("/runs", 100 * GIB, device_id=1),),
@@ -347,7 +347,7 @@ def test_rocm_build() -> None:
 
 
 def test_mps_build() -> None:
-    info = replace(NO_GPU, torch=TorchInfo("2.13.0", mps_built=True), devices=("mps", "cpu"), cpu_flags=None)
+    info = replace(NO_GPU, torch=TorchInfo("2.13.0", mps_built=True), devices=("mps", "cpu"))
     assert "torch 2.13.0, built with MPS" in all_messages(info)
     assert "device.name=auto selects mps" in all_messages(info)
 
@@ -505,7 +505,8 @@ def test_available_device() -> None:
     ],
 )
 def test_16_bit_types_on_the_cpu(flags: set[str], precision: str, text: str, level: str) -> None:
-    info = replace(NO_GPU, cpu_flags=frozenset(flags), precision=precision)
+    build = replace(CUDA, cuda=None, cpu_flags=frozenset(flags))
+    info = replace(NO_GPU, torch=build, precision=precision)
     (finding,) = [finding for finding in run_checks(info) if finding.message.startswith("CPU: AVX2")]
     assert text in finding.message
     assert (finding.level, finding.remedy) == (level, "device.precision=fp32" if level == "info" else "")
