@@ -35,19 +35,23 @@ def _unavailable_finding(query: str, reason: str) -> Finding:
 
 
 def _check_versions(info: MachineInfo) -> Iterator[Finding]:
-    for package in info.packages:
-        if package.is_supported:
+    problems = []
+    for requirement, installed in info.versions:
+        name, specifier = requirement.name, requirement.specifier
+        if installed is not None and specifier.contains(installed, prereleases=True):
             continue
-        state = f"{package.installed} is not supported" if package.installed else "is not installed"
-        text = f"{package.name} {state}; supported: {package.specifier or 'any version'}"
-        which = " (which build: pytorch.org, 'Get started')" if package.name == "torch" else ""
-        remedy = f'python -m pip install "{package.name}{package.specifier}"{which}'
-        is_python = package.name == "Python"
-        yield Finding("problem", text, "rm -r .venv && make PYTHON=python3.12 test" if is_python else remedy)
-    if info.packages and all(package.is_supported for package in info.packages):
+        state = f"{installed} is not supported" if installed else "is not installed"
+        which = " (which build: pytorch.org, 'Get started')" if name == "torch" else ""
+        remedy = f'python -m pip install "{name}{specifier}"{which}'
+        if name == "Python":
+            remedy = "rm -r .venv && make PYTHON=python3.12 test"
+        text = f"{name} {state}; supported: {specifier or 'any version'}"
+        problems.append(Finding("problem", text, remedy))
+    yield from problems
+    if info.versions and not problems:
         main = ("Python", "torch", "hydra-core", "omegaconf", "mlflow")
-        versions = ", ".join(f"{p.name} {p.installed}" for p in info.packages if p.name in main)
-        yield Finding("ok", f"supported versions of all {len(info.packages)} requirements: {versions} ...")
+        versions = ", ".join(f"{r.name} {installed}" for r, installed in info.versions if r.name in main)
+        yield Finding("ok", f"supported versions of all {len(info.versions)} requirements: {versions} ...")
 
 
 def _check_device(info: MachineInfo) -> Iterator[Finding]:
@@ -71,11 +75,8 @@ def _check_cpu(info: MachineInfo) -> Iterator[Finding]:
     text = f"{info.cores} cores, device.threads={info.threads}"
     if info.cpu_quota is not None and info.cpu_quota < threads:
         limit = max(1, int(info.cpu_quota))
-        yield Finding(
-            "info",
-            f"{text}: the container is limited to {info.cpu_quota:g} of them",
-            f"device.threads={limit} data.workers={limit}",
-        )
+        text += f": the container is limited to {info.cpu_quota:g} of them"
+        yield Finding("info", text, f"device.threads={limit} data.workers={limit}")
     elif threads > info.cores:
         yield Finding("info", f"{text}: more threads than cores are slower", "device.threads=auto")
     else:
@@ -100,11 +101,9 @@ def _check_memory(info: MachineInfo) -> Iterator[Finding]:
         return
     free = f"memory: {info.available_memory_bytes // MIB:,} MiB available"
     if info.image_bytes > info.available_memory_bytes:
-        yield Finding(
-            "problem",
-            f"{free}, but the decoded images of this config need {info.image_bytes // MIB:,} MiB",
-            "a smaller data.count, captcha.width or captcha.height; captcha.channels=1",
-        )
+        text = f"{free}, but the decoded images of this config need {info.image_bytes // MIB:,} MiB"
+        remedy = "a smaller data.count, captcha.width or captcha.height; captcha.channels=1"
+        yield Finding("problem", text, remedy)
     elif info.available_memory_bytes < MEMORY_LOW:
         yield Finding("info", f"{free}, which is low", "close other programs; data.workers=1")
     else:
@@ -117,18 +116,14 @@ def _check_directories(info: MachineInfo) -> Iterator[Finding]:
             text = f"{directory.path}: not writable: {directory.write_error}"
             yield Finding("problem", text, _write_remedy(directory))
     for directory in {each.device_id: each for each in reversed(info.directories)}.values():
-        text = f"{directory.path}: {directory.free_bytes / 1024 / MIB:,.1f} GiB free"
-        remedy = (
-            f'free up space: du -sh "{directory.path}"/* | sort -h; or set CAPTCHA_EXP_ROOT to another disk'
-        )
-        if directory.free_bytes < DISK_FULL:
-            text = f"{directory.path}: the disk is full, {directory.free_bytes // MIB} MiB free"
-            yield Finding("problem", text, remedy)
-        elif directory.free_bytes < DISK_LOW:
-            text = f"{directory.path}: the disk is nearly full, {directory.free_bytes // MIB} MiB free"
-            yield Finding("info", text, remedy)
+        path, free = directory.path, directory.free_bytes
+        if free < DISK_LOW:
+            is_full = free < DISK_FULL
+            text = f"{path}: the disk is {'full' if is_full else 'nearly full'}, {free // MIB} MiB free"
+            remedy = f'free up space: du -sh "{path}"/* | sort -h; or set CAPTCHA_EXP_ROOT to another disk'
+            yield Finding("problem" if is_full else "info", text, remedy)
         elif not directory.write_error:
-            yield Finding("ok", text)
+            yield Finding("ok", f"{path}: {free / 1024 / MIB:,.1f} GiB free")
 
 
 def _write_remedy(directory: DirectoryInfo) -> str:
@@ -161,7 +156,7 @@ def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, s
     """Return the problem of a store in a state of `tracking.store.inspect_store`, and the remedy."""
     path = store.uri.removeprefix("sqlite:///")
     copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
-    allowed = next((p.specifier for p in info.packages if p.name == "mlflow"), "")
+    allowed = next((r.specifier for r, _ in info.versions if r.name == "mlflow"), "")
     untracked = "or train with tracking=none"
     if store.detail.startswith("No module named"):
         repair = "install that module with python -m pip (psycopg2-binary, pymysql)"
@@ -193,11 +188,8 @@ def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, s
 
 def _check_runs(info: MachineInfo) -> Iterator[Finding]:
     for run_dir, pid in info.stale_runs[:MAX_RUNS_NAMED]:
-        yield Finding(
-            "info",
-            f"{run_dir}: status RUNNING, but process {pid} has exited",
-            "the next captcha-exp runs or train marks it KILLED; its files are kept",
-        )
+        remedy = "the next captcha-exp runs or train marks it KILLED; its files are kept"
+        yield Finding("info", f"{run_dir}: status RUNNING, but process {pid} has exited", remedy)
     if (more := len(info.stale_runs) - MAX_RUNS_NAMED) > 0:
         yield Finding("info", f"{more} more stale runs", "captcha-exp runs closes and lists them")
     for line in info.unreadable_runs[:MAX_RUNS_NAMED]:
@@ -213,21 +205,17 @@ def _check_fonts(info: MachineInfo) -> Iterator[Finding]:
 
 
 def _check_git(info: MachineInfo) -> Iterator[Finding]:
-    if info.git is None:
+    git = info.git
+    if git is None:
         return
-    if info.git.commit:
-        yield Finding("ok", f"git: runs record commit {info.git.commit[:12]}")
-    elif info.git.checkout_dir is None:
+    if git.commit:
+        yield Finding("ok", f"git: runs record commit {git.commit[:12]}")
+    elif git.checkout_dir is None:
         yield Finding("ok", "git: installed package, runs record its version instead of a commit")
-    elif not info.git.is_installed:
-        yield Finding(
-            "info",
-            "git is not installed: runs cannot record the commit of the code",
-            "install git (apt install git, brew install git, or git-scm.com)",
-        )
+    elif git.is_installed:
+        text = f"git: no commit of {git.checkout_dir} is readable, so runs cannot record it"
+        remedy = f'git config --global --add safe.directory "{git.checkout_dir}", then commit once'
+        yield Finding("info", text, remedy)
     else:
-        yield Finding(
-            "info",
-            f"git: no commit of {info.git.checkout_dir} is readable, so runs cannot record it",
-            f'git config --global --add safe.directory "{info.git.checkout_dir}", then commit once',
-        )
+        text = "git is not installed: runs cannot record the commit of the code"
+        yield Finding("info", text, "install git (apt install git, brew install git, or git-scm.com)")

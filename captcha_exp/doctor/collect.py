@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from captcha_exp.config import Config, FolderConfig, MlflowConfig, with_tracking_uri
 from captcha_exp.doctor import gpu_info
-from captcha_exp.doctor.machine_info import DirectoryInfo, GitInfo, MachineInfo, PackageInfo, StoreInfo
+from captcha_exp.doctor.machine_info import DirectoryInfo, GitInfo, MachineInfo, StoreInfo
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.runtime.paths import root_dir
 
@@ -72,21 +72,19 @@ def _collect_versions() -> dict[str, Any]:
     python = f"Python{metadata(DISTRIBUTION)['Requires-Python'] or ''}"
     requirements = [Requirement(text) for text in (python, *(requires(DISTRIBUTION) or ()))]
     return {
-        "packages": tuple(
-            _collect_package(requirement)
+        "versions": tuple(
+            (requirement, _installed_version(requirement.name))
             for requirement in requirements
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         )
     }
 
 
-def _collect_package(requirement: Requirement) -> PackageInfo:
-    name, specifier = requirement.name, requirement.specifier
+def _installed_version(name: str) -> str | None:
     try:
-        installed = platform.python_version() if name == "Python" else version(name)
+        return platform.python_version() if name == "Python" else version(name)
     except PackageNotFoundError:
-        return PackageInfo(name, str(specifier), None, is_supported=False)
-    return PackageInfo(name, str(specifier), installed, specifier.contains(installed, prereleases=True))
+        return None
 
 
 def _collect_git() -> dict[str, Any]:

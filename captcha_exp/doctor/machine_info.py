@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from packaging.requirements import Requirement
+
 Level = Literal["ok", "info", "problem"]
 
 
@@ -15,16 +17,6 @@ class Finding:
     message: str
     remedy: str = ""
     """a command to type or a step to take; empty if no action is needed"""
-
-
-@dataclass(frozen=True)
-class PackageInfo:
-    """A dependency: the versions that pyproject.toml allows, and the installed one."""
-
-    name: str
-    specifier: str
-    installed: str | None
-    is_supported: bool
 
 
 @dataclass(frozen=True)
@@ -135,8 +127,8 @@ class MachineInfo:
     """device.name, device.precision and device.threads as in the config"""
     precision: str
     threads: int | str
-    packages: tuple[PackageInfo, ...] = ()
-    """Python itself is the first"""
+    versions: tuple[tuple[Requirement, str | None], ...] = ()
+    """Python and the packages that pyproject.toml requires, each with the installed version"""
     torch: TorchInfo | None = None
     torch_error: str = ""
     """why torch cannot be imported"""

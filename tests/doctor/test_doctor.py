@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from conftest import generator_config
+from packaging.requirements import Requirement
 
 from captcha_exp import runs
 from captcha_exp.cli import main, output
@@ -32,7 +33,6 @@ from captcha_exp.doctor.machine_info import (
     GitInfo,
     GpuInfo,
     GpuProcess,
-    PackageInfo,
     StoreInfo,
     TorchInfo,
 )
@@ -59,9 +59,9 @@ HEALTHY = MachineInfo(
     device_name="auto",
     precision="fp32",
     threads="auto",
-    packages=(
-        PackageInfo("Python", ">=3.11,<3.14", "3.12.3", is_supported=True),
-        PackageInfo("torch", "<2.14,>=2.10", "2.13.0+cu130", is_supported=True),
+    versions=(
+        (Requirement("Python<3.14,>=3.11"), "3.12.3"),
+        (Requirement("torch<2.14,>=2.10"), "2.13.0+cu130"),
     ),
     torch=CUDA,
     driver=DriverInfo("580.65.06", (13, 0)),
@@ -115,36 +115,34 @@ def test_missing_information_is_not_a_problem() -> None:
 
 
 def test_unsupported_python() -> None:
-    python = PackageInfo("Python", ">=3.11,<3.14", "3.14.1", is_supported=False)
-    finding = only_finding(replace(HEALTHY, packages=(python,)))
+    finding = only_finding(replace(HEALTHY, versions=((Requirement("Python<3.14,>=3.11"), "3.14.1"),)))
     assert finding.level == "problem"
-    assert finding.message == "Python 3.14.1 is not supported; supported: >=3.11,<3.14"
+    assert finding.message == "Python 3.14.1 is not supported; supported: <3.14,>=3.11"
     assert "make PYTHON=python3.12" in finding.remedy
 
 
 @pytest.mark.parametrize(
-    ("package", "message", "remedy"),
+    ("version", "message", "remedy"),
     [
         (
-            PackageInfo("hydra-core", "<1.4,>=1.3.8", "1.2.0", is_supported=False),
+            (Requirement("hydra-core<1.4,>=1.3.8"), "1.2.0"),
             "hydra-core 1.2.0 is not supported; supported: <1.4,>=1.3.8",
             'python -m pip install "hydra-core<1.4,>=1.3.8"',
         ),
         (
-            PackageInfo("mlflow", "<4,>=3.13", None, is_supported=False),
+            (Requirement("mlflow<4,>=3.13"), None),
             "mlflow is not installed; supported: <4,>=3.13",
             'python -m pip install "mlflow<4,>=3.13"',
         ),
         (
-            PackageInfo("torch", "<2.14,>=2.10", "2.9.1", is_supported=False),
+            (Requirement("torch<2.14,>=2.10"), "2.9.1"),
             "torch 2.9.1 is not supported; supported: <2.14,>=2.10",
             "python -m pip install \"torch<2.14,>=2.10\" (which build: pytorch.org, 'Get started')",
         ),
     ],
-    ids=lambda value: getattr(value, "name", ""),
 )
-def test_unsupported_package(package: PackageInfo, message: str, remedy: str) -> None:
-    assert only_finding(replace(HEALTHY, packages=(package,))) == Finding("problem", message, remedy)
+def test_unsupported_package(version: tuple[Requirement, str | None], message: str, remedy: str) -> None:
+    assert only_finding(replace(HEALTHY, versions=(version,))) == Finding("problem", message, remedy)
 
 
 def test_torch_that_cannot_be_imported() -> None:
@@ -855,13 +853,13 @@ def test_a_failing_query_hides_no_other_result(tiny: Config, monkeypatch: pytest
 
 def test_versions_of_the_installed_project(tiny: Config) -> None:
     info = collect_info(tiny)
-    packages = {package.name: package for package in info.packages}
+    installed = {requirement.name: version for requirement, version in info.versions}
     # The version of a CUDA build ends with +cu130, that of its package does not.
-    assert torch.__version__.startswith(packages["torch"].installed or "nothing")
-    assert packages["torch"].specifier == "<2.14,>=2.10"
-    assert all(package.is_supported for package in packages.values())
-    assert "pytest" not in packages  # an extra
-    assert packages["Python"].specifier == "<3.14,>=3.11"
+    assert torch.__version__.startswith(installed["torch"] or "nothing")
+    requirements = {str(requirement) for requirement, _ in info.versions}
+    assert {"torch<2.14,>=2.10", "Python<3.14,>=3.11"} <= requirements
+    assert not at_level(info, "problem")
+    assert "pytest" not in installed  # an extra
 
 
 def test_unsupported_versions(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -869,12 +867,9 @@ def test_unsupported_versions(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("captcha_exp.doctor.collect.requires", lambda _: requirements)
     monkeypatch.setattr("captcha_exp.doctor.collect.metadata", lambda _: {"Requires-Python": "<3"})
     info = collect_info(tiny)
-    assert [(package.name, package.is_supported) for package in info.packages] == [
-        ("Python", False),
-        ("torch", False),
-        ("numpy", True),
-        ("nosuchpackage", False),
-    ]
+    problems = [finding.message.split()[0] for finding in at_level(info, "problem")]
+    assert problems == ["Python", "torch", "nosuchpackage"]
+    assert [requirement.name for requirement, _ in info.versions] == [*problems[:2], "numpy", problems[2]]
 
 
 def test_nothing_is_created_in_a_missing_root(
