@@ -160,19 +160,14 @@ def to_yaml(config: Config) -> str:
 
 def gpu_to_yaml(gpu: GpuSpec) -> str:
     """Return the text of a GPU file, with keys in the order of the dataclass and one value per line."""
-    values = {
-        key: {name: _drop_trailing_zero(inner) for name, inner in value.items()}
-        if isinstance(value, dict)
-        else value
-        for key, value in to_dict(gpu).items()
-    }
+
+    def parse_float(text: str) -> float:
+        value = float(text)
+        return int(value) if value.is_integer() else value  # 300, not 300.0
+
+    values = json.loads(json.dumps(dataclasses.asdict(gpu)), parse_float=parse_float)
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1_000_000)
     return text
-
-
-def _drop_trailing_zero(value: Any) -> Any:
-    """Convert a float that is a whole number to int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def data_from_json(text: str) -> DataConfig:
@@ -269,15 +264,9 @@ def frozen_without(config: omegaconf.DictConfig, group: str) -> omegaconf.DictCo
 
 def _device_error(raw: Any, machine: Machine, raw_overrides: Mapping[str, str]) -> str | None:
     """Return the error message if device.name is valid but not available on the machine."""
-    try:
-        name = raw["device"]["name"]
-    except (KeyError, TypeError):
-        return None
+    name = flatten_mapping(raw).get("device.name") if isinstance(raw, Mapping) else None
     if not isinstance(name, str) or name == "auto" or name in machine.devices:
         return None
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        return None  # not a device name: the schema reports that
     available = ", ".join(["auto", *machine.devices])
-    reason = machine.unavailable_reason.get(kind, f"this machine has no {name}")
+    reason = machine.unavailable_reason.get(name.split(":")[0], f"this machine has no {name}")
     return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available here: {available}"

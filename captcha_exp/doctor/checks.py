@@ -9,6 +9,14 @@ MIB = 2**20
 DISK_FULL, DISK_LOW = 100 * MIB, 1024 * MIB
 MEMORY_LOW = 1024 * MIB  # the quickstart needs 929 MiB
 MAX_RUNS_NAMED = 5  # of each kind
+STORE_PROBLEMS = {  # by the state in tracking.store.inspect_store
+    "older": "created by an older MLflow",
+    "newer": "created by a newer MLflow",
+    "locked": "locked by another process",
+    "deleted": "the experiment of this config is deleted",
+    "unreachable": "does not answer",
+    "broken": "cannot be used",
+}
 
 
 def run_checks(info: MachineInfo) -> list[Finding]:
@@ -148,12 +156,11 @@ def _check_store(info: MachineInfo) -> Iterator[Finding]:
         yield Finding("ok", f"tracking.uri={store.uri}: available")
     else:
         detail = f" ({store.detail})" if store.detail else ""
-        problem, remedy = _describe_store_problem(store, info)
-        yield Finding("problem", f"tracking.uri={store.uri}: {problem}{detail}", remedy)
+        text = f"tracking.uri={store.uri}: {STORE_PROBLEMS[store.state]}{detail}"
+        yield Finding("problem", text, _store_remedy(store, info))
 
 
-def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, str]:
-    """Return the problem of a store in a state of `tracking.store.inspect_store`, and the remedy."""
+def _store_remedy(store: StoreInfo, info: MachineInfo) -> str:
     path = store.uri.removeprefix("sqlite:///")
     copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
     allowed = next((r.specifier for r, _ in info.versions if r.name == "mlflow"), "")
@@ -165,24 +172,12 @@ def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, s
     else:
         repair = "correct tracking.uri, log in (MLFLOW_TRACKING_TOKEN)"
     return {
-        "older": ("created by an older MLflow", f'{copy}mlflow db upgrade "{store.uri}"'),
-        "newer": (
-            "created by a newer MLflow",
-            f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri',
-        ),
-        "locked": (
-            "locked by another process",
-            f"close the program that has it open (captcha-exp ui, a database browser), {untracked}",
-        ),
-        "deleted": (
-            "the experiment of this config is deleted",
-            "restore it (see mlflow experiments restore --help), or set another tracking.experiment",
-        ),
-        "unreachable": (
-            "does not answer",
-            f"start the server, correct the address in tracking.uri, {untracked}",
-        ),
-        "broken": ("cannot be used", f"{repair}, {untracked}"),
+        "older": f'{copy}mlflow db upgrade "{store.uri}"',
+        "newer": f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri',
+        "locked": f"close the program that has it open (captcha-exp ui, a database browser), {untracked}",
+        "deleted": "restore it (see mlflow experiments restore --help), or set another tracking.experiment",
+        "unreachable": f"start the server, correct the address in tracking.uri, {untracked}",
+        "broken": f"{repair}, {untracked}",
     }[store.state]
 
 

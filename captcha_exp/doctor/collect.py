@@ -41,7 +41,6 @@ def collect_info(config: Config) -> MachineInfo:
         "torch": _collect_torch,
         "the GPUs with torch": lambda: gpu_info.query_torch_gpus(values["gpus"], values["devices"]),
         "the PCI bus": gpu_info.count_pci_gpus,
-        "the CPU limit": _collect_cpu_quota,
         "the memory": _collect_memory,
         "the directories": lambda: _collect_directories(config),
         "the MLflow store": lambda: _inspect_store(config),
@@ -101,7 +100,7 @@ def _collect_git() -> dict[str, Any]:
 def _collect_torch() -> dict[str, Any]:
     try:
         build = gpu_info.query_torch_build()
-        from captcha_exp.runtime.device import detect_machine
+        from captcha_exp.runtime.device import cpu_quota, detect_machine
 
         machine = detect_machine()
     except Exception as error:  # a missing library raises ImportError, OSError and others
@@ -111,13 +110,8 @@ def _collect_torch() -> dict[str, Any]:
         "devices": machine.devices,
         "unavailable_reason": machine.unavailable_reason,
         "cores": machine.num_cores,
+        "cpu_quota": cpu_quota(),
     }
-
-
-def _collect_cpu_quota() -> dict[str, Any]:
-    from captcha_exp.runtime.device import cpu_quota  # imports torch
-
-    return {"cpu_quota": cpu_quota()}
 
 
 def _collect_memory() -> dict[str, Any]:

@@ -74,12 +74,11 @@ def create_views(client: MlflowClient, base_url: str, experiment_id: str) -> dic
     sweep = find_latest_sweep(client, experiment_id)
     if sweep is not None:
         saved["sweep"] = sweep_view(sweep)
+    urls = {}
     for name, state in saved.items():
-        view = json.dumps({"name": name, "createdAt": 0, "state": json.dumps(state)})
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{_view_key(name)}", view)
-    urls = {
-        name: runs_url(base_url, experiment_id, view=_view_key(name), charts=name != "runs") for name in saved
-    }
+        key, view = f"captcha-exp-{name}", {"name": name, "createdAt": 0, "state": json.dumps(state)}
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view))
+        urls[name] = runs_url(base_url, experiment_id, view=key, charts=name != "runs")
     if sweep is not None:
         ids = [job.info.run_id for job in sweep.jobs[-MAX_COMPARED_RUNS:]]
         urls["summary"] = run_url(base_url, experiment_id, sweep.parent_run_id)
@@ -137,10 +136,6 @@ def sweep_view(sweep: LatestSweep) -> ViewState:
         sections["all swept keys"] = [_parallel_chart(keys, SWEEP_METRICS)]
     sections["curves"] = [_line_chart(metric) for metric in CURVE_METRICS]
     return runs_view(_child_runs_filter(sweep.parent_run_id)) | _chart_sections(sections)
-
-
-def _view_key(name: str) -> str:
-    return f"captcha-exp-{name}"
 
 
 def _child_runs_filter(parent_run_id: str) -> str:
