@@ -174,10 +174,12 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 def _inspect_database(uri: str, experiment: str, **options: Any) -> tuple[StoreStatus, str]:
     with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, **options).connect() as connection:
         names = set(sqlalchemy.inspect(connection).get_table_names())
-        if not names - {"alembic_version"}:
-            return "new", ""
         if "alembic_version" not in names:
-            return "broken", "not an MLflow database"
+            # The database of a server may have tables of other programs.
+            is_other = names and connection.dialect.name == "sqlite"
+            return ("broken", "not an MLflow database") if is_other else ("new", "")
+        if names == {"alembic_version"}:
+            return "new", ""
         revision = connection.scalar(sqlalchemy.text("SELECT version_num FROM alembic_version"))
         if (state := _schema_status(revision)) != "current":
             return state, f"schema {revision}"
