@@ -1,4 +1,14 @@
-"""Errors that the user can fix: reported as one line each, without a traceback."""
+"""Errors that the user can fix: reported as one line each, without a traceback; the texts of errors."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return the message of an error on one line, or the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error, or the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class UserError(Exception):

@@ -7,13 +7,13 @@ disabled. `config.load` validates the result, which reports all mistakes at once
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.errors import ConfigError, UserError, one_line
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -82,19 +82,19 @@ def compose_overrides(
 
     from captcha_exp.config import frozen_without, with_gpu
 
-    mistakes, accepted, raw_overrides = [], [], {}
+    mistakes: list[str] = []
+    accepted: list[str] = []
+    raw_overrides: dict[str, str] = {}
     gpu_file: Path | None = None
     gpu_overrides: dict[str, Any] = {}
     for text in overrides:
         try:
-            override, mistake = _parse_override(text, groups)
-        except HydraException:
-            mistakes.append(_format_invalid_override(text))
+            override = _parse_override(text, groups)
+        except ConfigError as error:
+            mistakes += error.lines
             continue
-        if override.key_or_group == "gpu" and str(override.value()).endswith((".yaml", ".yml")):
+        if _is_gpu_file(override):
             gpu_file = Path(str(override.value()))
-        elif mistake:
-            mistakes.append(mistake)
         elif override.key_or_group in groups or override.is_delete():
             accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
         else:
@@ -105,7 +105,7 @@ def compose_overrides(
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
     except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(*mistakes, _one_line(error)) from None
+        raise ConfigError(*mistakes, one_line(error)) from None
     hydra = config.hydra
     if gpu_file is not None:
         config = with_gpu(config, gpu_file, gpu_overrides)
@@ -125,8 +125,6 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
     Raises:
         ConfigError: every mistake, one line each; selecting a file of conf/ is one.
     """
-    from hydra.errors import HydraException
-
     from captcha_exp.config import load, to_dict
 
     values = to_dict(config)
@@ -134,17 +132,15 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
     raw_overrides: dict[str, str] = {}
     for text in overrides:
         try:
-            override, mistake = _parse_override(text, {})
-        except HydraException:
-            mistakes.append(_format_invalid_override(text))
+            override = _parse_override(text, {})
+        except ConfigError as error:
+            mistakes += error.lines
             continue
         *groups, name = key = override.key_or_group.split(".")
         node: Any = values
         for group in groups:
             node = node.get(group) if isinstance(node, dict) else None
-        if mistake:
-            mistakes.append(mistake)
-        elif override.is_delete() or (len(key) == 1 and not isinstance(values.get(name, {}), str | int)):
+        if override.is_delete() or (len(key) == 1 and not isinstance(values.get(name, {}), str | int)):
             mistakes.append(
                 f"{text}: does not set a key of a saved config; together with RUN, write GROUP.KEY=VALUE"
             )
@@ -158,14 +154,10 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
     try:
         changed = load(values, machine, raw_overrides)
     except ConfigError as error:
-        mistakes.extend(error.lines)
+        mistakes += error.lines
     if mistakes:
         raise ConfigError(*mistakes)
     return changed
-
-
-def _format_invalid_override(text: str) -> str:
-    return f"{text!r}: invalid override; write key=value, with quotes around special characters"
 
 
 @contextlib.contextmanager
@@ -196,39 +188,45 @@ def list_groups(loader: Any) -> dict[str, list[str]]:
     return {name: sorted(loader.get_group_options(name)) for name in names}
 
 
-def _parse_override(text: str, groups: dict[str, list[str]]) -> "tuple[Override, str | None]":
-    """Parse an override; also return the mistake in it, if any."""
+def _parse_override(text: str, groups: Mapping[str, Sequence[str]]) -> "Override":
+    """Parse an override.
+
+    Raises:
+        ConfigError: it is invalid, has no effect, or selects a file that does not exist.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     from captcha_exp.config.messages import renamed
 
-    override = OverridesParser.create().parse_overrides([text])[0]
-    key = override.key_or_group
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+    except HydraException:
+        problem = "invalid override; write key=value, with quotes around special characters"
+        raise ConfigError(f"{text!r}: {problem}") from None
+    key, problem = override.key_or_group, ""
     if override.is_sweep_override():
-        return (
-            override,
-            f"{text}: is a sweep; use train -m (for a list write [1,2], for text use quotes)",
-        )
-    if key.startswith(("hydra/launcher", "hydra.launcher.")):
-        return override, f"{text}: configures the launcher of a sweep; use train -m"
-    if key == "hydra" or key.startswith(("hydra/", "hydra.")):
-        return override, f"{text}: has no effect, Hydra only composes the config; remove it"
-    if new_name := renamed(key, override.value()):
-        return override, f"{text}: was renamed to {new_name}"
-    if key in groups and not override.is_delete():
-        choice = override.value()
+        problem = "is a sweep; use train -m (for a list write [1,2], for text use quotes)"
+    elif key.startswith(("hydra/launcher", "hydra.launcher.")):
+        problem = "configures the launcher of a sweep; use train -m"
+    elif key == "hydra" or key.startswith(("hydra/", "hydra.")):
+        problem = "has no effect, Hydra only composes the config; remove it"
+    elif new_name := renamed(key, override.value()):
+        problem = f"was renamed to {new_name}"
+    elif key in groups and not override.is_delete() and not _is_gpu_file(override):
+        choice = str(override.value())
         if choice not in groups[key]:
-            close = get_close_matches(str(choice), groups[key], n=1)
+            close = get_close_matches(choice, groups[key], n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            return (
-                override,
-                f"{text}: no such file in conf/{key}; {hint}one of {', '.join(groups[key])}",
-            )
-    return override, None
+            problem = f"no such file in conf/{key}; {hint}one of {', '.join(groups[key])}"
+    if problem:
+        raise ConfigError(f"{text}: {problem}")
+    return override
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+def _is_gpu_file(override: "Override") -> bool:
+    """Return whether the override selects a GPU by the path of its file."""
+    return override.key_or_group == "gpu" and str(override.value()).endswith((".yaml", ".yml"))
 
 
 def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:
@@ -238,22 +236,17 @@ def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = Non
     from captcha_exp.runtime.paths import conf_dir
 
     sys.argv = [sys.argv[0], *argv]
-
-    def no_task(config: "DictConfig") -> None:
-        del config
-
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(task or no_task)()
+    run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
+    run(task or (lambda _: None))()
 
 
 def show_config(kind: str, overrides: Sequence[str], config_dir: str | None) -> int:
     """Print the composed config for `--cfg`, not validated; return the exit code."""
-    composed = try_compose(overrides, config_dir)
-    if composed.errors:
-        raise ConfigError(*composed.errors)
+    config = compose(*overrides, config_dir=config_dir)
     if kind == "job":
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(composed.config), end="")
+        print(OmegaConf.to_yaml(config), end="")
         return 0
     flag = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
     run_hydra([*flag, "--cfg", kind, *overrides])

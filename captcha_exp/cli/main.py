@@ -94,7 +94,8 @@ def _dispatch(argv: list[str]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
-    from captcha_exp.tracking import close_stale_runs, make_tracker
+    from captcha_exp.tracking import make_tracker
+    from captcha_exp.tracking.sync import close_stale_runs
 
     close_stale_runs()
     composed = None
@@ -210,7 +211,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import reproduce
-    from captcha_exp.tracking import close_stale_runs
+    from captcha_exp.tracking.sync import close_stale_runs
 
     close_stale_runs()
     reproduction = reproduce.reproduce(arguments, _detect_machine())
@@ -223,7 +224,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import runs
-    from captcha_exp.tracking import close_stale_runs
+    from captcha_exp.tracking.sync import close_stale_runs
 
     close_stale_runs()
     return _print_values(runs.list_runs(arguments))
@@ -238,7 +239,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _ui(arguments: argparse.Namespace) -> int:
     config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
     from captcha_exp.config import MlflowConfig, resolve
-    from captcha_exp.tracking import serve_ui
+    from captcha_exp.tracking.server import serve_ui
 
     tracking = resolve(config, _detect_machine()).tracking
     if not isinstance(tracking, MlflowConfig):

@@ -107,7 +107,7 @@ def _find_run_dir(name: str) -> Iterator[tuple[Path, str | None]]:
 
 def _download_run(run_id: str, directory: Path) -> str | None:
     """Download the files of a run; return the store's URI without its password, or None if not found."""
-    from captcha_exp.tracking import download_artifacts
+    from captcha_exp.tracking.download import download_artifacts
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root_dir() / 'mlruns' / 'mlflow.db'}"
     if not download_artifacts(run_id, uri, READ_FILES, directory):

@@ -23,6 +23,7 @@ from captcha_exp.runs import (
     make_run_dir,
 )
 from captcha_exp.runs import resume as run_resume
+from captcha_exp.runtime.console import preview
 
 logger = logging.getLogger(__name__)
 
@@ -220,5 +221,5 @@ def _changed_keys(saved: Config, requested: Config) -> dict[str, str]:
 
 def _format_changes(changes: Mapping[str, str]) -> str:
     texts = list(changes.values())
-    more = f" and {len(texts) - MAX_NAMED} more keys" if len(texts) > MAX_NAMED else ""
-    return f"{', '.join(texts[:MAX_NAMED])}{more} {'differ' if len(texts) > 1 else 'differs'}"
+    keys = " keys" if len(texts) > MAX_NAMED else ""
+    return f"{preview(texts, MAX_NAMED)}{keys} {'differ' if len(texts) > 1 else 'differs'}"

@@ -20,7 +20,7 @@ from captcha_exp.cli.grid import Grid, compose_grid
 from captcha_exp.cli.hydra_config import run_hydra
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Config, Machine
-from captcha_exp.errors import ConfigError, RunFailed, UserError
+from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
 from captcha_exp.runs import StaleRun, SweepInfo, code_sha256, resume
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
@@ -160,7 +160,7 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
     except UserError:
         raise
     except Exception as error:  # of any launcher plugin
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise RunFailed(
             f"Hydra's launcher failed: {reason}; resume with --resume={shlex.quote(str(sweep_dir))}"
         ) from error
@@ -181,7 +181,8 @@ def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
     mlflow, run_ids = sweep.info.mlflow, [result.run_id for result in summary.results if result.run_id]
     if mlflow is None:
         return
-    from captcha_exp.tracking import compare_url, ui_url
+    from captcha_exp.tracking.parent_run import ui_url
+    from captcha_exp.tracking.views import compare_url
 
     server = ui_url(mlflow.uri)
     out.print(f"run {mlflow.run_id}", markup=False)

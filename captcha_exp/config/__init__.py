@@ -11,6 +11,7 @@ from captcha_exp.config.gpu import GpuSpec as GpuSpec
 from captcha_exp.config.loading import Machine as Machine
 from captcha_exp.config.loading import data_from_json as data_from_json
 from captcha_exp.config.loading import flatten as flatten
+from captcha_exp.config.loading import flatten_mapping as flatten_mapping
 from captcha_exp.config.loading import frozen_without as frozen_without
 from captcha_exp.config.loading import gpu_to_yaml as gpu_to_yaml
 from captcha_exp.config.loading import load as load
@@ -28,15 +29,12 @@ from captcha_exp.config.schema import CaptchaLibraryConfig as CaptchaLibraryConf
 from captcha_exp.config.schema import CompactConfig as CompactConfig
 from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import DataConfig as DataConfig
-from captcha_exp.config.schema import DeviceConfig as DeviceConfig
 from captcha_exp.config.schema import FolderConfig as FolderConfig
 from captcha_exp.config.schema import GeneratorConfig as GeneratorConfig
 from captcha_exp.config.schema import MlflowConfig as MlflowConfig
 from captcha_exp.config.schema import ModelConfig as ModelConfig
-from captcha_exp.config.schema import NoTrackingConfig as NoTrackingConfig
 from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18Config as ResNet18Config
-from captcha_exp.config.schema import SweepConfig as SweepConfig
 from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from captcha_exp.config import schema
 from captcha_exp.config.gpu import GpuSpec
 from captcha_exp.config.messages import format_errors
 from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig
-from captcha_exp.errors import ConfigError
+from captcha_exp.errors import ConfigError, one_line
 
 _GPU_ADAPTER = TypeAdapter(GpuSpec)
 _CONFIG_ADAPTER = TypeAdapter(Config)
@@ -160,19 +160,14 @@ def to_yaml(config: Config) -> str:
 
 def gpu_to_yaml(gpu: GpuSpec) -> str:
     """Return the text of a GPU file, with keys in the order of the dataclass and one value per line."""
-    values = {
-        key: {name: _drop_trailing_zero(inner) for name, inner in value.items()}
-        if isinstance(value, dict)
-        else value
-        for key, value in to_dict(gpu).items()
-    }
+
+    def parse_float(text: str) -> float:
+        value = float(text)
+        return int(value) if value.is_integer() else value  # 300, not 300.0
+
+    values = json.loads(json.dumps(dataclasses.asdict(gpu)), parse_float=parse_float)
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1_000_000)
     return text
-
-
-def _drop_trailing_zero(value: Any) -> Any:
-    """Convert a float that is a whole number to int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def data_from_json(text: str) -> DataConfig:
@@ -182,19 +177,23 @@ def data_from_json(text: str) -> DataConfig:
 
 def flatten(config: Config) -> dict[str, str]:
     """Return a flat dict of `group.key` -> text; a list is one value, in JSON."""
-    return {key: _format_leaf(value) for key, value in _iter_leaves(to_dict(config))}
+    leaves = flatten_mapping(to_dict(config))
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves.items()}
 
 
-def _iter_leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_mapping(node: object, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to `group.key` -> value; lists and empty mappings are values.
+
+    Raises:
+        ValueError: `node` is not a mapping.
+    """
+    if not isinstance(node, Mapping):
+        raise ValueError("not a mapping of keys to values")
+    leaves: dict[str, Any] = {}
     for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _iter_leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _format_leaf(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+        is_group = isinstance(value, Mapping) and value
+        leaves |= flatten_mapping(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
+    return leaves
 
 
 def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
@@ -212,8 +211,7 @@ def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
     except FileNotFoundError:
         raise ConfigError(f"{source}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{source}: cannot be read as a config: {reason}") from None
+        raise ConfigError(f"{source}: cannot be read as a config: {one_line(error)}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {reason}") from None
@@ -266,15 +264,9 @@ def frozen_without(config: omegaconf.DictConfig, group: str) -> omegaconf.DictCo
 
 def _device_error(raw: Any, machine: Machine, raw_overrides: Mapping[str, str]) -> str | None:
     """Return the error message if device.name is valid but not available on the machine."""
-    try:
-        name = raw["device"]["name"]
-    except (KeyError, TypeError):
-        return None
+    name = flatten_mapping(raw).get("device.name") if isinstance(raw, Mapping) else None
     if not isinstance(name, str) or name == "auto" or name in machine.devices:
         return None
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        return None  # not a device name: the schema reports that
     available = ", ".join(["auto", *machine.devices])
-    reason = machine.unavailable_reason.get(kind, f"this machine has no {name}")
+    reason = machine.unavailable_reason.get(name.split(":")[0], f"this machine has no {name}")
     return f"device.name={raw_overrides.get('device.name', name)}: {reason}; available here: {available}"

@@ -133,10 +133,8 @@ def _locate(loc: tuple[int | str, ...], raw: Any, schema: dict[str, Any]) -> tup
 
 
 def _deref(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    if "$ref" in rule:
-        target: dict[str, Any] = schema["$defs"][rule["$ref"].rsplit("/", 1)[1]]
-        return target
-    return rule
+    target: dict[str, Any] = schema["$defs"][rule["$ref"].rsplit("/", 1)[1]] if "$ref" in rule else rule
+    return target
 
 
 def _drop_null(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

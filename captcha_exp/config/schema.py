@@ -8,17 +8,54 @@ import re
 from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from captcha_exp.config.gpu import STRICT, GpuSpec
 from captcha_exp.config.gpu import Bounds as Bounds  # imported from here by name, like all of the schema
 from captcha_exp.config.train import AugmentConfig, Auto, Fraction, TrainConfig
-from captcha_exp.config.validators import alphabet_error
+from captcha_exp.config.validators import check_alphabet
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+
+
+def _check_filename_pattern(value: str) -> str:
+    try:
+        groups = re.compile(value).groupindex
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"invalid regular expression: {error}") from None
+    if "label" not in groups:
+        raise ValueError("must have a group named label, as in (?P<label>.+)")
+    return value
+
+
+def _check_labels(value: str | None) -> str | None:
+    if value not in (None, "names") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
+        raise ValueError("must be null, names, or a file in the folder that ends in .csv, .tsv or .jsonl")
+    return value
+
+
+def _check_uri(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        secret = parts.password is not None or re.search(
+            r"(?i)(passw(or)?d|pwd|token|secret|(api|access)_?key)=", parts.query
+        )
+    except ValueError as error:
+        raise ValueError(f"not a URI: {error}") from None
+    if secret:
+        raise PydanticCustomError(
+            "secret",
+            "must not contain a secret, which would be saved with the run; pass it in the environment "
+            "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)",
+        )
+    if parts.scheme == "file" or (value != "auto" and "://" not in value):
+        raise ValueError(
+            "MLflow no longer supports plain directories; write auto, sqlite:///PATH or http://HOST"
+        )
+    return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -31,20 +68,13 @@ class CaptchaConfig:
     """pixels, after the resize"""
     channels: Literal[1, 3]
     """1 for grayscale, 3 for RGB"""
-    alphabet: str
+    alphabet: Annotated[str, AfterValidator(check_alphabet)]
     """the characters in class order, each once"""
     length: Annotated[int, Field(ge=1, le=32)]
     """characters in a label"""
     case: Literal["fold", "keep"]
     """fold: convert letters of labels to the other case if the alphabet has only that one; keep: labels are
     case-sensitive"""
-
-    @field_validator("alphabet")
-    @classmethod
-    def _check_alphabet(cls, value: str) -> str:
-        if error := alphabet_error(value):
-            raise ValueError(error)
-        return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -120,32 +150,14 @@ class FolderConfig(BaseDataConfig):
     source: Literal["folder"]
     path: Annotated[str, Field(min_length=1)]
     """path of the folder; a relative path is relative to the working directory"""
-    labels: str | None
+    labels: Annotated[str | None, AfterValidator(_check_labels)]
     """names: labels are in the file names; or a .csv, .tsv or .jsonl file in the folder; null: labels.csv,
     .tsv or .jsonl if it exists, else the file names"""
-    filename_pattern: str
+    filename_pattern: Annotated[str, AfterValidator(_check_filename_pattern)]
     """regular expression that matches a whole file name without its suffix; the group (?P<label>...) is the
     label"""
     on_invalid: Literal["error", "skip"]
     """what to do about images that cannot be used: report them as an error, or skip them with a warning"""
-
-    @field_validator("filename_pattern")
-    @classmethod
-    def _check_filename_pattern(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groupindex
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"invalid regular expression: {error}") from None
-        if "label" not in groups:
-            raise ValueError("must have a group named label, as in (?P<label>.+)")
-        return value
-
-    @field_validator("labels")
-    @classmethod
-    def _check_labels(cls, value: str | None) -> str | None:
-        if value not in (None, "names") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
-            raise ValueError("must be null, names, or a file in the folder that ends in .csv, .tsv or .jsonl")
-        return value
 
 
 GeneratorConfig: TypeAlias = CaptchaLibraryConfig | WheezyLibraryConfig | ArticleConfig
@@ -213,32 +225,10 @@ class MlflowConfig:
     """Tracking in MLflow, in addition to the run directory."""
 
     backend: Literal["mlflow"]
-    uri: str
+    uri: Annotated[str, AfterValidator(_check_uri)]
     """tracking URI; auto: SQLite in mlruns/ next to outputs/"""
     experiment: Annotated[str, Field(min_length=1)]
     """name of the MLflow experiment"""
-
-    @field_validator("uri")
-    @classmethod
-    def _check_uri(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            secret = parts.password is not None or re.search(
-                r"(?i)(passw(or)?d|pwd|token|secret|(api|access)_?key)=", parts.query
-            )
-        except ValueError as error:
-            raise ValueError(f"not a URI: {error}") from None
-        if secret:
-            raise PydanticCustomError(
-                "secret",
-                "must not contain a secret, which would be saved with the run; pass it in the environment "
-                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)",
-            )
-        if parts.scheme == "file" or (value != "auto" and "://" not in value):
-            raise ValueError(
-                "MLflow no longer supports plain directories; write auto, sqlite:///PATH or http://HOST"
-            )
-        return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from captcha_exp.config.gpu import STRICT
@@ -12,7 +12,7 @@ Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Auto: TypeAlias = Literal["auto"]
 BatchSize: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 
-CHECKPOINT_EVERY_PATTERN = re.compile(r"([1-9][0-9]{0,8}) (step|epoch|minute)s?")
+CHECKPOINT_EVERY_PATTERN = re.compile(r"^([1-9][0-9]{0,8}) (step|epoch|minute)s?$")
 """format of train.checkpoint_every: a number and a unit"""
 
 
@@ -75,7 +75,7 @@ class TrainConfig:
     """fraction of each target that is spread over all classes; training loss only"""
     deterministic: bool
     """use deterministic algorithms: the same seed gives bitwise identical results on the same hardware"""
-    checkpoint_every: str | None
+    checkpoint_every: Annotated[str, Field(pattern=CHECKPOINT_EVERY_PATTERN)] | None
     """how often a checkpoint is saved from which an interrupted run resumes, such as 500 steps, 1 epoch or
     10 minutes; null: only when the run is stopped, and at its end"""
     max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
@@ -87,13 +87,6 @@ class TrainConfig:
     """what to do when memory runs out. record: save it as the result of the run; split: restart in a new
     process with half the micro-batch or evaluation batch; fail: fail the run; auto: record in a sweep, else
     fail"""
-
-    @field_validator("checkpoint_every")
-    @classmethod
-    def _check_checkpoint_every(cls, value: str | None) -> str | None:
-        if value is not None and not CHECKPOINT_EVERY_PATTERN.fullmatch(value):
-            raise ValueError("must be a whole number of steps, epochs or minutes, such as 500 steps, or null")
-        return value
 
     @model_validator(mode="after")
     def _check_micro_batch_size(self) -> "TrainConfig":

@@ -14,10 +14,12 @@ class Alphabet:
     characters: str
 
     def __post_init__(self) -> None:
-        from captcha_exp.config.validators import alphabet_error  # the package config imports pydantic
+        from captcha_exp.config.validators import check_alphabet  # the package config imports pydantic
 
-        if error := alphabet_error(self.characters):
-            raise ValueError(f"alphabet {self.characters!r}: {error}")
+        try:
+            check_alphabet(self.characters)
+        except ValueError as error:
+            raise ValueError(f"alphabet {self.characters!r}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.characters)

@@ -27,7 +27,7 @@ from captcha_exp.data.sources import ScanResult
 from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.console import escape_unprintable, preview
 from captcha_exp.runtime.files import sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
@@ -220,9 +220,9 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None
     if not isinstance(data, FolderConfig):
         return
     for remark, names in scan.remarks.items():
-        logger.info(f"Used ({len(names):,}): {remark} ({_summarize_names(names)})")
+        logger.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
     if ignored:
-        logger.info(f"Ignored, not images ({len(ignored):,}): {_summarize_names(ignored)}")
+        logger.info(f"Ignored, not images ({len(ignored):,}): {preview(ignored)}")
     if not scan.rejected:
         return
     num_bad, num_good = len(scan.rejected), len(scan.labels)
@@ -243,11 +243,6 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None
     logger.warning(f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)")
     for line in table:
         logger.info(line)
-
-
-def _summarize_names(names: list[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(map(escape_unprintable, names[:3])) + more
 
 
 def _build_cache(path: Path, spec: DatasetSpec) -> str:

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from captcha_exp.errors import one_line
+
 WEIGHT_SCALE = 256  # weights are integer multiples of 1 / WEIGHT_SCALE
 assert 255 * WEIGHT_SCALE**2 + WEIGHT_SCALE**2 // 2 < 2**24  # the largest sum is exact in float32
 
@@ -85,8 +87,7 @@ def decode(content: bytes) -> DecodedImage:
     except InvalidImage:
         raise
     except Exception as error:  # decoders of Pillow raise any exception on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InvalidImage(f"is damaged or truncated: {reason}") from None
+        raise InvalidImage(f"is damaged or truncated: {one_line(error)}") from None
     image: Image.Image = file
     if image.format == "PNG" and b"IEND" not in content:  # Pillow accepts that
         raise InvalidImage("is truncated: a PNG without its IEND chunk")

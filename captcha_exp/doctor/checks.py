@@ -9,6 +9,14 @@ MIB = 2**20
 DISK_FULL, DISK_LOW = 100 * MIB, 1024 * MIB
 MEMORY_LOW = 1024 * MIB  # the quickstart needs 929 MiB
 MAX_RUNS_NAMED = 5  # of each kind
+STORE_PROBLEMS = {  # by the state in tracking.store.inspect_store
+    "older": "created by an older MLflow",
+    "newer": "created by a newer MLflow",
+    "locked": "locked by another process",
+    "deleted": "the experiment of this config is deleted",
+    "unreachable": "does not answer",
+    "broken": "cannot be used",
+}
 
 
 def run_checks(info: MachineInfo) -> list[Finding]:
@@ -35,30 +43,23 @@ def _unavailable_finding(query: str, reason: str) -> Finding:
 
 
 def _check_versions(info: MachineInfo) -> Iterator[Finding]:
-    if info.is_python_supported:
-        if info.python_version:
-            yield Finding("ok", f"Python {info.python_version}")
-    else:
-        yield Finding(
-            "problem",
-            f"Python {info.python_version} is not supported; supported: {info.python_specifier}",
-            "rm -r .venv && make PYTHON=python3.12 test",
-        )
-    for package in info.packages:
-        if package.is_supported:
+    problems = []
+    for requirement, installed in info.versions:
+        name, specifier = requirement.name, requirement.specifier
+        if installed is not None and specifier.contains(installed, prereleases=True):
             continue
-        state = f"{package.installed} is not supported" if package.installed else "is not installed"
-        requirement = f'"{package.name}{package.specifier}"'
-        which = " (which build: pytorch.org, 'Get started')" if package.name == "torch" else ""
-        yield Finding(
-            "problem",
-            f"{package.name} {state}; supported: {package.specifier or 'any version'}",
-            f"python -m pip install {requirement}{which}",
-        )
-    if info.packages and all(package.is_supported for package in info.packages):
-        main = ("torch", "hydra-core", "omegaconf", "mlflow")
-        versions = ", ".join(f"{p.name} {p.installed}" for p in info.packages if p.name in main)
-        yield Finding("ok", f"{len(info.packages)} packages in supported versions: {versions} ...")
+        state = f"{installed} is not supported" if installed else "is not installed"
+        which = " (which build: pytorch.org, 'Get started')" if name == "torch" else ""
+        remedy = f'python -m pip install "{name}{specifier}"{which}'
+        if name == "Python":
+            remedy = "rm -r .venv && make PYTHON=python3.12 test"
+        text = f"{name} {state}; supported: {specifier or 'any version'}"
+        problems.append(Finding("problem", text, remedy))
+    yield from problems
+    if info.versions and not problems:
+        main = ("Python", "torch", "hydra-core", "omegaconf", "mlflow")
+        versions = ", ".join(f"{r.name} {installed}" for r, installed in info.versions if r.name in main)
+        yield Finding("ok", f"supported versions of all {len(info.versions)} requirements: {versions} ...")
 
 
 def _check_device(info: MachineInfo) -> Iterator[Finding]:
@@ -82,18 +83,16 @@ def _check_cpu(info: MachineInfo) -> Iterator[Finding]:
     text = f"{info.cores} cores, device.threads={info.threads}"
     if info.cpu_quota is not None and info.cpu_quota < threads:
         limit = max(1, int(info.cpu_quota))
-        yield Finding(
-            "info",
-            f"{text}: the container is limited to {info.cpu_quota:g} of them",
-            f"device.threads={limit} data.workers={limit}",
-        )
+        text += f": the container is limited to {info.cpu_quota:g} of them"
+        yield Finding("info", text, f"device.threads={limit} data.workers={limit}")
     elif threads > info.cores:
         yield Finding("info", f"{text}: more threads than cores are slower", "device.threads=auto")
     else:
         yield Finding("ok", text)
-    if info.torch is None or info.cpu_flags is None or not _trains_on_cpu(info):
+    trains_on_cpu = "cpu" in (info.device_name, *(info.devices[:1] if info.device_name == "auto" else ()))
+    if info.torch is None or not info.torch.cpu_flags or not trains_on_cpu:
         return
-    cpu, flags = f"CPU: {info.torch.cpu_capability}", info.cpu_flags
+    cpu, flags = f"CPU: {info.torch.cpu_capability}", info.torch.cpu_flags
     if {"amx_tile", "amx_bf16"} <= flags:
         yield Finding("ok", f"{cpu} and AMX: device.precision=bf16 is faster than fp32")
     elif flags & {"avx512_bf16", "bf16"}:
@@ -105,20 +104,14 @@ def _check_cpu(info: MachineInfo) -> Iterator[Finding]:
         yield Finding("info", text, "device.precision=fp32")
 
 
-def _trains_on_cpu(info: MachineInfo) -> bool:
-    return info.device_name == "cpu" or (info.device_name == "auto" and info.devices[:1] == ("cpu",))
-
-
 def _check_memory(info: MachineInfo) -> Iterator[Finding]:
     if info.available_memory_bytes is None:
         return
     free = f"memory: {info.available_memory_bytes // MIB:,} MiB available"
     if info.image_bytes > info.available_memory_bytes:
-        yield Finding(
-            "problem",
-            f"{free}, but the decoded images of this config need {info.image_bytes // MIB:,} MiB",
-            "a smaller data.count, captcha.width or captcha.height; captcha.channels=1",
-        )
+        text = f"{free}, but the decoded images of this config need {info.image_bytes // MIB:,} MiB"
+        remedy = "a smaller data.count, captcha.width or captcha.height; captcha.channels=1"
+        yield Finding("problem", text, remedy)
     elif info.available_memory_bytes < MEMORY_LOW:
         yield Finding("info", f"{free}, which is low", "close other programs; data.workers=1")
     else:
@@ -131,85 +124,67 @@ def _check_directories(info: MachineInfo) -> Iterator[Finding]:
             text = f"{directory.path}: not writable: {directory.write_error}"
             yield Finding("problem", text, _write_remedy(directory))
     for directory in {each.device_id: each for each in reversed(info.directories)}.values():
-        text = f"{directory.path}: {directory.free_bytes / 1024 / MIB:,.1f} GiB free"
-        remedy = (
-            f'free up space: du -sh "{directory.path}"/* | sort -h; or set CAPTCHA_EXP_ROOT to another disk'
-        )
-        if directory.free_bytes < DISK_FULL:
-            text = f"{directory.path}: the disk is full, {directory.free_bytes // MIB} MiB free"
-            yield Finding("problem", text, remedy)
-        elif directory.free_bytes < DISK_LOW:
-            text = f"{directory.path}: the disk is nearly full, {directory.free_bytes // MIB} MiB free"
-            yield Finding("info", text, remedy)
+        path, free = directory.path, directory.free_bytes
+        if free < DISK_LOW:
+            is_full = free < DISK_FULL
+            text = f"{path}: the disk is {'full' if is_full else 'nearly full'}, {free // MIB} MiB free"
+            remedy = f'free up space: du -sh "{path}"/* | sort -h; or set CAPTCHA_EXP_ROOT to another disk'
+            yield Finding("problem" if is_full else "info", text, remedy)
         elif not directory.write_error:
-            yield Finding("ok", text)
+            yield Finding("ok", f"{path}: {free / 1024 / MIB:,.1f} GiB free")
 
 
 def _write_remedy(directory: DirectoryInfo) -> str:
     elsewhere = "set CAPTCHA_EXP_ROOT to a directory of your own"
-    match directory.write_error:
-        case "Not a directory":
-            return f'mv "{directory.path}" "{directory.path}.old"'
-        case "Read-only file system":
-            return elsewhere
-        case "No space left on device":  # although there is: out of inodes
-            return f'df -i "{directory.path}", and delete unneeded files; or {elsewhere}'
-        case _:
-            return f'chmod u+rwx "{directory.path}", or {elsewhere}'
+    remedies = {
+        "Not a directory": f'mv "{directory.path}" "{directory.path}.old"',
+        "Read-only file system": elsewhere,
+        # Although there is: out of inodes.
+        "No space left on device": f'df -i "{directory.path}", and delete unneeded files; or {elsewhere}',
+    }
+    return remedies.get(directory.write_error, f'chmod u+rwx "{directory.path}", or {elsewhere}')
 
 
 def _check_store(info: MachineInfo) -> Iterator[Finding]:
-    if info.store is None:
+    store = info.store
+    if store is None:
         if not any(query == "the MLflow store" for query, _ in info.unavailable):
             yield Finding("ok", "tracking=none: runs are recorded in their run directories only")
-        return
-    store = info.store
-    match store.state:
-        case "new":
-            yield Finding("ok", f"tracking.uri={store.uri}: no store yet, the first run creates it")
-        case "current":
-            yield Finding("ok", f"tracking.uri={store.uri}: available")
-        case _:
-            detail = f" ({store.detail})" if store.detail else ""
-            problem, remedy = _describe_store_problem(store, info)
-            yield Finding("problem", f"tracking.uri={store.uri}: {problem}{detail}", remedy)
+    elif store.state == "new":
+        yield Finding("ok", f"tracking.uri={store.uri}: no store yet, the first run creates it")
+    elif store.state == "current":
+        yield Finding("ok", f"tracking.uri={store.uri}: available")
+    else:
+        detail = f" ({store.detail})" if store.detail else ""
+        text = f"tracking.uri={store.uri}: {STORE_PROBLEMS[store.state]}{detail}"
+        yield Finding("problem", text, _store_remedy(store, info))
 
 
-def _describe_store_problem(store: StoreInfo, info: MachineInfo) -> tuple[str, str]:
+def _store_remedy(store: StoreInfo, info: MachineInfo) -> str:
+    path = store.uri.removeprefix("sqlite:///")
+    copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
+    allowed = next((r.specifier for r, _ in info.versions if r.name == "mlflow"), "")
     untracked = "or train with tracking=none"
-    match store.state:
-        case "older":
-            path = store.uri.removeprefix("sqlite:///")
-            copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
-            return "created by an older MLflow", f'{copy}mlflow db upgrade "{store.uri}"'
-        case "newer":
-            allowed = next((p.specifier for p in info.packages if p.name == "mlflow"), "")
-            remedy = f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri'
-            return "created by a newer MLflow", remedy
-        case "locked":
-            remedy = "close the program that has it open (captcha-exp ui, a database browser), " + untracked
-            return "locked by another process", remedy
-        case "deleted":
-            remedy = "restore it (see mlflow experiments restore --help), or set another tracking.experiment"
-            return "the experiment of this config is deleted", remedy
-        case "unreachable":
-            return "does not answer", "start the server, correct the address in tracking.uri, " + untracked
-        case _:
-            remedy = "repair it, or move it away to get a new one, " + untracked
-            if not store.uri.startswith("sqlite"):
-                remedy = "correct tracking.uri, log in (MLFLOW_TRACKING_TOKEN), " + untracked
-            if store.detail.startswith("No module named"):
-                remedy = "install that module with python -m pip (psycopg2-binary, pymysql), " + untracked
-            return "cannot be used", remedy
+    if store.detail.startswith("No module named"):
+        repair = "install that module with python -m pip (psycopg2-binary, pymysql)"
+    elif store.uri.startswith("sqlite"):
+        repair = "repair it, or move it away to get a new one"
+    else:
+        repair = "correct tracking.uri, log in (MLFLOW_TRACKING_TOKEN)"
+    return {
+        "older": f'{copy}mlflow db upgrade "{store.uri}"',
+        "newer": f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri',
+        "locked": f"close the program that has it open (captcha-exp ui, a database browser), {untracked}",
+        "deleted": "restore it (see mlflow experiments restore --help), or set another tracking.experiment",
+        "unreachable": f"start the server, correct the address in tracking.uri, {untracked}",
+        "broken": f"{repair}, {untracked}",
+    }[store.state]
 
 
 def _check_runs(info: MachineInfo) -> Iterator[Finding]:
     for run_dir, pid in info.stale_runs[:MAX_RUNS_NAMED]:
-        yield Finding(
-            "info",
-            f"{run_dir}: status RUNNING, but process {pid} has exited",
-            "the next captcha-exp runs or train marks it KILLED; its files are kept",
-        )
+        remedy = "the next captcha-exp runs or train marks it KILLED; its files are kept"
+        yield Finding("info", f"{run_dir}: status RUNNING, but process {pid} has exited", remedy)
     if (more := len(info.stale_runs) - MAX_RUNS_NAMED) > 0:
         yield Finding("info", f"{more} more stale runs", "captcha-exp runs closes and lists them")
     for line in info.unreadable_runs[:MAX_RUNS_NAMED]:
@@ -225,21 +200,17 @@ def _check_fonts(info: MachineInfo) -> Iterator[Finding]:
 
 
 def _check_git(info: MachineInfo) -> Iterator[Finding]:
-    if info.git is None:
+    git = info.git
+    if git is None:
         return
-    if info.git.commit:
-        yield Finding("ok", f"git: runs record commit {info.git.commit[:12]}")
-    elif info.git.checkout_dir is None:
+    if git.commit:
+        yield Finding("ok", f"git: runs record commit {git.commit[:12]}")
+    elif git.checkout_dir is None:
         yield Finding("ok", "git: installed package, runs record its version instead of a commit")
-    elif not info.git.is_installed:
-        yield Finding(
-            "info",
-            "git is not installed: runs cannot record the commit of the code",
-            "install git (apt install git, brew install git, or git-scm.com)",
-        )
+    elif git.is_installed:
+        text = f"git: no commit of {git.checkout_dir} is readable, so runs cannot record it"
+        remedy = f'git config --global --add safe.directory "{git.checkout_dir}", then commit once'
+        yield Finding("info", text, remedy)
     else:
-        yield Finding(
-            "info",
-            f"git: no commit of {info.git.checkout_dir} is readable, so runs cannot record it",
-            f'git config --global --add safe.directory "{info.git.checkout_dir}", then commit once',
-        )
+        text = "git is not installed: runs cannot record the commit of the code"
+        yield Finding("info", text, "install git (apt install git, brew install git, or git-scm.com)")

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from captcha_exp.doctor.machine_info import Finding, GpuInfo, GpuProcess, Level, MachineInfo
+from packaging.version import Version
+
+from captcha_exp.doctor.machine_info import Finding, GpuInfo, Level, MachineInfo
 
 TORCH_INSTALL_PAGE = "pytorch.org, 'Get started'"
 DRIVER_DOWNLOAD_PAGE = "nvidia.com/drivers"
@@ -23,11 +25,15 @@ def check_gpus(info: MachineInfo) -> Iterator[Finding]:
     yield from _check_driver(info)
     yield from _check_hidden_gpus(info)
     for gpu in info.gpus:
-        yield from _check_gpu(info, gpu)
+        if gpu.device is None:
+            yield Finding("ok", f"GPU not used by torch: {gpu.name}{_format_gpu(gpu)}")
+        else:
+            selected = {"auto": "cuda:0", "cuda": "cuda:0"}.get(info.device_name, info.device_name)
+            yield from _check_gpu(info, gpu, is_selected=gpu.device == selected)
 
 
 def _check_build(info: MachineInfo) -> Iterator[Finding]:
-    torch = info.torch
+    torch, names = info.torch, ", ".join(gpu.name for gpu in info.gpus)
     if torch is None:
         if info.torch_error:
             remedy = f"python -m pip install --force-reinstall torch (which build: {TORCH_INSTALL_PAGE})"
@@ -35,95 +41,37 @@ def _check_build(info: MachineInfo) -> Iterator[Finding]:
     elif torch.cuda:
         yield Finding("ok", f"torch {torch.version}, built for CUDA {torch.cuda}")
     elif torch.hip:
-        text = f"torch {torch.version}, built for ROCm {torch.hip}"
-        if any(name.startswith("cuda") for name in info.devices):
-            yield Finding("ok", text)
-        else:
-            text += f", which is not supported here: training uses {', '.join(info.devices[:1])}"
-            yield Finding("info", text, f"train without the GPU; CUDA builds: {TORCH_INSTALL_PAGE}")
-    elif info.gpus:
-        names = ", ".join(gpu.name for gpu in info.gpus)
-        text = f"torch {torch.version} is a CPU-only build, but this machine has {names}"
-        yield Finding("info" if info.device_name == "cpu" else "problem", text, _recommend_build(info))
-    elif torch.mps_built:
-        yield Finding("ok", f"torch {torch.version}, built with MPS")
-    else:
-        yield Finding("ok", f"torch {torch.version}, a CPU-only build; no NVIDIA GPU found")
-
-
-def _recommend_build(info: MachineInfo) -> str:
-    """Return which build of torch to install for the driver and the GPUs."""
-    max_cuda = info.driver.max_cuda
-    if builds := _compatible_builds(info, info.gpus):
-        return f"install {builds}"
-    if info.torch and info.torch.release_archs and max_cuda:
-        return (
-            f"install the newest driver ({DRIVER_DOWNLOAD_PAGE}), "
-            f"then torch built for CUDA ({TORCH_INSTALL_PAGE})"
+        text = f"torch {torch.version}, built for ROCm {torch.hip}, which is not supported here"
+        remedy = f"train without the GPU; CUDA builds: {TORCH_INSTALL_PAGE}"
+        yield Finding("info", f"{text}: training uses {', '.join(info.devices[:1])}", remedy)
+    elif names:
+        newer = (
+            f"the newest driver ({DRIVER_DOWNLOAD_PAGE}), then torch built for CUDA ({TORCH_INSTALL_PAGE})"
         )
-    version = f"{max_cuda[0]}.x" if max_cuda else "(run nvidia-smi to see which version the driver supports)"
-    return f"install torch built for CUDA {version} ({TORCH_INSTALL_PAGE})"
+        text = f"torch {torch.version} is a CPU-only build, but this machine has {names}"
+        level: Level = "info" if info.device_name == "cpu" else "problem"
+        yield Finding(level, text, f"install {_compatible_builds(info, info.gpus) or newer}")
+    else:
+        build = "built with MPS" if torch.mps_built else "a CPU-only build; no NVIDIA GPU found"
+        yield Finding("ok", f"torch {torch.version}, {build}")
 
 
 def _compatible_builds(info: MachineInfo, gpus: Sequence[GpuInfo]) -> str:
     """Name the other builds of this release that the driver and one of the GPUs support, newest first."""
-    if info.torch is None:
-        return ""
     max_cuda = info.driver.max_cuda
     versions = [
         cuda
-        for cuda, capabilities in info.torch.release_archs.items()
-        if cuda != info.torch.cuda
-        and (max_cuda is None or _parse_version(cuda)[0] <= max_cuda[0])
-        and any(not _arch_problem(gpu, [f"sm_{number}" for number in capabilities]) for gpu in gpus)
+        for cuda, capabilities in (info.torch.release_archs if info.torch else {}).items()
+        if cuda != (info.torch and info.torch.cuda)
+        and (not max_cuda or Version(cuda).major <= max_cuda[0])
+        and any(_is_supported(gpu, [f"sm_{number}" for number in capabilities]) for gpu in gpus)
     ]
-    versions.sort(key=_parse_version, reverse=True)
+    versions.sort(key=Version, reverse=True)
     return f"torch built for CUDA {' or '.join(versions)} ({TORCH_INSTALL_PAGE})" if versions else ""
 
 
-def _parse_version(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-
-def _check_driver(info: MachineInfo) -> Iterator[Finding]:
-    driver, torch = info.driver, info.torch
-    for gpu in driver.unreachable:
-        yield Finding("problem", f"NVIDIA GPU {gpu}", "restart the machine; see nvidia-smi")
-    if driver.version_mismatch:
-        text = f"NVIDIA driver: updated, but the old version is still loaded ({driver.error})"
-        yield Finding("problem", text, "restart the machine")
-    elif driver.error and info.gpus and not (torch and torch.hip):
-        text = f"NVML is not available ({driver.error}): cannot list the processes that use GPU memory"
-        remedy = "python -m pip install nvidia-ml-py; in a container, run nvidia-smi on the host"
-        yield Finding("info", text, remedy)
-    elif driver.error and info.num_pci_gpus:
-        text = (
-            f"NVIDIA driver: not loaded ({driver.error}), but the PCI bus has {info.num_pci_gpus} NVIDIA GPUs"
-        )
-        remedy = f"install it ({DRIVER_DOWNLOAD_PAGE}); start a container with --gpus all"
-        yield Finding("info", text, remedy)
-    elif driver.error and info.num_pci_gpus is None and torch is not None and torch.cuda:
-        text = f"NVIDIA driver: not loaded ({driver.error}), but torch is built for CUDA"
-        yield Finding("info", text, f"install it if there is an NVIDIA GPU ({DRIVER_DOWNLOAD_PAGE})")
-    elif driver.error:
-        yield Finding("ok", f"NVIDIA driver: none ({driver.error}); only an NVIDIA GPU needs one")
-    elif driver.version:
-        supported = f", supports CUDA {driver.max_cuda[0]}.{driver.max_cuda[1]}" if driver.max_cuda else ""
-        text, build = f"NVIDIA driver {driver.version}{supported}", _cuda_of_build(info)
-        if _is_driver_too_old(info):
-            min_driver = MIN_DRIVER_BY_CUDA.get(build[0])
-            newer = f"driver {min_driver} or newer" if min_driver else "the newest driver"
-            builds = _compatible_builds(info, info.gpus)
-            text += f": too old for CUDA {'.'.join(map(str, build))} of torch"
-            remedy = f"install {newer} ({DRIVER_DOWNLOAD_PAGE}){', or ' if builds else ''}{builds}"
-            yield Finding("problem", text, remedy)
-        else:
-            older = driver.max_cuda and driver.max_cuda < build
-            yield Finding("ok", text + (" and newer minor versions, as torch needs" if older else ""))
-
-
 def _cuda_of_build(info: MachineInfo) -> tuple[int, ...]:
-    return _parse_version(info.torch.cuda) if info.torch and info.torch.cuda else ()
+    return Version(info.torch.cuda).release[:2] if info.torch and info.torch.cuda else ()
 
 
 def _is_driver_too_old(info: MachineInfo) -> bool:
@@ -132,124 +80,125 @@ def _is_driver_too_old(info: MachineInfo) -> bool:
     return bool(build and newest and newest[0] < build[0])
 
 
+def _check_driver(info: MachineInfo) -> Iterator[Finding]:
+    driver, build, num_pci_gpus = info.driver, _cuda_of_build(info), info.num_pci_gpus
+    for gpu in driver.unreachable:
+        yield Finding("problem", f"NVIDIA GPU {gpu}", "restart the machine; see nvidia-smi")
+    if driver.version_mismatch:
+        text = f"NVIDIA driver: updated, but the old version is still loaded ({driver.error})"
+        yield Finding("problem", text, "restart the machine")
+    elif driver.error and info.gpus:
+        text = f"NVML is not available ({driver.error}): cannot list the processes that use GPU memory"
+        remedy = "python -m pip install nvidia-ml-py; in a container, run nvidia-smi on the host"
+        yield Finding("info", text, remedy)
+    elif driver.error and (num_pci_gpus or (num_pci_gpus is None and build)):
+        sign = f"the PCI bus has {num_pci_gpus} NVIDIA GPUs" if num_pci_gpus else "torch is built for CUDA"
+        condition = "" if num_pci_gpus else " if there is an NVIDIA GPU"
+        remedy = f"install it{condition} ({DRIVER_DOWNLOAD_PAGE}); start a container with --gpus all"
+        yield Finding("info", f"NVIDIA driver: not loaded ({driver.error}), but {sign}", remedy)
+    elif driver.error:
+        yield Finding("ok", f"NVIDIA driver: none ({driver.error}); only an NVIDIA GPU needs one")
+    elif driver.version:
+        text = f"NVIDIA driver {driver.version}"
+        if driver.max_cuda:
+            text += ", supports CUDA " + ".".join(map(str, driver.max_cuda))
+        if _is_driver_too_old(info):
+            min_driver = MIN_DRIVER_BY_CUDA.get(build[0])
+            newer = f"driver {min_driver} or newer" if min_driver else "the newest driver"
+            remedies = f"{newer} ({DRIVER_DOWNLOAD_PAGE})", _compatible_builds(info, info.gpus)
+            text += f": too old for CUDA {'.'.join(map(str, build))} of torch"
+            yield Finding("problem", text, "install " + ", or ".join(filter(None, remedies)))
+        else:
+            older = driver.max_cuda and driver.max_cuda < build
+            yield Finding("ok", text + (" and newer minor versions, as torch needs" if older else ""))
+
+
 def _check_hidden_gpus(info: MachineInfo) -> Iterator[Finding]:
     """Check that a CUDA build of torch sees every GPU that NVML lists."""
-    torch = info.torch
-    hidden = [gpu.name for gpu in info.gpus if gpu.device is None]
+    torch, hidden = info.torch, [gpu.name for gpu in info.gpus if gpu.device is None]
     if torch is None or torch.cuda is None or not hidden or _is_driver_too_old(info):
         return
+    names = ", ".join(hidden)
     if info.visible_devices is not None:
-        hides = f"hides {len(hidden)} of {len(info.gpus)} GPUs from torch: {', '.join(hidden)}"
-        text = f"CUDA_VISIBLE_DEVICES={info.visible_devices!r} {hides}"
-        yield Finding("info", text, "unset CUDA_VISIBLE_DEVICES")
-    elif not torch.cuda_available:
+        text = f"CUDA_VISIBLE_DEVICES={info.visible_devices!r} hides {len(hidden)} of {len(info.gpus)} GPUs"
+        yield Finding("info", f"{text} from torch: {names}", "unset CUDA_VISIBLE_DEVICES")
+    elif "cuda" not in info.devices:
         warning = f": {torch.warning[:200]}" if torch.warning else ""
-        yield Finding(
-            "problem",
-            f"torch sees no GPU, but the driver lists {', '.join(hidden)}{warning}",
-            "restart the machine; start a container with --gpus all; see nvidia-smi",
-        )
+        remedy = "restart the machine; start a container with --gpus all; see nvidia-smi"
+        yield Finding("problem", f"torch sees no GPU, but the driver lists {names}{warning}", remedy)
 
 
-def _check_gpu(info: MachineInfo, gpu: GpuInfo) -> Iterator[Finding]:
-    if gpu.device is None:
-        yield Finding("ok", f"GPU not used by torch: {gpu.name}{_format_gpu(gpu)}")
-        return
-    selected = info.devices[0] if info.device_name == "auto" and info.devices else info.device_name
-    is_selected = gpu.device == ("cuda:0" if selected == "cuda" else selected)
+def _check_gpu(info: MachineInfo, gpu: GpuInfo, is_selected: bool) -> Iterator[Finding]:
+    """Check a GPU that torch sees; what is a problem of the selected one is only mentioned of another."""
     name = f"{gpu.device} ({gpu.name})"
-    yield from _check_archs(info, gpu, name, is_selected)
+    problem: Level = "problem" if is_selected else "info"
+    archs = info.torch.archs if info.torch else ()
+    if archs and not _is_supported(gpu, archs):
+        targets = sorted(tuple(map(int, match)) for match in re.findall(r"_(\d+)(\d)", " ".join(archs)))
+        is_old = gpu.capability < targets[0]
+        support = "too old to be" if is_old else "too new to be" if gpu.capability > targets[-1] else "not"
+        capability = ".".join(map(str, gpu.capability))
+        text = f"{name}: capability {capability} is {support} supported by this torch: {' '.join(archs)}"
+        newest = "" if is_old else f"the newest supported torch ({TORCH_INSTALL_PAGE})"
+        build = _compatible_builds(info, [gpu]) or newest
+        yield Finding(problem, text, f"{f'install {build}, or ' if build else ''}device.name=cpu")
     yield from _check_memory(info, gpu, name, is_selected)
-    has_fast_fp16 = gpu.capability is not None and gpu.capability >= (7, 0)
+    types = [kind for kind, since in (("bf16", (8, 0)), ("fp16", (7, 0))) if gpu.capability >= since]
     if gpu.capability == (7, 5) and _WITHOUT_TENSOR_CORES.search(gpu.name):
-        has_fast_fp16 = False
+        types = []
         text = f"{name} has no tensor cores: in fp16 some convolutions return NaN or are 2 to 4 times slower"
-        level: Level = "problem" if is_selected and info.precision == "fp16" else "info"
-        yield Finding(level, text, "device.precision=auto (tests fp16 first), or fp32")
-    if is_selected and info.precision == "bf16" and not gpu.supports_bf16:
+        remedy = "device.precision=auto (tests fp16 first), or fp32"
+        yield Finding(problem if info.precision == "fp16" else "info", text, remedy)
+    if is_selected and info.precision == "bf16" and "bf16" not in types:
         text = f"{name}: device.precision=bf16 is only emulated on this GPU, and slower than fp32"
         yield Finding("info", text, "device.precision=fp32")
-    elif gpu.capability is not None:
-        fast = [kind for kind, fast in (("bf16", gpu.supports_bf16), ("fp16", has_fast_fp16)) if fast]
-        yield Finding("ok", f"{name}: fast 16-bit types: {' and '.join(fast) or 'none, use fp32'}")
-
-
-def _check_archs(info: MachineInfo, gpu: GpuInfo, name: str, is_selected: bool) -> Iterator[Finding]:
-    """Check that the build of torch contains code for the GPU."""
-    torch = info.torch
-    if torch is None or torch.cuda is None or gpu.capability is None or not torch.archs:
-        return
-    problem, max_cuda = _arch_problem(gpu, torch.archs), info.driver.max_cuda
-    if problem == "PTX":
-        # Minor-version compatibility covers machine code only, not the JIT compiler.
-        if not max_cuda or max_cuda >= _cuda_of_build(info):
-            return
-        text = f"{name}: torch has only PTX for it, and the driver is older than CUDA {torch.cuda}"
-        remedy = f"install the newest driver ({DRIVER_DOWNLOAD_PAGE})"
-    elif problem:
-        capability = "{}.{}".format(*gpu.capability)
-        text = f"{name}: capability {capability} is {problem} by this torch: {' '.join(torch.archs)}"
-        if builds := _compatible_builds(info, [gpu]):
-            remedy = f"install {builds}, or device.name=cpu"
-        elif problem == "too old to be supported":
-            remedy = "device.name=cpu"
-        else:
-            remedy = f"install the newest supported torch ({TORCH_INSTALL_PAGE}), or device.name=cpu"
     else:
-        return
-    yield Finding("problem" if is_selected else "info", text, remedy)
+        yield Finding("ok", f"{name}: fast 16-bit types: {' and '.join(types) or 'none, use fp32'}")
 
 
-def _arch_problem(gpu: GpuInfo, archs: Sequence[str]) -> str:
-    """Return "" if `archs` have machine code for the GPU, "PTX" if only that, else why it is unsupported.
+def _is_supported(gpu: GpuInfo, archs: Sequence[str]) -> bool:
+    """Return whether the GPU can run code for one of the archs, by torch's table of machine code.
 
-    Machine code for 8.0 runs on 8.6, but not on 9.0 or 7.5; PTX runs on every later GPU. The suffix `a` means
-    exactly this capability. Source: CUDA C++ Programming Guide, 'Compute Capability'.
+    PTX (compute_90) runs on every later GPU. The suffix `a` means exactly this capability. Source: CUDA C++
+    Programming Guide, 'Compute Capability'.
     """
-    here = gpu.capability
-    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in archs]
-    targets = [(m[1], (int(m[2]), int(m[3])), m[4]) for m in matches if m]
-    if here is None or not targets:
-        return ""
-    for kind, target, suffix in targets:
-        if kind == "sm" and target[0] == here[0] and (target == here if suffix == "a" else target <= here):
-            return ""
-    if any(kind == "compute" and target <= here and not suffix for kind, target, suffix in targets):
-        return "PTX"
-    capabilities = [target for _, target, _ in targets]
-    age = "too old" if here < min(capabilities) else "too new" if here > max(capabilities) else ""
-    return f"{age} to be supported" if age else "not supported"
+    from torch.cuda import DEVICE_REQUIREMENT
+
+    if not gpu.capability:
+        return True  # unknown
+    here = gpu.capability[0] * 10 + gpu.capability[1]
+    for kind, number, suffix in re.findall(r"(sm|compute)_(\d+)([af]?)", " ".join(archs)):
+        target = int(number)
+        if target == here or (kind == "compute" and target < here and not suffix):
+            return True
+        if kind == "sm" and suffix != "a" and here in DEVICE_REQUIREMENT.get(target, ()):
+            return True
+    return False
 
 
 def _format_gpu(gpu: GpuInfo) -> str:
     """Format the capability, the memory, and the processes that use it."""
-    capability = ", capability {}.{}".format(*gpu.capability) if gpu.capability else ""
-    if gpu.total_mib is None or gpu.free_mib is None:
+    capability = ", capability " + ".".join(map(str, gpu.capability)) if gpu.capability else ""
+    if not gpu.total_mib:
         return capability
     text = f"{capability}: {gpu.free_mib:,.0f} of {gpu.total_mib:,.0f} MiB free"
     if gpu.processes:
-        return f"{text}, used by {', '.join(map(_format_process, gpu.processes))}"
+        return f"{text}, used by {', '.join(map(str, gpu.processes))}"
     hidden = gpu.total_mib - gpu.free_mib > UNATTRIBUTED_MIB
     return text + (", the rest by unknown processes (outside this container)" if hidden else "")
 
 
-def _format_process(process: GpuProcess) -> str:
-    return f"{process.pid} {process.name}" + (f" {process.memory_mib:,.0f} MiB" if process.memory_mib else "")
-
-
 def _check_memory(info: MachineInfo, gpu: GpuInfo, name: str, is_selected: bool) -> Iterator[Finding]:
     text = name + _format_gpu(gpu)
-    if gpu.total_mib is None or gpu.free_mib is None or gpu.free_mib > MIN_FREE_FRACTION * gpu.total_mib:
+    if not gpu.total_mib or gpu.free_mib > MIN_FREE_FRACTION * gpu.total_mib:
         yield Finding("ok", text)
         return
-    freer = [other for other in info.gpus if other.device and (other.free_mib or 0) > 2 * gpu.free_mib]
-    best = max(freer, key=lambda other: other.free_mib or 0, default=None)
-    switch = f"device.name={best.device} has {best.free_mib:,.0f} MiB free; or " if best else ""
-    largest = max(gpu.processes, key=lambda process: process.memory_mib or 0, default=None)
-    stop = (
-        f"stop process {largest.pid} ({largest.name}), or wait for it"
-        if largest
-        else "run nvidia-smi on the host to see the processes"
-    )
+    best = max((other for other in info.gpus if other.device), key=lambda other: other.free_mib)
+    remedy = "run nvidia-smi on the host to see the processes"
+    if gpu.processes:
+        largest = max(gpu.processes, key=lambda process: process.memory_mib)
+        remedy = f"stop process {largest.pid} ({largest.name}), or wait for it"
+    if best.free_mib > 2 * gpu.free_mib:
+        remedy = f"device.name={best.device} has {best.free_mib:,.0f} MiB free; or {remedy}"
     is_full = is_selected and gpu.free_mib < MIN_FREE_MIB
-    yield Finding("problem" if is_full else "info", text, switch + stop)
+    yield Finding("problem" if is_full else "info", text, remedy)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from packaging.requirements import Requirement
+
 Level = Literal["ok", "info", "problem"]
 
 
@@ -18,16 +20,6 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class PackageInfo:
-    """A dependency: the versions that pyproject.toml allows, and the installed one."""
-
-    name: str
-    specifier: str
-    installed: str | None
-    is_supported: bool
-
-
-@dataclass(frozen=True)
 class TorchInfo:
     """The build of torch, and its view of the machine."""
 
@@ -37,8 +29,6 @@ class TorchInfo:
     hip: str | None = None
     """ROCm version of the build"""
     mps_built: bool = False
-    cuda_available: bool = False
-    """torch.cuda.is_available()"""
     archs: tuple[str, ...] = ()
     """torch.cuda.get_arch_list(): sm_90 is machine code (SASS), compute_90 is PTX for the JIT compiler"""
     release_archs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -47,6 +37,8 @@ class TorchInfo:
     """the first warning of torch.cuda.is_available()"""
     cpu_capability: str = ""
     """torch.backends.cpu.get_cpu_capability()"""
+    cpu_flags: frozenset[str] = frozenset()
+    """instruction set extensions in torch.cpu.get_capabilities(); empty if this torch lacks the function"""
 
 
 @dataclass(frozen=True)
@@ -54,8 +46,8 @@ class DriverInfo:
     """The NVIDIA driver, as NVML reports it."""
 
     version: str | None = None
-    max_cuda: tuple[int, int] | None = None
-    """newest CUDA version that the driver supports"""
+    max_cuda: tuple[int, ...] = ()
+    """newest CUDA version that the driver supports; empty if unknown"""
     error: str = ""
     """why NVML is not available"""
     version_mismatch: bool = False
@@ -70,7 +62,11 @@ class GpuProcess:
 
     pid: int
     name: str
-    memory_mib: float | None
+    memory_mib: float = 0
+    """0 if unknown"""
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.name}" + (f" {self.memory_mib:,.0f} MiB" if self.memory_mib else "")
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,14 @@ class GpuInfo:
     name: str
     device: str | None = None
     """its device.name; None for a GPU that is not visible to torch"""
-    capability: tuple[int, int] | None = None
-    """compute capability; None for AMD"""
-    total_mib: float | None = None
-    free_mib: float | None = None
+    capability: tuple[int, ...] = ()
+    """compute capability; empty if unknown"""
+    total_mib: float = 0
+    """0 if unknown"""
+    free_mib: float = 0
     processes: tuple[GpuProcess, ...] = ()
     """processes other than this one; empty also if a container hides them"""
-    supports_bf16: bool = False
-    """in hardware, not by emulation"""
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,10 +127,8 @@ class MachineInfo:
     """device.name, device.precision and device.threads as in the config"""
     precision: str
     threads: int | str
-    python_version: str = ""
-    python_specifier: str = ""
-    is_python_supported: bool = True
-    packages: tuple[PackageInfo, ...] = ()
+    versions: tuple[tuple[Requirement, str | None], ...] = ()
+    """Python and the packages that pyproject.toml requires, each with the installed version"""
     torch: TorchInfo | None = None
     torch_error: str = ""
     """why torch cannot be imported"""
@@ -150,7 +144,6 @@ class MachineInfo:
     cores: int | None = None
     cpu_quota: float | None = None
     """CPU limit of the container, in cores"""
-    cpu_flags: frozenset[str] | None = None
     available_memory_bytes: int | None = None
     image_bytes: int = 0
     """memory of the decoded images of the config"""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from captcha_exp.config import Config, Precision
 from captcha_exp.data.dataset import Batch, random_batch
-from captcha_exp.errors import RunFailed
+from captcha_exp.errors import RunFailed, one_line
 from captcha_exp.memory.gpu_profile import ConvWorkspace, GpuMeasurements, MemoryStage, TimingRound
 from captcha_exp.model import networks
 from captcha_exp.model.step import init_train_state, train_step
@@ -124,7 +124,7 @@ def _attempt(work: Callable[[], T], what: str) -> T | None:
     except torch.OutOfMemoryError:
         return None
     except RuntimeError as error:
-        logger.warning(f"{what} fails: {' '.join(str(error).split())[:200]}")
+        logger.warning(f"{what} fails: {one_line(error)[:200]}")
         return None
     finally:
         torch.cuda.empty_cache()
@@ -259,8 +259,7 @@ def _find_fitting_batch(config: Config, device: torch.device) -> Batch:
         except torch.OutOfMemoryError:
             size //= 2
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            text = f"a training step of {network} in fp32 fails on this GPU: {reason}"
+            text = f"a training step of {network} in fp32 fails on this GPU: {one_line(error)[:200]}"
             raise RunFailed(text) from None
         torch.cuda.empty_cache()  # after the exception has released the tensors
     raise RunFailed(

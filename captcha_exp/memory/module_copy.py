@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor
 
 CopiedT = TypeVar("CopiedT")
@@ -68,8 +68,8 @@ def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
         with _deepcopy_to_fake_device():
             return copy.deepcopy(original, memo)
     except Exception as error:
-        text = (str(error).strip() or "no message").splitlines()[0]
-        raise UserError(f"{type(original).__name__}: copy.deepcopy cannot copy it ({text})") from error
+        name = type(original).__name__
+        raise UserError(f"{name}: copy.deepcopy cannot copy it ({first_line(error)})") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
 from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
 from captcha_exp.memory.module_checks import (
@@ -184,7 +184,7 @@ def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
                 if no_cuda
                 else "check that the step runs on the CPU"
             )
-            text = f"{where}: {type(error).__name__}: {_first_line(error)}; {remedy}"
+            text = f"{where}: {type(error).__name__}: {first_line(error)}; {remedy}"
         raise UserError(text) from error
 
 
@@ -192,7 +192,3 @@ def _find_untraceable(error: BaseException | None) -> UntraceableError | None:
     while error is not None and not isinstance(error, UntraceableError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from captcha_exp.config import GpuSpec
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, one_line
 from captcha_exp.memory.gpu_profile import CONTEXT_MARGIN_MIB, build_gpu_spec, measurements_from_json
 
 BENCHMARK = "gpu_session"
@@ -32,9 +32,8 @@ def read_session(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}; use another --from") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among these
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{file}: not a complete JSON file ({reason}); copy it again, or {REMEASURE_HINT}"
+            f"{file}: not a complete JSON file ({one_line(error)}); copy it again, or {REMEASURE_HINT}"
         ) from None
     if not isinstance(session, dict) or session.get("benchmark") != BENCHMARK:
         raise UserError(f"{file}: not a session of benchmarks/gpu_session.py; {REMEASURE_HINT}")

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from captcha_exp.config import CHECKPOINT_EVERY_PATTERN, TrainConfig
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, one_line
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.optim import LossScale
 from captcha_exp.model.weights import tensors_sha256
@@ -235,8 +235,7 @@ def load_latest(
                 return loaded
             problem = f"skipped: metrics.jsonl has no valid line for epoch {min(missing)}"
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            problem = f"damaged, skipped ({reason})"
+            problem = f"damaged, skipped ({one_line(error)})"
         warn(f"{path}: {problem}; using the previous checkpoint, if any")
         path.rename(path.with_name(f"{path.name}.damaged"))
     return None

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.reproduce.changes import Change
-from captcha_exp.reproduce.compare import Difference, Verdict
+from captcha_exp.reproduce.compare import TOLERANCES, Difference, Verdict
+from captcha_exp.runtime.console import preview
 
 Role: TypeAlias = Literal["cause", "suspect", "ruled_out"]
 
-MAX_NAMED = 3  # changes in the one-line verdict; the table lists all
 UNKNOWN_CAUSE = (
     "no recorded change: this device is not deterministic (train.deterministic=false, a GPU), "
     "or its hardware is faulty"
@@ -66,19 +66,19 @@ def format_verdict(
     """Return the verdict in one line, with the first difference and its cause."""
     if verdict == "identical" or first_difference is None:
         notable = [each.change.describe() for each in attributed_changes if each.change.is_headline]
-        return f"identical, but {_join_truncated(notable)}" if notable else "identical"
+        return f"identical, but {preview(notable)}" if notable else "identical"
     line = f"{verdict}: first in {first_difference.describe()}"
     causes = [each.change.describe() for each in attributed_changes if each.role == "cause"]
     suspects = [each.change.describe() for each in attributed_changes if each.role == "suspect"]
     if causes:
-        line += f"; cause: {_join_truncated(causes)}"
+        line += f"; cause: {preview(causes)}"
     if suspects:
-        line += f"; {'also suspect' if causes else 'suspect'}: {_join_truncated(suspects)}"
+        line += f"; {'also suspect' if causes else 'suspect'}: {preview(suspects)}"
     if not causes and not suspects:
         line += f"; {UNKNOWN_CAUSE if deterministic else NON_DETERMINISTIC}"
     return line
 
 
-def _join_truncated(items: Sequence[str]) -> str:
-    more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
+def tolerances() -> dict[str, str]:
+    """Return the criteria of an equivalent run, for reproduction.json."""
+    return dict(TOLERANCES)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.reproduce.reference import ABSENT, ReferenceRun, RunResult
+from captcha_exp.runtime.console import preview
 
 Affects: TypeAlias = Literal["nothing", "images", "numbers"]
 
@@ -204,8 +205,7 @@ def _code_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
     pair = describe_code(reference.environment), describe_code(rerun.environment)
     if files:
         no_effect = all(name.startswith(NO_EFFECT_CODE) for name in files)
-        names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        yield Change(f"code ({names})", *pair, affects="nothing" if no_effect else "numbers")
+        yield Change(f"code ({preview(files)})", *pair, affects="nothing" if no_effect else "numbers")
     elif pair[0] != pair[1]:  # identical files at another commit are the same code
         yield Change(
             "commit", *pair, affects="numbers" if files is None else "nothing", is_headline=files is None

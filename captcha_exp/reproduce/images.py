@@ -7,7 +7,7 @@ from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import dataset
 from captcha_exp.data.sources import folder
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.console import preview
 
 MAX_SHOWN = 5  # file names per kind of change
 
@@ -40,8 +40,7 @@ def changed_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list
 
 def describe_files(kind: str, names: list[str]) -> str:
     """Return the kind and the first file names, as in "missing: 0009.png"."""
-    more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
-    return f"{kind}: {', '.join(map(escape_unprintable, names[:MAX_SHOWN]))}{more}"
+    return f"{kind}: {preview(names, MAX_SHOWN)}"
 
 
 def rendered_differently(config: Config, manifest: Mapping[str, Any]) -> bool:

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from captcha_exp.config import Config, Machine, MlflowConfig, to_dict
+from captcha_exp.config import Config, Machine, MlflowConfig, flatten_mapping, to_dict
 from captcha_exp.errors import ConfigError
-from captcha_exp.runs.fields import flatten
 
 
 def with_overrides(
@@ -24,7 +23,7 @@ def with_overrides(
     if name not in ("auto", *machine.devices):
         reason = machine.unavailable_reason.get(name.split(":")[0], "no such device")
         raise ConfigError(f"device.name={name}: {reason}; reproduce with device.name=cpu")
-    old, new = flatten(to_dict(saved)), flatten(to_dict(requested))
+    old, new = flatten_mapping(to_dict(saved)), flatten_mapping(to_dict(requested))
     changes = {key: (old.get(key), new.get(key)) for key in (*old, *new) if old.get(key) != new.get(key)}
     tracking = requested.tracking
     if (

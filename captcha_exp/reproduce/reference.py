@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias
 
 import safetensors
 
-from captcha_exp.config import Config, load
+from captcha_exp.config import Config, flatten_mapping, load
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import RunInfo, RunLink, find_linked, read_metrics_rows
-from captcha_exp.runs.fields import flatten, read_flat_config, read_json
+from captcha_exp.runs.fields import read_flat_config, read_json
 from captcha_exp.runs.files import list_run_files
 from captcha_exp.runtime.files import sha256_of
 
@@ -213,6 +213,6 @@ def _config_of_weights(path: Path) -> dict[str, Any] | None:
     """Return the flat config stored in the weights file; None if the file is missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return flatten(config_from_metadata(file.metadata() or {}))
+            return flatten_mapping(config_from_metadata(file.metadata() or {}))
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None

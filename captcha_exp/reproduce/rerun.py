@@ -18,6 +18,7 @@ from captcha_exp.reproduce.overrides import with_overrides
 from captcha_exp.reproduce.reference import ReferenceRun, load_result
 from captcha_exp.runs import Lineage, Run
 from captcha_exp.runs.source_code import git_info, hash_source_files
+from captcha_exp.runtime.console import preview
 from captcha_exp.training import train
 from captcha_exp.training.oom import TrainingOutOfMemoryError
 from captcha_exp.training.recorder import Tracker
@@ -158,8 +159,8 @@ def _report_code(reference: ReferenceRun) -> None:
             return
         message = f"the run has no code.json; its code was {changes.describe_code(environment)}"
     else:
-        names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        message = f"the code differs from that of the run ({changes.describe_code(environment)}): {names}"
+        code = changes.describe_code(environment)
+        message = f"the code differs from that of the run ({code}): {preview(files)}"
     command = _checkout_command(reference, run_git or {}, in_checkout=bool(current_git))
     logger.warning(f"{message}; to restore it: {command}")
 

@@ -7,14 +7,15 @@ one, if the run has no result), the maximum of memory/*, the median of speed/*, 
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from captcha_exp.errors import UserError
+from captcha_exp.config import flatten_mapping
+from captcha_exp.errors import UserError, one_line
 from captcha_exp.runs.info import RunInfo, SweepInfo
 from captcha_exp.runs.run import read_metrics_rows
 from captcha_exp.runtime.paths import root_dir
@@ -160,9 +161,9 @@ def read_flat_config(run_dir: Path) -> dict[str, Any]:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if is_flat else yaml.SafeLoader
         values = loader(text).get_single_data()
         _check_plain(values, set())
-        return dict(_iter_leaves(values))
+        return flatten_mapping(values)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: is not a valid config: {_one_line(error)}") from None
+        raise UserError(f"{path}: is not a valid config: {one_line(error)}") from None
 
 
 def read_flat_environment(run_dir: Path) -> dict[str, Any]:
@@ -219,35 +220,15 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("not an object with keys and values")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     return values
 
 
 def _read_flat_json(path: Path) -> dict[str, Any]:
     try:
-        return flatten(read_json(path))
+        return flatten_mapping(read_json(path))
     except RecursionError:
         raise UserError(f"{path}: cannot be read: nested too deeply") from None
-
-
-def flatten(node: object) -> dict[str, Any]:
-    """Flatten nested mappings to `group.key` -> value; lists are not flattened.
-
-    Raises:
-        ValueError: `node` is not a mapping.
-    """
-    return dict(_iter_leaves(node))
-
-
-def _iter_leaves(node: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (`group.key`, value) for every value that is not a group."""
-    if not isinstance(node, Mapping):
-        raise ValueError("not a mapping of keys to values")
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _iter_leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _check_plain(node: Any, seen: set[int]) -> None:
@@ -265,7 +246,3 @@ def _check_plain(node: Any, seen: set[int]) -> None:
         seen.add(id(node))
         for inner in node.values() if isinstance(node, dict) else node:
             _check_plain(inner, seen)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,7 +6,7 @@ it, as in a notebook, `logging` itself prints the warnings, and no bar is drawn.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -116,6 +116,12 @@ def progress_bar(description: str, total: int) -> Iterator[ProgressBar]:
         )
         with Progress(*columns, console=console, transient=True) as progress:
             yield _RichProgressBar(progress, description, total)
+
+
+def preview(names: Sequence[str], max_names: int = 3) -> str:
+    """Return the first names, as in "a.png, b.png, c.png and 7 more"."""
+    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(map(escape_unprintable, names[:max_names])) + more
 
 
 def escape_unprintable(name: str) -> str:

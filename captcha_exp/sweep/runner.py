@@ -19,10 +19,11 @@ from captcha_exp.sweep.forecast import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
 from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
-from captcha_exp.tracking import finalize_run, make_tracker
+from captcha_exp.tracking import make_tracker
+from captcha_exp.tracking.sync import finalize_run
 
 if TYPE_CHECKING:
-    from captcha_exp.tracking import SweepParentRun
+    from captcha_exp.tracking.parent_run import SweepParentRun
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _start_parent_run(sweep: Sweep, planned_jobs: Sequence[PlannedJob]) -> "Swee
     tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
     if not isinstance(tracking, MlflowConfig):
         return None
-    from captcha_exp.tracking import SweepParentRun
+    from captcha_exp.tracking.parent_run import SweepParentRun
 
     parent = SweepParentRun(tracking)
     known = sweep.info.run_id

@@ -29,7 +29,8 @@ from captcha_exp.runtime.process import ProcessIdentity
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
-from captcha_exp.tracking import finalize_run, make_tracker
+from captcha_exp.tracking import make_tracker
+from captcha_exp.tracking.sync import finalize_run
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from captcha_exp.errors import UserError
-from captcha_exp.tracking.store import first_line, open_store, run_exists
+from captcha_exp.errors import UserError, first_line
+from captcha_exp.tracking.store import open_store, run_exists
 from captcha_exp.tracking.uri import sqlite_path
 
 

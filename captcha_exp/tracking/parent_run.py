@@ -1,20 +1,23 @@
 """The MLflow parent run of a sweep."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
 from captcha_exp.config import MlflowConfig
-from captcha_exp.errors import RunFailed
+from captcha_exp.errors import first_line
 from captcha_exp.runs import MetricsRow, RecordedDir, SweepInfo, now_ms
 from captcha_exp.runs.info import MlflowRef
-from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
+from captcha_exp.tracking.store import (
+    get_or_create_experiment,
+    open_store,
+    raise_run_failed,
+    run_exists,
+)
 from captcha_exp.tracking.tracker import (
-    PARAMS_PER_REQUEST,
     identity_tags,
     send_artifacts,
     send_metrics,
@@ -27,7 +30,6 @@ StepMetrics: TypeAlias = tuple[int, Mapping[str, float]]
 """(step, metrics)"""
 
 DEFAULT_PORT = 5000  # of the UI
-MAX_PARAM_LENGTH = 6000  # characters; limit of MLflow
 
 
 class SweepParentRun:
@@ -40,7 +42,7 @@ class SweepParentRun:
             RunFailed: The store cannot be opened; fix it, or use tracking=none.
         """
         self._uri = tracking.uri
-        with self._raise_run_failed():
+        with raise_run_failed(self._uri):
             self._client: MlflowClient = open_store(tracking.uri)
             self.experiment_id = get_or_create_experiment(self._client, tracking.uri, tracking.experiment)
         self.run_id: str | None = None
@@ -56,14 +58,12 @@ class SweepParentRun:
         Raises:
             RunFailed: The store rejects it; fix the store, or use tracking=none.
         """
-        entities = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items()]
-        with self._raise_run_failed():
+        with raise_run_failed(self._uri):
             created = self._client.create_run(
                 self.experiment_id, tags=identity_tags(sweep), run_name=sweep.run_dir.name
             )
             self.run_id = str(created.info.run_id)
-            for start in range(0, len(entities), PARAMS_PER_REQUEST):
-                self._client.log_batch(self.run_id, params=entities[start : start + PARAMS_PER_REQUEST])
+            self._client.log_batch(self.run_id, params=[Param(*item) for item in params.items()])
 
     def resume(self, run_id: str) -> bool:
         """Reattach to the sweep's existing MLflow run; returns False if the run or the store was deleted.
@@ -71,22 +71,12 @@ class SweepParentRun:
         Raises:
             RunFailed: The store cannot be used; fix it, or use tracking=none.
         """
-        with self._raise_run_failed():
+        with raise_run_failed(self._uri):
             if not run_exists(self._client, run_id):
                 return False
             self._client.update_run(run_id, status="RUNNING")
         self.run_id = run_id
         return True
-
-    @contextlib.contextmanager
-    def _raise_run_failed(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-            raise RunFailed(
-                f"tracking.uri={self._uri}: MLflow cannot write to this store: {first_line(error)}; "
-                "run captcha-exp doctor for the fix, or use tracking=none"
-            ) from error
 
     def finish(
         self, sweep: RecordedDir[SweepInfo], step_metrics: Sequence[StepMetrics], description: str

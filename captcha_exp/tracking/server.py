@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
@@ -17,9 +16,9 @@ import psutil
 from mlflow import MlflowClient
 
 from captcha_exp.config import MlflowConfig
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, first_line
 from captcha_exp.tracking import views
-from captcha_exp.tracking.store import first_line, open_store
+from captcha_exp.tracking.store import open_store
 from captcha_exp.tracking.uri import sqlite_path
 
 logger = logging.getLogger(__name__)
@@ -82,12 +81,9 @@ def _print_pages(client: MlflowClient, base_url: str, experiment_id: str) -> Non
 def _free_port(requested: int | None) -> int:
     candidates: Sequence[int] = [requested] if requested is not None else range(5000, 5050)
     for port in candidates:
-        with socket.socket() as probe:
+        with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+            probe.bind(("127.0.0.1", port))
             return port
     raise UserError(f"--port={candidates[0]}: in use; give a free port")
 
@@ -97,11 +93,12 @@ def _wait_until_up(server: subprocess.Popen[str], port: int) -> None:
         if server.poll() is not None:
             lines = (server.stderr.read() if server.stderr else "").strip().splitlines()
             raise UserError(f"the MLflow UI did not start: {lines[-1] if lines else 'no error message'}")
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1),
+        ):
+            return
+        time.sleep(0.1)
     raise UserError("the MLflow UI did not answer within a minute; try again")
 
 

@@ -1,20 +1,24 @@
 """MLflow's backend store: open or create it, or inspect it without changing anything."""
 
 import contextlib
+import getpass
 import logging
 import os
 import sqlite3
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import filelock
 import mlflow
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from captcha_exp.errors import RunFailed, first_line
 from captcha_exp.tracking.uri import sqlite_path
 
 # MLflow logs each step of creating its tables.
@@ -66,6 +70,27 @@ def get_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
         raise
 
 
+@contextlib.contextmanager
+def raise_run_failed(uri: str) -> Iterator[None]:
+    """Turn any error of the store into RunFailed."""
+    try:
+        yield
+    except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+        raise RunFailed(
+            f"tracking.uri={uri}: MLflow cannot write to this store: {first_line(error)}; "
+            "run captcha-exp doctor for the fix, or use tracking=none"
+        ) from error
+
+
+def source_tags() -> dict[str, str]:
+    """Return the tags in which MLflow shows who started a run, and with which program."""
+    return {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "captcha-exp",
+        "mlflow.source.type": "LOCAL",
+    }
+
+
 def run_exists(client: MlflowClient, run_id: str) -> bool:
     """Check whether the store has the run and it was not deleted."""
     try:
@@ -75,11 +100,6 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
             return False
         raise
     return bool(run.info.lifecycle_stage == "active")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the name of the exception if it is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # -- inspect -----------------------------------------------------------------------------------------------
@@ -108,11 +128,12 @@ def inspect_store(uri: str, experiment: str) -> tuple[StoreStatus, str]:
             if path := sqlite_path(uri):
                 results.append(_inspect_file(path, experiment))
             elif urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
-                results.append(_inspect_database(uri))
+                results.append(_inspect_database(uri, experiment))
             else:
                 results.append(_inspect_server(uri))
         except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-            results.append(("broken", first_line(error)))
+            cause = getattr(error, "orig", error)  # SQLAlchemy's error has that of the driver
+            results.append(("broken", first_line(cause)))
 
     # In a thread, because name resolution and database drivers have no timeout of their own.
     thread = threading.Thread(target=inspect, daemon=True)
@@ -130,28 +151,19 @@ def _inspect_file(path: Path, experiment: str) -> tuple[StoreStatus, str]:
         if lock.exists():  # open_store would wait for it
             with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_SECONDS):
                 pass
-        with closing(_connect(path, "ro")) as database:
-            names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-            if not names - {"alembic_version"}:
-                return "new", ""
-            if "alembic_version" not in names:
-                return "broken", "not an MLflow database"
-            (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
-            if (state := _schema_status(revision)) != "current":
-                return state, f"schema {revision}"
-            query = "SELECT lifecycle_stage FROM experiments WHERE name = ?"
-            if (database.execute(query, (experiment,)).fetchone() or ("active",))[0] != "active":
-                return "deleted", ""
-        with closing(_connect(path, "rw")) as database:
-            database.execute("BEGIN IMMEDIATE")  # takes the write lock; nothing is written
-            database.rollback()
+        status = _inspect_database("sqlite://", experiment, creator=lambda: _connect(path, "ro"))
+        if status[0] == "current":
+            with closing(_connect(path, "rw")) as database:
+                database.execute("BEGIN IMMEDIATE")  # takes the write lock; nothing is written
+                database.rollback()
     except filelock.Timeout:
         return "locked", f"{lock} is held by another process"
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return "locked", str(error)
+    except (sqlite3.OperationalError, sqlalchemy.exc.OperationalError) as error:
+        cause: Any = getattr(error, "orig", error)  # SQLAlchemy's error has that of the driver
+        if cause.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return "locked", str(cause)
         raise
-    return "current", ""
+    return status
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -159,17 +171,21 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(name, uri=True, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
 
 
-def _inspect_database(uri: str) -> tuple[StoreStatus, str]:
-    import sqlalchemy
-
-    engine = sqlalchemy.create_engine(uri)
-    with engine.connect() as connection:
-        if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+def _inspect_database(uri: str, experiment: str, **options: Any) -> tuple[StoreStatus, str]:
+    with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, **options).connect() as connection:
+        names = set(sqlalchemy.inspect(connection).get_table_names())
+        if "alembic_version" not in names:
+            # The database of a server may have tables of other programs.
+            is_other = names and connection.dialect.name == "sqlite"
+            return ("broken", "not an MLflow database") if is_other else ("new", "")
+        if names == {"alembic_version"}:
             return "new", ""
-        query = sqlalchemy.text("SELECT version_num FROM alembic_version")
-        revision = connection.execute(query).scalar()
-    state = _schema_status(str(revision))
-    return state, "" if state == "current" else f"schema {revision}"
+        revision = connection.scalar(sqlalchemy.text("SELECT version_num FROM alembic_version"))
+        if (state := _schema_status(revision)) != "current":
+            return state, f"schema {revision}"
+        query = sqlalchemy.text("SELECT lifecycle_stage FROM experiments WHERE name = :name")
+        stage = connection.scalar(query, {"name": experiment})
+    return "current" if stage in (None, "active") else "deleted", ""
 
 
 def _schema_status(revision: str) -> StoreStatus:
@@ -183,9 +199,9 @@ def _schema_status(revision: str) -> StoreStatus:
 
 
 def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
-    # MLflow reads these for each request; a single try keeps the check short.
+    # MLflow reads these for each request; a single try keeps the check short. `tracking` has set both.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    before = {name: os.environ.get(name) for name in limits}
+    before = {name: os.environ[name] for name in limits}
     os.environ.update(limits)
     try:
         MlflowClient(uri).search_experiments(max_results=1)
@@ -193,9 +209,5 @@ def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
         is_unreachable = "failed with exception" in str(error) or "timed out" in str(error)
         return "unreachable" if is_unreachable else "broken", first_line(error)
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.update(before)
     return "current", ""

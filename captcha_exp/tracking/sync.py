@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captcha_exp.errors import first_line
 from captcha_exp.runs import (
     StaleRun,
     find_stale,
@@ -114,7 +115,7 @@ def _sync_all(stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
 def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
     from mlflow import MlflowClient
 
-    from captcha_exp.tracking.store import first_line, inspect_store
+    from captcha_exp.tracking.store import inspect_store
 
     status, detail = inspect_store(uri, "")
     problem = f"the store is {status}" + (f" ({detail})" if detail else "")

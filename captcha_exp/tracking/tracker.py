@@ -4,7 +4,6 @@ The run directory is written first and is complete without MLflow. If the store 
 continues: rows are queued and sent with the next one. Their timestamps let MLflow ignore duplicates.
 """
 
-import getpass
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -15,15 +14,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from captcha_exp.config import Config, MlflowConfig, flatten
-from captcha_exp.errors import RunFailed
+from captcha_exp.errors import first_line
 from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, RecordedDir, Run, RunInfo
 from captcha_exp.runs.info import MlflowRef, Record
-from captcha_exp.tracking.store import first_line, get_or_create_experiment, open_store, run_exists
+from captcha_exp.tracking.store import (
+    get_or_create_experiment,
+    open_store,
+    raise_run_failed,
+    run_exists,
+    source_tags,
+)
 
 logger = logging.getLogger(__name__)
-
-PARAMS_PER_REQUEST = 100  # limit of MLflow, also for tags
-METRICS_PER_REQUEST = 1000  # limit of MLflow
 
 
 class MlflowTracker:
@@ -58,7 +60,7 @@ class MlflowTracker:
         """
         assert isinstance(config.tracking, MlflowConfig)  # `make_tracker` checks this
         uri = config.tracking.uri
-        try:
+        with raise_run_failed(uri):
             self._client = open_store(uri)
             experiment = get_or_create_experiment(self._client, uri, config.tracking.experiment)
             tags = {**identity_tags(run), **run.info.tags, **self._tags}
@@ -76,13 +78,7 @@ class MlflowTracker:
                 send_metrics(self._client, run_id, run.metrics_rows())
             self._run_id = run_id
             params = [Param(key, value) for key, value in flatten(config).items()]
-            for start in range(0, len(params), PARAMS_PER_REQUEST):
-                self._client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_REQUEST])
-        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-            raise RunFailed(
-                f"tracking.uri={uri}: MLflow cannot write to this store: {first_line(error)}; "
-                "run captcha-exp doctor for the fix, or use tracking=none"
-            ) from error
+            self._client.log_batch(self._run_id, params=params)
 
     def _existing_run_id(self, run: Run, uri: str) -> str | None:
         """Return the MLflow run ID of a resumed run, or None if it has none in this store."""
@@ -150,7 +146,7 @@ class MlflowTracker:
         """Call `send`; on an error, warn and return False, since the run directory has all data."""
         try:
             send(self._client)
-        except Exception as error:  # as in start()
+        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
             logger.warning(f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete")
             return False
         return True
@@ -159,9 +155,7 @@ class MlflowTracker:
 def identity_tags(run: RecordedDir[Any]) -> dict[str, str]:
     """Return the tags that name the directory and the process of a run or sweep."""
     return {
-        "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": "captcha-exp",
-        "mlflow.source.type": "LOCAL",
+        **source_tags(),
         "run_dir": str(run.run_dir),
         **{key: str(getattr(run.info, key)) for key in ("host", "pid", "process_started")},
     }
@@ -172,8 +166,7 @@ def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) 
     metrics = [
         Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
     ]
-    for start in range(0, len(metrics), METRICS_PER_REQUEST):
-        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+    client.log_batch(run_id, metrics=metrics)
 
 
 def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:

@@ -74,13 +74,11 @@ def create_views(client: MlflowClient, base_url: str, experiment_id: str) -> dic
     sweep = find_latest_sweep(client, experiment_id)
     if sweep is not None:
         saved["sweep"] = sweep_view(sweep)
+    urls = {}
     for name, state in saved.items():
-        client.set_experiment_tag(
-            experiment_id, f"mlflow.sharedViewState.{_view_key(name)}", _serialize_view(name, state)
-        )
-    urls = {
-        name: runs_url(base_url, experiment_id, view=_view_key(name), charts=name != "runs") for name in saved
-    }
+        key, view = f"captcha-exp-{name}", {"name": name, "createdAt": 0, "state": json.dumps(state)}
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view))
+        urls[name] = runs_url(base_url, experiment_id, view=key, charts=name != "runs")
     if sweep is not None:
         ids = [job.info.run_id for job in sweep.jobs[-MAX_COMPARED_RUNS:]]
         urls["summary"] = run_url(base_url, experiment_id, sweep.parent_run_id)
@@ -125,14 +123,9 @@ def compare_url(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> st
 # -- views -------------------------------------------------------------------------------------------------
 
 
-def runs_view() -> ViewState:
-    """Return the view with one row per run, newest first."""
-    return _base_view()
-
-
 def curves_view() -> ViewState:
     """Return the view with the learning curves of all runs."""
-    return _base_view() | _chart_sections({"curves": [_line_chart(metric) for metric in CURVE_METRICS]})
+    return runs_view() | _chart_sections({"curves": [_line_chart(metric) for metric in CURVE_METRICS]})
 
 
 def sweep_view(sweep: LatestSweep) -> ViewState:
@@ -142,23 +135,15 @@ def sweep_view(sweep: LatestSweep) -> ViewState:
     if len(keys) > 1:
         sections["all swept keys"] = [_parallel_chart(keys, SWEEP_METRICS)]
     sections["curves"] = [_line_chart(metric) for metric in CURVE_METRICS]
-    return _base_view(_child_runs_filter(sweep.parent_run_id)) | _chart_sections(sections)
-
-
-def _view_key(name: str) -> str:
-    return f"captcha-exp-{name}"
+    return runs_view(_child_runs_filter(sweep.parent_run_id)) | _chart_sections(sections)
 
 
 def _child_runs_filter(parent_run_id: str) -> str:
     return f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
 
 
-def _serialize_view(name: str, state: ViewState) -> str:
-    """Return a view in MLflow's JSON format."""
-    return json.dumps({"name": name, "createdAt": 0, "state": json.dumps(state)})
-
-
-def _base_view(search_filter: str = "") -> ViewState:
+def runs_view(search_filter: str = "") -> ViewState:
+    """Return the view with one row per run, newest first."""
     return {
         "searchFilter": search_filter,
         # MLflow nests child runs under their parent only when sorting by "Created". All runs have the same

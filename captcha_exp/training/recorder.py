@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from captcha_exp.config import Config
+from captcha_exp.config import Config, flatten_mapping
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan
@@ -16,7 +16,7 @@ from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, Status, now_ms
-from captcha_exp.runs.fields import flatten, read_flat_environment
+from captcha_exp.runs.fields import read_flat_environment
 from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
 from captcha_exp.runtime.shutdown import STOPPED, StopReason, defer_signals, stop_reason
@@ -169,7 +169,7 @@ def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) ->
         write_source_info(run, recorder.warn)
         run.write_json(path.name, environment)
         return
-    then, now = read_flat_environment(run.run_dir), flatten(environment)
+    then, now = read_flat_environment(run.run_dir), flatten_mapping(environment)
     keys = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in NUMERICS_KEYS]
     changed = {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
     if changed:

@@ -36,7 +36,7 @@ from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.results import Outcome, collect_results
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
-from captcha_exp.tracking import SweepParentRun
+from captcha_exp.tracking.parent_run import SweepParentRun
 from captcha_exp.training import oom
 
 Launch = Callable[[Path, Sequence[int]], None]

@@ -26,8 +26,9 @@ from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runtime.console import set_up_logging
 from captcha_exp.runtime.files import write_json
 from captcha_exp.runtime.process import ProcessIdentity
-from captcha_exp.tracking import MlflowTracker, close_stale_runs
 from captcha_exp.tracking.store import open_store
+from captcha_exp.tracking.sync import close_stale_runs
+from captcha_exp.tracking.tracker import MlflowTracker
 
 LONG_AGO = 1_700_000_000.25  # 2023
 ROWS = [MetricsRow(step, 10 * step, {"val/accuracy": step / 4, "val/loss": 1 / step}) for step in (1, 2, 3)]
@@ -662,7 +663,7 @@ def test_the_runs_command_lists_a_run_of_version_0_1_as_a_warning(
 def test_closing_a_run_imports_neither_torch_nor_mlflow(tiny: Config, root: Path) -> None:
     make_stale(record.create_run(tiny, tiny))
     script = (
-        "import sys; from captcha_exp.tracking import close_stale_runs;"
+        "import sys; from captcha_exp.tracking.sync import close_stale_runs;"
         "print(len(close_stale_runs()), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -21,8 +21,9 @@ from captcha_exp import compose, load, runs
 from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
 from captcha_exp.model.weights import load_weights
-from captcha_exp.tracking import MlflowTracker, serve_ui
+from captcha_exp.tracking.server import serve_ui
 from captcha_exp.tracking.store import open_store
+from captcha_exp.tracking.tracker import MlflowTracker
 from captcha_exp.training.train import train
 
 

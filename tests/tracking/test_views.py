@@ -11,8 +11,9 @@ from conftest import infos, warnings
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from captcha_exp.tracking import compare_url, server, views
+from captcha_exp.tracking import server, views
 from captcha_exp.tracking.store import open_store
+from captcha_exp.tracking.views import compare_url
 
 SERVER = "http://127.0.0.1:5000"
 
