@@ -4,14 +4,15 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
 
 from captcha_exp.cli.output import get_console
-from captcha_exp.config import Config, resolve, to_dict, with_untuned_defaults
+from captcha_exp.cli.plan_json import AdviceOutput, OneGpuOutput, TimedPlan
+from captcha_exp.config import Config, Precision, resolve, with_untuned_defaults
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import Advice, advise
 from captcha_exp.memory.interval import MiBRange
@@ -32,38 +33,37 @@ def run(
     """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit."""
     batch_size, config = config.train.batch_size, resolve_for_plan(config)
     sizes = parse_batch_sizes(arguments.batch_sizes, batch_size)
-    budget_mib = memory_budget(config, total_mib := gpu_total_mib(config))
+    total_mib = gpu_total_mib(config)
+    budget_mib = memory_budget(config.gpu, config.device.vram_budget_mib, total_mib)
     if arguments.advise:
         _check_advise(arguments, batch_size, budget_mib)
     if arguments.must_fit:
         check_must_fit(arguments, batch_size, [] if budget_mib else [config.gpu.name])
     split_sizes = count_images(config)
-    header = {
-        "gpu": to_dict(config.gpu),
-        "precision": config.device.precision,
-        "images": split_sizes,
-        "budget_mib": budget_mib,
-    }
+    precision = cast(Precision, config.device.precision)
     if arguments.advise:
+        assert budget_mib is not None
         advice = advise(config, split_sizes, total_mib, display)
         if arguments.json:
-            return header | {"batch_size": batch_size, "advice": [each.to_json() for each in advice]}, []
+            output = AdviceOutput(config.gpu, precision, split_sizes, budget_mib, int(batch_size), advice)
+            return asdict(output), []
         _print_advice(advice, int(batch_size), config, budget_mib)
         return None, []
     planner = Planner(config, split_sizes, total_mib)
-    plans, seconds = [], []
+    plans = []
     with display.progress_bar("planning", len(sizes)) as bar:
         for size in sizes:
             start = time.perf_counter()
-            plans.append(planner.plan_for(size))
-            seconds.append(time.perf_counter() - start)
+            plan = planner.plan_for(size)
+            plans.append(TimedPlan(**vars(plan), seconds=time.perf_counter() - start))
             bar.advance(1)
-    max_batch_size = planner.max_batch_size()
+    max_batch_size = planner.max_batch_size() or None
     required = plans if arguments.batch_sizes else [plan for plan in plans if plan.batch_size == batch_size]
     misfits = list_misfits(required, config.gpu.name) if arguments.must_fit else []
     if arguments.json:
-        timed = [plan.to_json() | {"seconds": each} for plan, each in zip(plans, seconds, strict=True)]
-        return header | {"plans": timed, "max_batch_size": max_batch_size or None}, misfits
+        return asdict(
+            OneGpuOutput(config.gpu, precision, split_sizes, budget_mib, plans, max_batch_size)
+        ), misfits
     _print_plans(plans, max_batch_size, config, split_sizes["train"])
     return None, misfits
 

@@ -20,11 +20,13 @@ LossCTC.cpp.
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from captcha_exp.memory.torch_patches import replace_attributes
 
 _aten = torch.ops.aten
 _AUTOCAST_FP32_OPS = (
@@ -67,8 +69,7 @@ def emulate_cuda_operators() -> Iterator[None]:
             torch._C._set_mkldnn_enabled(was_enabled)
 
 
-@contextmanager
-def _emulate_cuda_autocast() -> Iterator[None]:
+def _emulate_cuda_autocast() -> AbstractContextManager[None]:
     """Apply torch.autocast("cuda") in this thread to the traced device, with the default dtype of CUDA."""
     plain, thread = torch.autocast.__init__, threading.get_ident()
 
@@ -77,11 +78,7 @@ def _emulate_cuda_autocast() -> Iterator[None]:
             device_type, dtype = "cpu", dtype or torch.float16
         plain(self, device_type, dtype, *args, **kwargs)
 
-    setattr(torch.autocast, "__init__", init)  # noqa: B010 - mypy rejects an assignment to a method
-    try:
-        yield
-    finally:
-        setattr(torch.autocast, "__init__", plain)  # noqa: B010
+    return replace_attributes([(torch.autocast, "__init__", init)])
 
 
 def _ctc_loss(

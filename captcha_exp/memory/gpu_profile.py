@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 
 from captcha_exp.config import Bounds, GpuSpec, Precision
 from captcha_exp.errors import UserError
+from captcha_exp.memory.interval import MiBRange
 
 CONTEXT_MARGIN_MIB = 64  # added to a measured context, for kernels that only training loads
 # These limits are checked for measurements from a file, not for a dataclass created in code.
@@ -145,24 +146,21 @@ def _mib_bounds(min_mib: float, max_mib: float, source: str) -> Bounds:
 
 def _others_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     """Return the memory that other processes used, before this one started and during the measurements."""
-    used_mib = [
-        max(0.0, s.used_mib - s.process_mib) for s in measurements.stages if s.process_mib is not None
-    ]
+    used_mib = [s.used_mib - s.process_mib for s in measurements.stages if s.process_mib is not None]
     if measurements.free_before_mib is not None:
-        used_mib.append(max(0.0, total - measurements.free_before_mib))
+        used_mib.append(total - measurements.free_before_mib)
     if used_mib:
         source = "measured by NVML, memory of other programs at that time"
-        return _mib_bounds(min(used_mib), max(used_mib), source)
+        return _mib_bounds(max(0.0, min(used_mib)), max(0.0, *used_mib), source)
     source = "not reported by NVML; at most the memory in use after this process started"
     return _mib_bounds(0, measurements.stages[0].non_allocator_mib, source)
 
 
 def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     """Return the context from the smallest that can train to the largest measured one, with a margin."""
-    bounds = [_context_range(stage, measurements, total) for stage in measurements.stages]
+    contexts = [_context_range(stage, measurements, total) for stage in measurements.stages]
     steps = ", ".join(
-        (f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}") + f" after {stage.after}"
-        for stage, (low, high) in zip(measurements.stages, bounds, strict=True)
+        f"{context} after {stage.after}" for stage, context in zip(measurements.stages, contexts, strict=True)
     )
     by = (
         "by NVML for the process"
@@ -170,24 +168,22 @@ def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
         else "as the increase of the memory in use on the GPU"
     )
     return _mib_bounds(
-        min(low for low, _ in bounds[measurements.smallest :]),
-        max(high for _, high in bounds) + CONTEXT_MARGIN_MIB,
+        min(context.min for context in contexts[measurements.smallest :]),
+        max(context.max for context in contexts) + CONTEXT_MARGIN_MIB,
         f"measured {by}, {steps}; max includes {CONTEXT_MARGIN_MIB} for kernels loaded later",
     )
 
 
-def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> tuple[float, float]:
-    """Return the minimum and maximum MiB of the process outside torch's allocator."""
+def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> MiBRange:
+    """Return the memory of the process outside torch's allocator."""
     if stage.process_mib is not None:
-        exact = max(0.0, stage.process_mib - stage.reserved_mib)
-        return exact, exact
-    if measurements.free_before_mib is not None:
-        exact = max(0.0, stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib))
-        return exact, exact
-    # The memory in use after the start may belong to other processes entirely, or not at all.
-    return max(
-        0.0, stage.non_allocator_mib - measurements.stages[0].non_allocator_mib
-    ), stage.non_allocator_mib
+        low = high = stage.process_mib - stage.reserved_mib
+    elif measurements.free_before_mib is not None:
+        low = high = stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib)
+    else:  # the memory in use after the start may belong to other processes entirely, or not at all
+        high = stage.non_allocator_mib
+        low = high - measurements.stages[0].non_allocator_mib
+    return MiBRange(max(0.0, low), max(0.0, high))
 
 
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
@@ -196,54 +192,51 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     If the largest measured batch of a network has the largest workspace, a larger batch may need more: the
     maximum is then at least that of `fallback`.
     """
-    groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
+    by_network: dict[tuple[str, Precision], dict[int, ConvWorkspace]] = {}
     for each in measurements.transients:
-        group = (each.network, each.precision, each.batch_size)
-        groups[group] = max(groups.get(group, each), each, key=lambda workspace: workspace.mib)
-    if not groups:
+        by_size = by_network.setdefault((each.network, each.precision), {})
+        by_size[each.batch_size] = max(
+            by_size.get(each.batch_size, each), each, key=lambda workspace: workspace.mib
+        )
+    if not by_network:
         return _unmeasured_bounds(fallback)
-    largest = sorted(groups.values(), key=lambda workspace: workspace.mib)
-    sizes = sorted({each.batch_size for each in largest})
-    source = (
-        f"measured, {largest[0]} to {largest[-1]}; forward and backward, batch sizes "
-        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}"
+    workspaces = sorted(
+        (each for by_size in by_network.values() for each in by_size.values()), key=lambda each: each.mib
     )
-    max_mib = largest[-1].mib
-    if max_mib < fallback.max and _grows(groups.values()):
+    smallest, largest = workspaces[0], workspaces[-1]
+    sizes = {size for by_size in by_network.values() for size in by_size}
+    source = (
+        f"measured, {smallest} to {largest}; forward and backward, batch sizes "
+        f"{min(sizes)} to {max(sizes)}, train.deterministic={str(measurements.deterministic).lower()}"
+    )
+    max_mib = largest.mib
+    if max_mib < fallback.max and any(map(_grows, by_network.values())):
         max_mib = fallback.max
         source += f"; still growing at the largest batch size, so max is not measured: {fallback.source}"
-    return _mib_bounds(largest[0].mib, max_mib, source)
+    return _mib_bounds(smallest.mib, max_mib, source)
 
 
-def _grows(workspaces: Iterable[ConvWorkspace]) -> bool:
+def _grows(by_size: Mapping[int, ConvWorkspace]) -> bool:
     """Return whether the largest batch of a network and precision has a larger workspace than the others."""
-    by_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
-    for each in workspaces:
-        by_network.setdefault((each.network, each.precision), []).append(each)
-    for group in by_network.values():
-        *smaller, largest = sorted(group, key=lambda workspace: workspace.batch_size)
-        if smaller and largest.mib > max(each.mib for each in smaller):
-            return True
-    return False
+    largest = by_size[max(by_size)]
+    others = [each.mib for each in by_size.values() if each is not largest]
+    return bool(others) and largest.mib > max(others)
 
 
 def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:
     """Return the speed relative to fp32, from the slowest to the fastest round of all networks."""
-    ratios_by_network: dict[str, list[float]] = {}
+    by_network: dict[str, list[float]] = {}
     for each in rounds:
         if precision in each.seconds:
             ratio = each.seconds["fp32"] / each.seconds[precision]
-            ratios_by_network.setdefault(f"{each.network}, batch size {each.batch_size}", []).append(ratio)
-    if not ratios_by_network:
+            by_network.setdefault(f"{each.network}, batch size {each.batch_size}", []).append(ratio)
+    if not by_network:
         return _unmeasured_bounds(fallback)
-    ratios = [ratio for each in ratios_by_network.values() for ratio in each]
-    ranges = "; ".join(
-        f"{min(each):.2f} to {max(each):.2f} ({name})" for name, each in ratios_by_network.items()
-    )
+    ranges = (f"{min(each):.2f} to {max(each):.2f} ({name})" for name, each in by_network.items())
     return Bounds(
-        min=math.floor(min(ratios) * 100) / 100,
-        max=math.ceil(max(ratios) * 100) / 100,
-        source=f"measured in training steps, {ranges}",
+        min=math.floor(min(map(min, by_network.values())) * 100) / 100,
+        max=math.ceil(max(map(max, by_network.values())) * 100) / 100,
+        source=f"measured in training steps, {'; '.join(ranges)}",
     )
 
 

@@ -1,8 +1,12 @@
 """The types of a prediction: a range in MiB, and whether it fits."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
+MiB = Annotated[float, Field(ge=0)]
 
 
 class MiBRange(NamedTuple):
@@ -19,3 +23,9 @@ class MiBRange(NamedTuple):
     def relative_error(self, measured: float) -> float:
         """Return the relative distance from a measured value: positive if the range is above it, 0 inside."""
         return (min(max(measured, self.min), self.max) - measured) / measured
+
+
+def described(text: str) -> FieldInfo:
+    """Return the metadata of a field with this description in a JSON Schema; subclasses inherit it."""
+    info: FieldInfo = Field(description=text)
+    return info
