@@ -5,7 +5,7 @@ python -m captcha_exp.cli.plan_json > docs/plan.schema.json
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, TypeAdapter, with_config
 
@@ -82,9 +82,8 @@ class AdviceOutput:
     advice: Annotated[list[Advice], described("combinations that fit, fastest first; none: none is known")]
 
 
-OUTPUT: TypeAdapter[OneGpuOutput | ManyGpusOutput | AdviceOutput] = TypeAdapter(
-    OneGpuOutput | ManyGpusOutput | AdviceOutput
-)
+PlanOutput: TypeAlias = OneGpuOutput | ManyGpusOutput | AdviceOutput
+OUTPUT: TypeAdapter[PlanOutput] = TypeAdapter(PlanOutput)
 
 
 def schema() -> dict[str, Any]:

@@ -63,48 +63,38 @@ def advise(
         return found
     with display.progress_bar("planning", len(variants)) as bar:
         for variant in variants:
-            if fitting := _with_fewest_micro_batches(variant, plan):
-                chosen, chosen_plan = fitting
-                found.append(
-                    Advice(
-                        _overrides(chosen, base),
-                        chosen_plan,
-                        relative_time(chosen, base),
-                        _notes(chosen, base),
-                    )
-                )
+            if advice := _with_fewest_micro_batches(variant, base, plan):
+                found.append(advice)
             bar.advance(1)
-    found.sort(
-        key=lambda each: (
-            each.overrides != (),
-            round(each.relative_time, 3),
-            len(each.overrides),
-            each.overrides,
-        )
-    )
+    found.sort(key=_order)
     return [each for each in found if not any(_dominates(other, each) for other in found)]
 
 
+def _order(advice: Advice) -> tuple[bool, float, int, tuple[str, ...]]:
+    """Return the sort key of a combination: the unchanged config, then the fastest, then the simplest."""
+    overrides = advice.overrides
+    return overrides != (), round(advice.relative_time, 3), len(overrides), overrides
+
+
 def _variants(config: Config) -> Iterator[Config]:
-    """Yield the config with each combination of the settings that are switched on or off."""
-    resident = {config.device.preload_limit_mib, 0}
-    checkpointing = {config.train.activation_checkpointing, True}
-    for limit, recompute, precision in itertools.product(
-        sorted(resident, reverse=True), sorted(checkpointing), _precisions(config)
-    ):
+    """Yield the config with each combination of the settings that are switched on or off.
+
+    For fp32, these include the faster 16-bit precision of the GPU.
+    """
+    precisions: list[Precision] = ["fp32" if config.device.precision == "auto" else config.device.precision]
+    if precisions == ["fp32"]:
+        precisions.append("fp16" if _speed(config.gpu, "fp16") > _speed(config.gpu, "bf16") else "bf16")
+    limits = sorted({config.device.preload_limit_mib, 0}, reverse=True)
+    checkpointing = sorted({config.train.activation_checkpointing, True})
+    for limit, recompute, precision in itertools.product(limits, checkpointing, precisions):
         device = replace(config.device, preload_limit_mib=limit, precision=precision)
         yield replace(config, device=device, train=replace(config.train, activation_checkpointing=recompute))
 
 
-def _precisions(config: Config) -> list[Precision]:
-    """Return the precision of the config and, for fp32, the faster 16-bit precision of the GPU."""
-    faster: Precision = "fp16" if _speed(config.gpu, "fp16") > _speed(config.gpu, "bf16") else "bf16"
-    own: Precision = "fp32" if config.device.precision == "auto" else config.device.precision
-    return [own] if own != "fp32" else [own, faster]
-
-
-def _with_fewest_micro_batches(variant: Config, plan: Callable[[Config], Plan]) -> tuple[Config, Plan] | None:
-    """Return the variant with the fewest micro-batches that fit, and its plan; None if no number fits."""
+def _with_fewest_micro_batches(
+    variant: Config, base: Config, plan: Callable[[Config], Plan]
+) -> Advice | None:
+    """Return the variant with the fewest micro-batches that fit; None if no number of them fits."""
     if not _could_fit(variant, plan):
         return None
     batch = int(variant.train.batch_size)
@@ -113,13 +103,18 @@ def _with_fewest_micro_batches(variant: Config, plan: Callable[[Config], Plan]) 
 
     @functools.cache
     def planned(number: int) -> tuple[Config, Plan]:
-        return _with_fitting_eval_batch(_with_micro_batch_size(variant, sizes[number]), plan)
+        micro = None if sizes[number] >= batch else sizes[number]
+        config = replace(variant, train=replace(variant.train, micro_batch_size=micro))
+        return _with_fitting_eval_batch(config, plan)
 
     def fits(number: int) -> bool:
         return planned(number)[1].fits == "fits"
 
     fewest = 0 if fits(0) else bisect_left(range(len(sizes)), True, lo=1, key=fits)
-    return planned(fewest) if fewest < len(sizes) else None
+    if fewest == len(sizes):
+        return None
+    chosen, chosen_plan = planned(fewest)
+    return Advice(_overrides(chosen, base), chosen_plan, relative_time(chosen, base), _notes(chosen, base))
 
 
 def _could_fit(variant: Config, plan: Callable[[Config], Plan]) -> bool:
@@ -129,18 +124,12 @@ def _could_fit(variant: Config, plan: Callable[[Config], Plan]) -> bool:
     return plan(smallest).fits == "fits"
 
 
-def _with_micro_batch_size(config: Config, size: int) -> Config:
-    micro = None if size >= int(config.train.batch_size) else size
-    return replace(config, train=replace(config.train, micro_batch_size=micro))
-
-
 def _with_fitting_eval_batch(config: Config, plan: Callable[[Config], Plan]) -> tuple[Config, Plan]:
     """Return the config and its plan, with eval_batch_size halved while the evaluation does not fit."""
     planned = plan(config)
     while planned.fits != "fits" and planned.is_evaluation_peak and config.train.eval_batch_size > 1:
-        config = replace(
-            config, train=replace(config.train, eval_batch_size=config.train.eval_batch_size // 2)
-        )
+        halved = config.train.eval_batch_size // 2
+        config = replace(config, train=replace(config.train, eval_batch_size=halved))
         planned = plan(config)
     return config, planned
 
@@ -162,9 +151,8 @@ def _step_time(config: Config) -> float:
     time = 1 / _speed(config.gpu, precision) if precision in ("bf16", "fp16") else 1.0
     time *= RECOMPUTE_TIME_FACTOR if train.activation_checkpointing else 1.0
     passes = -(-int(train.batch_size) // (train.micro_batch_size or int(train.batch_size)))
-    return time * (1 + MICRO_BATCH_OVERHEAD * (passes - 1)) + TRANSFER_OVERHEAD * (
-        config.device.preload_limit_mib == 0
-    )
+    transfer = TRANSFER_OVERHEAD if config.device.preload_limit_mib == 0 else 0.0
+    return time * (1 + MICRO_BATCH_OVERHEAD * (passes - 1)) + transfer
 
 
 def speedup(gpu: GpuSpec, precision: str) -> Bounds:

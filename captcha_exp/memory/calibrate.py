@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -52,9 +52,7 @@ class GpuFile:
         Raises:
             UserError: the name is invalid, or the file exists.
         """
-        if self.name is not None and (
-            not NAME_PATTERN.fullmatch(self.name) or self.name.lower() in RESERVED_NAMES
-        ):
+        if self.name is not None and not _is_valid_name(self.name):
             raise UserError(
                 f"--name={self.name}: must be a letter, then letters, digits, _ and -, 64 at most, for "
                 "gpu=NAME"
@@ -67,18 +65,29 @@ class GpuFile:
     def write(
         self, path: Path, gpu: GpuSpec, date: str, software: Mapping[str, object], *more: str
     ) -> tuple[GpuSpec, Path]:
-        """Write the file below a header with the date and the software versions; return its GPU and path."""
+        """Write the file, after a check that it loads as the same figures; return its GPU and path.
+
+        The lines of its header are the date and the software versions, `more`, and the command.
+        """
         known = ", ".join(f"{part} {version or 'unknown'}" for part, version in software.items())
-        measured = f"{gpu.name}, measured on {date} with {known}"
-        _write_gpu_file(path, gpu, [measured, *more, f"Command: {shlex.join(self.command)}"])
+        command = f"Command: {shlex.join(self.command)}"
+        header = [f"{gpu.name}, measured on {date} with {known}", *more, command]
+        text = "".join(f"# {' '.join(line.split())}\n" for line in header) + gpu_to_yaml(gpu)
+        with tempfile.TemporaryDirectory() as directory:
+            draft = Path(directory) / path.name
+            draft.write_text(text, encoding="utf-8")
+            if load_gpu(draft) != gpu:
+                raise RunFailed(f"{path}: does not load as the measured figures; nothing is written")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text.encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
         return gpu, path
 
 
 def calibrate(
-    configs: Sequence[Config],
-    machine: Machine,
-    display: Display,
-    file: GpuFile,
+    configs: Sequence[Config], machine: Machine, display: Display, file: GpuFile
 ) -> tuple[GpuSpec, Path]:
     """Measure the GPU and write its file; return the figures and the path.
 
@@ -94,21 +103,16 @@ def calibrate(
     path = file.path(properties.name)
     chosen = [replace(c, device=replace(c.device, name=device_name, precision="fp32")) for c in configs]
     free_before = free.get(str(getattr(properties, "uuid", "")))
+    free_mib = None if free_before is None else free_before / devices.MIB
     display.info(f"{properties.name}: measuring; do not use the GPU for anything else meanwhile")
-    measurements = measure(
-        [resolve(config, machine) for config in chosen],
-        device,
-        None if free_before is None else free_before / devices.MIB,
-        display,
-    )
+    measurements = measure([resolve(config, machine) for config in chosen], device, free_mib, display)
     software = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "cuDNN": format_cudnn_version(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]  # as above
         "driver": devices.driver_version(),
     }
-    gpu = build_gpu_spec(measurements, configs[0].gpu)
-    return file.write(path, gpu, time.strftime("%Y-%m-%d"), software)
+    return file.write(path, build_gpu_spec(measurements, configs[0].gpu), time.strftime("%Y-%m-%d"), software)
 
 
 def calibrate_from_session(session_file: Path, fallback: GpuSpec, file: GpuFile) -> tuple[GpuSpec, Path]:
@@ -163,23 +167,11 @@ def resolve_gpu_dir(config_dir: str | None) -> Path:
 def slug(text: str) -> str:
     """Return a GPU's name as the stem of its file."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-")
-    is_valid = NAME_PATTERN.fullmatch(words) and words not in RESERVED_NAMES
-    return words if is_valid else f"gpu-{words}".rstrip("-")
+    return words if _is_valid_name(words) else f"gpu-{words}".rstrip("-")
 
 
-def _write_gpu_file(path: Path, gpu: GpuSpec, header: Sequence[str]) -> None:
-    """Write the GPU file below these comment lines, after a check that it loads as the same figures."""
-    text = "".join(f"# {' '.join(line.split())}\n" for line in header) + gpu_to_yaml(gpu)
-    with tempfile.TemporaryDirectory() as directory:
-        draft = Path(directory) / path.name
-        draft.write_text(text, encoding="utf-8")
-        if load_gpu(draft) != gpu:
-            raise RunFailed(f"{path}: does not load as the measured figures; nothing is written")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+def _is_valid_name(name: str) -> bool:
+    return NAME_PATTERN.fullmatch(name) is not None and name.lower() not in RESERVED_NAMES
 
 
 def format_cudnn_version(number: object) -> str | None:
@@ -257,16 +249,11 @@ def _measured_contexts_mib(parts: Mapping[str, Any]) -> Iterator[float]:
     """Yield the MiB of each measured training's process outside torch's allocator, by NVML."""
     for name, part in parts.items():
         figures = part.get("figures") if isinstance(part, dict) else None
-        if not name.startswith("plan-") or not isinstance(figures, dict):
-            continue
-        context, by = figures.get("context_mib"), figures.get("process_by")
-        # Without NVML the figure includes the memory of other programs.
-        if isinstance(by, str) and by.startswith("NVML") and _is_mib(context):
-            yield float(context)
-
-
-def _is_mib(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_MIB
+        if name.startswith("plan-") and isinstance(figures, dict):
+            context, by = figures.get("context_mib"), str(figures.get("process_by"))
+            # Without NVML the figure includes the memory of other programs.
+            if by.startswith("NVML") and isinstance(context, int | float) and 0 <= context <= MAX_MIB:
+                yield float(context)
 
 
 def _widen_context(gpu: GpuSpec, contexts_mib: list[float]) -> GpuSpec:

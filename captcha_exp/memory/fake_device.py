@@ -11,6 +11,7 @@ tests/memory/test_trace.py: they differ only in the mean and deviation of a batc
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -72,16 +73,14 @@ class DeviceTensor(Tensor):
         del tensor_contents
         return f"DeviceTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        raise _value_read_error("numpy.asarray")
-
-    def numpy(self, *_: Any, **__: Any) -> Any:
+    def _raise_value_read(self, name: str, *_: Any, **__: Any) -> Any:
         """Raise UntraceableError, because the tensor has no values."""
-        raise _value_read_error("Tensor.numpy")
+        remedy = f"remove {name.rpartition('.')[2]}() from the step"
+        raise UntraceableError(name, "reads values on the host", remedy)
 
-    def tolist(self) -> Any:
-        """Raise UntraceableError, because the tensor has no values."""
-        raise _value_read_error("Tensor.tolist")
+    __array__ = partialmethod(_raise_value_read, "numpy.asarray")
+    numpy = partialmethod(_raise_value_read, "Tensor.numpy")
+    tolist = partialmethod(_raise_value_read, "Tensor.tolist")
 
 
 class Convolution(NamedTuple):
@@ -110,13 +109,6 @@ class UntraceableError(NotImplementedError):
         super().__init__(f"{operator} {reason}; {remedy}")
         self.operator, self.reason, self.remedy = operator, reason, remedy
         self.module_path: str | None = None  # of the submodule that called it, if known
-
-
-def _value_read_error(name: str) -> UntraceableError:
-    """Return the error for a method that reads values."""
-    return UntraceableError(
-        name, "reads values on the host", f"remove {name.rpartition('.')[2]}() from the step"
-    )
 
 
 class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -157,8 +149,7 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         inputs: list[DeviceTensor] = []
         devices: list[torch.device] = []
         cache_key = [func, torch.is_inference_mode_enabled(), torch.get_default_dtype(), *kwargs]
-        _collect_cache_key(args, cache_key, inputs, devices)
-        _collect_cache_key(kwargs.values(), cache_key, inputs, devices)
+        _collect_cache_key((*args, *kwargs.values()), cache_key, inputs, devices)
         if func is _aten.lift_fresh.default:  # called by torch.tensor for a new tensor
             devices.append(args[0].device)
         if func is _aten._local_scalar_dense.default and self._value_reads_allowed:
@@ -252,9 +243,8 @@ def _raise_untraceable(func: Any, args: Any) -> Iterator[None]:
 def _run_on_meta(func: Any, args: Any, kwargs: Any, meta_inputs: list[Tensor]) -> Any:
     """Run the `meta` kernel on the inputs, in place of the device tensors."""
     if torch.Tag.inplace_view in func.tags:
-        raise UntraceableError(
-            str(func), "changes the shape of a tensor in place", "use the variant that returns a new tensor"
-        )
+        remedy = "use the variant that returns a new tensor"
+        raise UntraceableError(str(func), "changes the shape of a tensor in place", remedy)
     if not func._schema.returns:
         return None  # writes to its inputs; fused SGD has no `meta` kernel
     remaining = iter(meta_inputs)

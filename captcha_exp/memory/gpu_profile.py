@@ -6,7 +6,8 @@ Nothing here uses a GPU, so tests can cover any GPU with made-up measurements.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -116,23 +117,18 @@ def measurements_from_json(values: Any) -> GpuMeasurements:
 def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
     """Return the figures of the GPU; those that were not measured keep the bounds of `fallback`."""
     total = min(measurements.totals_mib)
-    others = _others_bounds(measurements, total)
+    total_source = "reported by torch, from cudaMemGetInfo and from the device properties"
+    cublas_source = (
+        f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
+        f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less if it is not set"
+    )
     return GpuSpec(
         name=measurements.name,
         compute_capability=measurements.compute_capability,
-        total_mib=_mib_bounds(
-            total,
-            max(measurements.totals_mib),
-            "reported by torch, from cudaMemGetInfo and from the device properties",
-        ),
-        other_processes_mib=others,
+        total_mib=_mib_bounds(total, max(measurements.totals_mib), total_source),
+        other_processes_mib=_others_bounds(measurements, total),
         context_mib=_context_bounds(measurements, total),
-        cublas_workspace_mib=_mib_bounds(
-            0,
-            measurements.cublas_mib,
-            f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
-            f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less if it is not set",
-        ),
+        cublas_workspace_mib=_mib_bounds(0, measurements.cublas_mib, cublas_source),
         cudnn_workspace_mib=_cudnn_bounds(measurements, fallback.cudnn_workspace_mib),
         fp16_speedup=_speed_bounds(measurements.rounds, "fp16", fallback.fp16_speedup),
         bf16_speedup=_speed_bounds(measurements.rounds, "bf16", fallback.bf16_speedup),
@@ -162,11 +158,8 @@ def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     steps = ", ".join(
         f"{context} after {stage.after}" for stage, context in zip(measurements.stages, contexts, strict=True)
     )
-    by = (
-        "by NVML for the process"
-        if all(stage.process_mib is not None for stage in measurements.stages)
-        else "as the increase of the memory in use on the GPU"
-    )
+    is_by_nvml = all(stage.process_mib is not None for stage in measurements.stages)
+    by = "by NVML for the process" if is_by_nvml else "as the increase of the memory in use on the GPU"
     return _mib_bounds(
         min(context.min for context in contexts[measurements.smallest :]),
         max(context.max for context in contexts) + CONTEXT_MARGIN_MIB,
@@ -195,16 +188,13 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     by_network: dict[tuple[str, Precision], dict[int, ConvWorkspace]] = {}
     for each in measurements.transients:
         by_size = by_network.setdefault((each.network, each.precision), {})
-        by_size[each.batch_size] = max(
-            by_size.get(each.batch_size, each), each, key=lambda workspace: workspace.mib
-        )
+        by_size[each.batch_size] = max(by_size.get(each.batch_size, each), each, key=attrgetter("mib"))
     if not by_network:
         return _unmeasured_bounds(fallback)
-    workspaces = sorted(
-        (each for by_size in by_network.values() for each in by_size.values()), key=lambda each: each.mib
-    )
+    workspaces = [each for by_size in by_network.values() for each in by_size.values()]
+    workspaces.sort(key=attrgetter("mib"))
     smallest, largest = workspaces[0], workspaces[-1]
-    sizes = {size for by_size in by_network.values() for size in by_size}
+    sizes = {each.batch_size for each in workspaces}
     source = (
         f"measured, {smallest} to {largest}; forward and backward, batch sizes "
         f"{min(sizes)} to {max(sizes)}, train.deterministic={str(measurements.deterministic).lower()}"
@@ -241,5 +231,4 @@ def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback:
 
 
 def _unmeasured_bounds(fallback: Bounds) -> Bounds:
-    source = f"not measured, because it failed; {fallback.source}"
-    return Bounds(min=fallback.min, max=fallback.max, source=source)
+    return replace(fallback, source=f"not measured, because it failed; {fallback.source}")

@@ -70,17 +70,12 @@ def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
         ) from error
 
 
-def _deepcopy_to_fake_device(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+def _deepcopy_to_fake_device(tensor: Tensor, _: dict[int, Any]) -> Tensor:
     """Return a device tensor instead of a copy, also for attributes that are no buffer."""
-    if id(tensor) not in memo:
-        copied = to_fake_device(tensor)
-        memo[id(tensor)] = (
-            nn.Parameter(copied, tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else copied.requires_grad_(tensor.requires_grad and tensor.is_leaf)
-        )
-    result: Tensor = memo[id(tensor)]
-    return result
+    copied = to_fake_device(tensor)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, tensor.requires_grad)
+    return copied.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def first_line(error: Exception) -> str:

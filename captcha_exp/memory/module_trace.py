@@ -13,18 +13,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from captcha_exp.errors import UserError
 from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
 from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
-from captcha_exp.memory.module_checks import (
-    check_loss,
-    check_loss_value,
-    check_module,
-    check_optimizer,
-    check_optimizer_factory,
-)
+from captcha_exp.memory.module_checks import check_functions, check_loss_value, check_optimizer
 from captcha_exp.memory.module_copy import (
     copy_to_fake_device,
     first_line,
@@ -56,9 +50,7 @@ def trace_module(
     Raises:
         UserError: the module cannot be traced; the message names the operator, the submodule and a remedy.
     """
-    check_module(module)
-    check_optimizer_factory(optimizer)
-    check_loss(loss, targets is not None)
+    check_functions(module, optimizer, loss, targets is not None)
     recorder = TensorRecorder()
     with (
         preserve_global_state(),
@@ -94,6 +86,7 @@ def _train_copy(
     memo.clear()  # it holds references to the originals
     path = ModulePathTracker(module)
     recorder.get_module_path = path.current
+    dtype = AUTOCAST_DTYPES.get(precision)
     with preserve_gradients() as save_gradients, _raise_user_errors(path):
         loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
         optimizer = optimizer_factory(module.parameters())
@@ -102,13 +95,9 @@ def _train_copy(
         for step in range(1, steps + 1):
             recorder.begin_phase(f"epoch 1: step {step}")
             path.begin_step()
-            batch, targets = tree_map(
-                lambda each: to_fake_device(each) if isinstance(each, Tensor) else each, example
-            )
+            batch, targets = tree_map_only(Tensor, to_fake_device, example)
             optimizer.zero_grad()
-            with torch.autocast(
-                "cpu", AUTOCAST_DTYPES.get(precision, torch.bfloat16), enabled=precision in AUTOCAST_DTYPES
-            ):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 output = _call(module, batch)
                 loss = loss_function(output) if targets is None else loss_function(output, targets)
             check_loss_value(loss)

@@ -8,7 +8,7 @@ is a range. A batch *fits* if it does with every bound at its maximum, and *does
 every bound at its minimum. Otherwise the verdict is *unsure*, which is treated as *does not fit*.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Annotated, Any
@@ -27,7 +27,6 @@ from captcha_exp.memory.replay import (
     peak_range,
     replay_trace,
 )
-from captcha_exp.memory.search import find_max_batch_size
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import TraceCache
 
@@ -79,21 +78,22 @@ class Plan:
 
         An error is relative to the measured value: 0 within the bounds, above 0 if predicted too high.
         """
-        metrics = {
-            "memory/predicted_peak_min_mib": self.process_mib.min,
-            "memory/predicted_peak_mib": self.process_mib.max,
-        }
-        is_measured = False
+
+        def peak_of(key: str) -> float:
+            return max((row[key] for row in measured if key in row), default=0.0)
+
+        errors = {}
         for kind, peak in (("train", self.training), ("eval", self.evaluation)):
             for field, bounds in (("allocated", peak.allocated_mib), ("reserved", peak.reserved_mib)):
-                key = f"memory/{kind}_peak_{field}_mib"
-                if peak_mib := max((row[key] for row in measured if key in row), default=0.0):
-                    metrics[f"memory/{kind}_peak_{field}_error"] = bounds.relative_error(peak_mib)
-                    is_measured = True
-        if is_measured:
-            peak_mib = max((row.get("memory/process_peak_mib", 0.0) for row in measured), default=0.0)
-            metrics["memory/process_peak_error"] = self.process_mib.relative_error(peak_mib)
-        return metrics
+                if measured_mib := peak_of(f"memory/{kind}_peak_{field}_mib"):
+                    errors[f"memory/{kind}_peak_{field}_error"] = bounds.relative_error(measured_mib)
+        if errors:
+            process_mib = peak_of("memory/process_peak_mib")
+            errors["memory/process_peak_error"] = self.process_mib.relative_error(process_mib)
+        return {
+            "memory/predicted_peak_min_mib": self.process_mib.min,
+            "memory/predicted_peak_mib": self.process_mib.max,
+        } | errors
 
     def to_json(self) -> dict[str, Any]:
         """Return values that `json` can write; a range is a list of two."""
@@ -131,11 +131,9 @@ class Planner:
         self.split_sizes = dict(split_sizes)
         self.budget_mib = memory_budget(config.gpu, config.device.vram_budget_mib, total_mib)
         self.cache = cache or PlannerCache(config, split_sizes)
-        micro = config.train.micro_batch_size
+        micro, limit = config.train.micro_batch_size, split_sizes["train"]
         # Each micro-batch is traced: their number hardly changes memory, but the time of the trace.
-        self.batch_size_limit = (
-            min(split_sizes["train"], MAX_MICRO_BATCHES * micro) if micro else split_sizes["train"]
-        )
+        self.batch_size_limit = min(limit, MAX_MICRO_BATCHES * micro) if micro else limit
         self._plans: dict[int, Plan] = {}
         self._scenarios = list_scenarios(config.gpu)
 
@@ -151,8 +149,7 @@ class Planner:
 
         It is at most `batch_size_limit`: the whole training split, or MAX_MICRO_BATCHES micro-batches.
         """
-        batch_size = self.max_batch_size()
-        return self.plan_for(batch_size) if batch_size else None
+        return self.plan_for(batch_size) if (batch_size := self.max_batch_size()) else None
 
     def max_batch_size(self) -> int | None:
         """Return a batch size that fits while the next larger one does not; 0: none fits; None: no budget."""
@@ -161,13 +158,11 @@ class Planner:
         scenario = self._scenarios[-1]  # usually the first to fail
         limit = self.batch_size_limit
         guess = min(max(self._guess_max_batch_size(), 1), limit)
-        while size := find_max_batch_size(partial(self._fits, scenario), limit, guess):
+        while size := _find_max_batch_size(partial(self._fits, scenario), limit, guess):
             failed = next((each for each in self._scenarios if not self._fits(each, size)), None)
             if failed is None:
                 break
             scenario, limit, guess = failed, size - 1, size - 1
-            if not limit:
-                return 0
         return size
 
     def _fits(self, scenario: Scenario, batch_size: int) -> bool:
@@ -193,6 +188,26 @@ class Planner:
             free_mib -= one.state_bytes / MIB + one.resident_bytes / MIB + _activations_mib(one)
             size = min(max(int(free_mib / mib_per_image) + small, 1), self.batch_size_limit)
         return size
+
+
+def _find_max_batch_size(fits: Callable[[int], bool], limit: int, guess: int) -> int:
+    """Return a batch size up to `limit` that fits while the next larger one does not; 0 if none fits.
+
+    Fitting need not be monotonic: a batch may fit while a smaller one does not, due to fragmentation. The
+    result then depends on `guess`.
+    """
+    low, high = 0, limit + 1  # low fits, high does not
+    batch = guess
+    stride = batch // 32 + 1
+    while high - low > 1:
+        batch = min(max(batch, low + 1), high - 1)
+        low, high = (batch, high) if fits(batch) else (low, batch)
+        if low == 0 or high > limit:  # one end is still open
+            batch = low + stride if high > limit else high - stride
+            stride *= 2
+        else:
+            batch = (low + high) // 2
+    return low
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:

@@ -112,9 +112,7 @@ def _run_training(
     for epoch in [1] if is_off(config.augment) else sorted({1, min(2, last), last}):
         begin_phase(f"epoch {epoch}: start")
         augmenter = Augmenter(config, epoch, len(data.images), DEVICE)
-        _run_epoch(
-            state, training, training.permutation(config.seed, epoch), augmenter, config, epoch, begin_phase
-        )
+        _run_epoch(state, training, augmenter, config, epoch, begin_phase)
         begin_phase(f"epoch {epoch}: evaluation")
         _run_evaluation(state.model, validation, config)
     del augmenter
@@ -150,7 +148,6 @@ def _to_device(model: Recognizer) -> Recognizer:
 def _run_epoch(
     state: TrainState,
     training: Split,
-    order: Tensor,
     augmenter: Augmenter,
     config: Config,
     epoch: int,
@@ -158,7 +155,7 @@ def _run_epoch(
 ) -> None:
     """Run the first steps of `train_epoch`. As there, a batch is freed after the next one is allocated."""
     size = int(config.train.batch_size)
-    batches = training.batches(size, order)
+    batches = training.batches(size, training.permutation(config.seed, epoch))
     state.model.train()
     steps = min(NUM_FIRST_EPOCH_STEPS if epoch == 1 else NUM_LATER_EPOCH_STEPS, -(-len(training) // size))
     for number in range(1, steps + 1):
@@ -178,12 +175,7 @@ def _run_evaluation(model: Recognizer, split: Split, config: Config) -> None:
     images, targets, indices = (x[skipped:] for x in (split.images, split.targets, split.indices))
     predictions = predict_split(model, Split(images, targets, indices, DEVICE), config)
     with torch.inference_mode():
-        for parts in (
-            predictions.predicted,
-            predictions.targets,
-            predictions.confidences,
-            predictions.indices,
-        ):
+        for parts in predictions[1:]:  # all but the loss have a tensor per batch
             torch.cat(parts)
     del skipped_results
 
