@@ -250,9 +250,10 @@ def _measured_contexts_mib(parts: Mapping[str, Any]) -> Iterator[float]:
     for name, part in parts.items():
         figures = part.get("figures") if isinstance(part, dict) else None
         if name.startswith("plan-") and isinstance(figures, dict):
-            context, by = figures.get("context_mib"), str(figures.get("process_by"))
+            context: Any = figures.get("context_mib")
+            by = str(figures.get("process_by"))
             # Without NVML the figure includes the memory of other programs.
-            if by.startswith("NVML") and isinstance(context, int | float) and 0 <= context <= MAX_MIB:
+            if by.startswith("NVML") and type(context) in (int, float) and 0 <= context <= MAX_MIB:
                 yield float(context)
 
 

@@ -1,9 +1,8 @@
 """The types of a prediction: a range in MiB, and whether it fits."""
 
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
-from pydantic.fields import FieldInfo
 
 Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
 MiB = Annotated[float, Field(ge=0)]
@@ -25,7 +24,6 @@ class MiBRange(NamedTuple):
         return (min(max(measured, self.min), self.max) - measured) / measured
 
 
-def described(text: str) -> FieldInfo:
+def described(text: str) -> Any:
     """Return the metadata of a field with this description in a JSON Schema; subclasses inherit it."""
-    info: FieldInfo = Field(description=text)
-    return info
+    return Field(description=text)

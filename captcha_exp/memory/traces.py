@@ -64,9 +64,9 @@ class TraceCache:
         def interpolate(small: int, large: int) -> int:
             return small + (large - small) // images * extra
 
-        events = [
-            MemoryEvent(tensor, None if small is None or large is None else interpolate(small, large))
-            for (tensor, small), (_, large) in zip(low.events, high.events, strict=True)
+        events = [  # the size of an event that grows is not None
+            one if one == other else MemoryEvent(one.tensor_id, interpolate(one[1] or 0, other[1] or 0))
+            for one, other in zip(low.events, high.events, strict=True)
         ]
         convolutions = [
             one._replace(fp32_bytes=interpolate(one.fp32_bytes, other.fp32_bytes))
