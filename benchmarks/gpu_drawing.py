@@ -14,7 +14,7 @@ from captcha_exp.config import ArticleConfig
 from captcha_exp.data import sources
 
 
-def draw(folder: Path, worker: int, workers: int, count: int) -> None:
+def draw(directory: Path, worker: int, workers: int, count: int) -> None:
     """Render images of experiment=article with the article's file names: GIFs named .png."""
     config = load(compose("experiment=article"))
     assert isinstance(config.data, ArticleConfig)
@@ -22,7 +22,7 @@ def draw(folder: Path, worker: int, workers: int, count: int) -> None:
     for number in range(worker, count, workers):
         text = sources.generate_label(config.data, config.captcha, number)
         image = render(text, random.Random(number))
-        image.quantize(256).save(folder / f"{number:05}-{text.upper()}.png", "GIF")
+        image.quantize(256).save(directory / f"{number:05}-{text.upper()}.png", "GIF")
 
 
 if __name__ == "__main__":

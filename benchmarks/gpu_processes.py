@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 OUTPUT_CHARACTERS = 3000  # kept from the end of a failed part's output
 POLL_SECONDS = 0.02
 PARTIAL = "GPU_SESSION_PARTIAL"  # environment variable: file for the partial figures of a running part
-SHARED_DIR = "GPU_SESSION_SHARED_DIR"  # environment variable: folder shared by the parts of one call
+SHARED_DIR = "GPU_SESSION_SHARED_DIR"  # environment variable: directory shared by the parts of one call
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 _BACKGROUND_THREADS = {"jemalloc_bg_thd"}  # of an allocator that handles forks
 
@@ -68,9 +68,9 @@ def run(
     """
     part: dict[str, Any] = {"began": datetime.now(UTC).isoformat(timespec="milliseconds")}
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="gpu-part-") as folder:
-        root = Path(folder)
-        values = os.environ | {"CAPTCHA_EXP_ROOT": folder, PARTIAL: str(root / "partial.json")}
+    with tempfile.TemporaryDirectory(prefix="gpu-part-") as directory:
+        root = Path(directory)
+        values = os.environ | {"CAPTCHA_EXP_ROOT": directory, PARTIAL: str(root / "partial.json")}
         values |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), values.get("PYTHONPATH")]))}
         values |= dict(environment)
         result, output = root / "result.json", root / "output.txt"

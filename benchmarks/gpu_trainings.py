@@ -134,12 +134,12 @@ def article_loop(device: str, shards: int, shard: int, epochs: int) -> dict[str,
     """Return the figures of the article's program on files like the article's: GIFs named .png."""
     import article_loop as loop
 
-    with _shared_dir() as folder:
-        work = Path(folder, f"shards-{shards}-{shard}")
+    with _shared_dir() as directory:
+        work = Path(directory, f"shards-{shards}-{shard}")
         if not work.exists():  # another part of this call may have prepared them
-            draw_files(Path(folder, "images"), shards * shard)
-            loop.prepare(Path(folder, "images"), Path(folder, "draft"), shard=shard)
-            Path(folder, "draft").rename(work)
+            draw_files(Path(directory, "images"), shards * shard)
+            loop.prepare(Path(directory, "images"), Path(directory, "draft"), shard=shard)
+            Path(directory, "draft").rename(work)
         figures = loop.measure(work, torch.device(device), epochs=epochs)
     figures["seconds_per_1000"] = figures["seconds_per_shard"] * 1000 / shard
     return figures
@@ -147,23 +147,23 @@ def article_loop(device: str, shards: int, shard: int, epochs: int) -> dict[str,
 
 @contextmanager
 def _shared_dir() -> Iterator[str]:
-    """Yield the folder shared by the parts of a call, or a temporary one."""
+    """Yield the directory shared by the parts of a call, or a temporary one."""
     if shared := os.environ.get(SHARED_DIR):
         yield shared
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield folder
+        with tempfile.TemporaryDirectory() as directory:
+            yield directory
 
 
-def draw_files(folder: Path, count: int) -> None:
+def draw_files(directory: Path, count: int) -> None:
     """Render images of experiment=article as files with the article's names and format, on all cores."""
     workers = min(8, os.cpu_count() or 1, 1 + count // 100)
-    folder.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True)
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
 
     def start(worker: int) -> None:
         numbers = map(str, (worker, workers, count))
-        command = [sys.executable, str(HERE / "gpu_drawing.py"), str(folder), *numbers]
+        command = [sys.executable, str(HERE / "gpu_drawing.py"), str(directory), *numbers]
         subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
 
     with ThreadPoolExecutor(workers) as threads:
@@ -183,7 +183,7 @@ def ours(
     from captcha_exp import compose, load
     from captcha_exp.training.train import train
 
-    with _shared_dir() as folder:
+    with _shared_dir() as directory:
         overrides = ("experiment=article", f"data.count={shards * shard}", f"train.epochs={epochs}")
         device_overrides = (
             f"device.name={device}",
@@ -191,7 +191,11 @@ def ours(
             f"train.batch_size={batch}",
         )
         result = train(
-            load(compose(*overrides, *device_overrides, f"data.cache={folder}/cache", "tracking=none", *more))
+            load(
+                compose(
+                    *overrides, *device_overrides, f"data.cache={directory}/cache", "tracking=none", *more
+                )
+            )
         )
         lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line)["metrics"] for line in lines]

@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="plans of each size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--gpus", metavar="all|NAME,NAME", help="time a comparison of these GPUs instead")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with more files in gpu/")
+    parser.add_argument("--config-dir", metavar="DIR", help="directory with more files in gpu/")
     arguments = parser.parse_args()
     if arguments.gpus:
         print(json.dumps(time_gpus(arguments)))

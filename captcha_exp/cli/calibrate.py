@@ -4,14 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.cli.parser import PROGRAM
 from captcha_exp.errors import UserError
 
 if TYPE_CHECKING:
-    from captcha_exp.config import GpuSpec, Machine
+    from captcha_exp.config import Config, GpuSpec, Machine
 
 
 def calibrate(
@@ -22,39 +22,29 @@ def calibrate(
     Raises:
         UserError: no CUDA GPU, an invalid session, or a file that exists; the line says what to do.
     """
-    options = {
-        "name": arguments.name,
-        "config_dir": arguments.config_dir,
-        "force": arguments.force,
-        "command": [PROGRAM, *sys.argv[1:]],
-    }
-    if arguments.session is not None:
-        return _calibrate_from_session(arguments, options)
-    return _calibrate_this_gpu(arguments, detect_machine(), options)
-
-
-def _calibrate_this_gpu(
-    arguments: argparse.Namespace, machine: "Machine", options: dict[str, Any]
-) -> "tuple[GpuSpec, Path]":
-    # By default the article's network and the compact one, on the same images.
-    overridden = {text.partition("=")[0] for text in arguments.overrides}
-    defaults = (("experiment=article",), ("experiment=article", "model=compact"))
-    remaining = (tuple(w for w in words if w.partition("=")[0] not in overridden) for words in defaults)
-    configs = [
-        try_compose([*words, *arguments.overrides], arguments.config_dir).to_config(None)
-        for words in dict.fromkeys(remaining)
-    ]
-    from captcha_exp.memory.calibrate import calibrate
-
-    return calibrate(configs, machine, **options)
-
-
-def _calibrate_from_session(arguments: argparse.Namespace, options: dict[str, Any]) -> "tuple[GpuSpec, Path]":
-    if arguments.overrides:
+    if arguments.session is None:
+        configs = _compose_configs(arguments)
+    elif arguments.overrides:
         raise UserError(
             f"{arguments.overrides[0]}: calibrate --from takes no overrides, it uses the session's config"
         )
-    known = try_compose(["gpu=generic"], arguments.config_dir).to_config(None).gpu
-    from captcha_exp.memory.calibrate import calibrate_from_session
+    else:
+        configs = [try_compose(["gpu=generic"], arguments.config_dir).to_config(None)]
+    from captcha_exp.memory import calibrate as calibration
 
-    return calibrate_from_session(Path(arguments.session), known, **options)
+    command = [PROGRAM, *sys.argv[1:]]
+    file = calibration.GpuFile(arguments.name, arguments.config_dir, arguments.force, command)
+    if arguments.session is not None:
+        return calibration.calibrate_from_session(Path(arguments.session), configs[0].gpu, file)
+    return calibration.calibrate(configs, detect_machine(), file)
+
+
+def _compose_configs(arguments: argparse.Namespace) -> "list[Config]":
+    """Compose the configs to measure: by default the article's network and the compact one, on its images."""
+    overridden = {text.partition("=")[0] for text in arguments.overrides}
+    defaults = (("experiment=article",), ("experiment=article", "model=compact"))
+    remaining = (tuple(w for w in words if w.partition("=")[0] not in overridden) for words in defaults)
+    return [
+        try_compose([*words, *arguments.overrides], arguments.config_dir).to_config(None)
+        for words in dict.fromkeys(remaining)
+    ]

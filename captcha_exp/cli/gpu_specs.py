@@ -21,7 +21,7 @@ def parse_gpu_names(text: str, config_dir: str | None) -> list[str] | None:
     """Return the names and files that `--gpu` lists; None for a single GPU.
 
     Raises:
-        UserError: a name is empty, or --config-dir does not exist.
+        UserError: a name is empty.
     """
     if text == ALL:
         return sorted(set(_list_gpu_files(config_dir)) - {GENERIC})
@@ -81,7 +81,5 @@ def _list_gpu_files(config_dir: str | None) -> dict[str, Path]:
     """Return the file of each GPU by name; a file of `config_dir` takes precedence over conf/."""
     from captcha_exp.runtime.paths import conf_dir
 
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir={config_dir}: no such directory")
     dirs = [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
     return {path.stem: path for each in dirs for path in sorted((each / "gpu").glob("*.yaml"))}

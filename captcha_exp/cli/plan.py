@@ -1,4 +1,4 @@
-"""`captcha-exp plan`: compose the config and plan for one GPU (`plan_report`) or several (`plan_gpus`).
+"""`captcha-exp plan`: compose the config for one GPU or several, and plan (`plan_report`).
 
 This module does not import torch: a mistake in the config is reported without waiting for that.
 """
@@ -32,16 +32,14 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
         with _gc_disabled():
             if names is not None:
                 configs = gpu_specs.compose_configs(names, arguments.overrides, arguments.config_dir)
-                config = next(iter(configs.values()))  # they differ in the GPU alone
             else:
                 # Not checked against the machine: the planned device may be another one.
-                overrides = [*arguments.overrides, *_gpu_override(arguments.gpu)]
+                overrides = [*arguments.overrides, *([_gpu_override(arguments.gpu)] if arguments.gpu else [])]
                 config = try_compose(overrides, arguments.config_dir).to_config(None)
-            count = stack.enter_context(_image_counter(config))
-            from captcha_exp.cli import plan_gpus, plan_report
-        if names is not None:
-            return plan_gpus.run(configs, arguments, count)
-        return plan_report.run(config, arguments, count)
+                configs = {config.gpu.name: config}
+            count = stack.enter_context(_image_counter(next(iter(configs.values()))))
+            from captcha_exp.cli import plan_report
+        return plan_report.run(configs, names is not None, arguments, count)
 
 
 @contextlib.contextmanager
@@ -67,12 +65,10 @@ def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, 
     yield count
 
 
-def _gpu_override(name: str | None) -> list[str]:
-    if not name:
-        return []
+def _gpu_override(name: str) -> str:
     # Quoted: some paths have characters with a meaning in Hydra's grammar.
     quoted = name.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"gpu='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"gpu={name}"]
+    return f"gpu='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"gpu={name}"
 
 
 @contextlib.contextmanager

@@ -1,148 +1,89 @@
-"""The types of the JSON of `captcha-exp plan --json`. They generate docs/plan.schema.json:
+"""The output of `captcha-exp plan --json`. Its types generate docs/plan.schema.json:
 
-python -c "from captcha_exp.cli.plan_json import print_schema; print_schema()" > docs/plan.schema.json
+python -m captcha_exp.cli.plan_json > docs/plan.schema.json
 """
 
 import json
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import Field, TypeAdapter, with_config
 
-from captcha_exp.config.gpu import STRICT, GpuSpec
-from captcha_exp.memory.interval import Fits
+from captcha_exp.config import GpuSpec, Precision
+from captcha_exp.config.gpu import STRICT
+from captcha_exp.memory.advisor import Advice
+from captcha_exp.memory.interval import MiBRange, described
+from captcha_exp.memory.plan import Plan
 
-MiB = Annotated[float, Field(ge=0)]
-Range = tuple[float, float]  # smallest and largest possible value; a budget may be fractional
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class MemoryPeak:
-    """The largest memory use of one kind of work."""
-
-    allocated_mib: Range
-    """torch.cuda.max_memory_allocated"""
-    reserved_mib: Range
-    """torch.cuda.max_memory_reserved"""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class BatchPlan:
-    """Memory that a batch size needs, in a comparison of GPUs."""
-
-    batch_size: Annotated[int, Field(ge=1)]
-    """images of a training step"""
-    tensors_mib: MiB
-    """tensors of a training step, without resident images"""
-    state_mib: MiB
-    """of these, weights, statistics of batch norms, and optimizer state"""
-    activations_mib: MiB
-    """of these, everything else at the peak: activations, gradients, the batch"""
-    images_mib: MiB
-    """images that stay on the device for the whole training"""
-    workspace_mib: Range
-    """memory of cuBLAS and cuDNN in use at one time, at most"""
-    training: MemoryPeak
-    """peak of the training steps"""
-    evaluation: MemoryPeak
-    """peak of the evaluations"""
-    reserved_mib: Range
-    """memory that torch's allocator reserves over the whole run"""
-    process_mib: Range
-    """memory of the process: CUDA context and reserved memory"""
-    budget_mib: Range | None
-    """memory available to the process; null: unknown"""
-    fits: Fits | None
-    """the verdict; treat unsure as does not fit; null: the available memory is unknown"""
+GpuFigures = Annotated[GpuSpec, described("figures of the GPU, each with its source")]
+TrainingPrecision = Annotated[Precision, described("device.precision")]
+SplitSizes = Annotated[dict[str, Annotated[int, Field(ge=0)]], described("images of each split")]
+Budget = Annotated[MiBRange | None, described("memory available to the process; null: unknown")]
+MaxBatchSize = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    described("largest batch size that fits; null: none fits, or the available memory is unknown"),
+]
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class TimedBatchPlan(BatchPlan):
-    """Memory that a batch size needs on one GPU."""
+@with_config(STRICT)
+@dataclass(frozen=True)
+class TimedPlan(Plan):
+    """The predicted memory of a batch size on one GPU."""
 
-    seconds: Annotated[float, Field(ge=0)]
-    """time to compute the plan"""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Advice:
-    """Overrides with which train.batch_size fits."""
-
-    overrides: list[str]
-    """overrides to add to the command; none: it fits without them"""
-    relative_time: Annotated[float, Field(gt=0)]
-    """estimated time of a step; 1: the config without changes"""
-    notes: list[str]
-    """side effects"""
-    plan: BatchPlan
-    """the plan with these overrides"""
+    seconds: Annotated[float, Field(ge=0), described("time to compute the plan")]
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class _Output:
-    precision: Literal["fp32", "bf16", "fp16"]
-    """device.precision"""
-    images: dict[str, Annotated[int, Field(ge=0)]]
-    """images of each split"""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class OneGpuOutput(_Output):
+@with_config(STRICT)
+@dataclass(frozen=True)
+class OneGpuOutput:
     """Output for one GPU."""
 
-    gpu: GpuSpec
-    """figures of the GPU, each with its source"""
-    budget_mib: Range | None
-    """memory available to the process; null: unknown"""
-    plans: list[TimedBatchPlan]
-    """one plan for each batch size, in the order of the call"""
-    max_batch_size: Annotated[int, Field(ge=1)] | None
-    """largest batch size that fits; null: none fits, or the available memory is unknown"""
+    gpu: GpuFigures
+    precision: TrainingPrecision
+    images: SplitSizes
+    budget_mib: Budget
+    plans: Annotated[list[TimedPlan], described("one plan for each batch size, in the order of the call")]
+    max_batch_size: MaxBatchSize
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@with_config(STRICT)
+@dataclass(frozen=True)
 class GpuPlans:
     """A GPU of a comparison."""
 
-    name: str
-    """name or path of its file, as given to --gpu"""
-    gpu: GpuSpec
-    """figures of the GPU, each with its source"""
-    memory_mib: Range | None
-    """memory of the GPU; null: unknown"""
-    budget_mib: Range | None
-    """memory available to the process; null: unknown"""
-    plans: list[BatchPlan]
-    """one plan for each batch size, in the order of the call"""
-    max_batch_size: Annotated[int, Field(ge=1)] | None
-    """largest batch size that fits; null: none fits, or the available memory is unknown"""
+    name: Annotated[str, described("name or path of its file, as given to --gpu")]
+    gpu: GpuFigures
+    memory_mib: Annotated[MiBRange | None, described("memory of the GPU; null: unknown")]
+    budget_mib: Budget
+    plans: Annotated[list[Plan], described("one plan for each batch size, in the order of the call")]
+    max_batch_size: MaxBatchSize
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class ManyGpusOutput(_Output):
+@with_config(STRICT)
+@dataclass(frozen=True)
+class ManyGpusOutput:
     """Output of --gpu all, or of a list."""
 
-    gpus: list[GpuPlans]
-    """the GPUs, by memory and then name"""
+    precision: TrainingPrecision
+    images: SplitSizes
+    gpus: Annotated[list[GpuPlans], described("the GPUs, by memory and then name")]
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class AdviceOutput(_Output):
+@with_config(STRICT)
+@dataclass(frozen=True)
+class AdviceOutput:
     """Output of --advise."""
 
-    gpu: GpuSpec
-    """figures of the GPU, each with its source"""
-    budget_mib: Range
-    """memory available to the process"""
-    batch_size: Annotated[int, Field(ge=1)]
-    """train.batch_size"""
-    advice: list[Advice]
-    """combinations that fit, fastest first; none: no known combination fits"""
+    gpu: GpuFigures
+    precision: TrainingPrecision
+    images: SplitSizes
+    budget_mib: Annotated[MiBRange, described("memory available to the process")]
+    batch_size: Annotated[int, Field(ge=1), described("train.batch_size")]
+    advice: Annotated[list[Advice], described("combinations that fit, fastest first; none: none is known")]
 
 
-OUTPUT: TypeAdapter[OneGpuOutput | ManyGpusOutput | AdviceOutput] = TypeAdapter(
-    OneGpuOutput | ManyGpusOutput | AdviceOutput
-)
+PlanOutput: TypeAlias = OneGpuOutput | ManyGpusOutput | AdviceOutput
+OUTPUT: TypeAdapter[PlanOutput] = TypeAdapter(PlanOutput)
 
 
 def schema() -> dict[str, Any]:
@@ -151,6 +92,5 @@ def schema() -> dict[str, Any]:
     return title | OUTPUT.json_schema()
 
 
-def print_schema() -> None:
-    """Print the schema as in the committed file."""
+if __name__ == "__main__":
     print(json.dumps(schema(), indent=2))

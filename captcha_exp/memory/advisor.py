@@ -11,11 +11,15 @@ import functools
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
 
-from captcha_exp.config import Config, Precision, flatten
+from pydantic import Field, with_config
+
+from captcha_exp.config import Bounds, Config, GpuSpec, Precision, flatten
+from captcha_exp.config.gpu import STRICT
+from captcha_exp.memory.interval import described
 from captcha_exp.memory.plan import Plan, Planner, with_batch_size
 from captcha_exp.runtime.console import progress_bar
 
@@ -27,23 +31,17 @@ MIN_SPEED = 0.01  # of 16 bits relative to fp32, because a GPU's file may have 0
 TRANSFER_OVERHEAD = 0.01  # of a step, for transferring its images from the host
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Advice:
     """One combination of settings with which the requested batch fits."""
 
-    overrides: tuple[str, ...]  # to add to the command; none: the config fits unchanged
-    plan: Plan
-    relative_time: float  # estimated time of a step; 1 is the unchanged config
-    notes: tuple[str, ...]  # other consequences of the overrides
-
-    def to_json(self) -> dict[str, Any]:
-        """Return values that `json` can write."""
-        return {
-            "overrides": list(self.overrides),
-            "relative_time": self.relative_time,
-            "notes": list(self.notes),
-            "plan": self.plan.to_json(),
-        }
+    overrides: Annotated[
+        tuple[str, ...], described("overrides to add to the command; none: it fits without them")
+    ]
+    plan: Annotated[Plan, described("the plan with these overrides")]
+    relative_time: Annotated[float, Field(gt=0), described("estimated time of a step; 1: without changes")]
+    notes: Annotated[tuple[str, ...], described("side effects")]
 
 
 def advise(config: Config, split_sizes: Mapping[str, int], total_mib: float | None) -> list[Advice]:
@@ -52,94 +50,86 @@ def advise(config: Config, split_sizes: Mapping[str, int], total_mib: float | No
     A combination is left out if a subset of its overrides is as fast. Each one uses the smallest number of
     micro-batches that fits. The unchanged config comes first, if it fits.
     """
+
+    def plan(changed: Config) -> Plan:
+        return Planner(changed, split_sizes, total_mib).plan_for(int(changed.train.batch_size))
+
     base = with_batch_size(config, int(config.train.batch_size))
     variants = list(_variants(base))
     found: list[Advice] = []
-    if not _could_fit(variants[-1], split_sizes, total_mib):  # the one with every saving
+    if not _could_fit(variants[-1], plan):  # the one with every saving
         return found
     with progress_bar("planning", len(variants)) as bar:
         for variant in variants:
-            found += _with_fewest_micro_batches(variant, base, split_sizes, total_mib)
+            if advice := _with_fewest_micro_batches(variant, base, plan):
+                found.append(advice)
             bar.advance(1)
-    found.sort(
-        key=lambda each: (
-            each.overrides != (),
-            round(each.relative_time, 3),
-            len(each.overrides),
-            each.overrides,
-        )
-    )
+    found.sort(key=_order)
     return [each for each in found if not any(_dominates(other, each) for other in found)]
 
 
+def _order(advice: Advice) -> tuple[bool, float, int, tuple[str, ...]]:
+    """Return the sort key of a combination: the unchanged config, then the fastest, then the simplest."""
+    overrides = advice.overrides
+    return overrides != (), round(advice.relative_time, 3), len(overrides), overrides
+
+
 def _variants(config: Config) -> Iterator[Config]:
-    """Yield the config with each combination of the settings that are switched on or off."""
-    resident = {config.device.preload_limit_mib, 0}
-    checkpointing = {config.train.activation_checkpointing, True}
-    for limit, recompute, precision in itertools.product(
-        sorted(resident, reverse=True), sorted(checkpointing), _precisions(config)
-    ):
+    """Yield the config with each combination of the settings that are switched on or off.
+
+    For fp32, these include the faster 16-bit precision of the GPU.
+    """
+    precisions: list[Precision] = ["fp32" if config.device.precision == "auto" else config.device.precision]
+    if precisions == ["fp32"]:
+        precisions.append("fp16" if _speed(config.gpu, "fp16") > _speed(config.gpu, "bf16") else "bf16")
+    limits = sorted({config.device.preload_limit_mib, 0}, reverse=True)
+    checkpointing = sorted({config.train.activation_checkpointing, True})
+    for limit, recompute, precision in itertools.product(limits, checkpointing, precisions):
         device = replace(config.device, preload_limit_mib=limit, precision=precision)
         yield replace(config, device=device, train=replace(config.train, activation_checkpointing=recompute))
 
 
-def _precisions(config: Config) -> list[Precision]:
-    """Return the precision of the config and, for fp32, the faster 16-bit precision of the GPU."""
-    speeds = {half: _speed(config, half) for half in ("bf16", "fp16")}
-    faster: Precision = "fp16" if speeds["fp16"] > speeds["bf16"] else "bf16"
-    own: Precision = "fp32" if config.device.precision == "auto" else config.device.precision
-    return [own] if own != "fp32" else [own, faster]
-
-
 def _with_fewest_micro_batches(
-    variant: Config, base: Config, split_sizes: Mapping[str, int], total_mib: float | None
-) -> Iterator[Advice]:
-    """Yield the variant with the fewest micro-batches that fit; nothing if no number of them fits."""
+    variant: Config, base: Config, plan: Callable[[Config], Plan]
+) -> Advice | None:
+    """Return the variant with the fewest micro-batches that fit; None if no number of them fits."""
+    if not _could_fit(variant, plan):
+        return None
     batch = int(variant.train.batch_size)
     largest = variant.train.micro_batch_size or batch
     sizes = sorted({min(largest, -(-batch // passes)) for passes in MICRO_BATCH_COUNTS}, reverse=True)
 
     @functools.cache
     def planned(number: int) -> tuple[Config, Plan]:
-        return _with_fitting_eval_batch(
-            _with_micro_batch_size(variant, sizes[number]), split_sizes, total_mib
-        )
+        micro = None if sizes[number] >= batch else sizes[number]
+        config = replace(variant, train=replace(variant.train, micro_batch_size=micro))
+        return _with_fitting_eval_batch(config, plan)
 
     def fits(number: int) -> bool:
         return planned(number)[1].fits == "fits"
 
-    if not _could_fit(variant, split_sizes, total_mib):
-        return
     fewest = 0 if fits(0) else bisect_left(range(len(sizes)), True, lo=1, key=fits)
-    if fewest < len(sizes):
-        chosen, plan = planned(fewest)
-        yield Advice(_overrides(chosen, base), plan, relative_time(chosen, base), _notes(chosen, base))
+    if fewest == len(sizes):
+        return None
+    chosen, chosen_plan = planned(fewest)
+    return Advice(_overrides(chosen, base), chosen_plan, relative_time(chosen, base), _notes(chosen, base))
 
 
-def _could_fit(variant: Config, split_sizes: Mapping[str, int], total_mib: float | None) -> bool:
+def _could_fit(variant: Config, plan: Callable[[Config], Plan]) -> bool:
     """Return whether the smallest micro-batch would fit on its own: a quick check before the slow search."""
     micro = with_batch_size(variant, -(-int(variant.train.batch_size) // MICRO_BATCH_COUNTS[-1]))
     smallest = replace(micro, train=replace(micro.train, micro_batch_size=None, eval_batch_size=1))
-    return Planner(smallest, split_sizes, total_mib).plan_for(int(smallest.train.batch_size)).fits == "fits"
+    return plan(smallest).fits == "fits"
 
 
-def _with_micro_batch_size(config: Config, size: int) -> Config:
-    micro = None if size >= int(config.train.batch_size) else size
-    return replace(config, train=replace(config.train, micro_batch_size=micro))
-
-
-def _with_fitting_eval_batch(
-    config: Config, split_sizes: Mapping[str, int], total_mib: float | None
-) -> tuple[Config, Plan]:
+def _with_fitting_eval_batch(config: Config, plan: Callable[[Config], Plan]) -> tuple[Config, Plan]:
     """Return the config and its plan, with eval_batch_size halved while the evaluation does not fit."""
-    plan = Planner(config, split_sizes, total_mib).plan_for(int(config.train.batch_size))
-    while plan.fits != "fits" and plan.is_evaluation_peak:
-        size = config.train.eval_batch_size // 2
-        if size == 0:
-            break
-        config = replace(config, train=replace(config.train, eval_batch_size=size))
-        plan = Planner(config, split_sizes, total_mib).plan_for(int(config.train.batch_size))
-    return config, plan
+    planned = plan(config)
+    while planned.fits != "fits" and planned.is_evaluation_peak and config.train.eval_batch_size > 1:
+        halved = config.train.eval_batch_size // 2
+        config = replace(config, train=replace(config.train, eval_batch_size=halved))
+        planned = plan(config)
+    return config, planned
 
 
 def _overrides(config: Config, base: Config) -> tuple[str, ...]:
@@ -155,28 +145,30 @@ def relative_time(config: Config, base: Config) -> float:
 
 def _step_time(config: Config) -> float:
     """Return the time of a step, relative to fp32 in one pass with all images on the device."""
-    half = config.device.precision in ("bf16", "fp16")
-    time = 1 / _speed(config, str(config.device.precision)) if half else 1.0
-    time *= RECOMPUTE_TIME_FACTOR if config.train.activation_checkpointing else 1.0
-    passes = -(
-        -int(config.train.batch_size) // (config.train.micro_batch_size or int(config.train.batch_size))
-    )
-    return time * (1 + MICRO_BATCH_OVERHEAD * (passes - 1)) + TRANSFER_OVERHEAD * (
-        config.device.preload_limit_mib == 0
-    )
+    precision, train = config.device.precision, config.train
+    time = 1 / _speed(config.gpu, precision) if precision in ("bf16", "fp16") else 1.0
+    time *= RECOMPUTE_TIME_FACTOR if train.activation_checkpointing else 1.0
+    passes = -(-int(train.batch_size) // (train.micro_batch_size or int(train.batch_size)))
+    transfer = TRANSFER_OVERHEAD if config.device.preload_limit_mib == 0 else 0.0
+    return time * (1 + MICRO_BATCH_OVERHEAD * (passes - 1)) + transfer
 
 
-def _speed(config: Config, precision: str) -> float:
-    """Return the speed relative to fp32: the geometric mean of the bounds in the GPU's file."""
-    known = config.gpu.fp16_speedup if precision == "fp16" else config.gpu.bf16_speedup
-    return math.sqrt(max(known.min, MIN_SPEED) * max(known.max, MIN_SPEED))
+def speedup(gpu: GpuSpec, precision: str) -> Bounds:
+    """Return the speed of training in 16 bits relative to fp32, from the GPU's file."""
+    return gpu.fp16_speedup if precision == "fp16" else gpu.bf16_speedup
+
+
+def _speed(gpu: GpuSpec, precision: str) -> float:
+    """Return the speed relative to fp32: the geometric mean of the bounds."""
+    bounds = speedup(gpu, precision)
+    return math.sqrt(max(bounds.min, MIN_SPEED) * max(bounds.max, MIN_SPEED))
 
 
 def _notes(config: Config, base: Config) -> tuple[str, ...]:
     notes = []
     if config.device.precision != base.device.precision:
-        known = config.gpu.fp16_speedup if config.device.precision == "fp16" else config.gpu.bf16_speedup
-        speed = f"{known.min:g} to {known.max:g} times as fast as fp32 on this GPU"
+        bounds = speedup(config.gpu, config.device.precision)
+        speed = f"{bounds.min:g} to {bounds.max:g} times as fast as fp32 on this GPU"
         notes.append(f"{config.device.precision} is less precise, and {speed}")
     if config.train.activation_checkpointing != base.train.activation_checkpointing:
         notes.append("a third more computation, identical results")

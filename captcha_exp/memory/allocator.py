@@ -55,16 +55,6 @@ class Usage(NamedTuple):
 class SimulatedOutOfMemoryError(Exception):
     """The driver has too little memory, even after all free segments were returned to it."""
 
-    def __init__(self, requested_bytes: int, tried_bytes: int, usage: Usage, limit_bytes: int) -> None:
-        super().__init__(
-            f"{requested_bytes} bytes need {tried_bytes} from the driver; reserved are {usage.reserved_bytes}"
-            f" ({usage.allocated_bytes} of them allocated) of {limit_bytes}"
-        )
-        self.requested_bytes = requested_bytes
-        self.tried_bytes = tried_bytes  # the size in torch's message
-        self.usage = usage
-        self.limit_bytes = limit_bytes
-
 
 class CachingAllocator:
     """The allocator of one GPU, for one stream."""
@@ -91,10 +81,7 @@ class CachingAllocator:
         self._small = Pool(SMALL_SEGMENT_BYTES, MIN_BLOCK_BYTES, small, expandable, downward)
         self._large = Pool(LARGE_SEGMENT_BYTES, min_remainder, large, expandable, downward)
         self._requested = self._allocated = self._reserved = 0
-        self.num_device_alloc = 0  # as in torch.cuda.memory_stats: cudaMalloc, or mappings
-        self.num_device_free = 0  # cudaFree, or unmappings
         self.num_alloc_retries = 0  # flushes of the cache because the driver had too little
-        self.num_ooms = 0
         self.reset_peaks()
 
     @property
@@ -110,10 +97,6 @@ class CachingAllocator:
     def reset_peaks(self) -> None:
         """Reset the peaks to the current usage, as `torch.cuda.reset_peak_memory_stats`."""
         self._max_requested, self._max_allocated, self._max_reserved = self.usage
-
-    def segments(self) -> list[list[Block]]:
-        """Return all reserved memory as runs of adjacent blocks, by address; cf. memory_snapshot."""
-        return self._small.mapped_runs() + self._large.mapped_runs()
 
     def allocate(self, requested_bytes: int) -> Block:
         """Return a block that holds this many bytes. Source: malloc.
@@ -177,7 +160,6 @@ class CachingAllocator:
                 else:
                     continue
                 self._reserved -= size
-                self.num_device_free += size > 0
 
     def _allocate_from_driver(self, pool: Pool, size: int, requested_bytes: int) -> Block:
         """Return a block with memory from the driver, after a flush of the cache if needed. Source: malloc.
@@ -192,10 +174,9 @@ class CachingAllocator:
             self.num_alloc_retries += 1
             block = from_driver(pool, size)
         if block is None:
-            self.num_ooms += 1
-            assert self.limit_bytes is not None
             raise SimulatedOutOfMemoryError(
-                requested_bytes, segment_bytes(size), self.usage, self.limit_bytes
+                f"{requested_bytes} bytes need {segment_bytes(size)} from the driver; reserved are "
+                f"{self._reserved} ({self._allocated} of them allocated) of {self.limit_bytes}"
             )
         return block
 
@@ -228,7 +209,6 @@ class CachingAllocator:
             return False
         self._reserved += new_bytes
         self._max_reserved = max(self._max_reserved, self._reserved)
-        self.num_device_alloc += 1
         return True
 
 

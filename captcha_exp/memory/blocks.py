@@ -93,14 +93,6 @@ class Pool:
         """Remove a block from the free blocks."""
         del self.free_blocks[bisect_left(self.free_blocks, (block.size_bytes, block.address))]
 
-    def mapped_runs(self) -> list[list[Block]]:
-        """Return all mapped memory as runs of adjacent blocks."""
-        found = []
-        for _, lowest in sorted(self.first_blocks.items()):
-            runs = groupby(_iter_blocks(lowest), lambda block: block.mapped)
-            found += [list(blocks) for mapped, blocks in runs if mapped]
-        return found
-
     # -- expandable pools only --------------------------------------------------------------------------
 
     def best_fit_index(self, first_index: int) -> int:
@@ -124,7 +116,7 @@ class Pool:
         The last run always is. Source: find_expandable_block.
         """
         (lowest,) = self.first_blocks.values()
-        runs = groupby(_iter_blocks(lowest), lambda block: block.allocated)
+        runs = groupby(iter_blocks(lowest), lambda block: block.allocated)
         free_runs = (list(blocks) for allocated, blocks in runs if not allocated)
         return next(run[0] for run in free_runs if sum(block.size_bytes for block in run) >= size_bytes)
 
@@ -156,7 +148,8 @@ class Pool:
         return end - begin
 
 
-def _iter_blocks(block: Block | None) -> Iterator[Block]:
+def iter_blocks(block: Block | None) -> Iterator[Block]:
+    """Yield the block and all blocks above it in its segment."""
     while block is not None:
         yield block
         block = block.next

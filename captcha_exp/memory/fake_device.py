@@ -11,12 +11,14 @@ tests/memory/test_trace.py: they differ only in the mean and deviation of a batc
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from captcha_exp.memory.allocator import MemoryEvent
 
@@ -71,16 +73,14 @@ class DeviceTensor(Tensor):
         del tensor_contents
         return f"DeviceTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        raise _value_read_error("numpy.asarray")
-
-    def numpy(self, *_: Any, **__: Any) -> Any:
+    def _raise_value_read(self, name: str, *_: Any, **__: Any) -> Any:
         """Raise UntraceableError, because the tensor has no values."""
-        raise _value_read_error("Tensor.numpy")
+        remedy = f"remove {name.rpartition('.')[2]}() from the step"
+        raise UntraceableError(name, "reads values on the host", remedy)
 
-    def tolist(self) -> Any:
-        """Raise UntraceableError, because the tensor has no values."""
-        raise _value_read_error("Tensor.tolist")
+    __array__ = partialmethod(_raise_value_read, "numpy.asarray")
+    numpy = partialmethod(_raise_value_read, "Tensor.numpy")
+    tolist = partialmethod(_raise_value_read, "Tensor.tolist")
 
 
 class Convolution(NamedTuple):
@@ -111,13 +111,6 @@ class UntraceableError(NotImplementedError):
         self.module_path: str | None = None  # of the submodule that called it, if known
 
 
-def _value_read_error(name: str) -> UntraceableError:
-    """Return the error for a method that reads values."""
-    return UntraceableError(
-        name, "reads values on the host", f"remove {name.rpartition('.')[2]}() from the step"
-    )
-
-
 class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Record the allocations and deallocations of the device."""
 
@@ -126,9 +119,8 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.events: list[MemoryEvent] = []
         self.phase_starts: list[tuple[str, int]] = []  # name and index of the first event
         self.convolutions: list[Convolution] = []
-        self.get_module_path: Callable[[], str | None] = lambda: (
-            None
-        )  # returns the path of the submodule at work
+        # Returns the path of the submodule at work.
+        self.get_module_path: Callable[[], str | None] = lambda: None
         self._num_storages = 0
         self._value_reads_allowed = False
 
@@ -157,8 +149,7 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         inputs: list[DeviceTensor] = []
         devices: list[torch.device] = []
         cache_key = [func, torch.is_inference_mode_enabled(), torch.get_default_dtype(), *kwargs]
-        _collect_cache_key(args, cache_key, inputs, devices)
-        _collect_cache_key(kwargs.values(), cache_key, inputs, devices)
+        _collect_cache_key((*args, *kwargs.values()), cache_key, inputs, devices)
         if func is _aten.lift_fresh.default:  # called by torch.tensor for a new tensor
             devices.append(args[0].device)
         if func is _aten._local_scalar_dense.default and self._value_reads_allowed:
@@ -230,30 +221,30 @@ def _raise_untraceable(func: Any, args: Any) -> Iterator[None]:
     """Raise UntraceableError for an operator that reads values on the host or needs them for a shape."""
     try:
         yield
+    except UntraceableError:
+        raise
     except (NotImplementedError, RuntimeError) as error:
-        if isinstance(error, UntraceableError):
-            raise
-        if torch.Tag.data_dependent_output in func.tags:
-            remedy = "remove .item(), bool(), tolist() and formatting from the step"
-            raise UntraceableError(str(func), "reads a value on the host", remedy) from error
         is_dynamic = torch.Tag.dynamic_output_shape in func.tags
         if func is _aten.index.Tensor:  # integer indices give a known shape
             is_dynamic = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-        if is_dynamic:
+        if torch.Tag.data_dependent_output in func.tags:
+            reason = "reads a value on the host"
+            remedy = "remove .item(), bool(), tolist() and formatting from the step"
+        elif is_dynamic:
+            reason = "has a result whose shape depends on values"
             remedy = "use a fixed shape (torch.where, masked_fill, topk)"
-            raise UntraceableError(str(func), "has a result whose shape depends on values", remedy) from error
-        if isinstance(error, NotImplementedError):
-            remedy = "use an operator that has one"
-            raise UntraceableError(str(func), "has no implementation for device='meta'", remedy) from error
-        raise
+        elif isinstance(error, NotImplementedError):
+            reason, remedy = "has no implementation for device='meta'", "use an operator that has one"
+        else:
+            raise
+        raise UntraceableError(str(func), reason, remedy) from error
 
 
 def _run_on_meta(func: Any, args: Any, kwargs: Any, meta_inputs: list[Tensor]) -> Any:
     """Run the `meta` kernel on the inputs, in place of the device tensors."""
     if torch.Tag.inplace_view in func.tags:
-        raise UntraceableError(
-            str(func), "changes the shape of a tensor in place", "use the variant that returns a new tensor"
-        )
+        remedy = "use the variant that returns a new tensor"
+        raise UntraceableError(str(func), "changes the shape of a tensor in place", remedy)
     if not func._schema.returns:
         return None  # writes to its inputs; fused SGD has no `meta` kernel
     remaining = iter(meta_inputs)
@@ -263,25 +254,23 @@ def _run_on_meta(func: Any, args: Any, kwargs: Any, meta_inputs: list[Tensor]) -
             return next(remaining)
         if isinstance(value, torch.device):
             return HOST
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(to_meta, value))
         if isinstance(value, Tensor):
             return torch.empty_like(value, device=HOST)  # otherwise a transfer to meta would return the input
         return value
 
-    arguments = to_meta(tuple(args))
+    arguments, keywords = tree_map(to_meta, (tuple(args), kwargs))
     if func in _CTC:
         return _ctc_loss_meta(*arguments[:4])
     if func in _CTC_BACKWARD:
         return torch.empty_like(arguments[1])
-    result = func(*arguments, **{name: to_meta(value) for name, value in kwargs.items()})
+    result = func(*arguments, **keywords)
     if isinstance(result, Tensor) and result.layout is not torch.strided:
         remedy = "use dense tensors, e.g. nn.Embedding(..., sparse=False)"
         raise UntraceableError(str(func), "returns a sparse tensor", remedy)
     # The `meta` kernel considers the memory format of the input only.
     operands = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
     if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in operands):
-        result = _to_channels_last(result)
+        return tree_map(_to_channels_last, result)
     return result
 
 
@@ -300,12 +289,9 @@ def _ctc_loss_meta(
 
 
 def _to_channels_last(result: Any) -> Any:
-    """Return the result in channels_last, the format of a convolution with such an input or weight."""
-    if isinstance(result, tuple):
-        return tuple(map(_to_channels_last, result))
-    if isinstance(result, Tensor) and result.ndim == 4:
-        return result.to(memory_format=torch.channels_last)
-    return result
+    """Return a result in channels_last, the format of a convolution with such an input or weight."""
+    is_image = isinstance(result, Tensor) and result.ndim == 4
+    return result.to(memory_format=torch.channels_last) if is_image else result
 
 
 def _to_op_results(result: Any, meta_inputs: list[Tensor]) -> OpResults:

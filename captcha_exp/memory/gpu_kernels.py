@@ -20,24 +20,18 @@ LossCTC.cpp.
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from captcha_exp.memory.torch_patches import replace_attributes
+
 _aten = torch.ops.aten
-_AUTOCAST_FP32_OPS = (
-    "layer_norm",
-    "group_norm",
-    "softmax.int",
-    "log_softmax.int",
-    "exp",
-    "log",
-    "pow.Tensor_Scalar",
-    "softplus",
-    "rsqrt",
-)
+# The operators that autocast runs in fp32 on CUDA only.
+_FP32_NORMALIZATIONS = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int")
+_FP32_FUNCTIONS = ("exp", "log", "pow.Tensor_Scalar", "softplus", "rsqrt")
 
 
 @contextmanager
@@ -56,7 +50,7 @@ def emulate_cuda_operators() -> Iterator[None]:
             library.impl("ctc_loss.Tensor", _ctc_loss, key)
             for recurrent in ("gru", "rnn_tanh", "rnn_relu"):
                 library.impl(f"{recurrent}.input", _recurrent_kernel(recurrent), key)
-        for name in _AUTOCAST_FP32_OPS:
+        for name in (*_FP32_NORMALIZATIONS, *_FP32_FUNCTIONS):
             library.impl(name, _fp32_kernel(name), "AutocastCPU")
         # Without oneDNN an LSTM is a loop over time steps. torch.backends.mkldnn.flags warns of TF32.
         was_enabled = torch._C._get_mkldnn_enabled()
@@ -67,8 +61,7 @@ def emulate_cuda_operators() -> Iterator[None]:
             torch._C._set_mkldnn_enabled(was_enabled)
 
 
-@contextmanager
-def _emulate_cuda_autocast() -> Iterator[None]:
+def _emulate_cuda_autocast() -> AbstractContextManager[None]:
     """Apply torch.autocast("cuda") in this thread to the traced device, with the default dtype of CUDA."""
     plain, thread = torch.autocast.__init__, threading.get_ident()
 
@@ -77,11 +70,7 @@ def _emulate_cuda_autocast() -> Iterator[None]:
             device_type, dtype = "cpu", dtype or torch.float16
         plain(self, device_type, dtype, *args, **kwargs)
 
-    setattr(torch.autocast, "__init__", init)  # noqa: B010 - mypy rejects an assignment to a method
-    try:
-        yield
-    finally:
-        setattr(torch.autocast, "__init__", plain)  # noqa: B010
+    return replace_attributes([(torch.autocast, "__init__", init)])
 
 
 def _ctc_loss(
@@ -133,17 +122,17 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Return the attention of the fused kernel if CUDA has one for these arguments."""
-    result: Tensor
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    if not _has_fused_kernel(query, value, attn_mask, enable_gqa):
-        result = _aten._scaled_dot_product_attention_math.default(
+    if _has_fused_kernel(query, value, attn_mask, enable_gqa):
+        outputs = _aten._scaled_dot_product_flash_attention_for_cpu.default(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+    else:
+        outputs = _aten._scaled_dot_product_attention_math.default(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )[0]
-        return result
-    result = _aten._scaled_dot_product_flash_attention_for_cpu.default(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )[0]
+        )
+    result: Tensor = outputs[0]
     return result
 
 

@@ -29,11 +29,7 @@ from captcha_exp.runtime.console import ProgressBar, progress_bar
 logger = logging.getLogger(__name__)
 
 MIB = devices.MIB
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_SIZE = 256  # of the matrices
 BATCH_SIZES = (16, 64, 256, 1024)  # of the convolutions
 DEFAULT_BATCH_SIZE = 256  # of a training step if train.batch_size is auto

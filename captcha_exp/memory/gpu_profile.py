@@ -6,13 +6,15 @@ Nothing here uses a GPU, so tests can cover any GPU with made-up measurements.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from captcha_exp.config import Bounds, GpuSpec, Precision
 from captcha_exp.errors import UserError
+from captcha_exp.memory.interval import MiBRange
 
 CONTEXT_MARGIN_MIB = 64  # added to a measured context, for kernels that only training loads
 # These limits are checked for measurements from a file, not for a dataclass created in code.
@@ -115,23 +117,18 @@ def measurements_from_json(values: Any) -> GpuMeasurements:
 def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
     """Return the figures of the GPU; those that were not measured keep the bounds of `fallback`."""
     total = min(measurements.totals_mib)
-    others = _others_bounds(measurements, total)
+    total_source = "reported by torch, from cudaMemGetInfo and from the device properties"
+    cublas_source = (
+        f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
+        f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less if it is not set"
+    )
     return GpuSpec(
         name=measurements.name,
         compute_capability=measurements.compute_capability,
-        total_mib=_mib_bounds(
-            total,
-            max(measurements.totals_mib),
-            "reported by torch, from cudaMemGetInfo and from the device properties",
-        ),
-        other_processes_mib=others,
+        total_mib=_mib_bounds(total, max(measurements.totals_mib), total_source),
+        other_processes_mib=_others_bounds(measurements, total),
         context_mib=_context_bounds(measurements, total),
-        cublas_workspace_mib=_mib_bounds(
-            0,
-            measurements.cublas_mib,
-            f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
-            f"CUBLAS_WORKSPACE_CONFIG={measurements.cublas_config}; less if it is not set",
-        ),
+        cublas_workspace_mib=_mib_bounds(0, measurements.cublas_mib, cublas_source),
         cudnn_workspace_mib=_cudnn_bounds(measurements, fallback.cudnn_workspace_mib),
         fp16_speedup=_speed_bounds(measurements.rounds, "fp16", fallback.fp16_speedup),
         bf16_speedup=_speed_bounds(measurements.rounds, "bf16", fallback.bf16_speedup),
@@ -145,49 +142,41 @@ def _mib_bounds(min_mib: float, max_mib: float, source: str) -> Bounds:
 
 def _others_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     """Return the memory that other processes used, before this one started and during the measurements."""
-    used_mib = [
-        max(0.0, s.used_mib - s.process_mib) for s in measurements.stages if s.process_mib is not None
-    ]
+    used_mib = [s.used_mib - s.process_mib for s in measurements.stages if s.process_mib is not None]
     if measurements.free_before_mib is not None:
-        used_mib.append(max(0.0, total - measurements.free_before_mib))
+        used_mib.append(total - measurements.free_before_mib)
     if used_mib:
         source = "measured by NVML, memory of other programs at that time"
-        return _mib_bounds(min(used_mib), max(used_mib), source)
+        return _mib_bounds(max(0.0, min(used_mib)), max(0.0, *used_mib), source)
     source = "not reported by NVML; at most the memory in use after this process started"
     return _mib_bounds(0, measurements.stages[0].non_allocator_mib, source)
 
 
 def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
     """Return the context from the smallest that can train to the largest measured one, with a margin."""
-    bounds = [_context_range(stage, measurements, total) for stage in measurements.stages]
+    contexts = [_context_range(stage, measurements, total) for stage in measurements.stages]
     steps = ", ".join(
-        (f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}") + f" after {stage.after}"
-        for stage, (low, high) in zip(measurements.stages, bounds, strict=True)
+        f"{context} after {stage.after}" for stage, context in zip(measurements.stages, contexts, strict=True)
     )
-    by = (
-        "by NVML for the process"
-        if all(stage.process_mib is not None for stage in measurements.stages)
-        else "as the increase of the memory in use on the GPU"
-    )
+    is_by_nvml = all(stage.process_mib is not None for stage in measurements.stages)
+    by = "by NVML for the process" if is_by_nvml else "as the increase of the memory in use on the GPU"
     return _mib_bounds(
-        min(low for low, _ in bounds[measurements.smallest :]),
-        max(high for _, high in bounds) + CONTEXT_MARGIN_MIB,
+        min(context.min for context in contexts[measurements.smallest :]),
+        max(context.max for context in contexts) + CONTEXT_MARGIN_MIB,
         f"measured {by}, {steps}; max includes {CONTEXT_MARGIN_MIB} for kernels loaded later",
     )
 
 
-def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> tuple[float, float]:
-    """Return the minimum and maximum MiB of the process outside torch's allocator."""
+def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> MiBRange:
+    """Return the memory of the process outside torch's allocator."""
     if stage.process_mib is not None:
-        exact = max(0.0, stage.process_mib - stage.reserved_mib)
-        return exact, exact
-    if measurements.free_before_mib is not None:
-        exact = max(0.0, stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib))
-        return exact, exact
-    # The memory in use after the start may belong to other processes entirely, or not at all.
-    return max(
-        0.0, stage.non_allocator_mib - measurements.stages[0].non_allocator_mib
-    ), stage.non_allocator_mib
+        low = high = stage.process_mib - stage.reserved_mib
+    elif measurements.free_before_mib is not None:
+        low = high = stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib)
+    else:  # the memory in use after the start may belong to other processes entirely, or not at all
+        high = stage.non_allocator_mib
+        low = high - measurements.stages[0].non_allocator_mib
+    return MiBRange(max(0.0, low), max(0.0, high))
 
 
 def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
@@ -196,57 +185,50 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     If the largest measured batch of a network has the largest workspace, a larger batch may need more: the
     maximum is then at least that of `fallback`.
     """
-    groups: dict[tuple[str, Precision, int], ConvWorkspace] = {}
+    by_network: dict[tuple[str, Precision], dict[int, ConvWorkspace]] = {}
     for each in measurements.transients:
-        group = (each.network, each.precision, each.batch_size)
-        groups[group] = max(groups.get(group, each), each, key=lambda workspace: workspace.mib)
-    if not groups:
+        by_size = by_network.setdefault((each.network, each.precision), {})
+        by_size[each.batch_size] = max(by_size.get(each.batch_size, each), each, key=attrgetter("mib"))
+    if not by_network:
         return _unmeasured_bounds(fallback)
-    largest = sorted(groups.values(), key=lambda workspace: workspace.mib)
-    sizes = sorted({each.batch_size for each in largest})
+    workspaces = [each for by_size in by_network.values() for each in by_size.values()]
+    workspaces.sort(key=attrgetter("mib"))
+    smallest, largest = workspaces[0], workspaces[-1]
+    sizes = {each.batch_size for each in workspaces}
     source = (
-        f"measured, {largest[0]} to {largest[-1]}; forward and backward, batch sizes "
-        f"{sizes[0]} to {sizes[-1]}, train.deterministic={str(measurements.deterministic).lower()}"
+        f"measured, {smallest} to {largest}; forward and backward, batch sizes "
+        f"{min(sizes)} to {max(sizes)}, train.deterministic={str(measurements.deterministic).lower()}"
     )
-    max_mib = largest[-1].mib
-    if max_mib < fallback.max and _grows(groups.values()):
+    max_mib = largest.mib
+    if max_mib < fallback.max and any(map(_grows, by_network.values())):
         max_mib = fallback.max
         source += f"; still growing at the largest batch size, so max is not measured: {fallback.source}"
-    return _mib_bounds(largest[0].mib, max_mib, source)
+    return _mib_bounds(smallest.mib, max_mib, source)
 
 
-def _grows(workspaces: Iterable[ConvWorkspace]) -> bool:
+def _grows(by_size: Mapping[int, ConvWorkspace]) -> bool:
     """Return whether the largest batch of a network and precision has a larger workspace than the others."""
-    by_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
-    for each in workspaces:
-        by_network.setdefault((each.network, each.precision), []).append(each)
-    for group in by_network.values():
-        *smaller, largest = sorted(group, key=lambda workspace: workspace.batch_size)
-        if smaller and largest.mib > max(each.mib for each in smaller):
-            return True
-    return False
+    largest = by_size[max(by_size)]
+    others = [each.mib for each in by_size.values() if each is not largest]
+    return bool(others) and largest.mib > max(others)
 
 
 def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:
     """Return the speed relative to fp32, from the slowest to the fastest round of all networks."""
-    ratios_by_network: dict[str, list[float]] = {}
+    by_network: dict[str, list[float]] = {}
     for each in rounds:
         if precision in each.seconds:
             ratio = each.seconds["fp32"] / each.seconds[precision]
-            ratios_by_network.setdefault(f"{each.network}, batch size {each.batch_size}", []).append(ratio)
-    if not ratios_by_network:
+            by_network.setdefault(f"{each.network}, batch size {each.batch_size}", []).append(ratio)
+    if not by_network:
         return _unmeasured_bounds(fallback)
-    ratios = [ratio for each in ratios_by_network.values() for ratio in each]
-    ranges = "; ".join(
-        f"{min(each):.2f} to {max(each):.2f} ({name})" for name, each in ratios_by_network.items()
-    )
+    ranges = (f"{min(each):.2f} to {max(each):.2f} ({name})" for name, each in by_network.items())
     return Bounds(
-        min=math.floor(min(ratios) * 100) / 100,
-        max=math.ceil(max(ratios) * 100) / 100,
-        source=f"measured in training steps, {ranges}",
+        min=math.floor(min(map(min, by_network.values())) * 100) / 100,
+        max=math.ceil(max(map(max, by_network.values())) * 100) / 100,
+        source=f"measured in training steps, {'; '.join(ranges)}",
     )
 
 
 def _unmeasured_bounds(fallback: Bounds) -> Bounds:
-    source = f"not measured, because it failed; {fallback.source}"
-    return Bounds(min=fallback.min, max=fallback.max, source=source)
+    return replace(fallback, source=f"not measured, because it failed; {fallback.source}")

@@ -1,8 +1,11 @@
 """The types of a prediction: a range in MiB, and whether it fits."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import Field
 
 Fits: TypeAlias = Literal["fits", "does not fit", "unsure"]
+MiB = Annotated[float, Field(ge=0)]
 
 
 class MiBRange(NamedTuple):
@@ -19,3 +22,8 @@ class MiBRange(NamedTuple):
     def relative_error(self, measured: float) -> float:
         """Return the relative distance from a measured value: positive if the range is above it, 0 inside."""
         return (min(max(measured, self.min), self.max) - measured) / measured
+
+
+def described(text: str) -> Any:
+    """Return the metadata of a field with this description in a JSON Schema; subclasses inherit it."""
+    return Field(description=text)

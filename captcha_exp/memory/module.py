@@ -11,7 +11,6 @@ from torch import nn
 
 from captcha_exp.config import GpuSpec, load_gpu
 from captcha_exp.errors import UserError
-from captcha_exp.memory.allocator import MIB
 from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.memory.module_checks import check_budget_and_steps
 from captcha_exp.memory.module_trace import (
@@ -21,10 +20,8 @@ from captcha_exp.memory.module_trace import (
     OptimizerFactory,
     trace_module,
 )
-from captcha_exp.memory.plan import ERROR_MARGIN, allocator_limits, classify_fit
-from captcha_exp.memory.replay import peak_range, replay_trace
-from captcha_exp.memory.trace import Trace
-from captcha_exp.memory.workspaces import workspace_scenarios
+from captcha_exp.memory.plan import make_plan, memory_budget
+from captcha_exp.memory.replay import TraceReplayer
 from captcha_exp.runtime import paths
 
 
@@ -82,7 +79,20 @@ def plan_module(
     traced = trace_module(
         module, example_batch, optimizer, loss, targets=targets, precision=precision, steps=steps
     )
-    return _plan_trace(traced, spec, _budget(spec, budget_mib))
+    replayer = TraceReplayer(traced)
+    unlimited = make_plan(replayer, spec, batch_size=0, budget_mib=None)
+    plan = make_plan(replayer, spec, batch_size=0, budget_mib=memory_budget(spec, budget_mib))
+    return ModulePlan(
+        gpu=spec.name,
+        tensors_mib=plan.tensors_mib,
+        state_mib=plan.state_mib,
+        activations_mib=plan.activations_mib,
+        workspace_mib=plan.workspace_mib,
+        reserved_mib=unlimited.reserved_mib,
+        process_mib=unlimited.process_mib,
+        budget_mib=plan.budget_mib,
+        fits=plan.fits,
+    )
 
 
 def _gpu_spec_path(gpu: str | Path) -> Path:
@@ -91,40 +101,3 @@ def _gpu_spec_path(gpu: str | Path) -> Path:
         names = ", ".join(sorted(each.stem for each in (paths.conf_dir() / "gpu").glob("*.yaml")))
         raise UserError(f"gpu={str(gpu)!r}: no such file; must be one of {names}, or the path of a YAML file")
     return path
-
-
-def _budget(gpu: GpuSpec, requested_mib: float | None) -> MiBRange | None:
-    """Return the requested budget, else the memory that other programs leave on the GPU; None if unknown."""
-    if gpu.total_mib is not None and (requested_mib is None or requested_mib > gpu.total_mib.max):
-        min_mib = gpu.total_mib.min - gpu.other_processes_mib.max
-        return MiBRange(max(0.0, min_mib), max(0.0, gpu.total_mib.max - gpu.other_processes_mib.min))
-    return None if requested_mib is None else MiBRange(requested_mib, requested_mib)
-
-
-def _plan_trace(trace: Trace, gpu: GpuSpec, budget_mib: MiBRange | None) -> ModulePlan:
-    """Return the plan for a trace."""
-    context, workspaces = gpu.context_mib, workspace_scenarios(gpu)
-    peaks = [result for each in workspaces if (result := replay_trace(trace, each)) is not None]
-    reserved = peak_range(peaks, "reserved_bytes")
-    fits = None
-    if budget_mib is not None:
-        tight_mib, wide_mib = allocator_limits(gpu, budget_mib)
-        fits = classify_fit(
-            all(replay_trace(trace, each, tight_mib) is not None for each in workspaces),
-            any(replay_trace(trace, each, wide_mib) is not None for each in workspaces),
-        )
-    state_bytes = trace.parameters_bytes + trace.buffers_bytes + trace.optimizer_bytes
-    tensors_bytes = trace.peak_bytes("step")
-    return ModulePlan(
-        gpu=gpu.name,
-        tensors_mib=tensors_bytes / MIB,
-        state_mib=state_bytes / MIB,
-        activations_mib=(tensors_bytes - state_bytes) / MIB,
-        workspace_mib=MiBRange(workspaces[0].max_mib(trace), workspaces[-1].max_mib(trace)),
-        reserved_mib=reserved,
-        process_mib=MiBRange(
-            context.min + reserved.min * (1 - ERROR_MARGIN), context.max + reserved.max * (1 + ERROR_MARGIN)
-        ),
-        budget_mib=budget_mib,
-        fits=fits,
-    )

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from captcha_exp.errors import UserError
 
-_OPTIMIZER = "optimizer: must be callable with the parameters, e.g. torch.optim.AdamW, "
-
 
 def check_budget_and_steps(budget_mib: Any, steps: Any) -> None:
     """Raise UserError for an invalid budget or number of steps."""
@@ -28,7 +26,31 @@ def check_budget_and_steps(budget_mib: Any, steps: Any) -> None:
         raise UserError(f"budget_mib={float(budget_mib):g}: must be above 0 and finite")
 
 
-def check_module(module: Any) -> None:
+def check_functions(module: Any, optimizer: Any, loss: Any, has_targets: bool) -> None:
+    """Raise UserError unless this is a trainable module, an optimizer factory and a loss for its output."""
+    _check_module(module)
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        given = "an instance" if isinstance(optimizer, torch.optim.Optimizer) else _type_name(optimizer)
+        raise UserError(
+            f"optimizer: must be callable with the parameters, e.g. torch.optim.AdamW, not {given}"
+        )
+    if not callable(loss):
+        raise UserError(f"loss: must be callable with the output, not {_type_name(loss)}")
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # implemented in C
+        return
+    one, two = (_accepts_num_args(signature, count) for count in (1, 2))
+    if not has_targets and not one and two:
+        second = list(signature.parameters)[1]
+        raise UserError(
+            f"loss: missing its argument {second!r}; pass targets=..., of which only the shape is used"
+        )
+    if has_targets and one and not two:
+        raise UserError("loss: takes the output only; leave targets out, or take them as a second argument")
+
+
+def _check_module(module: Any) -> None:
     """Raise UserError if this is not a module, or has nothing to train."""
     if not isinstance(module, nn.Module):
         raise UserError(f"module: must be a torch.nn.Module, not {_type_name(module)}")
@@ -37,20 +59,11 @@ def check_module(module: Any) -> None:
             raise UserError(
                 f"{name or 'module'}: a TorchScript module cannot be traced; pass the original nn.Module"
             )
-    if not any(True for _ in module.parameters()):
-        raise UserError(f"module: {type(module).__name__} has no parameters to train")
-    if not any(each.requires_grad for each in module.parameters()):
-        raise UserError(
-            f"module: all parameters of {type(module).__name__} are frozen; set requires_grad of some"
-        )
-
-
-def check_optimizer_factory(factory: Any) -> None:
-    """Raise UserError unless this is a function that creates an optimizer."""
-    if isinstance(factory, torch.optim.Optimizer):
-        raise UserError(f"{_OPTIMIZER}not an instance")
-    if not callable(factory):
-        raise UserError(f"{_OPTIMIZER}not {_type_name(factory)}")
+    kind, parameters = _type_name(module), list(module.parameters())
+    if not parameters:
+        raise UserError(f"module: {kind} has no parameters to train")
+    if not any(each.requires_grad for each in parameters):
+        raise UserError(f"module: all parameters of {kind} are frozen; set requires_grad of some")
 
 
 def check_optimizer(optimizer: Any, module: nn.Module) -> None:
@@ -74,24 +87,6 @@ def check_optimizer(optimizer: Any, module: nn.Module) -> None:
             f"optimizer: {name}.step needs a closure, which is not supported; use one that needs none, e.g. "
             "torch.optim.AdamW"
         )
-
-
-def check_loss(loss: Any, has_targets: bool) -> None:
-    """Raise UserError unless the loss can be called with the output, and the targets if there are any."""
-    if not callable(loss):
-        raise UserError(f"loss: must be callable with the output, not {_type_name(loss)}")
-    try:
-        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    except (TypeError, ValueError):  # implemented in C
-        return
-    one, two = (_accepts_num_args(signature, count) for count in (1, 2))
-    if not has_targets and not one and two:
-        second = list(signature.parameters)[1]
-        raise UserError(
-            f"loss: missing its argument {second!r}; pass targets=..., of which only the shape is used"
-        )
-    if has_targets and one and not two:
-        raise UserError("loss: takes the output only; leave targets out, or take them as a second argument")
 
 
 def _accepts_num_args(signature: inspect.Signature, count: int) -> bool:

@@ -3,7 +3,7 @@
 import copy
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor
+from captcha_exp.memory.torch_patches import replace_attributes
 
 CopiedT = TypeVar("CopiedT")
 _trace_lock = threading.RLock()  # a trace replaces operators and settings of the process
@@ -45,11 +46,6 @@ def to_fake_device(tensor: Tensor) -> Tensor:
     return on_host.to(DEVICE)
 
 
-def parameter_to_fake_device(parameter: Tensor) -> nn.Parameter:
-    """Return a device parameter with this shape."""
-    return nn.Parameter(to_fake_device(parameter), parameter.requires_grad)
-
-
 def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
     """Return a copy of a module whose parameters, buffers and other tensors are device tensors.
 
@@ -64,60 +60,43 @@ def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
                 raise UserError(
                     f"{name}: the shape of a lazy parameter is unknown; call the module once first"
                 )
+    replacements = [(each, "__deepcopy__", _deepcopy_to_fake_device) for each in (Tensor, nn.Parameter)]
     try:
-        with _deepcopy_to_fake_device():
+        with replace_attributes(replacements):
             return copy.deepcopy(original, memo)
     except Exception as error:
-        name = type(original).__name__
-        raise UserError(f"{name}: copy.deepcopy cannot copy it ({first_line(error)})") from error
+        raise UserError(
+            f"{type(original).__name__}: copy.deepcopy cannot copy it ({first_line(error)})"
+        ) from error
+
+
+def _deepcopy_to_fake_device(tensor: Tensor, _: dict[int, Any]) -> Tensor:
+    """Return a device tensor instead of a copy, also for attributes that are no buffer."""
+    copied = to_fake_device(tensor)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, tensor.requires_grad)
+    return copied.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 @contextmanager
-def _deepcopy_to_fake_device() -> Iterator[None]:
-    """Make copy.deepcopy move tensors to the device, including attributes that are no buffer."""
-    originals = {each: each.__dict__["__deepcopy__"] for each in (Tensor, nn.Parameter)}
+def preserve_gradients() -> Iterator[Callable[[Tensor], None]]:
+    """Restore the gradients of the caller's tensors, such as a parameter that a loss closes over.
 
-    def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-        if id(tensor) not in memo:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = (
-                parameter_to_fake_device(tensor) if is_parameter else _leaf_to_fake_device(tensor)
-            )
-        copied: Tensor = memo[id(tensor)]
-        return copied
+    Yields a function that saves and clears them, to be called with each loss before its backward pass.
+    """
+    saved: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    for each in originals:
-        setattr(each, "__deepcopy__", deepcopy)  # noqa: B010 - mypy rejects an assignment to a method
-    try:
-        yield
-    finally:
-        for each, function in originals.items():
-            setattr(each, "__deepcopy__", function)  # noqa: B010
-
-
-def _leaf_to_fake_device(tensor: Tensor) -> Tensor:
-    """Return a device tensor with this shape; a leaf keeps its requires_grad."""
-    return to_fake_device(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-
-class SavedGradients:
-    """The gradients of the caller's tensors, such as a parameter that a loss closes over."""
-
-    def __init__(self) -> None:
-        self._saved: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def save(self, loss: Tensor) -> None:
-        """Save and clear the gradient of each leaf of the loss that the trace did not create."""
+    def save(loss: Tensor) -> None:
         for leaf in _grad_leaves(loss):
-            if not isinstance(leaf, DeviceTensor) and id(leaf) not in self._saved:
-                self._saved[id(leaf)] = leaf, leaf.grad
+            if not isinstance(leaf, DeviceTensor) and id(leaf) not in saved:
+                saved[id(leaf)] = leaf, leaf.grad
                 leaf.grad = None
 
-    def restore(self) -> None:
-        """Restore the gradients."""
-        for leaf, gradient in self._saved.values():
+    try:
+        yield save
+    finally:
+        for leaf, gradient in saved.values():
             leaf.grad = gradient
-        self._saved.clear()
 
 
 def _grad_leaves(loss: Tensor) -> Iterable[Tensor]:

@@ -4,32 +4,29 @@ As `trace` does for this project's own training: a copy of the module whose para
 but no values takes a few steps of the usual training loop, and `fake_device` records the allocations.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
 from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
-from captcha_exp.memory.module_checks import (
-    check_loss,
-    check_loss_value,
-    check_module,
-    check_optimizer,
-    check_optimizer_factory,
-)
+from captcha_exp.memory.module_checks import check_functions, check_loss_value, check_optimizer
 from captcha_exp.memory.module_copy import (
-    SavedGradients,
     copy_to_fake_device,
     preserve_global_state,
+    preserve_gradients,
     to_fake_device,
 )
-from captcha_exp.memory.module_path import ModulePathTracker
-from captcha_exp.memory.trace import Trace, allow_device_step_counts, compute_phases, disable_gc
+from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc, without_compiler
+from captcha_exp.memory.trace import Trace, make_trace, state_sizes
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LossFunction: TypeAlias = Callable[..., Tensor]
@@ -52,60 +49,23 @@ def trace_module(
     Raises:
         UserError: the module cannot be traced; the message names the operator, the submodule and a remedy.
     """
-    check_module(module)
-    check_optimizer_factory(optimizer)
-    check_loss(loss, targets is not None)
+    check_functions(module, optimizer, loss, targets is not None)
     recorder = TensorRecorder()
-    sizes: dict[str, int] = {}
     with (
         preserve_global_state(),
         disable_gc(),
+        without_compiler(),
         torch.device(HOST),
         allow_device_step_counts(),
         emulate_cuda_operators(),
         recorder,
     ):
         recorder.begin_phase("state")
-        _run_on_copy(module, (example_batch, targets), optimizer, loss, precision, steps, recorder, sizes)
-    return Trace(
-        recorder.events,
-        compute_phases(recorder.events, recorder.phase_starts),
-        recorder.convolutions,
-        **sizes,
-        resident_bytes=0,
-    )
+        sizes = _train_copy(module, (example_batch, targets), optimizer, loss, precision, steps, recorder)
+    return make_trace(recorder, sizes | {"resident_bytes": 0})
 
 
-def _run_on_copy(
-    module: nn.Module,
-    example: tuple[Any, Any],
-    optimizer: OptimizerFactory,
-    loss: LossFunction,
-    precision: ModulePrecision,
-    steps: int,
-    recorder: TensorRecorder,
-    sizes: dict[str, int],
-) -> None:
-    """Train a copy of the module, which is freed at the end."""
-    memo: dict[int, Any] = {}
-    on_device = copy_to_fake_device(module, memo)
-    if isinstance(loss, nn.Module):
-        loss = copy_to_fake_device(loss, memo)
-    memo.clear()  # it holds references to the originals
-    path, grads = ModulePathTracker(on_device), SavedGradients()
-    recorder.get_module_path = path.current
-    try:
-        with _raise_user_errors(path):
-            _train(on_device, example, optimizer, loss, precision, steps, recorder, path, grads, sizes)
-    finally:
-        grads.restore()
-
-
-def _batch_to_fake_device(batch: Any) -> Any:
-    return tree_map(lambda each: to_fake_device(each) if isinstance(each, Tensor) else each, batch)
-
-
-def _train(
+def _train_copy(
     module: nn.Module,
     example: tuple[Any, Any],
     optimizer_factory: OptimizerFactory,
@@ -113,37 +73,40 @@ def _train(
     precision: ModulePrecision,
     steps: int,
     recorder: TensorRecorder,
-    path: ModulePathTracker,
-    grads: SavedGradients,
-    sizes: dict[str, int],
-) -> None:
-    """Run steps of the usual loop. Batch, output and loss live until the next ones replace them."""
-    loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
-    optimizer = optimizer_factory(module.parameters())
-    check_optimizer(optimizer, module)
-    _use_foreach(optimizer)
-    for step in range(1, steps + 1):
-        recorder.begin_phase(f"epoch 1: step {step}")
-        path.begin_step()
-        batch, targets = _batch_to_fake_device(example)
-        optimizer.zero_grad()
-        with torch.autocast(
-            "cpu", AUTOCAST_DTYPES.get(precision, torch.bfloat16), enabled=precision in AUTOCAST_DTYPES
-        ):
-            output = _call(module, batch)
-            loss = loss_function(output) if targets is None else loss_function(output, targets)
-        check_loss_value(loss)
-        grads.save(loss)
-        scaled = loss if loss_scale is None else loss * loss_scale
-        scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        with recorder.allow_value_reads():  # most optimizers read their step count
-            optimizer.step()
-    recorder.begin_phase("end")
-    state = [value for values in optimizer.state.values() for value in values.values()]
-    parts = nn.ModuleList([module, *([loss_function] if isinstance(loss_function, nn.Module) else [])])
-    sizes["parameters_bytes"] = _device_bytes(parts.parameters())
-    sizes["buffers_bytes"] = _device_bytes(parts.buffers())
-    sizes["optimizer_bytes"] = _device_bytes(value for value in state if isinstance(value, Tensor))
+) -> dict[str, int]:
+    """Run steps of the usual loop on a copy of the module, freed on return; return the sizes of its state.
+
+    Batch, output and loss live until the next ones replace them.
+    """
+    memo: dict[int, Any] = {}
+    parts = nn.ModuleList([module := copy_to_fake_device(module, memo)])
+    if isinstance(loss_function, nn.Module):
+        parts.append(loss_function := copy_to_fake_device(loss_function, memo))
+    memo.clear()  # it holds references to the originals
+    path = ModulePathTracker(module)
+    recorder.get_module_path = path.current
+    dtype = AUTOCAST_DTYPES.get(precision)
+    with preserve_gradients() as save_gradients, _raise_user_errors(path):
+        loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
+        optimizer = optimizer_factory(module.parameters())
+        check_optimizer(optimizer, module)
+        _use_foreach(optimizer)
+        for step in range(1, steps + 1):
+            recorder.begin_phase(f"epoch 1: step {step}")
+            path.begin_step()
+            batch, targets = tree_map_only(Tensor, to_fake_device, example)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                output = _call(module, batch)
+                loss = loss_function(output) if targets is None else loss_function(output, targets)
+            check_loss_value(loss)
+            save_gradients(loss)
+            scaled = loss if loss_scale is None else loss * loss_scale
+            scaled.backward()
+            with recorder.allow_value_reads():  # most optimizers read their step count
+                optimizer.step()
+        recorder.begin_phase("end")
+        return state_sizes(parts, optimizer)
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
@@ -160,8 +123,46 @@ def _use_foreach(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def _device_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(each.nbytes for each in tensors if each.device == DEVICE)
+class ModulePathTracker:
+    """Finds the submodule that calls an operator, in the forward pass and in the backward pass.
+
+    In the forward pass, hooks keep a stack of the running modules. In the backward pass no module runs, but
+    the current autograd node has the sequence number of the forward operator that created it, and the module
+    that was running at that number is known.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Add hooks to each submodule of `module`, which must be a private copy."""
+        self._module_stack: list[str] = []
+        # Autograd's sequence number at each change of the running module, and that module.
+        self._changes: list[tuple[int, str | None]] = []
+        for name, child in module.named_modules():
+            child.register_forward_pre_hook(partial(self._enter, name or type(module).__name__))
+            child.register_forward_hook(self._leave)
+
+    def begin_step(self) -> None:
+        """Clear the records of the previous step."""
+        self._module_stack, self._changes = [], []
+
+    def current(self) -> str | None:
+        """Return the path of the submodule whose forward or backward pass is running; None outside of all."""
+        node = torch._C._current_autograd_node()
+        if node is None or self._module_stack:
+            return self._module_stack[-1] if self._module_stack else None
+        index = bisect_right(self._changes, node._sequence_nr(), key=itemgetter(0)) - 1
+        return self._changes[index][1] if index >= 0 else None
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._module_stack.append(name)
+        self._record_change()
+
+    def _leave(self, *_: Any) -> None:
+        self._module_stack.pop()
+        self._record_change()
+
+    def _record_change(self) -> None:
+        running = self._module_stack[-1] if self._module_stack else None
+        self._changes.append((torch._C._autograd._get_sequence_nr(), running))
 
 
 @contextmanager
@@ -172,20 +173,14 @@ def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause = _find_untraceable(error)
-        if cause is not None:
+        if cause := _find_untraceable(error):
             where = cause.module_path or path.current() or "the loss or the optimizer"
-            text = f"{where}: {cause.operator} {cause.reason}; {cause.remedy}"
-        else:
-            where = path.current() or "outside of the module (loss or optimizer)"
-            no_cuda = "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error)
-            remedy = (
-                "use the device of the input, e.g. x.device, instead of 'cuda'"
-                if no_cuda
-                else "check that the step runs on the CPU"
-            )
-            text = f"{where}: {type(error).__name__}: {first_line(error)}; {remedy}"
-        raise UserError(text) from error
+            raise UserError(f"{where}: {cause.operator} {cause.reason}; {cause.remedy}") from error
+        where = path.current() or "outside of the module (loss or optimizer)"
+        remedy = "check that the step runs on the CPU"
+        if "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error):
+            remedy = "use the device of the input, e.g. x.device, instead of 'cuda'"
+        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}; {remedy}") from error
 
 
 def _find_untraceable(error: BaseException | None) -> UntraceableError | None:

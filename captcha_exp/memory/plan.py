@@ -11,23 +11,25 @@ every bound at its minimum. Otherwise the verdict is *unsure*, which is treated 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Annotated, Any
+
+from pydantic import Field, with_config
 
 from captcha_exp.config import Config, GpuSpec
+from captcha_exp.config.gpu import STRICT
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.interval import Fits, MiBRange
+from captcha_exp.memory.interval import Fits, MiB, MiBRange, described
 from captcha_exp.memory.replay import (
     PhasePeaks,
+    Scenario,
     TraceReplayer,
+    list_scenarios,
     peak_range,
     replay_trace,
-    uses_expandable_segments,
 )
-from captcha_exp.memory.search import find_max_batch_size
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.memory.traces import TraceCache
-from captcha_exp.memory.workspaces import Workspaces, workspace_scenarios
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +38,32 @@ ERROR_MARGIN = 0.02
 MAX_MICRO_BATCHES = 16  # micro-batches per step in the search for the maximum batch size
 
 
-class Peak(NamedTuple):
-    """The peak of training or of evaluation, as torch.cuda.max_memory_allocated and _reserved."""
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Peak:
+    """The largest memory use of the training steps, or of the evaluations."""
 
-    allocated_mib: MiBRange
-    reserved_mib: MiBRange
+    allocated_mib: Annotated[MiBRange, described("torch.cuda.max_memory_allocated")]
+    reserved_mib: Annotated[MiBRange, described("torch.cuda.max_memory_reserved")]
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Plan:
     """The predicted memory of a batch size, and whether it fits."""
 
-    batch_size: int
-    tensors_mib: float  # of a training step, without the images that stay on the device
-    state_mib: float  # of them parameters, buffers and the optimizer's state
-    activations_mib: float  # of them everything else at the peak: activations, gradients, the batch
-    images_mib: float  # splits that stay on the device
-    workspace_mib: MiBRange  # of cuBLAS and cuDNN, at most at one time
-    training: Peak
-    evaluation: Peak
-    reserved_mib: MiBRange  # of the whole run
-    process_mib: MiBRange
-    budget_mib: MiBRange | None  # available to the process; None: unknown
-    fits: Fits | None
+    batch_size: Annotated[int, Field(ge=1), described("images of a training step")]
+    tensors_mib: Annotated[MiB, described("tensors of a training step, without resident images")]
+    state_mib: Annotated[MiB, described("of these, weights, batch norm statistics, optimizer state")]
+    activations_mib: Annotated[MiB, described("of these, the rest: activations, gradients, the batch")]
+    images_mib: Annotated[MiB, described("images that stay on the device for the whole training")]
+    workspace_mib: Annotated[MiBRange, described("memory of cuBLAS and cuDNN in use at one time, at most")]
+    training: Annotated[Peak, described("peak of the training steps")]
+    evaluation: Annotated[Peak, described("peak of the evaluations")]
+    reserved_mib: Annotated[MiBRange, described("memory that torch's allocator reserves over the whole run")]
+    process_mib: Annotated[MiBRange, described("memory of the process: CUDA context and reserved memory")]
+    budget_mib: Annotated[MiBRange | None, described("memory available to the process; null: unknown")]
+    fits: Annotated[Fits | None, described("the verdict; treat unsure as does not fit; null: unknown")]
 
     @property
     def is_evaluation_peak(self) -> bool:
@@ -76,28 +81,26 @@ class Plan:
 
         An error is relative to the measured value: 0 within the bounds, above 0 if predicted too high.
         """
-        metrics = {
-            "memory/predicted_peak_min_mib": self.process_mib.min,
-            "memory/predicted_peak_mib": self.process_mib.max,
-        }
-        is_measured = False
+
+        def peak_of(key: str) -> float:
+            return max((row[key] for row in measured if key in row), default=0.0)
+
+        errors = {}
         for kind, peak in (("train", self.training), ("eval", self.evaluation)):
             for field, bounds in (("allocated", peak.allocated_mib), ("reserved", peak.reserved_mib)):
-                key = f"memory/{kind}_peak_{field}_mib"
-                if peak_mib := max((row[key] for row in measured if key in row), default=0.0):
-                    metrics[f"memory/{kind}_peak_{field}_error"] = bounds.relative_error(peak_mib)
-                    is_measured = True
-        if is_measured:
-            peak_mib = max((row.get("memory/process_peak_mib", 0.0) for row in measured), default=0.0)
-            metrics["memory/process_peak_error"] = self.process_mib.relative_error(peak_mib)
-        return metrics
+                if measured_mib := peak_of(f"memory/{kind}_peak_{field}_mib"):
+                    errors[f"memory/{kind}_peak_{field}_error"] = bounds.relative_error(measured_mib)
+        if errors:
+            process_mib = peak_of("memory/process_peak_mib")
+            errors["memory/process_peak_error"] = self.process_mib.relative_error(process_mib)
+        return {
+            "memory/predicted_peak_min_mib": self.process_mib.min,
+            "memory/predicted_peak_mib": self.process_mib.max,
+        } | errors
 
     def to_json(self) -> dict[str, Any]:
         """Return values that `json` can write; a range is a list of two."""
-        values = asdict(self)
-        for kind in ("training", "evaluation"):
-            values[kind] = getattr(self, kind)._asdict()
-        return values
+        return asdict(self)
 
 
 class PlannerCache:
@@ -107,23 +110,13 @@ class PlannerCache:
         def trace_batch(batch_size: int) -> Trace:
             return trace(with_batch_size(config, batch_size), batch_size, split_sizes)
 
-        self.traces = TraceCache(trace_batch, split_sizes["train"], config.train.micro_batch_size is not None)
-        self._replayers: dict[int, TraceReplayer] = {}
-        self._fits_cache: dict[tuple[int, Workspaces, float, bool], bool] = {}
-
-    def replayer_for(self, batch_size: int) -> TraceReplayer:
-        """Return the replayer of a batch size, which caches the peaks without a limit."""
-        if batch_size not in self._replayers:
-            self._replayers[batch_size] = TraceReplayer(self.traces.trace(batch_size))
-        return self._replayers[batch_size]
-
-    def fits(self, batch_size: int, workspaces: Workspaces, available_mib: float) -> bool:
-        """Return whether this much memory suffices; GPUs with equal figures share the result."""
-        key = batch_size, workspaces, available_mib, uses_expandable_segments()
-        if key not in self._fits_cache:
+        def fits(batch_size: int, scenario: Scenario, available_mib: float) -> bool:
             traced = self.traces.trace_or_interpolate(batch_size)
-            self._fits_cache[key] = replay_trace(traced, workspaces, available_mib) is not None
-        return self._fits_cache[key]
+            return replay_trace(traced, scenario, available_mib) is not None
+
+        self.traces = TraceCache(trace_batch, split_sizes["train"], config.train.micro_batch_size is not None)
+        self.replayer_for = cache(lambda batch_size: TraceReplayer(self.traces.trace(batch_size)))
+        self.fits = cache(fits)  # GPUs with equal figures share the result
 
 
 class Planner:
@@ -139,23 +132,19 @@ class Planner:
         """`total_mib` is the memory of the device in use, for a GPU file without a size."""
         self.config = config
         self.split_sizes = dict(split_sizes)
-        self.budget_mib = memory_budget(config, total_mib)
+        self.budget_mib = memory_budget(config.gpu, config.device.vram_budget_mib, total_mib)
         self.cache = cache or PlannerCache(config, split_sizes)
-        micro = config.train.micro_batch_size
+        micro, limit = config.train.micro_batch_size, split_sizes["train"]
         # Each micro-batch is traced: their number hardly changes memory, but the time of the trace.
-        self.batch_size_limit = (
-            min(split_sizes["train"], MAX_MICRO_BATCHES * micro) if micro else split_sizes["train"]
-        )
+        self.batch_size_limit = min(limit, MAX_MICRO_BATCHES * micro) if micro else limit
         self._plans: dict[int, Plan] = {}
-        self._workspaces = workspace_scenarios(config.gpu)
+        self._scenarios = list_scenarios(config.gpu)
 
     def plan_for(self, batch_size: int) -> Plan:
         """Return the plan for a batch size."""
         if batch_size not in self._plans:
             replayer = self.cache.replayer_for(batch_size)
-            plan = self._plans[batch_size] = _make_plan(
-                replayer, self.config.gpu, batch_size, self.budget_mib
-            )
+            plan = self._plans[batch_size] = make_plan(replayer, self.config.gpu, batch_size, self.budget_mib)
             logger.debug(f"batch size {batch_size:,}: {plan.describe(self.config.gpu.name)}")
         return self._plans[batch_size]
 
@@ -164,30 +153,27 @@ class Planner:
 
         It is at most `batch_size_limit`: the whole training split, or MAX_MICRO_BATCHES micro-batches.
         """
-        batch_size = self.max_batch_size()
-        return self.plan_for(batch_size) if batch_size else None
+        return self.plan_for(batch_size) if (batch_size := self.max_batch_size()) else None
 
     def max_batch_size(self) -> int | None:
         """Return a batch size that fits while the next larger one does not; 0: none fits; None: no budget."""
         if self.budget_mib is None:
             return None
-        scenario = self._workspaces[-1]  # usually the first to fail
+        scenario = self._scenarios[-1]  # usually the first to fail
         limit = self.batch_size_limit
         guess = min(max(self._guess_max_batch_size(), 1), limit)
-        while size := find_max_batch_size(partial(self._fits, scenario), limit, guess):
-            failed = next((each for each in self._workspaces if not self._fits(each, size)), None)
+        while size := _find_max_batch_size(partial(self._fits, scenario), limit, guess):
+            failed = next((each for each in self._scenarios if not self._fits(each, size)), None)
             if failed is None:
                 break
             scenario, limit, guess = failed, size - 1, size - 1
-            if not limit:
-                return 0
         return size
 
-    def _fits(self, workspaces: Workspaces, batch_size: int) -> bool:
-        """Return whether a batch size fits with these workspaces."""
+    def _fits(self, scenario: Scenario, batch_size: int) -> bool:
+        """Return whether a batch size fits in this scenario."""
         assert self.budget_mib is not None
         available_mib = allocator_limits(self.config.gpu, self.budget_mib)[0]
-        return self.cache.fits(batch_size, workspaces, available_mib)
+        return self.cache.fits(batch_size, scenario, available_mib)
 
     def _guess_max_batch_size(self) -> int:
         """Return an estimate of the maximum batch size, as memory is almost linear in the batch size."""
@@ -200,11 +186,32 @@ class Planner:
         allocator_mib = self.budget_mib.min - self.config.gpu.context_mib.max
         size = small
         for _ in range(2):  # workspaces grow with the batch size
-            workspace_mib = self._workspaces[-1].max_mib(self.cache.traces.trace_or_interpolate(size))
+            traced = self.cache.traces.trace_or_interpolate(size)
+            workspace_mib = self._scenarios[-1].max_workspace_mib(traced)
             free_mib = (allocator_mib - workspace_mib) * 0.95
-            free_mib -= _state_mib(one) + one.resident_bytes / MIB + _activations_mib(one)
+            free_mib -= one.state_bytes / MIB + one.resident_bytes / MIB + _activations_mib(one)
             size = min(max(int(free_mib / mib_per_image) + small, 1), self.batch_size_limit)
         return size
+
+
+def _find_max_batch_size(fits: Callable[[int], bool], limit: int, guess: int) -> int:
+    """Return a batch size up to `limit` that fits while the next larger one does not; 0 if none fits.
+
+    Fitting need not be monotonic: a batch may fit while a smaller one does not, due to fragmentation. The
+    result then depends on `guess`.
+    """
+    low, high = 0, limit + 1  # low fits, high does not
+    batch = guess
+    stride = batch // 32 + 1
+    while high - low > 1:
+        batch = min(max(batch, low + 1), high - 1)
+        low, high = (batch, high) if fits(batch) else (low, batch)
+        if low == 0 or high > limit:  # one end is still open
+            batch = low + stride if high > limit else high - stride
+            stride *= 2
+        else:
+            batch = (low + high) // 2
+    return low
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
@@ -214,23 +221,23 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
     return replace(config, train=replace(config.train, batch_size=batch_size, micro_batch_size=micro))
 
 
-def memory_budget(config: Config, total_mib: float | None = None) -> MiBRange | None:
+def memory_budget(
+    gpu: GpuSpec, requested_mib: float | None, total_mib: float | None = None
+) -> MiBRange | None:
     """Return the memory available to the process; None if unknown.
 
-    This is the budget of the config if the GPU has that much, else the memory that other programs leave.
+    This is the requested memory if the GPU has that much, else the memory that other programs leave.
+    `total_mib` is the memory of the device in use, for a GPU file without a size.
     """
-    requested, gpu = config.device.vram_budget_mib, config.gpu
+    total = None if total_mib is None else MiBRange(total_mib, total_mib)
     if gpu.total_mib is not None:
-        min_total, max_total = gpu.total_mib.min, gpu.total_mib.max
-    elif total_mib is not None:
-        min_total = max_total = total_mib
-    else:
-        return None if requested is None else MiBRange(requested, requested)
-    if requested is not None and requested <= max_total:
-        return MiBRange(requested, requested)
-    return MiBRange(
-        max(0.0, min_total - gpu.other_processes_mib.max), max(0.0, max_total - gpu.other_processes_mib.min)
-    )
+        total = MiBRange(gpu.total_mib.min, gpu.total_mib.max)
+    if requested_mib is not None and (total is None or requested_mib <= total.max):
+        return MiBRange(requested_mib, requested_mib)
+    if total is None:
+        return None
+    others = gpu.other_processes_mib
+    return MiBRange(max(0.0, total.min - others.max), max(0.0, total.max - others.min))
 
 
 def allocator_limits(gpu: GpuSpec, budget_mib: MiBRange) -> tuple[float, float]:
@@ -239,37 +246,33 @@ def allocator_limits(gpu: GpuSpec, budget_mib: MiBRange) -> tuple[float, float]:
     return tight_mib, (budget_mib.max - gpu.context_mib.min) / (1 - ERROR_MARGIN)
 
 
-def classify_fit(fits_at_max: bool, fits_at_min: bool) -> Fits:
-    """Return the verdict, given whether it fits with the bounds at their maximum and at their minimum."""
-    if fits_at_max:
-        return "fits"
-    return "unsure" if fits_at_min else "does not fit"
+def make_plan(replayer: TraceReplayer, gpu: GpuSpec, batch_size: int, budget_mib: MiBRange | None) -> Plan:
+    """Return the plan for the trace of a batch size."""
+    traced, context, scenarios = replayer.trace, gpu.context_mib, list_scenarios(gpu)
+    # At a limit the allocator flushes its cache before it fails: a run may need less than it uses when memory
+    # is plentiful.
+    limits = [None] if budget_mib is None else [*allocator_limits(gpu, budget_mib), None]
 
+    def replay(scenario: Scenario) -> tuple[int, PhasePeaks]:
+        """Return the index of the first limit that suffices, and the peaks."""
+        replays = ((index, replayer.peaks(scenario, limit)) for index, limit in enumerate(limits))
+        return next((index, peaks) for index, peaks in replays if peaks is not None)
 
-def _make_plan(replayer: TraceReplayer, gpu: GpuSpec, batch_size: int, budget_mib: MiBRange | None) -> Plan:
-    traced, context, workspaces = replayer.trace, gpu.context_mib, workspace_scenarios(gpu)
-    limits: list[float | None] = [None]
+    indices, replays = zip(*map(replay, scenarios), strict=True)
+    fits: Fits | None = None
     if budget_mib is not None:
-        # At a limit the allocator flushes its cache before it fails: a run may need less than it uses when
-        # memory is plentiful.
-        limits = [*allocator_limits(gpu, budget_mib), None]
-    peaks, limit_indices = [], []
-    for each in workspaces:
-        replays = ((limit, replayer.peaks(each, limit)) for limit in limits)
-        limit, first = next((limit, result) for limit, result in replays if result is not None)
-        peaks.append(first)
-        limit_indices.append(limits.index(limit))
-    fits = None if budget_mib is None else classify_fit(max(limit_indices) == 0, min(limit_indices) < 2)
-    reserved = peak_range(peaks, "reserved_bytes")
+        fits = "fits" if max(indices) == 0 else "unsure" if min(indices) < 2 else "does not fit"
+    reserved = peak_range(replays, "reserved_bytes")
+    smallest, largest = (scenario.max_workspace_mib(traced) for scenario in (scenarios[0], scenarios[-1]))
     return Plan(
         batch_size=batch_size,
         tensors_mib=(traced.peak_bytes("step") - traced.resident_bytes) / MIB,
-        state_mib=_state_mib(traced),
+        state_mib=traced.state_bytes / MIB,
         activations_mib=_activations_mib(traced),
         images_mib=traced.resident_bytes / MIB,
-        workspace_mib=MiBRange(workspaces[0].max_mib(traced), workspaces[-1].max_mib(traced)),
-        training=_make_peak(peaks, _is_training),
-        evaluation=_make_peak(peaks, _is_evaluation),
+        workspace_mib=MiBRange(smallest, largest),
+        training=_epoch_peak(replays, evaluation=False),
+        evaluation=_epoch_peak(replays, evaluation=True),
         reserved_mib=reserved,
         process_mib=MiBRange(
             context.min + reserved.min * (1 - ERROR_MARGIN), context.max + reserved.max * (1 + ERROR_MARGIN)
@@ -279,25 +282,19 @@ def _make_plan(replayer: TraceReplayer, gpu: GpuSpec, batch_size: int, budget_mi
     )
 
 
-def _state_mib(traced: Trace) -> float:
-    return (traced.parameters_bytes + traced.buffers_bytes + traced.optimizer_bytes) / MIB
-
-
 def _activations_mib(traced: Trace) -> float:
     """Return the tensors of a step without the state and the images that stay on the device."""
-    tensors_bytes = traced.peak_bytes("step") - traced.resident_bytes
-    return (tensors_bytes - traced.parameters_bytes - traced.buffers_bytes - traced.optimizer_bytes) / MIB
+    return (traced.peak_bytes("step") - traced.resident_bytes - traced.state_bytes) / MIB
 
 
-def _is_training(phase: str) -> bool:
-    return phase.startswith("epoch") and not phase.endswith("evaluation")
-
-
-def _is_evaluation(phase: str) -> bool:
-    return phase.startswith("epoch") and phase.endswith("evaluation")
-
-
-def _make_peak(replays: Sequence[PhasePeaks], is_included: Callable[[str], bool]) -> Peak:
-    """Return the peak over the included phases."""
-    replays = [{name: usage for name, usage in peaks.items() if is_included(name)} for peaks in replays]
-    return Peak(peak_range(replays, "allocated_bytes"), peak_range(replays, "reserved_bytes"))
+def _epoch_peak(replays: Sequence[PhasePeaks], evaluation: bool) -> Peak:
+    """Return the peak over the evaluations of all epochs, or over everything else in them."""
+    selected = [
+        {
+            phase: usage
+            for phase, usage in peaks.items()
+            if phase.startswith("epoch") and phase.endswith("evaluation") == evaluation
+        }
+        for peaks in replays
+    ]
+    return Peak(peak_range(selected, "allocated_bytes"), peak_range(selected, "reserved_bytes"))

@@ -1,89 +1,68 @@
-"""Replay a trace and its workspaces on the model of the allocator, with or without a limit."""
+"""Replay a trace on the model of the allocator, for each scenario of what a trace does not show.
 
+These are the workspaces of cuBLAS and cuDNN and the addresses of new segments. The GPU's file has bounds for
+the workspaces, which the libraries request from torch's allocator, like tensors.
+"""
+
+import functools
 import os
-from bisect import bisect_right
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from captcha_exp.config import Bounds, GpuSpec
 from captcha_exp.memory.allocator import (
     MIB,
     CachingAllocator,
-    MemoryEvent,
     SimulatedOutOfMemoryError,
     Usage,
     replay_events,
 )
 from captcha_exp.memory.blocks import Block
+from captcha_exp.memory.fake_device import Convolution
 from captcha_exp.memory.interval import MiBRange
-from captcha_exp.memory.trace import Phase, Trace
-from captcha_exp.memory.workspaces import Workspaces
+from captcha_exp.memory.trace import Trace
 
-_CUBLAS_ID, _CUDNN_ID = -1, -2  # of workspaces; tensor IDs start at 1
-
+CONV_WORKSPACE_FACTOR = 4  # times the tensors of a convolution: above Winograd's transforms, an estimate
+WORKSPACE_FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # between minimum and maximum, each replayed downward
 
 PhasePeaks: TypeAlias = Mapping[str, Usage]  # phase -> peak of each sum
 
 
-class TraceReplayer:
-    """Replays one trace, and caches the peaks without a limit."""
+class Scenario(NamedTuple):
+    """Workspaces that libraries request from torch's allocator, and how it places its segments."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self._unlimited: dict[tuple[Workspaces, bool], PhasePeaks] = {}
+    cublas_bytes: int  # from the first step on
+    cudnn_bytes: int  # at most, while a convolution runs
+    expandable: bool  # this and the next as in CachingAllocator
+    downward: bool = True
 
-    def peaks(self, workspaces: Workspaces, limit_mib: float | None) -> PhasePeaks | None:
-        """Return the peaks of each phase; None if the memory does not suffice.
+    def conv_workspace_bytes(self, convolution: Convolution) -> int:
+        """Return the workspace of this convolution."""
+        return min(self.cudnn_bytes, CONV_WORKSPACE_FACTOR * convolution.fp32_bytes)
 
-        A limit that is never reached changes nothing; one below tensors and workspaces is never enough.
-        """
-        key = workspaces, uses_expandable_segments()
-        if key not in self._unlimited:
-            unlimited = replay_trace(self.trace, workspaces)
-            assert unlimited is not None
-            self._unlimited[key] = unlimited
-        peaks = self._unlimited[key]
-        if limit_mib is None or max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
-            return peaks
-        if max(usage.requested_bytes for usage in peaks.values()) > limit_mib * MIB:
-            return None
-        return replay_trace(self.trace, workspaces, limit_mib)
+    def max_workspace_mib(self, trace: Trace) -> float:
+        """Return the maximum MiB in use at one time."""
+        return (self.cublas_bytes + max(map(self.conv_workspace_bytes, trace.convolutions), default=0)) / MIB
 
 
-def replay_trace(trace: Trace, workspaces: Workspaces, limit_mib: float | None = None) -> PhasePeaks | None:
-    """Return the peaks of each phase; None if the memory does not suffice."""
-    if limit_mib is not None and limit_mib <= 0:
-        return None
-    limit_bytes = None if limit_mib is None else int(limit_mib * MIB)
-    allocator = CachingAllocator(limit_bytes, uses_expandable_segments(), downward=workspaces.downward)
-    live: dict[int, Block] = {}
-    peaks = {}
-    try:
-        for phase in trace.phases:
-            allocator.reset_peaks()
-            peaks[phase.name] = replay_events(phase_events(trace, phase, workspaces), allocator, live)
-    except SimulatedOutOfMemoryError:
-        return None
-    return peaks
+def list_scenarios(gpu: GpuSpec) -> list[Scenario]:
+    """Return the scenarios to replay, from the smallest to the largest; these two also with segments upward.
 
+    The reserved memory is not monotonic in the workspace, and depends on the order of the segments.
+    """
+    expandable = uses_expandable_segments()
 
-def phase_events(trace: Trace, phase: Phase, workspaces: Workspaces) -> list[MemoryEvent]:
-    """Return the events of a phase, including those of the workspaces."""
-    result = []
-    if phase.name == "epoch 1: step 1":
-        result.append(MemoryEvent(_CUBLAS_ID, workspaces.cublas_bytes))
-    begin, events = phase.begin, trace.events
-    first = bisect_right(trace.convolutions, phase.begin, key=lambda each: each.event_index)
-    for convolution in trace.convolutions[first:]:
-        if convolution.event_index > phase.end:
-            break
-        result += events[begin : convolution.event_index]
-        result += (
-            MemoryEvent(_CUDNN_ID, workspaces.conv_workspace_bytes(convolution)),
-            MemoryEvent(_CUDNN_ID, None),
-        )
-        begin = convolution.event_index
-    result += events[begin : phase.end]
-    return result
+    def interpolate(bounds: Bounds, fraction: float) -> int:
+        return int((bounds.min + fraction * (bounds.max - bounds.min)) * MIB)
+
+    cublas, cudnn = gpu.cublas_workspace_mib, gpu.cudnn_workspace_mib
+    scenarios = [
+        Scenario(interpolate(cublas, fraction), interpolate(cudnn, fraction), expandable)
+        for fraction in WORKSPACE_FRACTIONS
+    ]
+    smallest, largest = (each._replace(downward=False) for each in (scenarios[0], scenarios[-1]))
+    return [smallest, *scenarios[:-1], largest, scenarios[-1]]
 
 
 def uses_expandable_segments() -> bool:
@@ -92,7 +71,52 @@ def uses_expandable_segments() -> bool:
     return any("expandable_segments:true" in text.replace(" ", "").lower() for text in options)
 
 
+class TraceReplayer:
+    """Replays one trace, and caches the peaks without a limit."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._unlimited_peaks = functools.cache(functools.partial(replay_trace, trace))
+
+    def peaks(self, scenario: Scenario, limit_mib: float | None) -> PhasePeaks | None:
+        """Return the peaks of each phase; None if the memory does not suffice.
+
+        A limit that is never reached changes nothing; one below tensors and workspaces is never enough.
+        """
+        peaks = self._unlimited_peaks(scenario)
+        assert peaks is not None
+        if limit_mib is None or max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
+            return peaks
+        if max(usage.requested_bytes for usage in peaks.values()) > limit_mib * MIB:
+            return None
+        return replay_trace(self.trace, scenario, limit_mib)
+
+
+def replay_trace(trace: Trace, scenario: Scenario, limit_mib: float | None = None) -> PhasePeaks | None:
+    """Return the peaks of each phase; None if the memory does not suffice."""
+    limit_bytes = None if limit_mib is None else int(limit_mib * MIB)
+    allocator = CachingAllocator(limit_bytes, scenario.expandable, downward=scenario.downward)
+    live: dict[int, Block] = {}
+    convolutions = deque(trace.convolutions)
+    peaks = {}
+    try:
+        for phase in trace.phases:
+            allocator.reset_peaks()
+            if phase.name == "epoch 1: step 1":
+                allocator.allocate(scenario.cublas_bytes)
+            begin = phase.begin
+            while convolutions and convolutions[0].event_index <= phase.end:
+                convolution = convolutions.popleft()
+                replay_events(trace.events[begin : convolution.event_index], allocator, live)
+                allocator.free(allocator.allocate(scenario.conv_workspace_bytes(convolution)))
+                begin = convolution.event_index
+            peaks[phase.name] = replay_events(trace.events[begin : phase.end], allocator, live)
+    except SimulatedOutOfMemoryError:
+        return None
+    return peaks
+
+
 def peak_range(replays: Sequence[PhasePeaks], field: str) -> MiBRange:
-    """Return the range in MiB of the peaks over all replays."""
-    values = [max(getattr(usage, field) for usage in peaks.values()) / MIB for peaks in replays]
+    """Return the range in MiB of the peaks over all replays; 0 without phases."""
+    values = [max((getattr(usage, field) for usage in peaks.values()), default=0) / MIB for peaks in replays]
     return MiBRange(min(values), max(values))

@@ -17,13 +17,10 @@ Not recorded, because it is in no tensor of a dispatched operator:
 - scalars of the progress bar and of training.sanity.SanityChecker
 """
 
-import gc
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +30,8 @@ from captcha_exp.config import Config
 from captcha_exp.data.augment import Augmenter, is_off
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.memory.allocator import MemoryEvent
-from captcha_exp.memory.compiler import without_compiler
 from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, TensorRecorder
+from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc, without_compiler
 from captcha_exp.model import networks
 from captcha_exp.model.evaluate import predict_split
 from captcha_exp.model.networks import Recognizer
@@ -66,6 +63,11 @@ class Trace:
     optimizer_bytes: int  # of its state, which the first step creates
     resident_bytes: int  # of splits that stay on the device during training
 
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of parameters, buffers and the optimizer's state."""
+        return self.parameters_bytes + self.buffers_bytes + self.optimizer_bytes
+
     def peak_bytes(self, phase: str = "") -> int:
         """Return the maximum of the bytes in use over the phases whose name contains `phase`."""
         return max(each.peak_bytes for each in self.phases if phase in each.name)
@@ -78,75 +80,22 @@ def trace(config: Config, batch_size: int, split_sizes: Mapping[str, int]) -> Tr
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
     recorder = TensorRecorder()
-    with disable_gc():
-        sizes = _run_recorded(config, split_sizes, recorder)
+    with disable_gc(), without_compiler(), torch.device(HOST), allow_device_step_counts(), recorder:
+        sizes = _run_training(config, split_sizes, recorder.begin_phase)
+    return make_trace(recorder, sizes)
+
+
+def make_trace(recorder: TensorRecorder, sizes: Mapping[str, int]) -> Trace:
+    """Return the trace of a recorder; `sizes` has the remaining fields."""
     phases = compute_phases(recorder.events, recorder.phase_starts)
     return Trace(recorder.events, phases, recorder.convolutions, **sizes)
 
 
-@contextmanager
-def disable_gc() -> Iterator[None]:
-    """Disable garbage collection, which would visit every object of the imported modules to no effect."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with without_compiler():
-            yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _run_recorded(config: Config, split_sizes: Mapping[str, int], recorder: TensorRecorder) -> dict[str, int]:
-    """Call `_run_training`, whose tensors are freed on return while they are still recorded."""
-    with torch.device(HOST):
-        model = networks.build(config.model, config.captcha)
-    with torch.device(HOST), allow_device_step_counts(), recorder:
-        return _run_training(model, config, split_sizes, recorder.begin_phase)
-
-
-@contextmanager
-def allow_device_step_counts() -> Iterator[None]:
-    """Allow torch's optimizers to count steps on the device or on the host, which are not CUDA and CPU here.
-
-    Each module of torch.optim imports the list of devices that may count steps, which lacks the CPU. And
-    torch groups the tensors of a multi-tensor step only if each is on its parameter's device or the CPU.
-    """
-    name = "_get_capturable_supported_devices"
-    modules = [each for path, each in sorted(sys.modules.items()) if path.startswith("torch.optim.")]
-    originals = {each: getattr(each, name) for each in modules if hasattr(each, name)}
-    original_grouping = Optimizer.__dict__["_group_tensors_by_device_and_dtype"]
-    for each in originals:
-        setattr(each, name, lambda *_, **__: [DEVICE.type])
-    Optimizer._group_tensors_by_device_and_dtype = staticmethod(_group_tensors)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        Optimizer._group_tensors_by_device_and_dtype = original_grouping  # type: ignore[method-assign]
-        for each, function in originals.items():
-            setattr(each, name, function)
-
-
-def _group_tensors(tensors: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
-    """Return the lists of tensors, grouped by device and dtype of the first list, with indices on request.
-
-    Source: torch/csrc/Module.cpp and aten/src/ATen/native/ForeachUtils.h, without their device checks.
-    """
-    groups: dict[Any, tuple[list[list[Any]], list[int]]] = {}
-    for index, first in enumerate(tensors[0]):
-        lists, indices = groups.setdefault((first.device, first.dtype), ([[] for _ in tensors], []))
-        for group, values in zip(lists, tensors, strict=True):
-            if values:
-                group.append(values[index])
-        if with_indices:
-            indices.append(index)
-    return groups
-
-
 def _run_training(
-    model: Recognizer, config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
+    config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
 ) -> dict[str, int]:
-    """Run a shortened training; return the bytes of parameters, buffers, optimizer and resident splits."""
+    """Run a shortened training, whose tensors are freed on return; return the sizes of a `Trace`."""
+    model = networks.build(config.model, config.captcha)
     data = _make_dataset(config, split_sizes)
     splits: list[Split] = []
 
@@ -163,9 +112,7 @@ def _run_training(
     for epoch in [1] if is_off(config.augment) else sorted({1, min(2, last), last}):
         begin_phase(f"epoch {epoch}: start")
         augmenter = Augmenter(config, epoch, len(data.images), DEVICE)
-        _run_epoch(
-            state, training, training.permutation(config.seed, epoch), augmenter, config, epoch, begin_phase
-        )
+        _run_epoch(state, training, augmenter, config, epoch, begin_phase)
         begin_phase(f"epoch {epoch}: evaluation")
         _run_evaluation(state.model, validation, config)
     del augmenter
@@ -175,13 +122,7 @@ def _run_training(
         begin_phase("test evaluation")
         _run_evaluation(state.model, test, config)
     begin_phase("end")
-    optimizer_state = [value for values in state.optimizer.state.values() for value in values.values()]
-    return {
-        "parameters_bytes": _device_bytes(state.model.parameters()),
-        "buffers_bytes": _device_bytes(state.model.buffers()),
-        "optimizer_bytes": _device_bytes(optimizer_state),
-        "resident_bytes": resident_bytes,
-    }
+    return state_sizes(state.model, state.optimizer) | {"resident_bytes": resident_bytes}
 
 
 def _make_dataset(config: Config, split_sizes: Mapping[str, int]) -> Dataset:
@@ -207,7 +148,6 @@ def _to_device(model: Recognizer) -> Recognizer:
 def _run_epoch(
     state: TrainState,
     training: Split,
-    order: Tensor,
     augmenter: Augmenter,
     config: Config,
     epoch: int,
@@ -215,7 +155,7 @@ def _run_epoch(
 ) -> None:
     """Run the first steps of `train_epoch`. As there, a batch is freed after the next one is allocated."""
     size = int(config.train.batch_size)
-    batches = training.batches(size, order)
+    batches = training.batches(size, training.permutation(config.seed, epoch))
     state.model.train()
     steps = min(NUM_FIRST_EPOCH_STEPS if epoch == 1 else NUM_LATER_EPOCH_STEPS, -(-len(training) // size))
     for number in range(1, steps + 1):
@@ -235,14 +175,19 @@ def _run_evaluation(model: Recognizer, split: Split, config: Config) -> None:
     images, targets, indices = (x[skipped:] for x in (split.images, split.targets, split.indices))
     predictions = predict_split(model, Split(images, targets, indices, DEVICE), config)
     with torch.inference_mode():
-        for parts in (
-            predictions.predicted,
-            predictions.targets,
-            predictions.confidences,
-            predictions.indices,
-        ):
+        for parts in predictions[1:]:  # all but the loss have a tensor per batch
             torch.cat(parts)
     del skipped_results
+
+
+def state_sizes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Return the bytes of the state that is on the device, by field of a `Trace`."""
+    state = (value for values in optimizer.state.values() for value in values.values())
+    return {
+        "parameters_bytes": _device_bytes(model.parameters()),
+        "buffers_bytes": _device_bytes(model.buffers()),
+        "optimizer_bytes": _device_bytes(value for value in state if isinstance(value, Tensor)),
+    }
 
 
 def _device_bytes(tensors: Iterable[Tensor]) -> int:

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -145,7 +145,7 @@ def test_notes_describe_the_consequences(article: list[Advice]) -> None:
 
 @pytest.mark.long
 def test_advice_can_be_written_as_json(article: list[Advice]) -> None:
-    values = json.loads(json.dumps([each.to_json() for each in article]))
+    values = json.loads(json.dumps([asdict(each) for each in article]))
     assert [tuple(each["overrides"]) for each in values] == [each.overrides for each in article]
     assert all(set(each) == {"overrides", "relative_time", "notes", "plan"} for each in values)
     assert all(each["plan"]["fits"] == "fits" for each in values)

@@ -925,5 +925,5 @@ def test_a_file_that_loads_differently_is_not_written(
     gpu: GpuSpec = build_gpu_spec(MEASUREMENTS, GENERIC)
     monkeypatch.setattr(calibration, "gpu_to_yaml", lambda gpu: gpu_to_yaml(replace(gpu, name="another")))
     with pytest.raises(RunFailed, match="nothing is written"):
-        calibration._write_gpu_file(tmp_path / "gpu/x.yaml", gpu, [])
+        calibration.GpuFile(None, None, False, []).write(tmp_path / "gpu/x.yaml", gpu, "today", {})
     assert list(tmp_path.iterdir()) == []

@@ -22,12 +22,10 @@ from captcha_exp.memory.plan import (
     Peak,
     Plan,
     Planner,
-    memory_budget,
     with_batch_size,
 )
-from captcha_exp.memory.replay import uses_expandable_segments
+from captcha_exp.memory.replay import CONV_WORKSPACE_FACTOR, uses_expandable_segments
 from captcha_exp.memory.trace import Phase, Trace
-from captcha_exp.memory.workspaces import CONV_WORKSPACE_FACTOR
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_expandable_segments")
 
@@ -57,6 +55,10 @@ def with_gpu(config: Config, **values: Any) -> Config:
 
 def with_budget(config: Config, budget_mib: int | None) -> Config:
     return replace(config, device=replace(config.device, vram_budget_mib=budget_mib))
+
+
+def budget_of(config: Config, total_mib: float | None = None) -> MiBRange | None:
+    return module.memory_budget(config.gpu, config.device.vram_budget_mib, total_mib)
 
 
 def mib(value: float) -> int:
@@ -262,25 +264,23 @@ def test_a_configured_budget_is_used(tiny: Config) -> None:
     config = with_budget(
         with_gpu(tiny, total_mib=bounds_of(4000, 4100), other_processes_mib=bounds_of(5, 50)), 3000
     )
-    assert memory_budget(config) == memory_budget(config, 8000.0) == (3000, 3000)
+    assert budget_of(config) == budget_of(config, 8000.0) == (3000, 3000)
 
 
 def test_a_budget_above_the_size_of_the_gpu_is_ignored(tiny: Config) -> None:
     """Otherwise a batch would fit into memory that does not exist."""
     sized = with_gpu(tiny, total_mib=bounds_of(4000, 4100), other_processes_mib=bounds_of(5, 50))
-    assert memory_budget(with_budget(sized, 4100)) == (4100, 4100)
-    assert memory_budget(with_budget(sized, 4101)) == (3950, 4095)
+    assert budget_of(with_budget(sized, 4100)) == (4100, 4100)
+    assert budget_of(with_budget(sized, 4101)) == (3950, 4095)
     unsized = with_gpu(tiny, total_mib=None, other_processes_mib=bounds_of(5, 50))
-    assert memory_budget(with_budget(unsized, 9000), 8000.0) == (7950, 7995)
-    assert memory_budget(with_budget(unsized, 9000)) == (9000, 9000)
+    assert budget_of(with_budget(unsized, 9000), 8000.0) == (7950, 7995)
+    assert budget_of(with_budget(unsized, 9000)) == (9000, 9000)
 
 
 def test_the_default_budget_is_the_memory_that_other_processes_leave(tiny: Config) -> None:
     config = with_gpu(tiny, total_mib=bounds_of(4000, 4100), other_processes_mib=bounds_of(5, 50))
-    assert memory_budget(config) == memory_budget(config, 8000.0) == (3950, 4095)
-    assert memory_budget(
-        with_gpu(tiny, total_mib=bounds_of(10, 20), other_processes_mib=bounds_of(15, 50))
-    ) == (
+    assert budget_of(config) == budget_of(config, 8000.0) == (3950, 4095)
+    assert budget_of(with_gpu(tiny, total_mib=bounds_of(10, 20), other_processes_mib=bounds_of(15, 50))) == (
         0,
         5,
     )
@@ -288,8 +288,8 @@ def test_the_default_budget_is_the_memory_that_other_processes_leave(tiny: Confi
 
 def test_a_gpu_file_without_a_size_uses_that_of_the_device(tiny: Config) -> None:
     config = with_gpu(tiny, total_mib=None, other_processes_mib=bounds_of(5, 50))
-    assert memory_budget(config, 8000.0) == (7950, 7995)
-    assert memory_budget(config) is None
+    assert budget_of(config, 8000.0) == (7950, 7995)
+    assert budget_of(config) is None
 
 
 # -- batches -------------------------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from captcha_exp.memory.allocator import MemoryEvent
 from captcha_exp.memory.fake_device import Convolution
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Plan, Planner, PlannerCache, with_batch_size
-from captcha_exp.memory.replay import replay_trace
+from captcha_exp.memory.replay import list_scenarios, replay_trace
 from captcha_exp.memory.trace import Phase, Trace, trace
 from captcha_exp.memory.traces import TraceCache
-from captcha_exp.memory.workspaces import workspace_scenarios
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,10 +114,10 @@ def plain_verdict(config: Config, size: int, budget: MiBRange) -> str:
     context = config.gpu.context_mib
     tight = (budget.min - context.max) / (1 + module.ERROR_MARGIN)
     wide = (budget.max - context.min) / (1 - module.ERROR_MARGIN)
-    workspaces = workspace_scenarios(config.gpu)
-    if all(replay_trace(traced, each, tight) is not None for each in workspaces):
+    scenarios = list_scenarios(config.gpu)
+    if all(replay_trace(traced, each, tight) is not None for each in scenarios):
         return "fits"
-    results = (replay_trace(traced, each, limit) for each in workspaces for limit in (tight, wide))
+    results = (replay_trace(traced, each, limit) for each in scenarios for limit in (tight, wide))
     return "unsure" if any(result is not None for result in results) else "does not fit"
 
 
