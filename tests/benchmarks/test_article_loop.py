@@ -139,6 +139,7 @@ def test_eight_steps_match_the_article(article: Config, eight: list[Batch]) -> N
     assert max_difference(renamed(state.model), network.state_dict()) < 1e-5
 
 
+@pytest.mark.long
 def test_in_64_bits_our_steps_equal_the_article_s(
     article: Config, eight: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

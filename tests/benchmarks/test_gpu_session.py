@@ -673,6 +673,7 @@ def test_parts_without_enough_time_are_skipped_and_none_runs_past_the_deadline(t
     assert "c" not in session.parts
 
 
+@pytest.mark.long
 def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")

@@ -179,6 +179,7 @@ def test_a_16_bit_precision_is_not_changed() -> None:
     assert all("device.precision" not in override_keys(each) for each in found)
 
 
+@pytest.mark.long
 def test_a_requested_micro_batch_size_is_not_increased(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advisor, "MICRO_BATCH_COUNTS", FEW_MICRO_BATCH_COUNTS)
     base = (*SMALL, "train.micro_batch_size=90", f"device.vram_budget_mib={BUDGET}")
@@ -190,6 +191,7 @@ def test_a_requested_micro_batch_size_is_not_increased(monkeypatch: pytest.Monke
         assert micro <= 90
 
 
+@pytest.mark.long
 def test_a_speedup_of_zero_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

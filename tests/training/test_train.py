@@ -303,6 +303,7 @@ def test_the_weights_are_a_function_of_the_config(config: Config, no_report: Non
     assert weights(replace(config, seed=1)) != expected
 
 
+@pytest.mark.long
 def test_the_number_of_threads_comes_from_the_config(config: Config, no_report: None) -> None:
     config = replace(config, device=replace(config.device, threads=2))
     variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -557,7 +558,7 @@ def test_every_optimizer_trains_in_every_precision(
     "overrides",
     [
         pytest.param(("model=resnet18", "train=constant_lr"), marks=pytest.mark.long),
-        ("model=resnet18", "model.head=position"),
+        pytest.param(("model=resnet18", "model.head=position"), marks=pytest.mark.long),
         ("captcha.channels=1", "model.head=grouped_softmax", "train.deterministic=false"),
         ("data=wheezy", "train.optimizer=sgd", "train.patience=1"),
     ],
