@@ -25,7 +25,7 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
 from captcha_exp.report import figures
 from captcha_exp.runs import SweepInfo
-from captcha_exp.runs.info import MlflowRef, ResultSummary, now, running_fields
+from captcha_exp.runs.info import MlflowRef, OutOfMemory, ResultSummary, now, running_fields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.training import sanity
 
@@ -125,6 +125,11 @@ def result_summary(**fields: Any) -> ResultSummary:
         process_peak_mib=900.0,
     )
     return result.model_copy(update=fields)
+
+
+def out_of_memory(during: Literal["training", "evaluation"] = "training") -> OutOfMemory:
+    """Return the record of a run that was out of memory."""
+    return OutOfMemory(during=during, epoch=1, step=2, peak_mib=3.0, predicted_mib=(1.0, 2.0), remedies=[])
 
 
 def sweep_info(**fields: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call, edit_record, mlflow_ref, result_summary, with_train
+from conftest import Call, edit_record, mlflow_ref, out_of_memory, result_summary, with_train
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,11 +25,9 @@ from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.fields import RunFields
-from captcha_exp.runs.info import OutOfMemory, ResultSummary
+from captcha_exp.runs.info import ResultSummary
 
 Make = Callable[..., Run]
-
-OOM = OutOfMemory(during="training", epoch=1, step=2, peak_mib=3.0, predicted_mib=(1.0, 2.0), remedies=[])
 
 ROWS = (
     {
@@ -149,7 +147,7 @@ def test_a_metric_that_the_best_epoch_lacks_is_missing(make: Make) -> None:
     ("state", "key", "value"),
     [
         ({"oom": None}, "oom", False),
-        ({"oom": OOM}, "oom", True),
+        ({"oom": out_of_memory()}, "oom", True),
         ({"mlflow": mlflow_ref("abc")}, "run_id", "abc"),
         ({"stop_reason": None}, "stop_reason", None),
         ({"stop_reason": "time limit"}, "stop_reason", "time limit"),

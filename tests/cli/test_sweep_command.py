@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, edit_record, infos, sweep_info, warnings
+from conftest import TINY, edit_record, infos, out_of_memory, sweep_info, warnings
 from support.faults import inject_faults
 
 from captcha_exp import runs
@@ -27,7 +27,7 @@ from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.runs import RecordedDir
-from captcha_exp.runs.info import OutOfMemory, Skipped
+from captcha_exp.runs.info import Skipped
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record, supervisor
@@ -72,10 +72,7 @@ def make_run(sweep: Sweep, number: int, outcome: Outcome) -> runs.Run:
         case "failed":
             run.close("FAILED", "an error")
         case "oom" | "skipped":
-            oom_info = OutOfMemory(
-                during="training", epoch=1, step=1, peak_mib=9.0, predicted_mib=(1.0, 2.0), remedies=[]
-            )
-            run.update(**{outcome: oom_info if outcome == "oom" else Skipped(remedies=[])})
+            run.update(**{outcome: out_of_memory() if outcome == "oom" else Skipped(remedies=[])})
             run.close("FINISHED")
         case _:
             run.close("FINISHED")

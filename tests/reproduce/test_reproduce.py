@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Call, edit_record, mlflow_ref, warnings
+from conftest import TINY, Call, edit_record, mlflow_ref, out_of_memory, warnings
 from omegaconf import DictConfig
 from PIL import Image
 from support.image_files import page, saved
@@ -32,14 +32,6 @@ from captcha_exp.runtime.files import sha256_of, write_json
 from captcha_exp.training.recorder import NullTracker
 from captcha_exp.training.train import train
 
-OOM = {
-    "during": "training",
-    "epoch": 1,
-    "step": 2,
-    "peak_mib": 3.0,
-    "predicted_mib": [1.0, 2.0],
-    "remedies": [],
-}
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGE_FOLDER = (
     *(text for text in TINY if text.split("=")[0] not in ("data.count", "data.workers", "captcha.alphabet")),
@@ -217,8 +209,9 @@ def test_an_edited_config_without_a_known_edit_is_reported(
 
 
 def test_changes_across_an_interruption_are_suspects_if_results_differ(run: Path) -> None:
-    changes = {"packages.torch": ["2.12.0", "2.13.0"], "packages.mlflow": ["3.0", "3.1"], "device.threads": 3}
-    edit_json(run / "run.json", lambda state: state.update(resumed=[{"changed": changes}, {"at": "then"}]))
+    changes = {"packages.torch": ["2.12.0", "2.13.0"], "packages.mlflow": ["3.0", "3.1"]}
+    resumption = {"at": "2026-01-01T00:00:00+00:00", "host": "a"}
+    edit_record(run, resumed=[{**resumption, "changed": changes}, resumption])
     reproduction = rerun(run)
     assert reproduction.summary == "identical"
     assert set(roles(reproduction).values()) == {"ruled_out"}
@@ -415,7 +408,7 @@ def test_a_changed_line_of_code_is_the_cause_but_a_comment_is_not(
     [
         ({"format": None}, "was written by captcha_exp 0.1, which this version cannot read"),
         ({"status": "KILLED"}, "status KILLED; only a FINISHED run can be reproduced"),
-        ({"oom": OOM}, "ran out of memory and has no weights to compare with"),
+        ({"oom": out_of_memory().model_dump()}, "ran out of memory and has no weights to compare with"),
         ({"result": None}, "has no result to compare with"),
         ({"result": [1]}, "is not a valid run.json: result=[1] must be a valid dictionary"),
     ],

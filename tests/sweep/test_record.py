@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import mlflow_ref, result_summary, with_train
+from conftest import mlflow_ref, out_of_memory, result_summary, with_train
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits
 from captcha_exp.runs import MetricsRow, create_run
-from captcha_exp.runs.info import OutOfMemory, Skipped
+from captcha_exp.runs.info import Skipped
 from captcha_exp.sweep.forecast import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import (
     Job,
@@ -23,8 +23,6 @@ from captcha_exp.sweep.record import (
     list_sweeps,
 )
 from captcha_exp.sweep.results import collect_results
-
-OOM = OutOfMemory(during="training", epoch=1, step=2, peak_mib=3.0, predicted_mib=(1.0, 2.0), remedies=[])
 
 
 def make_job(tiny: Config, swept: Mapping[str, str] | None = None, number: int = 1) -> Job:
@@ -179,10 +177,10 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
     ("status", "fields", "outcome"),
     [
         ("FINISHED", {}, "finished"),
-        ("FINISHED", {"oom": OOM}, "oom"),
+        ("FINISHED", {"oom": out_of_memory()}, "oom"),
         ("FINISHED", {"skipped": Skipped(remedies=[])}, "skipped"),
         ("FAILED", {"error": "no"}, "failed"),
-        ("FAILED", {"oom": OOM}, "failed"),
+        ("FAILED", {"oom": out_of_memory()}, "failed"),
         ("KILLED", {"stop_reason": "time limit"}, "killed"),
         ("RUNNING", {}, "killed"),
     ],
