@@ -143,8 +143,8 @@ def test_add_a_data_source(project: Copy) -> None:
     )
     project.replace(
         "captcha_exp/data/sources/generators.py",
-        "import Image, ImageFont",
-        "import Image, ImageDraw, ImageFont",
+        "import Image, ImageFont, features",
+        "import Image, ImageDraw, ImageFont, features",
     )
     project.replace(
         "captcha_exp/data/sources/generators.py",
