@@ -1,8 +1,9 @@
 """Save checkpoints during training, and stop when asked to."""
 
+import time
 from pathlib import Path
 
-from captcha_exp.config import Config
+from captcha_exp.config import CHECKPOINT_EVERY_PATTERN, Config
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.state import TrainState
 from captcha_exp.runtime.console import Display
@@ -23,8 +24,21 @@ class Checkpointer:
     ) -> None:
         self._checkpoint_dir, self._display = checkpoint_dir, display
         self._sanity_checker, self._shutdown = sanity_checker, shutdown
-        self._interval = checkpoint.CheckpointInterval(config.train.checkpoint_every)
+        parts = CHECKPOINT_EVERY_PATTERN.fullmatch(config.train.checkpoint_every or "")
+        self._every, self._unit = (int(parts[1]), parts[2]) if parts else (0, "")
+        self._last_saved = time.monotonic()
         self._last_position: tuple[int, bool] | None = None
+
+    def is_due(self, state: TrainState) -> bool:
+        """Return whether train.checkpoint_every asks for a checkpoint after this step or epoch."""
+        match self._unit:
+            case "step":
+                return state.progress is not None and state.step % self._every == 0
+            case "epoch":
+                return state.progress is None and state.epoch % self._every == 0
+            case "minute":
+                return time.monotonic() - self._last_saved >= 60 * self._every
+        return False
 
     def maybe_save(self, state: TrainState) -> None:
         """Save a checkpoint if one is due after this step or epoch.
@@ -32,7 +46,7 @@ class Checkpointer:
         Raises:
             StopRequested: training has to stop.
         """
-        if self._interval.is_due(state):
+        if self.is_due(state):
             self.save(state)
         self._shutdown.check_stop()
 
@@ -51,4 +65,4 @@ class Checkpointer:
             self._last_position = position
         except OSError as error:
             self._display.warn(f"{self._checkpoint_dir}: cannot write a checkpoint: {error}")
-        self._interval.reset()
+        self._last_saved = time.monotonic()

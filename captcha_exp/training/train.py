@@ -223,7 +223,7 @@ class _PreparedTraining:
     device: torch.device
     dataset_spec: DatasetSpec
     plan: Plan
-    trials: autotune.Trials
+    trials: dict[str, autotune.Trials]  # for environment.json
 
 
 def _prepare(requested: Config, display: Display) -> _PreparedTraining:
@@ -324,10 +324,7 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
     config, run, display = prepared.config, recorder.run, recorder.display
     display.info(f"run {run.run_dir} on {devices.describe(config)}")
     _print_plan(prepared.plan, config, display)
-    environment = collect_environment(config) | {
-        "precisions_tried": prepared.trials.precisions,
-        "batch_sizes_tried": prepared.trials.batch_sizes,
-    }
+    environment = collect_environment(config) | prepared.trials
     record_environment(environment, recorder)
     run.write_json("memory.json", prepared.plan.to_json())
     data = dataset.load_or_build(prepared.dataset_spec, config, display)

@@ -265,7 +265,10 @@ def test_resolve_runs_no_trials(tiny: Config, monkeypatch: pytest.MonkeyPatch) -
 
 def test_values_that_are_not_auto_are_not_tuned(tiny: Config) -> None:
     heard = RecordingDisplay()
-    assert autotune.autotune(tiny, SPLIT_SIZES, heard) == (tiny, autotune.Trials())
+    assert autotune.autotune(tiny, SPLIT_SIZES, heard) == (
+        tiny,
+        {"precisions_tried": [], "batch_sizes_tried": []},
+    )
     assert heard.lines == []
 
 
