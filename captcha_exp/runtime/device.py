@@ -67,10 +67,9 @@ def cpu_quota() -> float | None:
 def read_cgroup_files(filename: str) -> list[str]:
     """Return the content of a file in the cgroup of this process and in each of its parents."""
     groups = Path("/proc/self/cgroup")
-    if not groups.is_file():
-        return []
-    own = next((line[3:] for line in groups.read_text().splitlines() if line.startswith("0::")), None)
-    if own is None:  # version 1
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    own = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if own is None:  # another system, or version 1
         return []
     cgroup = Path("/sys/fs/cgroup") / own.lstrip("/")
     cgroups = [cgroup, *(parent for parent in cgroup.parents if parent.is_relative_to("/sys/fs/cgroup"))]
