@@ -7,6 +7,7 @@ Does not import torch: a process starts in half a second.
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from captcha_exp import compose, load
@@ -19,8 +20,9 @@ def draw(directory: Path, worker: int, workers: int, count: int) -> None:
     config = load(compose("experiment=article"))
     assert isinstance(config.data, ArticleConfig)
     render = sources.get_renderer_spec(config.data).make_renderer()
+    labels = sources.generate_labels(replace(config.data, count=count), config.captcha)
     for number in range(worker, count, workers):
-        text = sources.generate_label(config.data, config.captcha, number)
+        text = labels[number]
         image = render(text, random.Random(number))
         image.quantize(256).save(directory / f"{number:05}-{text.upper()}.png", "GIF")
 

@@ -10,7 +10,7 @@ The result is uint8, like the images that the network receives in inference.
 """
 
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,27 +49,17 @@ def apply_warmup(config: AugmentConfig, epoch: int, num_epochs: int) -> AugmentC
     if not config.warmup_fraction:
         return config
     factor = min(1.0, (epoch - 1) / (config.warmup_fraction * num_epochs))
-    scaled = {
-        field.name: getattr(config, field.name) * factor
-        for field in fields(config)
-        if field.name != "warmup_fraction"
-    }
-    return replace(config, **scaled)
+    return replace(config, **{name: value * factor for name, value in _strengths(config).items()})
+
+
+def _strengths(config: AugmentConfig) -> dict[str, float]:
+    """Return every setting that is 0 if its change is off."""
+    return {name: value for name, value in asdict(config).items() if name != "warmup_fraction"}
 
 
 def is_off(config: AugmentConfig) -> bool:
     """Return whether the augmentation changes nothing."""
-    return not any(
-        (
-            config.translate,
-            config.scale,
-            config.rotate,
-            config.shear,
-            config.elastic,
-            config.color_jitter,
-            config.invert_p,
-        )
-    )
+    return not any(_strengths(config).values())
 
 
 def sample_params(seed: int, epoch: int, num_images: int) -> Tensor:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import filelock
 import safetensors
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -75,13 +76,8 @@ class Split:
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """Yield batches in the given order (n,), else in dataset order; the last one may be smaller."""
         for start in range(0, len(self) if order is None else len(order), size):
-            if order is None:
-                images, targets, indices = (
-                    x[start : start + size] for x in (self.images, self.targets, self.indices)
-                )
-            else:
-                rows = order[start : start + size]
-                images, targets, indices = self.images[rows], self.targets[rows], self.indices[rows]
+            rows = slice(start, start + size) if order is None else order[start : start + size]
+            images, targets, indices = (x[rows] for x in (self.images, self.targets, self.indices))
             yield Batch(*map(self._to_device, (images, targets, indices)))
 
     def _to_device(self, part: Tensor) -> Tensor:
@@ -133,6 +129,7 @@ class DatasetSpec:
     scan: ScanResult
     split_indices: dict[str, Tensor]  # split -> (n,) int64, indices of its images
     provenance: dict[str, Any]  # everything that the pixels depend on
+    cache_path: Path
 
     @property
     def split_sizes(self) -> dict[str, int]:
@@ -142,7 +139,7 @@ class DatasetSpec:
     @property
     def key(self) -> str:
         """Name of the cache file, and of the dataset."""
-        return _cache_key(self.provenance)
+        return self.cache_path.stem
 
 
 def inspect_dataset(config: Config) -> DatasetSpec:
@@ -154,13 +151,14 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     """
     source = sources.make_source(config.data, config.captcha)
     provenance = {"format": CACHE_FORMAT_VERSION, "captcha": to_dict(config.captcha), **source.provenance}
-    path = _cache_path(config, _cache_key(provenance))
+    key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:32]
+    path = root_dir() / config.data.cache / f"{key}.safetensors"
     # For a generator, a scan is faster than verifying the cache file.
     cached = _load_cached_scan(path) if isinstance(config.data, FolderConfig) else None
     scan = cached or source.scan()
     _report_scan(scan, source.ignored, config.data)
     splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
-    return DatasetSpec(source, scan, splits, provenance)
+    return DatasetSpec(source, scan, splits, provenance, path)
 
 
 def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
@@ -171,7 +169,7 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
     """
     scan, alphabet = spec.scan, Alphabet(config.captcha.alphabet)
     labels = scan.labels
-    path = _cache_path(config, spec.key)
+    path = spec.cache_path
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
         for part in path.parent.glob(f".{path.stem}.*.part"):  # of a process killed while writing
@@ -203,14 +201,6 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
     return Dataset(images, targets, labels, spec.split_indices, manifest)
 
 
-def _cache_key(provenance: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _cache_path(config: Config, key: str) -> Path:
-    return root_dir() / config.data.cache / f"{key}.safetensors"
-
-
 def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None:
     """Report every file of a folder that is ignored, rejected, or used with a remark.
 
@@ -228,10 +218,8 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None
     num_bad, num_good = len(scan.rejected), len(scan.labels)
     problem = f"data.path={data.path}: {num_bad:,} of {num_bad + num_good:,} images cannot be used"
     width = min(40, max(len(escape_unprintable(name)) for name, _ in scan.rejected))
-    table = [
-        f"  {escape_unprintable(name):<{width}}  {reason}"
-        for name, reason in scan.rejected[:MAX_REJECTED_SHOWN]
-    ]
+    shown = scan.rejected[:MAX_REJECTED_SHOWN]
+    table = [f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in shown]
     if num_bad > MAX_REJECTED_SHOWN:
         table.append(
             f"  and {num_bad - MAX_REJECTED_SHOWN:,} more; list all with captcha-exp data --json "
@@ -261,10 +249,10 @@ def _load_cached_scan(path: Path) -> ScanResult | None:
         if sha256_of(path) != path.with_suffix(".sha256").read_text(errors="replace"):
             return None
         with safetensors.safe_open(path, "pt") as file:
-            values = json.loads(file.metadata()["scan"])
+            scan = file.metadata()["scan"]
     except FileNotFoundError:
         return None
-    return ScanResult(**{**values, **{k: [tuple(pair) for pair in values[k]] for k in ("files", "rejected")}})
+    return TypeAdapter(ScanResult).validate_json(scan)
 
 
 def _verify_cache(path: Path) -> str | None:

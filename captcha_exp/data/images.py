@@ -23,13 +23,8 @@ from captcha_exp.errors import one_line
 WEIGHT_SCALE = 256  # weights are integer multiples of 1 / WEIGHT_SCALE
 assert 255 * WEIGHT_SCALE**2 + WEIGHT_SCALE**2 // 2 < 2**24  # the largest sum is exact in float32
 
-FORMATS = {
-    "PNG": "PNG",
-    "JPEG": "JPEG",
-    "GIF": "GIF",
-    "BMP": "BMP",
-    "WEBP": "WebP",
-}  # Pillow's name -> usual name
+# Pillow's name -> usual name
+FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "GIF": "GIF", "BMP": "BMP", "WEBP": "WebP"}
 MAX_PIXELS = 4_000_000  # per image; a text captcha has about 10,000
 
 # Not PIL.ImageOps.exif_transpose: it also rewrites the other EXIF tags, and raises if one of them is damaged.

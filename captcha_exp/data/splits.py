@@ -19,7 +19,8 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
     """
     data = config.data
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for index, hashed in enumerate(seeding.hash_many_to_unit(data.split_seed, "split", labels)):
+    for index, label in enumerate(labels):
+        hashed = seeding.hash_to_unit(data.split_seed, "split", label)
         if hashed < data.test_fraction:
             splits["test"].append(index)
         elif hashed < data.test_fraction + data.validation_fraction:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captcha_exp.config import Config, load
+from captcha_exp.config import Config, flatten_mapping, load
 from captcha_exp.data import dataset
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset, Split
@@ -111,10 +111,8 @@ class Evaluation:
 
     def chance_char_accuracy(self) -> float:
         """Return the character accuracy of always predicting the most frequent character of each position."""
-        length = self.targets.shape[1]
-        return float(
-            np.mean([np.bincount(self.targets[:, t]).max() for t in range(length)]) / len(self.indices)
-        )
+        most_frequent = [np.bincount(column).max() for column in self.targets.T]
+        return float(np.mean(most_frequent) / len(self.indices))
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return the metrics that are logged."""
@@ -163,7 +161,7 @@ def wilson_interval(num_correct: int, num_total: int, z: float = 1.9599639845400
 
 
 class Predictions(NamedTuple):
-    """Predictions of a model on the device, one tensor per batch."""
+    """Predictions of a model on the device, one tensor per batch; fields in the order of `Evaluation`."""
 
     loss: Tensor  # () sum over the images
     predicted: list[Tensor]  # (B, T) class ids
@@ -180,14 +178,8 @@ def evaluate(
 
     `after_batch` is called after each batch.
     """
-    found = predict_split(model, split, config, after_batch)
-    return Evaluation(
-        loss=float(found.loss) / len(split),
-        predicted=torch.cat(found.predicted).cpu().numpy(),
-        targets=torch.cat(found.targets).cpu().numpy(),
-        confidences=torch.cat(found.confidences).cpu().numpy(),
-        indices=torch.cat(found.indices).cpu().numpy(),
-    )
+    loss, *parts = predict_split(model, split, config, after_batch)
+    return Evaluation(float(loss) / len(split), *(torch.cat(part).cpu().numpy() for part in parts))
 
 
 @torch.inference_mode()
@@ -200,9 +192,8 @@ def predict_split(
     """
     was_training = model.training
     model.eval()
-    loss = torch.zeros(
-        (), dtype=torch.float64 if split.device.type != "mps" else torch.float32, device=split.device
-    )
+    dtype = torch.float32 if split.device.type == "mps" else torch.float64  # mps has no float64
+    loss = torch.zeros((), dtype=dtype, device=split.device)
     found = Predictions(loss, [], [], [], [])
     for batch in split.batches(config.train.eval_batch_size):
         with devices.autocast(config, split.device):
@@ -237,17 +228,16 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     if data.manifest["images_sha256"] != recorded["images_sha256"]:
         logger.warning(
             "the images differ from those of the run: "
-            f"{_first_difference(recorded['provenance'], spec.provenance)}"
+            f"{_describe_difference(recorded['provenance'], spec.provenance)}"
         )
     images = data.split(split, device, config.device.preload_limit_mib)
     return evaluate(model, images, config), data
 
 
-def _first_difference(then: Any, now: Any, key: str = "") -> str:
+def _describe_difference(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """Describe the first difference between two provenances."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for name in (*then, *now):
-            if then.get(name) != now.get(name):
-                return _first_difference(then.get(name), now.get(name), f"{key}.{name}" if key else name)
+    then, now = flatten_mapping(recorded), flatten_mapping(provenance)
+    key = next((key for key in (*then, *now) if then.get(key) != now.get(key)), None)
+    if key is None:
         return "equal settings produced different bytes"
-    return f"{key} was {then!r}, now {now!r}"
+    return f"{key} was {then.get(key)!r}, now {now.get(key)!r}"

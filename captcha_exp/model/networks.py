@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Protocol, assert_never, cast
+from typing import assert_never, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +25,24 @@ from torch.utils.checkpoint import checkpoint
 from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet18Config
 
 
-class Head(Protocol):
-    """The interface of a head."""
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return logits (B, T, K) of features (B, D, S)."""
-        ...
+class Head(nn.Module):
+    """The interface of a head, which maps features (B, D, S) to logits (B, T, K)."""
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the () mean loss of fp32 logits (B, T, K) for class ids (B, T)."""
-        ...
-
-    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, T) class ids and their (B, T) confidences in [0, 1]."""
-        ...
+        raise NotImplementedError
 
     def loss_at_chance(self) -> float:
         """Return the loss of equal logits for all classes."""
-        ...
+        raise NotImplementedError
+
+    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, T) class ids and their (B, T) confidences in [0, 1]."""
+        confidence, ids = logits.softmax(dim=-1).max(dim=-1)
+        return ids, confidence
 
 
-class PositionHead(nn.Module):
+class PositionHead(Head):
     """Attention pooling over the columns for each position of the label, then a classifier shared by all.
 
     The attention is the sum of a learned bias, the usual column of a position, and a score of the features.
@@ -68,15 +65,11 @@ class PositionHead(nn.Module):
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
 
-    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        confidence, ids = logits.softmax(dim=-1).max(dim=-1)
-        return ids, confidence
-
     def loss_at_chance(self) -> float:
         return math.log(self.num_classes)
 
 
-class GroupedSoftmaxHead(nn.Module):
+class GroupedSoftmaxHead(Head):
     """The article's head: a linear layer with T*K outputs, a softmax per group of K, binary cross entropy."""
 
     def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
@@ -95,26 +88,9 @@ class GroupedSoftmaxHead(nn.Module):
         )
         return F.binary_cross_entropy(logits.softmax(dim=-1), expected)
 
-    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        confidence, ids = logits.softmax(dim=-1).max(dim=-1)
-        return ids, confidence
-
     def loss_at_chance(self) -> float:
         p = 1 / self.num_classes
         return -p * math.log(p) - (1 - p) * math.log(1 - p)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """torch's batch norm, which can recompute a batch without updating the running statistics again."""
-
-    skip_stats_update = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.skip_stats_update and self.training):
-            return super().forward(x)
-        # A momentum of 0 leaves the running statistics unchanged.
-        statistics = (self.running_mean, self.running_var)
-        return F.batch_norm(x, *statistics, self.weight, self.bias, True, 0.0, self.eps)
 
 
 class CheckpointedSequential(nn.Sequential):
@@ -153,14 +129,15 @@ def _checkpoint_contexts(
 @contextlib.contextmanager
 def _skip_stats_update(block: nn.Module) -> Iterator[None]:
     """Keep the running statistics of a block's batch norms unchanged."""
-    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.skip_stats_update = True
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.skip_stats_update = False
+        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches
 
 
 def conv_bn(
@@ -169,7 +146,7 @@ def conv_bn(
     """Return a convolution without bias and its batch norm."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2, bias=False),
-        BatchNorm(out_channels),
+        nn.BatchNorm2d(out_channels),
     )
 
 
@@ -249,7 +226,7 @@ class BasicBlock(nn.Module):
 class Recognizer(nn.Module):
     """A network with a head: images (B, H, W, C) uint8 -> logits (B, T, K)."""
 
-    def __init__(self, network: nn.Module, head: PositionHead | GroupedSoftmaxHead) -> None:
+    def __init__(self, network: nn.Module, head: Head) -> None:
         super().__init__()
         self.network = network
         self.head = head
@@ -278,7 +255,7 @@ def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
     with torch.no_grad():
         blank = torch.zeros(1, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
         _, features, columns = network.eval()(blank).shape
-    head: PositionHead | GroupedSoftmaxHead
+    head: Head
     match model.head:
         case "position":
             head = PositionHead(features, columns, captcha.length, len(captcha.alphabet))

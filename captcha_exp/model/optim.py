@@ -9,7 +9,7 @@ the device if they were not finite.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +26,18 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    rate, fused, foreach = (
-        train.learning_rate,
-        train.optimizer_impl == "fused",
-        train.optimizer_impl == "foreach",
-    )
+    fused, foreach = train.optimizer_impl == "fused", train.optimizer_impl == "foreach"
+    settings: dict[str, Any] = {"lr": train.learning_rate, "fused": fused, "foreach": foreach}
     # Otherwise Adam counts its steps on the host, where a step cannot be reverted without a synchronization.
     capturable = on_gpu and not fused
     optimizer: torch.optim.Optimizer
     match train.optimizer:
         case "adam":
-            optimizer = torch.optim.Adam(groups, rate, fused=fused, foreach=foreach, capturable=capturable)
+            optimizer = torch.optim.Adam(groups, **settings, capturable=capturable)
         case "adamw":
-            betas = (0.9, 0.99)
-            optimizer = torch.optim.AdamW(
-                groups, rate, betas, fused=fused, foreach=foreach, capturable=capturable
-            )
+            optimizer = torch.optim.AdamW(groups, **settings, betas=(0.9, 0.99), capturable=capturable)
         case "sgd":
-            optimizer = torch.optim.SGD(
-                groups, rate, momentum=0.9, nesterov=True, fused=fused, foreach=foreach
-            )
+            optimizer = torch.optim.SGD(groups, **settings, momentum=0.9, nesterov=True)
         case _:
             assert_never(train.optimizer)
     # torch would warn that capturable is meant for CUDA graphs.

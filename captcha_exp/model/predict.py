@@ -127,7 +127,4 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 def expand_path(name: str) -> Path:
     """Return the path with `~` expanded; unchanged if there is no such user."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises if there is no such user

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import CHECKPOINT_EVERY_PATTERN, TrainConfig
+from captcha_exp.config import TrainConfig
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.optim import LossScale
@@ -117,18 +117,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors by unique names, including the best weights and the global RNG state."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        for parameter, values in self.optimizer.state.items():
-            tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in values.items()}
-        if self.loss_scale is not None:
-            tensors["loss_scale/factor"] = self.loss_scale.factor
-            tensors["loss_scale/good_steps"] = self.loss_scale.good_steps
-        if self.progress is not None:
-            tensors |= {
-                "progress/loss": self.progress.loss,
-                "progress/num_correct": self.progress.num_correct,
-            }
+        tensors = self._current_tensors()
         tensors |= {f"best/{name}": value for name, value in (self.best_weights or {}).items()}
         # Not used by this project, which derives every seed; layers of torch such as dropout would use it.
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -136,19 +125,24 @@ class TrainState:
             tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
         return tensors
 
+    def _current_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a training step changes."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        for parameter, values in self.optimizer.state.items():
+            tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in values.items()}
+        for part, owner in (("loss_scale", self.loss_scale), ("progress", self.progress)):
+            values = vars(owner) if owner is not None else {}
+            tensors |= {f"{part}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+        return tensors
+
     def counters(self) -> dict[str, Any]:
         """Return everything that is not a tensor, as JSON values."""
-        progress = self.progress
-        return {
-            **{name: getattr(self, name) for name in _COUNTERS},
-            "progress": progress
-            and {
-                "num_batches": progress.num_batches,
-                "num_images": progress.num_images,
-                "seconds": progress.seconds,
-            },
-            "seconds": self.elapsed_seconds(),
+        progress = self.progress and {
+            k: v for k, v in vars(self.progress).items() if not isinstance(v, Tensor)
         }
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {**counters, "progress": progress, "seconds": self.elapsed_seconds()}
 
     @torch.no_grad()
     def load_state_dict(self, checkpoint: "Checkpoint") -> None:
@@ -166,19 +160,16 @@ class TrainState:
         self.start_time -= counters["seconds"]
         for name in _COUNTERS:
             setattr(self, name, counters[name])
-        separate = ("best/", "rng/")
-        own = {name: value for name, value in self.state_dict().items() if not name.startswith(separate)}
-        different = {name for name in checkpoint.tensors if not name.startswith(separate)} ^ own.keys()
-        different |= {
-            name for name in own.keys() - different if own[name].shape != checkpoint.tensors[name].shape
-        }
-        if different:
+        own = self._current_tensors()
+        saved = {name: x for name, x in checkpoint.tensors.items() if not name.startswith(("best/", "rng/"))}
+        own_shapes, saved_shapes = ({(name, x.shape) for name, x in each.items()} for each in (own, saved))
+        if different := own_shapes ^ saved_shapes:
             raise UserError(
-                f"{checkpoint.path}: does not match the config of the run ({min(different)} differs); "
+                f"{checkpoint.path}: does not match the config of the run ({min(different)[0]} differs); "
                 "restore its config.yaml, or start a new run with --resume=never"
             )
         for name, value in own.items():
-            value.copy_(checkpoint.tensors[name])
+            value.copy_(saved[name])
         torch.set_rng_state(checkpoint.tensors["rng/cpu"])
         if device.type == "cuda" and "rng/cuda" in checkpoint.tensors:
             torch.cuda.set_rng_state(checkpoint.tensors["rng/cuda"], device)
@@ -194,17 +185,12 @@ class Checkpoint(NamedTuple):
     tensors: Mapping[str, Tensor]
     counters: Mapping[str, Any]
 
-    def completed_epochs(self) -> set[int]:
-        """Return the numbers of the completed epochs."""
-        in_epoch = self.counters["progress"] is not None
-        return set(range(1, self.counters["epoch"] + (not in_epoch)))
-
 
 def save(checkpoint_dir: Path, state: TrainState) -> Path:
     """Write a checkpoint to disk, remove the oldest ones, and return its path."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.state_dict().items()}
-    counters = json.dumps(state.counters())
-    values = {**json.loads(counters), "sha256": _digest(tensors, counters)}
+    counters = state.counters()
+    values = {**counters, "sha256": _digest(tensors, counters)}
     checkpoint_dir.mkdir(exist_ok=True)
     path = checkpoint_dir / f"step-{state.step}.safetensors"
     # A single metadata entry, as in a weights file.
@@ -230,7 +216,8 @@ def load_latest(
     for path in list_checkpoints(checkpoint_dir):
         try:
             loaded = _load(path)
-            missing = set() if recorded_epochs is None else loaded.completed_epochs() - set(recorded_epochs)
+            completed = range(1, loaded.counters["epoch"] + (loaded.counters["progress"] is None))
+            missing = set() if recorded_epochs is None else set(completed) - set(recorded_epochs)
             if not missing:
                 return loaded
             problem = f"skipped: metrics.jsonl has no valid line for epoch {min(missing)}"
@@ -246,34 +233,10 @@ def _load(path: Path) -> Checkpoint:
         counters = json.loads(file.metadata()["state"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     expected = counters.pop("sha256")
-    if _digest(tensors, json.dumps(counters)) != expected:
+    if _digest(tensors, counters) != expected:
         raise ValueError("SHA-256 mismatch")
     return Checkpoint(path, tensors, counters)
 
 
-def _digest(tensors: Mapping[str, Tensor], counters: str) -> str:
-    return hashlib.sha256(f"{tensors_sha256(tensors)} {counters}".encode()).hexdigest()
-
-
-class CheckpointInterval:
-    """Decides when a checkpoint is due, by train.checkpoint_every."""
-
-    def __init__(self, every: str | None, clock: Callable[[], float] = time.monotonic) -> None:
-        parts = CHECKPOINT_EVERY_PATTERN.fullmatch(every or "")
-        self._every, self._unit = (int(parts[1]), parts[2]) if parts else (0, "")
-        self._clock, self._last_saved = clock, clock()
-
-    def is_due(self, state: TrainState) -> bool:
-        """Return whether a checkpoint is due after this step or epoch."""
-        match self._unit:
-            case "step":
-                return state.progress is not None and state.step % self._every == 0
-            case "epoch":
-                return state.progress is None and state.epoch % self._every == 0
-            case "minute":
-                return self._clock() - self._last_saved >= 60 * self._every
-        return False
-
-    def reset(self) -> None:
-        """Restart the count of minutes."""
-        self._last_saved = self._clock()
+def _digest(tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{tensors_sha256(tensors)} {json.dumps(counters)}".encode()).hexdigest()

@@ -77,9 +77,8 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> Step:
 def init_train_state(config: Config, device: torch.device) -> TrainState:
     """Return the state before the first step; its weights depend only on the seed."""
     torch.manual_seed(seeding.derive_seed(config.seed, "weights"))
-    return make_train_state(
-        networks.to_device(networks.build(config.model, config.captcha), device), config, device
-    )
+    model = networks.build(config.model, config.captcha)
+    return make_train_state(networks.to_device(model, device), config, device)
 
 
 def make_train_state(

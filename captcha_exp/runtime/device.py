@@ -6,9 +6,9 @@ Environment variables for threads are ignored: launchers set them, and results w
 import contextlib
 import logging
 import os
-import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,9 +33,8 @@ T = TypeVar("T")
 def detect_machine() -> Machine:
     """Return what `resolve` needs to know about this machine."""
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
-    devices = (
-        (["cuda", *gpus] if gpus else []) + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
-    )
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    devices = ["cuda", *gpus, *mps, "cpu"] if gpus else [*mps, "cpu"]
     if torch.version.hip is not None:
         no_cuda = "this build of torch is for ROCm, which is not supported"
     elif torch.version.cuda is None:
@@ -70,10 +69,9 @@ def cpu_quota() -> float | None:
 def read_cgroup_files(filename: str) -> list[str]:
     """Return the content of a file in the cgroup of this process and in each of its parents."""
     groups = Path("/proc/self/cgroup")
-    if not groups.is_file():
-        return []
-    own = next((line[3:] for line in groups.read_text().splitlines() if line.startswith("0::")), None)
-    if own is None:  # version 1
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    own = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if own is None:  # another system, or version 1
         return []
     cgroup = Path("/sys/fs/cgroup") / own.lstrip("/")
     cgroups = [cgroup, *(parent for parent in cgroup.parents if parent.is_relative_to("/sys/fs/cgroup"))]
@@ -111,24 +109,22 @@ def set_memory_limit(config: Config, device: torch.device) -> None:
     Raises:
         ConfigError: the context alone may exceed the budget.
     """
-    budget = config.device.vram_budget_mib
     if device.type != "cuda":
         return
+    budget, context = config.device.vram_budget_mib, config.gpu.context_mib.max
+    fraction = 1.0  # an earlier run in this process may have set a limit
+    if budget is not None:
+        if budget <= context:
+            raise ConfigError(
+                f"device.vram_budget_mib={budget}: the CUDA context of gpu={config.gpu.name} alone takes up "
+                f"to {context:g} MiB; set a larger budget, null for the whole GPU, or gpu=FILE with a "
+                "tighter bound (captcha-exp calibrate writes one)"
+            )
+        _, total = torch.cuda.mem_get_info(device)
+        # Half a byte more: the allocator truncates fraction * total, which may lose one byte to rounding.
+        fraction = min(1.0, ((budget - context) * MIB + 0.5) / total)
     # set_per_process_memory_fraction needs an index.
     number = torch.cuda.current_device() if device.index is None else device.index
-    if budget is None:  # an earlier run in this process may have set a limit
-        torch.cuda.set_per_process_memory_fraction(1.0, number)
-        return
-    context = config.gpu.context_mib.max
-    if budget <= context:
-        raise ConfigError(
-            f"device.vram_budget_mib={budget}: the CUDA context of gpu={config.gpu.name} alone takes up to "
-            f"{context:g} MiB; set a larger budget, null for the whole GPU, or gpu=FILE with a tighter bound "
-            "(captcha-exp calibrate writes one)"
-        )
-    _, total = torch.cuda.mem_get_info(device)
-    # Half a byte more: the allocator truncates fraction * total, which may lose one byte to rounding.
-    fraction = min(1.0, ((budget - context) * MIB + 0.5) / total)
     torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 
@@ -167,28 +163,19 @@ def describe(config: Config) -> str:
     return f"{name}{gpu}, {config.device.precision}, {config.device.threads} CPU threads"
 
 
-@contextlib.contextmanager
-def autocast(config: Config, device: torch.device) -> Iterator[None]:
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to the precision of the config; for the forward pass only, the loss is computed in fp32."""
-    match config.device.precision:
-        case "fp32" | "auto":  # autotuning has replaced auto before training
-            yield
-        case "bf16" | "fp16" as half:
-            with torch.autocast(device.type, torch.bfloat16 if half == "bf16" else torch.float16):
-                yield
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def half_precisions(device: torch.device) -> tuple[Precision, ...]:
     """Return the 16-bit precisions to try on a device."""
-    match device.type:
-        case "cpu":
-            return ("bf16",)  # fp16 training is slow on CPUs
-        case "cuda" if torch.cuda.is_bf16_supported(including_emulation=False):
-            return ("bf16", "fp16")
-        case "cuda":
-            return ("fp16",)
-        case _:
-            return ("bf16", "fp16")
+    if device.type == "cpu":
+        return ("bf16",)  # fp16 training is slow on CPUs
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return ("fp16",)
+    return ("bf16", "fp16")
 
 
 def gpu_total_mib(config: Config) -> float | None:
@@ -221,7 +208,7 @@ def _peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cuda_process_bytes(device: torch.device) -> int:
@@ -257,7 +244,7 @@ def nvml_free_bytes() -> dict[str, int]:
     def query(nvml: Any) -> dict[str, int]:
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         return {
-            _decode_nvml(nvml.nvmlDeviceGetUUID(handle)).removeprefix("GPU-"): int(
+            nvml.nvmlDeviceGetUUID(handle).removeprefix("GPU-"): int(
                 nvml.nvmlDeviceGetMemoryInfo(handle).free
             )
             for handle in handles
@@ -268,15 +255,13 @@ def nvml_free_bytes() -> dict[str, int]:
 
 def driver_version() -> str | None:
     """Return the version of the NVIDIA driver, or None."""
-    return _query_nvml(lambda nvml: _decode_nvml(nvml.nvmlSystemGetDriverVersion()))
+    return _query_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
 
 
 def _query_nvml(query: Callable[[Any], T]) -> T | None:
-    """Return the result of an NVML query; None if NVML is not installed or fails."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
+    """Return the result of an NVML query; None if the driver has no NVML or it fails."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
         try:
@@ -285,11 +270,6 @@ def _query_nvml(query: Callable[[Any], T]) -> T | None:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-
-
-def _decode_nvml(value: str | bytes) -> str:
-    """Convert a text of NVML to str; old versions return bytes."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 class MemoryMeter:

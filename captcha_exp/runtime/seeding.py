@@ -6,7 +6,6 @@ the first eight bytes of the SHA-256 of its key.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable
 
 
 def derive_seed(seed: int, purpose: str, *index: int) -> int:
@@ -15,33 +14,9 @@ def derive_seed(seed: int, purpose: str, *index: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
-def make_seed_fn(seed: int, purpose: str) -> Callable[[int], int]:
-    """Return `derive_seed` for one seed and purpose as a function of the index; hashes the prefix once."""
-    prefix = hashlib.sha256(f"{seed}:{purpose}:".encode())
-
-    def derive(index: int) -> int:
-        digest = prefix.copy()
-        digest.update(b"%d" % index)
-        return int.from_bytes(digest.digest()[:8], "big") >> 1
-
-    return derive
-
-
 def rng(seed: int, purpose: str, *index: int) -> random.Random:
     """Return a generator for one purpose and index."""
     return random.Random(derive_seed(seed, purpose, *index))
-
-
-def hash_many_to_unit(seed: int, purpose: str, texts: Iterable[str]) -> list[float]:
-    """Return `hash_to_unit` of each text; hashes each distinct text once."""
-    prefix, cached, numbers = hashlib.sha256(f"{seed}:{purpose}:".encode()), dict[str, float](), []
-    for text in texts:
-        if (number := cached.get(text)) is None:
-            digest = prefix.copy()
-            digest.update(text.encode())
-            number = cached[text] = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        numbers.append(number)
-    return numbers
 
 
 def hash_to_unit(seed: int, purpose: str, text: str) -> float:

@@ -12,7 +12,8 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from captcha_exp.data.dataset import Batch
 from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan, Planner, with_batch_size
 from captcha_exp.model.state import TrainState
-from captcha_exp.model.step import forward_and_backward, init_train_state, train_step
+from captcha_exp.model.step import Step, forward_and_backward, init_train_state, train_step
 from captcha_exp.runtime import device as devices
 
 logger = logging.getLogger(__name__)
@@ -40,29 +41,23 @@ MIN_TIMED_SECONDS = 1.0  # of steps per batch size, not counting the first
 MAX_SECONDS = 60.0  # of the whole search
 FREE_FRACTION = 0.8  # of the free memory without a GPU, as a step needs more than its tensors
 
-
-@dataclass(frozen=True)
-class Trials:
-    """The trials recorded in environment.json; empty for a value that was not `auto`."""
-
-    precisions: list[dict[str, object]] = field(default_factory=list)
-    batch_sizes: list[dict[str, object]] = field(default_factory=list)
+Trials: TypeAlias = list[dict[str, object]]
 
 
-def autotune(config: Config, split_sizes: Mapping[str, int]) -> tuple[Config, Trials]:
+def autotune(config: Config, split_sizes: Mapping[str, int]) -> tuple[Config, dict[str, Trials]]:
     """Replace device.precision=auto and train.batch_size=auto of a resolved config by the fastest values.
+
+    Returns the trials for environment.json as well; empty for a value that was not `auto`.
 
     Raises:
         UserError: train.batch_size=auto, and not even the smallest batch fits; the line says what it needs.
     """
-    trials = Trials()
+    trials: dict[str, Trials] = {"precisions_tried": [], "batch_sizes_tried": []}
     if config.device.precision == "auto":
-        precision, tried = choose_precision(config)
-        trials = replace(trials, precisions=tried)
+        precision, trials["precisions_tried"] = choose_precision(config)
         config = replace(config, device=replace(config.device, precision=precision))
     if config.train.batch_size == "auto":
-        batch_size, tried = choose_batch_size(config, split_sizes)
-        trials = replace(trials, batch_sizes=tried)
+        batch_size, trials["batch_sizes_tried"] = choose_batch_size(config, split_sizes)
         config = with_batch_size(config, batch_size)
     return config, trials
 
@@ -91,7 +86,7 @@ class PrecisionTrial:
         return self.cosine >= MIN_COSINE
 
 
-def choose_precision(config: Config) -> tuple[Precision, list[dict[str, object]]]:
+def choose_precision(config: Config) -> tuple[Precision, Trials]:
     """Return the fastest precision with correct results on the device, and all trials."""
     device = devices.setup_device(config)
     num_images, batch_size = MAX_TRIAL_IMAGES[device.type], config.train.batch_size
@@ -124,7 +119,7 @@ class BatchSizeTrial:
     images_per_second: float | None  # None: not tried, or out of memory
 
 
-def choose_batch_size(config: Config, split_sizes: Mapping[str, int]) -> tuple[int, list[dict[str, object]]]:
+def choose_batch_size(config: Config, split_sizes: Mapping[str, int]) -> tuple[int, Trials]:
     """Return the smallest batch size that fits and is close to the best throughput, and all trials.
 
     Raises:
@@ -187,20 +182,20 @@ def _measure_images_per_second(config: Config, device: torch.device) -> float | 
         state = init_train_state(config, device)
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) <= TIMED_STEPS and sum(seconds[1:]) < MIN_TIMED_SECONDS):
-            seconds.append(_time_step(state, batch, config))  # the first step loads kernels
+            seconds.append(_time_step(state, batch, config)[1])  # the first step loads kernels
     except torch.OutOfMemoryError:
         return None
     return size / statistics.median(seconds[1:])
 
 
-def _time_step(state: TrainState, batch: Batch, config: Config) -> float:
-    """Return the seconds of a training step, including its work on the device."""
+def _time_step(state: TrainState, batch: Batch, config: Config) -> tuple[Step, float]:
+    """Run a training step and return its seconds as well, including its work on the device."""
     device = batch.images.device
     _synchronize(device)
     start_time = time.perf_counter()
-    train_step(state, batch, config)
+    step = train_step(state, batch, config)
     _synchronize(device)
-    return time.perf_counter() - start_time
+    return step, time.perf_counter() - start_time
 
 
 def _try_precision(
@@ -208,22 +203,16 @@ def _try_precision(
 ) -> tuple[PrecisionTrial, Tensor]:
     """Return the trial of a precision, and its gradient (P,) at the initial weights."""
     config = replace(config, device=replace(config.device, precision=precision))
-    device = batch.images.device
-    state = init_train_state(config, device)
+    state = init_train_state(config, batch.images.device)
     forward_and_backward(state, batch, config)
     parts = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     gradient = torch.cat(parts).cpu().double()  # the loss scale does not change its direction
     state.optimizer.zero_grad(set_to_none=True)
-    seconds = []
-    for _ in range(1 + TIMED_STEPS):  # the first step loads kernels
-        _synchronize(device)
-        start_time = time.perf_counter()
-        step = train_step(state, batch, config)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start_time)
+    steps, seconds = zip(*(_time_step(state, batch, config) for _ in range(1 + TIMED_STEPS)), strict=True)
     cosine = 1.0 if reference is None else float(torch.cosine_similarity(gradient, reference, dim=0))
-    finite = bool(step.finite)  # of the last step, after the loss scale had time to adapt
-    return PrecisionTrial(precision, finite, cosine, statistics.median(seconds[1:])), gradient
+    finite = bool(steps[-1].finite)  # after the loss scale had time to adapt
+    median = statistics.median(seconds[1:])  # the first step loads kernels
+    return PrecisionTrial(precision, finite, cosine, median), gradient
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,9 +1,10 @@
 """Save checkpoints during training, and stop when asked to."""
 
 import logging
+import time
 from pathlib import Path
 
-from captcha_exp.config import Config
+from captcha_exp.config import CHECKPOINT_EVERY_PATTERN, Config
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.state import TrainState
 from captcha_exp.runtime.shutdown import ShutdownHandler
@@ -24,8 +25,21 @@ class Checkpointer:
     ) -> None:
         self._checkpoint_dir = checkpoint_dir
         self._sanity_checker, self._shutdown = sanity_checker, shutdown
-        self._interval = checkpoint.CheckpointInterval(config.train.checkpoint_every)
+        parts = CHECKPOINT_EVERY_PATTERN.fullmatch(config.train.checkpoint_every or "")
+        self._every, self._unit = (int(parts[1]), parts[2]) if parts else (0, "")
+        self._last_saved = time.monotonic()
         self._last_position: tuple[int, bool] | None = None
+
+    def is_due(self, state: TrainState) -> bool:
+        """Return whether train.checkpoint_every asks for a checkpoint after this step or epoch."""
+        match self._unit:
+            case "step":
+                return state.progress is not None and state.step % self._every == 0
+            case "epoch":
+                return state.progress is None and state.epoch % self._every == 0
+            case "minute":
+                return time.monotonic() - self._last_saved >= 60 * self._every
+        return False
 
     def maybe_save(self, state: TrainState) -> None:
         """Save a checkpoint if one is due after this step or epoch.
@@ -33,7 +47,7 @@ class Checkpointer:
         Raises:
             StopRequested: training has to stop.
         """
-        if self._interval.is_due(state):
+        if self.is_due(state):
             self.save(state)
         self._shutdown.check_stop()
 
@@ -53,4 +67,4 @@ class Checkpointer:
             logger.debug(f"saved a checkpoint at step {state.step:,} in {self._checkpoint_dir}")
         except OSError as error:
             logger.warning(f"{self._checkpoint_dir}: cannot write a checkpoint: {error}")
-        self._interval.reset()
+        self._last_saved = time.monotonic()

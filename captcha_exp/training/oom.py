@@ -6,7 +6,6 @@ already counted the batch. A run can be repeated from the start in a new process
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, TypeAlias
 
 import torch
 
@@ -18,8 +17,6 @@ from captcha_exp.model.state import TrainState
 from captcha_exp.runs import MetricsRow, Run, now_ms
 from captcha_exp.runs.info import OutOfMemory
 from captcha_exp.runtime import device as devices
-
-OomPhase: TypeAlias = Literal["training", "evaluation"]
 
 MAX_REMEDIES = 3  # in a message
 MAX_REMEDY_FRACTION = 0.9  # of the predicted memory: a remedy that saves less may fail as well
@@ -40,8 +37,9 @@ def record_oom(
     """Record that a run is out of memory; return the error to raise and the metrics to log."""
     device = torch.device(config.device.name)
     # The evaluation did not get to restore the training mode.
-    during: OomPhase = "evaluation" if state is not None and not state.model.training else "training"
-    phase = {"training": "train", "evaluation": "eval"}[during]
+    in_evaluation = state is not None and not state.model.training
+    during: OomPhase = "evaluation" if in_evaluation else "training"
+    phase = "eval" if in_evaluation else "train"
     meter = devices.MemoryMeter(device)
     metrics = meter.peaks(phase) | plan.prediction_error_metrics([])
     peak_mib = metrics["memory/process_peak_mib"] = meter.process_peak_mib()

@@ -218,7 +218,7 @@ class _PreparedTraining:
     device: torch.device
     dataset_spec: DatasetSpec
     plan: Plan
-    trials: autotune.Trials
+    trials: dict[str, autotune.Trials]  # for environment.json
 
 
 def _prepare(requested: Config) -> _PreparedTraining:
@@ -319,10 +319,7 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
     config, run = prepared.config, recorder.run
     logger.info(f"run {run.run_dir} on {devices.describe(config)}")
     _print_plan(prepared.plan, config)
-    environment = collect_environment(config) | {
-        "precisions_tried": prepared.trials.precisions,
-        "batch_sizes_tried": prepared.trials.batch_sizes,
-    }
+    environment = collect_environment(config) | prepared.trials
     record_environment(environment, recorder)
     run.write_json("memory.json", prepared.plan.to_json())
     data = dataset.load_or_build(prepared.dataset_spec, config)

@@ -49,6 +49,10 @@ def render(data: GeneratorConfig, indices: Sequence[int]) -> npt.NDArray[np.uint
     return sources.render_images(data, CAPTCHA, indices)
 
 
+def generate_labels(data: GeneratorConfig, captcha: CaptchaConfig, count: int) -> list[str]:
+    return sources.generate_labels(replace(data, count=count), captcha)
+
+
 def rendering_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "captcha_exp.data.sources" in " ".join(p.cmdline())]
 
@@ -118,9 +122,7 @@ def test_an_image_depends_only_on_its_index(data: GeneratorConfig, small_chunks:
 def test_another_seed_gives_other_images_and_labels(data: GeneratorConfig) -> None:
     other = replace(data, seed=1)
     assert (render(data, range(8)) != render(other, range(8))).any(axis=(1, 2, 3)).all()
-    assert [sources.generate_label(data, CAPTCHA, i) for i in range(20)] != [
-        sources.generate_label(other, CAPTCHA, i) for i in range(20)
-    ]
+    assert generate_labels(data, CAPTCHA, 20) != generate_labels(other, CAPTCHA, 20)
 
 
 @each_source
@@ -176,15 +178,15 @@ def test_the_label_is_the_rendered_text(data: GeneratorConfig, monkeypatch: pyte
     render_one = spec.make_renderer()
     for index in range(6):
         rng = seeding.rng(data.seed, "picture", index)
-        spec.sample_label(CAPTCHA, rng)  # drawn before the image
-        image = render_one(sources.generate_label(data, CAPTCHA, index), rng)
+        label = spec.sample_label(CAPTCHA, rng)  # drawn before the image
+        image = render_one(label, rng)
         pixels = images.resize(images.to_array(image, 3)[None], 16, 32)[0]
         assert (pixels == expected[index]).all()
 
 
 @each_source
 def test_characters_of_labels_are_uniform(data: GeneratorConfig) -> None:
-    text = "".join(sources.generate_label(data, CAPTCHA, index) for index in range(1000))
+    text = "".join(generate_labels(data, CAPTCHA, 1000))
     assert len(text) == 2000
     characters = "234" if data.source == "article" else "01234"  # its classes exclude 0 and 1
     counts, probability = {c: text.count(c) for c in characters}, 1 / len(characters)
@@ -195,23 +197,12 @@ def test_characters_of_labels_are_uniform(data: GeneratorConfig) -> None:
     )
 
 
-@each_source
-def test_all_labels_equal_the_labels_of_each_image(data: GeneratorConfig) -> None:
-    """A reseeded generator gives the numbers of a new one."""
-    source = sources.make_source(data, CAPTCHA)
-    assert source.scan().labels == [
-        sources.generate_label(data, CAPTCHA, index) for index in range(data.count)
-    ]
-
-
 def test_labels_of_the_article_have_the_case_of_the_alphabet() -> None:
     """An alphabet of capitals gives the same labels in capitals, and the same images."""
     lower, upper = (replace(CAPTCHA, alphabet=alphabet) for alphabet in ("34abcdef", "34ABCDEF"))
-    labels = [sources.generate_label(ARTICLE, lower, index) for index in range(100)]
+    labels = generate_labels(ARTICLE, lower, 100)
     assert set("".join(labels)) == set("34abcdef")
-    assert [sources.generate_label(ARTICLE, upper, index) for index in range(100)] == [
-        label.upper() for label in labels
-    ]
+    assert generate_labels(ARTICLE, upper, 100) == [label.upper() for label in labels]
     rendered = [sources.render_images(ARTICLE, captcha, range(5)) for captcha in (lower, upper)]
     assert (rendered[0] == rendered[1]).all()
 
@@ -219,7 +210,7 @@ def test_labels_of_the_article_have_the_case_of_the_alphabet() -> None:
 def test_half_of_the_characters_of_the_article_are_digits() -> None:
     """Within four standard deviations of 4,000 characters."""
     letters = replace(CAPTCHA, alphabet="7abcdefgh", length=4)
-    text = "".join(sources.generate_label(ARTICLE, letters, index) for index in range(1000))
+    text = "".join(generate_labels(ARTICLE, letters, 1000))
     assert abs(text.count("7") - 2000) < 4 * (4000 * 0.5 * 0.5) ** 0.5
 
 

@@ -16,8 +16,7 @@ from captcha_exp.config import Config, Precision
 from captcha_exp.errors import UserError
 from captcha_exp.model import networks
 from captcha_exp.model import state as checkpoint
-from captcha_exp.model.networks import Recognizer
-from captcha_exp.model.state import CheckpointInterval, EpochProgress, TrainState
+from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import init_train_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,46 +233,6 @@ def test_the_file_can_be_read_with_safetensors_alone(tiny: Config, tmp_path: Pat
         values = json.loads(opened.metadata()["state"])
         assert set(opened.keys()) == set(state.state_dict())
     assert (values["step"], values["epoch"], values["progress"]["num_batches"]) == (3, 2, 3)
-
-
-# -- interval ------------------------------------------------------------------------------------------------
-
-
-def due_checkpoints(every: str | None, positions: list[tuple[int, int, bool]]) -> list[bool]:
-    """Return whether a checkpoint is due after each (step, epoch, whether the epoch has ended).
-
-    Each reading of the clock takes a minute.
-    """
-    clock = iter(range(0, 60_000, 60))
-    interval = CheckpointInterval(every, lambda: next(clock))
-    model = networks.Recognizer.__new__(Recognizer)
-    due = []
-    for step, epoch, ended in positions:
-        progress = None if ended else EpochProgress.zeros(CPU)
-        state = TrainState(model, None, None, step, epoch, progress)  # type: ignore[arg-type]  # not used
-        due.append(interval.is_due(state))
-        if due[-1] and every and "minute" in every:
-            interval.reset()
-    return due
-
-
-POSITIONS = [(1, 1, False), (2, 1, False), (2, 1, True), (3, 2, False), (4, 2, False), (4, 2, True)]
-
-
-@pytest.mark.parametrize(
-    ("every", "expected"),
-    [
-        (None, [False] * 6),
-        ("1 step", [True, True, False, True, True, False]),
-        ("2 steps", [False, True, False, False, True, False]),
-        ("1 epoch", [False, False, True, False, False, True]),
-        ("2 epochs", [False, False, False, False, False, True]),
-        ("3 minutes", [False, False, True, False, False, True]),
-    ],
-)
-def test_checkpoint_every(every: str | None, expected: list[bool]) -> None:
-    """After a due checkpoint, `reset` reads the clock as well."""
-    assert due_checkpoints(every, POSITIONS) == expected
 
 
 # -- best weights --------------------------------------------------------------------------------------------

@@ -343,11 +343,6 @@ def test_process_memory_if_nvml_fails(fake_gpu: FakeGpu, monkeypatch: pytest.Mon
     assert nvml.open == 0
 
 
-def test_process_memory_without_nvml(fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError
-    assert device.process_peak_mib(GPU) == 1200
-
-
 def test_used_memory_below_reserved_memory_adds_nothing(
     fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +352,7 @@ def test_used_memory_below_reserved_memory_adds_nothing(
 
 
 class FakeNvmlWithTwoGpus(FakeNvml):
-    """Two GPUs; the UUID of the second is bytes, as in old versions of pynvml."""
+    """Two GPUs."""
 
     def __init__(self, fails: str | None = None) -> None:
         super().__init__([], fails)
@@ -369,15 +364,15 @@ class FakeNvmlWithTwoGpus(FakeNvml):
     def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802
         return number
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:  # noqa: N802
-        return "GPU-1234" if handle == 0 else b"GPU-5678"
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return "GPU-1234" if handle == 0 else "GPU-5678"
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(free=(3000 + handle) * MIB)
 
-    def nvmlSystemGetDriverVersion(self) -> bytes:  # noqa: N802
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
         self._raise_if_failing("nvmlSystemGetDriverVersion")
-        return b"550.54.14"
+        return "550.54.14"
 
 
 def test_free_memory_and_driver_version_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,25 +383,14 @@ def test_free_memory_and_driver_version_from_nvml(monkeypatch: pytest.MonkeyPatc
     assert nvml.open == 0
 
 
-@pytest.mark.parametrize(
-    "nvml",
-    [None, FakeNvmlWithTwoGpus("nvmlInit"), FakeNvmlWithTwoGpus("nvmlDeviceGetCount")],
-    ids=["none", "init", "count"],
-)
-def test_free_memory_is_empty_without_nvml(
-    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvmlWithTwoGpus | None
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetCount"])
+def test_free_memory_is_empty_if_nvml_fails(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvmlWithTwoGpus(call))
     assert device.nvml_free_bytes() == {}
 
 
-@pytest.mark.parametrize(
-    "nvml", [None, FakeNvmlWithTwoGpus("nvmlSystemGetDriverVersion")], ids=["none", "version"]
-)
-def test_driver_version_is_none_without_nvml(
-    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvmlWithTwoGpus | None
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+def test_driver_version_is_none_if_nvml_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvmlWithTwoGpus("nvmlSystemGetDriverVersion"))
     assert device.driver_version() is None
 
 

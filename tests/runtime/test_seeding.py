@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captcha_exp.runtime.seeding import derive_seed, hash_many_to_unit, hash_to_unit, make_seed_fn, rng
+from captcha_exp.runtime.seeding import derive_seed, hash_to_unit, rng
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -74,15 +74,3 @@ def test_hash_to_unit_is_uniform() -> None:
 def test_another_seed_gives_another_split() -> None:
     chosen = [{n for n in range(1000) if hash_to_unit(seed, "split", str(n)) < 0.1} for seed in (0, 1)]
     assert len(chosen[0] & chosen[1]) < 30  # 10 are expected
-
-
-@given(st.integers(-(2**70), 2**70), st.text(max_size=5), st.integers(0, 10**9))
-def test_make_seed_fn_equals_derive_seed(seed: int, purpose: str, index: int) -> None:
-    assert make_seed_fn(seed, purpose)(index) == derive_seed(seed, purpose, index)
-
-
-@given(st.integers(-(2**70), 2**70), st.lists(st.text(max_size=5)))
-def test_hash_many_to_unit_equals_hash_to_unit(seed: int, texts: list[str]) -> None:
-    assert hash_many_to_unit(seed, "split", [*texts, *texts]) == [
-        hash_to_unit(seed, "split", text) for text in [*texts, *texts]
-    ]

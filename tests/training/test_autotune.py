@@ -268,7 +268,10 @@ def test_resolve_runs_no_trials(tiny: Config, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_values_that_are_not_auto_are_not_tuned(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
-    assert autotune.autotune(tiny, SPLIT_SIZES) == (tiny, autotune.Trials())
+    assert autotune.autotune(tiny, SPLIT_SIZES) == (
+        tiny,
+        {"precisions_tried": [], "batch_sizes_tried": []},
+    )
     assert infos(caplog) == []
 
 

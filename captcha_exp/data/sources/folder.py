@@ -13,13 +13,14 @@ import stat
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, features
 
 from captcha_exp.config import CaptchaConfig, FolderConfig
 from captcha_exp.data import images
@@ -33,21 +34,8 @@ from captcha_exp.runtime.paths import root_dir
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {
-    ".png",
-    ".apng",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".gif",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ico",
-    ".avif",
-    ".heic",
-    ".jp2",
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".ico", ".avif", ".heic", ".jp2"),  # not supported, and reported as such
 }
 MAX_FILE_BYTES = 64 * 2**20
 
@@ -68,20 +56,18 @@ class FolderScan:
 
 
 @dataclass(frozen=True)
-class DecodedFolder:
-    """The decoded images of a folder, and the rejected files."""
+class ScanResult:
+    """The images that a source has and those it rejected; plain values, stored in the cache file."""
 
-    images: npt.NDArray[np.uint8]  # (N, H, W, C)
-    accepted: list[Candidate]  # N
-    rejected: list[Candidate]
-    remarks: dict[str, list[str]]  # remark -> names of used files
-    sizes: dict[str, int]  # original "WxH" -> number of images
+    labels: list[str]  # N
+    files: list[tuple[str, str]] = field(default_factory=list)  # N (name, SHA-256); empty for a generator
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    remarks: dict[str, list[str]] = field(default_factory=dict)  # remark -> names of used images
+    sizes: dict[str, int] = field(default_factory=dict)  # original "WxH" -> number of images
 
 
 def decoding_dependencies() -> dict[str, Any]:
     """Return the versions of the decoders that the pixels depend on."""
-    from PIL import features
-
     return {
         "pillow": version("pillow"),
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
@@ -108,15 +94,15 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     checked = []
     with progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
         for candidate in sorted(candidates, key=lambda c: c.name):
-            checked.append(_add_hash(folder, _normalize_label(candidate, alphabet, captcha)))
+            checked.append(_check_candidate(folder, candidate, alphabet, captcha))
             bar.advance(1)
     if table and table.is_relative_to(folder):
         known.add(_relative_name(folder, table))
     return FolderScan(folder, tuple(checked), tuple(name for name in ignored if name not in known))
 
 
-def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> DecodedFolder:
-    """Decode the images of a folder and resize them to the size of the config."""
+def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> tuple[npt.NDArray[np.uint8], ScanResult]:
+    """Decode the images of a folder and resize them to (N, H, W, C), the size of the config."""
     start_time = time.perf_counter()
     arrays, accepted, rejected, sizes = [], [], [], []
     remarks: dict[str, list[str]] = defaultdict(list)
@@ -136,17 +122,24 @@ def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> DecodedFolder:
             sizes.append(f"{decoded.image.width}x{decoded.image.height}")
             for remark in (*decoded.remarks, *_suffix_remarks(candidate.name, decoded.format)):
                 remarks[remark].append(candidate.name)
-    keep, conflicts = _drop_label_conflicts(arrays, accepted)
-    rejected = sorted(rejected + conflicts, key=lambda c: c.name)
-    accepted = [accepted[n] for n in keep]
-    shape = (len(keep), captcha.height, captcha.width, captcha.channels)
-    kept_images = np.stack([arrays[n] for n in keep]) if keep else np.empty(shape, np.uint8)
-    kept_names = {c.name for c in accepted}
+    conflicts = _find_label_conflicts(arrays, accepted)
+    keep = [n for n, candidate in enumerate(accepted) if candidate.name not in conflicts]
+    kept_images = np.array([arrays[n] for n in keep], np.uint8)
+    kept_images = kept_images.reshape(-1, captcha.height, captcha.width, captcha.channels)
+    rejected = sorted([*rejected, *conflicts.values()], key=lambda c: c.name)
     kept_remarks = {
-        remark: kept for remark, names in remarks.items() if (kept := [n for n in names if n in kept_names])
+        remark: kept
+        for remark, names in remarks.items()
+        if (kept := [n for n in names if n not in conflicts])
     }
     logger.info(f"Decoded {len(keep):,} images in {time.perf_counter() - start_time:.1f} s")
-    return DecodedFolder(kept_images, accepted, rejected, kept_remarks, dict(Counter(sizes[n] for n in keep)))
+    return kept_images, ScanResult(
+        labels=[accepted[n].label for n in keep],
+        files=[(accepted[n].name, accepted[n].sha256) for n in keep],
+        rejected=[(candidate.name, candidate.reason) for candidate in rejected],
+        remarks=kept_remarks,
+        sizes=dict(Counter(sizes[n] for n in keep)),
+    )
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -244,8 +237,10 @@ def _relative_name(folder: Path, path: Path) -> str:
 # -- checking files ------------------------------------------------------------------------------------------
 
 
-def _normalize_label(candidate: Candidate, alphabet: Alphabet, captcha: CaptchaConfig) -> Candidate:
-    """Convert the label of a candidate to the case of the alphabet, or set the reason why it is invalid."""
+def _check_candidate(
+    folder: Path, candidate: Candidate, alphabet: Alphabet, captcha: CaptchaConfig
+) -> Candidate:
+    """Set the label in the case of the alphabet and the hash of the content, or the reason for rejection."""
     if candidate.reason:
         return candidate
     label = candidate.label
@@ -253,24 +248,17 @@ def _normalize_label(candidate: Candidate, alphabet: Alphabet, captcha: CaptchaC
         label = unicodedata.normalize("NFC", label)
     if captcha.case == "fold":
         label = alphabet.fold_case(label)
-    unknown = sorted(set(label) - set(alphabet.characters))
-    reason = ""
-    if unknown:
+    sha256 = reason = ""
+    if unknown := sorted(set(label) - set(alphabet.characters)):
         reason = f"label {label!r} has {', '.join(map(repr, unknown))}, not in captcha.alphabet"
     elif len(label) != captcha.length:
         reason = f"label {label!r} has {len(label)} characters; captcha.length is {captcha.length}"
-    return replace(candidate, label=label, reason=reason)
-
-
-def _add_hash(folder: Path, candidate: Candidate) -> Candidate:
-    """Set the hash of the content of a candidate, or the reason why it cannot be read."""
-    if candidate.reason:
-        return candidate
-    try:
-        content = read_bytes(folder / candidate.name)
-    except images.InvalidImage as reason:
-        return replace(candidate, reason=str(reason))
-    return replace(candidate, sha256=hashlib.sha256(content).hexdigest())
+    else:
+        try:
+            sha256 = hashlib.sha256(read_bytes(folder / candidate.name)).hexdigest()
+        except images.InvalidImage as error:
+            reason = str(error)
+    return Candidate(candidate.name, label, reason, sha256)
 
 
 def _read_unchanged(folder: Path, candidate: Candidate) -> bytes:
@@ -291,27 +279,25 @@ def _read_unchanged(folder: Path, candidate: Candidate) -> bytes:
 
 def _suffix_remarks(name: str, format_name: str) -> list[str]:
     """Return a remark if the suffix of a file is not one of its format."""
-    suffix = PurePosixPath(name).suffix.lower().removeprefix(".")
-    suffixes = {"JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png", "apng")}.get(
-        format_name, (format_name.lower(),)
+    expected = Image.registered_extensions().get(PurePosixPath(name).suffix.lower(), "")
+    return (
+        [] if images.FORMATS.get(expected) == format_name else [f"is a {format_name} file despite its suffix"]
     )
-    return [] if suffix in suffixes else [f"is a {format_name} file despite its suffix"]
 
 
-def _drop_label_conflicts(
+def _find_label_conflicts(
     arrays: list[npt.NDArray[np.uint8]], accepted: list[Candidate]
-) -> tuple[list[int], list[Candidate]]:
-    """Return the indices of the images to keep, and those that have the pixels of another label."""
+) -> dict[str, Candidate]:
+    """Return by name, with the reason, the candidates that have the pixels of another label."""
     by_hash: dict[bytes, list[int]] = defaultdict(list)
     for number, array in enumerate(arrays):
         by_hash[hashlib.sha256(array.tobytes()).digest()].append(number)
-    conflicts = []
+    conflicts = {}
     for numbers in by_hash.values():
         if len({accepted[n].label for n in numbers}) > 1:
             for n in numbers:
                 other = next(accepted[m] for m in numbers if accepted[m].label != accepted[n].label)
                 name = escape_unprintable(other.name)
                 reason = f"is the same image as {name}, which is labeled {other.label!r}"
-                conflicts.append(replace(accepted[n], reason=reason))
-    dropped = {candidate.name for candidate in conflicts}
-    return [n for n, candidate in enumerate(accepted) if candidate.name not in dropped], conflicts
+                conflicts[accepted[n].name] = replace(accepted[n], reason=reason)
+    return conflicts

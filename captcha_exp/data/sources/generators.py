@@ -8,12 +8,12 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, assert_never
 
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, features
 
 from captcha_exp.config import (
     ArticleConfig,
@@ -50,33 +50,18 @@ def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
         case CaptchaLibraryConfig():
             from captcha.image import DEFAULT_FONTS
 
-            return RendererSpec(
-                _package_version("captcha"),
-                [Path(path) for path in DEFAULT_FONTS],
-                lambda: _make_captcha_renderer(data),
-                _sample_uniform_label,
-            )
+            package, fonts = f"captcha {version('captcha')}", [Path(path) for path in DEFAULT_FONTS]
+            return RendererSpec(package, fonts, lambda: _make_captcha_renderer(data), _sample_uniform_label)
         case WheezyLibraryConfig():
             _require_fonts(data, "wheezy.captcha")
-            return RendererSpec(
-                _package_version("wheezy.captcha"),
-                [],
-                lambda: _make_wheezy_renderer(data),
-                _sample_uniform_label,
-            )
+            package = f"wheezy.captcha {version('wheezy.captcha')}"
+            return RendererSpec(package, [], lambda: _make_wheezy_renderer(data), _sample_uniform_label)
         case ArticleConfig():
             _require_fonts(data, "article")
-
-            def make_renderer() -> RenderFn:
-                return article.make_renderer(data.width, data.height, font_files(data))
-
-            return RendererSpec(f"article {article.VERSION}", [], make_renderer, _sample_article_label)
+            package = f"article {article.VERSION}"
+            return RendererSpec(package, [], lambda: _make_article_renderer(data), _sample_article_label)
         case _:
             assert_never(data)
-
-
-def _package_version(name: str) -> str:
-    return f"{name} {version(name)}"
 
 
 def _require_fonts(data: BaseGeneratorConfig, generator: str) -> None:
@@ -96,24 +81,10 @@ def image_rng(data: BaseGeneratorConfig, index: int) -> random.Random:
     return seeding.rng(data.seed, "picture", index)
 
 
-def generate_label(data: GeneratorConfig, captcha: CaptchaConfig, index: int) -> str:
-    """Return the label of an image."""
-    return get_renderer_spec(data).sample_label(captcha, image_rng(data, index))
-
-
 def generate_labels(data: GeneratorConfig, captcha: CaptchaConfig) -> list[str]:
-    """Return the labels of all images, each equal to `generate_label`.
-
-    Reseeding one generator per image is faster than creating one, and gives the same numbers.
-    """
+    """Return the labels of all images."""
     sample_label = get_renderer_spec(data).sample_label
-    image_seed = seeding.make_seed_fn(data.seed, "picture")
-    rng = random.Random(0)
-    labels = []
-    for index in range(data.count):
-        rng.seed(image_seed(index))
-        labels.append(sample_label(captcha, rng))
-    return labels
+    return [sample_label(captcha, image_rng(data, index)) for index in range(data.count)]
 
 
 def _sample_uniform_label(captcha: CaptchaConfig, rng: random.Random) -> str:
@@ -123,8 +94,6 @@ def _sample_uniform_label(captcha: CaptchaConfig, rng: random.Random) -> str:
 
 def rendering_dependencies(data: GeneratorConfig) -> dict[str, Any]:
     """Return the packages and font files that the pixels depend on, in addition to the config."""
-    from PIL import features
-
     return {
         "package": get_renderer_spec(data).package,
         "pillow": version("pillow"),
@@ -140,12 +109,8 @@ def font_files(data: BaseGeneratorConfig) -> list[Path]:
     Raises:
         UserError: a font does not exist; the line lists those shipped with matplotlib.
     """
-    if not data.fonts:
-        return []
-    spec = find_spec("matplotlib")  # importing matplotlib is slow
-    assert spec is not None
-    assert spec.origin is not None
-    matplotlib_fonts = Path(spec.origin).with_name("mpl-data") / "fonts" / "ttf"
+    # Importing matplotlib is slow.
+    matplotlib_fonts = Path(str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf")))
     found = []
     for name in data.fonts:
         path = next(
@@ -189,19 +154,15 @@ def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
     generator = captcha.image.ImageCaptcha(data.width, data.height, fonts=fonts or None)
 
     def render(text: str, rng: random.Random) -> Image.Image:
-        captcha.image.secrets = _SeededSecrets(rng)  # type: ignore[assignment, attr-defined]  # not a module
+        seeded = SimpleNamespace(randbelow=rng.randrange, choice=rng.choice, randbits=rng.getrandbits)
+        captcha.image.secrets = seeded  # type: ignore[assignment, attr-defined]  # not a module
         return generator.generate_image(text)
 
     return render
 
 
-class _SeededSecrets:
-    """The functions of `secrets` that `captcha` calls, seeded."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.randbelow = rng.randrange
-        self.choice = rng.choice
-        self.randbits = rng.getrandbits
+def _make_article_renderer(data: ArticleConfig) -> RenderFn:
+    return article.make_renderer(data.width, data.height, font_files(data))
 
 
 def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:

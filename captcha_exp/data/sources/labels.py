@@ -8,7 +8,6 @@ import json
 import os
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,38 +67,33 @@ def from_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
 
     Rows without a file and files without a row are candidates with a reason.
     """
-    labels: dict[str, set[str]] = defaultdict(set)
+    labels: dict[str, set[str]] = {name: set() for name in names}
     by_nfc_name = {unicodedata.normalize("NFC", name): name for name in names}  # macOS stores NFD names
-    rejected = []
+    candidates = []
     for row, name, label in _read_rows(table):
-        where = f"{table.name}, row {row}"
         name = PurePosixPath(name).as_posix()
         if not os.path.lexists(folder / name):
             nfc_name = unicodedata.normalize("NFC", name.replace("\\", "/"))  # Windows path separators
             name = by_nfc_name.get(nfc_name, name)
         if not name or name == ".":
-            rejected.append(Candidate(where, label, "names no file"))
+            reason = "names no file"
         elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-            rejected.append(
-                Candidate(where, label, f"names {escape_unprintable(name)}, which is outside the folder")
-            )
+            reason = f"names {escape_unprintable(name)}, which is outside the folder"
         elif not os.path.lexists(folder / name):
-            rejected.append(
-                Candidate(where, label, f"names {escape_unprintable(name)}, which does not exist")
-            )
+            reason = f"names {escape_unprintable(name)}, which does not exist"
         else:
-            labels[name].add(label)
-    for name in names:
-        labels[name] |= set()
+            labels.setdefault(name, set()).add(label)
+            continue
+        candidates.append(Candidate(f"{table.name}, row {row}", label, reason))
     for name, found in labels.items():
         if len(found) > 1:
             quoted = " and ".join(repr(label) for label in sorted(found))
-            rejected.append(Candidate(name, "", f"has several labels in {table.name}: {quoted}"))
-        elif not found or not min(found):
-            rejected.append(Candidate(name, "", f"has no label in {table.name}"))
-    return rejected + [
-        Candidate(name, min(found)) for name, found in labels.items() if len(found) == 1 and min(found)
-    ]
+            candidates.append(Candidate(name, "", f"has several labels in {table.name}: {quoted}"))
+        elif label := next(iter(found), ""):
+            candidates.append(Candidate(name, label))
+        else:
+            candidates.append(Candidate(name, "", f"has no label in {table.name}"))
+    return candidates
 
 
 def _read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
@@ -121,11 +115,8 @@ def _read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
                 reader = csv.DictReader(file, delimiter=max(separators, key=header.count), strict=True)
                 lines = ((reader.line_num, row) for row in reader)
             for number, row in lines:
-                yield (
-                    number,
-                    _get_cell(table, number, row, FILE_COLUMNS),
-                    _get_cell(table, number, row, LABEL_COLUMNS),
-                )
+                name = _get_cell(table, number, row, FILE_COLUMNS)
+                yield number, name, _get_cell(table, number, row, LABEL_COLUMNS)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table}: cannot be read as a table of labels: {error}") from None
 
