@@ -6,6 +6,7 @@ already counted the batch. A run can be repeated from the start in a new process
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ def record_oom(
     device = torch.device(config.device.name)
     # The evaluation did not get to restore the training mode.
     in_evaluation = state is not None and not state.model.training
-    during: OomPhase = "evaluation" if in_evaluation else "training"
+    during: Literal["training", "evaluation"] = "evaluation" if in_evaluation else "training"
     phase = "eval" if in_evaluation else "train"
     meter = devices.MemoryMeter(device)
     metrics = meter.peaks(phase) | plan.prediction_error_metrics([])
