@@ -139,20 +139,19 @@ def print_findings(findings: "Sequence[Finding]") -> None:
 
 def print_sweep(summary: "SweepSummary") -> None:
     """Print a row for each group of jobs, the error of each failed job, and the conclusions."""
-    from captcha_exp.sweep.tables import HEADERS, build_table
+    from captcha_exp.sweep.tables import NUMBER_COLUMNS, build_table
 
     out = get_console()
-    headers, lines = build_table(summary.groups)
+    rows = build_table(summary.groups)
     table = Table(title=Text(summary.title), title_justify="left")
-    for header in headers:
-        is_number = header.partition(" (")[0] in {"jobs", *HEADERS} - {"fits", "status"}
-        justify: JustifyMethod = "right" if is_number else "left"
-        table.add_column(Text(header), justify=justify, overflow="fold")
-    for group, line in zip(summary.groups, lines, strict=True):
-        table.add_row(*map(Text, line[:-1]), Text(line[-1], _status_color(group)))
+    for column in rows[0]:
+        justify: JustifyMethod = "right" if column.partition(" (")[0] in NUMBER_COLUMNS else "left"
+        table.add_column(Text(column), justify=justify, overflow="fold")
+    for group, row in zip(summary.groups, rows, strict=True):
+        *cells, status = row.values()
+        table.add_row(*map(Text, cells), Text(status, _status_color(group)))
     if not out.is_terminal:
-        options = out.options.update_width(MAX_WIDTH)
-        out.width = max(out.width, out.measure(table, options=options).maximum)
+        out.width = MAX_WIDTH
     out.print(table)
     for result in summary.results:
         if result.outcome in ("failed", "killed"):
