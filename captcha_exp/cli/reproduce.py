@@ -54,27 +54,18 @@ def print_reproduction(reproduction: Reproduction) -> None:
     out.print()
     out.print(Text(escape_unprintable(reproduction.summary), COLORS[reproduction.verdict]))
     if reproduction.verdict == "identical":
-        weights = f"weights (SHA-256 {reproduction.weights_sha256[:12]})"
-        out.print(
-            Text(
-                f"{reproduction.num_epochs} epochs, {reproduction.num_test_images:,} predictions "
-                f"and {weights}: bit-identical"
-            )
-        )
+        result = reproduction.result
+        counts = f"{len(result.metrics_by_epoch)} epochs, {result.num_test_images:,} predictions"
+        out.print(f"{counts} and weights (SHA-256 {result.weights_sha256[:12]}): bit-identical")
     else:
         differing = len(reproduction.differences)
         out.print(f"{differing:,} value{'s differ' if differing > 1 else ' differs'} in total")
-    changes = [
-        each
-        for each in reproduction.attributed_changes
-        if each.change.is_headline or each.role != "ruled_out"
-    ]
-    if changes:
+    if changes := [each for each in reproduction.changes if each.is_headline or each.role != "ruled_out"]:
         table = Table("changed", "before", "now", "role", title="changes", title_justify="left")
         for each in changes:
-            values = (each.change.before, each.change.after)
-            texts = ["" if each.change.is_name_only else to_short_text(value) for value in values]
-            cells = (each.change.name, *texts, each.role)
+            values = (each.before, each.after)
+            texts = ["" if each.is_name_only else to_short_text(value) for value in values]
+            cells = (each.name, *texts, each.role)
             table.add_row(*(Text(escape_unprintable(cell)) for cell in cells))
         print_table(table)
     out.print(f"reference  {reproduction.reference}", markup=False)

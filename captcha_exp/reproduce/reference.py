@@ -197,11 +197,12 @@ def _check_manifest(dataset: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: a value is missing.
-        TypeError: a value has the wrong type.
+        TypeError, AttributeError: a value has the wrong type.
     """
     needed = [dataset[key] for key in ("images_sha256", "labels_sha256", "splits")]
     needed += [file[key] for file in dataset.get("files", []) for key in ("file", "sha256", "label")]
     needed += [file["file"] for file in dataset.get("rejected", [])]
+    needed += dataset.get("provenance", {}).get("dependencies", {}).items()
     if None in needed:
         raise TypeError("null in dataset.json where a value is required")
     return dataset

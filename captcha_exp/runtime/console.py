@@ -5,7 +5,7 @@ Results go to standard output.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -115,6 +115,12 @@ class _RichProgressBar:
 
     def advance(self, amount: int, status: str = "") -> None:
         self._progress.update(self._task, advance=amount, status=status)
+
+
+def preview(names: Sequence[str], max_names: int = 3) -> str:
+    """Return the first names, as in "a.png, b.png, c.png and 7 more"."""
+    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(map(escape_unprintable, names[:max_names])) + more
 
 
 def escape_unprintable(name: str) -> str:

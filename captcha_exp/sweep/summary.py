@@ -86,7 +86,8 @@ class SweepSummary:
         return sorted(steps.items())
 
     def _counts(self) -> dict[str, float]:
-        counts = Counter("failed" if each.outcome in FAILURES else each.outcome for each in self.results)
+        outcomes = ("failed" if each.outcome in FAILURES else each.outcome for each in self.results)
+        counts: Counter[str] = Counter(outcomes)
         kinds = ("finished", "oom", "skipped", "failed")
         return {"sweep/jobs": float(counts.total())} | {
             f"sweep/{kind}": float(counts[kind]) for kind in kinds
