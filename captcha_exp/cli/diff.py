@@ -6,20 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from captcha_exp import runs
-from captcha_exp.cli.output import get_console
-from captcha_exp.cli.runs import (
-    finite_or_none,
-    format_value,
-    is_fraction,
-    is_number,
-    print_stderr,
-    print_table,
-    to_text,
-)
+from captcha_exp.cli import output
+from captcha_exp.cli.output import is_number
+from captcha_exp.cli.runs import print_stderr
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RunFields, read_flat_config, read_flat_dataset, read_flat_environment
 from captcha_exp.runtime.console import escape_unprintable
@@ -59,13 +51,13 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
             for line in errors:
                 print_stderr(line)
             found = {
-                key: [None if v is MISSING else finite_or_none(v) for v in pair]
+                key: [None if v is MISSING else output.finite_or_none(v) for v in pair]
                 for key, pair in shown.items()
             }
             values[title] = None if errors else found
         elif errors or (not differing and not (arguments.all and pairs)):
             for line in errors or ["equal" if pairs else "empty in both runs"]:
-                get_console().print(Text.assemble((title, "bold"), f": {escape_unprintable(line)}"))
+                output.get_console().print(Text.assemble((title, "bold"), f": {escape_unprintable(line)}"))
         else:
             counts = f"{len(differing)} of {len(pairs)} differ" if differing else "equal"
             _print_section(title, counts, (first.short_name, second.short_name), shown)
@@ -98,14 +90,16 @@ def _print_section(
     title: str, counts: str, labels: tuple[str, str], pairs: Mapping[str, tuple[Any, Any]]
 ) -> None:
     heading = Text.assemble((title, "bold not italic"), (f": {counts}", "not italic"))
-    table = Table("", title=heading, title_justify="left")
-    for label in labels:
-        table.add_column(Text(escape_unprintable(label)))
-    table.add_column("difference", justify="right")
-    for key, pair in pairs.items():
-        cells = [_format_cell(key, value, exact=title not in ("metrics", "result")) for value in pair]
-        table.add_row(Text(escape_unprintable(key)), *map(Text, cells), format_difference(key, *pair))
-    print_table(table)
+    rows = [
+        (
+            key,
+            *(_format_cell(key, value, exact=title not in ("metrics", "result")) for value in pair),
+            format_difference(key, *pair),
+        )
+        for key, pair in pairs.items()
+    ]
+    columns = ("", *labels, "difference")
+    output.print_table(output.make_table(columns, rows, heading, right=("difference",)))
 
 
 def format_difference(key: str, first: Any, second: Any) -> str:
@@ -114,7 +108,7 @@ def format_difference(key: str, first: Any, second: Any) -> str:
         return "equal"
     if not is_number(first) or not is_number(second) or not math.isfinite(second - first):
         return ""
-    if is_fraction(key):
+    if output.is_fraction(key):
         return f"{100 * (second - first):+.3g} points"
     return f"{second - first:+,.1f}" if key.endswith("_mib") else f"{second - first:+.6g}"
 
@@ -122,7 +116,7 @@ def format_difference(key: str, first: Any, second: Any) -> str:
 def _format_cell(key: str, value: Any, exact: bool) -> str:
     if value is MISSING:
         return "-"
-    text = escape_unprintable(to_text(value) if exact else format_value(key, value))
+    text = escape_unprintable(output.to_text(value) if exact else output.format_value(key, value))
     if key.endswith("sha256"):
         return text[:12]
     return (

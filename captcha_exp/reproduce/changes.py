@@ -78,20 +78,16 @@ class Change:
     """in the difference of the results"""
 
     @property
-    def source(self) -> str:
-        """The change that it acts through."""
-        return EQUIVALENT_SOURCES.get(self.name, self.name)
-
-    @property
-    def is_name_only(self) -> bool:
-        """Whether it has no values, only a name."""
-        return self.before is self.after is None
+    def values(self) -> tuple[str, str]:
+        """Both values as text; empty for a change that has only a name."""
+        if self.before is self.after is None:
+            return "", ""
+        return _to_short_text(self.before), _to_short_text(self.after)
 
     def describe(self) -> str:
         """Return the name and values, as in "seed 0 -> 1"."""
-        if self.is_name_only:
-            return self.name
-        return f"{self.name} {to_short_text(self.before)} -> {to_short_text(self.after)}"
+        before, after = self.values
+        return f"{self.name} {before} -> {after}" if before or after else self.name
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of reproduction.json."""
@@ -202,7 +198,7 @@ def as_mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def to_short_text(value: Any) -> str:
+def _to_short_text(value: Any) -> str:
     """Return a value on one line in the notation of JSON, truncated to 100 characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:100]}..."
