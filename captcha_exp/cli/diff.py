@@ -28,8 +28,8 @@ MISSING = object()  # None is a value
 MAX_VALUE_LENGTH = 100  # characters in a table; --json is not truncated
 
 
-def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the differences of two runs as JSON values, or None if they are printed.
+def diff(arguments: argparse.Namespace) -> None:
+    """Print the differences of two runs.
 
     In JSON each key has the two values; null also means that the run lacks the key. A section is null if a
     file is missing or damaged, and standard error names the file.
@@ -61,7 +61,8 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any] | None:
         else:
             counts = f"{len(differing)} of {len(pairs)} differ" if differing else "equal"
             _print_section(title, counts, (first.short_name, second.short_name), shown)
-    return values if arguments.json else None
+    if arguments.json:
+        output.print_json(values)
 
 
 def read_section(

@@ -5,7 +5,6 @@ the overrides.
 """
 
 import argparse
-import contextlib
 import errno
 import io
 import json
@@ -14,7 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
@@ -65,7 +64,7 @@ def main() -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
-    parser = build_parser(HANDLERS)
+    parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     for word in rest:
         if (flag := word.partition("=")[0]) in RENAMED_FLAGS:
@@ -76,8 +75,7 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif words is not None:
         words += rest
-    exit_code: int = arguments.handler(arguments)
-    return exit_code
+    return HANDLERS[arguments.command](arguments)
 
 
 # -- commands ------------------------------------------------------------------------------------------------
@@ -127,12 +125,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _report_training(run_dir: Path, arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import output
+
     state = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     if arguments.json:
-        _print_json({"run_dir": str(run_dir), "status": state["status"], **state["result"]})
+        output.print_json({"run_dir": str(run_dir), "status": state["status"], **state["result"]})
     elif state["result"]:
-        from captcha_exp.cli import output
-
         output.print_training(run_dir, _program_name())
     if state["error"] == TimeLimitReached.__name__:  # raised in a child process
         return TimeLimitReached.exit_code
@@ -153,17 +151,18 @@ def _data(arguments: argparse.Namespace) -> int:
     preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
     figures.plot_samples(data.images[:30].numpy(), data.labels[:30], preview)
     if arguments.json:
-        _print_json({**data.manifest, "preview": str(preview)})
+        output.print_json({**data.manifest, "preview": str(preview)})
     else:
         output.print_dataset(data.manifest, preview)
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import plan
+    from captcha_exp.cli import output, plan
 
     values, misfits = plan.plan(arguments)
-    _print_values(values)
+    if values is not None:
+        output.print_json(values)
     if misfits:
         print(f"plan --must-fit: does not fit: {'; '.join(misfits)}", file=sys.stderr)
         return plan.MISFIT_EXIT_CODE
@@ -179,7 +178,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     run_dir = find_run(arguments.run)
     evaluation, data = evaluate_run(run_dir, arguments.split, RichDisplay(), arguments.device)
     if arguments.json:
-        _print_json({"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)})
+        output.print_json({"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)})
     else:
         output.print_evaluation(evaluation, data, run_dir, arguments.split)
     return 0
@@ -197,14 +196,14 @@ def _predict(arguments: argparse.Namespace) -> int:
         return 0
     predictions = list(predictor.predict_all(find_images(arguments.images), display))
     if arguments.json:
-        _print_json([prediction.to_json() for prediction in predictions])
+        output.print_json([prediction.to_json() for prediction in predictions])
     else:
         output.print_predictions(predictions)
     return 1 if any(prediction.error for prediction in predictions) else 0
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import reproduce
+    from captcha_exp.cli import output, reproduce
     from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import close_stale_runs
 
@@ -212,7 +211,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     close_stale_runs(display)
     reproduction = reproduce.reproduce(arguments, _detect_machine(), display)
     if arguments.json:
-        _print_json(reproduction.to_json())
+        output.print_json(reproduction.to_json())
     else:
         reproduce.print_reproduction(reproduction)
     return reproduce.EXIT_CODES[reproduction.verdict]
@@ -224,13 +223,15 @@ def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.tracking import close_stale_runs
 
     close_stale_runs(RichDisplay())
-    return _print_values(runs.list_runs(arguments))
+    runs.list_runs(arguments)
+    return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import diff
 
-    return _print_values(diff.diff(arguments))
+    diff.diff(arguments)
+    return 0
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -252,7 +253,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     gpu, path = calibrate.calibrate(arguments, _detect_machine)
     if arguments.json:
-        _print_json({"path": str(path), "gpu": to_dict(gpu)})
+        output.print_json({"path": str(path), "gpu": to_dict(gpu)})
     else:
         output.print_gpu(gpu, path, arguments.config_dir)
     return 0
@@ -268,7 +269,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     findings = run_checks(collect_info(config))
     if arguments.json:
-        _print_json([asdict(finding) for finding in findings])
+        output.print_json([asdict(finding) for finding in findings])
     else:
         output.print_findings(findings)
     return 1 if any(finding.level == "problem" for finding in findings) else 0
@@ -295,31 +296,10 @@ def _detect_machine() -> "Machine":
     return detect_machine()
 
 
-def _print_values(values: Any) -> int:
-    """Print values as JSON unless they are None (already printed as text); return exit code 0."""
-    if values is not None:
-        _print_json(values)
-    return 0
-
-
-def _print_json(value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may not be UTF-8
-
-
 def _program_name() -> str:
-    """Return the command as typed here: its name if it is on PATH, else its relative path."""
+    """Return the command as typed here: its name if it is on PATH, else its path."""
     import shutil
 
     if shutil.which(PROGRAM):
         return PROGRAM
-    script = (
-        Path(sys.argv[0])
-        if Path(sys.argv[0]).name.startswith(PROGRAM)
-        else Path(sys.executable).parent / PROGRAM
-    )
-    if not script.exists():
-        return "python -m captcha_exp"
-    with contextlib.suppress(ValueError):
-        return str(script.absolute().relative_to(Path.cwd()))
-    return str(script)
+    return "python -m captcha_exp" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]

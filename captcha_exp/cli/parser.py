@@ -1,13 +1,8 @@
 """The argument parser: the commands and their flags."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
 PROGRAM = "captcha-exp"
-
-Handler: TypeAlias = Callable[[argparse.Namespace], int]
-"""runs a command and returns the exit code"""
 
 COMMANDS = {
     "train": "train a recognizer, test it, and record the run",
@@ -37,8 +32,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         self._action_max_length = 2 * self._indent_increment + max(map(len, COMMANDS))
 
 
-def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
-    """Return the parser; the namespace has the command's handler as `handler`."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; the namespace has the name of the command as `command`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train text-captcha recognizers in PyTorch: configured with Hydra, recorded in MLflow.",
@@ -46,13 +41,12 @@ def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add_command(name: str, json: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False
         )
-        command.set_defaults(handler=handlers[name])
         if name in OVERRIDE_COMMANDS:
             text = "experiment=NAME, group=NAME or key=value; see conf/"
             command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)

@@ -11,15 +11,8 @@ from decimal import Decimal
 from typing import Any
 
 from captcha_exp import runs
-from captcha_exp.cli.output import (
-    finite_or_none,
-    format_value,
-    get_console,
-    is_number,
-    make_table,
-    print_table,
-    to_text,
-)
+from captcha_exp.cli import output
+from captcha_exp.cli.output import finite_or_none, format_value, is_number, to_text
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RUN_KEYS, RunFields
 from captcha_exp.runtime.console import escape_unprintable
@@ -98,8 +91,8 @@ class Condition:
             )
 
 
-def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Return the selected runs as JSON values, or None if they are printed; oldest first, or sorted by a key.
+def list_runs(arguments: argparse.Namespace) -> None:
+    """Print the selected runs, oldest first, or sorted by a key.
 
     Raises:
         UserError: a condition is invalid, no run has a key, or --limit is below 1.
@@ -117,24 +110,27 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
         each.check(known)
     selected = [run for run in known if all(c.key in run and c.matches(run[c.key]) for c in conditions)]
     selected = sort_runs(selected, arguments.sort, arguments.reverse)[: arguments.limit]
-    if arguments.json:
-        return [
-            {
-                "run_dir": str(run.run_dir),
-                **run.state,
-                "values": {key: finite_or_none(run[key]) for key in keys if key in run},
-            }
-            for run in selected
-        ]
     outputs = root_dir() / "outputs"
-    if not known:
-        get_console().print(f"no runs in {outputs} yet", markup=False)
+    if arguments.json:
+        output.print_json(
+            [
+                {
+                    "run_dir": str(run.run_dir),
+                    **run.state,
+                    "values": {key: finite_or_none(run[key]) for key in keys if key in run},
+                }
+                for run in selected
+            ]
+        )
+    elif not known:
+        output.get_console().print(f"no runs in {outputs} yet", markup=False)
     elif not selected:
         text = " and ".join(map(str, conditions))
-        get_console().print(f"none of the {len(known):,} runs in {outputs} matches {text}", markup=False)
+        output.get_console().print(
+            f"none of the {len(known):,} runs in {outputs} matches {text}", markup=False
+        )
     else:
         _print_runs(selected, [key for key in keys if key not in DEFAULT_COLUMNS])
-    return None
 
 
 def check_keys(keys: Iterable[str], known: Sequence[RunFields]) -> None:
@@ -187,7 +183,7 @@ def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
             )
         )
     columns = ("run", "status", *RESULT_COLUMNS, "MLflow id", *keys)
-    print_table(make_table(columns, rows, right=keys))
+    output.print_table(output.make_table(columns, rows, right=keys))
 
 
 def parse_number(text: str) -> float | None:

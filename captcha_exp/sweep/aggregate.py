@@ -59,11 +59,6 @@ class SeedGroup:
     results: tuple[JobResult, ...]
 
     @property
-    def num_jobs(self) -> int:
-        """Number of jobs in the group."""
-        return len(self.results)
-
-    @property
     def outcome_counts(self) -> Mapping[Outcome, int]:
         """Number of jobs per outcome."""
         return Counter(result.outcome for result in self.results)
@@ -117,7 +112,7 @@ class SeedGroup:
     @property
     def status(self) -> str:
         """The status of its jobs, as in "2 finished, 1 killed"; a single failed job with its error."""
-        if self.num_jobs == 1:
+        if len(self.results) == 1:
             (result,) = self.results
             error = result.error if result.outcome == "failed" else None
             return f"{format_status(result)}{f': {truncate(error, MAX_ERROR_LENGTH)}' if error else ''}"

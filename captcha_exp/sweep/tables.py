@@ -67,7 +67,7 @@ def build_table(groups: Sequence[SeedGroup]) -> list[dict[str, str]]:
     """
     swept = swept_keys(result for group in groups for result in group.results)
     short_keys = shorten_keys(swept)
-    has_repeats = any(group.num_jobs > 1 for group in groups)
+    has_repeats = any(len(group.results) > 1 for group in groups)
     kinds = {_memory_kind(group) for group in groups if "measured_mib" in group.metrics}
     kind = kinds.pop() if len(kinds) == 1 else ""
     rows = []
@@ -75,7 +75,7 @@ def build_table(groups: Sequence[SeedGroup]) -> list[dict[str, str]]:
         keys = {escape_unprintable(short_keys[key]): key for key in swept if key not in SEEDS}
         cells = {column: truncate(group.swept.get(key, "")) for column, key in keys.items()}
         if has_repeats:
-            cells["jobs"] = str(group.num_jobs)
+            cells["jobs"] = str(len(group.results))
         cells["predicted MiB"] = str(group.predicted_mib or "")
         cells[f"measured MiB{kind}"] = _format_mean(
             group, "measured_mib", "" if kind else _memory_kind(group)

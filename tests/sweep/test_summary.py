@@ -132,7 +132,7 @@ def test_jobs_that_differ_only_in_seeds_form_one_group() -> None:
         for n, (name, key) in enumerate((m, k) for k in keys for m in "ab")
     ]
     groups = SweepSummary(results).groups
-    assert [(group.number, group.name, group.num_jobs) for group in groups] == [
+    assert [(group.number, group.name, len(group.results)) for group in groups] == [
         (1, "model=a", 6),
         (2, "model=b", 6),
     ]
@@ -148,7 +148,7 @@ def test_a_group_averages_its_finished_jobs() -> None:
         make_result(swept={"model": "a", "seed": "8"}, val_accuracy=None, images_per_second=130.0),
     ]
     (group,) = SweepSummary(results).groups
-    assert group.num_jobs == 4
+    assert len(group.results) == 4
     assert group.outcome_counts == {"finished": 3, "killed": 1}
     assert group.metrics["val_accuracy"][:2] == pytest.approx((0.85, 2))
     assert group.metrics["images_per_second"][:2] == pytest.approx((110, 3))
