@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
@@ -150,10 +151,8 @@ def _data(arguments: argparse.Namespace) -> int:
     data = dataset.load_or_build(dataset.inspect_dataset(config, display), config, display)
     preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
     figures.plot_samples(data.images[:30].numpy(), data.labels[:30], preview)
-    if arguments.json:
-        output.print_json({**data.manifest, "preview": str(preview)})
-    else:
-        output.print_dataset(data.manifest, preview)
+    values = {**data.manifest, "preview": str(preview)}
+    _print_result(arguments, values, output.print_dataset, data.manifest, preview)
     return 0
 
 
@@ -177,10 +176,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     run_dir = find_run(arguments.run)
     evaluation, data = evaluate_run(run_dir, arguments.split, RichDisplay(), arguments.device)
-    if arguments.json:
-        output.print_json({"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)})
-    else:
-        output.print_evaluation(evaluation, data, run_dir, arguments.split)
+    values = {"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)}
+    _print_result(arguments, values, output.print_evaluation, evaluation, data, run_dir, arguments.split)
     return 0
 
 
@@ -195,25 +192,20 @@ def _predict(arguments: argparse.Namespace) -> int:
         interactive.prompt_loop(predictor, arguments.json)
         return 0
     predictions = list(predictor.predict_all(find_images(arguments.images), display))
-    if arguments.json:
-        output.print_json([prediction.to_json() for prediction in predictions])
-    else:
-        output.print_predictions(predictions)
+    values = [prediction.to_json() for prediction in predictions]
+    _print_result(arguments, values, output.print_predictions, predictions)
     return 1 if any(prediction.error for prediction in predictions) else 0
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import output, reproduce
+    from captcha_exp.cli import reproduce
     from captcha_exp.runtime.console import RichDisplay
     from captcha_exp.tracking import close_stale_runs
 
     display = RichDisplay()
     close_stale_runs(display)
     reproduction = reproduce.reproduce(arguments, _detect_machine(), display)
-    if arguments.json:
-        output.print_json(reproduction.to_json())
-    else:
-        reproduce.print_reproduction(reproduction)
+    _print_result(arguments, reproduction.to_json(), reproduce.print_reproduction, reproduction)
     return reproduce.EXIT_CODES[reproduction.verdict]
 
 
@@ -252,10 +244,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from captcha_exp.config import to_dict
 
     gpu, path = calibrate.calibrate(arguments, _detect_machine)
-    if arguments.json:
-        output.print_json({"path": str(path), "gpu": to_dict(gpu)})
-    else:
-        output.print_gpu(gpu, path, arguments.config_dir)
+    values = {"path": str(path), "gpu": to_dict(gpu)}
+    _print_result(arguments, values, output.print_gpu, gpu, path, arguments.config_dir)
     return 0
 
 
@@ -268,10 +258,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from captcha_exp.doctor import collect_info, run_checks
 
     findings = run_checks(collect_info(config))
-    if arguments.json:
-        output.print_json([asdict(finding) for finding in findings])
-    else:
-        output.print_findings(findings)
+    _print_result(arguments, [asdict(finding) for finding in findings], output.print_findings, findings)
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
@@ -294,6 +281,18 @@ def _detect_machine() -> "Machine":
     from captcha_exp.runtime.device import detect_machine
 
     return detect_machine()
+
+
+def _print_result(
+    arguments: argparse.Namespace, values: Any, print_text: Callable[..., None], *result: Any
+) -> None:
+    """Print the values as JSON with --json, else the result as text."""
+    from captcha_exp.cli.output import print_json
+
+    if arguments.json:
+        print_json(values)
+    else:
+        print_text(*result)
 
 
 def _program_name() -> str:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
-from captcha_exp.reproduce.compare import changed_values
-from captcha_exp.reproduce.reference import ABSENT, ReferenceRun, RunResult
+from captcha_exp.reproduce.reference import ABSENT, ReferenceRun, RunResult, changed_values
 from captcha_exp.runs.fields import flatten
 from captcha_exp.runtime.console import preview
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from captcha_exp.reproduce.reference import ABSENT, RunResult
+from captcha_exp.reproduce.reference import RunResult, changed_values
 
 Verdict: TypeAlias = Literal["identical", "equivalent", "different"]
 
@@ -57,14 +57,6 @@ def find_differences(reference: RunResult, rerun: RunResult) -> list[Difference]
         differences += [Difference(name, epoch, *pair) for name, pair in changed_values(*metrics).items()]
     outputs = changed_values(_output_values(reference), _output_values(rerun), missing="correct")
     return differences + [Difference(name, None, *pair) for name, pair in outputs.items()]
-
-
-def changed_values(
-    old: Mapping[str, Any], new: Mapping[str, Any], missing: Any = ABSENT
-) -> dict[str, tuple[Any, Any]]:
-    """Return key -> (old, new value) for each key whose values are not exactly equal; NaN equals NaN."""
-    pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in (*old, *new)}
-    return {key: pair for key, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
 
 
 def has_same_images(differences: Sequence[Difference]) -> bool:

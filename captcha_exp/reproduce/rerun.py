@@ -13,7 +13,7 @@ from captcha_exp.reproduce import changes, compare, images
 from captcha_exp.reproduce.causes import attribute, format_verdict
 from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import Difference, Verdict
-from captcha_exp.reproduce.reference import ReferenceRun, RunResult, load_result
+from captcha_exp.reproduce.reference import ReferenceRun, RunResult, changed_values, load_result
 from captcha_exp.runs import Run
 from captcha_exp.runs.fields import flatten
 from captcha_exp.runs.source_code import git_info, hash_source_files
@@ -142,7 +142,7 @@ def with_overrides(saved: Config, requested: Config, machine: Machine) -> tuple[
     if name not in ("auto", *machine.devices):
         reason = machine.unavailable_reason.get(name.split(":")[0], "no such device")
         raise ConfigError(f"device.name={name}: {reason}; reproduce with device.name=cpu")
-    overrides = compare.changed_values(flatten(to_dict(saved)), flatten(to_dict(requested)), missing=None)
+    overrides = changed_values(flatten(to_dict(saved)), flatten(to_dict(requested)), missing=None)
     tracking = requested.tracking
     if (
         tracking == saved.tracking
