@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "check this machine's setup and suggest fixes",
 }
 OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # commands that take overrides
+RUN_HELP = "run directory, prefix of an MLflow run id, or latest"
 RENAMED_FLAGS = {"--card": "--gpu"}
 
 
@@ -83,12 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
         "exit codes: 0 success; 2 usage error; 3 with --must-fit if a batch size does not fit or is unsure"
     )
     evaluate = add_command("evaluate")
-    run_help = "run directory, prefix of an MLflow run id, or latest"
-    evaluate.add_argument("run", metavar="RUN", help=run_help)
+    evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
     _add_reproduce_arguments(add_command("reproduce"))
     predict = add_command("predict")
-    predict.add_argument("run", metavar="RUN", help=f"{run_help}, or a .safetensors file of weights")
+    predict.add_argument("run", metavar="RUN", help=f"{RUN_HELP}, or a .safetensors file of weights")
     text = "an image or a directory of images; without any, prompt for paths"
     predict.add_argument("images", nargs="*", metavar="IMAGE", help=text)
     for inference in (evaluate, predict):
@@ -139,7 +139,6 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RUN RUN and --all."""
-    text = "run directory, prefix of an MLflow run id, or latest"
-    parser.add_argument("run", nargs=2, metavar="RUN", help=text)
+    parser.add_argument("run", nargs=2, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--all", action="store_true", help="also show equal values")
     parser.epilog = _METRICS_NOTE

@@ -120,13 +120,10 @@ def from_record(reference: ReferenceRun) -> list[Change]:
     These are files modified after the run finished, and environment changes across an interruption.
     """
     results = ("metrics.jsonl", "test.json", "dataset.json")
-    changes = [
-        Change(f"the run's {name}", "original", "modified", "numbers")
-        for name in reference.changed_files
-        if name in results
-    ]
+    modified = [name for name in reference.changed_files if name in results]
     if reference.config_file_status == "values may differ":
-        changes.append(Change("the run's config.yaml", "original", "modified", "numbers"))
+        modified.append("config.yaml")
+    changes = [Change(f"the run's {name}", "original", "modified", "numbers") for name in modified]
     for entry in reference.state.get("resumed") or ():
         for key, pair in as_mapping(as_mapping(entry).get("changed")).items():
             before, after = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
