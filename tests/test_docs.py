@@ -188,7 +188,7 @@ def make_tiny(words: Sequence[str], cache: Path) -> list[str]:
 
 def check_composes(words: Sequence[str]) -> None:
     """Parse the arguments of a command, and compose and check its config, without running it."""
-    parsed, unknown = build_parser(dict.fromkeys(COMMANDS, int)).parse_known_args(words[1:])
+    parsed, unknown = build_parser().parse_known_args(words[1:])
     overrides = list(getattr(parsed, "overrides", ())) + unknown
     assert not [word for word in unknown if word.startswith("-")], f"unknown arguments: {unknown}"
     if words[1] == "reproduce":

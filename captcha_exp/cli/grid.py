@@ -28,11 +28,6 @@ class Grid:
     override_keys: frozenset[str]
     """keys that the overrides set, except those of the launcher"""
 
-    @property
-    def parallelism(self) -> int:
-        """The number of concurrent jobs."""
-        return min(self.n_jobs, len(self.jobs))
-
 
 def compose_grid(overrides: Sequence[str], config_dir: str | None) -> Grid:
     """Expand the overrides and compose each job.

@@ -5,14 +5,13 @@ the overrides.
 """
 
 import argparse
-import contextlib
 import errno
 import io
-import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -70,7 +69,7 @@ def main() -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
-    parser = build_parser(HANDLERS)
+    parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     for word in rest:
         if (flag := word.partition("=")[0]) in RENAMED_FLAGS:
@@ -84,8 +83,7 @@ def _dispatch(argv: list[str]) -> int:
     from captcha_exp.runtime.console import set_up_logging
 
     set_up_logging(arguments.log_level)
-    exit_code: int = arguments.handler(arguments)
-    return exit_code
+    return HANDLERS[arguments.command](arguments)
 
 
 # -- commands ------------------------------------------------------------------------------------------------
@@ -134,15 +132,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _report_training(run_dir: Path, arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import output
     from captcha_exp.runs import RunInfo
 
     info = RunInfo.load(run_dir)
     if arguments.json:
         result = {} if info.result is None else info.result.model_dump()
-        _print_json({"run_dir": str(run_dir), "status": info.status, **result})
+        output.print_json({"run_dir": str(run_dir), "status": info.status, **result})
     elif info.result is not None:
-        from captcha_exp.cli import output
-
         output.print_training(run_dir, info, _program_name())
     if info.stop_reason == "time limit":  # raised in a child process
         return TimeLimitReached.exit_code
@@ -161,18 +158,17 @@ def _data(arguments: argparse.Namespace) -> int:
     data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
     figures.plot_samples(data.images[:30].numpy(), data.labels[:30], preview)
-    if arguments.json:
-        _print_json({**data.manifest, "preview": str(preview)})
-    else:
-        output.print_dataset(data.manifest, preview)
+    values = {**data.manifest, "preview": str(preview)}
+    _print_result(arguments, values, output.print_dataset, data.manifest, preview)
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import plan
+    from captcha_exp.cli import output, plan
 
     values, misfits = plan.plan(arguments)
-    _print_values(values)
+    if values is not None:
+        output.print_json(values)
     if misfits:
         print(f"plan --must-fit: does not fit: {'; '.join(misfits)}", file=sys.stderr)
         return plan.MISFIT_EXIT_CODE
@@ -186,10 +182,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     run_dir = find_run(arguments.run)
     evaluation, data = evaluate_run(run_dir, arguments.split, arguments.device)
-    if arguments.json:
-        _print_json({"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)})
-    else:
-        output.print_evaluation(evaluation, data, run_dir, arguments.split)
+    values = {"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)}
+    _print_result(arguments, values, output.print_evaluation, evaluation, data, run_dir, arguments.split)
     return 0
 
 
@@ -202,10 +196,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         interactive.prompt_loop(predictor, arguments.json)
         return 0
     predictions = list(predictor.predict_all(find_images(arguments.images)))
-    if arguments.json:
-        _print_json([prediction.to_json() for prediction in predictions])
-    else:
-        output.print_predictions(predictions)
+    values = [prediction.to_json() for prediction in predictions]
+    _print_result(arguments, values, output.print_predictions, predictions)
     return 1 if any(prediction.error for prediction in predictions) else 0
 
 
@@ -215,10 +207,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
     close_stale_runs()
     reproduction = reproduce.reproduce(arguments, _detect_machine())
-    if arguments.json:
-        _print_json(reproduction.to_json())
-    else:
-        reproduce.print_reproduction(reproduction)
+    _print_result(arguments, reproduction.to_json(), reproduce.print_reproduction, reproduction)
     return reproduce.EXIT_CODES[reproduction.verdict]
 
 
@@ -227,13 +216,15 @@ def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.tracking.sync import close_stale_runs
 
     close_stale_runs()
-    return _print_values(runs.list_runs(arguments))
+    runs.list_runs(arguments)
+    return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import diff
 
-    return _print_values(diff.diff(arguments))
+    diff.diff(arguments)
+    return 0
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -253,10 +244,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from captcha_exp.config import to_dict
 
     gpu, path = calibrate.calibrate(arguments, _detect_machine)
-    if arguments.json:
-        _print_json({"path": str(path), "gpu": to_dict(gpu)})
-    else:
-        output.print_gpu(gpu, path, arguments.config_dir)
+    values = {"path": str(path), "gpu": to_dict(gpu)}
+    _print_result(arguments, values, output.print_gpu, gpu, path, arguments.config_dir)
     return 0
 
 
@@ -269,10 +258,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from captcha_exp.doctor import collect_info, run_checks
 
     findings = run_checks(collect_info(config))
-    if arguments.json:
-        _print_json([asdict(finding) for finding in findings])
-    else:
-        output.print_findings(findings)
+    _print_result(arguments, [asdict(finding) for finding in findings], output.print_findings, findings)
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
@@ -297,31 +283,22 @@ def _detect_machine() -> "Machine":
     return detect_machine()
 
 
-def _print_values(values: Any) -> int:
-    """Print values as JSON unless they are None (already printed as text); return exit code 0."""
-    if values is not None:
-        _print_json(values)
-    return 0
+def _print_result(
+    arguments: argparse.Namespace, values: Any, print_text: Callable[..., None], *result: Any
+) -> None:
+    """Print the values as JSON with --json, else the result as text."""
+    from captcha_exp.cli.output import print_json
 
-
-def _print_json(value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may not be UTF-8
+    if arguments.json:
+        print_json(values)
+    else:
+        print_text(*result)
 
 
 def _program_name() -> str:
-    """Return the command as typed here: its name if it is on PATH, else its relative path."""
+    """Return the command as typed here: its name if it is on PATH, else its path."""
     import shutil
 
     if shutil.which(PROGRAM):
         return PROGRAM
-    script = (
-        Path(sys.argv[0])
-        if Path(sys.argv[0]).name.startswith(PROGRAM)
-        else Path(sys.executable).parent / PROGRAM
-    )
-    if not script.exists():
-        return "python -m captcha_exp"
-    with contextlib.suppress(ValueError):
-        return str(script.absolute().relative_to(Path.cwd()))
-    return str(script)
+    return "python -m captcha_exp" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]

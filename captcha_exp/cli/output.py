@@ -1,9 +1,11 @@
 """Print the results of the commands on standard output."""
 
 import json
+import math
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ if TYPE_CHECKING:  # some import torch, which takes seconds
     from captcha_exp.sweep.aggregate import SeedGroup
     from captcha_exp.sweep.summary import SweepSummary
 
-MAX_WIDTH = 10_000  # of a table in a file or a pipe
+MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
 
 
 def get_console() -> Console:
@@ -33,6 +35,70 @@ def get_console() -> Console:
     if not out.is_terminal:
         out.width = 160
     return out
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may not be UTF-8
+
+
+def make_table(
+    columns: Iterable[str],
+    rows: Iterable[Iterable[str | Text]],
+    title: str | Text = "",
+    right: Container[str] = (),
+) -> Table:
+    """Return a table of texts without markup; columns in `right` are aligned to the right."""
+    table = Table(title=title if isinstance(title, Text) else Text(title), title_justify="left")
+    for column in columns:
+        justify: JustifyMethod = "right" if column in right else "left"
+        table.add_column(Text(escape_unprintable(column)), justify=justify, overflow="fold")
+    for row in rows:
+        cells = (cell if isinstance(cell, Text) else Text(escape_unprintable(cell)) for cell in row)
+        table.add_row(*cells)
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table without truncation: one wider than the terminal has no frame and long lines."""
+    out = get_console()
+    width = out.width if out.is_terminal else MAX_WIDTH
+    out.width = MAX_WIDTH
+    if out.measure(table).maximum > width:
+        table.box, table.pad_edge = None, False
+    out.print(table)
+
+
+def format_value(key: str, value: Any) -> str:
+    """Format a value for a table: accuracies in percent, MiB without decimals, strings unchanged."""
+    if not isinstance(value, float):
+        return to_text(value)
+    if not math.isfinite(value):
+        return str(value)
+    if is_fraction(key):
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if key.endswith("_mib") else f"{value:g}"
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number; a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_fraction(key: str) -> bool:
+    """Return whether the values of this key are fractions, shown in percent."""
+    return re.search(r"accuracy(_low|_high)?$", key) is not None
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return the value, or None for NaN and infinity, which JSON lacks."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_text(value: Any) -> str:
+    """Return a value as one line: a string unchanged, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
@@ -76,24 +142,18 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
         evaluation.accuracy, evaluation.accuracy_interval, evaluation.num_correct, len(evaluation.indices)
     )
     out.print(f"[bold]accuracy {accuracy}[/bold]; character accuracy {evaluation.char_accuracy:.2%}")
-    positions = Table("position", "accuracy", title="per position", title_justify="left")
-    for number, fraction in enumerate(evaluation.accuracy_by_position(), 1):
-        positions.add_row(str(number), f"{fraction:.2%}")
-    characters = Table("character", "accuracy", title="per character, worst first", title_justify="left")
-    occurring = [(c, a) for c, a in evaluation.accuracy_by_character(alphabet).items() if a is not None]
-    for character, fraction in sorted(occurring, key=lambda item: item[1])[:12]:
-        characters.add_row(character, f"{fraction:.2%}")
-    confusions = Table("label", "predicted", "count", title="most frequent confusions", title_justify="left")
-    for label, predicted, count in evaluation.confused_pairs(alphabet)[:12]:
-        confusions.add_row(label, predicted, str(count))
-    misreads = Table(
-        "image", "label", "predicted", "confidence", title="worst misreads", title_justify="left"
-    )
-    for misread in evaluation.misreads(data)[:12]:
-        texts = (escape_unprintable(misread.image), misread.label, misread.predicted)
-        misreads.add_row(*map(Text, texts), f"{misread.confidence:.1%}")
-    for table in (positions, characters, confusions, misreads):
-        out.print(table)
+    positions = [(str(n), f"{part:.2%}") for n, part in enumerate(evaluation.accuracy_by_position(), 1)]
+    known = [(c, part) for c, part in evaluation.accuracy_by_character(alphabet).items() if part is not None]
+    characters = [(c, f"{part:.2%}") for c, part in sorted(known, key=lambda item: item[1])]
+    confusions = [(label, read, str(count)) for label, read, count in evaluation.confused_pairs(alphabet)]
+    misreads = [(m.image, m.label, m.predicted, f"{m.confidence:.1%}") for m in evaluation.misreads(data)]
+    for title, columns, rows in (
+        ("per position", ("position", "accuracy"), positions),
+        ("per character, worst first", ("character", "accuracy"), characters[:12]),
+        ("most frequent confusions", ("label", "predicted", "count"), confusions[:12]),
+        ("worst misreads", ("image", "label", "predicted", "confidence"), misreads[:12]),
+    ):
+        out.print(make_table(columns, rows, title))
 
 
 def print_predictions(predictions: Sequence["Prediction"]) -> None:
@@ -112,12 +172,13 @@ def print_predictions(predictions: Sequence["Prediction"]) -> None:
 def print_gpu(gpu: "GpuSpec", path: Path, config_dir: str | None) -> None:
     """Print the figures of a GPU, the path of its file, and the override that selects it."""
     out = get_console()
-    table = Table("figure", "min", "max", "source", title=Text(gpu.name), title_justify="left")
-    for field in fields(gpu):
-        bounds = getattr(gpu, field.name)
-        if not isinstance(bounds, str | None):
-            table.add_row(field.name, f"{bounds.min:,g}", f"{bounds.max:,g}", Text(bounds.source))
-    out.print(table)
+    figures = {field.name: getattr(gpu, field.name) for field in fields(gpu)}
+    rows = [
+        (name, f"{bounds.min:,g}", f"{bounds.max:,g}", bounds.source)
+        for name, bounds in figures.items()
+        if not isinstance(bounds, str | None)
+    ]
+    out.print(make_table(("figure", "min", "max", "source"), rows, gpu.name))
     out.print(f"file {path}", markup=False)
     flag = f"--config-dir {shlex.quote(config_dir)} " if config_dir else ""
     out.print(f"use it with {flag}gpu={path.stem}", markup=False)
@@ -136,20 +197,18 @@ def print_findings(findings: "Sequence[Finding]") -> None:
 
 def print_sweep(summary: "SweepSummary") -> None:
     """Print a row for each group of jobs, the error of each failed job, and the conclusions."""
-    from captcha_exp.sweep.tables import HEADERS, build_table
+    from captcha_exp.sweep.tables import NUMBER_COLUMNS, build_table
 
     out = get_console()
-    headers, lines = build_table(summary.groups)
-    table = Table(title=Text(summary.title), title_justify="left")
-    for header in headers:
-        is_number = header.partition(" (")[0] in {"jobs", *HEADERS} - {"fits", "status"}
-        justify: JustifyMethod = "right" if is_number else "left"
-        table.add_column(Text(header), justify=justify, overflow="fold")
-    for group, line in zip(summary.groups, lines, strict=True):
-        table.add_row(*map(Text, line[:-1]), Text(line[-1], _status_color(group)))
+    rows = build_table(summary.groups)
+    cells: list[list[str | Text]] = [
+        [*list(row.values())[:-1], Text(row["status"], _status_color(group))]
+        for group, row in zip(summary.groups, rows, strict=True)
+    ]
+    right = [column for column in rows[0] if column.partition(" (")[0] in NUMBER_COLUMNS]
+    table = make_table(rows[0], cells, summary.title, right)
     if not out.is_terminal:
-        options = out.options.update_width(MAX_WIDTH)
-        out.width = max(out.width, out.measure(table, options=options).maximum)
+        out.width = MAX_WIDTH
     out.print(table)
     for result in summary.results:
         if result.outcome in ("failed", "killed"):

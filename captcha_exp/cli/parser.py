@@ -2,13 +2,8 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
 PROGRAM = "captcha-exp"
-
-Handler: TypeAlias = Callable[[argparse.Namespace], int]
-"""runs a command and returns the exit code"""
 
 COMMANDS = {
     "train": "train a recognizer, test it, and record the run",
@@ -24,6 +19,7 @@ COMMANDS = {
     "doctor": "check this machine's setup and suggest fixes",
 }
 OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # commands that take overrides
+RUN_HELP = "run directory, prefix of an MLflow run id, or latest"
 RENAMED_FLAGS = {"--card": "--gpu"}
 
 
@@ -38,8 +34,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         self._action_max_length = 2 * self._indent_increment + max(map(len, COMMANDS))
 
 
-def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
-    """Return the parser; the namespace has the command's handler as `handler`."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; the namespace has the name of the command as `command`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train text-captcha recognizers in PyTorch: configured with Hydra, recorded in MLflow.",
@@ -47,13 +43,12 @@ def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         epilog=f'TAB completion in bash:  eval "$({PROGRAM} -sc install=bash)"',
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add_command(name: str, json: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False
         )
-        command.set_defaults(handler=handlers[name])
         if name in OVERRIDE_COMMANDS:
             text = "experiment=NAME, group=NAME or key=value; see conf/"
             command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
@@ -91,12 +86,11 @@ def build_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         "exit codes: 0 success; 2 usage error; 3 with --must-fit if a batch size does not fit or is unsure"
     )
     evaluate = add_command("evaluate")
-    run_help = "run directory, prefix of an MLflow run id, or latest"
-    evaluate.add_argument("run", metavar="RUN", help=run_help)
+    evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
     _add_reproduce_arguments(add_command("reproduce"))
     predict = add_command("predict")
-    predict.add_argument("run", metavar="RUN", help=f"{run_help}, or a .safetensors file of weights")
+    predict.add_argument("run", metavar="RUN", help=f"{RUN_HELP}, or a .safetensors file of weights")
     text = "an image or a directory of images; without any, prompt for paths"
     predict.add_argument("images", nargs="*", metavar="IMAGE", help=text)
     for inference in (evaluate, predict):
@@ -165,7 +159,6 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RUN RUN and --all."""
-    text = "run directory, prefix of an MLflow run id, or latest"
-    parser.add_argument("run", nargs=2, metavar="RUN", help=text)
+    parser.add_argument("run", nargs=2, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--all", action="store_true", help="also show equal values")
     parser.epilog = _METRICS_NOTE

@@ -9,17 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.table import Table
 from rich.text import Text
 
 from captcha_exp import runs
 from captcha_exp.cli.hydra_config import apply_overrides
-from captcha_exp.cli.output import get_console
-from captcha_exp.cli.runs import print_table
+from captcha_exp.cli.output import get_console, make_table, print_table
 from captcha_exp.config import Config, Machine
 from captcha_exp.errors import UserError
 from captcha_exp.reproduce import rerun
-from captcha_exp.reproduce.changes import to_short_text
 from captcha_exp.reproduce.reference import READ_FILES, load_reference
 from captcha_exp.reproduce.rerun import Reproduction
 from captcha_exp.runtime.console import escape_unprintable
@@ -57,29 +54,15 @@ def print_reproduction(reproduction: Reproduction) -> None:
     out.print()
     out.print(Text(escape_unprintable(reproduction.summary), COLORS[reproduction.verdict]))
     if reproduction.verdict == "identical":
-        weights = f"weights (SHA-256 {reproduction.weights_sha256[:12]})"
-        out.print(
-            Text(
-                f"{reproduction.num_epochs} epochs, {reproduction.num_test_images:,} predictions "
-                f"and {weights}: bit-identical"
-            )
-        )
+        result = reproduction.result
+        counts = f"{len(result.metrics_by_epoch)} epochs, {result.num_test_images:,} predictions"
+        out.print(f"{counts} and weights (SHA-256 {result.weights_sha256[:12]}): bit-identical")
     else:
         differing = len(reproduction.differences)
         out.print(f"{differing:,} value{'s differ' if differing > 1 else ' differs'} in total")
-    changes = [
-        each
-        for each in reproduction.attributed_changes
-        if each.change.is_headline or each.role != "ruled_out"
-    ]
-    if changes:
-        table = Table("changed", "before", "now", "role", title="changes", title_justify="left")
-        for each in changes:
-            values = (each.change.before, each.change.after)
-            texts = ["" if each.change.is_name_only else to_short_text(value) for value in values]
-            cells = (each.change.name, *texts, each.role)
-            table.add_row(*(Text(escape_unprintable(cell)) for cell in cells))
-        print_table(table)
+    changes = [each for each in reproduction.changes if each.is_headline or each.role != "ruled_out"]
+    if rows := [(each.name, *each.values, each.role) for each in changes]:
+        print_table(make_table(("changed", "before", "now", "role"), rows, "changes"))
     out.print(f"reference  {reproduction.reference}", markup=False)
     out.print(f"new run    {reproduction.run_dir}", markup=False)
 

@@ -1,22 +1,19 @@
-"""`captcha-exp runs`: filter, sort and print the recorded runs, and format their values."""
+"""`captcha-exp runs`: filter, sort and print the recorded runs."""
 
 import argparse
 import difflib
-import json
 import logging
-import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from captcha_exp import runs
-from captcha_exp.cli.output import get_console
+from captcha_exp.cli import output
+from captcha_exp.cli.output import finite_or_none, format_value, is_number, to_text
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RUN_KEYS, RunFields
 from captcha_exp.runtime.console import escape_unprintable
@@ -39,7 +36,6 @@ RESULT_COLUMNS = {  # column -> key of the result, and its format
     "seconds": ("seconds", ".0f"),
     "peak MiB": ("process_peak_mib", ",.0f"),
 }
-MAX_WIDTH = 10_000  # characters of a line
 SORT_LAST = 2  # rank of a run without a value
 DEFAULT_COLUMNS = ("run_dir", "status", "epochs", "seconds")  # keys that every table shows
 
@@ -98,8 +94,8 @@ class Condition:
             )
 
 
-def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Return the selected runs as JSON values, or None if they are printed; oldest first, or sorted by a key.
+def list_runs(arguments: argparse.Namespace) -> None:
+    """Print the selected runs, oldest first, or sorted by a key.
 
     Raises:
         UserError: a condition is invalid, no run has a key, or --limit is below 1.
@@ -120,24 +116,27 @@ def list_runs(arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
         each.check(known)
     selected = [run for run in known if all(c.key in run and c.matches(run[c.key]) for c in conditions)]
     selected = sort_runs(selected, arguments.sort, arguments.reverse)[: arguments.limit]
-    if arguments.json:
-        return [
-            {
-                "run_dir": str(run.run_dir),
-                **run.info.model_dump(),
-                "values": {key: finite_or_none(run[key]) for key in keys if key in run},
-            }
-            for run in selected
-        ]
     outputs = root_dir() / "outputs"
-    if not known:
-        get_console().print(f"no runs in {outputs} yet", markup=False)
+    if arguments.json:
+        output.print_json(
+            [
+                {
+                    "run_dir": str(run.run_dir),
+                    **run.info.model_dump(),
+                    "values": {key: finite_or_none(run[key]) for key in keys if key in run},
+                }
+                for run in selected
+            ]
+        )
+    elif not known:
+        output.get_console().print(f"no runs in {outputs} yet", markup=False)
     elif not selected:
         text = " and ".join(map(str, conditions))
-        get_console().print(f"none of the {len(known):,} runs in {outputs} matches {text}", markup=False)
+        output.get_console().print(
+            f"none of the {len(known):,} runs in {outputs} matches {text}", markup=False
+        )
     else:
         _print_runs(selected, [key for key in keys if key not in DEFAULT_COLUMNS])
-    return None
 
 
 def check_keys(keys: Iterable[str], known: Sequence[RunFields]) -> None:
@@ -176,41 +175,20 @@ def _sort_key(run: RunFields, key: str) -> tuple[int, Any]:
 
 
 def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
-    table = Table("run", "status", *RESULT_COLUMNS, "MLflow id")
-    for key in keys:
-        table.add_column(Text(escape_unprintable(key)), justify="right")
+    rows = []
     for run in selected:
         results = ((getattr(run.info.result, key, None), spec) for key, spec in RESULT_COLUMNS.values())
-        cells = (
-            run.short_name,
-            to_text(run["status"]),
-            *(format(value, spec) if is_number(value) else "" for value, spec in results),
-            to_text(run["run_id"] or "")[:8],
-            *(format_value(key, run[key]) if key in run else "" for key in keys),
+        rows.append(
+            (
+                run.short_name,
+                to_text(run["status"]),
+                *(format(value, spec) if is_number(value) else "" for value, spec in results),
+                to_text(run["run_id"] or "")[:8],
+                *(format_value(key, run[key]) if key in run else "" for key in keys),
+            )
         )
-        table.add_row(*(Text(escape_unprintable(cell)) for cell in cells))
-    print_table(table)
-
-
-def format_value(key: str, value: Any) -> str:
-    """Format a value for a table: accuracies in percent, MiB without decimals, strings unchanged."""
-    if not isinstance(value, float):
-        return to_text(value)
-    if not math.isfinite(value):
-        return str(value)
-    if is_fraction(key):
-        return f"{value:.2%}"
-    return f"{value:,.0f}" if key.endswith("_mib") else f"{value:g}"
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number; a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_fraction(key: str) -> bool:
-    """Return whether the values of this key are fractions, shown in percent."""
-    return re.search(r"accuracy(_low|_high)?$", key) is not None
+    columns = ("run", "status", *RESULT_COLUMNS, "MLflow id", *keys)
+    output.print_table(output.make_table(columns, rows, right=keys))
 
 
 def parse_number(text: str) -> float | None:
@@ -226,21 +204,6 @@ def parse_number(text: str) -> float | None:
         return None
 
 
-def finite_or_none(value: Any) -> Any:
-    """Return the value, or None for NaN and infinity, which JSON lacks."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def to_text(value: Any) -> str:
-    """Return a value as one line: a string unchanged, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def print_table(table: Table) -> None:
-    """Print a table without truncation: one wider than the terminal has no frame and long lines."""
-    out = get_console()
-    width = out.width if out.is_terminal else MAX_WIDTH
-    out.width = MAX_WIDTH
-    if out.measure(table).maximum > width:
-        table.box, table.pad_edge = None, False
-    out.print(table)
+def print_stderr(line: str) -> None:
+    """Print a line to standard error."""
+    print(escape_unprintable(line), file=sys.stderr)

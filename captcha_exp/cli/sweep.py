@@ -19,7 +19,7 @@ from captcha_exp.cli import output
 from captcha_exp.cli.grid import Grid, compose_grid
 from captcha_exp.cli.hydra_config import run_hydra
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
-from captcha_exp.config import Config, Machine
+from captcha_exp.config import Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
 from captcha_exp.runs import StaleRun, SweepInfo, code_sha256, resume
 from captcha_exp.runtime.console import get_log_level, set_up_logging
@@ -61,7 +61,9 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
             logger.info(f"Resuming {resumed.run_dir}, an unfinished sweep with the same jobs")
         planned = plan_jobs(jobs if resumed is None else resumed.jobs)
         parallelism = min(grid.n_jobs, len(planned))
-        minutes = _max_minutes(jobs if resumed is None or grid.override_keys else resumed.jobs)
+        # The time limit of the whole sweep is the same in all jobs.
+        limiting_job = jobs[0] if resumed is None or grid.override_keys else resumed.jobs[0]
+        minutes = limiting_job.requested.train.max_minutes
         summary = run_sweep(planned, launch, parallelism, print_summary, resumed, minutes)
         return 1 if summary.has_failures else 0
 
@@ -71,10 +73,12 @@ def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
     mistakes: dict[str, None] = {}  # without duplicates: jobs have most overrides in common
     for number, (swept, composed) in enumerate(grid.jobs, 1):
         try:
-            config = _with_oom_recorded(composed.to_config(machine))
+            config = composed.to_config(machine)
         except ConfigError as error:
             mistakes |= dict.fromkeys(error.lines)
             continue
+        if config.train.on_oom == "auto":  # in a sweep, running out of memory is recorded as a result
+            config = replace(config, train=replace(config.train, on_oom="record"))
         jobs.append(Job(number=number, swept=swept, choices=composed.choices, requested=config))
     limits = dict.fromkeys(json.dumps(job.requested.train.max_minutes) for job in jobs)
     if len(limits) > 1:
@@ -83,17 +87,6 @@ def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
     if mistakes:
         raise ConfigError(*mistakes)
     return jobs
-
-
-def _max_minutes(jobs: Sequence[Job]) -> float | None:
-    """Return the time limit of the whole sweep, which is the same in all jobs."""
-    return jobs[0].requested.train.max_minutes
-
-
-def _with_oom_recorded(config: Config) -> Config:
-    """Resolve train.on_oom=auto: in a sweep, running out of memory is recorded as a result."""
-    on_oom = "record" if config.train.on_oom == "auto" else config.train.on_oom
-    return replace(config, train=replace(config.train, on_oom=on_oom))
 
 
 def _find_resumable(

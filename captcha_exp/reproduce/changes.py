@@ -1,26 +1,38 @@
 """Find the changes since the run was trained: versions, code, machine, environment variables."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
-from captcha_exp.reproduce.reference import ABSENT, ReferenceRun, RunResult
+from captcha_exp.config import flatten_mapping
+from captcha_exp.reproduce.reference import ABSENT, ReferenceRun, RunResult, changed_values
 from captcha_exp.runtime.console import preview
 
 Affects: TypeAlias = Literal["nothing", "images", "numbers"]
+Role: TypeAlias = Literal["cause", "suspect", "ruled_out"]
 
-IMAGE_PACKAGES = {"pillow", "captcha", "wheezy.captcha"}
-RECORD_ONLY_PACKAGES = {"mlflow", "hydra-core", "omegaconf", "pydantic", "safetensors"}
-"""packages that store or validate values but compute none; the values themselves are compared"""
+IMAGE_PACKAGES = ("pillow", "captcha", "wheezy.captcha")
+IMAGE_KEYS = (
+    *(f"packages.{name}" for name in IMAGE_PACKAGES),
+    "dependencies.*",
+    "variables.FREETYPE_PROPERTIES",
+)
+"""keys of the environment that affect the images only; * is any text"""
 
 NO_EFFECT_KEYS = (
-    *("name", "tracking.", "sweep.", "gpu."),  # naming, reporting and planning
+    *("name", "tracking.*", "sweep.*", "gpu.*"),  # naming, reporting and planning
     *("data.cache", "data.workers", "data.path"),  # where images come from; the images are compared
     *("device.preload_limit_mib", "device.vram_budget_mib"),  # where images are kept; the memory limit
     *("train.checkpoint_every", "train.max_minutes", "train.on_oom", "train.sanity_check_steps"),
+    # These packages store or validate values, but compute none; the values themselves are compared.
+    *("packages.mlflow", "packages.hydra-core", "packages.omegaconf"),
+    *("packages.pydantic", "packages.safetensors"),
+    *("variables.*_NUM_THREADS", "device.cores"),  # device.threads is the number used
+    *("device.gpu_bytes", "host"),
 )
-"""config keys, or key prefixes ending in a dot, that do not affect results"""
+"""keys of the config and the environment that do not affect results"""
 
 NO_EFFECT_CODE = (
     *("captcha_exp/cli/", "captcha_exp/doctor/", "captcha_exp/reproduce/", "captcha_exp/sweep/"),
@@ -29,17 +41,20 @@ NO_EFFECT_CODE = (
 )
 """path prefixes of code that does not affect results; the saved config has all values taken from conf/"""
 
-DEVICE_FIELDS: dict[str, tuple[str, Affects]] = {
-    "cpu": ("CPU", "numbers"),
-    "cpu_capability": ("CPU capability", "numbers"),
-    "cores": ("cores", "nothing"),  # device.threads is the number used
-    "gpu": ("GPU", "numbers"),
-    "gpu_capability": ("GPU capability", "numbers"),
-    "gpu_bytes": ("GPU memory", "nothing"),
-    "cuda": ("CUDA", "numbers"),
-    "cudnn": ("cuDNN", "numbers"),
+ENVIRONMENT_GROUPS = ("packages", "dependencies", "python", "device", "variables", "platform", "host")
+"""groups of the environment that are compared; the platform includes the version of the C library"""
+
+DEVICE_NAMES = {
+    "cpu": "CPU",
+    "cpu_capability": "CPU capability",
+    "cores": "cores",
+    "gpu": "GPU",
+    "gpu_capability": "GPU capability",
+    "gpu_bytes": "GPU memory",
+    "cuda": "CUDA",
+    "cudnn": "cuDNN",
 }
-"""keys of the device in environment.json -> name and effect; its name and threads are config keys"""
+"""keys of the device in environment.json that are compared; the others are config keys"""
 
 EQUIVALENT_SOURCES = {"variable ATEN_CPU_CAPABILITY": "CPU capability"}
 """changes that act through another one that is compared as well"""
@@ -58,22 +73,24 @@ class Change:
     """whether it is an input of the run: a config key, an image or a label"""
     is_headline: bool = True
     """whether the one-line verdict names it"""
+    role: Role = "ruled_out"
+    """in the difference of the results"""
 
     @property
-    def source(self) -> str:
-        """The change that it acts through."""
-        return EQUIVALENT_SOURCES.get(self.name, self.name)
-
-    @property
-    def is_name_only(self) -> bool:
-        """Whether it has no values, only a name."""
-        return self.before is self.after is None
+    def values(self) -> tuple[str, str]:
+        """Both values as text; empty for a change that has only a name."""
+        if self.before is self.after is None:
+            return "", ""
+        return _to_short_text(self.before), _to_short_text(self.after)
 
     def describe(self) -> str:
         """Return the name and values, as in "seed 0 -> 1"."""
-        if self.is_name_only:
-            return self.name
-        return f"{self.name} {to_short_text(self.before)} -> {to_short_text(self.after)}"
+        before, after = self.values
+        return f"{self.name} {before} -> {after}" if before or after else self.name
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of reproduction.json."""
+        return {"name": self.name, "before": self.before, "after": self.after, "role": self.role}
 
 
 def from_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Change]:
@@ -82,7 +99,7 @@ def from_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Change]:
         Change(
             key,
             *pair,
-            affects="nothing" if has_no_effect(key) else "numbers",
+            affects=effect_of(key),
             is_input=True,
             is_headline=not key.startswith(("name", "tracking.")),
         )
@@ -90,14 +107,11 @@ def from_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Change]:
     ]
 
 
-def has_no_effect(key: str) -> bool:
-    """Return whether this config key does not affect results."""
-    return key in NO_EFFECT_KEYS or key.startswith(tuple(k for k in NO_EFFECT_KEYS if k.endswith(".")))
-
-
-def from_images(description: str) -> Change:
-    """Return the change of the images with this description."""
-    return Change(description, None, None, "numbers", is_input=True)
+def effect_of(key: str) -> Affects:
+    """Return which results a change of this key of the config or the environment may affect."""
+    if any(fnmatchcase(key, pattern) for pattern in IMAGE_KEYS):
+        return "images"
+    return "nothing" if any(fnmatchcase(key, pattern) for pattern in NO_EFFECT_KEYS) else "numbers"
 
 
 def from_record(reference: ReferenceRun) -> list[Change]:
@@ -106,126 +120,80 @@ def from_record(reference: ReferenceRun) -> list[Change]:
     These are files modified after the run finished, and environment changes across an interruption.
     """
     results = ("metrics.jsonl", "test.json", "dataset.json")
-    changes = [
-        Change(f"the run's {name}", "original", "modified", "numbers")
-        for name in reference.changed_files
-        if name in results
-    ]
+    modified = [name for name in reference.changed_files if name in results]
     if reference.config_file_status == "values may differ":
-        changes.append(Change("the run's config.yaml", "original", "modified", "numbers"))
+        modified.append("config.yaml")
+    changes = [Change(f"the run's {name}", "original", "modified", "numbers") for name in modified]
     for resumption in reference.info.resumed:
         for key, (before, after) in resumption.changed.items():
-            changes.append(Change(f"on resume: {key}", before, after, _affects(key), is_headline=False))
+            changes.append(Change(f"on resume: {key}", before, after, effect_of(key), is_headline=False))
     return changes
 
 
 def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
     """Return all changes in code.json, environment.json and the provenance of the images, the code first."""
-    old, new = reference.environment, rerun.environment
-    changes = [
-        *_code_changes(reference, rerun),
-        *_package_changes(old, new),
-        *_dependency_changes(reference, rerun),
-    ]
-    if old.get("python") != new.get("python"):
-        changes.append(Change("python", old.get("python"), new.get("python"), "numbers"))
-    devices = _as_mapping(old.get("device")), _as_mapping(new.get("device"))
-    for key, (name, affects) in DEVICE_FIELDS.items():
-        before, after = (device.get(key, ABSENT) for device in devices)
-        if before != after:
-            changes.append(Change(name, before, after, affects, is_headline=affects != "nothing"))
-    if "variables" in old:
-        changes += _variable_changes(_as_mapping(old["variables"]), _as_mapping(new.get("variables")))
-    # The platform includes the version of the C library.
-    if old.get("platform") != new.get("platform"):
-        changes.append(Change("platform", old.get("platform"), new.get("platform"), "numbers"))
-    if old.get("host") != new.get("host"):
-        changes.append(Change("host", old.get("host"), new.get("host"), "nothing", is_headline=False))
+    changes = _code_changes(reference, rerun)
+    changed = changed_values(_flat_environment(reference), _flat_environment(rerun))
+    for key in sorted(changed, key=lambda key: ENVIRONMENT_GROUPS.index(key.partition(".")[0])):
+        group, _, name = key.partition(".")
+        names = {
+            "packages": name,
+            "dependencies": f"images' {name}",
+            "device": DEVICE_NAMES.get(name),
+            "variables": f"variable {name}",
+        }
+        affects = effect_of(key)
+        is_headline = group == "packages" or affects != "nothing"
+        changes.append(Change(names.get(group) or key, *changed[key], affects, is_headline=is_headline))
     return changes
 
 
-def _package_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
-    packages = _as_mapping(old.get("packages")), _as_mapping(new.get("packages"))
-    for name in dict.fromkeys([*packages[0], *packages[1]]):
-        before, after = (versions.get(name) or ABSENT for versions in packages)
-        if before == after:
-            continue
-        yield Change(name, before, after, _affects(f"packages.{name}"))
-
-
-def _dependency_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
-    """Yield changes of the native libraries that render text and decode images."""
-    provenances = [_as_mapping(result.dataset.get("provenance")) for result in (reference, rerun)]
-    dependencies = [_as_mapping(each.get("dependencies")) for each in provenances]
-    for name in dict.fromkeys([*dependencies[0], *dependencies[1]]):
-        before, after = (versions.get(name) or ABSENT for versions in dependencies)
-        if before != after and name not in IMAGE_PACKAGES:
-            yield Change(f"images' {name}", before, after, "images")
-
-
-def _variable_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
-    for name in dict.fromkeys([*old, *new]):
-        before, after = (variables.get(name, ABSENT) for variables in (old, new))
-        if before == after:
-            continue
-        affects = _affects(f"variables.{name}")
-        yield Change(f"variable {name}", before, after, affects, is_headline=affects != "nothing")
-
-
-def _affects(key: str) -> Affects:
-    """Return the possible effect of a change of this key of environment.json."""
-    group, _, name = key.partition(".")
-    if group == "packages" and name in (*IMAGE_PACKAGES, *RECORD_ONLY_PACKAGES):
-        return "images" if name in IMAGE_PACKAGES else "nothing"
-    # device.threads overrides these variables.
-    if group == "variables" and name.endswith("_NUM_THREADS"):
-        return "nothing"
-    if key == "variables.FREETYPE_PROPERTIES":
-        return "images"
-    return DEVICE_FIELDS.get(name, ("", "numbers"))[1] if group == "device" else "numbers"
+def _flat_environment(result: RunResult) -> dict[str, Any]:
+    """Return `group.key` -> value; also the versions of the libraries that render and decode the images."""
+    libraries = result.dataset.get("provenance", {}).get("dependencies", {})
+    device = as_mapping(result.environment.get("device"))
+    groups = {group: result.environment.get(group) for group in ENVIRONMENT_GROUPS} | {
+        "dependencies": {name: libraries[name] for name in libraries if name not in IMAGE_PACKAGES},
+        "device": {name: device.get(name) for name in DEVICE_NAMES},
+    }
+    return {key: ABSENT if value in (None, {}) else value for key, value in flatten_mapping(groups).items()}
 
 
 # -- code ----------------------------------------------------------------------------------------------------
 
 
-def changed_files(reference: RunResult, current_code: Mapping[str, str]) -> list[str] | None:
-    """List the source files that differ, those that affect results first; None if the run has no hashes."""
-    if not reference.code_hashes:
-        return None
-    changed = [
-        name
-        for name in {*reference.code_hashes, *current_code}
-        if reference.code_hashes.get(name) != current_code.get(name)
-    ]
+def changed_files(reference: RunResult, current_code: Mapping[str, str]) -> list[str]:
+    """List the source files that differ, those that affect results first."""
+    changed = changed_values(reference.code_hashes, current_code)
     return sorted(changed, key=lambda name: (name.startswith(NO_EFFECT_CODE), name))
 
 
-def _code_changes(reference: RunResult, rerun: RunResult) -> Iterator[Change]:
+def _code_changes(reference: RunResult, rerun: RunResult) -> list[Change]:
     files = changed_files(reference, rerun.code_hashes)
     pair = describe_code(reference.environment), describe_code(rerun.environment)
     if files:
         no_effect = all(name.startswith(NO_EFFECT_CODE) for name in files)
-        yield Change(f"code ({preview(files)})", *pair, affects="nothing" if no_effect else "numbers")
-    elif pair[0] != pair[1]:  # identical files at another commit are the same code
-        yield Change(
-            "commit", *pair, affects="numbers" if files is None else "nothing", is_headline=files is None
-        )
+        return [Change(f"code ({preview(files)})", *pair, affects="nothing" if no_effect else "numbers")]
+    if pair[0] != pair[1]:  # identical files at another commit are the same code
+        return [Change("commit", *pair, affects="nothing", is_headline=False)]
+    return []
 
 
 def describe_code(environment: Mapping[str, Any]) -> str:
     """Return the commit of the code, or its version without one."""
-    git = _as_mapping(environment.get("git"))
+    git = as_mapping(environment.get("git"))
     commit = str(git.get("commit") or "")[:8]
     if not commit:
         return f"version {environment.get('captcha_exp') or 'unknown'}"
     return f"{commit} with uncommitted changes" if git.get("dirty") else commit
 
 
-def _as_mapping(value: object) -> Mapping[str, Any]:
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """Return a value of a damaged record as a mapping, empty if it is not one."""
     return value if isinstance(value, Mapping) else {}
 
 
-def to_short_text(value: Any) -> str:
+def _to_short_text(value: Any) -> str:
     """Return a value on one line in the notation of JSON, truncated to 100 characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -12,14 +12,14 @@ from captcha_exp.runtime.console import preview
 MAX_SHOWN = 5  # file names per kind of change
 
 
-def changed_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return kind of change -> names of the files of the image folder that differ from the manifest.
+def describe_changed_files(config: Config, manifest: Mapping[str, Any]) -> list[str]:
+    """Describe how the image folder differs from the manifest, one text per kind, as in "missing: 0009.png".
 
     Raises:
         UserError: the folder is missing or not readable; set data.path to its current location.
     """
     if not isinstance(config.data, FolderConfig):
-        return {}
+        return []
     try:
         scan = folder.scan_folder(config.data, config.captcha)
     except UserError as error:
@@ -35,12 +35,7 @@ def changed_files(config: Config, manifest: Mapping[str, Any]) -> dict[str, list
         "missing": [name for name in recorded if name not in current],
         "new": [name for name in current if name not in recorded and name not in rejected],
     }
-    return {kind: names for kind, names in changed.items() if names}
-
-
-def describe_files(kind: str, names: list[str]) -> str:
-    """Return the kind and the first file names, as in "missing: 0009.png"."""
-    return f"{kind}: {preview(names, MAX_SHOWN)}"
+    return [f"{kind}: {preview(names, MAX_SHOWN)}" for kind, names in changed.items() if names]
 
 
 def rendered_differently(config: Config, manifest: Mapping[str, Any]) -> bool:

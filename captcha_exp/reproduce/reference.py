@@ -1,6 +1,5 @@
 """Load the reference run: its config, manifests and results, and whether files were modified since."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,12 +109,7 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
     changed_files = _find_changed_files(run_dir, info.files)
     saved = read_flat_config(run_dir)
     trained = _config_of_weights(run_dir / "model.safetensors")
-    edits: dict[str, tuple[Any, Any]] = {}
-    if trained is not None:
-        for key in dict.fromkeys([*trained, *saved]):
-            pair = trained.get(key, ABSENT), saved.get(key, ABSENT)
-            if json.dumps(pair[0]) != json.dumps(pair[1]):
-                edits[key] = pair
+    edits = {} if trained is None else changed_values(trained, saved)
     initial_sha256 = info.configs.get("config.yaml")
     edited_early = initial_sha256 is not None and initial_sha256 != sha256_of(run_dir / "config.yaml")
     config_file_status: ConfigFileStatus = "unchanged"
@@ -133,6 +127,14 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
         changed_files=changed_files,
         config_file_status=config_file_status,
     )
+
+
+def changed_values(
+    old: Mapping[str, Any], new: Mapping[str, Any], missing: Any = ABSENT
+) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (old, new value) for each key whose values are not exactly equal; NaN equals NaN."""
+    pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in (*old, *new)}
+    return {key: pair for key, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
 
 
 def load_result(run_dir: Path, info: RunInfo) -> RunResult:
@@ -175,11 +177,12 @@ def _check_manifest(dataset: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: a value is missing.
-        TypeError: a value has the wrong type.
+        TypeError, AttributeError: a value has the wrong type.
     """
     needed = [dataset[key] for key in ("images_sha256", "labels_sha256", "splits")]
     needed += [file[key] for file in dataset.get("files", []) for key in ("file", "sha256", "label")]
     needed += [file["file"] for file in dataset.get("rejected", [])]
+    needed += dataset.get("provenance", {}).get("dependencies", {}).items()
     if None in needed:
         raise TypeError("null in dataset.json where a value is required")
     return dataset

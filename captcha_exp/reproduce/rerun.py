@@ -4,18 +4,17 @@ import logging
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from captcha_exp.config import Config, Machine
-from captcha_exp.errors import RunFailed
+from captcha_exp.config import Config, Machine, MlflowConfig, flatten_mapping, to_dict
+from captcha_exp.errors import ConfigError, RunFailed
 from captcha_exp.reproduce import changes, compare, images
-from captcha_exp.reproduce.causes import AttributedChange, attribute, format_verdict
+from captcha_exp.reproduce.causes import attribute, format_verdict
 from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import Difference, Verdict
-from captcha_exp.reproduce.overrides import with_overrides
-from captcha_exp.reproduce.reference import ReferenceRun, load_result
+from captcha_exp.reproduce.reference import ReferenceRun, RunResult, changed_values, load_result
 from captcha_exp.runs import Lineage, Run
 from captcha_exp.runs.source_code import git_info, hash_source_files
 from captcha_exp.runtime.console import preview
@@ -24,6 +23,9 @@ from captcha_exp.training.oom import TrainingOutOfMemoryError
 from captcha_exp.training.recorder import Tracker
 
 logger = logging.getLogger(__name__)
+
+Overrides: TypeAlias = Mapping[str, tuple[Any, Any]]
+"""overridden key -> (saved, requested)"""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,11 @@ class Reproduction:
     """location of the reference run"""
     run_dir: Path
     """of the rerun"""
-    overrides: Mapping[str, tuple[Any, Any]]
-    """overridden key -> (saved, requested)"""
-    attributed_changes: Sequence[AttributedChange]
+    overrides: Overrides
+    changes: Sequence[Change]
     differences: Sequence[Difference]
-    num_epochs: int
-    num_test_images: int
-    weights_sha256: str
+    result: RunResult
+    """of the rerun"""
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of reproduction.json."""
@@ -51,13 +51,13 @@ class Reproduction:
             "summary": self.summary,
             "reference": self.reference,
             "run_dir": str(self.run_dir),
-            "overrides": {key: list(pair) for key, pair in self.overrides.items()},
+            "overrides": self.overrides,
             "first_difference": self.differences[0].to_json() if self.differences else None,
             "num_differences": len(self.differences),
-            "changes": [each.to_json() for each in self.attributed_changes],
-            "num_epochs": self.num_epochs,
-            "num_test_images": self.num_test_images,
-            "weights_sha256": self.weights_sha256,
+            "changes": [change.to_json() for change in self.changes],
+            "num_epochs": len(self.result.metrics_by_epoch),
+            "num_test_images": self.result.num_test_images,
+            "weights_sha256": self.result.weights_sha256,
             "tolerances": compare.TOLERANCES,
         }
 
@@ -104,32 +104,49 @@ def reproduce(
 
 
 def _compare_runs(
-    reference: ReferenceRun,
-    config: Config,
-    overrides: Mapping[str, tuple[Any, Any]],
-    known_changes: Sequence[Change],
-    run: Run,
+    reference: ReferenceRun, config: Config, overrides: Overrides, known_changes: Sequence[Change], run: Run
 ) -> Reproduction:
     expected, actual = reference.result, load_result(run.run_dir, run.info)
-    verdict = compare.compute_verdict(expected, actual)
     differences = compare.find_differences(expected, actual)
-    deterministic = config.train.deterministic
+    verdict, same_images = compare.compute_verdict(expected, actual), compare.has_same_images(differences)
     all_changes = [*known_changes, *changes.from_environment(expected, actual)]
-    same_images = compare.has_same_images(expected, actual)
-    attributed_changes = attribute(all_changes, verdict, same_images, deterministic)
-    first = differences[0] if differences else None
+    attributed_changes = attribute(all_changes, verdict, same_images, config.train.deterministic)
     return Reproduction(
         verdict=verdict,
-        summary=format_verdict(verdict, first, attributed_changes, deterministic),
+        summary=format_verdict(verdict, differences, attributed_changes, config.train.deterministic),
         reference=reference.location,
         run_dir=run.run_dir,
         overrides=overrides,
-        attributed_changes=attributed_changes,
+        changes=attributed_changes,
         differences=differences,
-        num_epochs=len(actual.metrics_by_epoch),
-        num_test_images=actual.num_test_images,
-        weights_sha256=actual.weights_sha256,
+        result=actual,
     )
+
+
+def with_overrides(saved: Config, requested: Config, machine: Machine) -> tuple[Config, Overrides]:
+    """Return the config to run, and key -> (saved, requested) for each changed key.
+
+    An SQLite store of MLflow is replaced by that of this root directory unless another one is requested; a
+    server is kept.
+
+    Raises:
+        ConfigError: the device does not exist on this machine; override device.name.
+    """
+    name = requested.device.name
+    if name not in ("auto", *machine.devices):
+        reason = machine.unavailable_reason.get(name.split(":")[0], "no such device")
+        raise ConfigError(f"device.name={name}: {reason}; reproduce with device.name=cpu")
+    overrides = changed_values(
+        flatten_mapping(to_dict(saved)), flatten_mapping(to_dict(requested)), missing=None
+    )
+    tracking = requested.tracking
+    if (
+        tracking == saved.tracking
+        and isinstance(tracking, MlflowConfig)
+        and tracking.uri.startswith("sqlite:")
+    ):
+        requested = replace(requested, tracking=replace(tracking, uri="auto"))
+    return requested, overrides
 
 
 # -- warnings before the training ----------------------------------------------------------------------------
@@ -147,35 +164,25 @@ def _report_record(reference: ReferenceRun) -> None:
 
 def _report_code(reference: ReferenceRun) -> None:
     """Warn if the current code differs from that of the run, with the command that checks it out."""
-    environment = reference.result.environment
     files = changes.changed_files(reference.result, hash_source_files())
-    if files == []:
+    if not files:
         return
-    current_git = git_info() or {}
-    run_git = environment.get("git") if isinstance(environment.get("git"), dict) else {}
-    if files is None:  # the run has no code.json
-        keys = ("commit", "dirty", "diff_sha256")
-        if run_git and all(current_git.get(key) == run_git.get(key) for key in keys):
-            return
-        message = f"the run has no code.json; its code was {changes.describe_code(environment)}"
-    else:
-        code = changes.describe_code(environment)
-        message = f"the code differs from that of the run ({code}): {preview(files)}"
-    command = _checkout_command(reference, run_git or {}, in_checkout=bool(current_git))
-    logger.warning(f"{message}; to restore it: {command}")
+    code = changes.describe_code(reference.result.environment)
+    message = f"the code differs from that of the run ({code}): {preview(files)}"
+    logger.warning(f"{message}; to restore it: {_checkout_command(reference)}")
 
 
-def _checkout_command(reference: ReferenceRun, git: Mapping[str, Any], in_checkout: bool) -> str:
+def _checkout_command(reference: ReferenceRun) -> str:
     """Return the commands that check out the code of the run."""
+    environment = reference.result.environment
+    git = changes.as_mapping(environment.get("git"))
     commit = str(git.get("commit") or "")
     if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
-        version = reference.result.environment.get("captcha_exp")
-        if not version:
-            return "unknown version"
-        return f"pip install {shlex.quote(f'captcha-exp=={version}')}"
+        version = environment.get("captcha_exp")
+        return f"pip install {shlex.quote(f'captcha-exp=={version}')}" if version else "unknown version"
     directory = f"../captcha_exp-{commit[:8]}"
     command = f"git clone ... {directory} and git checkout {commit}"
-    if in_checkout:
+    if git_info():
         command = f"git worktree add {directory} {commit}"
     if not git.get("dirty"):
         return command
@@ -191,8 +198,7 @@ def _report_images(reference: ReferenceRun, config: Config) -> list[Change]:
     manifest = reference.result.dataset
     if images.rendered_differently(config, manifest):
         logger.info("images are rendered with other settings or versions than those of the run")
-    changed_files = images.changed_files(config, manifest)
-    descriptions = [images.describe_files(kind, names) for kind, names in changed_files.items()]
-    for description in descriptions:
+    changed_files = images.describe_changed_files(config, manifest)
+    for description in changed_files:
         logger.warning(f"the image folder has changed: {description}")
-    return [changes.from_images(description) for description in descriptions]
+    return [Change(description, None, None, "numbers", is_input=True) for description in changed_files]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.runtime.console import escape_unprintable
@@ -57,11 +57,6 @@ class SeedGroup:
     swept: Mapping[str, str]
     """as in `JobResult`, without seeds"""
     results: tuple[JobResult, ...]
-
-    @property
-    def num_jobs(self) -> int:
-        """Number of jobs in the group."""
-        return len(self.results)
 
     @property
     def outcome_counts(self) -> Mapping[Outcome, int]:
@@ -117,7 +112,7 @@ class SeedGroup:
     @property
     def status(self) -> str:
         """The status of its jobs, as in "2 finished, 1 killed"; a single failed job with its error."""
-        if self.num_jobs == 1:
+        if len(self.results) == 1:
             (result,) = self.results
             error = result.error if result.outcome == "failed" else None
             return f"{format_status(result)}{f': {truncate(error, MAX_ERROR_LENGTH)}' if error else ''}"
@@ -125,33 +120,45 @@ class SeedGroup:
         return ", ".join(f"{count} {status}" for status, count in counts.items())
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; an interval is a list of two numbers."""
+        """Return JSON values; a range or an interval is a tuple, in JSON a list of two numbers."""
         return {
             "number": self.number,
             "name": self.name,
-            "swept": dict(self.swept),
+            "swept": self.swept,
             "jobs": [result.number for result in self.results],
-            "outcomes": dict(self.outcome_counts),
+            "outcomes": self.outcome_counts,
             "fits": self.fits,
-            "predicted_mib": None if self.predicted_mib is None else list(self.predicted_mib),
-            "metrics": {
-                name: mean._asdict() | {"interval": None if mean.interval is None else list(mean.interval)}
-                for name, mean in self.metrics.items()
-            },
+            "predicted_mib": self.predicted_mib,
+            "metrics": {name: mean._asdict() for name, mean in self.metrics.items()},
         }
+
+
+Member = TypeVar("Member", JobResult, SeedGroup)
+
+
+def group_by_swept(
+    members: Iterable[Member], ignored_keys: Sequence[str]
+) -> list[tuple[dict[str, str], list[Member]]]:
+    """Group by the swept overrides without some keys, in the order of each group's first member."""
+    groups: dict[tuple[tuple[str, str], ...], list[Member]] = {}
+    for member in members:
+        rest = tuple((key, value) for key, value in member.swept.items() if key not in ignored_keys)
+        groups.setdefault(rest, []).append(member)
+    return [(dict(rest), found) for rest, found in groups.items()]
 
 
 def group_over_seeds(results: Sequence[JobResult]) -> tuple[SeedGroup, ...]:
     """Group the results by everything swept except seeds, in the order of each group's first job."""
-    by_rest: dict[tuple[tuple[str, str], ...], list[JobResult]] = {}
-    for result in results:
-        rest = tuple((key, value) for key, value in result.swept.items() if key not in SEEDS)
-        by_rest.setdefault(rest, []).append(result)
-    short_keys = shorten_keys({key: None for result in results for key in result.swept})
+    short_keys = shorten_keys(swept_keys(results))
     return tuple(
-        SeedGroup(number, format_job(dict(rest), short_keys), dict(rest), tuple(members))
-        for number, (rest, members) in enumerate(by_rest.items(), 1)
+        SeedGroup(number, format_job(swept, short_keys), swept, tuple(members))
+        for number, (swept, members) in enumerate(group_by_swept(results, SEEDS), 1)
     )
+
+
+def swept_keys(results: Iterable[JobResult]) -> tuple[str, ...]:
+    """Return the swept keys in the order of the command."""
+    return tuple({key: None for result in results for key in result.swept})
 
 
 def effective_fits(result: JobResult) -> Fits | None:
@@ -191,6 +198,11 @@ def shorten_keys(keys: Iterable[str]) -> dict[str, str]:
 def format_job(swept: Mapping[str, str], short_keys: Mapping[str, str]) -> str:
     """Return the swept overrides on one line, as in "batch_size=64 model=compact"; truncate long values."""
     return " ".join(f"{short_keys[key]}={truncate(value)}" for key, value in swept.items())
+
+
+def format_number(value: float) -> str:
+    """Format a number with two digits, a larger one without decimals."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def truncate(text: str, max_length: int = MAX_VALUE_LENGTH) -> str:

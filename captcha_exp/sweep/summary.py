@@ -2,18 +2,20 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
-from captcha_exp.memory.interval import MiBRange
 from captcha_exp.sweep import tables
-from captcha_exp.sweep.aggregate import METRICS, SeedGroup, group_over_seeds
+from captcha_exp.sweep.aggregate import METRICS, SeedGroup, group_over_seeds, swept_keys
 from captcha_exp.sweep.conclusions import count_outcomes, draw_conclusions, group_by_rest, is_batch_size_sweep
 from captcha_exp.sweep.results import JobResult
 
 MAX_SUFFIX_LENGTH = 120  # characters; MLflow limits the name of a metric to 250
+FAILURES = ("failed", "killed", "not run")
+"""outcomes without a result; running out of memory is a result, an error is not"""
 _INVALID_METRIC_CHARS = re.compile(r"[^A-Za-z0-9_. -]")
 
 
@@ -39,23 +41,23 @@ class SweepSummary:
 
     @property
     def has_failures(self) -> bool:
-        """Whether a job has no result; running out of memory is a result, an error is not."""
-        return any(result.outcome in ("failed", "killed", "not run") for result in self.results)
+        """Whether a job has no result."""
+        return any(result.outcome in FAILURES for result in self.results)
 
     @property
     def title(self) -> str:
         """The swept keys and the number of jobs per outcome."""
-        swept = ", ".join(tables.swept_keys(self.results)) or "nothing"
+        swept = ", ".join(swept_keys(self.results)) or "nothing"
         return f"sweep over {swept}: {count_outcomes(self.groups)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; a range or an interval is a list of two numbers."""
+        """Return JSON values; a range or an interval is a tuple, in JSON a list of two numbers."""
         return {
             "title": self.title,
             "conclusions": list(self.conclusions),
             "parallelism": self.parallelism,
             "groups": [group.to_json() for group in self.groups],
-            "jobs": [tables.result_to_dict(result) for result in self.results],
+            "jobs": [asdict(result) for result in self.results],
         }
 
     def to_csv(self) -> str:
@@ -84,24 +86,19 @@ class SweepSummary:
         return sorted(steps.items())
 
     def _counts(self) -> dict[str, float]:
-        outcomes = [result.outcome for result in self.results]
-        return {
-            "sweep/jobs": float(len(outcomes)),
-            "sweep/finished": float(outcomes.count("finished")),
-            "sweep/oom": float(outcomes.count("oom")),
-            "sweep/skipped": float(outcomes.count("skipped")),
-            "sweep/failed": float(sum(outcomes.count(kind) for kind in ("failed", "killed", "not run"))),
+        outcomes = ("failed" if each.outcome in FAILURES else each.outcome for each in self.results)
+        counts: Counter[str] = Counter(outcomes)
+        kinds = ("finished", "oom", "skipped", "failed")
+        return {"sweep/jobs": float(counts.total())} | {
+            f"sweep/{kind}": float(counts[kind]) for kind in kinds
         }
 
 
 def _drop_non_finite(result: JobResult) -> JobResult:
-    """Replace NaN and infinite values, which can be neither compared nor written as JSON, by None."""
-    non_finite: dict[str, Any] = {}
-    for field in fields(JobResult):
-        value = getattr(result, field.name)
-        numbers = value if isinstance(value, MiBRange) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            non_finite[field.name] = None
+    """Replace NaN and infinite metrics, which can be neither compared nor written as JSON, by None."""
+    non_finite: dict[str, Any] = {
+        name: None for name in METRICS if not math.isfinite(getattr(result, name) or 0)
+    }
     return replace(result, **non_finite)
 
 

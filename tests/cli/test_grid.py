@@ -83,15 +83,15 @@ def test_a_config_file_can_define_a_sweep(tmp_path: Path) -> None:
     assert [swept for swept, _ in grid.jobs] == [{"train.batch_size": "8"}, {"train.batch_size": "16"}]
     assert [composed.config.seed for _, composed in grid.jobs] == [5, 5]
     assert all(composed.multirun for _, composed in grid.jobs)
-    assert grid.parallelism == 2
+    assert grid.n_jobs == 2
     assert grid.launcher_overrides == ["experiment=sizes", "hydra.sweeper.params=null"]
 
 
-def test_parallelism_is_limited_to_the_number_of_jobs() -> None:
+def test_only_the_joblib_launcher_runs_jobs_in_parallel() -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=8"]
 
-    assert compose_grid([*launcher, "seed=1,2,3"], None).parallelism == 3
-    assert compose_grid(["seed=1,2,3"], None).parallelism == 1
+    assert compose_grid([*launcher, "seed=1,2,3"], None).n_jobs == 8
+    assert compose_grid(["seed=1,2,3"], None).n_jobs == 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from captcha_exp import runs as record
 from captcha_exp.cli.diff import format_difference, is_equal
-from captcha_exp.cli.runs import Condition, format_value, parse_number
+from captcha_exp.cli.output import format_value
+from captcha_exp.cli.runs import Condition, parse_number
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run
@@ -408,7 +409,7 @@ def test_a_narrow_terminal_gets_full_lines_without_a_frame(
 ) -> None:
     run = make(error="too little " * 3)
     out = Console(file=StringIO(), force_terminal=True, color_system=None, width=width, soft_wrap=True)
-    monkeypatch.setattr("captcha_exp.cli.runs.get_console", lambda: out)
+    monkeypatch.setattr("captcha_exp.cli.output.get_console", lambda: out)
     call("runs", "--columns", "error")
     assert isinstance(out.file, StringIO)
     lines = out.file.getvalue().splitlines()

@@ -24,7 +24,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.report import figures
 from captcha_exp.reproduce import compare
 from captcha_exp.reproduce.causes import attribute, format_verdict
-from captcha_exp.reproduce.changes import Change, has_no_effect
+from captcha_exp.reproduce.changes import Change, effect_of
 from captcha_exp.reproduce.reference import RunResult, load_reference
 from captcha_exp.reproduce.rerun import Reproduction, reproduce
 from captcha_exp.runs import Lineage, MetricsRow, RunLink, find_linked
@@ -90,7 +90,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def roles(reproduction: Reproduction) -> dict[str, str]:
-    return {each.change.name: each.role for each in reproduction.attributed_changes}
+    return {each.name: each.role for each in reproduction.changes}
 
 
 # -- identical runs ------------------------------------------------------------------------------------------
@@ -100,10 +100,11 @@ def test_a_copied_run_is_reproduced_identically_three_times(run: Path, root: Pat
     for _ in range(3):
         reproduction = rerun(run)
         assert reproduction.summary == "identical"
-        assert (reproduction.attributed_changes, reproduction.differences) == ([], [])
+        assert (reproduction.changes, reproduction.differences) == ([], [])
     assert reproduction.run_dir.is_relative_to(root)
     assert (
-        reproduction.weights_sha256 == json.loads((run / "run.json").read_text())["result"]["weights_sha256"]
+        reproduction.result.weights_sha256
+        == json.loads((run / "run.json").read_text())["result"]["weights_sha256"]
     )
 
 
@@ -624,17 +625,18 @@ def test_attribute(
 
 
 def test_format_verdict_without_changes() -> None:
-    (first,) = compare.find_differences(make_result(), make_result(loss=2.5))
-    line = format_verdict("different", first, [], deterministic=True)
+    differences = compare.find_differences(make_result(), make_result(loss=2.5))
+    line = format_verdict("different", differences, [], deterministic=True)
     assert line.startswith("different: first in epoch 1, train/loss 2.0 -> 2.5; no recorded change")
-    assert format_verdict("different", first, [], deterministic=False).endswith(
+    assert format_verdict("different", differences, [], deterministic=False).endswith(
         "two trainings are never identical"
     )
 
 
 def test_keys_without_effect_on_results() -> None:
-    assert has_no_effect("tracking.uri")
-    assert has_no_effect("data.workers")
-    assert not has_no_effect("train.eval_batch_size")
-    assert not has_no_effect("data.workers_of_mine")
-    assert not has_no_effect("names")
+    assert effect_of("tracking.uri") == "nothing"
+    assert effect_of("data.workers") == "nothing"
+    assert effect_of("train.eval_batch_size") == "numbers"
+    assert effect_of("data.workers_of_mine") == "numbers"
+    assert effect_of("names") == "numbers"
+    assert effect_of("packages.wheezy.captcha") == "images"
