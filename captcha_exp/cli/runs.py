@@ -5,7 +5,6 @@ import difflib
 import logging
 import operator
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,7 +15,6 @@ from captcha_exp.cli import output
 from captcha_exp.cli.output import finite_or_none, format_value, is_number, to_text
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RUN_KEYS, RunFields
-from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
@@ -202,8 +200,3 @@ def parse_number(text: str) -> float | None:
         return float(Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1))
     except ArithmeticError:
         return None
-
-
-def print_stderr(line: str) -> None:
-    """Print a line to standard error."""
-    print(escape_unprintable(line), file=sys.stderr)
