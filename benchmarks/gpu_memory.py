@@ -8,6 +8,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from captcha_exp.memory.gpu_profile import (
     GpuMeasurements,
     MemoryStage,
     TimingRound,
-    measurements_to_json,
 )
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.model.step import init_train_state, train_step
@@ -94,16 +94,16 @@ def runs_within(
 
 
 def calibration(batches: Mapping[str, int], device: str) -> dict[str, Any]:
-    """Return the measurements for `captcha-exp calibrate --from`, on both networks.
+    """Return the measurements for session_to_gpu_file.py, on both networks.
 
     On the CPU they are fake, to test that they can be written and read.
     """
     torch_device = torch.device(device)
     if torch_device.type == "cpu":
-        return measurements_to_json(_fake_measurements())
+        return asdict(_fake_measurements())
     free = ProcessMeter(torch_device).free_before_mib  # before this process uses the GPU
     configs = [make_config(Case(network, "fp32", batches[network]), device) for network in NETWORKS]
-    return measurements_to_json(gpu_probe.measure(configs, torch_device, free))
+    return asdict(gpu_probe.measure(configs, torch_device, free))
 
 
 def _fake_measurements() -> GpuMeasurements:

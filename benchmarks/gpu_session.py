@@ -16,7 +16,7 @@ the parts that have no figures. `plan` in --parts selects every part whose name 
     plan-*             one training each: peaks, and GPU memory of the process
     allocator-trace-*  all events of torch's allocator, and their replay by our model
     tests-*            the tests marked gpu; tests-quick has the essential ones
-    calibration        the input of `captcha-exp calibrate --from FILE`
+    calibration        the input of session_to_gpu_file.py
     context-*          memory outside torch's reservation, stage by stage
     largest-*          the largest batch within the memory of the article's GPU, in its loop and in ours
     workspaces-*       workspaces of cuDNN under several limits

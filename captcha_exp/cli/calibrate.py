@@ -1,4 +1,4 @@
-"""The command `calibrate`: write the file of the GPU at hand, or of one that a GPU session measured."""
+"""The command `calibrate`: measure the GPU of this machine and write its file."""
 
 import argparse
 import sys
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.cli.parser import PROGRAM
-from captcha_exp.errors import UserError
 
 if TYPE_CHECKING:
     from captcha_exp.config import Config, GpuSpec, Machine
@@ -20,22 +19,13 @@ def calibrate(
     """Return the specification of the GPU and the file it was written to.
 
     Raises:
-        UserError: no CUDA GPU, an invalid session, or a file that exists; the line says what to do.
+        UserError: no CUDA GPU, or a file that exists; the line says what to do.
     """
-    if arguments.session is None:
-        configs = _compose_configs(arguments)
-    elif arguments.overrides:
-        raise UserError(
-            f"{arguments.overrides[0]}: calibrate --from takes no overrides, it uses the session's config"
-        )
-    else:
-        configs = [try_compose(["gpu=generic"], arguments.config_dir).to_config(None)]
+    configs = _compose_configs(arguments)
     from captcha_exp.memory import calibrate as calibration
 
     command = [PROGRAM, *sys.argv[1:]]
     file = calibration.GpuFile(arguments.name, arguments.config_dir, arguments.force, command)
-    if arguments.session is not None:
-        return calibration.calibrate_from_session(Path(arguments.session), configs[0].gpu, file)
     return calibration.calibrate(configs, detect_machine(), file)
 
 

@@ -104,8 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
     text = "name of the file; default: the name of the GPU, as in nvidia-h200"
     calibrate.add_argument("--name", metavar="NAME", help=text)
     calibrate.add_argument("--force", action="store_true", help="overwrite an existing file")
-    text = "write the file from a session of benchmarks/gpu_session.py; needs no GPU, takes no overrides"
-    calibrate.add_argument("--from", dest="session", metavar="FILE.json", help=text)
     add_command("doctor")
     return parser
 

@@ -1,31 +1,23 @@
-"""Write the file of a GPU's bounds (`gpu_profile`) from measurements.
+"""Measure the CUDA GPU of this machine (`gpu_probe`) and write the file of its bounds (`gpu_profile`).
 
-`calibrate` measures the CUDA GPU of this machine (`gpu_probe`). The process must not have used CUDA before,
-because the size of the context is measured as a difference.
-
-`calibrate_from_session` needs no GPU: it reads what benchmarks/gpu_session.py measured on another machine. A
-session is a JSON file with `benchmark`, `date`, `machine` and `parts`, each with `figures` or an `error`.
+The process must not have used CUDA before, because the size of the context is measured as a difference.
 """
 
-import json
 import logging
-import math
 import re
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from captcha_exp.config import Config, GpuSpec, Machine, gpu_to_yaml, load_gpu, resolve
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.memory.gpu_probe import measure
-from captcha_exp.memory.gpu_profile import CONTEXT_MARGIN_MIB, build_gpu_spec, measurements_from_json
-from captcha_exp.memory.interval import MiBRange
+from captcha_exp.memory.gpu_profile import build_gpu_spec
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import checkout_dir, conf_dir
@@ -34,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 RESERVED_NAMES = {"null", "true", "false", "inf", "nan", "all"}  # values in Hydra; plan --gpu all: every GPU
-BENCHMARK = "gpu_session"
-MAX_MIB = 1e6  # more than any GPU has
-REMEASURE_HINT = "measure it with python benchmarks/gpu_session.py --parts calibration --out FILE.json"
 
 
 @dataclass(frozen=True)
@@ -115,19 +104,6 @@ def calibrate(configs: Sequence[Config], machine: Machine, file: GpuFile) -> tup
     return file.write(path, build_gpu_spec(measurements, configs[0].gpu), time.strftime("%Y-%m-%d"), software)
 
 
-def calibrate_from_session(session_file: Path, fallback: GpuSpec, file: GpuFile) -> tuple[GpuSpec, Path]:
-    """Write a GPU's file from a session; return the figures and the path.
-
-    Figures that the session did not measure keep the bounds of `fallback`.
-
-    Raises:
-        UserError: the session has no calibration, or the file cannot be written; nothing is written.
-    """
-    session = _read_session(session_file)
-    gpu = _gpu_spec_from_session(session, fallback, session_file)
-    return file.write(file.path(gpu.name), gpu, *_read_versions(session), f"Session: {session_file.name}")
-
-
 def _resolve_device(config: Config, machine: Machine) -> str:
     """Return the name of the requested CUDA device.
 
@@ -180,92 +156,3 @@ def format_cudnn_version(number: object) -> str | None:
         return None
     major, rest = divmod(number, 10_000 if number >= 90_000 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"
-
-
-def _read_session(file: Path) -> dict[str, Any]:
-    """Return a session of a GPU.
-
-    Raises:
-        UserError: the file cannot be read, is incomplete, is no session or is a dry run. Use another one.
-    """
-    try:
-        session = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}; use another --from") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are among these
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file}: not a complete JSON file ({reason}); copy it again, or {REMEASURE_HINT}"
-        ) from None
-    if not isinstance(session, dict) or session.get("benchmark") != BENCHMARK:
-        raise UserError(f"{file}: not a session of benchmarks/gpu_session.py; {REMEASURE_HINT}")
-    if not isinstance(session.get("machine"), dict) or not isinstance(session.get("parts"), dict):
-        raise UserError(f"{file}: has no machine or no parts; {REMEASURE_HINT}")
-    if not session["machine"].get("gpu") or session.get("dry_run"):
-        raise UserError(
-            f"{file}: contains no GPU measurements, only a dry run or predictions; {REMEASURE_HINT}"
-        )
-    return session
-
-
-def _gpu_spec_from_session(session: Mapping[str, Any], fallback: GpuSpec, file: Path) -> GpuSpec:
-    """Return the figures from a session's calibration; its trainings may widen the bounds of the context.
-
-    Raises:
-        UserError: the part is missing, failed, invalid or of another GPU. Measure the GPU again.
-    """
-    part = session["parts"].get("calibration")
-    if not isinstance(part, dict):
-        raise UserError(f"{file}: has no part calibration; {REMEASURE_HINT}")
-    if "figures" not in part:
-        lines = str(part.get("error", "it has no figures")).split("\n")
-        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is given")
-        raise UserError(f"{file}: its part calibration failed: {reason[:200]}; {REMEASURE_HINT}")
-    try:
-        measurements = measurements_from_json(part["figures"])
-    except UserError as error:
-        raise UserError(f"{file}: part calibration: {error}; {REMEASURE_HINT}") from None
-    if measurements.name != session["machine"]["gpu"]:
-        raise UserError(
-            f"{file}: part calibration is of {measurements.name!r}, the session of "
-            f"{session['machine']['gpu']!r}; {REMEASURE_HINT}"
-        )
-    return _widen_context(
-        build_gpu_spec(measurements, fallback), list(_measured_contexts_mib(session["parts"]))
-    )
-
-
-def _read_versions(session: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
-    """Return the date of a session and its versions of torch, CUDA, cuDNN and the driver."""
-    machine = session["machine"]
-    dates = [date for date in (machine.get("date"), session.get("date")) if isinstance(date, str)]
-    date = next((date for date in dates if re.fullmatch(r"\d{4}-\d\d-\d\d", date)), "an unknown date")
-    software = {"torch": "torch", "CUDA": "cuda", "cuDNN": "cudnn", "driver": "driver"}
-    versions = {name: machine.get(key) for name, key in software.items()}
-    return date, versions | {"cuDNN": format_cudnn_version(versions["cuDNN"])}
-
-
-def _measured_contexts_mib(parts: Mapping[str, Any]) -> Iterator[float]:
-    """Yield the MiB of each measured training's process outside torch's allocator, by NVML."""
-    for name, part in parts.items():
-        figures = part.get("figures") if isinstance(part, dict) else None
-        if name.startswith("plan-") and isinstance(figures, dict):
-            context: Any = figures.get("context_mib")
-            by = str(figures.get("process_by"))
-            # Without NVML the figure includes the memory of other programs.
-            if by.startswith("NVML") and type(context) in (int, float) and 0 <= context <= MAX_MIB:
-                yield float(context)
-
-
-def _widen_context(gpu: GpuSpec, contexts_mib: list[float]) -> GpuSpec:
-    """Return the GPU with bounds of the context that include these values, with the same margin."""
-    if not contexts_mib:
-        return gpu
-    known, low, high = gpu.context_mib, min(contexts_mib), max(contexts_mib)
-    context = replace(
-        known,
-        min=min(known.min, float(math.floor(low))),
-        max=max(known.max, float(math.ceil(high) + CONTEXT_MARGIN_MIB)),
-        source=f"{known.source}; {len(contexts_mib)} trainings of the session used {MiBRange(low, high)}",
-    )
-    return replace(gpu, context_mib=context)

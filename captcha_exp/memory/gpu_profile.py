@@ -3,37 +3,25 @@
 Nothing here uses a GPU, so tests can cover any GPU with made-up measurements.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from captcha_exp.config import Bounds, GpuSpec, Precision
-from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import MiBRange
 
 CONTEXT_MARGIN_MIB = 64  # added to a measured context, for kernels that only training loads
-# These limits are checked for measurements from a file, not for a dataclass created in code.
-STRICT_JSON = with_config(ConfigDict(extra="forbid", strict=True))
-MiB = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 
-@STRICT_JSON
 @dataclass(frozen=True)
 class MemoryStage:
     """The memory of the GPU after an operation ran for the first time."""
 
-    after: NonEmptyStr
-    used_mib: MiB  # by all processes
-    reserved_mib: MiB  # by torch's allocator in this one
-    process_mib: MiB | None  # of this process, by NVML; None if NVML does not report it
+    after: str
+    used_mib: float  # by all processes
+    reserved_mib: float  # by torch's allocator in this one
+    process_mib: float | None  # of this process, by NVML; None if NVML does not report it
 
     @property
     def non_allocator_mib(self) -> float:
@@ -41,77 +29,43 @@ class MemoryStage:
         return max(0.0, self.used_mib - self.reserved_mib)
 
 
-@STRICT_JSON
 @dataclass(frozen=True)
 class ConvWorkspace:
     """The largest workspace of a network's convolutions."""
 
-    network: NonEmptyStr
+    network: str
     precision: Precision
-    batch_size: Count
-    mib: MiB
+    batch_size: int
+    mib: float
 
     def __str__(self) -> str:
         return f"{self.mib:.0f} ({self.network}, {self.precision}, batch size {self.batch_size})"
 
 
-@STRICT_JSON
 @dataclass(frozen=True)
 class TimingRound:
     """Seconds of one training step of a network, in each precision in turn."""
 
-    network: NonEmptyStr
-    batch_size: Count
-    seconds: Mapping[Precision, Seconds]
+    network: str
+    batch_size: int
+    seconds: Mapping[Precision, float]
 
 
-@STRICT_JSON
 @dataclass(frozen=True)
 class GpuMeasurements:
     """All measurements of a GPU."""
 
-    name: NonEmptyStr
-    totals_mib: Annotated[tuple[MiB, ...], Field(min_length=1)]  # as torch reports it, in both of its ways
-    free_before_mib: MiB | None  # before this process used CUDA, by NVML
-    stages: Annotated[tuple[MemoryStage, ...], Field(min_length=1)]  # in order
-    smallest: Count  # index of the first stage that every training reaches
-    cublas_mib: MiB  # workspaces of the forward and of the backward thread
+    name: str
+    totals_mib: tuple[float, ...]  # as torch reports it, in both of its ways
+    free_before_mib: float | None  # before this process used CUDA, by NVML
+    stages: tuple[MemoryStage, ...]  # in order
+    smallest: int  # index of the first stage that every training reaches
+    cublas_mib: float  # workspaces of the forward and of the backward thread
     cublas_config: str  # CUBLAS_WORKSPACE_CONFIG
     transients: tuple[ConvWorkspace, ...]
     deterministic: bool  # whether the convolutions were
     rounds: tuple[TimingRound, ...]
-    compute_capability: Annotated[str, Field(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
-
-
-def measurements_to_json(measurements: GpuMeasurements) -> dict[str, Any]:
-    """Return the measurements as values that `json` can write; see `measurements_from_json`."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(measurements), allow_nan=False))
-    return values
-
-
-def measurements_from_json(values: Any) -> GpuMeasurements:
-    """Return the measurements that `measurements_to_json` wrote.
-
-    Raises:
-        UserError: a key is unknown or missing, or a value has the wrong type, is not finite or is out of
-            range; the message names the first such key. Measure the GPU again, or fix the file.
-    """
-    try:  # as JSON, because strict validation of Python values rejects a list for a tuple
-        measurements = TypeAdapter(GpuMeasurements).validate_json(json.dumps(values))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(map(str, first["loc"])) or "top level"
-        raise UserError(f"GPU measurements: {key}: {first['msg'].lower()}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"GPU measurements: not JSON values: {error}") from None
-    if measurements.smallest >= len(measurements.stages):
-        raise UserError(
-            f"GPU measurements: smallest: must be below the number of stages, {len(measurements.stages)}"
-        )
-    for number, each in enumerate(measurements.rounds):
-        if "fp32" not in each.seconds:
-            raise UserError(f"GPU measurements: rounds.{number}.seconds: fp32 is missing")
-    return measurements
+    compute_capability: str | None = None
 
 
 def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
@@ -136,7 +90,7 @@ def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
 
 
 def _mib_bounds(min_mib: float, max_mib: float, source: str) -> Bounds:
-    """Return bounds in whole MiB, rounded outwards."""
+    """Return bounds in whole float, rounded outwards."""
     return Bounds(min=float(math.floor(min_mib)), max=float(math.ceil(max_mib)), source=source)
 
 

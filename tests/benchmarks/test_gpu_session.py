@@ -29,10 +29,10 @@ import psutil
 import pytest
 import torch
 from gpu_cases import Case
+from session_to_gpu_file import measurements_from_json
 
 from captcha_exp.config import Config
 from captcha_exp.memory.allocator import MIB
-from captcha_exp.memory.gpu_profile import measurements_from_json
 from captcha_exp.memory.trace import Trace, trace
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import init_train_state
@@ -694,7 +694,7 @@ def run_part(function: Callable[..., Any], *arguments: Any) -> Any:
     return json.loads(json.dumps(function(*arguments), allow_nan=False))
 
 
-def test_fake_measurements_can_be_read_by_calibrate() -> None:
+def test_fake_measurements_can_be_read() -> None:
     found = run_part(gpu_memory.calibration, {"resnet18": 2, "compact": 2}, "cpu")
 
     assert measurements_from_json(found).name == "no GPU, a dry run"
