@@ -163,8 +163,8 @@ def _flat_environment(result: RunResult) -> dict[str, Any]:
 
 
 def changed_files(reference: RunResult, current_code: Mapping[str, str]) -> list[str]:
-    """List the source files that differ, those that affect results first."""
-    changed = changed_values(reference.code_hashes, current_code)
+    """List the source files that differ, those that affect results first; empty if code.json is missing."""
+    changed = changed_values(reference.code_hashes, current_code) if reference.code_hashes else {}
     return sorted(changed, key=lambda name: (name.startswith(NO_EFFECT_CODE), name))
 
 
@@ -174,9 +174,10 @@ def _code_changes(reference: RunResult, rerun: RunResult) -> list[Change]:
     if files:
         no_effect = all(name.startswith(NO_EFFECT_CODE) for name in files)
         return [Change(f"code ({preview(files)})", *pair, affects="nothing" if no_effect else "numbers")]
-    if pair[0] != pair[1]:  # identical files at another commit are the same code
-        return [Change("commit", *pair, affects="nothing", is_headline=False)]
-    return []
+    if pair[0] == pair[1]:
+        return []
+    is_known = bool(reference.code_hashes)  # identical files at another commit are the same code
+    return [Change("commit", *pair, affects="nothing" if is_known else "numbers", is_headline=not is_known)]
 
 
 def describe_code(environment: Mapping[str, Any]) -> str:
