@@ -80,8 +80,11 @@ def trace(config: Config, batch_size: int, split_sizes: Mapping[str, int]) -> Tr
     """
     config = replace(config, train=replace(config.train, batch_size=batch_size))
     recorder = TensorRecorder()
-    with disable_gc(), without_compiler(), torch.device(HOST), allow_device_step_counts(), recorder:
-        sizes = _run_training(config, split_sizes, recorder.begin_phase)
+    with disable_gc(), without_compiler(), torch.device(HOST):
+        model = networks.build(config.model, config.captcha)
+        with allow_device_step_counts(), recorder:
+            sizes = _run_training(model, config, split_sizes, recorder.begin_phase)
+        del model  # before the phases are computed, as its deallocations are events, too
     return make_trace(recorder, sizes)
 
 
@@ -92,10 +95,9 @@ def make_trace(recorder: TensorRecorder, sizes: Mapping[str, int]) -> Trace:
 
 
 def _run_training(
-    config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
+    model: Recognizer, config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
 ) -> dict[str, int]:
-    """Run a shortened training, whose tensors are freed on return; return the sizes of a `Trace`."""
-    model = networks.build(config.model, config.captcha)
+    """Run a shortened training; return the sizes of a `Trace`."""
     data = _make_dataset(config, split_sizes)
     splits: list[Split] = []
 

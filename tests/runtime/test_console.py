@@ -44,8 +44,8 @@ def test_the_level_decides_what_is_printed(level: int, expected: list[str], caps
 def test_lines_are_not_wrapped_and_have_no_markup(capsys: Capture) -> None:
     set_up_logging()
     logger.info(LONG_LINE)
-    logger.warning("two\nlines")
-    assert capsys.readouterr().err == f"{LONG_LINE}\nwarning: two\nlines\n"
+    logger.warning("a name of two\nlines")
+    assert capsys.readouterr().err == f"{LONG_LINE}\nwarning: a name of two\\nlines\n"
 
 
 def test_only_warnings_are_yellow_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

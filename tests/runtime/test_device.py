@@ -95,19 +95,20 @@ def test_resolve_keeps_explicit_values(tiny: Config) -> None:
 def test_threads_and_determinism_are_set_from_the_config(tiny: Config, deterministic: bool) -> None:
     config = replace(
         tiny,
-        device=replace(tiny.device, threads=1),
+        device=replace(tiny.device, threads=2),
         train=replace(tiny.train, deterministic=deterministic),
     )
     assert device.setup_device(config) == CPU
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark == (not deterministic)
     device.setup_device(tiny)
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 1
 
 
 def test_the_device_is_described_in_one_line(tiny: Config) -> None:
-    assert device.describe(tiny) == "cpu, fp32, 2 CPU threads"
+    config = replace(tiny, device=replace(tiny.device, threads=2))
+    assert device.describe(config) == "cpu, fp32, 2 CPU threads"
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -60,6 +60,7 @@ def make_result(number: int = 1, **others: Any) -> JobResult:
         "val_accuracy": 0.97,
         "seconds_to_best": 30.0,
         "test_accuracy": 0.96,
+        "stop_reason": None,
         "run_dir": "outputs/sweep/1",
         "run_id": "a1",
         "weights_sha256": "0f",
@@ -589,7 +590,7 @@ def test_the_table_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def saved_figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: figures.append(self))
+    monkeypatch.setattr("captcha_exp.report.figures._save_figure", lambda figure, _: figures.append(figure))
     return figures
 
 

@@ -156,5 +156,5 @@ def test_a_store_that_rejects_views_shows_the_default_pages(
 
     (warning,) = warnings(caplog)
     assert "attempt to write a readonly database;" in warning
-    assert "viewStateShareKey" not in infos(caplog)[0]
-    assert [line.split()[0] for line in infos(caplog)[0].splitlines()] == ["runs", "curves", "Press"]
+    assert "viewStateShareKey" not in caplog.text
+    assert [line.split()[0] for line in infos(caplog)] == ["runs", "curves", "Press"]
