@@ -49,8 +49,8 @@ def apply_diff(diff: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "title",
     [
-        pytest.param("A network"),
-        *(pytest.param(title, marks=pytest.mark.long) for title in ("A head", "A source")),
+        "A head",
+        *(pytest.param(title, marks=pytest.mark.long) for title in ("A network", "A source")),
     ],
 )
 def test_the_steps_of_the_page_train(title: str, tmp_path: Path) -> None:

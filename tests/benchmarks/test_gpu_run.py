@@ -181,6 +181,7 @@ def test_a_signal_reaches_the_call_which_saves_its_parts(
     assert list(json.loads(project.out.read_text())["parts"]) == ["plan-one", "plan-two"]
 
 
+@pytest.mark.long
 def test_a_call_is_stopped_after_its_time_limit(project: FakeProject) -> None:
     done = project.run(SESSION + WAITS, "--call", "1", "--seconds=0.5", "--out", str(project.out), GRACE="2")
 
@@ -204,6 +205,7 @@ def test_invalid_arguments_are_rejected(project: FakeProject, arguments: list[st
     assert not (project.folder / "received.json").exists()
 
 
+@pytest.mark.long
 def test_wheels_are_installed_once(project: FakeProject) -> None:
     wheels = project.folder / "benchmarks" / "wheels"
     make_wheel(wheels, "carried", "1.5")

@@ -151,6 +151,7 @@ def numbers_in(path: Path) -> list[int]:
     raise AssertionError(f"{path} was not written")
 
 
+@pytest.mark.long
 def test_a_hanging_part_is_killed_with_its_children_and_keeps_partial_figures(
     tmp_path: Path,
 ) -> None:
@@ -890,6 +891,7 @@ def test_without_cuda_graphs_the_eager_step_alone_is_measured() -> None:
     assert found["compact-fp32-2"]["eager"] > 0
 
 
+@pytest.mark.long
 def test_the_cost_of_determinism_has_a_row_per_network() -> None:
     batches = {"resnet18": 1, "compact": 2}
     parts = {

@@ -219,6 +219,7 @@ def test_advice_needs_a_budget_and_a_number(call: Call, root: Path, words: list[
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.long
 def test_advice_without_changes(call: Call) -> None:
     """Also on a GPU that is faster in 16 bits."""
     words = (*WORDS, "--advise", "device.vram_budget_mib=4000", "--gpu", "h200")
@@ -319,6 +320,7 @@ def test_all_is_every_gpu_except_generic(call: Call, tmp_path: Path) -> None:
     assert [each["gpu"]["name"] for each in found] == ["mine", "NVIDIA H200"]
 
 
+@pytest.mark.long
 def test_a_row_equals_the_plan_of_one_gpu(call: Call, tmp_path: Path) -> None:
     """Also with overrides of the GPU, the precision and the budget, and for a file."""
     file = tmp_path / "mine.yaml"

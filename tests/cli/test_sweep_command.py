@@ -323,6 +323,7 @@ def test_resuming_a_finished_sweep_writes_its_summary_again(root: Path, launched
     assert len(launched) == 1
 
 
+@pytest.mark.long
 def test_auto_skips_an_unfinished_sweep_of_other_code(
     root: Path, launched: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:

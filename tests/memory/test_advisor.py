@@ -254,6 +254,7 @@ def check_real_step(base: tuple[str, ...], each: Advice, split_sizes: Mapping[st
     assert needed == pytest.approx(planned, rel=0.02)
 
 
+@pytest.mark.long
 def test_a_real_step_of_each_combination_needs_the_planned_memory(
     small: list[Advice], record_property: Any
 ) -> None:

@@ -72,6 +72,7 @@ print(marked, hasattr(function, "__dynamo_disable"), DYNAMO_MODULE in sys.module
     assert run_code(code) == "True False False"
 
 
+@pytest.mark.long
 def test_an_imported_compiler_is_not_replaced() -> None:
     code = """
 import torch._dynamo

@@ -302,13 +302,27 @@ class FakeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     "overrides",
     [
         ("augment=mild",),
-        ("device.precision=fp16", "augment=mild", "augment.warmup_fraction=0"),
-        ("captcha=alnum", "model.head=grouped_softmax", "train.optimizer=sgd", "train.label_smoothing=0.1"),
-        ("model=resnet18", "train.epochs=2", "train.optimizer=adamw", "device.preload_limit_mib=0"),
-        ("experiment=article", "device.precision=bf16"),
-        ("experiment=article", "train.activation_checkpointing=true", "train.micro_batch_size=20"),
-        ("train.activation_checkpointing=true", "device.precision=bf16", "train.optimizer_impl=foreach"),
-        ("train.optimizer=adam", "train.optimizer_impl=for_loop", "train.micro_batch_size=48"),
+        *(
+            pytest.param(overrides, marks=pytest.mark.long)
+            for overrides in [
+                ("device.precision=fp16", "augment=mild", "augment.warmup_fraction=0"),
+                (
+                    "captcha=alnum",
+                    "model.head=grouped_softmax",
+                    "train.optimizer=sgd",
+                    "train.label_smoothing=0.1",
+                ),
+                ("model=resnet18", "train.epochs=2", "train.optimizer=adamw", "device.preload_limit_mib=0"),
+                ("experiment=article", "device.precision=bf16"),
+                ("experiment=article", "train.activation_checkpointing=true", "train.micro_batch_size=20"),
+                (
+                    "train.activation_checkpointing=true",
+                    "device.precision=bf16",
+                    "train.optimizer_impl=foreach",
+                ),
+                ("train.optimizer=adam", "train.optimizer_impl=for_loop", "train.micro_batch_size=48"),
+            ]
+        ),
     ],
     ids=" ".join,
 )

@@ -42,9 +42,9 @@ def small() -> Config:
     "overrides",
     [
         (),
-        ("device.precision=bf16",),
+        pytest.param(("device.precision=bf16",), marks=pytest.mark.long),
         ("augment=none",),
-        ("experiment=article", "data.count=300"),
+        pytest.param(("experiment=article", "data.count=300"), marks=pytest.mark.long),
         ("train.eval_batch_size=7",),
     ],
     ids=" ".join,

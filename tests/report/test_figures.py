@@ -210,6 +210,7 @@ def test_titles_of_misreads_are_not_parsed_as_math(
     assert not title.get_parse_math()
 
 
+@pytest.mark.long
 def test_a_run_has_four_figures(tiny: Config) -> None:
     paths = sorted((train(tiny).run_dir / "report").iterdir())
     assert [path.name for path in paths] == ["confusion.png", "curves.png", "images.png", "misreads.png"]

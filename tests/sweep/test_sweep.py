@@ -94,6 +94,7 @@ def mlflow_runs(workspace: Workspace) -> tuple[MlflowClient, list[Any]]:
     return client, list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
 
 
+@pytest.mark.long
 def test_a_sweep_is_recorded_in_its_directory_and_in_mlflow(workspace: Workspace, tmp_path: Path) -> None:
     """Two jobs fit, and one is skipped."""
     grid = ("device.vram_budget_mib=900,1000,40", "train.epochs=1")

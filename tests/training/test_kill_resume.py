@@ -136,14 +136,14 @@ def test_25_kills_with_damaged_checkpoints_do_not_change_the_result(
 
 @pytest.mark.parametrize(
     "phase",
-    ["evaluation", *(pytest.param(each, marks=pytest.mark.long) for each in ("store", "drawing", "closing"))],
+    ["closing", *(pytest.param(each, marks=pytest.mark.long) for each in ("store", "drawing", "evaluation"))],
 )
 def test_sigterm_saves_a_checkpoint_and_the_run_resumes(
     server: ForkServer, training: Training, uninterrupted: dict[str, Any], phase: str
 ) -> None:
     interruption = Interruption(PHASES[phase], after_seconds=0.001, signals=(signal.SIGTERM,))
 
-    ended = training.start(interruption, limit_seconds=10)
+    ended = training.start(interruption, limit_seconds=120)
 
     assert not ended.late
     assert ended.code == 128 + signal.SIGTERM, ended.output
