@@ -180,7 +180,7 @@ def _describe_allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
     kind = {
         "integer": "a whole number",
         "number": "a number",
-        "string": "text",
+        "string": "text of this form" if "pattern" in rule else "text",
         "boolean": "true or false",
         "array": "a list",
         "null": "null",
