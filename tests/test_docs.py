@@ -78,7 +78,7 @@ MARKDOWN = [
     *PAGES[1:],
     *(PROJECT / n / "README.md" for n in ("benchmarks", "tests")),
 ]
-LONG_PAGES = ("sweeps.md", "memory.md")
+LONG_PAGES = ("sweeps.md", "memory.md", "configuration.md", "resume.md")
 """pages whose commands only `make test-all` runs"""
 MAX_README_LINES = 160
 NUM_IMAGES = 200

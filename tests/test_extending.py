@@ -46,13 +46,8 @@ def apply_diff(diff: str, folder: Path) -> None:
             path.write_text(new, encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "title",
-    [
-        "A head",
-        *(pytest.param(title, marks=pytest.mark.long) for title in ("A network", "A source")),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("title", ["A network", "A head", "A source"])
 def test_the_steps_of_the_page_train(title: str, tmp_path: Path) -> None:
     for name in ("captcha_exp", "conf"):
         shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

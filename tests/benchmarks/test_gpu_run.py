@@ -206,6 +206,7 @@ def test_invalid_arguments_are_rejected(project: FakeProject, arguments: list[st
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_wheels_are_installed_once(project: FakeProject) -> None:
     wheels = project.folder / "benchmarks" / "wheels"
     make_wheel(wheels, "carried", "1.5")
@@ -253,6 +254,7 @@ def test_a_folder_not_made_by_the_script_is_never_replaced(project: FakeProject,
     assert (mine / "thesis.txt").read_text() == "text"
 
 
+@pytest.mark.long
 def test_pytest_runs_with_the_wheels_and_its_exit_code(project: FakeProject) -> None:
     make_wheel(project.folder / "benchmarks" / "wheels", "carried", "1.5")
     (project.folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -510,6 +512,7 @@ def test_a_folder_with_other_files_is_rejected(collection: Collection) -> None:
     assert collection.files() == ["thesis.txt"]
 
 
+@pytest.mark.long
 def test_pure_python_is_built_and_failures_are_named(collection: Collection) -> None:
     done = collection.run("one==1.0", "pure==1.0", "compiled==1.0")
 

@@ -200,6 +200,7 @@ def test_a_process_with_threads_or_an_open_gpu_does_not_fork(tmp_path: Path) -> 
 # -- the command ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [(), pytest.param(("--fresh-processes",), marks=pytest.mark.long)], ids=["forked", "fresh"]
 )

@@ -118,6 +118,7 @@ def test_invalid_batch_sizes_are_one_line(call: Call, root: Path, text: str) -> 
 # -- GPUs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_gpu_is_a_name_or_a_file_with_overrides(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(GPU_FILE.replace("NVIDIA GeForce GTX 1650", "mine").replace("max: 950", "max: 800"))
@@ -377,7 +378,7 @@ def test_a_mistake_in_a_list_of_gpus_is_one_line(call: Call, words: list[str], l
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+@pytest.mark.parametrize("json_flag", [(), pytest.param(("--json",), marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("words", "misfits"),
     [

@@ -288,12 +288,12 @@ def interrupt(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "resume"),
     [
-        ((), "folder"),
-        (GRID, "folder"),
+        pytest.param((), "folder", marks=pytest.mark.long),
+        pytest.param(GRID, "folder", marks=pytest.mark.long),
         (GRID[::-1], "folder"),
-        (GRID, "auto"),
-        (("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "folder"),
-        (("train.max_minutes=9",), "folder"),
+        pytest.param(GRID, "auto", marks=pytest.mark.long),
+        pytest.param(("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "folder", marks=pytest.mark.long),
+        pytest.param(("train.max_minutes=9",), "folder", marks=pytest.mark.long),
         ((*GRID, "train.max_minutes=9"), "auto"),
     ],
     ids=["none", "same", "other order", "auto", "other launcher", "time limit", "auto, time limit"],

@@ -103,6 +103,7 @@ def test_each_override_makes_a_combination_faster(article: list[Advice], small: 
                 assert other.relative_time < one.relative_time
 
 
+@pytest.mark.long
 @each_network
 def test_the_overrides_give_the_same_plan(
     name: str, base: tuple[str, ...], split_sizes: Mapping[str, int], request: pytest.FixtureRequest
@@ -210,8 +211,8 @@ LARGE_EVALUATION = (*GPU, *TENSORS_ONLY, "train.batch_size=2", "train.eval_batch
     ("split_sizes", "budget_mib"),
     [
         ({"train": 20, "validation": 300, "test": 10}, 50),
-        ({"train": 20, "validation": 300, "test": 300}, 60),
-        ({"train": 20, "validation": 300}, 50),
+        pytest.param({"train": 20, "validation": 300, "test": 300}, 60, marks=pytest.mark.long),
+        pytest.param({"train": 20, "validation": 300}, 50, marks=pytest.mark.long),
     ],
     ids=["validation", "validation and test", "no test"],
 )

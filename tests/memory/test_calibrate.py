@@ -491,6 +491,7 @@ class RecordingBar(ProgressBar):
         self.done += amount
 
 
+@pytest.mark.long
 def test_measure_runs_completely_on_the_cpu(
     tiny: Config,
     fake_gpu: FakeGpu,

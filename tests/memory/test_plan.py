@@ -321,7 +321,8 @@ def test_the_tensors_of_the_article_have_the_known_size() -> None:
 # -- the maximum batch ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro", [pytest.param(None, marks=pytest.mark.long), 16])
+@pytest.mark.long
+@pytest.mark.parametrize("micro", [None, 16])
 def test_the_maximum_batch_fits_and_the_next_larger_does_not(tiny: Config, micro: int | None) -> None:
     """Compared with the verdict of every size, on a GPU of which only the context is uncertain."""
     config = with_gpu(load(compose("device.name=cpu", "tracking=none")))

@@ -31,7 +31,7 @@ def peak(module: nn.Module, batch: Any, **arguments: Any) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.long] if name == "resnet50" else []) for name in CASES],
+    [pytest.param(name, marks=[pytest.mark.long] if name in ("resnet50", "lstm") else []) for name in CASES],
 )
 def test_the_peak_matches_real_steps(name: str, record_property: Any) -> None:
     found = compared(name, 32)

@@ -54,6 +54,7 @@ print(float(weight.detach()[0]) < 1)
     assert run_code(code).splitlines() == ["True", "True True", "True", "True"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", [False, True])
 def test_the_stub_is_removed(error: bool) -> None:
     code = f"""

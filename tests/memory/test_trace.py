@@ -183,7 +183,7 @@ def compare(config: Config, size: int, record: Any) -> None:
 NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16")))
 QUICK_CASES = [
     *[(*case, size) for case in NETWORKS[:4] for size in (4, 32)],  # compact
-    ("resnet18", "position", "fp32", 8),
+    pytest.param("resnet18", "position", "fp32", 8, marks=pytest.mark.long),
     pytest.param("resnet18", "grouped_softmax", "bf16", 8, marks=pytest.mark.long),
 ]
 ALL_CASES = [(*case, size) for case in NETWORKS for size in (4, 8, 16, 32)]
@@ -238,7 +238,11 @@ def test_peaks_match_a_larger_real_training_with_memory_savings(
     compare(network(model, head, "fp32", *overrides), size, record_property)
 
 
-@pytest.mark.parametrize("overrides", OPTIMIZER_IMPLS, ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides",
+    [OPTIMIZER_IMPLS[0], *(pytest.param(each, marks=pytest.mark.long) for each in OPTIMIZER_IMPLS[1:])],
+    ids=" ".join,
+)
 def test_peaks_match_real_training_for_each_optimizer_implementation(
     overrides: tuple[str, ...], record_property: Any
 ) -> None:
@@ -442,6 +446,7 @@ assert first == trace(config, 16, {"train": 200, "validation": 80})
 """
 
 
+@pytest.mark.long
 def test_the_first_trace_of_a_process_equals_later_ones() -> None:
     """Although torch imports many of its modules during it."""
     subprocess.run([sys.executable, "-c", FIRST_TRACE], check=True)

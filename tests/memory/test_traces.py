@@ -43,9 +43,9 @@ def small() -> Config:
     [
         (),
         pytest.param(("device.precision=bf16",), marks=pytest.mark.long),
-        ("augment=none",),
+        pytest.param(("augment=none",), marks=pytest.mark.long),
         pytest.param(("experiment=article", "data.count=300"), marks=pytest.mark.long),
-        ("train.eval_batch_size=7",),
+        pytest.param(("train.eval_batch_size=7",), marks=pytest.mark.long),
     ],
     ids=" ".join,
 )

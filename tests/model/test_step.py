@@ -170,7 +170,7 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(network: Config, fro
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 12])
+@pytest.mark.parametrize("size", [5, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 4, 12))])
 def test_micro_batches_add_up_to_the_gradients_of_the_batch(network: Config, size: int) -> None:
     """With frozen batch norms."""
     batch = make_batch(network, 12)

@@ -52,8 +52,6 @@ INTERVALS = ("'1 epoch'", "null")
 QUICK_PLACES = (
     "within an epoch",
     "while a checkpoint is written",
-    "between the row and the best weights",
-    "before its status is written",
 )
 """the places of `make test`"""
 
@@ -134,6 +132,7 @@ def test_25_kills_with_damaged_checkpoints_do_not_change_the_result(
     assert storm.faults == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "phase",
     ["closing", *(pytest.param(each, marks=pytest.mark.long) for each in ("store", "drawing", "evaluation"))],
