@@ -6,6 +6,7 @@ Import rules are contracts of import-linter in pyproject.toml. Every other rule 
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -231,3 +232,13 @@ def test_breaking_changes_are_reported(package_copy: Path) -> None:
     for name in BREAKING:
         assert f"{name} BROKEN" in report
     assert "unlisted" in report, "a module that belongs to no layer"
+
+
+def test_the_list_of_modules_in_memory_is_complete() -> None:
+    """Each module is named in the docstring of the package; `module_*` stands for several."""
+    package = ROOT / "captcha_exp" / "memory"
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))) or ""
+    listed = docstring.partition("\nModules:\n")[2].partition("\n\nSources:")[0]
+    named = set(re.findall(r"`([a-z_]+)`", listed))
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    assert named == {name for name in modules if not name.startswith("module_")}

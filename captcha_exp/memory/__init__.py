@@ -15,11 +15,11 @@ Modules:
 
 - `plan`: *fits*, *does not fit* or *unsure*, which is treated as *does not fit*; `interval`: the ranges in it
 - `trace`, `traces`: a traced training; traces of one config by batch size. `fake_device`, `gpu_kernels`,
-  `compiler`: tensors without values, dispatched as on CUDA
-- `allocator`, `blocks`: the model of the allocator; `workspaces`, `replay`: a trace on it
-- `search`, `advisor`: the maximum batch size; settings with which a batch fits
+  `torch_patches`: tensors without values, dispatched as on CUDA
+- `allocator`, `blocks`: the model of the allocator; `replay`: a trace and its workspaces on it
+- `advisor`: settings with which a batch fits
 - `module` and `module_*`: the same prediction for any `nn.Module`
-- `calibrate`, `gpu_probe`, `gpu_profile`, `session`: measured bounds for the file of a GPU
+- `calibrate`, `gpu_probe`, `gpu_profile`: measured bounds for the file of a GPU
 
 Sources: torch 2.10 to 2.13, c10/cuda/CUDACachingAllocator.cpp, aten/src/ATen/cuda/CublasHandlePool.cpp,
 aten/src/ATen/native/cudnn/Conv_v8.cpp; those of each GPU are in conf/gpu/.

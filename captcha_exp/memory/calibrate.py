@@ -98,7 +98,7 @@ def calibrate(configs: Sequence[Config], machine: Machine, file: GpuFile) -> tup
     software = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
-        "cuDNN": format_cudnn_version(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]  # as above
+        "cuDNN": format_cudnn_version(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]  # untyped in torch
         "driver": devices.driver_version(),
     }
     return file.write(path, build_gpu_spec(measurements, configs[0].gpu), time.strftime("%Y-%m-%d"), software)
