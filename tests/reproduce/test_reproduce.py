@@ -349,6 +349,18 @@ def test_identical_code_at_another_commit_is_ruled_out(run: Path) -> None:
     assert roles(reproduction) == {"commit": "ruled_out"}
 
 
+def test_without_code_json_the_commit_may_be_the_cause(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "code.json").unlink()
+    edit_json(
+        run / "environment.json", lambda values: values.update(git={"commit": "b" * 40, "dirty": False})
+    )
+    caplog.clear()
+    reproduction = rerun(run)
+    assert not any("code differs" in line for line in warnings(caplog))
+    (commit,) = (change for change in reproduction.changes if change.name == "commit")
+    assert (commit.affects, commit.is_headline) == ("numbers", True)
+
+
 MAIN = "import sys; from captcha_exp.cli.main import main; sys.argv[0] = 'captcha-exp'; main()"
 
 
