@@ -1,7 +1,6 @@
 """Query the NVIDIA driver, the GPUs, and the build of torch."""
 
 import os
-import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,12 +58,7 @@ def query_nvml() -> dict[str, Any]:
             uuid=query("nvmlDeviceGetUUID", handle, default=str(index)).removeprefix("GPU-"),
         )
         gpus.append(gpu)
-    max_cuda = query("nvmlSystemGetCudaDriverVersion_v2", default=0)  # 12020 is 12.2
-    driver = DriverInfo(
-        version=query("nvmlSystemGetDriverVersion"),
-        max_cuda=(max_cuda // 1000, max_cuda % 1000 // 10) if max_cuda else (),
-        unreachable=tuple(unreachable),
-    )
+    driver = DriverInfo(query("nvmlSystemGetDriverVersion"), unreachable=tuple(unreachable))
     query("nvmlShutdown")
     return {"driver": driver, "gpus": tuple(gpus)}
 
@@ -83,20 +77,14 @@ def query_torch_build() -> TorchInfo:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.is_available()
-    # Since torch 2.12 the table has a set of capabilities for each processor of a CUDA version.
-    processor = "aarch64" if platform.machine().lower() in ("aarch64", "arm64") else "x86_64"
-    table: dict[str, Any] = getattr(torch.cuda, "PYTORCH_RELEASES_CODE_CC", {})
+    build = "MPS" if torch.backends.mps.is_built() else ""
+    if torch.version.cuda or torch.version.hip:
+        rocm = f"ROCm {torch.version.hip}, which is not supported here"
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else rocm
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return TorchInfo(
         version=torch.__version__,
-        cuda=torch.version.cuda,
-        hip=torch.version.hip,
-        mps_built=torch.backends.mps.is_built(),
-        archs=tuple(torch.cuda.get_arch_list()),
-        release_archs={
-            cuda: tuple(sorted(archs.get(processor, ()) if isinstance(archs, dict) else archs))
-            for cuda, archs in table.items()
-        },
+        build=build,
         warning=one_line(caught[0].message) if caught else "",
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_flags=frozenset(name for name, value in capabilities.items() if value is True),
@@ -111,16 +99,17 @@ def query_torch_gpus(gpus: Sequence[GpuInfo], devices: Sequence[str]) -> dict[st
 
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     visible = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a GPU that the build does not support: a finding says so
+    with warnings.catch_warnings(record=True) as caught:  # names a GPU that the build does not support
+        warnings.simplefilter("always")
         for index, device in enumerate(name for name in devices if name.startswith("cuda:")):
             properties = torch.cuda.get_device_properties(index)
             gpu = by_uuid.pop(str(properties.uuid), None)
             if gpu is None:
                 free, total = torch.cuda.mem_get_info(index)
                 gpu = GpuInfo(properties.name, total_mib=total / MIB, free_mib=free / MIB)
+            is_supported = not any(f"{properties.name} " in str(warning.message) for warning in caught)
             capability = properties.major, properties.minor
-            visible.append(replace(gpu, device=device, capability=capability))
+            visible.append(replace(gpu, device=device, capability=capability, is_supported=is_supported))
     # torch sees the MIG instances of a GPU in its place, and they have UUIDs of their own.
     names = " ".join(gpu.name for gpu in visible)
     return {"gpus": (*visible, *(gpu for gpu in by_uuid.values() if f"{gpu.name} MIG" not in names))}

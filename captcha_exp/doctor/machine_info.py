@@ -24,15 +24,8 @@ class TorchInfo:
     """The build of torch, and its view of the machine."""
 
     version: str
-    cuda: str | None = None
-    """CUDA version of the build"""
-    hip: str | None = None
-    """ROCm version of the build"""
-    mps_built: bool = False
-    archs: tuple[str, ...] = ()
-    """torch.cuda.get_arch_list(): sm_90 is machine code (SASS), compute_90 is PTX for the JIT compiler"""
-    release_archs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """CUDA version -> compute capabilities (75 is 7.5) of the builds of this release; {} if unknown"""
+    build: str = ""
+    """CUDA with its version, ROCm with its version, or MPS; empty for a CPU-only build"""
     warning: str = ""
     """the first warning of torch.cuda.is_available()"""
     cpu_capability: str = ""
@@ -40,14 +33,17 @@ class TorchInfo:
     cpu_flags: frozenset[str] = frozenset()
     """instruction set extensions in torch.cpu.get_capabilities(); empty if this torch lacks the function"""
 
+    @property
+    def has_cuda(self) -> bool:
+        """Whether the build can use NVIDIA GPUs."""
+        return self.build.startswith("CUDA")
+
 
 @dataclass(frozen=True)
 class DriverInfo:
     """The NVIDIA driver, as NVML reports it."""
 
     version: str | None = None
-    max_cuda: tuple[int, ...] = ()
-    """newest CUDA version that the driver supports; empty if unknown"""
     error: str = ""
     """why NVML is not available"""
     version_mismatch: bool = False
@@ -84,6 +80,8 @@ class GpuInfo:
     processes: tuple[GpuProcess, ...] = ()
     """processes other than this one; empty also if a container hides them"""
     uuid: str = ""
+    is_supported: bool = True
+    """torch did not warn that this build has no code for it"""
 
 
 @dataclass(frozen=True)
