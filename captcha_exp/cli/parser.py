@@ -79,9 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--gpu", metavar="NAME", help=text)
     text = "exit with code 3 unless train.batch_size, or every size in --batch-sizes, fits"
-    plan.add_argument("--must-fit", action="store_true", help=text)
+    question = plan.add_mutually_exclusive_group()
+    question.add_argument("--must-fit", action="store_true", help=text)
     text = "list overrides with which train.batch_size fits, fastest first"
-    plan.add_argument("--advise", action="store_true", help=text)
+    question.add_argument("--advise", action="store_true", help=text)
     plan.epilog = (
         "exit codes: 0 success; 2 usage error; 3 with --must-fit if a batch size does not fit or is unsure"
     )

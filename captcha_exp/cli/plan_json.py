@@ -4,10 +4,10 @@ python -m captcha_exp.cli.plan_json > docs/plan.schema.json
 """
 
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field, TypeAdapter, with_config
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from captcha_exp.config import GpuSpec, Precision
 from captcha_exp.config.gpu import STRICT
@@ -25,16 +25,7 @@ MaxBatchSize = Annotated[
 ]
 
 
-@with_config(STRICT)
-@dataclass(frozen=True)
-class TimedPlan(Plan):
-    """The predicted memory of a batch size on one GPU."""
-
-    seconds: Annotated[float, Field(ge=0), described("time to compute the plan")]
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class OneGpuOutput:
     """Output for one GPU."""
 
@@ -42,12 +33,11 @@ class OneGpuOutput:
     precision: TrainingPrecision
     images: SplitSizes
     budget_mib: Budget
-    plans: Annotated[list[TimedPlan], described("one plan for each batch size, in the order of the call")]
+    plans: Annotated[list[Plan], described("one plan for each batch size, in the order of the call")]
     max_batch_size: MaxBatchSize
 
 
-@with_config(STRICT)
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class GpuPlans:
     """A GPU of a comparison."""
 
@@ -59,8 +49,7 @@ class GpuPlans:
     max_batch_size: MaxBatchSize
 
 
-@with_config(STRICT)
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class ManyGpusOutput:
     """Output of --gpu all, or of a list."""
 
@@ -69,8 +58,7 @@ class ManyGpusOutput:
     gpus: Annotated[list[GpuPlans], described("the GPUs, by memory and then name")]
 
 
-@with_config(STRICT)
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class AdviceOutput:
     """Output of --advise."""
 

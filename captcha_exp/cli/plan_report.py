@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -62,10 +61,12 @@ def run(
         plans = [(row.gpu.name, plan) for row in rows for plan in row.plans]
     else:
         planner = Planner(config, split_sizes, total_mib)
-        timed = _plan_batch_sizes(planner, sizes)
-        largest = planner.max_batch_size() or None
-        output = plan_json.OneGpuOutput(config.gpu, precision, split_sizes, budget_mib, timed, largest)
-        plans = [(config.gpu.name, plan) for plan in timed]
+        with progress_bar("planning", len(sizes)) as bar:
+            for size in sizes:
+                plans.append((config.gpu.name, planner.plan_for(size)))
+                bar.advance(1)
+        of_gpu, largest = [plan for _, plan in plans], planner.max_batch_size() or None
+        output = plan_json.OneGpuOutput(config.gpu, precision, split_sizes, budget_mib, of_gpu, largest)
     misfits = [
         f"batch {plan.batch_size:,} on {gpu_name}: needs {plan.process_mib} MiB, "
         f"available {plan.budget_mib} MiB ({plan.fits})"
@@ -89,8 +90,6 @@ def _check_verdict(arguments: argparse.Namespace, batch_size: int | str, unknown
     flag = "plan --advise" if arguments.advise else "plan --must-fit"
     if arguments.advise and arguments.batch_sizes is not None:
         raise UserError(f"{flag}: uses train.batch_size only; remove --batch-sizes")
-    if arguments.advise and arguments.must_fit:
-        raise UserError("plan --must-fit: cannot be combined with --advise; remove one of them")
     if unknown_gpus:
         size = "the memory size" if arguments.advise else f"the memory size of {', '.join(unknown_gpus)}"
         raise UserError(
@@ -128,18 +127,6 @@ def parse_batch_sizes(
             "25,50,100"
         )
     return list(dict.fromkeys(map(int, text.split(","))))
-
-
-def _plan_batch_sizes(planner: Planner, sizes: Sequence[int]) -> list[plan_json.TimedPlan]:
-    """Return the plan of each batch size on one GPU, with the time that it took."""
-    plans = []
-    with progress_bar("planning", len(sizes)) as bar:
-        for size in sizes:
-            start = time.perf_counter()
-            plan = planner.plan_for(size)
-            plans.append(plan_json.TimedPlan(**vars(plan), seconds=time.perf_counter() - start))
-            bar.advance(1)
-    return plans
 
 
 def _compare_gpus(

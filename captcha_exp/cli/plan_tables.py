@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from rich.table import Column, Table
 from rich.text import Text
 
-from captcha_exp.cli.output import get_console
+from captcha_exp.cli.output import get_console, make_table
 from captcha_exp.cli.plan_json import AdviceOutput, ManyGpusOutput, OneGpuOutput, PlanOutput
 from captcha_exp.config import Config
 from captcha_exp.memory.advisor import speedup
@@ -31,20 +30,16 @@ def _print_plans(output: OneGpuOutput, config: Config) -> None:
     out = get_console()
     _print_headline(config, output.budget_mib)
     numbers = ("batch", "state", "activations", "images", "workspace", "reserved", "process")
-    table = Table(*(Column(name, justify="right") for name in numbers), "verdict")
-    table.title, table.title_justify = "MiB", "left"
-    for plan in output.plans:
-        table.add_row(
+    rows: list[tuple[str | Text, ...]] = [
+        (
             f"{plan.batch_size:,}",
-            f"{plan.state_mib:,.0f}",
-            f"{plan.activations_mib:,.0f}",
-            f"{plan.images_mib:,.0f}",
-            str(plan.workspace_mib),
-            str(plan.reserved_mib),
-            str(plan.process_mib),
+            *(f"{mib:,.0f}" for mib in (plan.state_mib, plan.activations_mib, plan.images_mib)),
+            *map(str, (plan.workspace_mib, plan.reserved_mib, plan.process_mib)),
             Text(plan.fits or "", COLORS[plan.fits]),
         )
-    out.print(table)
+        for plan in output.plans
+    ]
+    out.print(make_table((*numbers, "verdict"), rows, "MiB", right=numbers))
     for note in _plan_notes(output, config):
         out.print(note)
 
@@ -88,29 +83,24 @@ def _print_comparison(output: ManyGpusOutput, config: Config, requested: Config)
     """Print a row for each GPU and batch size, and what the columns mean."""
     out = get_console()
     out.print(f"{config.name} in {output.precision}", markup=False)
-    numbers = (Column(name, justify="right") for name in ("memory", "batch", "process"))
-    table = Table("GPU", *numbers, "verdict", Column("largest", justify="right"))
-    table.title, table.title_justify = "MiB", "left"
     speedups = (
         [] if output.precision == "fp32" else [speedup(row.gpu, output.precision) for row in output.gpus]
     )
-    if speedups:
-        table.add_column("speed")
-    for index, row in enumerate(output.gpus):
-        largest = "unknown" if row.budget_mib is None else "none"
-        if row.max_batch_size is not None:
-            largest = f"{row.max_batch_size:,}"
-        for plan in row.plans:
-            table.add_row(
-                Text(row.gpu.name),
-                str(row.memory_mib or "unknown"),
-                f"{plan.batch_size:,}",
-                str(plan.process_mib),
-                Text(plan.fits or "unknown", COLORS[plan.fits]),
-                largest,
-                *(f"{speed.min:g} to {speed.max:g}" for speed in speedups[index : index + 1]),
-            )
-    out.print(table)
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            row.gpu.name,
+            str(row.memory_mib or "unknown"),
+            f"{plan.batch_size:,}",
+            str(plan.process_mib),
+            Text(plan.fits or "unknown", COLORS[plan.fits]),
+            f"{row.max_batch_size:,}" if row.max_batch_size else "none" if row.budget_mib else "unknown",
+            *(f"{speed.min:g} to {speed.max:g}" for speed in speedups[index : index + 1]),
+        )
+        for index, row in enumerate(output.gpus)
+        for plan in row.plans
+    ]
+    columns = ["GPU", "memory", "batch", "process", "verdict", "largest", *(["speed"] if speedups else [])]
+    out.print(make_table(columns, rows, "MiB", right=("memory", "batch", "process", "largest")))
     if speedups:
         out.print(f"speed: of training in {output.precision}, relative to fp32")
     for row, speed in zip(output.gpus, speedups, strict=False):
@@ -149,17 +139,18 @@ def _print_advice(output: AdviceOutput, config: Config) -> None:
     elif not output.advice[0].overrides:
         out.print(f"{batch_size} fits without changes")
     else:
-        table = Table("time", "tensors", "process", "add to the command", "note")
-        table.title, table.title_justify = f"{batch_size} fits with one of these; MiB", "left"
-        for each in output.advice:
-            table.add_row(
+        rows = [
+            (
                 f"{each.relative_time:.2f}",
                 f"{each.plan.tensors_mib:,.0f}",
                 str(each.plan.process_mib),
                 Text("\n".join(each.overrides)),
                 Text("\n".join(each.notes)),
             )
-        out.print(table)
+            for each in output.advice
+        ]
+        columns = ("time", "tensors", "process", "add to the command", "note")
+        out.print(make_table(columns, rows, f"{batch_size} fits with one of these; MiB"))
         out.print("time: of a step, estimated, relative to the unchanged config")
 
 

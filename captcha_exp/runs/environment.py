@@ -69,6 +69,7 @@ def numerics_variables() -> dict[str, str]:
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(_NUMERICS_PREFIXES)
+        and name != "TORCHINDUCTOR_CACHE_DIR"  # torch sets it, when a process builds its first optimizer
         and not _SECRET_NAME.search(name)
         and not _URL_CREDENTIALS.search(value)
     }

@@ -93,7 +93,8 @@ def setup_device(config: Config) -> torch.device:
     if config.train.deterministic and device.type == "cuda":
         # Read by cuBLAS at CUDA initialization; deterministic matrix products fail without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    # As torch.use_deterministic_algorithms does, but without importing torch._inductor, which takes seconds.
+    torch.set_deterministic_debug_mode("error" if config.train.deterministic else "default")
     torch.backends.cudnn.benchmark = not config.train.deterministic
     # Filling helps only to find reads of uninitialized memory; every tensor here is written first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # added at run time
