@@ -170,7 +170,7 @@ def test_numerics_variables_are_recorded_without_secrets(monkeypatch: pytest.Mon
         "CUDA_PASSWORD": "x",
         "MKL_API_KEY": "x",
         "PYTORCH_MIRROR": "https://me:word@example.invalid/",
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor_me",
+        "TORCHINDUCTOR_CACHE_DIR": "/home/me/cache",
     }
     for name, value in (recorded | others).items():
         monkeypatch.setenv(name, value)
