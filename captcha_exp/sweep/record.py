@@ -66,10 +66,6 @@ class Sweep(RecordedDir[SweepInfo]):
             for each in self.info.jobs
         ]
 
-    def reopen(self) -> None:
-        """Take over the sweep in this process."""
-        self.update(**running_fields())
-
     def set_deadline(self, max_minutes: float | None) -> None:
         """Limit the whole sweep to this time from now; None removes the limit."""
         if max_minutes is None:

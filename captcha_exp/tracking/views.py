@@ -109,6 +109,11 @@ def runs_url(base_url: str, experiment_id: str, view: str | None = None, charts:
     return f"{base_url}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 
 
+def ui_url(uri: str) -> str:
+    """Return the URL of the UI of a store: the tracking server, or the default of `captcha-exp ui`."""
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
 def run_url(base_url: str, experiment_id: str, run_id: str) -> str:
     """Return the URL of a run; the run of a sweep has its summary as the description."""
     return f"{base_url}/#/experiments/{experiment_id}/runs/{run_id}?{urlencode(WORKFLOW_PARAMS)}"
