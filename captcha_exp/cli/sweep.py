@@ -24,7 +24,7 @@ from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
 from captcha_exp.runs import StaleRun, SweepInfo, code_sha256, resume
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
-from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary

@@ -15,7 +15,7 @@ from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
-from captcha_exp.sweep.forecast import PlannedJob, record_skipped
+from captcha_exp.sweep.planner import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
 from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
@@ -47,7 +47,8 @@ def run_sweep(
         TimeLimitReached: `max_minutes` have passed; the same command resumes the sweep.
     """
     if resumed is None:
-        jobs, predicted = [each.job for each in planned_jobs], [each.to_json() for each in planned_jobs]
+        jobs, plans = [each.job for each in planned_jobs], [each.plan for each in planned_jobs]
+        predicted = [None if plan is None else plan.to_json() for plan in plans]
         sweep = record.create_sweep(planned_jobs[0].config.name, jobs, predicted, parallelism)
     else:
         sweep = resumed

@@ -31,7 +31,7 @@ from captcha_exp.runs.info import Skipped, running_fields
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record, supervisor
-from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.results import Outcome, collect_results
 from captcha_exp.sweep.runner import run_sweep

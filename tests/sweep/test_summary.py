@@ -27,6 +27,7 @@ from captcha_exp.sweep.aggregate import (
     truncate,
 )
 from captcha_exp.sweep.figure import save_figure
+from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import JobResult, Outcome
 from captcha_exp.sweep.summary import SweepSummary
 

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from captcha_exp import runs
 from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_untuned_defaults
@@ -40,10 +39,6 @@ class PlannedJob:
         if self.plan is None or self.plan.fits in ("fits", None):
             return True
         return self.config.device.name.startswith("cuda") or self.config.sweep.run_over_budget
-
-    def to_json(self) -> dict[str, Any] | None:
-        """Return the plan as JSON values."""
-        return None if self.plan is None else self.plan.to_json()
 
 
 def plan_jobs(jobs: Sequence[Job]) -> list[PlannedJob]:
