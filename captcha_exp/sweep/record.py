@@ -41,10 +41,8 @@ class Job:
     @property
     def name(self) -> str:
         """The swept overrides, as in "batch_size=64 seed=1", with each key shortened if that is unique."""
-        short_keys = shorten_keys(self.swept)
-        return (
-            " ".join(f"{short_keys[key]}={text}" for key, text in self.swept.items()) or self.requested.name
-        )
+        short = shorten_keys(self.swept)
+        return " ".join(f"{short[key]}={value}" for key, value in self.swept.items()) or self.requested.name
 
 
 def shorten_keys(keys: Iterable[str]) -> dict[str, str]:

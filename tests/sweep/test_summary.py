@@ -23,7 +23,6 @@ from captcha_exp.sweep.aggregate import (
     effective_fits,
     estimate_mean,
     format_status,
-    shorten_keys,
     truncate,
 )
 from captcha_exp.sweep.figure import save_figure
