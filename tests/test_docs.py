@@ -64,7 +64,7 @@ from captcha_exp.memory.plan import Planner
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import Step, train_step
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.sweep import forecast
+from captcha_exp.sweep import planner
 from captcha_exp.sweep.record import Job
 from captcha_exp.sweep.results import JobResult
 from captcha_exp.sweep.summary import SweepSummary
@@ -424,8 +424,8 @@ def test_the_output_of_a_sweep(
         fits="does not fit",
     )
     job = Job(number=5, swept=results[-1].swept, choices={}, requested=tiny)
-    planned = forecast.PlannedJob(job, tiny, {}, plan)
-    forecast.record_skipped(planned, runs.make_run_dir("skipped"), NullTracker())
+    planned = planner.PlannedJob(job, tiny, {}, plan)
+    planner.record_skipped(planned, runs.make_run_dir("skipped"), NullTracker())
     assert_quoted(skipped, infos(caplog)[0])
 
 
@@ -599,8 +599,8 @@ def test_the_names_of_the_architecture_page_exist() -> None:
         ("`training/train.py`: `fit`", []),
         ("`training/fit.py`", ["training/fit.py"]),
         ("`training/train.py`: `fitted`", ["fitted"]),
-        ("`sweep/forecast.py`: `PlannedJob.should_train`", []),
-        ("`sweep/forecast.py`: `PlannedJob.is_trained`", ["PlannedJob.is_trained"]),
+        ("`sweep/planner.py`: `PlannedJob.should_train`", []),
+        ("`sweep/planner.py`: `PlannedJob.is_trained`", ["PlannedJob.is_trained"]),
     ],
 )
 def test_a_wrong_name_is_found(row: str, missing: list[str]) -> None:

@@ -352,7 +352,7 @@ PLANNING = """
 import sys
 from captcha_exp import compose, load
 from captcha_exp.runtime.device import nvml_free_bytes
-from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job
 config = load(compose(*sys.argv[1:]))
 before = nvml_free_bytes()

@@ -60,7 +60,7 @@ def print_reproduction(reproduction: Reproduction) -> None:
     else:
         differing = len(reproduction.differences)
         out.print(f"{differing:,} value{'s differ' if differing > 1 else ' differs'} in total")
-    changes = [each for each in reproduction.changes if each.is_headline or each.role != "ruled_out"]
+    changes = [each for each in reproduction.changes if each.affects != "nothing"]
     if rows := [(each.name, *each.values, each.role) for each in changes]:
         print_table(make_table(("changed", "before", "now", "role"), rows, "changes"))
     out.print(f"reference  {reproduction.reference}", markup=False)

@@ -24,7 +24,7 @@ from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
 from captcha_exp.runs import StaleRun, SweepInfo, code_sha256, resume
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
-from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
@@ -174,14 +174,12 @@ def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
     mlflow, run_ids = sweep.info.mlflow, [result.run_id for result in summary.results if result.run_id]
     if mlflow is None:
         return
-    from captcha_exp.tracking.parent_run import ui_url
-    from captcha_exp.tracking.views import compare_url
+    from captcha_exp.tracking.views import compare_url, ui_url
 
-    server = ui_url(mlflow.uri)
     out.print(f"run {mlflow.run_id}", markup=False)
     if not mlflow.uri.startswith("http"):
         out.print("start captcha-exp ui, then compare the runs at", markup=False)
-    out.print(compare_url(server, mlflow.experiment_id, run_ids), markup=False)
+    out.print(compare_url(ui_url(mlflow.uri), mlflow.experiment_id, run_ids), markup=False)
 
 
 def run_hydra_job(config: "DictConfig") -> None:

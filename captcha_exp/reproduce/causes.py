@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from captcha_exp.reproduce.changes import EQUIVALENT_SOURCES, Change, Role
+from captcha_exp.reproduce.changes import Change, Role
 from captcha_exp.reproduce.compare import Difference, Verdict
 from captcha_exp.runtime.console import preview
 
@@ -25,8 +25,7 @@ def attribute(
     effects = {"numbers"} if same_images else {"numbers", "images"}
     possible = [change for change in changes if change.affects in effects and verdict != "identical"]
     has_input = any(change.is_input for change in possible)
-    sources = {EQUIVALENT_SOURCES.get(change.name, change.name) for change in possible}
-    is_sole = deterministic and not has_input and len(sources) == 1
+    is_sole = deterministic and not has_input and len(possible) == 1
 
     def role(change: Change) -> Role:
         if change not in possible:
@@ -44,7 +43,7 @@ def format_verdict(
 ) -> str:
     """Return the verdict in one line, with the first difference and its cause."""
     if verdict == "identical":
-        notable = [each.describe() for each in changes if each.is_headline]
+        notable = [each.describe() for each in changes if each.affects != "nothing"]
         return f"identical, but {preview(notable)}" if notable else "identical"
     line = f"{verdict}: first in {differences[0].describe()}"
     causes = [each.describe() for each in changes if each.role == "cause"]

@@ -1,13 +1,13 @@
 """Find the changes since the run was trained: versions, code, machine, environment variables."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 from captcha_exp.config import flatten_mapping
-from captcha_exp.reproduce.reference import ABSENT, ReferenceRun, RunResult, changed_values
+from captcha_exp.reproduce.reference import ReferenceRun, RunResult
+from captcha_exp.runs.fields import ABSENT, changed_values, to_short_text
 from captcha_exp.runtime.console import preview
 
 Affects: TypeAlias = Literal["nothing", "images", "numbers"]
@@ -30,6 +30,7 @@ NO_EFFECT_KEYS = (
     *("packages.mlflow", "packages.hydra-core", "packages.omegaconf"),
     *("packages.pydantic", "packages.safetensors"),
     *("variables.*_NUM_THREADS", "device.cores"),  # device.threads is the number used
+    "variables.ATEN_CPU_CAPABILITY",  # acts through device.cpu_capability
     *("device.gpu_bytes", "host"),
 )
 """keys of the config and the environment that do not affect results"""
@@ -44,20 +45,8 @@ NO_EFFECT_CODE = (
 ENVIRONMENT_GROUPS = ("packages", "dependencies", "python", "device", "variables", "platform", "host")
 """groups of the environment that are compared; the platform includes the version of the C library"""
 
-DEVICE_NAMES = {
-    "cpu": "CPU",
-    "cpu_capability": "CPU capability",
-    "cores": "cores",
-    "gpu": "GPU",
-    "gpu_capability": "GPU capability",
-    "gpu_bytes": "GPU memory",
-    "cuda": "CUDA",
-    "cudnn": "cuDNN",
-}
+DEVICE_KEYS = ("cpu", "cpu_capability", "cores", "gpu", "gpu_capability", "gpu_bytes", "cuda", "cudnn")
 """keys of the device in environment.json that are compared; the others are config keys"""
-
-EQUIVALENT_SOURCES = {"variable ATEN_CPU_CAPABILITY": "CPU capability"}
-"""changes that act through another one that is compared as well"""
 
 
 @dataclass(frozen=True)
@@ -71,8 +60,6 @@ class Change:
     """which results it may change"""
     is_input: bool = False
     """whether it is an input of the run: a config key, an image or a label"""
-    is_headline: bool = True
-    """whether the one-line verdict names it"""
     role: Role = "ruled_out"
     """in the difference of the results"""
 
@@ -81,7 +68,7 @@ class Change:
         """Both values as text; empty for a change that has only a name."""
         if self.before is self.after is None:
             return "", ""
-        return _to_short_text(self.before), _to_short_text(self.after)
+        return to_short_text(self.before), to_short_text(self.after)
 
     def describe(self) -> str:
         """Return the name and values, as in "seed 0 -> 1"."""
@@ -95,16 +82,7 @@ class Change:
 
 def from_config(changes: Mapping[str, tuple[Any, Any]]) -> list[Change]:
     """Return a change for each changed config key."""
-    return [
-        Change(
-            key,
-            *pair,
-            affects=effect_of(key),
-            is_input=True,
-            is_headline=not key.startswith(("name", "tracking.")),
-        )
-        for key, pair in changes.items()
-    ]
+    return [Change(key, *pair, effect_of(key), is_input=True) for key, pair in changes.items()]
 
 
 def effect_of(key: str) -> Affects:
@@ -121,31 +99,21 @@ def from_record(reference: ReferenceRun) -> list[Change]:
     """
     results = ("metrics.jsonl", "test.json", "dataset.json")
     modified = [name for name in reference.changed_files if name in results]
-    if reference.config_file_status == "values may differ":
+    if reference.has_unknown_edits:
         modified.append("config.yaml")
     changes = [Change(f"the run's {name}", "original", "modified", "numbers") for name in modified]
     for resumption in reference.info.resumed:
         for key, (before, after) in resumption.changed.items():
-            changes.append(Change(f"on resume: {key}", before, after, effect_of(key), is_headline=False))
+            changes.append(Change(f"on resume: {key}", before, after, effect_of(key)))
     return changes
 
 
 def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
     """Return all changes in code.json, environment.json and the provenance of the images, the code first."""
-    changes = _code_changes(reference, rerun)
     changed = changed_values(_flat_environment(reference), _flat_environment(rerun))
-    for key in sorted(changed, key=lambda key: ENVIRONMENT_GROUPS.index(key.partition(".")[0])):
-        group, _, name = key.partition(".")
-        names = {
-            "packages": name,
-            "dependencies": f"images' {name}",
-            "device": DEVICE_NAMES.get(name),
-            "variables": f"variable {name}",
-        }
-        affects = effect_of(key)
-        is_headline = group == "packages" or affects != "nothing"
-        changes.append(Change(names.get(group) or key, *changed[key], affects, is_headline=is_headline))
-    return changes
+    return _code_changes(reference, rerun) + [
+        Change(key.removeprefix("packages."), *pair, effect_of(key)) for key, pair in changed.items()
+    ]
 
 
 def _flat_environment(result: RunResult) -> dict[str, Any]:
@@ -154,7 +122,7 @@ def _flat_environment(result: RunResult) -> dict[str, Any]:
     device = as_mapping(result.environment.get("device"))
     groups = {group: result.environment.get(group) for group in ENVIRONMENT_GROUPS} | {
         "dependencies": {name: libraries[name] for name in libraries if name not in IMAGE_PACKAGES},
-        "device": {name: device.get(name) for name in DEVICE_NAMES},
+        "device": {name: device.get(name) for name in DEVICE_KEYS},
     }
     return {key: ABSENT if value in (None, {}) else value for key, value in flatten_mapping(groups).items()}
 
@@ -177,7 +145,7 @@ def _code_changes(reference: RunResult, rerun: RunResult) -> list[Change]:
     if pair[0] == pair[1]:
         return []
     is_known = bool(reference.code_hashes)  # identical files at another commit are the same code
-    return [Change("commit", *pair, affects="nothing" if is_known else "numbers", is_headline=not is_known)]
+    return [Change("commit", *pair, affects="nothing" if is_known else "numbers")]
 
 
 def describe_code(environment: Mapping[str, Any]) -> str:
@@ -192,9 +160,3 @@ def describe_code(environment: Mapping[str, Any]) -> str:
 def as_mapping(value: object) -> Mapping[str, Any]:
     """Return a value of a damaged record as a mapping, empty if it is not one."""
     return value if isinstance(value, Mapping) else {}
-
-
-def _to_short_text(value: Any) -> str:
-    """Return a value on one line in the notation of JSON, truncated to 100 characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -5,20 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from captcha_exp.reproduce.reference import RunResult, changed_values
+from captcha_exp.reproduce.reference import RunResult
+from captcha_exp.runs.fields import changed_values, to_short_text
 
 Verdict: TypeAlias = Literal["identical", "equivalent", "different"]
 
 LABELS, SPLIT, IMAGES = "labels (SHA-256)", "split", "images (SHA-256)"
 VOLATILE_METRICS = ("memory/", "speed/")  # prefixes of metrics that differ in every run
 
-TOLERANCES = {
-    "images": "identical, with identical splits: other images are another experiment",
-    "train/loss of epoch 1": "within 1 %: rounding differences stay within it, another seed, learning rate "
-    "or augmentation usually does not",
-    "test/accuracy": "within the 95 % interval of the reference run, its sampling error",
-}
-"""criteria of an equivalent run"""
 LOSS_TOLERANCE = 0.01
 
 
@@ -35,7 +29,7 @@ class Difference:
     def describe(self) -> str:
         """Return the name and values, as in "epoch 1, train/loss 2.0 -> 2.5"."""
         where = self.name if self.epoch is None else f"epoch {self.epoch}, {self.name}"
-        return f"{where} {_abbreviate(self.expected)} -> {_abbreviate(self.actual)}"
+        return f"{where} {to_short_text(self.expected)} -> {to_short_text(self.actual)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of reproduction.json; None for NaN and infinite values, which JSON lacks."""
@@ -65,7 +59,12 @@ def has_same_images(differences: Sequence[Difference]) -> bool:
 
 
 def compute_verdict(reference: RunResult, rerun: RunResult) -> Verdict:
-    """Return identical, equivalent by `TOLERANCES`, or different."""
+    """Return identical, equivalent or different.
+
+    Equivalent runs have the same images and split (other images are another experiment), a loss of the first
+    epoch within `LOSS_TOLERANCE` (rounding differences stay within it, another seed or learning rate usually
+    does not), and a test accuracy within the 95 % interval of the reference run, its sampling error.
+    """
     differences = find_differences(reference, rerun)
     if not differences:
         return "identical"
@@ -104,8 +103,3 @@ def _output_values(result: RunResult) -> dict[str, Any]:
     return (
         {"test images": result.num_test_images} | predictions | {"weights (SHA-256)": result.weights_sha256}
     )
-
-
-def _abbreviate(value: Any) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from captcha_exp.config import Config, FolderConfig
-from captcha_exp.data import dataset
 from captcha_exp.data.sources import folder
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import preview
@@ -36,10 +35,3 @@ def describe_changed_files(config: Config, manifest: Mapping[str, Any]) -> list[
         "new": [name for name in current if name not in recorded and name not in rejected],
     }
     return [f"{kind}: {preview(names, MAX_SHOWN)}" for kind, names in changed.items() if names]
-
-
-def rendered_differently(config: Config, manifest: Mapping[str, Any]) -> bool:
-    """Return whether the config renders images with other settings or versions than the run did."""
-    if isinstance(config.data, FolderConfig):
-        return False
-    return dataset.inspect_dataset(config).key != manifest.get("key")

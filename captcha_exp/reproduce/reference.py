@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import safetensors
 
@@ -11,18 +11,13 @@ from captcha_exp.config import Config, flatten_mapping, load
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import RunInfo, RunLink, find_linked, read_metrics_rows
-from captcha_exp.runs.fields import read_flat_config, read_json
+from captcha_exp.runs.fields import changed_values, read_flat_config, read_json
 from captcha_exp.runs.files import list_run_files
 from captcha_exp.runtime.files import sha256_of
 
 REQUIRED_FILES = ("config.yaml", "run.json", "dataset.json", "environment.json", "metrics.jsonl", "test.json")
 READ_FILES = (*REQUIRED_FILES, "model.safetensors", "code.json", "code.diff")
 """files read here; code.json and code.diff are optional"""
-
-ConfigFileStatus: TypeAlias = Literal["unchanged", "text differs", "values may differ"]
-
-ABSENT = "absent"
-"""value of a key, a file or a variable that one of the runs does not have"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,8 @@ class ReferenceRun:
     """key of config.yaml edited after the run finished -> (original, edited)"""
     changed_files: tuple[str, ...]
     """files modified or removed after the run finished"""
-    config_file_status: ConfigFileStatus
-    """state of config.yaml if `config_edits` is empty"""
+    has_unknown_edits: bool
+    """whether config.yaml was edited, but its original values are not known"""
 
     @property
     def location(self) -> str:
@@ -111,12 +106,10 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
     trained = _config_of_weights(run_dir / "model.safetensors")
     edits = {} if trained is None else changed_values(trained, saved)
     initial_sha256 = info.configs.get("config.yaml")
-    edited_early = initial_sha256 is not None and initial_sha256 != sha256_of(run_dir / "config.yaml")
-    config_file_status: ConfigFileStatus = "unchanged"
-    if not edits and (edited_early or "config.yaml" in changed_files):
-        # If the file was edited during the run, the weights contain the edited values and prove nothing.
-        is_proven = trained is not None and "config.yaml" in changed_files
-        config_file_status = "text differs" if is_proven else "values may differ"
+    edited_early = initial_sha256 not in (None, sha256_of(run_dir / "config.yaml"))
+    edited_late = "config.yaml" in changed_files
+    # If the file was edited during the run, the weights contain the edited values and prove nothing.
+    is_unproven = trained is None or not edited_late
     return ReferenceRun(
         run_dir=run_dir,
         store_uri=store_uri,
@@ -125,16 +118,8 @@ def load_reference(run_dir: Path, store_uri: str | None = None) -> ReferenceRun:
         result=load_result(run_dir, info),
         config_edits=edits,
         changed_files=changed_files,
-        config_file_status=config_file_status,
+        has_unknown_edits=not edits and (edited_early or edited_late) and is_unproven,
     )
-
-
-def changed_values(
-    old: Mapping[str, Any], new: Mapping[str, Any], missing: Any = ABSENT
-) -> dict[str, tuple[Any, Any]]:
-    """Return key -> (old, new value) for each key whose values are not exactly equal; NaN equals NaN."""
-    pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in (*old, *new)}
-    return {key: pair for key, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
 
 
 def load_result(run_dir: Path, info: RunInfo) -> RunResult:

@@ -14,9 +14,10 @@ from captcha_exp.reproduce import changes, compare, images
 from captcha_exp.reproduce.causes import attribute, format_verdict
 from captcha_exp.reproduce.changes import Change
 from captcha_exp.reproduce.compare import Difference, Verdict
-from captcha_exp.reproduce.reference import ReferenceRun, RunResult, changed_values, load_result
+from captcha_exp.reproduce.reference import ReferenceRun, RunResult, load_result
 from captcha_exp.runs import Lineage, Run
-from captcha_exp.runs.source_code import git_info, hash_source_files
+from captcha_exp.runs.fields import changed_values
+from captcha_exp.runs.source_code import hash_source_files
 from captcha_exp.runtime.console import preview
 from captcha_exp.training import train
 from captcha_exp.training.oom import TrainingOutOfMemoryError
@@ -58,7 +59,6 @@ class Reproduction:
             "num_epochs": len(self.result.metrics_by_epoch),
             "num_test_images": self.result.num_test_images,
             "weights_sha256": self.result.weights_sha256,
-            "tolerances": compare.TOLERANCES,
         }
 
 
@@ -178,27 +178,20 @@ def _checkout_command(reference: ReferenceRun) -> str:
     git = changes.as_mapping(environment.get("git"))
     commit = str(git.get("commit") or "")
     if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
-        version = environment.get("captcha_exp")
-        return f"pip install {shlex.quote(f'captcha-exp=={version}')}" if version else "unknown version"
+        version = environment.get("captcha_exp", "VERSION")
+        return f"pip install {shlex.quote(f'captcha-exp=={version}')}"
     directory = f"../captcha_exp-{commit[:8]}"
-    command = f"git clone ... {directory} and git checkout {commit}"
-    if git_info():
-        command = f"git worktree add {directory} {commit}"
-    if not git.get("dirty"):
-        return command
+    command = f"git worktree add {directory} {commit}"
     patch = reference.run_dir / "code.diff"
-    if not patch.is_file():
-        return f"{command} (uncommitted changes were not saved)"
+    if not git.get("dirty") or not patch.is_file():
+        return command
     source = shlex.quote(str(patch)) if reference.store_uri is None else "the MLflow artifact code.diff"
     return f"{command}, then in it git apply {source}"
 
 
 def _report_images(reference: ReferenceRun, config: Config) -> list[Change]:
     """Warn about changed files of an image folder, and return them as changes."""
-    manifest = reference.result.dataset
-    if images.rendered_differently(config, manifest):
-        logger.info("images are rendered with other settings or versions than those of the run")
-    changed_files = images.describe_changed_files(config, manifest)
+    changed_files = images.describe_changed_files(config, reference.result.dataset)
     for description in changed_files:
         logger.warning(f"the image folder has changed: {description}")
     return [Change(description, None, None, "numbers", is_input=True) for description in changed_files]

@@ -11,6 +11,7 @@ from captcha_exp.runs.create import remove_partial_runs as remove_partial_runs
 from captcha_exp.runs.create import reopen_run as reopen_run
 from captcha_exp.runs.info import Lineage as Lineage
 from captcha_exp.runs.info import RecordedDir as RecordedDir
+from captcha_exp.runs.info import RunEnd as RunEnd
 from captcha_exp.runs.info import RunInfo as RunInfo
 from captcha_exp.runs.info import RunLink as RunLink
 from captcha_exp.runs.info import Status as Status

@@ -6,6 +6,7 @@ one, if the run has no result), the maximum of memory/*, the median of speed/*, 
 
 import json
 import logging
+import re
 import statistics
 from collections.abc import Mapping
 from functools import cached_property
@@ -51,6 +52,8 @@ _DATASET_KEYS = (
     "images_sha256",
     "labels_sha256",
 )
+ABSENT = "absent"
+"""value of a key that one of two runs does not have"""
 _NESTING_CHARS = "[{-?"  # without these, only indentation nests YAML
 
 
@@ -185,6 +188,22 @@ def read_flat_dataset(run_dir: Path) -> dict[str, Any]:
     rejected = values.get("rejected")
     chosen = {key: value for key, value in values.items() if key.partition(".")[0] in _DATASET_KEYS}
     return chosen | ({"rejected": len(rejected)} if isinstance(rejected, list) else {})
+
+
+def changed_values(
+    old: Mapping[str, Any], new: Mapping[str, Any], missing: Any = ABSENT
+) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (old, new value) for each key whose values are not exactly equal; NaN equals NaN."""
+    pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in (*old, *new)}
+    return {key: pair for key, pair in pairs.items() if repr(pair[0]) != repr(pair[1])}
+
+
+def to_short_text(value: Any) -> str:
+    """Return a value on one line in the notation of JSON; of a SHA-256, the first 12 characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:12]
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -> float | None:

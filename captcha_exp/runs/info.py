@@ -8,7 +8,7 @@ import contextlib
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
@@ -16,7 +16,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.runs.files import hash_files
 from captcha_exp.runtime.files import write_json
 from captcha_exp.runtime.process import ProcessIdentity, identify_process
-from captcha_exp.runtime.shutdown import StopReason
+from captcha_exp.runtime.shutdown import STOPPED, StopReason, stop_reason
 
 RECORD_FORMAT = 2
 """Version of the layout of run and sweep directories, field `format`. Version 0.1 wrote no such field."""
@@ -250,6 +250,21 @@ class RecordedDir(Generic[InfoT]):
     def save(self) -> None:
         """Write the record."""
         write_json(self.run_dir / self.info.filename, self.info.model_dump())
+
+
+class RunEnd(NamedTuple):
+    """How a run or sweep ended: the arguments of `RecordedDir.close`."""
+
+    status: Status
+    error: str | None = None
+    stop_reason: StopReason | None = None
+
+    @staticmethod
+    def of(exception: BaseException) -> "RunEnd":
+        """Return the end of a run that raised this: KILLED if it was stopped, else FAILED."""
+        if isinstance(exception, STOPPED):
+            return RunEnd("KILLED", None, stop_reason(exception))
+        return RunEnd("FAILED", f"{type(exception).__name__}: {exception}")
 
 
 def running_fields() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sweeps: plan the jobs of a multirun, run each in a fresh process, and summarize the results.
 
 - `record`: the jobs and the sweep directory with its sweep.json
-- `forecast`: the predicted memory of each job, and the record of a job that is skipped
+- `planner`: the predicted memory of each job, and the record of a job that is skipped
 - `runner`: the whole sweep, from its parent run in MLflow to its summary
 - `supervisor`, `worker`: the parent and the worker process of a job
 - `results`, `aggregate`: the result of each job, and means over jobs that differ only in their seeds

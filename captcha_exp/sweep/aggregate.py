@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import JobResult, Outcome
 
 SEEDS = ("seed", "data.seed", "data.split_seed")
@@ -186,13 +187,6 @@ def format_status(result: JobResult) -> str:
     micro, full = result.micro_batch_size, result.batch_size
     is_split = micro is not None and (full is None or micro < full)
     return f"{status} (split to {micro:,})" if is_split else status
-
-
-def shorten_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Map each key to its last part, or to itself if two keys share that part."""
-    last = {key: key.rpartition(".")[2] for key in keys}
-    counts = Counter(last.values())
-    return {key: part if counts[part] == 1 else key for key, part in last.items()}
 
 
 def format_job(swept: Mapping[str, str], short_keys: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ from typing import get_args
 
 from captcha_exp.sweep import aggregate
 from captcha_exp.sweep.aggregate import BATCH_SIZE, SeedGroup, format_number
+from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import Outcome
 
 TARGET_FRACTION = 0.95  # of the highest training speed
@@ -35,7 +36,7 @@ def is_batch_size_sweep(groups: Sequence[SeedGroup]) -> bool:
 def group_by_rest(groups: Sequence[SeedGroup]) -> list[tuple[str, list[SeedGroup]]]:
     """Split a sweep of the batch size by the other swept keys; sort each part by batch size."""
     keys = aggregate.swept_keys(result for group in groups for result in group.results)
-    short_keys = aggregate.shorten_keys(keys)
+    short_keys = shorten_keys(keys)
     return [
         (aggregate.format_job(rest, short_keys), sorted(members, key=lambda group: group.batch_size or 0))
         for rest, members in aggregate.group_by_swept(groups, (BATCH_SIZE,))

@@ -7,8 +7,10 @@ N-key=value.log      the output of the worker process
 summary.*            the summary as JSON, CSV, Markdown and PNG
 """
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,11 +41,15 @@ class Job:
     @property
     def name(self) -> str:
         """The swept overrides, as in "batch_size=64 seed=1", with each key shortened if that is unique."""
-        last = [key.rpartition(".")[2] for key in self.swept]
-        short = {
-            key: part if last.count(part) == 1 else key for key, part in zip(self.swept, last, strict=True)
-        }
+        short = shorten_keys(self.swept)
         return " ".join(f"{short[key]}={value}" for key, value in self.swept.items()) or self.requested.name
+
+
+def shorten_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Map each key to its last part, or to itself if two keys share that part."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    counts = Counter(last.values())
+    return {key: part if counts[part] == 1 else key for key, part in last.items()}
 
 
 class Sweep(RecordedDir[SweepInfo]):
@@ -66,10 +72,6 @@ class Sweep(RecordedDir[SweepInfo]):
             for each in self.info.jobs
         ]
 
-    def reopen(self) -> None:
-        """Take over the sweep in this process."""
-        self.update(**running_fields())
-
     def set_deadline(self, max_minutes: float | None) -> None:
         """Limit the whole sweep to this time from now; None removes the limit."""
         if max_minutes is None:
@@ -86,22 +88,18 @@ class Sweep(RecordedDir[SweepInfo]):
 
     def attempts(self, job: Job) -> list[Path]:
         """Return the run directories of the job so far, the latest last."""
-        return [run_dir for run_dir, exists in self._run_dirs(job) if exists]
+        numbers = itertools.count(1)
+        return list(itertools.takewhile(Path.is_dir, (self._run_dir(job, number) for number in numbers)))
 
     def new_attempt(self, job: Job) -> Path:
         """Create the run directory of the job's next attempt."""
-        next_dir = self._run_dirs(job)[-1][0]
+        next_dir = self._run_dir(job, len(self.attempts(job)) + 1)
         next_dir.mkdir()
         return next_dir
 
-    def _run_dirs(self, job: Job) -> list[tuple[Path, bool]]:
-        """List the run directories of all attempts and whether each exists; only the last does not."""
-        stem = self.run_dir / f"{job.number}-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', job.name)[:80]}"
-        run_dirs: list[tuple[Path, bool]] = []
-        while not run_dirs or run_dirs[-1][1]:
-            run_dir = stem if not run_dirs else stem.with_name(f"{stem.name}-{len(run_dirs) + 1}")
-            run_dirs.append((run_dir, run_dir.is_dir()))
-        return run_dirs
+    def _run_dir(self, job: Job, attempt: int) -> Path:
+        stem = f"{job.number}-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', job.name)[:80]}"
+        return self.run_dir / (stem if attempt == 1 else f"{stem}-{attempt}")
 
 
 def create_sweep(

@@ -6,24 +6,21 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from captcha_exp import runs
 from captcha_exp.config import MlflowConfig, flatten
 from captcha_exp.errors import RunFailed
+from captcha_exp.runs.info import running_fields
 from captcha_exp.runtime.files import write_atomically
-from captcha_exp.runtime.shutdown import STOPPED, StopReason, TimeLimitReached, defer_signals, stop_reason
+from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
-from captcha_exp.sweep.forecast import PlannedJob, record_skipped
+from captcha_exp.sweep.planner import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
 from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.tracking import make_tracker
-from captcha_exp.tracking.sync import finalize_run
-
-if TYPE_CHECKING:
-    from captcha_exp.tracking.parent_run import SweepParentRun
+from captcha_exp.tracking.sync import finalize_run, sync_all
 
 logger = logging.getLogger(__name__)
 
@@ -50,59 +47,43 @@ def run_sweep(
         TimeLimitReached: `max_minutes` have passed; the same command resumes the sweep.
     """
     if resumed is None:
-        jobs, predicted = [each.job for each in planned_jobs], [each.to_json() for each in planned_jobs]
+        jobs, plans = [each.job for each in planned_jobs], [each.plan for each in planned_jobs]
+        predicted = [None if plan is None else plan.to_json() for plan in plans]
         sweep = record.create_sweep(planned_jobs[0].config.name, jobs, predicted, parallelism)
     else:
         sweep = resumed
-        sweep.reopen()
-    status: runs.Status = "FAILED"
-    error: str | None = None
-    reason: StopReason | None = None
-    parent = None
+        sweep.update(**running_fields())
+    is_saved = True
     try:
         sweep.set_deadline(max_minutes)
-        parent = _start_parent_run(sweep, planned_jobs)
+        _start_parent_run(sweep, planned_jobs)
         _run_jobs(sweep, planned_jobs, launch)
         if sweep.deadline is not None and _is_out_of_time(sweep, sweep.deadline):
             raise TimeLimitReached(
                 "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
             )
-        status = "FINISHED"
-    except STOPPED as interruption:
-        status, reason = "KILLED", stop_reason(interruption)
-        raise
-    except Exception as exception:
-        error = f"{type(exception).__name__}: {exception}"
+        end = runs.RunEnd("FINISHED")
+    except BaseException as exception:
+        end = runs.RunEnd.of(exception)
         raise
     finally:
         with defer_signals():
             _finalize_stale_runs(sweep)
             summary = SweepSummary(collect_results(sweep), parallelism)
-            status = "FAILED" if status == "FINISHED" and summary.has_failures else status
-            is_saved = _save_summary(summary, sweep, (status, error, reason), parent)
+            if end.status == "FINISHED" and summary.has_failures:
+                end = runs.RunEnd("FAILED")
+            try:
+                _write_summary_files(summary, sweep.run_dir)
+                sweep.close(*end)
+                sync_all([runs.StaleRun(sweep.run_dir, sweep.info)])
+            except OSError as exception:  # a full disk
+                logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
+                is_saved = False
             on_complete(sweep, summary)
     if not is_saved:
         option = f"--resume={shlex.quote(str(sweep.run_dir))}"
         raise RunFailed(f"{sweep.run_dir}: no summary; free disk space and write it with {option}")
     return summary
-
-
-def _save_summary(
-    summary: SweepSummary,
-    sweep: Sweep,
-    final: tuple[runs.Status, str | None, StopReason | None],
-    parent: "SweepParentRun | None",
-) -> bool:
-    """Save the summary in the sweep directory and in MLflow; return False on a write error."""
-    try:
-        _write_summary_files(summary, sweep.run_dir)
-        sweep.close(*final)
-        if parent is not None and parent.finish(sweep, summary.metrics_by_step(), summary.to_markdown()):
-            sweep.update_mlflow(closed=True)
-    except OSError as exception:  # a full disk
-        logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
-        return False
-    return True
 
 
 def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher) -> None:
@@ -161,22 +142,12 @@ def _is_running(run_dir: Path) -> bool:
     return run is not None and run.info.has_live_process()
 
 
-# -- in MLflow -----------------------------------------------------------------------------------------------
-
-
-def _start_parent_run(sweep: Sweep, planned_jobs: Sequence[PlannedJob]) -> "SweepParentRun | None":
+def _start_parent_run(sweep: Sweep, planned_jobs: Sequence[PlannedJob]) -> None:
     tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
-    if not isinstance(tracking, MlflowConfig):
-        return None
-    from captcha_exp.tracking.parent_run import SweepParentRun
+    if isinstance(tracking, MlflowConfig):
+        from captcha_exp.tracking.tracker import start_run
 
-    parent = SweepParentRun(tracking)
-    known = sweep.info.run_id
-    if known is None or not parent.resume(known):
-        sweep.update(mlflow=parent.mlflow_ref)  # before the run exists: no run without a reference to it
-        parent.start(sweep, _params(planned_jobs))
-    sweep.update(mlflow=parent.mlflow_ref)
-    return parent
+        start_run(sweep, tracking, _params(planned_jobs))
 
 
 def _params(planned_jobs: Sequence[PlannedJob]) -> dict[str, str]:

@@ -5,6 +5,7 @@ random state, thread count or CUDA context carries over to the next job.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -17,15 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from captcha_exp import runs
 from captcha_exp.config import Config, load, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
-from captcha_exp.runs import resume
+from captcha_exp.runs import SweepInfo, resume
 from captcha_exp.runtime.console import console, get_log_level
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.runtime.process import ProcessIdentity
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
@@ -65,7 +64,7 @@ def run_job(sweep_dir: Path, number: int) -> None:
     """
     sweep = Sweep(sweep_dir)
     job = sweep.jobs[number - 1]
-    _exit_with_parent(sweep.info)
+    _exit_with_parent(sweep_dir)
     deadline = _job_deadline(sweep)
     if deadline is not None and deadline <= time.time():
         return
@@ -137,27 +136,21 @@ def train_with_oom_retry(
 
 def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None] | None) -> None:
     """Run one worker process, and record its exit in the run directory if it has not done so itself."""
-    child = _ChildProcess(run_dir, on_line)
+    message = {
+        **vars(job),
+        "requested": to_dict(job.requested),
+        "lineage": job.lineage.model_dump(),
+        "run_dir": run_dir,
+        "log_level": get_log_level(),
+    }
+    error = None
     try:
-        with child:
-            child.send(
-                {
-                    "config": to_dict(job.requested),
-                    "choices": dict(job.choices),
-                    "name": job.name,
-                    "parent_run_id": job.parent_run_id,
-                    "run_dir": str(run_dir),
-                    "lineage": job.lineage.model_dump(),
-                    "extend_from": job.extend_from and str(job.extend_from),
-                    "deadline": job.deadline,
-                    "log_level": get_log_level(),
-                }
-            )
+        with _ChildProcess(run_dir, on_line) as child:
+            child.send(json.dumps(message, default=str).encode())
             child.wait()
-    except BaseException:
-        _finalize_run(job, run_dir, None)
-        raise
-    _finalize_run(job, run_dir, child.describe_exit())
+        error = child.describe_exit()
+    finally:
+        _finalize_run(job, run_dir, error)
 
 
 class _ChildProcess:
@@ -190,23 +183,22 @@ class _ChildProcess:
         try:
             if self._process.poll() is None:
                 self._stop_requested = True
-                self._write_line(STOP)
-                self._process.wait(STOP_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+                self.send(STOP)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_TIMEOUT_SECONDS)
         finally:  # also on a second Ctrl-C
             self._was_killed = self._process.poll() is None
             self._process.kill()
-            self._process.wait()
             self._reader.join()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
+            with contextlib.suppress(OSError), self._process:  # closes the pipes
+                pass
 
-    def send(self, job: Any) -> None:
-        """Send the job as one line of JSON."""
-        self._write_line(json.dumps(job).encode())
+    def send(self, line: bytes) -> None:
+        """Send one line to its standard input."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has exited; `describe_exit` says why
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
 
     def wait(self) -> None:
         """Wait until the process has exited and its output has been forwarded."""
@@ -220,62 +212,33 @@ class _ChildProcess:
             return f"did not stop within {STOP_TIMEOUT_SECONDS:g} s; killed"
         if code >= 0:
             return self._last_line or f"exited with code {code} without output"
-        names = {each.value: each.name for each in signal.Signals}
-        name = names.get(-code, f"signal {-code}")
+        name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
         hint = " (possibly by the kernel's OOM killer)" if name == "SIGKILL" else ""
         return f"terminated by {name}{hint}"
-
-    def _write_line(self, line: bytes) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has exited; `describe_exit` says why
-            self._process.stdin.write(line + b"\n")
-            self._process.stdin.flush()
 
     def _forward_output(self) -> None:
         """Forward each line to the log and to `on_line`.
 
         If one of them fails, the other still gets the output: an unread pipe would block the process.
         """
-        if self._process.stdout is None or self._on_line is None:
+        if self._process.stdout is None:
             return
-        terminal, log = _SafeWriter(self._on_line), _SafeWriter(_file_appender(self._log_path))
-        log.write(b"")  # create the file even without output
         has_crashed = False
         for data in self._process.stdout:
-            log.write(data)
+            with contextlib.suppress(OSError), self._log_path.open("ab") as log:
+                log.write(data)
             line = data.decode(errors="replace").rstrip("\r\n")
             self._last_line = line.strip()[:MAX_ERROR_LENGTH] or self._last_line
             has_crashed = has_crashed or line.startswith(CRASH_MARKERS)
             if not has_crashed:
-                terminal.write(line)
+                self._print(line)
         if self._process.wait() != 0 and (self._was_killed or not self._stop_requested):
-            where = f"cannot write {self._log_path}" if log.broken else f"full output in {self._log_path}"
-            terminal.write(f"{self.describe_exit()}; {where}")
+            self._print(f"{self.describe_exit()}; full output in {self._log_path}")
 
-
-class _SafeWriter:
-    """Write until the first failure, such as a full disk or a closed terminal, and then discard."""
-
-    def __init__(self, write: Callable[[Any], object]) -> None:
-        self._write = write
-        self.broken = False
-
-    def write(self, data: str | bytes) -> None:
-        if not self.broken:
-            try:
-                self._write(data)
-            except (OSError, SystemExit):  # rich exits when its terminal is closed
-                self.broken = True
-
-
-def _file_appender(path: Path) -> Callable[[bytes], object]:
-    """Return a function that appends to the file and opens it for each call, since opening may fail."""
-
-    def write(data: bytes) -> None:
-        with path.open("ab") as file:
-            file.write(data)
-
-    return write
+    def _print(self, line: str) -> None:
+        assert self._on_line is not None
+        with contextlib.suppress(OSError, SystemExit):  # rich exits when its terminal is closed
+            self._on_line(line)
 
 
 def _finalize_run(job: TrainJob, run_dir: Path, error: str | None) -> None:
@@ -311,10 +274,11 @@ def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
     return None if size == 1 else replace(requested, train=train)
 
 
-def _exit_with_parent(parent: ProcessIdentity) -> None:
+@functools.cache  # a launcher's worker may run several jobs
+def _exit_with_parent(sweep_dir: Path) -> None:
     """Exit this process when that of the sweep exits; a launcher's worker would otherwise survive it."""
-    thread_names = {thread.name for thread in threading.enumerate()}
-    if parent.pid == os.getpid() or _WATCHER_THREAD_NAME in thread_names:
+    parent = SweepInfo.load(sweep_dir)
+    if parent.pid == os.getpid():
         return
 
     def watch() -> None:
@@ -322,7 +286,4 @@ def _exit_with_parent(parent: ProcessIdentity) -> None:
             time.sleep(POLL_SECONDS)
         os._exit(1)  # closes the pipes to its children, which then exit
 
-    threading.Thread(target=watch, name=_WATCHER_THREAD_NAME, daemon=True).start()
-
-
-_WATCHER_THREAD_NAME = "exit-with-sweep"
+    threading.Thread(target=watch, daemon=True).start()

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from captcha_exp.runtime.console import escape_unprintable
-from captcha_exp.sweep.aggregate import SEEDS, SeedGroup, format_number, shorten_keys, swept_keys, truncate
+from captcha_exp.sweep.aggregate import SEEDS, SeedGroup, format_number, swept_keys, truncate
+from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import JobResult
 
 NUMBER_COLUMNS = ("jobs", "predicted MiB", "measured MiB", "images/s", "validation", "seconds to best")

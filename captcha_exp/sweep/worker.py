@@ -21,38 +21,31 @@ def worker_main() -> None:
     """Train the job read from standard input; the result is the record in its run directory."""
     lines = _read_lines()
     job = json.loads(next(lines))
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the process group; the supervisor handles it
+    # Ctrl-C reaches the process group; the supervisor handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=_watch_stdin, args=(lines,), daemon=True).start()
 
     from captcha_exp.config import load
     from captcha_exp.errors import UserError
-    from captcha_exp.runs import Lineage, RunInfo
+    from captcha_exp.runs import Lineage
     from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.shutdown import ShutdownHandler
     from captcha_exp.tracking import make_tracker
-    from captcha_exp.training.train import resume, train
+    from captcha_exp.training.train import train
 
     set_up_logging(job["log_level"])
-    config = load(job["config"])
+    config = load(job["requested"])
     tracker = make_tracker(config, job["choices"], job["name"], job["parent_run_id"])
     try:
-        run_dir = Path(job["run_dir"])
-        extend_from = job["extend_from"] and Path(job["extend_from"])
-        shutdown = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)
-        if (run_dir / RunInfo.filename).exists():
-            resume(run_dir, tracker, extend_from=extend_from, shutdown=shutdown)
-        else:
-            train(
-                config,
-                tracker,
-                run_dir=run_dir,
-                lineage=Lineage.model_validate(job["lineage"]),
-                extend_from=extend_from,
-                shutdown=shutdown,
-            )
+        train(
+            config,
+            tracker,
+            run_dir=Path(job["run_dir"]),
+            lineage=Lineage.model_validate(job["lineage"]),
+            extend_from=job["extend_from"] and Path(job["extend_from"]),
+            shutdown=ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60),
+        )
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)

@@ -1,5 +1,5 @@
-"""MLflow tracking: runs (`tracker`), sweep parent runs (`parent_run`), the backend store (`store`), the UI
-(`server`, `views`), artifacts (`download`), and stale runs (`sync`).
+"""MLflow tracking: runs and the parent runs of sweeps (`tracker`), their ends (`sync`), the backend store
+(`store`), the UI (`server`, `views`) and artifacts (`download`).
 
 Import from the modules: `sync` runs at each start and rarely needs MLflow.
 """

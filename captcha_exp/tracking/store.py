@@ -1,12 +1,11 @@
-"""MLflow's backend store: open or create it, or inspect it without changing anything."""
+"""MLflow's backend store: open or create it, send to it, or inspect it without changing anything."""
 
 import contextlib
-import getpass
 import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +15,11 @@ import filelock
 import mlflow
 import sqlalchemy
 from mlflow import MlflowClient
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from captcha_exp.errors import RunFailed, first_line
+from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow
 from captcha_exp.tracking.uri import sqlite_path
 
 # MLflow logs each step of creating its tables.
@@ -82,15 +83,6 @@ def raise_run_failed(uri: str) -> Iterator[None]:
         ) from error
 
 
-def source_tags() -> dict[str, str]:
-    """Return the tags in which MLflow shows who started a run, and with which program."""
-    return {
-        "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": "captcha-exp",
-        "mlflow.source.type": "LOCAL",
-    }
-
-
 def run_exists(client: MlflowClient, run_id: str) -> bool:
     """Check whether the store has the run and it was not deleted."""
     try:
@@ -100,6 +92,28 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
             return False
         raise
     return bool(run.info.lifecycle_stage == "active")
+
+
+def send_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
+    client.log_batch(run_id, tags=[RunTag(*item) for item in tags.items()])
+
+
+def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
+    """Log rows; MLflow ignores those that it already has."""
+    metrics = [
+        Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
+    ]
+    client.log_batch(run_id, metrics=metrics)
+
+
+def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
+    """Log the files of a run or sweep as artifacts, without checkpoints and the jobs of a sweep."""
+    for path in sorted(run_dir.iterdir()):
+        if path.is_file():
+            client.log_artifact(run_id, str(path))
+        elif path.name != CHECKPOINT_DIR and not (path / "run.json").exists():
+            client.log_artifacts(run_id, str(path), path.name)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------

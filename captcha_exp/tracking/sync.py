@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from captcha_exp.errors import first_line
 from captcha_exp.runs import (
+    RunInfo,
     StaleRun,
     find_stale,
     read_metrics_rows,
@@ -34,7 +35,7 @@ def close_stale_runs() -> list[Path]:
     Errors are reported as warnings, and the next start tries again.
     """
     remove_partial_runs()
-    stale_runs = [stale for stale in find_stale() if stale.info.is_running or _can_sync(stale)]
+    stale_runs = [stale for stale in find_stale() if stale.info.is_running or _unclosed_ref(stale)]
     if not stale_runs:
         return []
     try:
@@ -43,7 +44,7 @@ def close_stale_runs() -> list[Path]:
                 return []  # another process is closing them
             stale_runs = [current for stale in stale_runs if (current := stale.reload()) is not None]
             closed = _close_runs(stale_runs)
-            synced = [stale for stale in _sync_all(stale_runs) if stale not in closed]
+            synced = [stale for stale in sync_all(stale_runs) if stale not in closed]
     except OSError as error:
         logger.warning(
             f"{root_dir() / 'outputs'}: cannot close stale runs: {error}; the next start tries again"
@@ -62,7 +63,7 @@ def finalize_run(run_dir: Path, error: str | None) -> None:
     if stale is not None:
         if stale.info.is_running:
             stale.finalize(error)
-        _sync_all([stale])
+        sync_all([stale])
 
 
 def _close_runs(stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
@@ -86,30 +87,25 @@ def _format_name(stale: StaleRun[Any]) -> str:
 # -- MLflow --------------------------------------------------------------------------------------------------
 
 
-def _can_sync(stale: StaleRun[Any]) -> bool:
-    """Check whether MLflow lacks the end of the run and the store may be reachable.
+def _unclosed_ref(stale: StaleRun[Any]) -> MlflowRef | None:
+    """Return the reference to an MLflow run that lacks the end of the run, if the store may be reachable.
 
     A missing SQLite file is not an error: it was deleted, or its disk is not mounted.
     """
-    if not stale.needs_sync:
-        return False
-    path = sqlite_path(_mlflow_ref(stale).uri)
-    return path is None or path.is_file()
-
-
-def _mlflow_ref(stale: StaleRun[Any]) -> MlflowRef:
     ref = stale.info.mlflow
-    assert isinstance(ref, MlflowRef)  # only runs that need a sync come here
-    return ref
+    if ref is None or ref.closed:
+        return None
+    path = sqlite_path(ref.uri)
+    return ref if path is None or path.is_file() else None
 
 
-def _sync_all(stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
+def sync_all(ended_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
     """Sync the closed runs to their stores, and return those that MLflow has now."""
     by_store: dict[str, list[StaleRun[Any]]] = {}
-    for stale in stale_runs:
-        if not stale.info.is_running and _can_sync(stale):
-            by_store.setdefault(_mlflow_ref(stale).uri, []).append(stale)
-    return [stale for uri, group in by_store.items() for stale in _sync_to_store(uri, group)]
+    for run in ended_runs:
+        if not run.info.is_running and (ref := _unclosed_ref(run)):
+            by_store.setdefault(ref.uri, []).append(run)
+    return [run for uri, group in by_store.items() for run in _sync_to_store(uri, group)]
 
 
 def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
@@ -134,29 +130,36 @@ def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun[Any]]) -> list[StaleR
             if inspect_store(uri, "")[0] != "current":
                 break  # the store became unreachable: the other runs would wait for a timeout each
     if problem:
-        count = f"{len(stale_runs) - num_handled} of {len(stale_runs)} stale runs"
+        count = f"{len(stale_runs) - num_handled} of {len(stale_runs)} runs"
         logger.warning(f"{uri}: {count} not synced to MLflow: {problem}; the next start tries again")
     return synced
 
 
 def _sync_run(client: "MlflowClient", stale: StaleRun[Any]) -> str | None:
     """Send the whole run to MLflow and return its run ID; None if it was deleted in MLflow."""
-    from captcha_exp.tracking.tracker import send_artifacts, send_metrics, send_status
+    from captcha_exp.tracking.store import send_artifacts, send_metrics, send_tags
 
-    run_id = _find_run_id(client, stale)
-    if run_id is not None:
-        stale.remove_partial_files()  # a run that ended by itself still has them
-        logger.debug(f"sending {stale.run_dir} to MLflow run {run_id}")
-        send_metrics(client, run_id, read_metrics_rows(stale.run_dir)[0])
-        send_artifacts(client, run_id, stale.run_dir)
-        send_status(client, run_id, stale.info)
+    run_id, info = _find_run_id(client, stale), stale.info
+    if run_id is None:
+        return None
+    stale.remove_partial_files()  # a run that ended by itself still has them
+    logger.debug(f"sending {stale.run_dir} to MLflow run {run_id}")
+    tags = dict(info.tags) if isinstance(info, RunInfo) else {}
+    if (summary := stale.run_dir / "summary.md").is_file():  # of a sweep
+        tags["mlflow.note.content"] = summary.read_text(encoding="utf-8")
+    send_tags(client, run_id, tags)
+    send_metrics(client, run_id, read_metrics_rows(stale.run_dir)[0])
+    send_artifacts(client, run_id, stale.run_dir)
+    ended = None if info.ended is None else int(info.ended.timestamp() * 1000)
+    client.set_terminated(run_id, info.status, end_time=ended)
     return run_id
 
 
 def _find_run_id(client: "MlflowClient", stale: StaleRun[Any]) -> str | None:
     from captcha_exp.tracking.store import run_exists
 
-    ref = _mlflow_ref(stale)
+    ref = stale.info.mlflow
+    assert ref is not None  # only runs that need a sync come here
     if ref.run_id is None:  # killed while MLflow created the run
         candidates = client.search_runs([ref.experiment_id], f"tags.pid = '{stale.info.pid}'")
         ids = (run.info.run_id for run in candidates if run.data.tags.get("run_dir") == str(stale.run_dir))

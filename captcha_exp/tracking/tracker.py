@@ -4,26 +4,28 @@ The run directory is written first and is complete without MLflow. If the store 
 continues: rows are queued and sent with the next one. Their timestamps let MLflow ignore duplicates.
 """
 
+import getpass
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
 from captcha_exp.config import Config, MlflowConfig, flatten
 from captcha_exp.errors import first_line
-from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow, RecordedDir, Run, RunInfo
-from captcha_exp.runs.info import MlflowRef, Record
+from captcha_exp.runs import MetricsRow, RecordedDir, Run, StaleRun
+from captcha_exp.runs.info import MlflowRef
 from captcha_exp.tracking.store import (
     get_or_create_experiment,
     open_store,
     raise_run_failed,
     run_exists,
-    source_tags,
+    send_metrics,
+    send_tags,
 )
+from captcha_exp.tracking.sync import sync_all
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,6 @@ class MlflowTracker:
         if parent_run_id is not None:
             self._tags["mlflow.parentRunId"] = parent_run_id
         self._pending_rows: list[MetricsRow] = []
-        self._client: MlflowClient | None = None
-        self._run_id = ""
 
     def start(self, run: Run, config: Config) -> None:
         """Create the MLflow run, or reattach to that of a resumed run, and log the config as params.
@@ -59,34 +59,8 @@ class MlflowTracker:
             RunFailed: The store cannot be used; fix it, or use tracking=none.
         """
         assert isinstance(config.tracking, MlflowConfig)  # `make_tracker` checks this
-        uri = config.tracking.uri
-        with raise_run_failed(uri):
-            self._client = open_store(uri)
-            experiment = get_or_create_experiment(self._client, uri, config.tracking.experiment)
-            tags = {**identity_tags(run), **run.info.tags, **self._tags}
-            run_id = self._existing_run_id(run, uri)
-            if run_id is None:
-                # Recorded before creating the MLflow run: after a kill in between, `sync` can find that run.
-                run.update(mlflow=MlflowRef(uri=uri, experiment_id=experiment, run_id=None, closed=False))
-                name = self._run_name or run.run_dir.name
-                run_id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-                run.update_mlflow(run_id=run_id)
-            else:
-                self._client.update_run(run_id, status="RUNNING")
-                self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-                # The interrupted process may not have sent its last rows.
-                send_metrics(self._client, run_id, run.metrics_rows())
-            self._run_id = run_id
-            params = [Param(key, value) for key, value in flatten(config).items()]
-            self._client.log_batch(self._run_id, params=params)
-
-    def _existing_run_id(self, run: Run, uri: str) -> str | None:
-        """Return the MLflow run ID of a resumed run, or None if it has none in this store."""
-        assert self._client is not None
-        ref = run.info.mlflow
-        if ref is None or ref.run_id is None or ref.uri != uri or not run_exists(self._client, ref.run_id):
-            return None
-        return ref.run_id
+        tags = run.info.tags | self._tags
+        self._client, self._run_id = start_run(run, config.tracking, flatten(config), tags, self._run_name)
 
     def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Log the dataset as an MLflow dataset, and the git commit as tags."""
@@ -108,8 +82,7 @@ class MlflowTracker:
         )
 
         def send(client: MlflowClient) -> None:
-            entities = [RunTag(key, str(value)) for key, value in tags.items() if value is not None]
-            client.log_batch(self._run_id, tags=entities)
+            send_tags(client, self._run_id, {k: str(v) for k, v in tags.items() if v is not None})
             client.log_inputs(
                 self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
             )
@@ -127,20 +100,8 @@ class MlflowTracker:
         self._try_send(f"metrics of step {row.step}", send)
 
     def finish(self, run: Run) -> None:
-        """Log queued rows, the files of the run directory as artifacts, and the final status."""
-        if not self._run_id:
-            return
-        if self._pending_rows:
-            self.log_metrics(self._pending_rows.pop())
-        artifacts_sent = self._try_send(
-            "artifacts", lambda client: send_artifacts(client, self._run_id, run.run_dir)
-        )
-        status_sent = self._try_send(
-            "the final status",
-            lambda client: send_status(client, self._run_id, run.info),
-        )
-        if artifacts_sent and status_sent and not self._pending_rows:
-            run.update_mlflow(closed=True)  # otherwise `sync` sends the run again
+        """Send all rows again, the files of the run directory as artifacts, and the final status."""
+        sync_all([StaleRun(run.run_dir, run.info)])
 
     def _try_send(self, what: str, send: Callable[[Any], object]) -> bool:
         """Call `send`; on an error, warn and return False, since the run directory has all data."""
@@ -152,35 +113,43 @@ class MlflowTracker:
         return True
 
 
-def identity_tags(run: RecordedDir[Any]) -> dict[str, str]:
-    """Return the tags that name the directory and the process of a run or sweep."""
-    return {
-        **source_tags(),
+def start_run(
+    run: RecordedDir[Any],
+    tracking: MlflowConfig,
+    params: Mapping[str, str],
+    tags: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> tuple[MlflowClient, str]:
+    """Create the MLflow run of a run or sweep, or reattach to that of a resumed one; return its ID as well.
+
+    Raises:
+        RunFailed: The store cannot be used; fix it, or use tracking=none.
+    """
+    uri, ref = tracking.uri, run.info.mlflow
+    all_tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "captcha-exp",
+        "mlflow.source.type": "LOCAL",
         "run_dir": str(run.run_dir),
         **{key: str(getattr(run.info, key)) for key in ("host", "pid", "process_started")},
+        **(tags or {}),
     }
-
-
-def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) -> None:
-    """Log rows; MLflow ignores those that it already has."""
-    metrics = [
-        Metric(key, value, row.timestamp_ms, row.step) for row in rows for key, value in row.metrics.items()
-    ]
-    client.log_batch(run_id, metrics=metrics)
-
-
-def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
-    """Log the files of a run or sweep as artifacts, without checkpoints and the jobs of a sweep."""
-    for path in sorted(run_dir.iterdir()):
-        if path.is_file():
-            client.log_artifact(run_id, str(path))
-        elif path.name != CHECKPOINT_DIR and not (path / "run.json").exists():
-            client.log_artifacts(run_id, str(path), path.name)
-
-
-def send_status(client: MlflowClient, run_id: str, info: Record) -> None:
-    """Log the final status, the end time, and the tags of a run."""
-    if isinstance(info, RunInfo) and info.tags:
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in info.tags.items()])
-    ended = None if info.ended is None else int(info.ended.timestamp() * 1000)
-    client.set_terminated(run_id, info.status, end_time=ended)
+    with raise_run_failed(uri):
+        client = open_store(uri)
+        experiment = get_or_create_experiment(client, uri, tracking.experiment)
+        if ref is not None and ref.run_id and ref.uri == uri and run_exists(client, ref.run_id):
+            run_id: str = ref.run_id
+            client.update_run(run_id, status="RUNNING")
+            run.update_mlflow(closed=False)
+        else:
+            # Recorded before creating the MLflow run: after a kill in between, `sync` can find that run.
+            run.update(mlflow=MlflowRef(uri=uri, experiment_id=experiment, run_id=None, closed=False))
+            run_id = client.create_run(
+                experiment, tags=all_tags, run_name=name or run.run_dir.name
+            ).info.run_id
+            run.update_mlflow(run_id=run_id)
+        known = client.get_run(run_id).data.params
+        new_params = [Param(*item) for item in params.items() if item[0] not in known]
+        client.log_batch(run_id, params=new_params)
+        send_tags(client, run_id, all_tags)
+    return client, run_id

@@ -109,6 +109,11 @@ def runs_url(base_url: str, experiment_id: str, view: str | None = None, charts:
     return f"{base_url}/#/experiments/{experiment_id}/runs?{urlencode(query)}"
 
 
+def ui_url(uri: str) -> str:
+    """Return the URL of the UI of a store: the tracking server, or the default of `captcha-exp ui`."""
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
 def run_url(base_url: str, experiment_id: str, run_id: str) -> str:
     """Return the URL of a run; the run of a sweep has its summary as the description."""
     return f"{base_url}/#/experiments/{experiment_id}/runs/{run_id}?{urlencode(WORKFLOW_PARAMS)}"
@@ -132,8 +137,6 @@ def sweep_view(sweep: LatestSweep) -> ViewState:
     """Return the view of one sweep: memory, accuracy and speed by swept key, then learning curves."""
     keys = sweep.swept_keys[:MAX_SWEPT_KEYS]
     sections = {f"by {key}": [_scatter_chart(key, metric) for metric in SWEEP_METRICS] for key in keys}
-    if len(keys) > 1:
-        sections["all swept keys"] = [_parallel_chart(keys, SWEEP_METRICS)]
     sections["curves"] = [_line_chart(metric) for metric in CURVE_METRICS]
     return runs_view(_child_runs_filter(sweep.parent_run_id)) | _chart_sections(sections)
 
@@ -202,14 +205,4 @@ def _scatter_chart(param: str, metric: str) -> Chart:
         "runsCountToCompare": MAX_COMPARED_RUNS,
         "xaxis": {"key": param, "type": "PARAM"},
         "yaxis": {"key": metric, "type": "METRIC"},
-    }
-
-
-def _parallel_chart(params: Sequence[str], metrics: Sequence[str]) -> Chart:
-    """Return a parallel coordinates plot of params and metrics, one line per run."""
-    return {
-        "type": "PARALLEL",
-        "selectedParams": list(params),
-        "selectedMetrics": list(metrics),
-        "showAllRuns": True,
     }

@@ -15,11 +15,11 @@ from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
-from captcha_exp.runs import MetricsRow, Run, Status, now_ms
-from captcha_exp.runs.fields import read_flat_environment
+from captcha_exp.runs import MetricsRow, Run, RunEnd, now_ms
+from captcha_exp.runs.fields import changed_values, read_flat_environment, to_short_text
 from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
-from captcha_exp.runtime.shutdown import STOPPED, StopReason, defer_signals, stop_reason
+from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.training import oom
 
 logger = logging.getLogger(__name__)
@@ -91,28 +91,22 @@ class TrainResult:
 def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     """Record how the run ends, in the run directory first, then by the tracker."""
     run = recorder.run
-    status: Status = "FAILED"
-    error: str | None = None
-    reason: StopReason | None = None
     try:
         recorder.tracker.start(run, config)
         yield
-        status = "FINISHED"
-    except oom.TrainingOutOfMemoryError as oom_error:
-        status, error = ("FINISHED" if oom_error.is_result else "FAILED"), str(oom_error)
-        raise
-    except STOPPED as interruption:
-        status, reason = "KILLED", stop_reason(interruption)
-        # A resumed reproduction would finish the run but give no verdict.
-        hint = "; run the same command again to resume" if run.info.lineage.reproduces is None else ""
-        logger.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
-        raise
+        end = RunEnd("FINISHED")
     except BaseException as exception:
-        error = f"{type(exception).__name__}: {exception}"
+        end = RunEnd.of(exception)
+        if isinstance(exception, oom.TrainingOutOfMemoryError):
+            end = RunEnd("FINISHED" if exception.is_result else "FAILED", str(exception))
+        elif end.status == "KILLED":
+            # A resumed reproduction would finish the run but give no verdict.
+            hint = "; run the same command again to resume" if run.info.lineage.reproduces is None else ""
+            logger.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
         raise
     finally:
         with defer_signals():
-            run.close(status, error, reason)
+            run.close(*end)
             recorder.tracker.finish(run)
 
 
@@ -170,20 +164,14 @@ def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) ->
         run.write_json(path.name, environment)
         return
     then, now = read_flat_environment(run.run_dir), flatten_mapping(environment)
-    keys = [key for key in dict.fromkeys((*then, *now)) if key.partition(".")[0] in NUMERICS_KEYS]
-    changed = {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
-    if changed:
+    differing = changed_values(then, now, missing=None)
+    if changed := {key: pair for key, pair in differing.items() if key.partition(".")[0] in NUMERICS_KEYS}:
         *earlier, current = run.info.resumed
         run.update(resumed=[*earlier, current.model_copy(update={"changed": changed})])
         changes = ", ".join(
-            f"{key} {_shorten(old)} -> {_shorten(new)}" for key, (old, new) in changed.items()
+            f"{key} {to_short_text(old)} -> {to_short_text(new)}" for key, (old, new) in changed.items()
         )
         recorder.warn(
             f"the environment has changed since the run started: {changes}; the result may differ from that "
             "of an uninterrupted run"
         )
-
-
-def _shorten(value: object) -> str:
-    """Return a value as text; of a SHA-256, the first 12 characters."""
-    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)

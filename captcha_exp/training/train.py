@@ -146,68 +146,41 @@ def train(
     on_complete: Callable[[Run], None] | None = None,
     shutdown: ShutdownHandler | None = None,
 ) -> TrainResult:
-    """Train, test and record a model in a new run.
+    """Train, test and record a model in a new run, or resume an interrupted one from its latest checkpoint.
 
     Args:
-        requested: The config, which may contain `auto`.
+        requested: The config, which may contain `auto`; a resumed run keeps its own.
         tracker: Reports the run, for example to MLflow; by default the run directory is the only record.
-        run_dir: An empty directory for the record; by default outputs/<date>/<time>-<name>.
-        lineage: How the run is related to others, as in `runs.create_run`.
-        extend_from: The directory of a finished run whose final state this one starts from.
+        run_dir: The directory of an interrupted run, or an empty one; by default a new one in outputs/.
+        lineage: How a new run is related to others, as in `runs.create_run`.
+        extend_from: The directory of a finished run whose final state is the initial state.
         on_complete: Called with the complete run before it is closed, to add to its record.
         shutdown: Decides when to stop; by default a signal or train.max_minutes.
 
     Raises:
         TrainingOutOfMemoryError: out of memory; train.on_oom says whether the run counts as failed.
-        UserError: the config cannot run here, or the run failed; the lines say why.
+        UserError: the config cannot run here, or the run failed or cannot be resumed; the lines say why.
     """
     start_time = time.perf_counter()
-    tracker = tracker or NullTracker()
     shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
-    prepared = _prepare(requested)
-    final_state = None if extend_from is None else _load_final_state(extend_from, prepared.config)
+    interrupted = run_dir if run_dir and (run_dir / runs.RunInfo.filename).exists() else None
+    prepared = _prepare(load(interrupted / "config.yaml") if interrupted else requested)
+    if extend_from is not None and interrupted is None:
+        _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
     with shutdown:
-        run = runs.create_run(prepared.config, requested, run_dir, lineage)
-        recorder = RunRecorder(run, tracker)
+        if interrupted:
+            run = runs.reopen_run(interrupted)
+        else:
+            run = runs.create_run(prepared.config, requested, run_dir, lineage)
+        recorder = RunRecorder(run, tracker or NullTracker())
         with record_outcome(recorder, prepared.config):
-            if extend_from is not None:
-                _copy_epoch_rows(extend_from, recorder)
-            return _run_training(prepared, recorder, shutdown, start_time, final_state, on_complete)
-
-
-def resume(
-    run_dir: Path,
-    tracker: Tracker | None = None,
-    *,
-    extend_from: Path | None = None,
-    shutdown: ShutdownHandler | None = None,
-) -> TrainResult:
-    """Resume an interrupted run from its latest checkpoint, with its own config and in its own record.
-
-    Args:
-        run_dir: The directory of the run.
-        tracker: As in `train`.
-        extend_from: The finished run that this one extends, if any; used if it has no checkpoint yet.
-        shutdown: As in `train`.
-
-    Raises:
-        TrainingOutOfMemoryError: as in `train`.
-        UserError: the run cannot be resumed, or it failed; the lines say why.
-    """
-    start_time = time.perf_counter()
-    tracker = tracker or NullTracker()
-    config = load(run_dir / "config.yaml")
-    shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
-    with shutdown:
-        recorder = RunRecorder(runs.reopen_run(run_dir), tracker)
-        with record_outcome(recorder, config):
-            prepared = _prepare(config)
-            recorded_epochs = {row.step for row in recorder.run.metrics_rows() if _is_epoch_row(row)}
-            saved = checkpoint.load_latest(recorder.run.checkpoint_dir, recorder.warn, recorded_epochs)
+            recorded_epochs = {row.step for row in run.metrics_rows() if _is_epoch_row(row)}
+            saved = checkpoint.load_latest(run.checkpoint_dir, recorder.warn, recorded_epochs)
             if saved is None and extend_from is not None:
                 saved = _load_final_state(extend_from, prepared.config)
-                _copy_epoch_rows(extend_from, recorder)
-            return _run_training(prepared, recorder, shutdown, start_time, saved)
+                for row in filter(_is_epoch_row, runs.read_metrics_rows(extend_from)[0]):
+                    recorder.log_metrics(row)
+            return _run_training(prepared, recorder, shutdown, start_time, saved, on_complete)
 
 
 @dataclass(frozen=True)
@@ -254,13 +227,6 @@ def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
     return saved
 
 
-def _copy_epoch_rows(source_dir: Path, recorder: RunRecorder) -> None:
-    """Log the epochs of a finished run in the run that extends it; its test is not copied."""
-    for row in runs.read_metrics_rows(source_dir)[0]:
-        if _is_epoch_row(row):
-            recorder.log_metrics(row)
-
-
 def _is_epoch_row(row: MetricsRow) -> bool:
     """Return whether the row has the metrics of an epoch, not of the test."""
     return "val/loss" in row.metrics
@@ -272,7 +238,7 @@ def _run_training(
     shutdown: ShutdownHandler,
     start_time: float,
     saved: Checkpoint | None,
-    on_complete: Callable[[Run], None] | None = None,
+    on_complete: Callable[[Run], None] | None,
 ) -> TrainResult:
     """Train from the saved state or from scratch, test the best weights, and record the results."""
     config, device, run = prepared.config, prepared.device, recorder.run

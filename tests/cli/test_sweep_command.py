@@ -27,16 +27,16 @@ from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.runs import RecordedDir
-from captcha_exp.runs.info import Skipped
+from captcha_exp.runs.info import Skipped, running_fields
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record, supervisor
-from captcha_exp.sweep.forecast import plan_jobs
+from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.results import Outcome, collect_results
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
-from captcha_exp.tracking.parent_run import SweepParentRun
+from captcha_exp.tracking.tracker import start_run
 from captcha_exp.training import oom
 
 Launch = Callable[[Path, Sequence[int]], None]
@@ -374,7 +374,7 @@ def test_sweeps_that_cannot_be_resumed(root: Path, launched: list[Any]) -> None:
 
     assert "has other jobs than these overrides" in error_of(*GRID, "train.epochs=3")
     sweep = Sweep(folder)
-    sweep.reopen()
+    sweep.update(**running_fields())
     assert error_of().endswith(f"its process {os.getpid()} is still running")
     sweep.close("KILLED")
     text = (folder / "jobs" / "2.yaml").read_text()
@@ -395,16 +395,16 @@ def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) ->
 
 
 def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
-    parent = SweepParentRun(MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x"))
+    tracking = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x")
     sweep = RecordedDir(root, runs.SweepInfo.model_validate(sweep_info()))
-    parent.start(sweep, {"seed": "1, 2"})
-    run_id = parent.run_id
-    assert run_id is not None
+    client, run_id = start_run(sweep, tracking, {"seed": "1, 2"})
 
-    assert parent.resume(run_id)
-    parent._client.delete_run(run_id)
-    assert not parent.resume(run_id)
-    assert not parent.resume("0" * 32), "not in the store"
+    assert start_run(sweep, tracking, {"seed": "1, 2, 3"})[1] == run_id, "with the params of its start"
+    assert client.get_run(run_id).data.params == {"seed": "1, 2"}
+    client.delete_run(run_id)
+    assert start_run(sweep, tracking, {"seed": "1, 2"})[1] != run_id
+    sweep.update_mlflow(run_id="0" * 32)
+    assert start_run(sweep, tracking, {"seed": "1, 2"})[1] != "0" * 32, "not in the store"
 
 
 # -- special characters, mistakes ----------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_a_missing_log_and_terminal_do_not_stop_a_process(
     with child_process("seq 1 100000; exit 3", tmp_path, on_line, monkeypatch) as process:
         process._process.wait(30)  # blocks if the pipe is not read
         process.wait()
-    assert lines == ["1"]
+    assert lines[:2] == ["1", "2"]
     assert process.describe_exit() == "100000"
 
 
@@ -521,7 +521,7 @@ def test_the_last_line_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with child_process(script, tmp_path, lines.append, monkeypatch) as process:
         process.wait()
     assert process.describe_exit() == "x" * 1000
-    assert re.search(r"cannot write .+1-x\.log$", lines[-1])
+    assert re.search(r"; full output in .+1-x\.log$", lines[-1])
 
 
 def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,14 +130,15 @@ def test_overrides_without_effect_give_identical_results(run: Path) -> None:
         "data.workers": (1, 2),
         "train.checkpoint_every": ("1 minute", "5 steps"),
     }
-    assert reproduction.summary.startswith("identical, but data.workers 1 -> 2")
+    assert reproduction.summary == "identical"
+    assert roles(reproduction) == dict.fromkeys(reproduction.overrides, "ruled_out")
 
 
 def test_environment_variables_for_threads_have_no_effect(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_json(run / "environment.json", lambda values: values["variables"].update(OMP_NUM_THREADS="7"))
     reproduction = rerun(run)
     assert reproduction.summary == "identical"
-    assert roles(reproduction) == {"variable OMP_NUM_THREADS": "ruled_out"}
+    assert roles(reproduction) == {"variables.OMP_NUM_THREADS": "ruled_out"}
 
 
 def test_a_job_of_a_sweep_can_be_reproduced(run: Path, root: Path, call: Call) -> None:
@@ -178,7 +179,8 @@ def test_an_edited_config_key_is_reported_as_the_cause(
 
 def test_an_edit_without_effect_is_reported(run: Path) -> None:
     edit(run, train__max_minutes=500.0)
-    assert rerun(run).summary == "identical, but train.max_minutes null -> 500.0"
+    reproduction = rerun(run)
+    assert (reproduction.summary, roles(reproduction)) == ("identical", {"train.max_minutes": "ruled_out"})
 
 
 def test_the_time_limit_is_not_reproduced(tiny: Config) -> None:
@@ -187,7 +189,7 @@ def test_the_time_limit_is_not_reproduced(tiny: Config) -> None:
     reproduction = rerun(folder)
     assert (reproduction.summary, dict(reproduction.overrides)) == ("identical", {})
     assert load(reproduction.run_dir / "config.yaml").train.max_minutes is None
-    assert rerun(folder, "train.max_minutes=20").summary == ("identical, but train.max_minutes null -> 20.0")
+    assert rerun(folder, "train.max_minutes=20").overrides == {"train.max_minutes": (None, 20.0)}
 
 
 def test_an_edited_config_without_a_known_edit_is_reported(
@@ -214,7 +216,7 @@ def test_changes_across_an_interruption_are_suspects_if_results_differ(run: Path
     resumption = {"at": "2026-01-01T00:00:00+00:00", "host": "a"}
     edit_record(run, resumed=[{**resumption, "changed": changes}, resumption])
     reproduction = rerun(run)
-    assert reproduction.summary == "identical"
+    assert reproduction.summary == "identical, but on resume: packages.torch 2.12.0 -> 2.13.0"
     assert set(roles(reproduction).values()) == {"ruled_out"}
     edit(run, train__learning_rate=0.004)
     role_of = roles(rerun(run))
@@ -324,7 +326,7 @@ def test_changed_code_is_reported_with_the_command_to_restore_it(
         "the code differs from that of the run (a1a1a1a1 with uncommitted changes): "
         "captcha_exp/model/step.py; to restore it: git "
     )
-    assert f"../captcha_exp-a1a1a1a1 {'a1' * 20}" in line or "git clone" in line
+    assert f"../captcha_exp-a1a1a1a1 {'a1' * 20}" in line
     assert line.endswith(f"then in it git apply '{run / 'code.diff'}'")
     assert reproduction.summary.startswith(
         "identical, but code (captcha_exp/model/step.py) a1a1a1a1 with uncommitted changes -> "
@@ -358,7 +360,7 @@ def test_without_code_json_the_commit_may_be_the_cause(run: Path, caplog: pytest
     reproduction = rerun(run)
     assert not any("code differs" in line for line in warnings(caplog))
     (commit,) = (change for change in reproduction.changes if change.name == "commit")
-    assert (commit.affects, commit.is_headline) == ("numbers", True)
+    assert commit.affects == "numbers"
 
 
 MAIN = "import sys; from captcha_exp.cli.main import main; sys.argv[0] = 'captcha-exp'; main()"
@@ -379,10 +381,10 @@ def run_command(home: Path, root: Path, *words: str, **variables: str) -> dict[s
 def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
     printed = run_command(PROJECT, root, "reproduce", str(run), ATEN_CPU_CAPABILITY="default")
     assert printed["exit_code"] in (3, 4)
-    assert "cause: CPU capability " in printed["summary"]
+    assert "cause: device.cpu_capability " in printed["summary"]
     assert {each["name"]: each["role"] for each in printed["changes"]} == {
-        "CPU capability": "cause",
-        "variable ATEN_CPU_CAPABILITY": "cause",
+        "device.cpu_capability": "cause",
+        "variables.ATEN_CPU_CAPABILITY": "ruled_out",
     }
 
 

@@ -13,7 +13,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits
 from captcha_exp.runs import MetricsRow, create_run
 from captcha_exp.runs.info import Skipped
-from captcha_exp.sweep.forecast import PlannedJob, plan_jobs
+from captcha_exp.sweep.planner import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import (
     Job,
     Sweep,

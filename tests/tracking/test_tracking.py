@@ -212,7 +212,7 @@ def test_the_run_directory_is_complete_if_the_store_stays_unreachable(
     state = json.loads((result.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
     assert len((result.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
-    assert any("the final status" in warning for warning in warnings(caplog))
+    assert any("1 of 1 runs not synced to MLflow" in warning for warning in warnings(caplog))
 
 
 def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> None:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from captcha_exp import runs
 from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_untuned_defaults
@@ -40,10 +39,6 @@ class PlannedJob:
         if self.plan is None or self.plan.fits in ("fits", None):
             return True
         return self.config.device.name.startswith("cuda") or self.config.sweep.run_over_budget
-
-    def to_json(self) -> dict[str, Any] | None:
-        """Return the plan as JSON values."""
-        return None if self.plan is None else self.plan.to_json()
 
 
 def plan_jobs(jobs: Sequence[Job]) -> list[PlannedJob]:
@@ -83,7 +78,7 @@ def record_skipped(planned_job: PlannedJob, run_dir: Path, tracker: Tracker) -> 
     run = runs.create_run(config, job.requested, run_dir)
     remedies = oom.find_remedies(plan, planned_job.split_sizes, config)
     run.update(tags={"fits": str(plan.fits), "trained": "false"}, skipped=Skipped(remedies=remedies))
-    prediction = plan.describe(config.gpu.name).removeprefix(f"batch size {plan.batch_size}: ")
+    prediction = plan.describe(config.gpu.name)
     logger.info(f"{job.name}: {prediction}; skipped; {oom.format_remedies(remedies)}")
     recorder = RunRecorder(run, tracker)
     with record_outcome(recorder, config):
