@@ -19,7 +19,7 @@ from captcha_exp.cli.hydra_config import complete, show_config, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
 from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, RENAMED_FLAGS, build_parser
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.shutdown import TimeLimitReached
+from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine
@@ -104,6 +104,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return train_sweep(arguments, _detect_machine())
     from captcha_exp.cli import resume
+    from captcha_exp.training.train import resume as resume_training
     from captcha_exp.training.train import train
 
     with resume.plan_resume(arguments, composed, _detect_machine()) as plan:
@@ -119,9 +120,11 @@ def _train(arguments: argparse.Namespace) -> int:
             run_dir = train_with_oom_retry(job, resume.run_dir_factory(plan, arguments.resume))
         else:
             tracker = make_tracker(config, plan.choices)
-            result = train(
-                config, tracker, run_dir=plan.run_dir, lineage=plan.lineage, extend_from=plan.extend_from
-            )
+            if plan.run_dir is None:
+                result = train(config, tracker, lineage=plan.lineage, extend_from=plan.extend_from)
+            else:
+                stop = ShutdownHandler(config.train.max_minutes)  # may differ from that of the run
+                result = resume_training(plan.run_dir, tracker, extend_from=plan.extend_from, shutdown=stop)
             run_dir = result.run_dir
     return _report_training(run_dir, arguments)
 

@@ -60,7 +60,7 @@ def print_reproduction(reproduction: Reproduction) -> None:
     else:
         differing = len(reproduction.differences)
         out.print(f"{differing:,} value{'s differ' if differing > 1 else ' differs'} in total")
-    changes = [each for each in reproduction.changes if each.affects != "nothing"]
+    changes = [each for each in reproduction.changes if each.affects != "nothing" or each.is_input]
     if rows := [(each.name, *each.values, each.role) for each in changes]:
         print_table(make_table(("changed", "before", "now", "role"), rows, "changes"))
     out.print(f"reference  {reproduction.reference}", markup=False)

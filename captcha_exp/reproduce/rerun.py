@@ -183,8 +183,10 @@ def _checkout_command(reference: ReferenceRun) -> str:
     directory = f"../captcha_exp-{commit[:8]}"
     command = f"git worktree add {directory} {commit}"
     patch = reference.run_dir / "code.diff"
-    if not git.get("dirty") or not patch.is_file():
+    if not git.get("dirty"):
         return command
+    if not patch.is_file():
+        return f"{command} (uncommitted changes were not saved)"
     source = shlex.quote(str(patch)) if reference.store_uri is None else "the MLflow artifact code.diff"
     return f"{command}, then in it git apply {source}"
 

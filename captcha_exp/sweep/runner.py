@@ -115,14 +115,16 @@ def _is_out_of_time(sweep: Sweep, deadline: float) -> bool:
 
 
 def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
-    """Write summary.json, .csv, .md and .png."""
+    """Write summary.json, .csv, .md and .png, and metrics.jsonl for MLflow."""
+    rows = [runs.MetricsRow(step, runs.now_ms(), metrics) for step, metrics in summary.metrics_by_step()]
     texts = {
-        "json": json.dumps(summary.to_json(), indent=2, ensure_ascii=False) + "\n",
-        "csv": summary.to_csv(),
-        "md": summary.to_markdown(),
+        "summary.json": json.dumps(summary.to_json(), indent=2, ensure_ascii=False) + "\n",
+        "summary.csv": summary.to_csv(),
+        "summary.md": summary.to_markdown(),
+        "metrics.jsonl": "".join(row.to_line() for row in rows),
     }
-    for suffix, text in texts.items():
-        write_atomically(sweep_dir / f"summary.{suffix}", text.encode("utf-8", "backslashreplace"))
+    for name, text in texts.items():
+        write_atomically(sweep_dir / name, text.encode("utf-8", "backslashreplace"))
     save_figure(summary, sweep_dir / "summary.png")
 
 

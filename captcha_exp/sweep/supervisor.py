@@ -223,17 +223,20 @@ class _ChildProcess:
         """
         if self._process.stdout is None:
             return
-        has_crashed = False
+        where, has_crashed = f"full output in {self._log_path}", False
         for data in self._process.stdout:
-            with contextlib.suppress(OSError), self._log_path.open("ab") as log:
-                log.write(data)
+            try:
+                with self._log_path.open("ab") as log:
+                    log.write(data)
+            except OSError:  # such as a full disk
+                where = f"cannot write {self._log_path}"
             line = data.decode(errors="replace").rstrip("\r\n")
             self._last_line = line.strip()[:MAX_ERROR_LENGTH] or self._last_line
             has_crashed = has_crashed or line.startswith(CRASH_MARKERS)
             if not has_crashed:
                 self._print(line)
         if self._process.wait() != 0 and (self._was_killed or not self._stop_requested):
-            self._print(f"{self.describe_exit()}; full output in {self._log_path}")
+            self._print(f"{self.describe_exit()}; {where}")
 
     def _print(self, line: str) -> None:
         assert self._on_line is not None

@@ -28,24 +28,24 @@ def worker_main() -> None:
 
     from captcha_exp.config import load
     from captcha_exp.errors import UserError
-    from captcha_exp.runs import Lineage
+    from captcha_exp.runs import Lineage, RunInfo
     from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.shutdown import ShutdownHandler
     from captcha_exp.tracking import make_tracker
-    from captcha_exp.training.train import train
+    from captcha_exp.training.train import resume, train
 
     set_up_logging(job["log_level"])
     config = load(job["requested"])
     tracker = make_tracker(config, job["choices"], job["name"], job["parent_run_id"])
+    run_dir = Path(job["run_dir"])
+    extend_from = job["extend_from"] and Path(job["extend_from"])
+    stop = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)
     try:
-        train(
-            config,
-            tracker,
-            run_dir=Path(job["run_dir"]),
-            lineage=Lineage.model_validate(job["lineage"]),
-            extend_from=job["extend_from"] and Path(job["extend_from"]),
-            shutdown=ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60),
-        )
+        if (run_dir / RunInfo.filename).exists():
+            resume(run_dir, tracker, extend_from=extend_from, shutdown=stop)
+        else:
+            lineage = Lineage.model_validate(job["lineage"])
+            train(config, tracker, run_dir=run_dir, lineage=lineage, extend_from=extend_from, shutdown=stop)
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)

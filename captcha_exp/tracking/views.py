@@ -137,6 +137,8 @@ def sweep_view(sweep: LatestSweep) -> ViewState:
     """Return the view of one sweep: memory, accuracy and speed by swept key, then learning curves."""
     keys = sweep.swept_keys[:MAX_SWEPT_KEYS]
     sections = {f"by {key}": [_scatter_chart(key, metric) for metric in SWEEP_METRICS] for key in keys}
+    if len(keys) > 1:
+        sections["all swept keys"] = [_parallel_chart(keys, SWEEP_METRICS)]
     sections["curves"] = [_line_chart(metric) for metric in CURVE_METRICS]
     return runs_view(_child_runs_filter(sweep.parent_run_id)) | _chart_sections(sections)
 
@@ -205,4 +207,14 @@ def _scatter_chart(param: str, metric: str) -> Chart:
         "runsCountToCompare": MAX_COMPARED_RUNS,
         "xaxis": {"key": param, "type": "PARAM"},
         "yaxis": {"key": metric, "type": "METRIC"},
+    }
+
+
+def _parallel_chart(params: Sequence[str], metrics: Sequence[str]) -> Chart:
+    """Return a parallel coordinates plot of params and metrics, one line per run."""
+    return {
+        "type": "PARALLEL",
+        "selectedParams": list(params),
+        "selectedMetrics": list(metrics),
+        "showAllRuns": True,
     }

@@ -146,41 +146,57 @@ def train(
     on_complete: Callable[[Run], None] | None = None,
     shutdown: ShutdownHandler | None = None,
 ) -> TrainResult:
-    """Train, test and record a model in a new run, or resume an interrupted one from its latest checkpoint.
+    """Train, test and record a model in a new run.
 
     Args:
-        requested: The config, which may contain `auto`; a resumed run keeps its own.
+        requested: The config, which may contain `auto`.
         tracker: Reports the run, for example to MLflow; by default the run directory is the only record.
-        run_dir: The directory of an interrupted run, or an empty one; by default a new one in outputs/.
-        lineage: How a new run is related to others, as in `runs.create_run`.
-        extend_from: The directory of a finished run whose final state is the initial state.
+        run_dir: An empty directory for the record; by default outputs/<date>/<time>-<name>.
+        lineage: How the run is related to others, as in `runs.create_run`.
+        extend_from: The directory of a finished run whose final state this one starts from.
         on_complete: Called with the complete run before it is closed, to add to its record.
         shutdown: Decides when to stop; by default a signal or train.max_minutes.
 
     Raises:
         TrainingOutOfMemoryError: out of memory; train.on_oom says whether the run counts as failed.
-        UserError: the config cannot run here, or the run failed or cannot be resumed; the lines say why.
+        UserError: the config cannot run here, or the run failed; the lines say why.
     """
     start_time = time.perf_counter()
     shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
-    interrupted = run_dir if run_dir and (run_dir / runs.RunInfo.filename).exists() else None
-    prepared = _prepare(load(interrupted / "config.yaml") if interrupted else requested)
-    if extend_from is not None and interrupted is None:
+    prepared = _prepare(requested)
+    if extend_from is not None:
         _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
     with shutdown:
-        if interrupted:
-            run = runs.reopen_run(interrupted)
-        else:
-            run = runs.create_run(prepared.config, requested, run_dir, lineage)
-        recorder = RunRecorder(run, tracker or NullTracker())
-        with record_outcome(recorder, prepared.config):
-            recorded_epochs = {row.step for row in run.metrics_rows() if _is_epoch_row(row)}
-            saved = checkpoint.load_latest(run.checkpoint_dir, recorder.warn, recorded_epochs)
-            if saved is None and extend_from is not None:
-                saved = _load_final_state(extend_from, prepared.config)
-                for row in filter(_is_epoch_row, runs.read_metrics_rows(extend_from)[0]):
-                    recorder.log_metrics(row)
-            return _run_training(prepared, recorder, shutdown, start_time, saved, on_complete)
+        run = runs.create_run(prepared.config, requested, run_dir, lineage)
+        return _record_training(prepared, run, tracker, shutdown, start_time, extend_from, on_complete)
+
+
+def resume(
+    run_dir: Path,
+    tracker: Tracker | None = None,
+    *,
+    extend_from: Path | None = None,
+    shutdown: ShutdownHandler | None = None,
+) -> TrainResult:
+    """Resume an interrupted run from its latest checkpoint, with its own config and in its own record.
+
+    Args:
+        run_dir: The directory of the run.
+        tracker: As in `train`.
+        extend_from: The finished run that this one extends, if any; used if it has no checkpoint yet.
+        shutdown: As in `train`.
+
+    Raises:
+        TrainingOutOfMemoryError: as in `train`.
+        UserError: the run cannot be resumed, or it failed; the lines say why.
+    """
+    start_time = time.perf_counter()
+    config = load(run_dir / "config.yaml")
+    shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
+    with shutdown:
+        prepared = _prepare(config)
+        run = runs.reopen_run(run_dir)
+        return _record_training(prepared, run, tracker, shutdown, start_time, extend_from)
 
 
 @dataclass(frozen=True)
@@ -230,6 +246,27 @@ def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
 def _is_epoch_row(row: MetricsRow) -> bool:
     """Return whether the row has the metrics of an epoch, not of the test."""
     return "val/loss" in row.metrics
+
+
+def _record_training(
+    prepared: _PreparedTraining,
+    run: Run,
+    tracker: Tracker | None,
+    shutdown: ShutdownHandler,
+    start_time: float,
+    extend_from: Path | None,
+    on_complete: Callable[[Run], None] | None = None,
+) -> TrainResult:
+    """Train from the latest checkpoint, the final state of another run, or scratch; record the outcome."""
+    recorder = RunRecorder(run, tracker or NullTracker())
+    with record_outcome(recorder, prepared.config):
+        recorded_epochs = {row.step for row in run.metrics_rows() if _is_epoch_row(row)}
+        saved = checkpoint.load_latest(run.checkpoint_dir, recorder.warn, recorded_epochs)
+        if saved is None and extend_from is not None:
+            saved = _load_final_state(extend_from, prepared.config)
+            for row in filter(_is_epoch_row, runs.read_metrics_rows(extend_from)[0]):
+                recorder.log_metrics(row)
+        return _run_training(prepared, recorder, shutdown, start_time, saved, on_complete)
 
 
 def _run_training(

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 from rich.console import Console
 
 from captcha_exp.cli import output
@@ -91,6 +92,12 @@ FIVE = [
     at(200, 2380, 0.96),
     at(800, None, None),
 ]
+
+
+def check_metric_name(name: str) -> None:
+    """Check a name by MLflow's own rules."""
+    _validate_metric_name(name)  # type: ignore[no-untyped-call]  # MLflow has no types
+    assert len(name) <= MAX_ENTITY_KEY_LENGTH
 
 
 # -- means and intervals -------------------------------------------------------------------------------------
@@ -354,6 +361,7 @@ def test_a_sweep_of_seeds_only() -> None:
 def test_an_automatic_batch_size_is_treated_as_a_name() -> None:
     summary = SweepSummary([at("auto", 10.0, 0.9), at(25, 9.0, 0.8)])
     assert summary.conclusions[0].startswith("batch_size=auto has the best validation accuracy")
+    assert [step for step, _ in summary.metrics_by_step()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "2.5", "1_", "٣", "64 ", ""])
@@ -410,6 +418,55 @@ def test_a_non_finite_metric_counts_as_missing(missing: float | None) -> None:
 )
 def test_running_out_of_memory_is_not_a_failure(outcome: Outcome, is_failure: bool) -> None:
     assert SweepSummary([make_result(), make_result(2, outcome=outcome)]).has_failures is is_failure
+
+
+# -- MLflow --------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_logged_at_the_batch_size_and_counts_at_step_0() -> None:
+    results = [
+        *FIVE,
+        at(1600, None, None, outcome="oom"),
+        at(3200, None, None, outcome="not run", predicted_mib=None),
+    ]
+    metrics = dict(SweepSummary(results).metrics_by_step())
+    assert list(metrics) == [0, 25, 50, 100, 200, 800, 1600, 3200]
+    assert metrics[0] == {
+        "sweep/jobs": 7,
+        "sweep/finished": 4,
+        "sweep/oom": 1,
+        "sweep/skipped": 1,
+        "sweep/failed": 1,
+    }
+    assert metrics[25] == {
+        "sweep/val_accuracy": 0.979,
+        "sweep/images_per_second": 1500,
+        "sweep/predicted_mib": 1200,
+    }
+    assert metrics[800] == {"sweep/predicted_mib": 1200}
+    assert metrics[3200] == {}
+
+
+def test_all_metrics_of_a_group() -> None:
+    assert dict(SweepSummary(of("a", 0.5)).metrics_by_step())[1] == {
+        "sweep/val_accuracy": 0.5,
+        "sweep/test_accuracy": 0.96,
+        "sweep/images_per_second": 1000,
+        "sweep/seconds_to_best": 30,
+        "sweep/measured_mib": 800,
+        "sweep/predicted_mib": 1200,
+    }
+
+
+def test_the_other_swept_keys_are_a_suffix_of_the_metric_name() -> None:
+    models = ["compact", "ünïcode\n$", "ünïcode\n€", "../..", "x" * 400]
+    results = [at(25, 10.0, 0.5, also={"model": name, "train.schedule": "constant"}) for name in models]
+    (_, metrics) = SweepSummary(results).metrics_by_step()[1]
+    names = [name.removeprefix("sweep/val_accuracy/") for name in metrics if "val_accuracy" in name]
+    assert names[0] == "model_compact schedule_constant"
+    assert len(set(names)) == 5
+    for name in metrics:
+        check_metric_name(name)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -659,6 +716,18 @@ def test_a_conclusion_is_one_line_without_non_finite_numbers(
         assert line.isprintable()
     for line in conclusions:
         assert not re.search(r"\b(nan|none|inf)\b", line, re.IGNORECASE)
+
+
+@settings(max_examples=60)
+@given(RESULTS)
+def test_metrics_are_finite_and_have_valid_mlflow_names(results: list[JobResult]) -> None:
+    metrics_by_step = SweepSummary(results).metrics_by_step()
+    steps = [step for step, _ in metrics_by_step]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    for name, value in ((name, value) for _, metrics in metrics_by_step for name, value in metrics.items()):
+        check_metric_name(name)
+        assert math.isfinite(value)
 
 
 @settings(max_examples=60)

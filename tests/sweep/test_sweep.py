@@ -132,6 +132,13 @@ def test_a_sweep_is_recorded_in_its_directory_and_in_mlflow(workspace: Workspace
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert parent.data.params["device.vram_budget_mib"] == "900, 1000, 40"
     assert parent.data.params["train.epochs"] == "1"
+    assert parent.data.metrics["sweep/skipped"] == 1
+    assert {name for name in parent.data.metrics if name.startswith("sweep/")} >= {
+        "sweep/jobs",
+        "sweep/val_accuracy",
+        "sweep/images_per_second",
+        "sweep/predicted_mib",
+    }
     for sentence in workspace.summary()["conclusions"]:
         assert sentence in result.stdout
     assert "| 1000 |" in parent.data.tags["mlflow.note.content"]

@@ -97,6 +97,7 @@ def test_swept_keys_have_charts_with_the_batch_size_first(client: MlflowClient, 
         ("train.batch_size", "val/accuracy"),
     ]
     assert len(scatter) == 4 * 3
+    assert [chart["selectedParams"] for chart in charts if chart["type"] == "PARALLEL"] == [sweep.swept_keys]
     sections = [section["uuid"] for section in state["compareRunSections"]]
     assert {chart["metricSectionId"] for chart in charts} == {*sections}
     assert len({chart["uuid"] for chart in charts}) == len(charts)

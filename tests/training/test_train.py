@@ -434,7 +434,7 @@ def test_a_changed_environment_is_reported_and_recorded_on_resume(
     values["host"] = "another host, which does not affect the numbers"
     path.write_text(json.dumps(values))
     caplog.clear()
-    train.train(config, run_dir=run_dir)
+    train.resume(run_dir, None)
     state = state_of(run_dir)
     (resumed,) = state["resumed"]
     assert json.loads(path.read_text()) == values, "the environment of the start is kept"
