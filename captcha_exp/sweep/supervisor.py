@@ -223,6 +223,8 @@ class _ChildProcess:
         """
         if self._process.stdout is None:
             return
+        with contextlib.suppress(OSError):
+            self._log_path.touch()  # also without output
         has_crashed = False
         for data in self._process.stdout:
             with contextlib.suppress(OSError), self._log_path.open("ab") as log:
