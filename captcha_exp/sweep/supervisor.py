@@ -223,6 +223,8 @@ class _ChildProcess:
         """
         if self._process.stdout is None:
             return
+        with contextlib.suppress(OSError):
+            self._log_path.touch()  # also without output
         where, has_crashed = f"full output in {self._log_path}", False
         for data in self._process.stdout:
             try:
