@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from captcha_exp.config import Precision
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
 from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
@@ -26,12 +27,11 @@ from captcha_exp.memory.module_copy import (
     to_fake_device,
 )
 from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc, without_compiler
-from captcha_exp.memory.trace import Trace, make_trace, state_sizes
+from captcha_exp.memory.trace import NUM_FIRST_EPOCH_STEPS, Trace, make_trace, state_bytes
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LossFunction: TypeAlias = Callable[..., Tensor]
-ModulePrecision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def trace_module(
@@ -41,15 +41,14 @@ def trace_module(
     loss: LossFunction,
     *,
     targets: Any = None,
-    precision: ModulePrecision = "fp32",
-    steps: int = 3,
+    precision: Precision = "fp32",
 ) -> Trace:
-    """Return the trace of this many training steps; the arguments are those of `plan_module`.
+    """Return the trace of the first training steps; the arguments are those of `plan_module`.
 
     Raises:
         UserError: the module cannot be traced; the message names the operator, the submodule and a remedy.
     """
-    check_functions(module, optimizer, loss, targets is not None)
+    check_functions(module, optimizer, loss)
     recorder = TensorRecorder()
     with (
         preserve_global_state(),
@@ -61,8 +60,8 @@ def trace_module(
         recorder,
     ):
         recorder.begin_phase("state")
-        sizes = _train_copy(module, (example_batch, targets), optimizer, loss, precision, steps, recorder)
-    return make_trace(recorder, sizes | {"resident_bytes": 0})
+        size = _train_copy(module, (example_batch, targets), optimizer, loss, precision, recorder)
+    return make_trace(recorder, state_bytes=size, resident_bytes=0)
 
 
 def _train_copy(
@@ -70,11 +69,10 @@ def _train_copy(
     example: tuple[Any, Any],
     optimizer_factory: OptimizerFactory,
     loss_function: LossFunction,
-    precision: ModulePrecision,
-    steps: int,
+    precision: Precision,
     recorder: TensorRecorder,
-) -> dict[str, int]:
-    """Run steps of the usual loop on a copy of the module, freed on return; return the sizes of its state.
+) -> int:
+    """Run steps of the usual loop on a copy of the module, freed on return; return the bytes of its state.
 
     Batch, output and loss live until the next ones replace them.
     """
@@ -85,28 +83,28 @@ def _train_copy(
     memo.clear()  # it holds references to the originals
     path = ModulePathTracker(module)
     recorder.get_module_path = path.current
-    dtype = AUTOCAST_DTYPES.get(precision)
-    with preserve_gradients() as save_gradients, _raise_user_errors(path):
+    dtype = AUTOCAST_DTYPES[precision]
+    with _raise_user_errors(path):
         loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
         optimizer = optimizer_factory(module.parameters())
         check_optimizer(optimizer, module)
         _use_foreach(optimizer)
-        for step in range(1, steps + 1):
+        for step in range(1, NUM_FIRST_EPOCH_STEPS + 1):
             recorder.begin_phase(f"epoch 1: step {step}")
-            path.begin_step()
             batch, targets = tree_map_only(Tensor, to_fake_device, example)
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 output = _call(module, batch)
                 loss = loss_function(output) if targets is None else loss_function(output, targets)
             check_loss_value(loss)
-            save_gradients(loss)
-            scaled = loss if loss_scale is None else loss * loss_scale
-            scaled.backward()
-            with recorder.allow_value_reads():  # most optimizers read their step count
-                optimizer.step()
+            with preserve_gradients(loss):
+                scaled = loss if loss_scale is None else loss * loss_scale
+                scaled.backward()
+            recorder.allows_value_reads = True  # most optimizers read their step count
+            optimizer.step()
+            recorder.allows_value_reads = False
         recorder.begin_phase("end")
-        return state_sizes(parts, optimizer)
+        return state_bytes(parts, optimizer)
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
@@ -140,10 +138,6 @@ class ModulePathTracker:
             child.register_forward_pre_hook(partial(self._enter, name or type(module).__name__))
             child.register_forward_hook(self._leave)
 
-    def begin_step(self) -> None:
-        """Clear the records of the previous step."""
-        self._module_stack, self._changes = [], []
-
     def current(self) -> str | None:
         """Return the path of the submodule whose forward or backward pass is running; None outside of all."""
         node = torch._C._current_autograd_node()
@@ -173,14 +167,11 @@ def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if cause := _find_untraceable(error):
-            where = cause.module_path or path.current() or "the loss or the optimizer"
-            raise UserError(f"{where}: {cause.operator} {cause.reason}; {cause.remedy}") from error
-        where = path.current() or "outside of the module (loss or optimizer)"
-        remedy = "check that the step runs on the CPU"
-        if "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error):
-            remedy = "use the device of the input, e.g. x.device, instead of 'cuda'"
-        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}; {remedy}") from error
+        cause = _find_untraceable(error)
+        where = (cause and cause.module_path) or path.current() or "the loss or the optimizer"
+        remedy = "check that a step runs on the CPU, on the device of its input"
+        reason = str(cause or f"{type(error).__name__}: {first_line(error)}; {remedy}")
+        raise UserError(f"{where}: {reason}") from error
 
 
 def _find_untraceable(error: BaseException | None) -> UntraceableError | None:

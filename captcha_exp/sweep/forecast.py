@@ -83,7 +83,7 @@ def record_skipped(planned_job: PlannedJob, run_dir: Path, tracker: Tracker) -> 
     run = runs.create_run(config, job.requested, run_dir)
     remedies = oom.find_remedies(plan, planned_job.split_sizes, config)
     run.update(tags={"fits": str(plan.fits), "trained": "false"}, skipped=Skipped(remedies=remedies))
-    prediction = plan.describe(config.gpu.name).removeprefix(f"batch size {plan.batch_size}: ")
+    prediction = plan.describe(config.gpu.name)
     logger.info(f"{job.name}: {prediction}; skipped; {oom.format_remedies(remedies)}")
     recorder = RunRecorder(run, tracker)
     with record_outcome(recorder, config):

@@ -111,8 +111,6 @@ def test_requests_of_zero_bytes_are_not_counted(expandable: bool) -> None:
     allocator.free(allocator.allocate(0))
 
     assert allocator.peak == Usage(0, 0, 0)
-    with pytest.raises(ValueError, match="-1 bytes"):
-        allocator.allocate(-1)
 
 
 # -- pools and segments ---------------------------------------------------------------------------------
@@ -480,10 +478,6 @@ def test_invalid_events_are_rejected() -> None:
         replay_events([MemoryEvent(1, 5), MemoryEvent(1, 5)], allocator, {})
     with pytest.raises(KeyError):
         replay_events([MemoryEvent(2, None)], allocator, {})
-    block = allocator.allocate(5)
-    allocator.free(block)
-    with pytest.raises(ValueError, match="is not allocated"):
-        allocator.free(block)
 
 
 def test_out_of_memory_keeps_the_earlier_tensors() -> None:
