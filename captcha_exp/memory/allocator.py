@@ -113,7 +113,7 @@ class CachingAllocator:
         free = pool.free_blocks
         index = bisect_left(free, (size,))
         if index == len(free):
-            block = self._allocate_from_driver(pool, size, requested_bytes)
+            block = self._allocate_from_driver(pool, size)
         else:
             if self.expandable:
                 index = pool.best_fit_index(index)
@@ -157,7 +157,7 @@ class CachingAllocator:
                     continue
                 self._reserved -= size
 
-    def _allocate_from_driver(self, pool: Pool, size: int, requested_bytes: int) -> Block:
+    def _allocate_from_driver(self, pool: Pool, size: int) -> Block:
         """Return a block with memory from the driver, after a flush of the cache if needed. Source: malloc.
 
         torch does not search the pool again after the flush, in which no free block has grown.
@@ -170,10 +170,8 @@ class CachingAllocator:
             self.num_alloc_retries += 1
             block = from_driver(pool, size)
         if block is None:
-            raise SimulatedOutOfMemoryError(
-                f"{requested_bytes} bytes need {segment_bytes(size)} from the driver; reserved are "
-                f"{self._reserved} ({self._allocated} of them allocated) of {self.limit_bytes}"
-            )
+            needed = f"{segment_bytes(size)} bytes from the driver"
+            raise SimulatedOutOfMemoryError(f"{needed}; {self._reserved} of {self.limit_bytes} are reserved")
         return block
 
     def _new_segment(self, pool: Pool, size: int) -> Block | None:

@@ -83,16 +83,23 @@ def calibrate(
     Raises:
         UserError: no CUDA GPU is available, or the file cannot be written; nothing has been measured.
     """
-    device_name = _resolve_device(configs[0].device.name, machine)
+    requested = configs[0].device.name
+    device_name = "cuda" if requested == "auto" else requested
+    if not device_name.startswith("cuda") or device_name not in machine.devices:
+        raise UserError(
+            f"device.name={requested}: no CUDA GPU to measure ({machine.unavailable_reason['cuda']}); use "
+            "cuda, or on a machine without one gpu=generic or a file that was measured on another machine"
+        )
     free = devices.nvml_free_bytes()  # before this process takes any of it
     device = torch.device(device_name)
     properties = torch.cuda.get_device_properties(device)
     path = gpu_file_path(properties.name, name, config_dir, force)
-    chosen = [replace(c, device=replace(c.device, name=device_name, precision="fp32")) for c in configs]
+    settings = replace(configs[0].device, name=device_name, precision="fp32")
+    resolved = [resolve(replace(config, device=settings), machine) for config in configs]
     free_before = free.get(str(getattr(properties, "uuid", "")))
     free_mib = None if free_before is None else free_before / devices.MIB
     logger.info(f"{properties.name}: measuring; do not use the GPU for anything else meanwhile")
-    measurements = measure([resolve(config, machine) for config in chosen], device, free_mib)
+    measurements = measure(resolved, device, free_mib)
     software = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
@@ -102,18 +109,3 @@ def calibrate(
     gpu = build_gpu_spec(measurements, configs[0].gpu)
     write_gpu_file(path, gpu, time.strftime("%Y-%m-%d"), software, command)
     return gpu, path
-
-
-def _resolve_device(requested: str, machine: Machine) -> str:
-    """Return the name of the requested CUDA device.
-
-    Raises:
-        UserError: it is not available.
-    """
-    name = "cuda" if requested == "auto" else requested
-    if not name.startswith("cuda") or name not in machine.devices:
-        raise UserError(
-            f"device.name={requested}: no CUDA GPU to measure ({machine.unavailable_reason['cuda']}); use "
-            "cuda, or on a machine without one gpu=generic or a file that was measured on another machine"
-        )
-    return name

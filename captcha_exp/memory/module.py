@@ -4,7 +4,6 @@ See docs/plan_module.md for examples and for the parts of the prediction, which 
 """
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from captcha_exp.memory.module_trace import (
     trace_module,
 )
 from captcha_exp.memory.plan import Plan, make_plan, memory_budget
-from captcha_exp.memory.replay import replay_trace
 from captcha_exp.runtime.paths import conf_dir
 
 
@@ -56,4 +54,4 @@ def plan_module(
         is_path = str(gpu).endswith((".yaml", ".yml"))
         gpu = load_gpu(Path(gpu) if is_path else conf_dir() / "gpu" / f"{gpu}.yaml")
     traced = trace_module(module, example_batch, optimizer, loss, targets=targets, precision=precision)
-    return make_plan(traced, partial(replay_trace, traced), gpu, 0, memory_budget(gpu, budget_mib))
+    return make_plan(traced, gpu, batch_size=0, budget_mib=memory_budget(gpu, budget_mib))

@@ -5,7 +5,7 @@ import random
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor
 from captcha_exp.memory.torch_patches import replace_attributes
 
-CopiedT = TypeVar("CopiedT")
 _trace_lock = threading.RLock()  # a trace replaces operators and settings of the process
 
 
@@ -46,7 +45,7 @@ def to_fake_device(tensor: Tensor) -> Tensor:
     return on_host.to(DEVICE)
 
 
-def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
+def copy_to_fake_device(original: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a copy of a module whose parameters, buffers and other tensors are device tensors.
 
     No value is copied. Tied parameters stay tied, also across modules copied with the same `memo`.

@@ -19,7 +19,6 @@ from captcha_exp.config import Precision
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
 from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
-from captcha_exp.memory.module_checks import check_functions, check_loss_value, check_optimizer
 from captcha_exp.memory.module_copy import (
     copy_to_fake_device,
     preserve_global_state,
@@ -48,7 +47,7 @@ def trace_module(
     Raises:
         UserError: the module cannot be traced; the message names the operator, the submodule and a remedy.
     """
-    check_functions(module, optimizer, loss)
+    _check_functions(module, optimizer, loss)
     recorder = TensorRecorder()
     with (
         preserve_global_state(),
@@ -87,7 +86,7 @@ def _train_copy(
     with _raise_user_errors(path):
         loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
         optimizer = optimizer_factory(module.parameters())
-        check_optimizer(optimizer, module)
+        _check_optimizer(optimizer, module)
         _use_foreach(optimizer)
         for step in range(1, NUM_FIRST_EPOCH_STEPS + 1):
             recorder.begin_phase(f"epoch 1: step {step}")
@@ -96,7 +95,7 @@ def _train_copy(
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 output = _call(module, batch)
                 loss = loss_function(output) if targets is None else loss_function(output, targets)
-            check_loss_value(loss)
+            _check_loss_value(loss)
             with preserve_gradients(loss):
                 scaled = loss if loss_scale is None else loss * loss_scale
                 scaled.backward()
@@ -119,6 +118,47 @@ def _use_foreach(optimizer: torch.optim.Optimizer) -> None:
         is_default = group.get("foreach") is None and not group.get("fused")
         if "foreach" in group and is_default and not group.get("differentiable"):
             group["foreach"] = True
+
+
+def _check_functions(module: Any, optimizer: Any, loss: Any) -> None:
+    """Raise UserError unless this is a trainable module, an optimizer factory and a loss function."""
+    if not isinstance(module, nn.Module) or not any(each.requires_grad for each in module.parameters()):
+        raise UserError(
+            "module: must be a torch.nn.Module with a parameter that requires a gradient, not this "
+            f"{type(module).__name__}"
+        )
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UserError(
+                f"{name or 'module'}: a TorchScript module cannot be traced; pass the original nn.Module"
+            )
+    for name, function in (("optimizer", optimizer), ("loss", loss)):
+        if not callable(function):
+            raise UserError(
+                f"{name}: must be callable, e.g. torch.optim.AdamW or nn.CrossEntropyLoss(), not an instance "
+                f"of {type(function).__name__}"
+            )
+
+
+def _check_optimizer(optimizer: Any, module: nn.Module) -> None:
+    """Raise UserError unless this is an optimizer of the module's parameters."""
+    parameters = {id(each) for each in module.parameters()}
+    if not isinstance(optimizer, torch.optim.Optimizer) or any(
+        id(each) not in parameters for group in optimizer.param_groups for each in group["params"]
+    ):
+        raise UserError(
+            "optimizer: must return a torch.optim.Optimizer of the parameters that it is called with, as "
+            "lambda parameters: torch.optim.AdamW(parameters)"
+        )
+
+
+def _check_loss_value(value: Any) -> None:
+    """Raise UserError unless the loss is a scalar tensor that depends on the parameters."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise UserError(
+            "loss: must return a scalar tensor that depends on a parameter that requires a gradient; reduce "
+            "it, e.g. with .mean(), and check .detach() and torch.no_grad()"
+        )
 
 
 class ModulePathTracker:
@@ -167,14 +207,8 @@ def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause = _find_untraceable(error)
-        where = (cause and cause.module_path) or path.current() or "the loss or the optimizer"
+        where = path.current() or "the loss or the optimizer"
+        if isinstance(error, UntraceableError):
+            raise UserError(f"{error.module_path or where}: {error}") from error
         remedy = "check that a step runs on the CPU, on the device of its input"
-        reason = str(cause or f"{type(error).__name__}: {first_line(error)}; {remedy}")
-        raise UserError(f"{where}: {reason}") from error
-
-
-def _find_untraceable(error: BaseException | None) -> UntraceableError | None:
-    while error is not None and not isinstance(error, UntraceableError):
-        error = error.__cause__ or error.__context__
-    return error
+        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}; {remedy}") from error

@@ -105,21 +105,12 @@ class PlannerCache:
         def trace_batch(batch_size: int) -> Trace:
             return trace(with_batch_size(config, batch_size), batch_size, split_sizes)
 
-        def replay(batch_size: int, scenario: Scenario, limit_mib: float | None) -> PhasePeaks | None:
-            if limit_mib is not None:  # one that is never reached changes nothing
-                peaks = self.replay(batch_size, scenario, None)
-                assert peaks is not None
-                if max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
-                    return peaks
-            return replay_trace(self.traces.trace(batch_size), scenario, limit_mib)
-
         def fits(batch_size: int, scenario: Scenario, available_mib: float) -> bool:
             traced = self.traces.trace_or_interpolate(batch_size)
             return replay_trace(traced, scenario, available_mib) is not None
 
         self.traces = TraceCache(trace_batch, split_sizes["train"], config.train.micro_batch_size is not None)
-        self.replay = cache(replay)  # GPUs with equal figures share the results
-        self.fits = cache(fits)
+        self.fits = cache(fits)  # GPUs with equal figures share the result
 
 
 class Planner:
@@ -144,9 +135,8 @@ class Planner:
 
     def plan_for(self, batch_size: int) -> Plan:
         """Return the plan for a batch size."""
-        replay = partial(self.cache.replay, batch_size)
         traced = self.cache.traces.trace(batch_size)
-        return make_plan(traced, replay, self.config.gpu, batch_size, self.budget_mib)
+        return make_plan(traced, self.config.gpu, batch_size, self.budget_mib)
 
     def max_batch_plan(self) -> Plan | None:
         """Return the plan of the maximum batch size; None if no batch fits.
@@ -246,25 +236,19 @@ def allocator_limits(gpu: GpuSpec, budget_mib: MiBRange) -> tuple[float, float]:
     return tight_mib, (budget_mib.max - gpu.context_mib.min) / (1 - ERROR_MARGIN)
 
 
-def make_plan(
-    traced: Trace,
-    replay: Callable[[Scenario, float | None], PhasePeaks | None],
-    gpu: GpuSpec,
-    batch_size: int,
-    budget_mib: MiBRange | None,
-) -> Plan:
-    """Return the plan for the trace of a batch size; `replay` is `replay_trace` for this trace."""
+def make_plan(traced: Trace, gpu: GpuSpec, batch_size: int, budget_mib: MiBRange | None) -> Plan:
+    """Return the plan for the trace of a batch size."""
     context, scenarios = gpu.context_mib, list_scenarios(gpu)
     # At a limit the allocator flushes its cache before it fails: a run may need less than it uses when memory
     # is plentiful.
     limits = [None] if budget_mib is None else [*allocator_limits(gpu, budget_mib), None]
 
-    def first_that_suffices(scenario: Scenario) -> tuple[int, PhasePeaks]:
+    def replay(scenario: Scenario) -> tuple[int, PhasePeaks]:
         """Return the index of the first limit that suffices, and the peaks."""
-        replays = ((index, replay(scenario, limit)) for index, limit in enumerate(limits))
+        replays = ((index, replay_trace(traced, scenario, limit)) for index, limit in enumerate(limits))
         return next((index, peaks) for index, peaks in replays if peaks is not None)
 
-    indices, replays = zip(*map(first_that_suffices, scenarios), strict=True)
+    indices, replays = zip(*map(replay, scenarios), strict=True)
     fits: Fits | None = None
     if budget_mib is not None:
         fits = "fits" if max(indices) == 0 else "unsure" if min(indices) < 2 else "does not fit"
