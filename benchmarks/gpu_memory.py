@@ -113,7 +113,6 @@ def _fake_measurements() -> GpuMeasurements:
         totals_mib=(4000.0, 4000.0),
         free_before_mib=3990.0,
         stages=tuple(MemoryStage(after, 400.0, 100.0, 390.0) for after in ("one", "two", "three")),
-        smallest=2,
         cublas_mib=16.0,
         cublas_config=":4096:8",
         transients=(ConvWorkspace("resnet18", "fp32", 16, 64.0),),

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from captcha_exp import compose, load
 from captcha_exp.config import GpuSpec
 from captcha_exp.errors import UserError
-from captcha_exp.memory.calibrate import GpuFile, format_cudnn_version
+from captcha_exp.memory.calibrate import gpu_file_path, write_gpu_file
 from captcha_exp.memory.gpu_profile import CONTEXT_MARGIN_MIB, GpuMeasurements, build_gpu_spec
 from captcha_exp.memory.interval import MiBRange
 
@@ -45,13 +45,13 @@ def main(argv: list[str]) -> None:
     software = {
         "torch": machine.get("torch"),
         "CUDA": machine.get("cuda"),
-        "cuDNN": format_cudnn_version(machine.get("cudnn")),
+        "cuDNN": machine.get("cudnn"),
         "driver": machine.get("driver"),
     }
     command = ["python", "benchmarks/session_to_gpu_file.py", *argv]
-    file = GpuFile(arguments.name, arguments.config_dir, arguments.force, command)
     date = str(machine.get("date") or session.get("date") or "an unknown date")
-    _, path = file.write(file.path(gpu.name), gpu, date, software, f"Session: {arguments.session.name}")
+    path = gpu_file_path(gpu.name, arguments.name, arguments.config_dir, arguments.force)
+    write_gpu_file(path, gpu, date, software, command, f"Session: {arguments.session.name}")
     print(path)
 
 

@@ -25,8 +25,9 @@ def calibrate(
     from captcha_exp.memory import calibrate as calibration
 
     command = [PROGRAM, *sys.argv[1:]]
-    file = calibration.GpuFile(arguments.name, arguments.config_dir, arguments.force, command)
-    return calibration.calibrate(configs, detect_machine(), file)
+    return calibration.calibrate(
+        configs, detect_machine(), arguments.name, arguments.config_dir, arguments.force, command
+    )
 
 
 def _compose_configs(arguments: argparse.Namespace) -> "list[Config]":

@@ -14,7 +14,7 @@
 Modules:
 
 - `plan`: *fits*, *does not fit* or *unsure*, which is treated as *does not fit*; `interval`: the ranges in it
-- `trace`, `traces`: a traced training; traces of one config by batch size. `fake_device`, `gpu_kernels`,
+- `trace`, `trace_cache`: a traced training; traces of one config by batch size. `fake_device`, `gpu_kernels`,
   `torch_patches`: tensors without values, dispatched as on CUDA
 - `allocator`, `blocks`: the model of the allocator; `replay`: a trace and its workspaces on it
 - `advisor`: settings with which a batch fits
@@ -45,10 +45,9 @@ streams, and cuDNN's benchmark of its engines (train.deterministic=false), which
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from captcha_exp.memory.module import ModulePlan as ModulePlan
     from captcha_exp.memory.module import plan_module as plan_module
 
-__all__ = ["ModulePlan", "plan_module"]
+__all__ = ["plan_module"]
 
 
 def __getattr__(name: str) -> object:

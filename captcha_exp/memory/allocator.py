@@ -106,16 +106,14 @@ class CachingAllocator:
         Raises:
             SimulatedOutOfMemoryError: the limit is reached.
         """
-        if requested_bytes <= 0:
-            if requested_bytes < 0:
-                raise ValueError(f"{requested_bytes} bytes cannot be allocated")
+        if requested_bytes == 0:
             return Block(self._small, 0, 0)
         size = -(-requested_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES  # round_size
         pool = self._small if size <= SMALL_BYTES else self._large
         free = pool.free_blocks
         index = bisect_left(free, (size,))
         if index == len(free):
-            block = self._allocate_from_driver(pool, size, requested_bytes)
+            block = self._allocate_from_driver(pool, size)
         else:
             if self.expandable:
                 index = pool.best_fit_index(index)
@@ -135,10 +133,8 @@ class CachingAllocator:
 
     def free(self, block: Block) -> None:
         """Return a block to its pool, not to the driver. Source: free_block."""
-        if not block.allocated:
-            if block.size_bytes == 0:
-                return
-            raise ValueError(f"the block at {block.address} is not allocated")
+        if block.size_bytes == 0:
+            return
         self._requested -= block.requested_bytes
         self._allocated -= block.size_bytes
         block.allocated = False
@@ -161,7 +157,7 @@ class CachingAllocator:
                     continue
                 self._reserved -= size
 
-    def _allocate_from_driver(self, pool: Pool, size: int, requested_bytes: int) -> Block:
+    def _allocate_from_driver(self, pool: Pool, size: int) -> Block:
         """Return a block with memory from the driver, after a flush of the cache if needed. Source: malloc.
 
         torch does not search the pool again after the flush, in which no free block has grown.
@@ -174,10 +170,8 @@ class CachingAllocator:
             self.num_alloc_retries += 1
             block = from_driver(pool, size)
         if block is None:
-            raise SimulatedOutOfMemoryError(
-                f"{requested_bytes} bytes need {segment_bytes(size)} from the driver; reserved are "
-                f"{self._reserved} ({self._allocated} of them allocated) of {self.limit_bytes}"
-            )
+            needed = f"{segment_bytes(size)} bytes from the driver"
+            raise SimulatedOutOfMemoryError(f"{needed}; {self._reserved} of {self.limit_bytes} are reserved")
         return block
 
     def _new_segment(self, pool: Pool, size: int) -> Block | None:

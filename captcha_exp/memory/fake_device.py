@@ -75,8 +75,7 @@ class DeviceTensor(Tensor):
 
     def _raise_value_read(self, name: str, *_: Any, **__: Any) -> Any:
         """Raise UntraceableError, because the tensor has no values."""
-        remedy = f"remove {name.rpartition('.')[2]}() from the step"
-        raise UntraceableError(name, "reads values on the host", remedy)
+        raise UntraceableError(f"{name} reads values on the host; remove it from the step")
 
     __array__ = partialmethod(_raise_value_read, "numpy.asarray")
     numpy = partialmethod(_raise_value_read, "Tensor.numpy")
@@ -105,10 +104,7 @@ _result_cache: dict[tuple[Any, ...], OpResults] = {}
 class UntraceableError(NotImplementedError):
     """An operator whose result depends on values, which a trace does not have."""
 
-    def __init__(self, operator: str, reason: str, remedy: str) -> None:
-        super().__init__(f"{operator} {reason}; {remedy}")
-        self.operator, self.reason, self.remedy = operator, reason, remedy
-        self.module_path: str | None = None  # of the submodule that called it, if known
+    module_path: str | None = None  # of the submodule that called it, if known
 
 
 class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -122,20 +118,12 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         # Returns the path of the submodule at work.
         self.get_module_path: Callable[[], str | None] = lambda: None
         self._num_storages = 0
-        self._value_reads_allowed = False
+        # Whether a value that is read is ASSUMED_STEP, as in an optimizer its step count is.
+        self.allows_value_reads = False
 
     def begin_phase(self, phase: str) -> None:
         """Begin a phase, which ends the one before it."""
         self.phase_starts.append((phase, len(self.events)))
-
-    @contextmanager
-    def allow_value_reads(self) -> Iterator[None]:
-        """Return ASSUMED_STEP for a value that is read, which in an optimizer is its step count."""
-        self._value_reads_allowed = True
-        try:
-            yield
-        finally:
-            self._value_reads_allowed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -152,7 +140,7 @@ class TensorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         _collect_cache_key((*args, *kwargs.values()), cache_key, inputs, devices)
         if func is _aten.lift_fresh.default:  # called by torch.tensor for a new tensor
             devices.append(args[0].device)
-        if func is _aten._local_scalar_dense.default and self._value_reads_allowed:
+        if func is _aten._local_scalar_dense.default and self.allows_value_reads:
             return True if args[0].dtype == torch.bool else ASSUMED_STEP
         if not inputs and DEVICE not in devices:
             with _raise_untraceable(func, args):
@@ -228,23 +216,22 @@ def _raise_untraceable(func: Any, args: Any) -> Iterator[None]:
         if func is _aten.index.Tensor:  # integer indices give a known shape
             is_dynamic = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         if torch.Tag.data_dependent_output in func.tags:
-            reason = "reads a value on the host"
-            remedy = "remove .item(), bool(), tolist() and formatting from the step"
+            reason = "reads a value on the host; remove .item(), bool() and formatting from the step"
         elif is_dynamic:
-            reason = "has a result whose shape depends on values"
-            remedy = "use a fixed shape (torch.where, masked_fill, topk)"
+            reason = "has a result whose shape depends on values; use a fixed shape (torch.where, topk)"
         elif isinstance(error, NotImplementedError):
-            reason, remedy = "has no implementation for device='meta'", "use an operator that has one"
+            reason = "has no implementation for device='meta'; use an operator that has one"
         else:
             raise
-        raise UntraceableError(str(func), reason, remedy) from error
+        raise UntraceableError(f"{func} {reason}") from error
 
 
 def _run_on_meta(func: Any, args: Any, kwargs: Any, meta_inputs: list[Tensor]) -> Any:
     """Run the `meta` kernel on the inputs, in place of the device tensors."""
     if torch.Tag.inplace_view in func.tags:
-        remedy = "use the variant that returns a new tensor"
-        raise UntraceableError(str(func), "changes the shape of a tensor in place", remedy)
+        raise UntraceableError(
+            f"{func} changes the shape of a tensor in place; use one that returns a new one"
+        )
     if not func._schema.returns:
         return None  # writes to its inputs; fused SGD has no `meta` kernel
     remaining = iter(meta_inputs)
@@ -265,8 +252,7 @@ def _run_on_meta(func: Any, args: Any, kwargs: Any, meta_inputs: list[Tensor]) -
         return torch.empty_like(arguments[1])
     result = func(*arguments, **keywords)
     if isinstance(result, Tensor) and result.layout is not torch.strided:
-        remedy = "use dense tensors, e.g. nn.Embedding(..., sparse=False)"
-        raise UntraceableError(str(func), "returns a sparse tensor", remedy)
+        raise UntraceableError(f"{func} returns a sparse tensor; use nn.Embedding(..., sparse=False)")
     # The `meta` kernel considers the memory format of the input only.
     operands = arguments[1:3] if func is _aten.convolution_backward.default else arguments[:2]
     if func in _CONVOLUTIONS and any(suggest_memory_format(x) == torch.channels_last for x in operands):

@@ -11,6 +11,7 @@ from operator import attrgetter
 from captcha_exp.config import Bounds, GpuSpec, Precision
 from captcha_exp.memory.interval import MiBRange
 
+FIRST_TRAINING_STAGE = 2  # index of the first stage that every training reaches: a convolution in fp32
 CONTEXT_MARGIN_MIB = 64  # added to a measured context, for kernels that only training loads
 
 
@@ -59,7 +60,6 @@ class GpuMeasurements:
     totals_mib: tuple[float, ...]  # as torch reports it, in both of its ways
     free_before_mib: float | None  # before this process used CUDA, by NVML
     stages: tuple[MemoryStage, ...]  # in order
-    smallest: int  # index of the first stage that every training reaches
     cublas_mib: float  # workspaces of the forward and of the backward thread
     cublas_config: str  # CUBLAS_WORKSPACE_CONFIG
     transients: tuple[ConvWorkspace, ...]
@@ -71,6 +71,13 @@ class GpuMeasurements:
 def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
     """Return the figures of the GPU; those that were not measured keep the bounds of `fallback`."""
     total = min(measurements.totals_mib)
+    before = MiBRange(0, measurements.stages[0].non_allocator_mib)  # in use by other processes at the start
+    if measurements.free_before_mib is not None:
+        used_mib = max(0.0, total - measurements.free_before_mib)
+        before = MiBRange(used_mib, used_mib)
+    during = [s.used_mib - s.process_mib for s in measurements.stages if s.process_mib is not None]
+    others_mib = [*before, *(max(0.0, mib) for mib in during)]
+    others_source = "used by other programs before and during the measurements, by NVML if it reports that"
     total_source = "reported by torch, from cudaMemGetInfo and from the device properties"
     cublas_source = (
         f"measured, {measurements.cublas_mib:.1f} for the forward and the backward thread with "
@@ -80,8 +87,8 @@ def build_gpu_spec(measurements: GpuMeasurements, fallback: GpuSpec) -> GpuSpec:
         name=measurements.name,
         compute_capability=measurements.compute_capability,
         total_mib=_mib_bounds(total, max(measurements.totals_mib), total_source),
-        other_processes_mib=_others_bounds(measurements, total),
-        context_mib=_context_bounds(measurements, total),
+        other_processes_mib=_mib_bounds(min(others_mib), max(others_mib), others_source),
+        context_mib=_context_bounds(measurements, before),
         cublas_workspace_mib=_mib_bounds(0, measurements.cublas_mib, cublas_source),
         cudnn_workspace_mib=_cudnn_bounds(measurements, fallback.cudnn_workspace_mib),
         fp16_speedup=_speed_bounds(measurements.rounds, "fp16", fallback.fp16_speedup),
@@ -94,42 +101,27 @@ def _mib_bounds(min_mib: float, max_mib: float, source: str) -> Bounds:
     return Bounds(min=float(math.floor(min_mib)), max=float(math.ceil(max_mib)), source=source)
 
 
-def _others_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
-    """Return the memory that other processes used, before this one started and during the measurements."""
-    used_mib = [s.used_mib - s.process_mib for s in measurements.stages if s.process_mib is not None]
-    if measurements.free_before_mib is not None:
-        used_mib.append(total - measurements.free_before_mib)
-    if used_mib:
-        source = "measured by NVML, memory of other programs at that time"
-        return _mib_bounds(max(0.0, min(used_mib)), max(0.0, *used_mib), source)
-    source = "not reported by NVML; at most the memory in use after this process started"
-    return _mib_bounds(0, measurements.stages[0].non_allocator_mib, source)
-
-
-def _context_bounds(measurements: GpuMeasurements, total: float) -> Bounds:
+def _context_bounds(measurements: GpuMeasurements, before: MiBRange) -> Bounds:
     """Return the context from the smallest that can train to the largest measured one, with a margin."""
-    contexts = [_context_range(stage, measurements, total) for stage in measurements.stages]
+    contexts = [_context_range(stage, before) for stage in measurements.stages]
     steps = ", ".join(
         f"{context} after {stage.after}" for stage, context in zip(measurements.stages, contexts, strict=True)
     )
     is_by_nvml = all(stage.process_mib is not None for stage in measurements.stages)
     by = "by NVML for the process" if is_by_nvml else "as the increase of the memory in use on the GPU"
     return _mib_bounds(
-        min(context.min for context in contexts[measurements.smallest :]),
+        min(context.min for context in contexts[FIRST_TRAINING_STAGE:]),
         max(context.max for context in contexts) + CONTEXT_MARGIN_MIB,
         f"measured {by}, {steps}; max includes {CONTEXT_MARGIN_MIB} for kernels loaded later",
     )
 
 
-def _context_range(stage: MemoryStage, measurements: GpuMeasurements, total: float) -> MiBRange:
+def _context_range(stage: MemoryStage, before: MiBRange) -> MiBRange:
     """Return the memory of the process outside torch's allocator."""
     if stage.process_mib is not None:
         low = high = stage.process_mib - stage.reserved_mib
-    elif measurements.free_before_mib is not None:
-        low = high = stage.non_allocator_mib - max(0.0, total - measurements.free_before_mib)
-    else:  # the memory in use after the start may belong to other processes entirely, or not at all
-        high = stage.non_allocator_mib
-        low = high - measurements.stages[0].non_allocator_mib
+    else:
+        low, high = (stage.non_allocator_mib - others for others in (before.max, before.min))
     return MiBRange(max(0.0, low), max(0.0, high))
 
 
@@ -139,14 +131,12 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     If the largest measured batch of a network has the largest workspace, a larger batch may need more: the
     maximum is then at least that of `fallback`.
     """
-    by_network: dict[tuple[str, Precision], dict[int, ConvWorkspace]] = {}
-    for each in measurements.transients:
-        by_size = by_network.setdefault((each.network, each.precision), {})
-        by_size[each.batch_size] = max(by_size.get(each.batch_size, each), each, key=attrgetter("mib"))
+    by_network: dict[tuple[str, Precision], list[ConvWorkspace]] = {}
+    workspaces = sorted(measurements.transients, key=attrgetter("mib"))
+    for each in workspaces:
+        by_network.setdefault((each.network, each.precision), []).append(each)
     if not by_network:
         return _unmeasured_bounds(fallback)
-    workspaces = [each for by_size in by_network.values() for each in by_size.values()]
-    workspaces.sort(key=attrgetter("mib"))
     smallest, largest = workspaces[0], workspaces[-1]
     sizes = {each.batch_size for each in workspaces}
     source = (
@@ -160,11 +150,10 @@ def _cudnn_bounds(measurements: GpuMeasurements, fallback: Bounds) -> Bounds:
     return _mib_bounds(smallest.mib, max_mib, source)
 
 
-def _grows(by_size: Mapping[int, ConvWorkspace]) -> bool:
+def _grows(workspaces: Iterable[ConvWorkspace]) -> bool:
     """Return whether the largest batch of a network and precision has a larger workspace than the others."""
-    largest = by_size[max(by_size)]
-    others = [each.mib for each in by_size.values() if each is not largest]
-    return bool(others) and largest.mib > max(others)
+    *others, largest = sorted(workspaces, key=attrgetter("batch_size"))
+    return bool(others) and largest.mib > max(each.mib for each in others)
 
 
 def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback: Bounds) -> Bounds:

@@ -3,9 +3,9 @@
 import copy
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, DeviceTensor
 from captcha_exp.memory.torch_patches import replace_attributes
 
-CopiedT = TypeVar("CopiedT")
 _trace_lock = threading.RLock()  # a trace replaces operators and settings of the process
 
 
@@ -46,20 +45,14 @@ def to_fake_device(tensor: Tensor) -> Tensor:
     return on_host.to(DEVICE)
 
 
-def copy_to_fake_device(original: CopiedT, memo: dict[int, Any]) -> CopiedT:
+def copy_to_fake_device(original: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a copy of a module whose parameters, buffers and other tensors are device tensors.
 
     No value is copied. Tied parameters stay tied, also across modules copied with the same `memo`.
 
     Raises:
-        UserError: a parameter is lazy, or copy.deepcopy fails; the message names it.
+        UserError: copy.deepcopy fails.
     """
-    if isinstance(original, nn.Module):
-        for name, parameter in original.named_parameters():
-            if nn.parameter.is_lazy(parameter):
-                raise UserError(
-                    f"{name}: the shape of a lazy parameter is unknown; call the module once first"
-                )
     replacements = [(each, "__deepcopy__", _deepcopy_to_fake_device) for each in (Tensor, nn.Parameter)]
     try:
         with replace_attributes(replacements):
@@ -79,23 +72,15 @@ def _deepcopy_to_fake_device(tensor: Tensor, _: dict[int, Any]) -> Tensor:
 
 
 @contextmanager
-def preserve_gradients() -> Iterator[Callable[[Tensor], None]]:
-    """Restore the gradients of the caller's tensors, such as a parameter that a loss closes over.
-
-    Yields a function that saves and clears them, to be called with each loss before its backward pass.
-    """
-    saved: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def save(loss: Tensor) -> None:
-        for leaf in _grad_leaves(loss):
-            if not isinstance(leaf, DeviceTensor) and id(leaf) not in saved:
-                saved[id(leaf)] = leaf, leaf.grad
-                leaf.grad = None
-
+def preserve_gradients(loss: Tensor) -> Iterator[None]:
+    """Restore the gradients of the caller's tensors, such as a parameter that the loss closes over."""
+    saved = [(leaf, leaf.grad) for leaf in _grad_leaves(loss) if not isinstance(leaf, DeviceTensor)]
+    for leaf, _ in saved:
+        leaf.grad = None
     try:
-        yield save
+        yield
     finally:
-        for leaf, gradient in saved.values():
+        for leaf, gradient in saved:
             leaf.grad = gradient
 
 

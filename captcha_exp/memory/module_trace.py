@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from captcha_exp.config import Precision
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.memory.fake_device import DEVICE, HOST, TensorRecorder, UntraceableError
 from captcha_exp.memory.gpu_kernels import emulate_cuda_operators
-from captcha_exp.memory.module_checks import check_functions, check_loss_value, check_optimizer
 from captcha_exp.memory.module_copy import (
     copy_to_fake_device,
     preserve_global_state,
@@ -26,12 +26,11 @@ from captcha_exp.memory.module_copy import (
     to_fake_device,
 )
 from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc, without_compiler
-from captcha_exp.memory.trace import Trace, make_trace, state_sizes
+from captcha_exp.memory.trace import NUM_FIRST_EPOCH_STEPS, Trace, make_trace, state_bytes
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LossFunction: TypeAlias = Callable[..., Tensor]
-ModulePrecision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def trace_module(
@@ -41,15 +40,14 @@ def trace_module(
     loss: LossFunction,
     *,
     targets: Any = None,
-    precision: ModulePrecision = "fp32",
-    steps: int = 3,
+    precision: Precision = "fp32",
 ) -> Trace:
-    """Return the trace of this many training steps; the arguments are those of `plan_module`.
+    """Return the trace of the first training steps; the arguments are those of `plan_module`.
 
     Raises:
         UserError: the module cannot be traced; the message names the operator, the submodule and a remedy.
     """
-    check_functions(module, optimizer, loss, targets is not None)
+    _check_functions(module, optimizer, loss)
     recorder = TensorRecorder()
     with (
         preserve_global_state(),
@@ -61,8 +59,8 @@ def trace_module(
         recorder,
     ):
         recorder.begin_phase("state")
-        sizes = _train_copy(module, (example_batch, targets), optimizer, loss, precision, steps, recorder)
-    return make_trace(recorder, sizes | {"resident_bytes": 0})
+        size = _train_copy(module, (example_batch, targets), optimizer, loss, precision, recorder)
+    return make_trace(recorder, state_bytes=size, resident_bytes=0)
 
 
 def _train_copy(
@@ -70,11 +68,10 @@ def _train_copy(
     example: tuple[Any, Any],
     optimizer_factory: OptimizerFactory,
     loss_function: LossFunction,
-    precision: ModulePrecision,
-    steps: int,
+    precision: Precision,
     recorder: TensorRecorder,
-) -> dict[str, int]:
-    """Run steps of the usual loop on a copy of the module, freed on return; return the sizes of its state.
+) -> int:
+    """Run steps of the usual loop on a copy of the module, freed on return; return the bytes of its state.
 
     Batch, output and loss live until the next ones replace them.
     """
@@ -85,28 +82,28 @@ def _train_copy(
     memo.clear()  # it holds references to the originals
     path = ModulePathTracker(module)
     recorder.get_module_path = path.current
-    dtype = AUTOCAST_DTYPES.get(precision)
-    with preserve_gradients() as save_gradients, _raise_user_errors(path):
+    dtype = AUTOCAST_DTYPES[precision]
+    with _raise_user_errors(path):
         loss_scale = torch.zeros((), device=DEVICE) if precision == "fp16" else None
         optimizer = optimizer_factory(module.parameters())
-        check_optimizer(optimizer, module)
+        _check_optimizer(optimizer, module)
         _use_foreach(optimizer)
-        for step in range(1, steps + 1):
+        for step in range(1, NUM_FIRST_EPOCH_STEPS + 1):
             recorder.begin_phase(f"epoch 1: step {step}")
-            path.begin_step()
             batch, targets = tree_map_only(Tensor, to_fake_device, example)
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 output = _call(module, batch)
                 loss = loss_function(output) if targets is None else loss_function(output, targets)
-            check_loss_value(loss)
-            save_gradients(loss)
-            scaled = loss if loss_scale is None else loss * loss_scale
-            scaled.backward()
-            with recorder.allow_value_reads():  # most optimizers read their step count
-                optimizer.step()
+            _check_loss_value(loss)
+            with preserve_gradients(loss):
+                scaled = loss if loss_scale is None else loss * loss_scale
+                scaled.backward()
+            recorder.allows_value_reads = True  # most optimizers read their step count
+            optimizer.step()
+            recorder.allows_value_reads = False
         recorder.begin_phase("end")
-        return state_sizes(parts, optimizer)
+        return state_bytes(parts, optimizer)
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
@@ -121,6 +118,47 @@ def _use_foreach(optimizer: torch.optim.Optimizer) -> None:
         is_default = group.get("foreach") is None and not group.get("fused")
         if "foreach" in group and is_default and not group.get("differentiable"):
             group["foreach"] = True
+
+
+def _check_functions(module: Any, optimizer: Any, loss: Any) -> None:
+    """Raise UserError unless this is a trainable module, an optimizer factory and a loss function."""
+    if not isinstance(module, nn.Module) or not any(each.requires_grad for each in module.parameters()):
+        raise UserError(
+            "module: must be a torch.nn.Module with a parameter that requires a gradient, not this "
+            f"{type(module).__name__}"
+        )
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UserError(
+                f"{name or 'module'}: a TorchScript module cannot be traced; pass the original nn.Module"
+            )
+    for name, function in (("optimizer", optimizer), ("loss", loss)):
+        if not callable(function):
+            raise UserError(
+                f"{name}: must be callable, e.g. torch.optim.AdamW or nn.CrossEntropyLoss(), not an instance "
+                f"of {type(function).__name__}"
+            )
+
+
+def _check_optimizer(optimizer: Any, module: nn.Module) -> None:
+    """Raise UserError unless this is an optimizer of the module's parameters."""
+    parameters = {id(each) for each in module.parameters()}
+    if not isinstance(optimizer, torch.optim.Optimizer) or any(
+        id(each) not in parameters for group in optimizer.param_groups for each in group["params"]
+    ):
+        raise UserError(
+            "optimizer: must return a torch.optim.Optimizer of the parameters that it is called with, as "
+            "lambda parameters: torch.optim.AdamW(parameters)"
+        )
+
+
+def _check_loss_value(value: Any) -> None:
+    """Raise UserError unless the loss is a scalar tensor that depends on the parameters."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise UserError(
+            "loss: must return a scalar tensor that depends on a parameter that requires a gradient; reduce "
+            "it, e.g. with .mean(), and check .detach() and torch.no_grad()"
+        )
 
 
 class ModulePathTracker:
@@ -139,10 +177,6 @@ class ModulePathTracker:
         for name, child in module.named_modules():
             child.register_forward_pre_hook(partial(self._enter, name or type(module).__name__))
             child.register_forward_hook(self._leave)
-
-    def begin_step(self) -> None:
-        """Clear the records of the previous step."""
-        self._module_stack, self._changes = [], []
 
     def current(self) -> str | None:
         """Return the path of the submodule whose forward or backward pass is running; None outside of all."""
@@ -173,17 +207,8 @@ def _raise_user_errors(path: ModulePathTracker) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if cause := _find_untraceable(error):
-            where = cause.module_path or path.current() or "the loss or the optimizer"
-            raise UserError(f"{where}: {cause.operator} {cause.reason}; {cause.remedy}") from error
-        where = path.current() or "outside of the module (loss or optimizer)"
-        remedy = "check that the step runs on the CPU"
-        if "not compiled with CUDA" in str(error) or "NVIDIA driver" in str(error):
-            remedy = "use the device of the input, e.g. x.device, instead of 'cuda'"
+        where = path.current() or "the loss or the optimizer"
+        if isinstance(error, UntraceableError):
+            raise UserError(f"{error.module_path or where}: {error}") from error
+        remedy = "check that a step runs on the CPU, on the device of its input"
         raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}; {remedy}") from error
-
-
-def _find_untraceable(error: BaseException | None) -> UntraceableError | None:
-    while error is not None and not isinstance(error, UntraceableError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -8,7 +8,6 @@ is a range. A batch *fits* if it does with every bound at its maximum, and *does
 every bound at its minimum. Otherwise the verdict is *unsure*, which is treated as *does not fit*.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -23,15 +22,12 @@ from captcha_exp.memory.interval import Fits, MiB, MiBRange, described
 from captcha_exp.memory.replay import (
     PhasePeaks,
     Scenario,
-    TraceReplayer,
     list_scenarios,
     peak_range,
     replay_trace,
 )
 from captcha_exp.memory.trace import Trace, trace
-from captcha_exp.memory.traces import TraceCache
-
-logger = logging.getLogger(__name__)
+from captcha_exp.memory.trace_cache import TraceCache
 
 # Of the reserved memory: the largest error of a trace (tests/memory/test_trace.py), with some margin.
 ERROR_MARGIN = 0.02
@@ -114,7 +110,6 @@ class PlannerCache:
             return replay_trace(traced, scenario, available_mib) is not None
 
         self.traces = TraceCache(trace_batch, split_sizes["train"], config.train.micro_batch_size is not None)
-        self.replayer_for = cache(lambda batch_size: TraceReplayer(self.traces.trace(batch_size)))
         self.fits = cache(fits)  # GPUs with equal figures share the result
 
 
@@ -136,16 +131,12 @@ class Planner:
         micro, limit = config.train.micro_batch_size, split_sizes["train"]
         # Each micro-batch is traced: their number hardly changes memory, but the time of the trace.
         self.batch_size_limit = min(limit, MAX_MICRO_BATCHES * micro) if micro else limit
-        self._plans: dict[int, Plan] = {}
         self._scenarios = list_scenarios(config.gpu)
 
     def plan_for(self, batch_size: int) -> Plan:
         """Return the plan for a batch size."""
-        if batch_size not in self._plans:
-            replayer = self.cache.replayer_for(batch_size)
-            plan = self._plans[batch_size] = make_plan(replayer, self.config.gpu, batch_size, self.budget_mib)
-            logger.debug(f"batch size {batch_size:,}: {plan.describe(self.config.gpu.name)}")
-        return self._plans[batch_size]
+        traced = self.cache.traces.trace(batch_size)
+        return make_plan(traced, self.config.gpu, batch_size, self.budget_mib)
 
     def max_batch_plan(self) -> Plan | None:
         """Return the plan of the maximum batch size; None if no batch fits.
@@ -245,16 +236,16 @@ def allocator_limits(gpu: GpuSpec, budget_mib: MiBRange) -> tuple[float, float]:
     return tight_mib, (budget_mib.max - gpu.context_mib.min) / (1 - ERROR_MARGIN)
 
 
-def make_plan(replayer: TraceReplayer, gpu: GpuSpec, batch_size: int, budget_mib: MiBRange | None) -> Plan:
+def make_plan(traced: Trace, gpu: GpuSpec, batch_size: int, budget_mib: MiBRange | None) -> Plan:
     """Return the plan for the trace of a batch size."""
-    traced, context, scenarios = replayer.trace, gpu.context_mib, list_scenarios(gpu)
+    context, scenarios = gpu.context_mib, list_scenarios(gpu)
     # At a limit the allocator flushes its cache before it fails: a run may need less than it uses when memory
     # is plentiful.
     limits = [None] if budget_mib is None else [*allocator_limits(gpu, budget_mib), None]
 
     def replay(scenario: Scenario) -> tuple[int, PhasePeaks]:
         """Return the index of the first limit that suffices, and the peaks."""
-        replays = ((index, replayer.peaks(scenario, limit)) for index, limit in enumerate(limits))
+        replays = ((index, replay_trace(traced, scenario, limit)) for index, limit in enumerate(limits))
         return next((index, peaks) for index, peaks in replays if peaks is not None)
 
     indices, replays = zip(*map(replay, scenarios), strict=True)

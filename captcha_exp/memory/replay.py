@@ -4,7 +4,6 @@ These are the workspaces of cuBLAS and cuDNN and the addresses of new segments. 
 the workspaces, which the libraries request from torch's allocator, like tensors.
 """
 
-import functools
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -69,27 +68,6 @@ def uses_expandable_segments() -> bool:
     """Return whether the environment enables this option of torch's allocator."""
     options = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return any("expandable_segments:true" in text.replace(" ", "").lower() for text in options)
-
-
-class TraceReplayer:
-    """Replays one trace, and caches the peaks without a limit."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self._unlimited_peaks = functools.cache(functools.partial(replay_trace, trace))
-
-    def peaks(self, scenario: Scenario, limit_mib: float | None) -> PhasePeaks | None:
-        """Return the peaks of each phase; None if the memory does not suffice.
-
-        A limit that is never reached changes nothing; one below tensors and workspaces is never enough.
-        """
-        peaks = self._unlimited_peaks(scenario)
-        assert peaks is not None
-        if limit_mib is None or max(usage.reserved_bytes for usage in peaks.values()) <= int(limit_mib * MIB):
-            return peaks
-        if max(usage.requested_bytes for usage in peaks.values()) > limit_mib * MIB:
-            return None
-        return replay_trace(self.trace, scenario, limit_mib)
 
 
 def replay_trace(trace: Trace, scenario: Scenario, limit_mib: float | None = None) -> PhasePeaks | None:

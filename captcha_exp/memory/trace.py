@@ -20,7 +20,7 @@ Not recorded, because it is in no tensor of a dispatched operator:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +58,8 @@ class Trace:
     events: list[MemoryEvent]
     phases: list[Phase]  # consecutive; they cover all events
     convolutions: list[Convolution]
-    parameters_bytes: int
-    buffers_bytes: int
-    optimizer_bytes: int  # of its state, which the first step creates
+    state_bytes: int  # parameters, buffers and the optimizer's state
     resident_bytes: int  # of splits that stay on the device during training
-
-    @property
-    def state_bytes(self) -> int:
-        """Return the bytes of parameters, buffers and the optimizer's state."""
-        return self.parameters_bytes + self.buffers_bytes + self.optimizer_bytes
 
     def peak_bytes(self, phase: str = "") -> int:
         """Return the maximum of the bytes in use over the phases whose name contains `phase`."""
@@ -83,21 +76,21 @@ def trace(config: Config, batch_size: int, split_sizes: Mapping[str, int]) -> Tr
     with disable_gc(), without_compiler(), torch.device(HOST):
         model = networks.build(config.model, config.captcha)
         with allow_device_step_counts(), recorder:
-            sizes = _run_training(model, config, split_sizes, recorder.begin_phase)
+            state_bytes, resident_bytes = _run_training(model, config, split_sizes, recorder.begin_phase)
         del model  # before the phases are computed, as its deallocations are events, too
-    return make_trace(recorder, sizes)
+    return make_trace(recorder, state_bytes, resident_bytes)
 
 
-def make_trace(recorder: TensorRecorder, sizes: Mapping[str, int]) -> Trace:
-    """Return the trace of a recorder; `sizes` has the remaining fields."""
+def make_trace(recorder: TensorRecorder, state_bytes: int, resident_bytes: int) -> Trace:
+    """Return the trace of a recorder."""
     phases = compute_phases(recorder.events, recorder.phase_starts)
-    return Trace(recorder.events, phases, recorder.convolutions, **sizes)
+    return Trace(recorder.events, phases, recorder.convolutions, state_bytes, resident_bytes)
 
 
 def _run_training(
     model: Recognizer, config: Config, split_sizes: Mapping[str, int], begin_phase: Callable[[str], None]
-) -> dict[str, int]:
-    """Run a shortened training; return the sizes of a `Trace`."""
+) -> tuple[int, int]:
+    """Run a shortened training; return the bytes of the state and of the resident splits."""
     data = _make_dataset(config, split_sizes)
     splits: list[Split] = []
 
@@ -124,7 +117,7 @@ def _run_training(
         begin_phase("test evaluation")
         _run_evaluation(state.model, test, config)
     begin_phase("end")
-    return state_sizes(state.model, state.optimizer) | {"resident_bytes": resident_bytes}
+    return state_bytes(state.model, state.optimizer), resident_bytes
 
 
 def _make_dataset(config: Config, split_sizes: Mapping[str, int]) -> Dataset:
@@ -182,19 +175,15 @@ def _run_evaluation(model: Recognizer, split: Split, config: Config) -> None:
     del skipped_results
 
 
-def state_sizes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Return the bytes of the state that is on the device, by field of a `Trace`."""
-    state = (value for values in optimizer.state.values() for value in values.values())
-    return {
-        "parameters_bytes": _device_bytes(model.parameters()),
-        "buffers_bytes": _device_bytes(model.buffers()),
-        "optimizer_bytes": _device_bytes(value for value in state if isinstance(value, Tensor)),
-    }
+def state_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Return the bytes of the state that is on the device."""
+    optimizer_state = (value for values in optimizer.state.values() for value in values.values())
+    return _device_bytes([*model.parameters(), *model.buffers(), *optimizer_state])
 
 
-def _device_bytes(tensors: Iterable[Tensor]) -> int:
+def _device_bytes(values: Iterable[Any]) -> int:
     """Return the bytes of the tensors that are on the device."""
-    return sum(tensor.nbytes for tensor in tensors if tensor.device == DEVICE)
+    return sum(each.nbytes for each in values if isinstance(each, Tensor) and each.device == DEVICE)
 
 
 def compute_phases(events: Sequence[MemoryEvent], phase_starts: Sequence[tuple[str, int]]) -> list[Phase]:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captcha_exp.config import Config, flatten_mapping, load
+from captcha_exp.config import Config, load
 from captcha_exp.data import dataset
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset, Split
@@ -222,22 +222,9 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     config = devices.for_inference(config, device_name)
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
-    spec = dataset.inspect_dataset(config)
     recorded = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))
-    data = dataset.load_or_build(spec, config)
+    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     if data.manifest["images_sha256"] != recorded["images_sha256"]:
-        logger.warning(
-            "the images differ from those of the run: "
-            f"{_describe_difference(recorded['provenance'], spec.provenance)}"
-        )
+        logger.warning("the images differ from those of the run; captcha-exp reproduce lists the changes")
     images = data.split(split, device, config.device.preload_limit_mib)
     return evaluate(model, images, config), data
-
-
-def _describe_difference(recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    """Describe the first difference between two provenances."""
-    then, now = flatten_mapping(recorded), flatten_mapping(provenance)
-    key = next((key for key in (*then, *now) if then.get(key) != now.get(key)), None)
-    if key is None:
-        return "equal settings produced different bytes"
-    return f"{key} was {then.get(key)!r}, now {now.get(key)!r}"

@@ -92,13 +92,9 @@ class TrainState:
         }
         return True
 
-    def epochs_since_improvement(self) -> int:
-        """Return the number of epochs since the accuracy last improved."""
-        return self.epoch - self.last_improved_epoch
-
     def should_stop_early(self, train: TrainConfig) -> bool:
         """Return whether more than train.patience epochs passed without improvement."""
-        return train.patience is not None and self.epochs_since_improvement() > train.patience
+        return train.patience is not None and self.epoch - self.last_improved_epoch > train.patience
 
     def is_finished(self, train: TrainConfig) -> bool:
         """Return whether no epoch remains to be trained."""
@@ -162,11 +158,10 @@ class TrainState:
             setattr(self, name, counters[name])
         own = self._current_tensors()
         saved = {name: x for name, x in checkpoint.tensors.items() if not name.startswith(("best/", "rng/"))}
-        own_shapes, saved_shapes = ({(name, x.shape) for name, x in each.items()} for each in (own, saved))
-        if different := own_shapes ^ saved_shapes:
+        if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in saved.items()}:
             raise UserError(
-                f"{checkpoint.path}: does not match the config of the run ({min(different)[0]} differs); "
-                "restore its config.yaml, or start a new run with --resume=never"
+                f"{checkpoint.path}: does not match the config of the run; restore config.yaml, or start a "
+                "new run with --resume=never"
             )
         for name, value in own.items():
             value.copy_(saved[name])

@@ -91,9 +91,9 @@ def config_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
             "was written by captcha_exp 0.1, whose weights this version cannot read; train again, or use "
             "captcha_exp 0.1"
         )
-    if isinstance(number := values.get("format"), int):
-        raise ValueError(f"has format {number}, but this version reads format {FORMAT}; update captcha_exp")
-    raise ValueError("contains no config of captcha_exp; pass the model.safetensors of a run")
+    raise ValueError(
+        "contains no config that this version reads; pass a run's model.safetensors, or update captcha_exp"
+    )
 
 
 def _parse_object(text: str) -> dict[str, Any]:

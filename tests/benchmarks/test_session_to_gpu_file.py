@@ -53,7 +53,7 @@ def test_a_session_gives_the_bounds_of_its_measurements(
     assert load_gpu(path) == EXPECTED
     first, second, third, *_ = path.read_text().splitlines()
     assert first == (
-        f"# {GPU}, measured on 2027-03-04 with torch 2.11.0+cu130, CUDA 13.0, cuDNN 9.10.2, driver 580.65.06"
+        f"# {GPU}, measured on 2027-03-04 with torch 2.11.0+cu130, CUDA 13.0, cuDNN 91002, driver 580.65.06"
     )
     assert (second, third[:60]) == (
         "# Session: session.json",

@@ -111,8 +111,6 @@ def test_requests_of_zero_bytes_are_not_counted(expandable: bool) -> None:
     allocator.free(allocator.allocate(0))
 
     assert allocator.peak == Usage(0, 0, 0)
-    with pytest.raises(ValueError, match="-1 bytes"):
-        allocator.allocate(-1)
 
 
 # -- pools and segments ---------------------------------------------------------------------------------
@@ -299,7 +297,7 @@ def test_free_segments_are_returned_before_out_of_memory() -> None:
     assert allocator.num_alloc_retries == 1
     allocator.free(big)
     allocator.free(kept)
-    message = f"{62 * MIB + 1} bytes need {64 * MIB} .* 0 \\(0 of them allocated\\) of {62 * MIB}$"
+    message = f"{64 * MIB} bytes from the driver; 0 of {62 * MIB} are reserved"
     with pytest.raises(SimulatedOutOfMemoryError, match=message):
         allocator.allocate(62 * MIB + 1)
     assert allocator.usage == Usage(0, 0, 0)
@@ -313,10 +311,8 @@ def test_a_segment_in_use_is_not_returned() -> None:
     remainder = allocator.allocate(18 * MIB)  # of the same segment
     allocator.free(remainder)
 
-    with pytest.raises(
-        SimulatedOutOfMemoryError,
-        match=r"20971521 bytes need 23068672 .* 20971520 \(2097152 of them allocated\) of 41943040$",
-    ):
+    message = f"{22 * MIB} bytes from the driver; {20 * MIB} of {40 * MIB} are reserved"
+    with pytest.raises(SimulatedOutOfMemoryError, match=message):
         allocator.allocate(20 * MIB + 1)  # 22 in addition to 20
     assert mib(allocator) == (2, 20)
 
@@ -435,7 +431,7 @@ def test_pages_of_a_failed_request_are_returned() -> None:
 
     allocator.limit_bytes = 60 * MIB
     # 56: kRoundLarge, as torch reports it
-    with pytest.raises(SimulatedOutOfMemoryError, match=f"need {56 * MIB} .* reserved are {20 * MIB} "):
+    with pytest.raises(SimulatedOutOfMemoryError, match=f"{56 * MIB} bytes .* {20 * MIB} of .* are reserved"):
         allocator.allocate(55 * MIB)  # 20 more are available, not 40; after the flush 40, not 60
     assert allocator.peak.reserved_bytes == 80 * MIB
 
@@ -480,10 +476,6 @@ def test_invalid_events_are_rejected() -> None:
         replay_events([MemoryEvent(1, 5), MemoryEvent(1, 5)], allocator, {})
     with pytest.raises(KeyError):
         replay_events([MemoryEvent(2, None)], allocator, {})
-    block = allocator.allocate(5)
-    allocator.free(block)
-    with pytest.raises(ValueError, match="is not allocated"):
-        allocator.free(block)
 
 
 def test_out_of_memory_keeps_the_earlier_tensors() -> None:

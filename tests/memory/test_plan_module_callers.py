@@ -71,7 +71,7 @@ def test_an_optimizer_of_other_parameters_is_rejected_unchanged() -> None:
     optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
     gradient = module.weight.grad
 
-    with pytest.raises(UserError, match="optimizer: returns an optimizer of parameters other than those"):
+    with pytest.raises(UserError, match=r"optimizer: must return a .+ of the parameters that"):
         traced(module, optimizer=lambda _: optimizer)
 
     assert module.weight.grad is gradient
@@ -117,7 +117,7 @@ def test_a_loss_with_parameters_is_copied_and_counted() -> None:
 
     critic = Critic()
     found = traced(nn.Linear(8, 8), loss=critic)
-    assert found.parameters_bytes == 2 * 4 * (8 * 8 + 8)
+    assert found.state_bytes == 2 * 4 * (8 * 8 + 8)
     assert critic.layer.weight.grad is None
     assert critic.calls == 0
 
@@ -133,7 +133,7 @@ def test_a_loss_shares_parameters_with_the_module() -> None:
         def forward(self, output: Tensor) -> Tensor:
             return output.sum() + self.of.weight.square().sum()
 
-    assert traced(module, loss=Decay()).parameters_bytes == 4 * (8 * 8 + 8)
+    assert traced(module, loss=Decay()).state_bytes == 4 * (8 * 8 + 8)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -170,7 +170,7 @@ def test_traces_of_several_threads_take_turns() -> None:
 
     def plan() -> None:
         barrier.wait(timeout=60)
-        peaks.append(traced(nn.Sequential(nn.Linear(8, 8), nn.Dropout()), loss=loss, steps=20).peak_bytes())
+        peaks.append(traced(nn.Sequential(nn.Linear(8, 8), nn.Dropout()), loss=loss).peak_bytes())
 
     onednn, count = torch._C._get_mkldnn_enabled(), 4
     barrier = threading.Barrier(count)
@@ -202,27 +202,44 @@ def test_a_loss_may_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
 # -- errors --------------------------------------------------------------------------------------------
 
 
+BUDGET = "must be a finite number of MiB above 0"
+MODULE = "module: must be a torch.nn.Module with a parameter that requires a gradient, not this "
+RUNS = "; check that a step runs on the CPU, on the device of its input"
+OPTIMIZER = "optimizer: must return a torch.optim.Optimizer of the parameters that it is called with"
+LOSS = "loss: must return a scalar tensor that depends on a parameter that requires a gradient"
 INVALID: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "infinite budget": (lambda: {"budget_mib": float("inf")}, "budget_mib=inf: must be above 0 and finite"),
-    "text budget": (lambda: {"budget_mib": "4000"}, "budget_mib='4000': must be a number of MiB"),
-    "half a step": (lambda: {"steps": 2.5}, "steps=2.5: must be at least 2, as an integer"),
-    "function": (lambda: {"module": mean}, "module: must be a torch.nn.Module, not function"),
-    "no parameters": (lambda: {"module": nn.ReLU()}, "module: ReLU has no parameters"),
-    "frozen": (lambda: {"module": nn.Linear(8, 8).requires_grad_(False)}, "module: all parameters of Linear"),
+    "infinite budget": (lambda: {"budget_mib": float("inf")}, f"budget_mib=inf: {BUDGET}"),
+    "text budget": (lambda: {"budget_mib": "4000"}, f"budget_mib='4000': {BUDGET}"),
+    "function": (lambda: {"module": mean}, f"{MODULE}function"),
+    "no parameters": (lambda: {"module": nn.ReLU()}, f"{MODULE}ReLU"),
+    "frozen": (lambda: {"module": nn.Linear(8, 8).requires_grad_(False)}, f"{MODULE}Linear"),
     "instance": (
         lambda: {"optimizer": torch.optim.SGD(nn.Linear(8, 8).parameters())},
-        "optimizer: must be callable with the parameters, e.g. torch.optim.AdamW, not an instance",
+        "optimizer: must be callable, e.g. torch.optim.AdamW ",
     ),
-    "name": (lambda: {"optimizer": "adam"}, "optimizer: must be callable with the parameters, "),
-    "nothing": (lambda: {"optimizer": lambda _: None}, "optimizer: must return a torch.optim.Optimizer, not"),
-    "closure": (lambda: {"optimizer": torch.optim.LBFGS}, "optimizer: LBFGS.step needs a closure"),
-    "sparse": (lambda: {"optimizer": torch.optim.SparseAdam}, "optimizer: SparseAdam needs sparse gradients"),
-    "no targets": (lambda: {"loss": nn.MSELoss()}, "loss: missing its argument 'target'; pass targets="),
-    "targets": (lambda: {"targets": BATCH}, "loss: takes the output only"),
-    "no loss": (lambda: {"loss": None}, "loss: must be callable with the output, not None"),
-    "many losses": (lambda: {"loss": lambda x: x}, "loss: must return one number, not shape (4, 8)"),
-    "number": (lambda: {"loss": lambda x: 1.0}, "loss: must return a tensor, not float"),
-    "detached": (lambda: {"loss": lambda x: x.detach().sum()}, "loss: does not depend on a parameter"),
+    "name": (lambda: {"optimizer": "adam"}, "optimizer: must be callable, e.g. torch.optim.AdamW "),
+    "nothing": (lambda: {"optimizer": lambda _: None}, OPTIMIZER),
+    "closure": (
+        lambda: {"optimizer": torch.optim.LBFGS},
+        "the loss or the optimizer: TypeError: LBFGS.step() missing 1 required positional argument",
+    ),
+    "sparse": (
+        lambda: {"optimizer": torch.optim.SparseAdam},
+        "the loss or the optimizer: RuntimeError: SparseAdam does not support dense gradients",
+    ),
+    "no targets": (
+        lambda: {"loss": nn.MSELoss()},
+        "the loss or the optimizer: TypeError: MSELoss.forward() missing 1 required positional argument: "
+        f"'target'{RUNS}",
+    ),
+    "targets": (
+        lambda: {"targets": BATCH},
+        "the loss or the optimizer: TypeError: mean() takes 1 positional",
+    ),
+    "no loss": (lambda: {"loss": None}, "loss: must be callable, e.g. "),
+    "many losses": (lambda: {"loss": lambda x: x}, LOSS),
+    "number": (lambda: {"loss": lambda x: 1.0}, LOSS),
+    "detached": (lambda: {"loss": lambda x: x.detach().sum()}, LOSS),
 }
 
 
@@ -234,7 +251,6 @@ def test_an_invalid_argument_is_a_one_line_error(name: str) -> None:
         plan_module(options.pop("module"), BATCH, **options)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
-    assert "check that the step runs" not in str(raised.value)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -246,5 +262,5 @@ def test_a_scripted_module_is_rejected() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="works with CUDA")
 def test_a_tensor_moved_to_cuda_has_its_own_remedy() -> None:
-    with pytest.raises(UserError, match="use the device of the input, e"):
+    with pytest.raises(UserError, match="on the device of its input"):
         traced(nn.Linear(8, 8), loss=lambda output: output.cuda().mean())

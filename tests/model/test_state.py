@@ -265,6 +265,6 @@ def test_the_best_weights_are_copied_and_restored(tiny: Config) -> None:
             best = {name: value.clone() for name, value in model.state_dict().items()}
     assert better == [True, True, False, False, True, True, False, False]
     assert (state.best_epoch, state.best_accuracy, state.best_loss) == (6, 0.7, 2.5)
-    assert state.epochs_since_improvement() == 3, "the accuracy has not improved since epoch 5"
+    assert state.last_improved_epoch == 5, "the accuracy has not improved since epoch 5"
     state.restore_best_weights()
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())

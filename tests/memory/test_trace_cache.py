@@ -16,7 +16,7 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Plan, Planner, PlannerCache, with_batch_size
 from captcha_exp.memory.replay import list_scenarios, replay_trace
 from captcha_exp.memory.trace import Phase, Trace, trace
-from captcha_exp.memory.traces import TraceCache
+from captcha_exp.memory.trace_cache import TraceCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ def make_cache(size_of: Callable[[int], int], more_events: Callable[[int], int] 
         events = [MemoryEvent(1, size_of(batch)), MemoryEvent(1, None)]
         events += [MemoryEvent(2 + number, 0) for number in range(more_events(batch))]
         phases = [Phase("epoch 1: step 1", 0, len(events), size_of(batch))]
-        return Trace(events, phases, [Convolution(1, batch)], 0, 0, 0, 0)
+        return Trace(events, phases, [Convolution(1, batch)], 0, 0)
 
     return TraceCache(tracer, 900, uses_micro_batches=False)
 
