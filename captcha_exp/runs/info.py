@@ -13,8 +13,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from captcha_exp.errors import UserError
-from captcha_exp.runs.files import hash_files
-from captcha_exp.runtime.files import write_json
+from captcha_exp.runtime.files import sha256_of, write_json
 from captcha_exp.runtime.process import ProcessIdentity, identify_process
 from captcha_exp.runtime.shutdown import StopReason
 
@@ -244,12 +243,21 @@ class RecordedDir(Generic[InfoT]):
         ended: datetime | None = None,
     ) -> None:
         """Write the final status and the end time (default: now), and the SHA-256 of every file of a run."""
-        files = {"files": hash_files(self.run_dir)} if isinstance(self.info, RunInfo) else {}
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **files)
+        fields: dict[str, Any] = {}
+        if isinstance(self.info, RunInfo):
+            paths = (path for path in list_run_files(self.run_dir) if path.name != self.info.filename)
+            fields["files"] = {path.relative_to(self.run_dir).as_posix(): sha256_of(path) for path in paths}
+        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **fields)
 
     def save(self) -> None:
         """Write the record."""
         write_json(self.run_dir / self.info.filename, self.info.model_dump())
+
+
+def list_run_files(run_dir: Path) -> list[Path]:
+    """Return all files of a run or sweep, sorted; the files of the jobs of a sweep belong to the jobs."""
+    job_dirs = {record.parent for record in run_dir.glob("*/run.json")}
+    return sorted(p for p in run_dir.rglob("*") if p.is_file() and job_dirs.isdisjoint(p.parents))
 
 
 def running_fields() -> dict[str, Any]:

@@ -14,8 +14,7 @@ from typing import Any
 import psutil
 
 from captcha_exp.errors import UserError
-from captcha_exp.runs.files import list_run_files
-from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo
+from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo, list_run_files
 from captcha_exp.runs.run import read_metrics_rows
 from captcha_exp.runtime.paths import root_dir
 
@@ -90,7 +89,7 @@ def find_stale() -> list[StaleRun[Any]]:
 def stale_in(run_dir: Path) -> StaleRun[RunInfo] | None:
     """Return the run in this directory if its process has exited and it is not closed here or in MLflow.
 
-    A run that this process claimed (`resume.claim`) counts as exited, since another process trains it.
+    A run that this process claimed (`claim.claim`) counts as exited, since another process trains it.
     """
     stale = StaleRun.load(RunInfo, run_dir)
     if stale is None or not (stale.info.is_running or stale.needs_sync):
