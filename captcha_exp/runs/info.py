@@ -4,13 +4,20 @@ A file name that is not valid UTF-8 is text with lone surrogates, which pydantic
 that may contain one are of type `Text`.
 """
 
-import contextlib
 import json
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
 
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.files import sha256_of, write_json
@@ -23,24 +30,10 @@ RECORD_FORMAT = 2
 Status: TypeAlias = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-def _check_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    return value
-
-
-def _parse_time(value: object) -> datetime:
-    with contextlib.suppress(ValueError):
-        time = datetime.fromisoformat(value) if isinstance(value, str) else value
-        if isinstance(time, datetime) and time.tzinfo is not None:
-            return time
-    raise ValueError("must be an ISO 8601 time with a zone")
-
-
-Text: TypeAlias = Annotated[str, PlainValidator(_check_text)]
+Text: TypeAlias = InstanceOf[str]
 Timestamp: TypeAlias = Annotated[
-    datetime,
-    PlainValidator(_parse_time),
+    AwareDatetime,
+    Field(strict=False),
     PlainSerializer(lambda value: value.isoformat(timespec="microseconds")),
 ]
 
@@ -143,11 +136,19 @@ class Record(ProcessIdentity):
         path = directory / cls.filename
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(values, dict) and "status" in values:
-                _check_format(directory, cls.filename, values.get("format"))
+            found = values.get("format") if isinstance(values, dict) and "status" in values else RECORD_FORMAT
+            if found != RECORD_FORMAT:
+                writer = "captcha_exp 0.1" if found is None else f"a version with record format {found!r}"
+                raise UserError(
+                    f"{directory}: was written by {writer}, which this version cannot read; "
+                    f"train again, or use {writer}"
+                )
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{path}: is not a valid {cls.filename}: {_describe(error)}") from None
+            mistakes = [
+                f"{'.'.join(map(str, each['loc'])) or 'content'}: {each['msg']}" for each in error.errors()
+            ]
+            raise UserError(f"{path}: is not a valid {cls.filename}: {'; '.join(mistakes)}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
 
@@ -269,27 +270,3 @@ def running_fields() -> dict[str, Any]:
 def now() -> datetime:
     """Return the current time with its zone."""
     return datetime.now().astimezone()
-
-
-def _check_format(directory: Path, filename: str, found: object) -> None:
-    if found is None:
-        raise UserError(
-            f"{directory}: was written by captcha_exp 0.1, which this version cannot read; "
-            "train again, or use captcha_exp 0.1"
-        )
-    if found != RECORD_FORMAT:
-        raise UserError(
-            f"{directory}: format={found!r} in {filename} cannot be read by this version, which reads "
-            f"{RECORD_FORMAT}; use the version of captcha_exp that wrote it"
-        )
-
-
-def _describe(error: ValidationError) -> str:
-    """Return the missing keys, or the first wrong value."""
-    errors = [(".".join(map(str, each["loc"])), each) for each in error.errors()]
-    if missing := sorted(key for key, each in errors if each["type"] == "missing"):
-        return f"missing {', '.join(missing)}"
-    key, first = errors[0]
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    reason = reason.partition(" or instance of ")[0]  # "a valid dictionary or instance of RunInfo"
-    return f"{key}={first['input']!r:.60} {reason}".removeprefix("=")

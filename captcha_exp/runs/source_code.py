@@ -6,15 +6,11 @@ The hashes are recorded because an installed package has no commit, and a checko
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.runs.run import Run
 from captcha_exp.runtime.paths import conf_dir
-
-MAX_DIFF_BYTES = 10 * 2**20
-"""Limit of code.diff in bytes; a larger diff contains data rather than code."""
 
 # Overrides the user's git settings, so the diff works with `git apply` everywhere.
 _DIFF_COMMAND = (
@@ -44,14 +40,10 @@ def code_sha256() -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def write_source_info(run: Run, warn: Callable[[str], None]) -> None:
-    """Write code.json and code.diff; warns and omits code.diff if it exceeds `MAX_DIFF_BYTES`."""
+def write_source_info(run: Run) -> None:
+    """Write code.json, and code.diff if there are uncommitted changes."""
     run.write_json("code.json", hash_source_files())
-    diff = _git_diff() if git_info() else b""
-    if len(diff) > MAX_DIFF_BYTES:
-        size, limit = (f"{value / 2**20:,.0f}" for value in (len(diff), MAX_DIFF_BYTES))
-        warn(f"code.diff not saved: the uncommitted changes have {size} MiB, limit {limit} MiB; commit them")
-    elif diff:
+    if git_info() and (diff := _git_diff()):
         run.write("code.diff", diff)
 
 

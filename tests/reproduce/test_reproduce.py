@@ -423,7 +423,7 @@ def test_a_changed_line_of_code_is_the_cause_but_a_comment_is_not(
         ({"status": "KILLED"}, "status KILLED; only a FINISHED run can be reproduced"),
         ({"oom": out_of_memory().model_dump()}, "ran out of memory and has no weights to compare with"),
         ({"result": None}, "has no result to compare with"),
-        ({"result": [1]}, "is not a valid run.json: result=[1] must be a valid dictionary"),
+        ({"result": [1]}, "is not a valid run.json: result: Input should be a valid dictionary"),
     ],
 )
 def test_a_run_without_a_result_is_rejected(
