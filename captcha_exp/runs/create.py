@@ -1,5 +1,6 @@
 """Create run directories atomically, and reopen them to resume a run."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -104,9 +105,7 @@ def make_run_dir(name: str) -> Path:
     day_dir.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         run_dir = day_dir / f"{now:%H%M%S}-{name}{'' if number == 1 else f'-{number}'}"
-        try:
+        with contextlib.suppress(FileExistsError):  # another run started in this second
             run_dir.mkdir()
-        except FileExistsError:
-            continue  # another run started in this second
-        break
+            break
     return run_dir

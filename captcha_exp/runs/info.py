@@ -145,10 +145,9 @@ class Record(ProcessIdentity):
                 )
             return cls.model_validate(values)
         except ValidationError as error:
-            mistakes = [
-                f"{'.'.join(map(str, each['loc'])) or 'content'}: {each['msg']}" for each in error.errors()
-            ]
-            raise UserError(f"{path}: is not a valid {cls.filename}: {'; '.join(mistakes)}") from None
+            located = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
+            mistakes = "; ".join(f"{key or 'content'}: {message}" for key, message in located)
+            raise UserError(f"{path}: is not a valid {cls.filename}: {mistakes}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
 

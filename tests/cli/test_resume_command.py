@@ -152,7 +152,7 @@ def test_a_run_started_with_other_code_is_reported_and_skipped(
     assert trained.calls[0]["run_dir"] is None
     assert err == (
         f"{run_dir}: unfinished run with the same config, started by different code; --resume={run_dir} "
-        "resumes it\n"
+        "resumes it anyway\n"
     )
 
 

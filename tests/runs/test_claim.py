@@ -109,7 +109,7 @@ def test_a_running_run_of_another_host_is_skipped_with_a_warning(
     run_dir = stale.create("RUNNING", host="else[where]")
     assert stale.find() is None
     assert infos(caplog) == [
-        f"{run_dir}: has status RUNNING on host else[where]; if it has stopped, --resume={run_dir} resumes it"
+        f"{run_dir}: has status RUNNING on host else[where]; --resume={run_dir} resumes it anyway"
     ]
     stale.create("KILLED", host="elsewhere")
     assert stale.find() is not None, "a run that ended on another host can be resumed here"
@@ -224,9 +224,7 @@ def test_a_name_that_cannot_be_resumed_is_one_line(stale: StaleRuns, root: Path)
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text(json.dumps(sweep_info(**alive)))
     job_dir = stale.create(run_dir=sweep / "1-x")
-    assert find_error(str(job_dir)).endswith(
-        f"process {os.getpid()} of its sweep is still running; stop it first"
-    )
+    assert find_error(str(job_dir)).endswith(f": process {os.getpid()} is still running; stop it first")
     assert find_error(str(sweep)).endswith(": is a sweep; add -m to resume it")
     edit_record(sweep, "sweep.json", status="KILLED")
     assert claim.find_named(str(job_dir)).run_dir == job_dir

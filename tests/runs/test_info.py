@@ -251,7 +251,8 @@ WRONG_TYPES = [
             SweepInfo,
             "jobs",
             [{}],
-            "jobs.0.number: Field required; jobs.0.name: Field required; jobs.0.swept: Field required; jobs.0.choices: Field required",
+            "jobs.0.number: Field required; jobs.0.name: Field required; "
+            "jobs.0.swept: Field required; jobs.0.choices: Field required",
         ),
         (SweepInfo, "predicted", [1], "predicted.0: Input should be a valid dictionary"),
         (SweepInfo, "parallelism", True, "parallelism: Input should be a valid integer"),
