@@ -18,11 +18,11 @@ from captcha_exp.runs import (
     RunInfo,
     RunLink,
     StaleRun,
+    claim,
     find_linked,
     list_checkpoints,
     make_run_dir,
 )
-from captcha_exp.runs import resume as run_resume
 from captcha_exp.runtime.console import preview
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ def _or_resume(plan: ResumePlan, stack: contextlib.ExitStack) -> ResumePlan:
     """Resume an unfinished run with the same config and code if there is one; else return the plan."""
 
     def find() -> StaleRun[RunInfo] | None:
-        return run_resume.find_resumable(plan.requested, plan.lineage)
+        return claim.find_resumable(plan.requested, plan.lineage)
 
-    stale = stack.enter_context(run_resume.claim(find))
+    stale = stack.enter_context(claim.claim(find))
     if stale is None:
         return plan
     _report_resume(stale)
@@ -98,7 +98,7 @@ def _or_resume(plan: ResumePlan, stack: contextlib.ExitStack) -> ResumePlan:
 
 
 def _report_resume(stale: StaleRun[RunInfo]) -> None:
-    logger.info(f"Resuming {stale.run_dir} {run_resume.describe_progress(stale.run_dir)}")
+    logger.info(f"Resuming {stale.run_dir} {claim.describe_progress(stale.run_dir)}")
 
 
 # -- --resume RUN --------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _plan_named(
     arguments: argparse.Namespace, composed: ComposedConfig, machine: Machine, stack: contextlib.ExitStack
 ) -> ResumePlan:
     name = arguments.resume
-    named = run_resume.find_named(name)
+    named = claim.find_named(name)
     saved = load(named.run_dir / "requested.yaml")
     requested, choices = _requested_config(saved, arguments, composed, machine)
     changes = _changed_keys(saved, requested)
@@ -128,14 +128,14 @@ def _plan_named(
         )
 
     def find() -> StaleRun[RunInfo]:
-        stale = run_resume.find_named(name)
+        stale = claim.find_named(name)
         if stale.info.status == "FINISHED":
             raise UserError(f"--resume={name}: has just finished; add train.epochs=N to train more epochs")
         return stale
 
-    stale = stack.enter_context(run_resume.claim(find))
+    stale = stack.enter_context(claim.claim(find))
     assert stale is not None  # find() raises if there is no such run
-    if run_resume.has_code_changed(stale.run_dir):
+    if claim.has_code_changed(stale.run_dir):
         logger.warning(
             f"{stale.run_dir}: started with different code; the result may differ from that of an "
             "uninterrupted run"

@@ -21,7 +21,7 @@ from captcha_exp.cli.hydra_config import run_hydra
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
-from captcha_exp.runs import StaleRun, SweepInfo, code_sha256, resume
+from captcha_exp.runs import StaleRun, SweepInfo, claim, code_sha256
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
 from captcha_exp.sweep.planner import plan_jobs
@@ -55,7 +55,7 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
             output.print_sweep(summary)
             _print_locations(sweep, summary)
 
-    with resume.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
+    with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
         if resumed is not None and arguments.resume == "auto":
             logger.info(f"Resuming {resumed.run_dir}, an unfinished sweep with the same jobs")

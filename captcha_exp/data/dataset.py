@@ -154,8 +154,8 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:32]
     path = root_dir() / config.data.cache / f"{key}.safetensors"
     # For a generator, a scan is faster than verifying the cache file.
-    cached = _load_cached_scan(path) if isinstance(config.data, FolderConfig) else None
-    scan = cached or source.scan()
+    cached = _read_cache(path) if isinstance(config.data, FolderConfig) else None
+    scan = source.scan() if cached is None else cached[1]
     _report_scan(scan, source.ignored, config.data)
     splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
     return DatasetSpec(source, scan, splits, provenance, path)
@@ -174,9 +174,12 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
     with filelock.FileLock(path.with_suffix(".lock")):
         for part in path.parent.glob(f".{path.stem}.*.part"):  # of a process killed while writing
             part.unlink()
-        digest = _verify_cache(path)
-        if digest is None:
-            digest = _build_cache(path, spec)
+        cached = _read_cache(path)
+        if cached is not None:
+            logger.info(f"Using cached images from {path}")
+        elif path.exists():
+            logger.warning(f"{path}: is damaged or incomplete; rebuilding it")
+        digest = _build_cache(path, spec) if cached is None else cached[0]
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")
     targets = torch.tensor([alphabet.encode(label) for label in labels])
@@ -221,10 +224,8 @@ def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None
     shown = scan.rejected[:MAX_REJECTED_SHOWN]
     table = [f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in shown]
     if num_bad > MAX_REJECTED_SHOWN:
-        table.append(
-            f"  and {num_bad - MAX_REJECTED_SHOWN:,} more; list all with captcha-exp data --json "
-            "data.on_invalid=skip ..."
-        )
+        more = f"{num_bad - MAX_REJECTED_SHOWN:,} more"
+        table.append(f"  and {more}; captcha-exp data --json data.on_invalid=skip ... lists all")
     if data.on_invalid == "error" or not num_good:
         skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
         raise UserError(f"{problem}; fix or remove them{skip}", *table)
@@ -243,31 +244,13 @@ def _build_cache(path: Path, spec: DatasetSpec) -> str:
     return digest
 
 
-def _load_cached_scan(path: Path) -> ScanResult | None:
-    """Return the scan result stored in a cache file; None if the file is missing or damaged."""
+def _read_cache(path: Path) -> tuple[str, ScanResult] | None:
+    """Return the SHA-256 and the scan result of a cache file; None if it is missing or damaged."""
     try:
-        if sha256_of(path) != path.with_suffix(".sha256").read_text(errors="replace"):
+        digest = path.with_suffix(".sha256").read_text(errors="replace")
+        if sha256_of(path) != digest:
             return None
         with safetensors.safe_open(path, "pt") as file:
-            scan = file.metadata()["scan"]
-    except FileNotFoundError:
+            return digest, TypeAdapter(ScanResult).validate_json(file.metadata()["scan"])
+    except FileNotFoundError:  # also if the process was killed before it wrote the hash
         return None
-    return TypeAdapter(ScanResult).validate_json(scan)
-
-
-def _verify_cache(path: Path) -> str | None:
-    """Return the SHA-256 of a cache file; None if it is missing or, with a warning, damaged."""
-    if not path.exists():
-        logger.debug(f"no cached images at {path}")
-        return None
-    try:
-        expected = path.with_suffix(".sha256").read_text(errors="replace")
-    except FileNotFoundError:
-        # The process that wrote the images was killed before it wrote their hash.
-        logger.debug(f"{path}: its SHA-256 is missing; rebuilding it")
-        return None
-    if sha256_of(path) != expected:
-        logger.warning(f"{path}: is damaged (SHA-256 mismatch); rebuilding it")
-        return None
-    logger.info(f"Using cached images from {path}")
-    return expected

@@ -23,8 +23,7 @@ from captcha_exp.errors import one_line
 WEIGHT_SCALE = 256  # weights are integer multiples of 1 / WEIGHT_SCALE
 assert 255 * WEIGHT_SCALE**2 + WEIGHT_SCALE**2 // 2 < 2**24  # the largest sum is exact in float32
 
-# Pillow's name -> usual name
-FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "GIF": "GIF", "BMP": "BMP", "WEBP": "WebP"}
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 MAX_PIXELS = 4_000_000  # per image; a text captcha has about 10,000
 
 # Not PIL.ImageOps.exif_transpose: it also rewrites the other EXIF tags, and raises if one of them is damaged.
@@ -48,7 +47,6 @@ class DecodedImage:
     """A decoded image file."""
 
     image: Image.Image
-    format: str
     remarks: tuple[str, ...]  # how the image differs from the file, for the user
 
 
@@ -60,12 +58,11 @@ def decode(content: bytes) -> DecodedImage:
     """
     if not content:
         raise InvalidImage("is empty (0 bytes)")
-    formats = ", ".join(FORMATS.values())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged EXIF data of an intact image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = Image.open(io.BytesIO(content), formats=tuple(FORMATS))
+            file = Image.open(io.BytesIO(content), formats=FORMATS)
             if file.width * file.height > MAX_PIXELS:
                 size = f"{file.width}x{file.height}"
                 raise InvalidImage(f"has {size} pixels; the maximum is {MAX_PIXELS:,}")
@@ -78,6 +75,7 @@ def decode(content: bytes) -> DecodedImage:
             f"has over {Image.MAX_IMAGE_PIXELS:,} pixels; the maximum is {MAX_PIXELS:,}"
         ) from None
     except UnidentifiedImageError:
+        formats = ", ".join(FORMATS)
         raise InvalidImage(f"is not an image in a supported format ({formats}), or is truncated") from None
     except InvalidImage:
         raise
@@ -86,7 +84,6 @@ def decode(content: bytes) -> DecodedImage:
     image: Image.Image = file
     if image.format == "PNG" and b"IEND" not in content:  # Pillow accepts that
         raise InvalidImage("is truncated: a PNG without its IEND chunk")
-    file_format = FORMATS.get(str(image.format), "JPEG")  # Pillow calls a JPEG with several images MPO
     remarks = [f"has {frames} frames; only the first is used"] if frames > 1 else []
     if image.mode == "I;16":  # Pillow would clip every value above 255 to white
         remarks.append("has 16 bits per pixel; only the upper 8 are used")
@@ -102,7 +99,7 @@ def decode(content: bytes) -> DecodedImage:
         )
     if has_transparency(image):
         remarks.append("has transparent pixels, which become white")
-    return DecodedImage(image, file_format, tuple(remarks))
+    return DecodedImage(image, tuple(remarks))
 
 
 def _exif_transpose_method(image: Image.Image) -> Image.Transpose | None:

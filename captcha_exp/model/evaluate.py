@@ -14,14 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captcha_exp.config import Config, load
+from captcha_exp.config import Config, flatten_mapping, load
 from captcha_exp.data import dataset
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights
 from captcha_exp.runs import check_file_unchanged
+from captcha_exp.runs.fields import changed_values
 from captcha_exp.runtime import device as devices
+from captcha_exp.runtime.console import preview
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +225,12 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
     recorded = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))
-    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
+    spec = dataset.inspect_dataset(config)
+    data = dataset.load_or_build(spec, config)
     if data.manifest["images_sha256"] != recorded["images_sha256"]:
-        logger.warning("the images differ from those of the run; captcha-exp reproduce lists the changes")
+        then, now = flatten_mapping(recorded["provenance"]), flatten_mapping(spec.provenance)
+        changes = [f"{key} {old} -> {new}" for key, (old, new) in changed_values(then, now).items()]
+        reason = preview(changes) if changes else "equal settings gave other bytes"
+        logger.warning(f"the images differ from those of the run: {reason}")
     images = data.split(split, device, config.device.preload_limit_mib)
     return evaluate(model, images, config), data

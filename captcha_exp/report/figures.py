@@ -253,17 +253,22 @@ def _add_legends(figure: Figure, memory: Axes, series: Sequence[Series], colors:
 
 
 def _save_image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], title: str, path: Path) -> None:
-    columns = 6
-    rows = max(1, -(-len(titles) // columns))
-    figure = Figure(figsize=(columns * 1.9, rows * 1.1 + 0.4), layout="constrained")
+    """Save images (N, H, W, C) as tiles of one array, which is much faster to draw than an axes for each."""
+    columns, rows = 6, max(1, -(-len(titles) // 6))
+    height, width = images.shape[1:3]
+    tile_width = width + max(1, width // 16)
+    tile_height = height + -(-tile_width // 8)  # with a line of text above the image
+    tiles = np.full((rows * tile_height, columns * tile_width, 3), 255, np.uint8)
+    figure_height = 1.9 * rows * tile_height / tile_width + 0.4
+    figure = Figure(figsize=(1.9 * columns, figure_height))
     figure.suptitle(title, fontsize=11)
-    for axes, image, text in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, images, titles, strict=False
-    ):
-        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(text, fontsize=9, parse_math=False)
-    for axes in figure.axes:
-        axes.set_axis_off()
+    axes = figure.add_axes((0, 0, 1, 1 - 0.4 / figure_height))
+    axes.set_axis_off()
+    for number, (image, text) in enumerate(zip(images, titles, strict=True)):
+        x, y = number % columns * tile_width, (number // columns + 1) * tile_height - height
+        tiles[y : y + height, x : x + width] = image  # a gray image in each of the three channels
+        axes.text(x + width / 2, y - 1, text, ha="center", va="bottom", fontsize=9, parse_math=False)
+    axes.imshow(tiles)
     _save_figure(figure, path)
 
 

@@ -12,7 +12,7 @@ from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.weights import config_from_metadata
 from captcha_exp.runs import RunInfo, RunLink, find_linked, read_metrics_rows
 from captcha_exp.runs.fields import changed_values, read_flat_config, read_json
-from captcha_exp.runs.files import list_run_files
+from captcha_exp.runs.info import list_run_files
 from captcha_exp.runtime.files import sha256_of
 
 REQUIRED_FILES = ("config.yaml", "run.json", "dataset.json", "environment.json", "metrics.jsonl", "test.json")

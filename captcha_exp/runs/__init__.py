@@ -2,7 +2,7 @@
 
 `create` makes a run directory, `info` has the types of run.json and sweep.json, `run` reads and writes the
 directory, `environment` and `source_code` record the machine and the code, `fields` gives access by key,
-`stale` closes runs whose process has exited, and `resume` finds the run to continue.
+`stale` closes runs whose process has exited, and `claim` finds the run to continue and claims it.
 """
 
 from captcha_exp.runs.create import create_run as create_run

@@ -1,5 +1,7 @@
 """Create run directories atomically, and reopen them to resume a run."""
 
+import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -7,13 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
-import psutil
-
 from captcha_exp.config import Config, flatten, load, to_yaml
 from captcha_exp.errors import UserError
 from captcha_exp.runs.info import Lineage, Resumption, RunInfo, now, running_fields
 from captcha_exp.runs.run import Run, config_sha256, read_metrics_rows
-from captcha_exp.runtime.files import sha256_of, write_atomically
+from captcha_exp.runtime.files import is_abandoned_part, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
 CONFIG_FILES = ("config.yaml", "requested.yaml")  # the resolved and the requested config
@@ -47,8 +47,7 @@ def create_run(
 def remove_partial_runs() -> None:
     """Remove the temporary directories that exited processes left in outputs/."""
     for path in (root_dir() / "outputs").glob(".*.part"):
-        writer = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+        if is_abandoned_part(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -63,8 +62,8 @@ def _init_run(run_dir: Path, config: Config, requested: Config, info: RunInfo) -
 def reopen_run(run_dir: Path) -> Run:
     """Reopen an unfinished run so that this process can continue it.
 
-    Removes partially written files and a truncated last line of metrics.jsonl. If other lines are damaged,
-    only the valid rows are kept, and the original file is saved as metrics.jsonl.damaged.
+    Removes partially written files, and damaged lines of metrics.jsonl, whose epochs are trained again; the
+    damaged file is kept as metrics.jsonl.damaged.
 
     Raises:
         UserError: A config file was modified since the run started; restore the value that the message names.
@@ -73,13 +72,10 @@ def reopen_run(run_dir: Path) -> Run:
     _check_configs(run_dir, info.configs)
     for part in run_dir.rglob(".*.part"):
         part.unlink()
-    path = run_dir / "metrics.jsonl"
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        write_atomically(path, content[: content.rfind(b"\n") + 1])
     rows, damaged_lines = read_metrics_rows(run_dir)
     if damaged_lines:
-        write_atomically(run_dir / "metrics.jsonl.damaged", path.read_bytes())
-        write_atomically(path, "".join(row.to_line() for row in rows).encode())
+        write_atomically(run_dir / "metrics.jsonl.damaged", (run_dir / "metrics.jsonl").read_bytes())
+        write_atomically(run_dir / "metrics.jsonl", "".join(row.to_line() for row in rows).encode())
     resumed = [*info.resumed, Resumption(at=now(), host=info.host)]
     run = Run(run_dir, info.model_copy(update={**running_fields(), "resumed": resumed, "files": {}}))
     run.update_mlflow(closed=False)
@@ -109,13 +105,9 @@ def make_run_dir(name: str) -> Path:
     now = datetime.now()
     day_dir = root_dir() / "outputs" / f"{now:%Y-%m-%d}"
     day_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1000):
+    for number in itertools.count(1):
         run_dir = day_dir / f"{now:%H%M%S}-{name}{'' if number == 1 else f'-{number}'}"
-        try:
+        with contextlib.suppress(FileExistsError):  # another run started in this second
             run_dir.mkdir()
-        except FileExistsError:
-            continue  # another run started in this second
-        return run_dir
-    raise UserError(
-        f"{day_dir}: 1,000 runs named {name!r} were started in one second; wait a second and retry"
-    )
+            break
+    return run_dir

@@ -4,17 +4,23 @@ A file name that is not valid UTF-8 is text with lone surrogates, which pydantic
 that may contain one are of type `Text`.
 """
 
-import contextlib
 import json
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
 
 from captcha_exp.errors import UserError
-from captcha_exp.runs.files import hash_files
-from captcha_exp.runtime.files import write_json
+from captcha_exp.runtime.files import sha256_of, write_json
 from captcha_exp.runtime.process import ProcessIdentity, identify_process
 from captcha_exp.runtime.shutdown import STOPPED, StopReason, stop_reason
 
@@ -24,24 +30,10 @@ RECORD_FORMAT = 2
 Status: TypeAlias = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-def _check_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    return value
-
-
-def _parse_time(value: object) -> datetime:
-    with contextlib.suppress(ValueError):
-        time = datetime.fromisoformat(value) if isinstance(value, str) else value
-        if isinstance(time, datetime) and time.tzinfo is not None:
-            return time
-    raise ValueError("must be an ISO 8601 time with a zone")
-
-
-Text: TypeAlias = Annotated[str, PlainValidator(_check_text)]
+Text: TypeAlias = InstanceOf[str]
 Timestamp: TypeAlias = Annotated[
-    datetime,
-    PlainValidator(_parse_time),
+    AwareDatetime,
+    Field(strict=False),
     PlainSerializer(lambda value: value.isoformat(timespec="microseconds")),
 ]
 
@@ -144,11 +136,18 @@ class Record(ProcessIdentity):
         path = directory / cls.filename
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(values, dict) and "status" in values:
-                _check_format(directory, cls.filename, values.get("format"))
+            found = values.get("format") if isinstance(values, dict) and "status" in values else RECORD_FORMAT
+            if found != RECORD_FORMAT:
+                writer = "captcha_exp 0.1" if found is None else f"a version with record format {found!r}"
+                raise UserError(
+                    f"{directory}: was written by {writer}, which this version cannot read; "
+                    f"train again, or use {writer}"
+                )
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{path}: is not a valid {cls.filename}: {_describe(error)}") from None
+            located = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
+            mistakes = "; ".join(f"{key or 'content'}: {message}" for key, message in located)
+            raise UserError(f"{path}: is not a valid {cls.filename}: {mistakes}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
 
@@ -244,8 +243,11 @@ class RecordedDir(Generic[InfoT]):
         ended: datetime | None = None,
     ) -> None:
         """Write the final status and the end time (default: now), and the SHA-256 of every file of a run."""
-        files = {"files": hash_files(self.run_dir)} if isinstance(self.info, RunInfo) else {}
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **files)
+        fields: dict[str, Any] = {}
+        if isinstance(self.info, RunInfo):
+            paths = (path for path in list_run_files(self.run_dir) if path.name != self.info.filename)
+            fields["files"] = {path.relative_to(self.run_dir).as_posix(): sha256_of(path) for path in paths}
+        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **fields)
 
     def save(self) -> None:
         """Write the record."""
@@ -267,6 +269,12 @@ class RunEnd(NamedTuple):
         return RunEnd("FAILED", f"{type(exception).__name__}: {exception}")
 
 
+def list_run_files(run_dir: Path) -> list[Path]:
+    """Return all files of a run or sweep, sorted; the files of the jobs of a sweep belong to the jobs."""
+    job_dirs = {record.parent for record in run_dir.glob("*/run.json")}
+    return sorted(p for p in run_dir.rglob("*") if p.is_file() and job_dirs.isdisjoint(p.parents))
+
+
 def running_fields() -> dict[str, Any]:
     """Return the fields of a record while this process works on it."""
     cleared = dict.fromkeys(("ended", "error", "stop_reason"))
@@ -276,27 +284,3 @@ def running_fields() -> dict[str, Any]:
 def now() -> datetime:
     """Return the current time with its zone."""
     return datetime.now().astimezone()
-
-
-def _check_format(directory: Path, filename: str, found: object) -> None:
-    if found is None:
-        raise UserError(
-            f"{directory}: was written by captcha_exp 0.1, which this version cannot read; "
-            "train again, or use captcha_exp 0.1"
-        )
-    if found != RECORD_FORMAT:
-        raise UserError(
-            f"{directory}: format={found!r} in {filename} cannot be read by this version, which reads "
-            f"{RECORD_FORMAT}; use the version of captcha_exp that wrote it"
-        )
-
-
-def _describe(error: ValidationError) -> str:
-    """Return the missing keys, or the first wrong value."""
-    errors = [(".".join(map(str, each["loc"])), each) for each in error.errors()]
-    if missing := sorted(key for key, each in errors if each["type"] == "missing"):
-        return f"missing {', '.join(missing)}"
-    key, first = errors[0]
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    reason = reason.partition(" or instance of ")[0]  # "a valid dictionary or instance of RunInfo"
-    return f"{key}={first['input']!r:.60} {reason}".removeprefix("=")

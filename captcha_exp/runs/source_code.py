@@ -6,7 +6,6 @@ The hashes are recorded because an installed package has no commit, and a checko
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,13 @@ def code_sha256() -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def write_source_info(run: Run, warn: Callable[[str], None]) -> None:
-    """Write code.json and code.diff; warns and omits code.diff if it exceeds `MAX_DIFF_BYTES`."""
+def write_source_info(run: Run) -> None:
+    """Write code.json, and code.diff if there are uncommitted changes of at most `MAX_DIFF_BYTES`."""
     run.write_json("code.json", hash_source_files())
     diff = _git_diff() if git_info() else b""
     if len(diff) > MAX_DIFF_BYTES:
-        size, limit = (f"{value / 2**20:,.0f}" for value in (len(diff), MAX_DIFF_BYTES))
-        warn(f"code.diff not saved: the uncommitted changes have {size} MiB, limit {limit} MiB; commit them")
+        size = f"{len(diff) / 2**20:,.0f} MiB"
+        run.add_warning(f"code.diff not saved: the uncommitted changes have {size}; commit them")
     elif diff:
         run.write("code.diff", diff)
 

@@ -11,12 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from captcha_exp.errors import UserError
-from captcha_exp.runs.files import list_run_files
-from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo
-from captcha_exp.runs.run import read_metrics_rows
+from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo, list_run_files
+from captcha_exp.runtime.files import is_abandoned_part
 from captcha_exp.runtime.paths import root_dir
 
 LOCK_TIMEOUT_SECONDS = 2.0
@@ -53,18 +50,13 @@ class StaleRun(RecordedDir[InfoT]):
     def remove_partial_files(self) -> None:
         """Remove the temporary files of writes that the process did not finish."""
         for path in list_run_files(self.run_dir):
-            if _is_abandoned_part(path, self.info.pid):
+            if is_abandoned_part(path, self.info.pid):
                 path.unlink()
 
     def finalize(self, error: str | None = None) -> None:
         """Close as FAILED with this error, or as KILLED without; it ended at the newest modification time."""
         ended = datetime.fromtimestamp(_latest_mtime(self.run_dir)).astimezone()
         self.remove_partial_files()
-        rows, damaged_lines = read_metrics_rows(self.run_dir)
-        if damaged_lines and isinstance(self.info, RunInfo):
-            lines = ", ".join(map(str, damaged_lines))
-            warning = f"metrics.jsonl: skipped damaged line {lines}; {len(rows)} valid rows"
-            self.update(warnings=[*self.info.warnings, warning])
         self.update_mlflow(closed=False)
         if error is None:
             self.close("KILLED", stop_reason="killed", ended=ended)
@@ -90,7 +82,7 @@ def find_stale() -> list[StaleRun[Any]]:
 def stale_in(run_dir: Path) -> StaleRun[RunInfo] | None:
     """Return the run in this directory if its process has exited and it is not closed here or in MLflow.
 
-    A run that this process claimed (`resume.claim`) counts as exited, since another process trains it.
+    A run that this process claimed (`claim.claim`) counts as exited, since another process trains it.
     """
     stale = StaleRun.load(RunInfo, run_dir)
     if stale is None or not (stale.info.is_running or stale.needs_sync):
@@ -105,14 +97,12 @@ def stale_lock(timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[bool]:
 
     lock = filelock.FileLock(root_dir() / "outputs" / ".closing.lock", timeout=timeout)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except filelock.Timeout:
         yield False
         return
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()
 
 
 def _latest_mtime(run_dir: Path) -> float:
@@ -122,11 +112,3 @@ def _latest_mtime(run_dir: Path) -> float:
             if path.is_file():
                 times.append(path.stat().st_mtime)
     return max(times)
-
-
-def _is_abandoned_part(path: Path, pid: int) -> bool:
-    """Check for a temporary file (`files.write_atomically`) of this or another exited process."""
-    prefix, _, writer = path.name.removesuffix(".part").rpartition(".")
-    if not (path.name.endswith(".part") and prefix.startswith(".") and writer.isdecimal()):
-        return False
-    return int(writer) == pid or not psutil.pid_exists(int(writer))

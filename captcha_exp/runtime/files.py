@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -25,6 +28,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_dir(path.parent)
+
+
+def is_abandoned_part(path: Path, pid: int | None = None) -> bool:
+    """Check for a temporary file of `write_atomically` whose process is the given one or has exited."""
+    match = re.fullmatch(r"\..*\.(\d+)\.part", path.name)
+    if match is None:
+        return False
+    return int(match[1]) == pid or not psutil.pid_exists(int(match[1]))
 
 
 def write_json(path: Path, content: Any) -> None:

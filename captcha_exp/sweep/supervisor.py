@@ -22,7 +22,7 @@ from pathlib import Path
 from captcha_exp import runs
 from captcha_exp.config import Config, load, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
-from captcha_exp.runs import SweepInfo, resume
+from captcha_exp.runs import SweepInfo, claim
 from captcha_exp.runtime.console import console, get_log_level
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.shutdown import defer_signals
@@ -82,9 +82,9 @@ def run_job(sweep_dir: Path, number: int) -> None:
 
     @contextlib.contextmanager
     def run_dir(requested: Config) -> Iterator[Path]:
-        with resume.claim(lambda: _find_resumable(sweep, job, requested)) as found:
+        with claim.claim(lambda: _find_resumable(sweep, job, requested)) as found:
             if found is not None:
-                on_line(f"Resuming {resume.describe_progress(found.run_dir)}")
+                on_line(f"Resuming {claim.describe_progress(found.run_dir)}")
             yield sweep.new_attempt(job) if found is None else found.run_dir
 
     try:
@@ -108,7 +108,7 @@ def _job_deadline(sweep: Sweep) -> float | None:
 def _find_resumable(sweep: Sweep, job: Job, requested: Config) -> runs.StaleRun[runs.RunInfo] | None:
     """Return the latest run of the job if it has this config and can be resumed."""
     attempts = sweep.attempts(job)
-    return resume.find_resumable_job(attempts[-1], requested) if attempts else None
+    return claim.find_resumable_job(attempts[-1], requested) if attempts else None
 
 
 def train_with_oom_retry(

@@ -160,7 +160,7 @@ def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) ->
     run = recorder.run
     path = run.run_dir / "environment.json"
     if not path.exists():
-        write_source_info(run, recorder.warn)
+        write_source_info(run)
         run.write_json(path.name, environment)
         return
     then, now = read_flat_environment(run.run_dir), flatten_mapping(environment)

@@ -247,7 +247,6 @@ def test_lossless_formats_are_decoded_without_loss(kind: str, mode: str) -> None
     image = noise_image(mode)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     decoded = decode(saved(image, kind, **options))
-    assert decoded.format == {"WEBP": "WebP"}.get(kind, kind)
     assert np.abs(to_array(decoded.image, 3).astype(int) - on_white(image)).max() <= (mode in ("LA", "RGBA"))
     transparent = ["has transparent pixels, which become white"] if mode in ("LA", "RGBA") else []
     assert list(decoded.remarks) == transparent
@@ -259,7 +258,7 @@ def test_jpeg_is_decoded_in_every_color_space(mode: str, progressive: bool) -> N
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     image = Image.fromarray(np.stack([np.tile(ramp, (32, 1))] * 3, axis=2)).convert(mode)
     decoded = decode(saved(image, "JPEG", quality=95, progressive=progressive))
-    assert (decoded.format, decoded.remarks) == ("JPEG", ())
+    assert decoded.remarks == ()
     assert np.abs(to_array(decoded.image, 1)[..., 0].astype(int) - ramp).max() <= 6
 
 
@@ -352,13 +351,13 @@ def test_the_exif_orientation_is_applied_if_other_tags_are_damaged() -> None:
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\x08\0\0\0\xff\xff cut", b"Exif\0\0nothing", b"\0"])
 def test_damaged_exif_data_are_ignored(exif: bytes) -> None:
     decoded = decode(saved(Image.fromarray(noise(8, 8)), "JPEG", exif=exif))
-    assert (decoded.format, decoded.remarks) == ("JPEG", ())
+    assert decoded.remarks == ()
 
 
-def test_a_jpeg_with_several_images_is_a_jpeg() -> None:
+def test_the_first_image_of_a_jpeg_with_several_is_used() -> None:
     first, second = (Image.fromarray(noise(8, 8, seed=seed)) for seed in (0, 1))
     decoded = decode(saved(first, "MPO", save_all=True, append_images=[second]))
-    assert (decoded.format, decoded.remarks) == ("JPEG", ("has 2 frames; only the first is used",))
+    assert decoded.remarks == ("has 2 frames; only the first is used",)
 
 
 PAGE = Image.fromarray(noise(6, 10, 3))
@@ -368,7 +367,7 @@ PAGE = Image.fromarray(noise(6, 10, 3))
     ("content", "reason"),
     [
         (b"", r"is empty \(0 bytes\)"),
-        (b"R865\n", r"is not an image in a supported format \(PNG, JPEG, GIF, BMP, WebP\), .+"),
+        (b"R865\n", r"is not an image in a supported format \(PNG, JPEG, GIF, BMP, WEBP\), .+"),
         (b"<html><body>403 Forbidden</body></html>", r"is not an image in a supported format .+"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"is not an image in a supported format .+"),
         (saved(PAGE, "TIFF"), r"is not an image in a supported format .+"),

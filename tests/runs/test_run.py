@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from captcha_exp import runs
 from captcha_exp.config import Config, load
 from captcha_exp.errors import UserError
-from captcha_exp.runs import MetricsRow, Run, RunInfo, resume
+from captcha_exp.runs import MetricsRow, Run, RunInfo, claim
 from captcha_exp.runs.fields import RunFields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import root_dir
@@ -302,7 +302,7 @@ def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) ->
         f"{run.run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
         "train again, or use captcha_exp 0.1"
     )
-    for find in (runs.find_run, resume.find_named):
+    for find in (runs.find_run, claim.find_named):
         with pytest.raises(UserError) as caught:
             find(str(run.run_dir))
         assert caught.value.lines == (message,)
@@ -310,7 +310,7 @@ def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) ->
         runs.reopen_run(run.run_dir)
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
         runs.check_file_unchanged(run.run_dir, "config.yaml")
-    assert resume.find_resumable(tiny, runs.Lineage()) is None
+    assert claim.find_resumable(tiny, runs.Lineage()) is None
 
 
 def test_a_run_of_version_0_1_is_listed_as_a_warning(tiny: Config, run: Run) -> None:
@@ -327,7 +327,7 @@ def test_an_impossible_file_name_is_not_a_run(name: str, root: Path) -> None:
     with pytest.raises(UserError, match="is not a run"):
         runs.find_run(name)
     with pytest.raises(UserError, match="is not a run"):
-        resume.find_named(name)
+        claim.find_named(name)
 
 
 # -- reopen_run ----------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_a_modified_config_is_rejected_with_the_changed_key(run: Run, name: str)
     assert run.info.status == "RUNNING"
 
 
-def test_a_damaged_metrics_file_is_kept_beside_the_valid_rows(run: Run) -> None:
+def test_damaged_rows_of_metrics_are_set_aside(run: Run) -> None:
     rows = [MetricsRow(step, 5, {"val/loss": 0.5}) for step in (1, 2, 3)]
     first, second, third = (row.to_line() for row in rows)
     damaged = f"{first}{second[:9]}#{second[10:]}{third}"
@@ -351,7 +351,7 @@ def test_a_damaged_metrics_file_is_kept_beside_the_valid_rows(run: Run) -> None:
     reopened = runs.reopen_run(run.run_dir)
     assert reopened.metrics_rows() == [rows[0], rows[2]]
     assert (run.run_dir / "metrics.jsonl").read_text() == first + third
-    assert (run.run_dir / "metrics.jsonl.damaged").read_text() == damaged
+    assert (run.run_dir / "metrics.jsonl.damaged").read_text() == damaged + first[:7]
     reopened.log_metrics(rows[1])
     assert runs.read_metrics_rows(run.run_dir) == (rows, {})
 

@@ -103,19 +103,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("run"), info)
 
 
-def write_source_info(run: Run) -> list[str]:
-    """Write the files and return the warnings."""
-    warnings: list[str] = []
-    source_code.write_source_info(run, warnings.append)
-    return warnings
-
-
 def test_a_clean_checkout_has_a_commit_and_no_diff(checkout: Path, run: Run) -> None:
     hashes = source_code.git_info()
     assert hashes is not None
     assert len(hashes["commit"]) == 40
     assert (hashes["dirty"], hashes["diff_sha256"]) == (False, None)
-    assert write_source_info(run) == []
+    source_code.write_source_info(run)
     assert json.loads((run.run_dir / "code.json").read_text()) == source_code.hash_source_files()
     assert not (run.run_dir / "code.diff").exists()
 
@@ -126,7 +119,7 @@ def test_applying_the_diff_restores_the_code(checkout: Path, run: Run, tmp_path:
     (checkout / "captcha_exp" / "new one.py").write_bytes(b"z = 1\n")
     for key, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false")):
         subprocess.run(["git", "config", key, value], cwd=checkout, check=True)
-    assert write_source_info(run) == []
+    source_code.write_source_info(run)
     hashes = source_code.git_info()
     assert hashes is not None
     assert hashes["dirty"]
@@ -142,14 +135,15 @@ def test_a_diff_over_the_limit_is_a_warning_and_not_saved(
 ) -> None:
     monkeypatch.setattr(source_code, "MAX_DIFF_BYTES", 100)
     (checkout / "captcha_exp" / "__init__.py").write_text("x = 3\n" * 50)
-    (warning,) = write_source_info(run)
+    source_code.write_source_info(run)
+    (warning,) = run.info.warnings
     assert warning.startswith("code.diff not saved: ")
     assert not (run.run_dir / "code.diff").exists()
 
 
 def test_without_git_only_the_hashes_are_written(package: Path, run: Run) -> None:
     assert source_code.git_info() is None
-    assert write_source_info(run) == []
+    source_code.write_source_info(run)
     assert sorted(path.name for path in run.run_dir.iterdir()) == ["code.json", "run.json"]
 
 

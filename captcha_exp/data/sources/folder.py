@@ -15,12 +15,12 @@ import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, features
+from PIL import features
 
 from captcha_exp.config import CaptchaConfig, FolderConfig
 from captcha_exp.data import images
@@ -81,7 +81,7 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     Raises:
         UserError: the folder does not exist or has no images, or its label table cannot be read.
     """
-    folder = _check_folder(data.path)
+    folder = Path(data.path)
     names, ignored, unreadable = _list_files(folder)
     table = labels.find_table(data, folder)
     pattern = re.compile(data.filename_pattern)
@@ -89,7 +89,7 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     known = {candidate.name for candidate in candidates}
     candidates += [candidate for candidate in unreadable if candidate.name not in known]
     if not candidates:
-        raise UserError(f"data.path={data.path}: has no images ({', '.join(images.FORMATS.values())})")
+        raise UserError(f"data.path={data.path}: has no images ({', '.join(images.FORMATS)})")
     alphabet = Alphabet(captcha.alphabet)
     checked = []
     with progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
@@ -120,7 +120,7 @@ def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> tuple[npt.NDArray
             arrays.append(array)
             accepted.append(candidate)
             sizes.append(f"{decoded.image.width}x{decoded.image.height}")
-            for remark in (*decoded.remarks, *_suffix_remarks(candidate.name, decoded.format)):
+            for remark in decoded.remarks:
                 remarks[remark].append(candidate.name)
     conflicts = _find_label_conflicts(arrays, accepted)
     keep = [n for n, candidate in enumerate(accepted) if candidate.name not in conflicts]
@@ -184,31 +184,16 @@ def read_bytes(path: Path) -> bytes:
 # -- listing files -------------------------------------------------------------------------------------------
 
 
-def _check_folder(path: str) -> Path:
-    """Return data.path as a path.
-
-    Raises:
-        UserError: it is not a folder, or cannot be accessed.
-    """
-    try:
-        state = Path(path).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"data.path={path}: no such folder") from None
-    except OSError as error:
-        raise UserError(f"data.path={path}: cannot be accessed: {error.strerror}") from None
-    if not stat.S_ISDIR(state.st_mode):
-        raise UserError(f"data.path={path}: is a file; pass the folder that contains it")
-    return Path(path)
-
-
 def _list_files(folder: Path) -> tuple[list[str], list[str], list[Candidate]]:
     """Return the names of images, the names of other files, and the folders that are not read."""
-    names, ignored, unreadable = [], [], []
+    names: list[str] = []
+    ignored: list[str] = []
+    unreadable: list[Candidate] = []
     output_dirs = {root_dir() / "outputs", root_dir() / "mlruns"}  # inside the folder with data.path=.
 
     def on_error(error: OSError) -> None:
         if Path(error.filename) == folder:
-            raise UserError(f"data.path={folder}: cannot be read: {error.strerror}")
+            raise UserError(f"data.path={folder}: cannot be read as a folder: {error.strerror}")
         reason = f"is a folder that cannot be read: {error.strerror}"
         unreadable.append(Candidate(_relative_name(folder, Path(error.filename)), "", reason))
 
@@ -222,8 +207,6 @@ def _list_files(folder: Path) -> tuple[list[str], list[str], list[Candidate]]:
             elif name.startswith(".") or here / name in output_dirs:
                 ignored.append(_relative_name(folder, here / name) + "/")
                 subfolders.remove(name)
-            elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                names.append(_relative_name(folder, here / name))  # rejected later as a folder
         for name in files:
             is_image = not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
             (names if is_image else ignored).append(_relative_name(folder, here / name))
@@ -275,14 +258,6 @@ def _read_unchanged(folder: Path, candidate: Candidate) -> bytes:
         name = escape_unprintable(candidate.name)
         raise UserError(f"data.path={folder}: {name} changed while it was read; run the command again")
     return content
-
-
-def _suffix_remarks(name: str, format_name: str) -> list[str]:
-    """Return a remark if the suffix of a file is not one of its format."""
-    expected = Image.registered_extensions().get(PurePosixPath(name).suffix.lower(), "")
-    return (
-        [] if images.FORMATS.get(expected) == format_name else [f"is a {format_name} file despite its suffix"]
-    )
 
 
 def _find_label_conflicts(

@@ -75,15 +75,11 @@ def from_table(folder: Path, table: Path, names: list[str]) -> list[Candidate]:
         if not os.path.lexists(folder / name):
             nfc_name = unicodedata.normalize("NFC", name.replace("\\", "/"))  # Windows path separators
             name = by_nfc_name.get(nfc_name, name)
-        if not name or name == ".":
-            reason = "names no file"
-        elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-            reason = f"names {escape_unprintable(name)}, which is outside the folder"
-        elif not os.path.lexists(folder / name):
-            reason = f"names {escape_unprintable(name)}, which does not exist"
-        else:
+        is_inside = not name.startswith("/") and ".." not in PurePosixPath(name).parts
+        if name != "." and is_inside and os.path.lexists(folder / name):
             labels.setdefault(name, set()).add(label)
             continue
+        reason = f"names {escape_unprintable(name)!r}, which is not a file in the folder"
         candidates.append(Candidate(f"{table.name}, row {row}", label, reason))
     for name, found in labels.items():
         if len(found) > 1:
@@ -102,47 +98,42 @@ def _read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
     Raises:
         UserError: the table cannot be read, or a column is missing; the line says which are supported.
     """
+    number = 1
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
+            rows: Iterator[tuple[int, Any]]
             if table.suffix.lower() == ".jsonl":
-                lines = (
-                    (n, _parse_json_row(table, n, line)) for n, line in enumerate(file, 1) if line.strip()
-                )
+                rows = ((n, line) for n, line in enumerate(file, 1) if line.strip())
             else:
                 header = file.readline()
                 file.seek(0)
                 separators = "\t,;" if table.suffix.lower() == ".tsv" else ",;\t"  # Excel in Germany writes ;
                 reader = csv.DictReader(file, delimiter=max(separators, key=header.count), strict=True)
-                lines = ((reader.line_num, row) for row in reader)
-            for number, row in lines:
-                name = _get_cell(table, number, row, FILE_COLUMNS)
-                yield number, name, _get_cell(table, number, row, LABEL_COLUMNS)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table}: cannot be read as a table of labels: {error}") from None
+                rows = ((reader.line_num, row) for row in reader)
+            for number, row in rows:
+                cells = json.loads(row) if isinstance(row, str) else row
+                yield number, _get_cell(cells, FILE_COLUMNS), _get_cell(cells, LABEL_COLUMNS)
+    except UnicodeDecodeError:
+        raise UserError(f"{table}: is not UTF-8 text; save it as UTF-8 (in Excel: CSV UTF-8)") from None
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise UserError(f"{table}, row {number}: {error}") from None
 
 
-def _parse_json_row(table: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{table}, row {number}: invalid JSON: {error}") from None
+def _get_cell(row: object, columns: tuple[str, ...]) -> str:
+    """Return the text in the first of these columns that exists.
+
+    Raises:
+        ValueError: There is none, or it does not have a text.
+    """
     if not isinstance(row, dict):
-        raise UserError(f"{table}, row {number}: not a JSON object with the keys file and label")
-    return row
-
-
-def _get_cell(table: Path, number: int, row: dict[Any, Any], columns: tuple[str, ...]) -> str:
-    """Return the text in the first of these columns that exists."""
+        raise ValueError("not a JSON object with the keys file and label")
     found = {key.strip().lower(): key for key in row if isinstance(key, str)}
     for column in columns:
         if column in found:
             value = row[found[column]]
             if value is not None and not isinstance(value, str):
-                raise UserError(
-                    f"{table}, row {number}: {column} is {value!r}, not text; put it in quotes, "
-                    "which also keeps leading zeros"
-                )
+                raise ValueError(f'{column} is {value!r}, not text; put it in quotes, as in "0012"')
             return (value or "").strip()
-    columns_found = ", ".join(escape_unprintable(key) for key in found.values())[:200] or "none"
+    names = ", ".join(escape_unprintable(key) for key in found.values())[:200] or "none"
     expected = f"{columns[0]} (or {', '.join(columns[1:])})"
-    raise UserError(f"{table}, row {number}: has no column {expected}; its columns are {columns_found}")
+    raise ValueError(f"has no column {expected}; its columns are {names}")

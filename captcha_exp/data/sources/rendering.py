@@ -1,23 +1,23 @@
 """Render images in parallel processes.
 
-A worker is `python -m captcha_exp.data.sources`. It reads the config as one JSON line, then one line of image
-indices per chunk, and writes raw pixels. It exits when standard input is closed, and thus with its parent.
-Each image has its own random generator, seeded by (seed, index): the images do not depend on the number of
-workers or on their order.
+A worker is `python -m captcha_exp.data.sources DATA CAPTCHA`, with two config groups as JSON. It reads one
+line of image indices per chunk and writes raw pixels. It exits when standard input is closed, and thus with
+its parent. Each image has its own random generator, seeded by (seed, index): the images do not depend on the
+number of workers or on their order.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,25 +47,21 @@ def render_images(
     chunks = [(start, indices[start : start + CHUNK_SIZE]) for start in range(0, len(indices), CHUNK_SIZE)]
     num_workers = min(int(data.workers), len(chunks))
     pending = iter(chunks)  # shared by the threads
-    stop = threading.Event()  # set on the first failure or Ctrl-C
     with progress_bar(f"Rendering {len(indices):,} images", len(indices)) as bar:
 
         def render_chunks() -> None:
-            with _Worker(data, captcha) as worker:
+            with _start_worker(data, captcha) as render:
                 for start, chunk in pending:
-                    pixels = worker.render(chunk, int(np.prod(shape)) * len(chunk))
-                    rendered[start : start + len(chunk)] = np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
+                    render(chunk, rendered[start : start + len(chunk)])
                     bar.advance(len(chunk))
-                    if stop.is_set():
-                        return
 
         with ThreadPoolExecutor(num_workers) as threads:
             try:
                 for future in as_completed([threads.submit(render_chunks) for _ in range(num_workers)]):
                     future.result()
-            except BaseException:
-                stop.set()
-                raise
+            finally:  # after a failure or Ctrl-C, the other threads stop at the end of their chunk
+                for _ in pending:
+                    pass
     seconds = time.perf_counter() - start_time
     logger.info(
         f"Rendered {len(indices):,} images in {seconds:.1f} s ({len(indices) / seconds:,.0f} images/s)"
@@ -73,73 +69,56 @@ def render_images(
     return rendered
 
 
-class _Worker:
-    """A handle of a rendering process."""
-
-    def __init__(self, data: GeneratorConfig, captcha: CaptchaConfig) -> None:
-        # One thread each: the parallelism is in the number of workers.
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        package_parent = str(Path(__file__).resolve().parents[3])
-        path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-        # Not a pipe, which would fill up and block the worker.
-        self.stderr_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-        self.process = subprocess.Popen(
+@contextlib.contextmanager
+def _start_worker(
+    data: GeneratorConfig, captcha: CaptchaConfig
+) -> Iterator[Callable[[Sequence[int], npt.NDArray[np.uint8]], None]]:
+    """Start a rendering process, and yield a function that renders the images of indices into an array."""
+    configs = [json.dumps(to_dict(group)) for group in (data, captcha)]
+    # One thread each: the parallelism is in the number of workers.
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    package_parent = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+    with (
+        tempfile.TemporaryFile() as stderr,  # not a pipe, which would fill up and block the worker
+        subprocess.Popen(
             # -P: do not import captcha.py from the working directory.
-            [sys.executable, "-P", "-m", "captcha_exp.data.sources"],
+            [sys.executable, "-P", "-m", "captcha_exp.data.sources", *configs],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.stderr_file,
+            stderr=stderr,
             env={**os.environ, **one_thread, "PYTHONPATH": path},
-        )
-        self._send({"data": to_dict(data), "captcha": to_dict(captcha)})
+        ) as process,
+    ):
 
-    def __enter__(self) -> "_Worker":
-        return self
+        def render(indices: Sequence[int], pixels: npt.NDArray[np.uint8]) -> None:
+            assert process.stdin is not None
+            assert isinstance(process.stdout, io.BufferedReader)
+            with contextlib.suppress(BrokenPipeError):  # it has exited; there are no pixels to read, either
+                os.write(process.stdin.fileno(), json.dumps(list(indices)).encode() + b"\n")
+            if process.stdout.readinto(pixels.data) != pixels.nbytes:
+                code = process.wait()
+                stderr.seek(0)
+                lines = stderr.read().decode(errors="replace").strip().splitlines() or ["no error output"]
+                raise RunFailed(f"a rendering process exited with code {code}: {lines[-1]}")
 
-    def __exit__(self, *exc: object) -> None:
-        self.process.kill()  # it has nothing to clean up
-        self.process.communicate()
-        self.stderr_file.close()
-
-    def render(self, indices: Sequence[int], num_bytes: int) -> bytes:
-        self._send(list(indices))
-        assert self.process.stdout is not None
-        pixels = self.process.stdout.read(num_bytes)
-        if len(pixels) != num_bytes:
-            raise self._make_error()
-        return pixels
-
-    def _send(self, message: Any) -> None:
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self._make_error() from None
-
-    def _make_error(self) -> RunFailed:
-        code = self.process.wait()
-        self.stderr_file.seek(0)
-        lines = self.stderr_file.read().decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else "no error output"
-        return RunFailed(f"a rendering process exited with code {code}: {reason}")
+            yield render
+        finally:
+            process.kill()  # it has nothing to clean up
 
 
 def worker_main() -> None:
     """Render chunks of images for the parent process until standard input is closed."""
     output = sys.stdout.buffer
     sys.stdout = sys.stderr  # output of libraries must not mix with the pixels
-    request = json.loads(sys.stdin.readline())
-    data = data_from_json(json.dumps(request["data"]))
+    data, captcha = data_from_json(sys.argv[1]), CaptchaConfig(**json.loads(sys.argv[2]))
     assert not isinstance(data, FolderConfig)  # its images are decoded, not rendered
-    captcha = CaptchaConfig(**request["captcha"])
     generator = get_renderer_spec(data)
     render = generator.make_renderer()
     for line in sys.stdin:
-        rendered = []
         for index in json.loads(line):
             rng = image_rng(data, index)
-            image = render(generator.sample_label(captcha, rng), rng)
-            rendered.append(images.to_array(image, captcha.channels))
-        output.write(images.resize(np.stack(rendered), captcha.height, captcha.width).tobytes())
+            pixels = images.to_array(render(generator.sample_label(captcha, rng), rng), captcha.channels)
+            output.write(images.resize(pixels[None], captcha.height, captcha.width).tobytes())
         output.flush()

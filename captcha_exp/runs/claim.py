@@ -11,12 +11,13 @@ import shlex
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import safetensors
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
+from captcha_exp.runs.create import CONFIG_FILES
 from captcha_exp.runs.fields import read_json
 from captcha_exp.runs.info import InfoT, Lineage, Record, RunInfo, SweepInfo
 from captcha_exp.runs.run import (
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_SECONDS = 60.0  # another process may be syncing many runs to MLflow
 
-_Resumability: TypeAlias = Literal["resumable", "other code", "other host", "no"]
-
 
 def find_resumable(requested: Config, lineage: Lineage) -> StaleRun[RunInfo] | None:
     """Return the newest resumable run in outputs/ with this requested config, or None.
@@ -51,12 +50,12 @@ def find_resumable(requested: Config, lineage: Lineage) -> StaleRun[RunInfo] | N
         if (run.run_dir.parent / SweepInfo.filename).is_file():
             continue
         stale = StaleRun(run.run_dir, run.info)
-        resumability = _resumability(stale, requested, code, lineage)
-        logger.debug(f"{run.run_dir}: can be resumed: {resumability}")
-        if resumability == "resumable":
+        obstacle = _obstacle(stale, requested, code, lineage)
+        if obstacle is None:
             return stale
-        if resumability != "no" and not has_logged:
-            logger.info(_skip_reason(stale, resumability))
+        if obstacle and not has_logged:
+            name = shlex.quote(str(run.run_dir))
+            logger.info(f"{run.run_dir}: {obstacle}; --resume={name} resumes it anyway")
             has_logged = True
     return None
 
@@ -64,7 +63,7 @@ def find_resumable(requested: Config, lineage: Lineage) -> StaleRun[RunInfo] | N
 def find_resumable_job(run_dir: Path, requested: Config) -> StaleRun[RunInfo] | None:
     """Return the run in this job directory of a sweep if it is resumable with this requested config."""
     stale = StaleRun.load(RunInfo, run_dir)
-    if stale is None or _resumability(stale, requested, code_sha256(), Lineage()) != "resumable":
+    if stale is None or _obstacle(stale, requested, code_sha256(), Lineage()) is not None:
         return None
     return stale
 
@@ -79,12 +78,10 @@ def find_named(name: str) -> StaleRun[RunInfo]:
         raise UserError(f"--resume={name}: is a sweep; add -m to resume it")
     run_dir = find_run(name)
     info, sweep = RunInfo.load(run_dir), StaleRun.load(SweepInfo, run_dir.parent)
-    if _is_active(info):
-        raise UserError(f"--resume={name}: process {info.pid} is still running; stop it first")
-    if sweep is not None and _is_active(sweep.info):
-        raise UserError(
-            f"--resume={name}: process {sweep.info.pid} of its sweep is still running; stop it first"
-        )
+    records: list[Record] = [info] if sweep is None else [info, sweep.info]
+    for record in records:
+        if record.has_live_process() and not record.is_remote():
+            raise UserError(f"--resume={name}: process {record.pid} is still running; stop it first")
     return StaleRun(run_dir, info)
 
 
@@ -129,32 +126,25 @@ def describe_progress(run_dir: Path) -> str:
     return "from the start (no checkpoint yet)"
 
 
-def _resumability(
-    stale: StaleRun[RunInfo], requested: Config, current_code: str, lineage: Lineage
-) -> _Resumability:
-    """Return whether a run can be resumed with this config, code and lineage, or the obstacle."""
+def _obstacle(stale: StaleRun[RunInfo], requested: Config, current_code: str, lineage: Lineage) -> str | None:
+    """Return why a run cannot be resumed with this config, code and lineage; None if it can be.
+
+    The text is empty if the user need not know: the run is another one, has finished, or is running here.
+    """
     info, run_dir = stale.info, stale.run_dir
     is_same = info.config_sha256 == config_sha256(requested) and info.lineage == lineage
-    if not is_same or info.status == "FINISHED":
-        return "no"
-    if not all((run_dir / name).is_file() for name in ("config.yaml", "requested.yaml")):
-        return "no"
+    has_configs = all((run_dir / name).is_file() for name in CONFIG_FILES)
+    if not is_same or not has_configs or info.status == "FINISHED":
+        return ""
     if info.has_live_process():  # a process of another host counts as alive
-        return "other host" if info.is_remote() else "no"
+        return f"has status RUNNING on host {info.host}" if info.is_remote() else ""
     has_checkpoint = bool(list_checkpoints(run_dir / CHECKPOINT_DIR))
     if info.status == "FAILED" and not has_checkpoint:
-        return "no"
+        return ""
     recorded = _recorded_code_sha256(run_dir)
     # A run killed before it wrote environment.json has no checkpoint, so nothing depends on its code.
     is_same_code = recorded == current_code or (recorded is None and not has_checkpoint)
-    return "resumable" if is_same_code else "other code"
-
-
-def _skip_reason(stale: StaleRun[RunInfo], resumability: _Resumability) -> str:
-    remedy = f"--resume={shlex.quote(str(stale.run_dir))} resumes it"
-    if resumability == "other code":
-        return f"{stale.run_dir}: unfinished run with the same config, started by different code; {remedy}"
-    return f"{stale.run_dir}: has status RUNNING on host {stale.info.host}; if it has stopped, {remedy}"
+    return None if is_same_code else "unfinished run with the same config, started by different code"
 
 
 def _recorded_code_sha256(run_dir: Path) -> str | None:
@@ -164,10 +154,6 @@ def _recorded_code_sha256(run_dir: Path) -> str | None:
     except UserError:
         return None
     return code if isinstance(code, str) else None
-
-
-def _is_active(info: Record) -> bool:
-    return info.has_live_process() and not info.is_remote()
 
 
 # -- one process at a time -----------------------------------------------------------------------------------
@@ -189,8 +175,6 @@ def _try_claim(candidate: StaleRun[InfoT]) -> StaleRun[InfoT] | None:
             current = StaleRun.load(type(candidate.info), candidate.run_dir)
             if current is None or _owner(current.info) != _owner(candidate.info):
                 return None
-            if current.info.status == "FINISHED" != candidate.info.status:
-                return None
             StaleRun(current.run_dir, _claimed(current.info)).save()
             return current
     except OSError as error:
@@ -209,4 +193,5 @@ def _claimed(info: InfoT) -> InfoT:
 
 
 def _owner(info: Record) -> tuple[Any, ...]:
-    return tuple(getattr(info, key) for key in ProcessIdentity.model_fields)
+    """Return the values that differ once another process has claimed or finished the run."""
+    return info.status == "FINISHED", *(getattr(info, key) for key in ProcessIdentity.model_fields)

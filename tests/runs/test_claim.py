@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from captcha_exp import runs
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
-from captcha_exp.runs import StaleRun, code_sha256, resume
+from captcha_exp.runs import StaleRun, claim, code_sha256
 from captcha_exp.runtime.process import identify_process
 
 EXITED: dict[str, Any] = {"pid": 2**22 + 1, "process_started": 1.0}  # above the largest pid of Linux
@@ -46,7 +46,7 @@ class StaleRuns:
         return run.run_dir
 
     def find(self, **lineage: Any) -> Path | None:
-        found = resume.find_resumable(self.config, runs.Lineage(**lineage))
+        found = claim.find_resumable(self.config, runs.Lineage(**lineage))
         return None if found is None else found.run_dir
 
 
@@ -109,7 +109,7 @@ def test_a_running_run_of_another_host_is_skipped_with_a_warning(
     run_dir = stale.create("RUNNING", host="else[where]")
     assert stale.find() is None
     assert infos(caplog) == [
-        f"{run_dir}: has status RUNNING on host else[where]; if it has stopped, --resume={run_dir} resumes it"
+        f"{run_dir}: has status RUNNING on host else[where]; --resume={run_dir} resumes it anyway"
     ]
     stale.create("KILLED", host="elsewhere")
     assert stale.find() is not None, "a run that ended on another host can be resumed here"
@@ -176,11 +176,11 @@ def test_jobs_of_a_sweep_are_found_only_by_job_directory(stale: StaleRuns, tiny:
     (sweep / "sweep.json").write_text("{}")  # also of a damaged sweep
     run_dir = stale.create(run_dir=sweep / "1-x")
     assert stale.find() is None
-    found = resume.find_resumable_job(run_dir, tiny)
+    found = claim.find_resumable_job(run_dir, tiny)
     assert found is not None
     assert found.run_dir == run_dir
-    assert resume.find_resumable_job(run_dir, replace(tiny, seed=9)) is None
-    assert resume.find_resumable_job(sweep / "2-x", tiny) is None
+    assert claim.find_resumable_job(run_dir, replace(tiny, seed=9)) is None
+    assert claim.find_resumable_job(sweep / "2-x", tiny) is None
 
 
 def test_a_run_with_lineage_is_found_only_by_the_same_lineage(stale: StaleRuns) -> None:
@@ -198,15 +198,15 @@ def test_a_run_with_lineage_is_found_only_by_the_same_lineage(stale: StaleRuns) 
 def test_any_run_that_is_not_running_can_be_named(stale: StaleRuns, root: Path) -> None:
     for status in ("KILLED", "FAILED", "FINISHED"):
         run_dir = stale.create(status)
-        assert resume.find_named(str(run_dir)).run_dir == run_dir
+        assert claim.find_named(str(run_dir)).run_dir == run_dir
     elsewhere = stale.create("RUNNING", host="elsewhere")
-    assert resume.find_named(str(elsewhere.relative_to(root))).run_dir == elsewhere, "the user decides"
-    assert resume.find_named("latest").run_dir == elsewhere
+    assert claim.find_named(str(elsewhere.relative_to(root))).run_dir == elsewhere, "the user decides"
+    assert claim.find_named("latest").run_dir == elsewhere
 
 
 def find_error(name: str) -> str:
     with pytest.raises(UserError) as caught:
-        resume.find_named(name)
+        claim.find_named(name)
     (line,) = caught.value.lines
     return line
 
@@ -224,12 +224,10 @@ def test_a_name_that_cannot_be_resumed_is_one_line(stale: StaleRuns, root: Path)
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text(json.dumps(sweep_info(**alive)))
     job_dir = stale.create(run_dir=sweep / "1-x")
-    assert find_error(str(job_dir)).endswith(
-        f"process {os.getpid()} of its sweep is still running; stop it first"
-    )
+    assert find_error(str(job_dir)).endswith(f": process {os.getpid()} is still running; stop it first")
     assert find_error(str(sweep)).endswith(": is a sweep; add -m to resume it")
     edit_record(sweep, "sweep.json", status="KILLED")
-    assert resume.find_named(str(job_dir)).run_dir == job_dir
+    assert claim.find_named(str(job_dir)).run_dir == job_dir
 
 
 # -- describe_progress ---------------------------------------------------------------------------------------
@@ -237,19 +235,19 @@ def test_a_name_that_cannot_be_resumed_is_one_line(stale: StaleRuns, root: Path)
 
 def test_progress_is_read_from_the_newest_valid_checkpoint(stale: StaleRuns) -> None:
     run_dir = stale.create()
-    assert resume.describe_progress(run_dir) == "from the start (no checkpoint yet)"
+    assert claim.describe_progress(run_dir) == "from the start (no checkpoint yet)"
     with_checkpoint(run_dir, 9)
     with_checkpoint(run_dir, 10, {"step": 10, "epoch": 4, "progress": None})
     found = runs.list_checkpoints(run_dir / runs.CHECKPOINT_DIR)
     assert [path.stem for path in found] == ["step-10", "step-9"], "sorted by number"
     assert re.fullmatch(
-        r"from the end of epoch 4, step 10 \(saved \d\d:\d\d\)", resume.describe_progress(run_dir)
+        r"from the end of epoch 4, step 10 \(saved \d\d:\d\d\)", claim.describe_progress(run_dir)
     )
     (run_dir / "checkpoint" / "step-10.safetensors").write_bytes(b"cut")
-    assert resume.describe_progress(run_dir).startswith("from epoch 3, step 9 (saved ")
+    assert claim.describe_progress(run_dir).startswith("from epoch 3, step 9 (saved ")
     os.utime(run_dir / "checkpoint" / "step-9.safetensors", (0, 86400 * 365))
     assert re.search(
-        r"\(saved 1971-01-01 \d\d:\d\d\)|\(saved 1970-12-31 \d\d:\d\d\)", resume.describe_progress(run_dir)
+        r"\(saved 1971-01-01 \d\d:\d\d\)|\(saved 1970-12-31 \d\d:\d\d\)", claim.describe_progress(run_dir)
     )
 
 
@@ -259,7 +257,7 @@ def test_progress_is_read_from_the_newest_valid_checkpoint(stale: StaleRuns) -> 
 def test_a_checkpoint_with_invalid_metadata_is_skipped(stale: StaleRuns, state: Any) -> None:
     run_dir = with_checkpoint(stale.create(), 5, state)
     (run_dir / "checkpoint" / "step-x.safetensors").touch()
-    assert resume.describe_progress(run_dir) == "from the start (no checkpoint yet)"
+    assert claim.describe_progress(run_dir) == "from the start (no checkpoint yet)"
 
 
 # -- claim ---------------------------------------------------------------------------------------------------
@@ -273,7 +271,7 @@ def state_of(run_dir: Path) -> dict[str, Any]:
 def test_a_claimed_run_is_running_and_is_restored_afterwards(stale: StaleRuns) -> None:
     run_dir = stale.create(stop_reason="SIGINT")
     before = state_of(run_dir)
-    with resume.claim(lambda: resume.find_named(str(run_dir))) as found:
+    with claim.claim(lambda: claim.find_named(str(run_dir))) as found:
         assert found is not None
         assert found.info.model_dump() == before
         during = state_of(run_dir)
@@ -285,14 +283,14 @@ def test_a_claimed_run_is_running_and_is_restored_afterwards(stale: StaleRuns) -
 
 def test_a_run_that_was_continued_is_not_restored(stale: StaleRuns) -> None:
     run_dir = stale.create()
-    with resume.claim(lambda: resume.find_named(str(run_dir))):
+    with claim.claim(lambda: claim.find_named(str(run_dir))):
         state = state_of(run_dir) | {"status": "FINISHED"}
         (run_dir / "run.json").write_text(json.dumps(state))
     assert state_of(run_dir) == state
 
 
 def test_nothing_is_claimed_if_no_run_is_found(stale: StaleRuns) -> None:
-    with resume.claim(lambda: resume.find_resumable(stale.config, runs.Lineage())) as found:
+    with claim.claim(lambda: claim.find_resumable(stale.config, runs.Lineage())) as found:
         assert found is None
 
 
@@ -303,10 +301,10 @@ def test_a_run_that_has_changed_is_not_claimed_and_searched_again(
     stale: StaleRuns, changed: dict[str, Any]
 ) -> None:
     run_dir = stale.create()
-    candidates: list[StaleRun[runs.RunInfo] | None] = [resume.find_named(str(run_dir)), None]
+    candidates: list[StaleRun[runs.RunInfo] | None] = [claim.find_named(str(run_dir)), None]
     changed = state_of(run_dir) | changed
     (run_dir / "run.json").write_text(json.dumps(changed))
-    with resume.claim(lambda: candidates.pop(0)) as found:
+    with claim.claim(lambda: candidates.pop(0)) as found:
         assert found is None
     assert candidates == []
     assert state_of(run_dir) == changed
@@ -314,7 +312,7 @@ def test_a_run_that_has_changed_is_not_claimed_and_searched_again(
 
 def test_a_finished_run_can_be_claimed(stale: StaleRuns) -> None:
     run_dir = stale.create("FINISHED")
-    with resume.claim(lambda: resume.find_named(str(run_dir))) as found:
+    with claim.claim(lambda: claim.find_named(str(run_dir))) as found:
         assert found is not None
         assert state_of(run_dir)["status"] == "RUNNING"
     assert state_of(run_dir)["status"] == "FINISHED"
@@ -322,10 +320,10 @@ def test_a_finished_run_can_be_claimed(stale: StaleRuns) -> None:
 
 def test_a_run_that_was_closed_meanwhile_can_be_claimed(stale: StaleRuns) -> None:
     run_dir = stale.create("RUNNING")
-    candidate = resume.find_named(str(run_dir))
+    candidate = claim.find_named(str(run_dir))
     ended = "2026-01-01T00:00:00.000000+00:00"
     edit_record(run_dir, status="KILLED", ended=ended)
-    with resume.claim(lambda: candidate) as found:
+    with claim.claim(lambda: candidate) as found:
         assert found is not None
     assert (state_of(run_dir)["status"], state_of(run_dir)["ended"]) == ("KILLED", ended)
 
@@ -334,23 +332,23 @@ def test_a_lock_held_by_another_process_is_one_line(
     stale: StaleRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = stale.create()
-    monkeypatch.setattr(resume, "LOCK_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(claim, "LOCK_TIMEOUT_SECONDS", 0.05)
     message = "cannot resume: another process held the lock for 0 s"
     with runs.stale_lock(), pytest.raises(UserError, match=message):
-        resume.claim(lambda: resume.find_named(str(run_dir))).__enter__()
+        claim.claim(lambda: claim.find_named(str(run_dir))).__enter__()
 
 
 CLAIM_SCRIPT = """
 import sys
 from captcha_exp.config import load
-from captcha_exp.runs import Lineage, resume
+from captcha_exp.runs import Lineage, claim
 from pathlib import Path
 
 requested = load(Path(sys.argv[1]))
 sys.stdout.write("ready\\n")
 sys.stdout.flush()
 sys.stdin.readline()
-with resume.claim(lambda: resume.find_resumable(requested, Lineage())) as claimed:
+with claim.claim(lambda: claim.find_resumable(requested, Lineage())) as claimed:
     sys.stdout.write(f"{claimed and claimed.run_dir}\\n")
     sys.stdout.flush()
     sys.stdin.readline()
