@@ -35,9 +35,7 @@ def detect_machine() -> Machine:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if _is_cuda_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
     devices = ["cuda", *gpus, *mps, "cpu"] if gpus else [*mps, "cpu"]
-    if torch.version.hip is not None:
-        no_cuda = "this build of torch is for ROCm, which is not supported"
-    elif torch.version.cuda is None:
+    if torch.version.cuda is None:
         no_cuda = "this build of torch has no CUDA support (see pytorch.org, 'Get started', for one that has)"
     else:
         no_cuda = "torch finds no usable CUDA GPU (check nvidia-smi and the driver version)"

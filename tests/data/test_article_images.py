@@ -12,6 +12,7 @@ import pytest
 from PIL import ImageColor
 
 from captcha_exp.data.sources import article
+from captcha_exp.errors import UserError
 
 FONTS = [
     Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
@@ -130,7 +131,7 @@ def test_a_label_has_the_given_length(length: int) -> None:
 
 
 def test_an_alphabet_without_any_of_the_classes_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"none of .* is in the alphabet '01lo'"):
+    with pytest.raises(UserError, match=r"captcha.alphabet=01lo: .*none of .* is in the alphabet"):
         article.sample_label("01lo", 4, random.Random(0))
 
 

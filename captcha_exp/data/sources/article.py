@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from captcha_exp.errors import UserError
+
 Point = tuple[int, int]
 
 DIGITS = "23456789"
@@ -74,11 +76,11 @@ def sample_label(alphabet: str, length: int, rng: random.Random) -> str:
     Characters are returned as in the alphabet; of a letter in both cases, the later one.
 
     Raises:
-        ValueError: the alphabet has no character of the generator.
+        UserError: the alphabet has no character of the generator.
     """
     pools = _character_pools(alphabet)
     if not any(pools):
-        raise ValueError(f"none of {CLASSES} is in the alphabet {alphabet!r}")
+        raise UserError(f"captcha.alphabet={alphabet}: data=article: none of {CLASSES} is in the alphabet")
     digits, letters = pools
     text = ""
     for _ in range(length):

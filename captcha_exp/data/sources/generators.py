@@ -58,8 +58,12 @@ def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
             return RendererSpec(package, [], lambda: _make_wheezy_renderer(data), _sample_uniform_label)
         case ArticleConfig():
             _require_fonts(data, "article")
-            package = f"article {article.VERSION}"
-            return RendererSpec(package, [], lambda: _make_article_renderer(data), _sample_article_label)
+            return RendererSpec(
+                package=f"article {article.VERSION}",
+                default_fonts=[],
+                make_renderer=lambda: article.make_renderer(data.width, data.height, font_files(data)),
+                sample_label=lambda captcha, rng: article.sample_label(captcha.alphabet, captcha.length, rng),
+            )
         case _:
             assert_never(data)
 
@@ -67,13 +71,6 @@ def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
 def _require_fonts(data: BaseGeneratorConfig, generator: str) -> None:
     if not data.fonts:
         raise UserError(f"data.fonts=[]: {generator} has no default font; add one, such as DejaVuSans.ttf")
-
-
-def _sample_article_label(captcha: CaptchaConfig, rng: random.Random) -> str:
-    try:
-        return article.sample_label(captcha.alphabet, captcha.length, rng)
-    except ValueError as error:
-        raise UserError(f"captcha.alphabet={captcha.alphabet}: data=article: {error}") from None
 
 
 def image_rng(data: BaseGeneratorConfig, index: int) -> random.Random:
@@ -159,10 +156,6 @@ def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
         return generator.generate_image(text)
 
     return render
-
-
-def _make_article_renderer(data: ArticleConfig) -> RenderFn:
-    return article.make_renderer(data.width, data.height, font_files(data))
 
 
 def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:
