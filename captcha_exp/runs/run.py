@@ -79,16 +79,13 @@ class Run(RecordedDir[RunInfo]):
         """Return the checkpoint directory; it exists once a checkpoint was saved."""
         return self.run_dir / CHECKPOINT_DIR
 
-    def write(self, name: str, content: str | bytes) -> Path:
-        """Write a file of the run atomically and return its path."""
-        path = self.run_dir / name
-        write_atomically(path, content.encode() if isinstance(content, str) else content)
-        return path
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run atomically."""
+        write_atomically(self.run_dir / name, content)
 
-    def write_json(self, name: str, content: Any) -> Path:
-        """Write a JSON file of the run atomically and return its path."""
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file of the run atomically."""
         write_json(self.run_dir / name, content)
-        return self.run_dir / name
 
     def log_metrics(self, row: MetricsRow) -> bool:
         """Append a row to metrics.jsonl and flush it to disk.
@@ -161,7 +158,6 @@ def find_run(name: str) -> Path:
         UserError: No run matches, or several do; `captcha-exp runs` lists them.
     """
     if run_dir := resolve_dir(name, "run.json"):
-        RunInfo.load(run_dir)
         return run_dir
     if sweep_dir := resolve_dir(name, "sweep.json"):
         first = min((path.parent.name for path in sweep_dir.glob("*/run.json")), default=None)

@@ -287,7 +287,7 @@ def test_a_damaged_run_json_is_reported_and_other_runs_are_listed(tiny: Config) 
     (damaged.run_dir / "run.json").write_text("{")
     assert [run.run_dir for run in runs.list_runs()] == [good.run_dir]
     with pytest.raises(UserError, match=r"run\.json: cannot be read: "):
-        runs.find_run(str(damaged.run_dir))
+        claim.find_named(str(damaged.run_dir))
 
 
 def write_as_0_1(run: Run) -> None:
@@ -302,10 +302,9 @@ def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) ->
         f"{run.run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
         "train again, or use captcha_exp 0.1"
     )
-    for find in (runs.find_run, claim.find_named):
-        with pytest.raises(UserError) as caught:
-            find(str(run.run_dir))
-        assert caught.value.lines == (message,)
+    with pytest.raises(UserError) as caught:
+        claim.find_named(str(run.run_dir))
+    assert caught.value.lines == (message,)
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
         runs.reopen_run(run.run_dir)
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
