@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captcha_exp.cli.hydra_config import apply_overrides, try_compose
 from captcha_exp.errors import ConfigError, UserError
+from captcha_exp.runtime.paths import find_gpu_file, list_gpu_files
 
 if TYPE_CHECKING:
     from captcha_exp.config import Config
 
 ALL = "all"
 GENERIC = "generic"  # bounds that hold for any GPU
-_YAML_SUFFIXES = (".yaml", ".yml")
 
 
 def parse_gpu_names(text: str, config_dir: str | None) -> list[str] | None:
@@ -24,7 +23,7 @@ def parse_gpu_names(text: str, config_dir: str | None) -> list[str] | None:
         UserError: a name is empty.
     """
     if text == ALL:
-        return sorted(set(_list_gpu_files(config_dir)) - {GENERIC})
+        return sorted(set(list_gpu_files(config_dir)) - {GENERIC})
     if "," not in text or Path(text).exists():  # a path may contain a comma
         return None
     names = [name.strip() for name in text.split(",")]
@@ -52,34 +51,10 @@ def compose_configs(
     mistakes: list[str] = []
     for name in names:
         try:
-            with_gpu = replace(config, gpu=load_gpu(_find_file(name, config_dir)))
+            with_gpu = replace(config, gpu=load_gpu(find_gpu_file(name, config_dir)))
             configs[name] = apply_overrides(with_gpu, gpu_overrides) if gpu_overrides else with_gpu
         except ConfigError as error:
             mistakes += error.lines
     if mistakes:
         raise ConfigError(*dict.fromkeys(mistakes))
     return configs
-
-
-def _find_file(name: str, config_dir: str | None) -> Path:
-    """Return the file of a GPU.
-
-    Raises:
-        ConfigError: there is no such file; the line suggests the closest name.
-    """
-    if name.endswith(_YAML_SUFFIXES):
-        return Path(name)
-    known = _list_gpu_files(config_dir)
-    if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"--gpu {name}: no such file in conf/gpu; {hint}one of {', '.join(sorted(known))}")
-    return known[name]
-
-
-def _list_gpu_files(config_dir: str | None) -> dict[str, Path]:
-    """Return the file of each GPU by name; a file of `config_dir` takes precedence over conf/."""
-    from captcha_exp.runtime.paths import conf_dir
-
-    dirs = [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
-    return {path.stem: path for each in dirs for path in sorted((each / "gpu").glob("*.yaml"))}

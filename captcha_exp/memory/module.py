@@ -18,7 +18,7 @@ from captcha_exp.memory.module_trace import (
     trace_module,
 )
 from captcha_exp.memory.plan import Plan, make_plan, memory_budget
-from captcha_exp.runtime.paths import conf_dir
+from captcha_exp.runtime.paths import find_gpu_file
 
 
 def plan_module(
@@ -51,7 +51,6 @@ def plan_module(
     if budget_mib is not None and not (isinstance(budget_mib, (int, float)) and 0 < budget_mib < math.inf):
         raise UserError(f"budget_mib={budget_mib!r}: must be a finite number of MiB above 0")
     if not isinstance(gpu, GpuSpec):
-        is_path = str(gpu).endswith((".yaml", ".yml"))
-        gpu = load_gpu(Path(gpu) if is_path else conf_dir() / "gpu" / f"{gpu}.yaml")
+        gpu = load_gpu(find_gpu_file(str(gpu)))
     traced = trace_module(module, example_batch, optimizer, loss, targets=targets, precision=precision)
     return make_plan(traced, gpu, batch_size=0, budget_mib=memory_budget(gpu, budget_mib))

@@ -158,6 +158,7 @@ def find_run(name: str) -> Path:
         UserError: No run matches, or several do; `captcha-exp runs` lists them.
     """
     if run_dir := resolve_dir(name, "run.json"):
+        RunInfo.load(run_dir)  # rejects a damaged or older record
         return run_dir
     if sweep_dir := resolve_dir(name, "sweep.json"):
         first = min((path.parent.name for path in sweep_dir.glob("*/run.json")), default=None)

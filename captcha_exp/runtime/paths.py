@@ -1,7 +1,10 @@
-"""Locations of the config files, the checkout, and the directory that runs are written to."""
+"""Locations of the config files, GPU files, the checkout, and the directory that runs are written to."""
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
+
+from captcha_exp.errors import ConfigError
 
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
@@ -26,3 +29,25 @@ def root_dir() -> Path:
     if root := os.environ.get("CAPTCHA_EXP_ROOT"):
         return Path(root).expanduser().resolve()
     return checkout_dir() or Path.cwd()
+
+
+def find_gpu_file(name: str, config_dir: str | None = None) -> Path:
+    """Return the path of a GPU's file: the name itself if it ends in .yaml, else that of a file in conf/gpu/.
+
+    Raises:
+        ConfigError: there is no such file; the line suggests the closest name.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = list_gpu_files(config_dir)
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"gpu={name}: no such file in conf/gpu; {hint}one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def list_gpu_files(config_dir: str | None = None) -> dict[str, Path]:
+    """Return the file of each GPU by name; a file of `config_dir` takes precedence over conf/."""
+    dirs = [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
+    return {path.stem: path for each in dirs for path in sorted((each / "gpu").glob("*.yaml"))}

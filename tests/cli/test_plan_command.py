@@ -361,7 +361,7 @@ def test_several_gpus_are_a_table(call: Call, monkeypatch: pytest.MonkeyPatch, r
         (["--gpu", "gtx1650,,h200"], "--gpu=gtx1650,,h200: a name is empty; separate names or files with "),
         (
             ["--gpu", "gtx1659,h200"],
-            "--gpu gtx1659: no such file in conf/gpu; did you mean gtx1650? ",
+            "gpu=gtx1659: no such file in conf/gpu; did you mean gtx1650? ",
         ),
         (["--gpu", "all", "--advise"], "plan --advise: works for one GPU, but --gpu=all names several; "),
         (["--gpu", "h200,none.yaml"], "none.yaml: no such file"),
