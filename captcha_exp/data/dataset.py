@@ -179,6 +179,8 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
             logger.info(f"Using cached images from {path}")
         elif path.exists():
             logger.warning(f"{path}: is damaged or incomplete; rebuilding it")
+        else:
+            logger.debug(f"no cached images at {path}")
         digest = _build_cache(path, spec) if cached is None else cached[0]
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")

@@ -158,10 +158,11 @@ class TrainState:
             setattr(self, name, counters[name])
         own = self._current_tensors()
         saved = {name: x for name, x in checkpoint.tensors.items() if not name.startswith(("best/", "rng/"))}
-        if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in saved.items()}:
+        own_shapes, saved_shapes = ({(name, x.shape) for name, x in each.items()} for each in (own, saved))
+        if different := own_shapes ^ saved_shapes:
             raise UserError(
-                f"{checkpoint.path}: does not match the config of the run; restore config.yaml, or start a "
-                "new run with --resume=never"
+                f"{checkpoint.path}: does not match the config of the run ({min(different)[0]} differs); "
+                "restore its config.yaml, or start a new run with --resume=never"
             )
         for name, value in own.items():
             value.copy_(saved[name])

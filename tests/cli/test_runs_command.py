@@ -505,7 +505,7 @@ def test_a_run_without_a_config_is_listed_with_a_warning(make: Make, call: Call)
     code, out, err = call("runs", "--json", "--sort", "train.batch_size")
     assert (code, err) == (
         0,
-        f"warning: {path}: cannot be read: [Errno 2] No such file or directory: '{path}'\n",
+        f"warning: {path}: cannot be read: No such file or directory\n",
     )
     assert json.loads(out)[-1]["run_dir"] == str(run.run_dir)
 
@@ -651,7 +651,7 @@ def test_diff_names_missing_files(make: Make, call: Call) -> None:
     assert out.splitlines()[:4] == [
         "config: equal",
         *(
-            f"{path.stem}: {path}: cannot be read: [Errno 2] No such file or directory: '{path}'"
+            f"{path.stem}: {path}: cannot be read: No such file or directory"
             for path in (early.run_dir / "environment.json", early.run_dir / "dataset.json")
         ),
         "metrics: 5 of 5 differ",

@@ -382,7 +382,7 @@ def test_sweeps_that_cannot_be_resumed(root: Path, launched: list[Any]) -> None:
     assert "2.yaml" in error_of()
     (folder / "jobs" / "2.yaml").write_text(text)
     edit_record(folder, "sweep.json", jobs=[{}])
-    assert "sweep.json: is not a valid sweep.json: missing jobs.0.choices, " in error_of()
+    assert "sweep.json: is not a valid sweep.json: jobs.0.number: Field required; " in error_of()
     assert len(launched) == 1
 
 

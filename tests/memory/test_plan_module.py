@@ -184,7 +184,7 @@ def test_the_verdict_follows_the_budget() -> None:
     [
         ({"precision": "int8"}, "precision='int8': must be one of fp32, bf16, fp16"),
         ({"budget_mib": 0}, "budget_mib=0: must be a finite number of MiB above 0"),
-        ({"gpu": "voodoo"}, "voodoo.yaml: no such file"),
+        ({"gpu": "voodoo"}, "gpu=voodoo: no such file in conf/gpu; one of a10, "),
     ],
 )
 def test_an_invalid_argument_is_named(arguments: dict[str, Any], message: str) -> None:
