@@ -25,7 +25,7 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
 from captcha_exp.report import figures
 from captcha_exp.runs import SweepInfo
-from captcha_exp.runs.info import MlflowRef, OutOfMemory, ResultSummary, now, running_fields
+from captcha_exp.runs.info import JobInfo, MlflowRef, OutOfMemory, ResultSummary, now, running_fields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.training import sanity
 
@@ -133,9 +133,16 @@ def out_of_memory(during: Literal["training", "evaluation"] = "training") -> Out
 
 
 def sweep_info(**fields: Any) -> dict[str, Any]:
-    """Return the content of the sweep.json of a sweep without jobs, with other values of these fields."""
+    """Return the content of the sweep.json of a sweep with one job, with other values of these fields."""
+    job = JobInfo(number=1, name="seed=1", swept={"seed": "1"}, choices={})
     info = SweepInfo(
-        **running_fields(), name="grid", started=now(), code_sha256="", predicted=[], parallelism=1, jobs=[]
+        **running_fields(),
+        name="grid",
+        started=now(),
+        code_sha256="",
+        predicted=[None],
+        parallelism=1,
+        jobs=[job],
     )
     return info.model_dump() | fields
 

@@ -24,9 +24,9 @@ def parse_gpu_names(text: str, config_dir: str | None) -> list[str] | None:
     """
     if text == ALL:
         return sorted(set(list_gpu_files(config_dir)) - {GENERIC})
-    if "," not in text or Path(text).exists():  # a path may contain a comma
-        return None
     names = [name.strip() for name in text.split(",")]
+    if Path(text).is_file() or names == [text] != [""]:  # a path may contain a comma
+        return None
     if not all(names):
         raise UserError(f"--gpu={text}: a name is empty; separate names or files with single commas")
     return list(dict.fromkeys(names))

@@ -6,6 +6,7 @@ disabled. `config.load` validates the result, which reports all mistakes at once
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from captcha_exp.config import Config, Machine
+YAML_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,16 @@ class ComposedConfig:
         try:
             config = load(self.config, machine, self.raw_overrides)
         except ConfigError as error:
-            mistakes += error.lines
+            mistakes += map(self._name_gpu_file, error.lines)
         if mistakes:
             raise ConfigError(*mistakes)
         return config
+
+    def _name_gpu_file(self, line: str) -> str:
+        """Start the line of a mistake with the path of the GPU's file, if it is in that file."""
+        file = self.choices.get("gpu", "")
+        is_in_file = line.startswith("gpu") and re.split("[=:]", line)[0] not in self.raw_overrides
+        return f"{file}: {line}" if is_in_file and file.endswith(YAML_SUFFIXES) else line
 
 
 def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
@@ -81,6 +89,7 @@ def compose_overrides(
     from yaml import YAMLError
 
     from captcha_exp.config import frozen_without, with_gpu
+    from captcha_exp.config.messages import renamed
 
     mistakes: list[str] = []
     accepted: list[str] = []
@@ -105,6 +114,11 @@ def compose_overrides(
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
     except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
+        # A defaults list may name a file or a group of an earlier version.
+        match = re.search(r"Could not (?:find|override) '([\w/]+?)(?:/(\w+))?'", str(error))
+        if match and (new_name := renamed(match[1], match[2])):
+            old_name = "/".join(filter(None, match.groups()))
+            raise ConfigError(*mistakes, f"{old_name}: was renamed to {new_name}") from None
         raise ConfigError(*mistakes, one_line(error)) from None
     hydra = config.hydra
     if gpu_file is not None:
@@ -226,7 +240,7 @@ def _parse_override(text: str, groups: Mapping[str, Sequence[str]]) -> "Override
 
 def _is_gpu_file(override: "Override") -> bool:
     """Return whether the override selects a GPU by the path of its file."""
-    return override.key_or_group == "gpu" and str(override.value()).endswith((".yaml", ".yml"))
+    return override.key_or_group == "gpu" and str(override.value()).endswith(YAML_SUFFIXES)
 
 
 def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:

@@ -23,7 +23,9 @@ MISFIT_EXIT_CODE = 3  # exit code of --must-fit
 
 def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit."""
-    names = gpu_specs.parse_gpu_names(arguments.gpu, arguments.config_dir) if arguments.gpu else None
+    names = (
+        gpu_specs.parse_gpu_names(arguments.gpu, arguments.config_dir) if arguments.gpu is not None else None
+    )
     if names is not None and arguments.advise:
         raise UserError(
             f"plan --advise: works for one GPU, but --gpu={arguments.gpu} names several; choose one"

@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, get_args
 
 from captcha_exp import runs
 from captcha_exp.cli import output
 from captcha_exp.cli.output import finite_or_none, format_value, is_number, to_text
+from captcha_exp.config.messages import renamed
 from captcha_exp.errors import UserError
+from captcha_exp.runs import Status
 from captcha_exp.runs.fields import RUN_KEYS, RunFields
 from captcha_exp.runtime.paths import root_dir
 
@@ -34,6 +36,7 @@ RESULT_COLUMNS = {  # column -> key of the result, and its format
     "seconds": ("seconds", ".0f"),
     "peak MiB": ("process_peak_mib", ",.0f"),
 }
+STATUSES = (*get_args(Status), "stale")
 SORT_LAST = 2  # rank of a run without a value
 DEFAULT_COLUMNS = ("run_dir", "status", "epochs", "seconds")  # keys that every table shows
 
@@ -82,6 +85,8 @@ class Condition:
         Raises:
             UserError: the key has only numbers, but the expected value is not a number.
         """
+        if self.key == "status" and self.operator in ("=", "!=") and self.expected not in STATUSES:
+            raise UserError(f"{self}: must be one of {', '.join(STATUSES)}")
         if self.operator == "~" or self.expected == "null" or parse_number(self.expected) is not None:
             return
         values = [run[self.key] for run in known if self.key in run]
@@ -151,7 +156,10 @@ def check_keys(keys: Iterable[str], known: Sequence[RunFields]) -> None:
         close = difflib.get_close_matches(key, sorted(all_keys), n=1, cutoff=0.7)
         allowed = f"use a key of config.yaml, a metric, or one of {', '.join(RUN_KEYS)}"
         hint = f"did you mean {close[0]}?" if close else allowed
-        lines.append(f"{key}: no run has this key; {hint}")
+        new_name = renamed(key, None)
+        lines.append(
+            f"{key}: was renamed to {new_name}" if new_name else f"{key}: no run has this key; {hint}"
+        )
     if lines:
         raise UserError(*lines)
 

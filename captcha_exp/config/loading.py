@@ -67,7 +67,7 @@ def load(
     if machine is not None and not has_device_error:
         errors += filter(None, [_device_error(raw, machine, raw_overrides or {})])
     if errors or config is None:
-        raise ConfigError(*errors)
+        raise ConfigError(*(f"{source}: {line}" if isinstance(source, Path) else line for line in errors))
     return config
 
 
@@ -210,7 +210,7 @@ def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
             return _drop_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
     except FileNotFoundError:
         raise ConfigError(f"{source}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{source}: cannot be read as a config: {one_line(error)}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]

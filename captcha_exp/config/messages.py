@@ -58,6 +58,7 @@ def format_errors(
         path, value, rule = _locate(item["loc"], raw, schema)
         key = ".".join(path)
         shown = key if isinstance(value, Mapping) else f"{key}={format_raw_value(key, value, raw_overrides)}"
+        shown = shown.removeprefix("=")  # the whole config
         match item["type"]:
             case "missing":
                 missing.add(key)

@@ -1,6 +1,5 @@
 """Evaluation of a model on a split: exact match with an interval, accuracy per position, confusions."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -21,7 +20,7 @@ from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights
 from captcha_exp.runs import check_file_unchanged
-from captcha_exp.runs.fields import changed_values
+from captcha_exp.runs.fields import changed_values, read_json
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import preview
 
@@ -224,11 +223,11 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     config = devices.for_inference(config, device_name)
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
-    recorded = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))
+    recorded = read_json(run_dir / "dataset.json")
     spec = dataset.inspect_dataset(config)
     data = dataset.load_or_build(spec, config)
-    if data.manifest["images_sha256"] != recorded["images_sha256"]:
-        then, now = flatten_mapping(recorded["provenance"]), flatten_mapping(spec.provenance)
+    if data.manifest["images_sha256"] != recorded.get("images_sha256"):
+        then, now = flatten_mapping(recorded.get("provenance") or {}), flatten_mapping(spec.provenance)
         changes = [f"{key} {old} -> {new}" for key, (old, new) in changed_values(then, now).items()]
         reason = preview(changes) if changes else "equal settings gave other bytes"
         logger.warning(f"the images differ from those of the run: {reason}")

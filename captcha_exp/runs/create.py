@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from captcha_exp.config import Config, flatten, load, to_yaml
 from captcha_exp.errors import UserError
+from captcha_exp.runs.fields import read_json
 from captcha_exp.runs.info import Lineage, Resumption, RunInfo, now, running_fields
 from captcha_exp.runs.run import Run, config_sha256, read_metrics_rows
 from captcha_exp.runtime.files import is_abandoned_part, sha256_of, write_atomically
@@ -66,10 +67,19 @@ def reopen_run(run_dir: Path) -> Run:
     damaged file is kept as metrics.jsonl.damaged.
 
     Raises:
-        UserError: A config file was modified since the run started; restore the value that the message names.
+        UserError: The run has finished or is running, or one of its files is damaged or was modified; nothing
+            is changed.
     """
     info = RunInfo.load(run_dir)
+    if info.status == "FINISHED":
+        raise UserError(f"{run_dir}: has finished; add epochs with --resume={run_dir} train.epochs=N")
+    # Whoever claimed the run (`claim.claim`) may resume it in a child process.
+    if info.has_live_process() and info.pid not in (os.getpid(), os.getppid()):
+        raise UserError(f"{run_dir}: process {info.pid} is still running on {info.host}; stop it first")
     _check_configs(run_dir, info.configs)
+    for name in ("dataset.json", "environment.json"):
+        if (run_dir / name).exists():  # not if the run was killed before
+            read_json(run_dir / name)
     for part in run_dir.rglob(".*.part"):
         part.unlink()
     rows, damaged_lines = read_metrics_rows(run_dir)

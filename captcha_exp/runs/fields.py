@@ -200,5 +200,5 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("not an object with keys and values")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
+        raise UserError(f"{path}: cannot be read: {_reason(error)}; restore it") from None
     return values

@@ -17,6 +17,7 @@ from pydantic import (
     InstanceOf,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
 from captcha_exp.errors import UserError
@@ -212,7 +213,13 @@ class SweepInfo(Record):
     predicted: list[dict[str, Any] | None]
     """plan of each job; None if its batch size is measured at run time"""
     parallelism: int
-    jobs: list[JobInfo]
+    jobs: Annotated[list[JobInfo], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_plans(self) -> Self:
+        if len(self.predicted) != len(self.jobs):
+            raise ValueError(f"{len(self.predicted)} plans of {len(self.jobs)} jobs")
+        return self
 
 
 InfoT = TypeVar("InfoT", bound=Record)

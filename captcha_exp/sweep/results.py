@@ -1,6 +1,6 @@
 """Collect the result of each job of a sweep from its latest run."""
 
-import json
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,11 @@ from captcha_exp.config import load
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.runs import MetricsRow, RunInfo, read_metrics_rows
+from captcha_exp.runs.fields import read_json
 from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.sweep.record import Job, Sweep
+
+logger = logging.getLogger(__name__)
 
 Outcome: TypeAlias = Literal["finished", "oom", "skipped", "failed", "killed", "not run"]
 """oom: out of memory; skipped: not predicted to fit, and so not trained; both count as results"""
@@ -76,13 +79,16 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         try:
             info = RunInfo.load(run_dir)
             outcome, error = _outcome_of(info), info.error
+            if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
+                config = load(run_dir / "config.yaml")
         except UserError as damage:
             outcome, error = "failed", str(damage)
         metrics = read_metrics_rows(run_dir)[0]
-        if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
-            config = load(run_dir / "config.yaml")
-        if (run_dir / "memory.json").is_file():
-            plan = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
+        try:
+            if (run_dir / "memory.json").is_file():
+                plan = read_json(run_dir / "memory.json")
+        except UserError as damage:
+            logger.warning(str(damage))
     result = None if info is None else info.result
     size, micro = config.train.batch_size, config.train.micro_batch_size
     return JobResult(
@@ -117,7 +123,8 @@ def _outcome_of(info: RunInfo) -> Outcome:
 
 
 def _parse_range(plan: Mapping[str, Any], key: str) -> MiBRange | None:
-    return None if plan.get(key) is None else MiBRange(*plan[key])
+    bounds = plan.get(key)
+    return MiBRange(*bounds) if isinstance(bounds, list) and len(bounds) == 2 else None
 
 
 def _values(metrics: Sequence[MetricsRow], key: str) -> list[float]:

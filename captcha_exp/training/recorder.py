@@ -1,7 +1,6 @@
 """Recording of a training, first in its run directory, then by its `Tracker`."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, RunEnd, now_ms
-from captcha_exp.runs.fields import changed_values, read_flat_environment, to_short_text
+from captcha_exp.runs.fields import changed_values, read_flat_environment, read_json, to_short_text
 from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
 from captcha_exp.runtime.shutdown import defer_signals
@@ -146,9 +145,9 @@ def check_dataset_unchanged(manifest: Mapping[str, Any], run: Run) -> None:
     path = run.run_dir / "dataset.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     for key in ("images_sha256", "labels_sha256", "splits"):
-        if before[key] != manifest[key]:
+        if before.get(key) != manifest[key]:
             raise UserError(
                 f"{run.run_dir}: the images have changed since the run started ({key} of dataset.json "
                 "differs); restore them, or start a new run with --resume=never"

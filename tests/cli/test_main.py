@@ -184,6 +184,23 @@ def test_cfg_includes_the_config_dir(
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("default", "line"),
+    [
+        ("override /train: few", "train/few: was renamed to train=small_data"),
+        ("override /card: gtx1650", "card: was renamed to gpu"),
+    ],
+)
+def test_an_old_name_in_a_defaults_list_is_answered_with_the_new_one(
+    call: Call, tmp_path_factory: pytest.TempPathFactory, default: str, line: str
+) -> None:
+    config_dir = tmp_path_factory.mktemp("conf")
+    (config_dir / "experiment").mkdir()
+    (config_dir / "experiment/mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {default}\n")
+    code, out, err = call("train", "--config-dir", str(config_dir), "experiment=mine")
+    assert (code, out, err) == (2, "", f"{line}\n")
+
+
 def test_runs_of_an_empty_root(call: Call, root: Path) -> None:
     assert call("runs") == (0, f"no runs in {root / 'outputs'} yet\n", "")
     code, out, _ = call("runs", "--json")

@@ -308,6 +308,16 @@ def test_an_unknown_key_suggests_the_closest(make: Make, call: Call) -> None:
     ]
 
 
+def test_an_old_key_or_status_is_answered_with_the_new_one(make: Make, call: Call) -> None:
+    make()
+    assert call("runs", "card.name=x", "--sort", "train.optimizer_kernel")[2].splitlines() == [
+        "card.name: was renamed to gpu.name",
+        "train.optimizer_kernel: was renamed to train.optimizer_impl",
+    ]
+    line = "status=died: must be one of RUNNING, FINISHED, FAILED, KILLED, stale\n"
+    assert call("runs", "status=died") == (2, "", line)
+
+
 def test_a_standard_key_may_be_missing(make: Make, call: Call) -> None:
     make(result=None)
     assert list_dirs(call, "oom=true") == []
@@ -323,8 +333,8 @@ def test_a_number_is_not_compared_with_text(make: Make, call: Call) -> None:
 
 def test_no_matching_run_is_not_an_error(make: Make, call: Call, root: Path) -> None:
     make()
-    line = f"none of the 1 runs in {root / 'outputs'} matches status=[red] and name=tiny\n"
-    assert call("runs", "status=[red]", "name=tiny") == (0, line, "")
+    line = f"none of the 1 runs in {root / 'outputs'} matches error=[red] and name=tiny\n"
+    assert call("runs", "error=[red]", "name=tiny") == (0, line, "")
 
 
 # -- order ---------------------------------------------------------------------------------------------------
@@ -651,7 +661,7 @@ def test_diff_names_missing_files(make: Make, call: Call) -> None:
     assert out.splitlines()[:4] == [
         "config: equal",
         *(
-            f"{path.stem}: {path}: cannot be read: No such file or directory"
+            f"{path.stem}: {path}: cannot be read: No such file or directory; restore it"
             for path in (early.run_dir / "environment.json", early.run_dir / "dataset.json")
         ),
         "metrics: 5 of 5 differ",

@@ -235,9 +235,9 @@ def test_a_saved_config_of_an_earlier_version_is_an_error_with_the_new_names(tmp
     with pytest.raises(ConfigError) as caught:
         load(path)
     assert set(caught.value.lines) == {
-        "card: was renamed to gpu",
-        "train.stop_after_minutes=null: was renamed to train.max_minutes",
-        'train.optimizer_impl="loop": was renamed to train.optimizer_impl=for_loop',
+        f"{path}: card: was renamed to gpu",
+        f"{path}: train.stop_after_minutes=null: was renamed to train.max_minutes",
+        f'{path}: train.optimizer_impl="loop": was renamed to train.optimizer_impl=for_loop',
     }
 
 

@@ -1019,3 +1019,8 @@ def test_evaluating_a_run_warns_if_its_images_have_changed(
     evaluate_run(result.run_dir, "test")
     (warning,) = warnings(caplog)
     assert warning.startswith("the images differ from those of the run: source.files_sha256 ")
+
+    for damage in ("{", "[1]", ""):
+        (result.run_dir / "dataset.json").write_text(damage)
+        with pytest.raises(UserError, match=r"dataset\.json: cannot be read: .+; restore it"):
+            evaluate_run(result.run_dir, "test")

@@ -87,7 +87,10 @@ def full_sweep_info() -> SweepInfo:
         code_sha256="ab",
         predicted=[None, {"fits": "unsure", "process_mib": [1.0, 2.0]}],
         parallelism=2,
-        jobs=[JobInfo(number=1, name=ODD_NAME, swept={"data.path": ODD_NAME}, choices={"model": "compact"})],
+        jobs=[
+            JobInfo(number=n, name=ODD_NAME, swept={"data.path": ODD_NAME}, choices={"model": "compact"})
+            for n in (1, 2)
+        ],
     )
 
 
@@ -255,6 +258,8 @@ WRONG_TYPES = [
             "jobs.0.swept: Field required; jobs.0.choices: Field required",
         ),
         (SweepInfo, "predicted", [1], "predicted.0: Input should be a valid dictionary"),
+        (SweepInfo, "predicted", [None], "content: Value error, 1 plans of 2 jobs"),
+        (SweepInfo, "jobs", [], "jobs: List should have at least 1 item after validation, not 0"),
         (SweepInfo, "parallelism", True, "parallelism: Input should be a valid integer"),
         (SweepInfo, "time_limit", {"max_minutes": 1}, "time_limit.deadline: Field required"),
     ],

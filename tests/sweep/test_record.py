@@ -10,7 +10,7 @@ from conftest import mlflow_ref, out_of_memory, result_summary, with_train
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
-from captcha_exp.memory.interval import Fits
+from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.runs import MetricsRow, create_run
 from captcha_exp.runs.info import Skipped
 from captcha_exp.sweep.planner import PlannedJob, plan_jobs
@@ -171,6 +171,26 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
     assert (first.test_accuracy, first.weights_sha256) == (0.25, "ab")
     assert first.run_dir is not None
     assert first.run_dir.endswith("-2")
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("memory.json", "finished"), ("config.yaml", "failed"), ("run.json", "failed")]
+)
+@pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff"])
+def test_a_damaged_file_of_one_job_does_not_end_the_sweep(
+    tiny: Config, root: Path, caplog: pytest.LogCaptureFixture, name: str, outcome: str, damage: bytes
+) -> None:
+    sweep = make_sweep([make_job(tiny), make_job(tiny, {"seed": "1"}, 2)])
+    for job in sweep.jobs:
+        run = create_run(tiny, tiny, sweep.new_attempt(job))
+        run.write_json("memory.json", {"process_mib": [1.0, 2.0], "budget_mib": "no range"})
+        run.close("FINISHED")
+    path = sweep.attempts(sweep.jobs[0])[0] / name
+    path.write_bytes(damage)
+    first, second = collect_results(sweep)
+    assert (first.outcome, second.outcome) == (outcome, "finished")
+    assert second.predicted_mib == MiBRange(1.0, 2.0)
+    assert str(path) in (first.error or caplog.text)
 
 
 @pytest.mark.parametrize(

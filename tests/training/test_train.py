@@ -447,6 +447,30 @@ def test_a_changed_environment_is_reported_and_recorded_on_resume(
     assert warning in state["warnings"]
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "environment.json"])
+@pytest.mark.parametrize("damage", ["{", "[1]", ""])
+def test_a_run_with_a_damaged_file_is_not_resumed_and_keeps_its_status(
+    config: Config, no_report: None, unplanned: None, name: str, damage: str
+) -> None:
+    seconds = iter([0.0, *[1e9] * 9])
+    with pytest.raises(TimeLimitReached):
+        train.train(config, shutdown=ShutdownHandler(1.0, lambda: next(seconds)))
+    (run_dir,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
+    before = state_of(run_dir)
+    (run_dir / name).write_text(damage)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: .+; restore it"):
+        train.resume(run_dir)
+    assert state_of(run_dir) == before
+
+
+def test_a_finished_run_is_not_resumed(config: Config, no_report: None, unplanned: None) -> None:
+    result = train.train(config)
+    before = state_of(result.run_dir)
+    with pytest.raises(UserError, match="has finished; add epochs with --resume="):
+        train.resume(result.run_dir)
+    assert state_of(result.run_dir) == before
+
+
 def test_validation_uses_its_whole_split_and_the_test_split_is_used_once_at_the_end(
     config: Config, no_report: None, unplanned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
