@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from captcha_exp import runs as record
+from captcha_exp import runs
 from captcha_exp.cli.diff import format_difference, is_equal
 from captcha_exp.cli.output import format_value
 from captcha_exp.cli.runs import Condition, parse_number
@@ -65,7 +65,7 @@ def make(tiny: Config) -> Make:
         test: float = 0.875,
         **state: Any,
     ) -> Run:
-        new = record.create_run(config, config)
+        new = runs.create_run(config, config)
         new.update(started=datetime(2026, 3, 1, len(created), tzinfo=UTC), **state)
         for step, metrics in enumerate(rows, 1):
             new.log_metrics(MetricsRow(step, step, metrics))
@@ -99,7 +99,7 @@ def table(out: str) -> list[list[str]]:
 
 
 def value_of(run: Run, key: str) -> Any:
-    info = record.RunInfo.load(run.run_dir)
+    info = runs.RunInfo.load(run.run_dir)
     return RunFields(run.run_dir, info)[key]
 
 
@@ -171,7 +171,7 @@ def test_runs_are_selected_by_their_stop_reason(make: Make, call: Call) -> None:
 def test_a_job_is_listed_with_its_sweep(tiny: Config, root: Path, call: Call) -> None:
     sweep = root / "outputs/2026-03-01/120000-grid"
     sweep.mkdir(parents=True)
-    job = record.create_run(tiny, tiny, sweep / "1-batch_size=64")
+    job = runs.create_run(tiny, tiny, sweep / "1-batch_size=64")
     (sweep / "sweep.json").write_text("{")  # also of a damaged sweep
     assert value_of(job, "run_dir") == "2026-03-01/120000-grid/1-batch_size=64"
     assert value_of(job, "sweep") == "2026-03-01/120000-grid"

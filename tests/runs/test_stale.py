@@ -18,7 +18,7 @@ import pytest
 from conftest import TINY, edit_record, infos, mlflow_ref, sweep_info, warnings
 from mlflow import MlflowClient
 
-from captcha_exp import runs as record
+from captcha_exp import runs
 from captcha_exp.cli import main
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.model.evaluate import evaluate_run
@@ -67,7 +67,7 @@ def write_stale_sweep(sweep_dir: Path, **state: Any) -> Path:
 def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
     tiny: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_stale(record.create_run(tiny, tiny))
+    run = make_stale(runs.create_run(tiny, tiny))
     run.write("model.safetensors", b"weights")
     (run.report_dir / "curves.png").write_bytes(b"image")
     make_old(run.run_dir)
@@ -90,7 +90,7 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
     }
     changed = {"status", "stop_reason", "ended", "files"}
     assert {k: v for k, v in state.items() if k not in changed} == run.info.model_dump(exclude=changed)
-    record.check_file_unchanged(run.run_dir, "model.safetensors")
+    runs.check_file_unchanged(run.run_dir, "model.safetensors")
     name = f"outputs/{run.run_dir.parent.name}/{run.run_dir.name}"
     assert infos(caplog) == [f"{name}: process {os.getpid()} has exited; marked KILLED"]
     assert warnings(caplog) == []
@@ -98,7 +98,7 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
 
 
 def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
-    run = record.create_run(tiny, tiny)
+    run = runs.create_run(tiny, tiny)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     run.update(pid=child.pid)
@@ -126,7 +126,7 @@ def test_a_run_of_an_exited_process_is_closed(tiny: Config) -> None:
 def test_other_runs_are_not_changed(
     tiny: Config, root: Path, state: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = record.create_run(tiny, tiny)
+    run = runs.create_run(tiny, tiny)
     run.update(**state)
     (run.run_dir / f".metrics.jsonl.{os.getpid()}.part").write_text("partial")
     before = contents(root)
@@ -161,7 +161,7 @@ def test_a_damaged_record_is_skipped_and_not_changed(
     path = root / "outputs/2026-01-01/000000-renamed" / filename
     path.parent.mkdir(parents=True)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    other = make_stale(record.create_run(tiny, tiny))
+    other = make_stale(runs.create_run(tiny, tiny))
 
     assert close_stale_runs() == [other.run_dir]
     assert path.read_bytes() == text.encode("utf-8", "surrogateescape")
@@ -176,7 +176,7 @@ def test_a_record_with_an_invalid_field_is_skipped_and_not_changed(
     tiny: Config, root: Path, field: dict[str, Any]
 ) -> None:
     sweep_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid", **field)
-    edit_record(make_stale(record.create_run(tiny, tiny)).run_dir, **field)
+    edit_record(make_stale(runs.create_run(tiny, tiny)).run_dir, **field)
     before = contents(root)
 
     assert close_stale_runs() == []
@@ -187,26 +187,26 @@ def test_a_record_with_an_invalid_field_is_skipped_and_not_changed(
 def test_a_run_that_cannot_be_closed_does_not_affect_the_others(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs = [make_stale(record.create_run(tiny, tiny)) for _ in range(3)]
+    stale_runs = [make_stale(runs.create_run(tiny, tiny)) for _ in range(3)]
 
     def disk_full(path: Path, content: Any) -> None:
-        if path.parent == runs[1].run_dir:
+        if path.parent == stale_runs[1].run_dir:
             raise OSError(28, "No space left on device")
         write_json(path, content)
 
     monkeypatch.setattr("captcha_exp.runs.info.write_json", disk_full)
     caplog.clear()
 
-    assert sorted(close_stale_runs()) == sorted([runs[0].run_dir, runs[2].run_dir])
+    assert sorted(close_stale_runs()) == sorted([stale_runs[0].run_dir, stale_runs[2].run_dir])
     (warning,) = warnings(caplog)
     assert warning.endswith("it cannot be marked KILLED: [Errno 28] No space left on device")
-    assert state_of(runs[1].run_dir)["status"] == "RUNNING"
+    assert state_of(stale_runs[1].run_dir)["status"] == "RUNNING"
 
 
 def test_a_lock_that_cannot_be_created_is_one_warning(
     tiny: Config, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_stale(record.create_run(tiny, tiny))
+    make_stale(runs.create_run(tiny, tiny))
     (root / "outputs/.closing.lock").mkdir()
     caplog.clear()
 
@@ -218,7 +218,7 @@ def test_a_lock_that_cannot_be_created_is_one_warning(
 def test_control_characters_in_a_name_are_escaped(
     root: Path, tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_stale(record.create_run(tiny, tiny))
+    run = make_stale(runs.create_run(tiny, tiny))
     renamed = run.run_dir.with_name("[red]a\x1b[31m\nb")
     run.run_dir.rename(renamed)
 
@@ -234,7 +234,7 @@ def test_control_characters_in_a_name_are_escaped(
     "partial", [ROWS[2].to_line()[:-1], ROWS[2].to_line()[:20], "{", "\0\0", "[" * 99_999]
 )
 def test_a_truncated_last_line_is_a_warning_and_the_other_rows_are_read(tiny: Config, partial: str) -> None:
-    run = make_stale(record.create_run(tiny, tiny))
+    run = make_stale(runs.create_run(tiny, tiny))
     for row in ROWS[:2]:
         run.log_metrics(row)
     path = run.run_dir / "metrics.jsonl"
@@ -244,20 +244,20 @@ def test_a_truncated_last_line_is_a_warning_and_the_other_rows_are_read(tiny: Co
     close_stale_runs()
 
     assert path.read_bytes() == before
-    rows, damaged_lines = record.read_metrics_rows(run.run_dir)
+    rows, damaged_lines = runs.read_metrics_rows(run.run_dir)
     assert (rows, list(damaged_lines)) == (ROWS[:2], [3])
     assert run.metrics_rows() == ROWS[:2]
-    record.check_file_unchanged(run.run_dir, "metrics.jsonl")
+    runs.check_file_unchanged(run.run_dir, "metrics.jsonl")
 
 
 def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tiny: Config) -> None:
-    run = make_stale(record.create_run(tiny, tiny), warnings=["slow"])
+    run = make_stale(runs.create_run(tiny, tiny), warnings=["slow"])
     lines = [row.to_line().encode() for row in ROWS]
     (run.run_dir / "metrics.jsonl").write_bytes(lines[0] + b"\xff" + lines[1] + lines[2])
 
     close_stale_runs()
 
-    rows, damaged_lines = record.read_metrics_rows(run.run_dir)
+    rows, damaged_lines = runs.read_metrics_rows(run.run_dir)
     assert (rows, list(damaged_lines)) == ([ROWS[0], ROWS[2]], [2])
     assert state_of(run.run_dir)["warnings"] == ["slow"]
 
@@ -265,7 +265,7 @@ def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tiny: Config) -> 
 def test_temporary_files_of_exited_processes_are_removed(tiny: Config) -> None:
     exited = subprocess.Popen([sys.executable, "-c", ""])
     exited.wait()
-    run = record.create_run(tiny, tiny)
+    run = runs.create_run(tiny, tiny)
     run.update(pid=exited.pid)
     kept = {f".a.{os.getpid()}.part", "b.1.part", ".c.part", f".d.{exited.pid}.parts", ".e.x.part"}
     for name in (*kept, f".model.safetensors.{exited.pid}.part"):
@@ -287,7 +287,7 @@ def test_temporary_files_of_exited_processes_are_removed(tiny: Config) -> None:
 
 def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root: Path, tiny: Config) -> None:
     sweep_dir = write_stale_sweep(root / "outputs/2026-01-01/000000-grid")
-    stale, running = (record.create_run(tiny, tiny, sweep_dir / name) for name in ("1-seed=1", "2-seed=2"))
+    stale, running = (runs.create_run(tiny, tiny, sweep_dir / name) for name in ("1-seed=1", "2-seed=2"))
     make_stale(stale)
     (sweep_dir / f".summary.json.{os.getpid()}.part").write_text("partial")
     (running.run_dir / f".model.safetensors.{os.getpid()}.part").write_text("partial")
@@ -311,7 +311,7 @@ def test_a_stale_sweep_and_its_stale_jobs_are_closed_but_not_a_running_job(root:
 
 
 def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
-    runs = [make_stale(record.create_run(tiny, tiny)) for _ in range(12)]
+    stale_runs = [make_stale(runs.create_run(tiny, tiny)) for _ in range(12)]
     barrier = Barrier(8)
 
     def close(_: int) -> list[Path]:
@@ -321,18 +321,18 @@ def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
     with ThreadPoolExecutor(8) as pool:
         closed = [run_dir for run_dirs in pool.map(close, range(8)) for run_dir in run_dirs]
 
-    assert sorted(closed) == sorted(run.run_dir for run in runs)
-    for run in runs:
+    assert sorted(closed) == sorted(run.run_dir for run in stale_runs)
+    for run in stale_runs:
         assert state_of(run.run_dir)["status"] == "KILLED"
-        record.check_file_unchanged(run.run_dir, "config.yaml")
+        runs.check_file_unchanged(run.run_dir, "config.yaml")
 
 
 def test_close_returns_if_another_process_holds_the_lock(
     tiny: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_stale(record.create_run(tiny, tiny))
+    run = make_stale(runs.create_run(tiny, tiny))
     caplog.clear()
-    with record.stale_lock() as granted, ThreadPoolExecutor(1) as pool:
+    with runs.stale_lock() as granted, ThreadPoolExecutor(1) as pool:
         assert granted
         assert pool.submit(close_stale_runs).result() == []
     assert infos(caplog) == warnings(caplog) == []
@@ -342,7 +342,7 @@ def test_close_returns_if_another_process_holds_the_lock(
 def test_a_run_that_finishes_meanwhile_keeps_its_status(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = record.create_run(tiny, tiny)
+    run = runs.create_run(tiny, tiny)
 
     def finish_and_exit(_: object) -> bool:
         if run.info.is_running:
@@ -376,7 +376,7 @@ def tracked(tiny: Config, store: str) -> Config:
 
 
 def start_run(config: Config) -> tuple[Run, MlflowTracker]:
-    run, tracker = record.create_run(config, config), MlflowTracker()
+    run, tracker = runs.create_run(config, config), MlflowTracker()
     tracker.start(run, config)
     return run, tracker
 
@@ -488,7 +488,7 @@ def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(
     run_id = created.info.run_id
     created.update_mlflow(run_id=None)
     make_stale(created)
-    before = make_stale(record.create_run(tracked, tracked), mlflow=created.info.mlflow)
+    before = make_stale(runs.create_run(tracked, tracked), mlflow=created.info.mlflow)
 
     caplog.clear()
     assert sorted(close_stale_runs()) == sorted([created.run_dir, before.run_dir])
@@ -503,7 +503,7 @@ def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(
 def test_an_unreachable_store_is_one_warning_and_synced_later(
     tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs = [make_stale(start_run(tracked)[0]) for _ in range(3)]
+    stale_runs = [make_stale(start_run(tracked)[0]) for _ in range(3)]
     caplog.clear()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", unreachable)
@@ -513,11 +513,11 @@ def test_an_unreachable_store_is_one_warning_and_synced_later(
         "mlflow.db: 3 of 3 runs not synced to MLflow: the store is unreachable (no answer within 8 s); "
         "the next start tries again"
     )
-    assert {state_of(run.run_dir)["status"] for run in runs} == {"KILLED"}
-    assert {in_mlflow(run)[1].info.status for run in runs} == {"RUNNING"}
+    assert {state_of(run.run_dir)["status"] for run in stale_runs} == {"KILLED"}
+    assert {in_mlflow(run)[1].info.status for run in stale_runs} == {"RUNNING"}
 
     assert len(close_stale_runs()) == 3
-    assert {in_mlflow(run)[1].info.status for run in runs} == {"KILLED"}
+    assert {in_mlflow(run)[1].info.status for run in stale_runs} == {"KILLED"}
     assert len(warnings(caplog)) == 1
 
 
@@ -547,7 +547,7 @@ def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachabl
     caplog.clear()
     close_stale_runs()
 
-    closed = [run.info.mlflow is not None and run.info.mlflow.closed for run in record.list_runs()]
+    closed = [run.info.mlflow is not None and run.info.mlflow.closed for run in runs.list_runs()]
     assert closed.count(True) == num_synced
     assert len(warnings(caplog)) == 1
     assert f"{3 - num_synced} of 3 runs not synced to MLflow: [connection] refused;" in warnings(caplog)[0]
@@ -610,7 +610,7 @@ def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: 
         root / "outputs/2026-01-01/000000-grid", mlflow=state_of(parent.run_dir)["mlflow"]
     )
     shutil.rmtree(parent.run_dir)
-    record.create_run(tracked, tracked, sweep_dir / "1-seed=1")
+    runs.create_run(tracked, tracked, sweep_dir / "1-seed=1")
     (sweep_dir / "images").mkdir()
     (sweep_dir / "images/grid.png").write_bytes(b"image")
 
@@ -628,7 +628,7 @@ def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: 
 def test_the_runs_command_closes_stale_runs(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_stale(record.create_run(tiny, tiny))
+    make_stale(runs.create_run(tiny, tiny))
     monkeypatch.setattr(sys, "argv", ["captcha-exp", "runs", "--json"])
     with pytest.raises(SystemExit, match="0"):
         main.main()
@@ -640,22 +640,22 @@ def test_the_runs_command_closes_stale_runs(
 def test_the_runs_command_lists_a_run_of_version_0_1_as_a_warning(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [record.create_run(tiny, tiny) for _ in range(2)]
-    state = runs[0].info.model_dump(exclude={"format"})
-    (runs[0].run_dir / "run.json").write_text(json.dumps(state))
+    stale_runs = [runs.create_run(tiny, tiny) for _ in range(2)]
+    state = stale_runs[0].info.model_dump(exclude={"format"})
+    (stale_runs[0].run_dir / "run.json").write_text(json.dumps(state))
     monkeypatch.setattr(sys, "argv", ["captcha-exp", "runs", "--json"])
     with pytest.raises(SystemExit, match="0"):
         main.main()
     captured = capsys.readouterr()
-    assert [Path(run["run_dir"]) for run in json.loads(captured.out)] == [runs[1].run_dir]
+    assert [Path(run["run_dir"]) for run in json.loads(captured.out)] == [stale_runs[1].run_dir]
     assert captured.err.splitlines() == [
-        f"warning: {runs[0].run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
+        f"warning: {stale_runs[0].run_dir}: was written by captcha_exp 0.1, which this version cannot read; "
         "train again, or use captcha_exp 0.1"
     ]
 
 
 def test_closing_a_run_imports_neither_torch_nor_mlflow(tiny: Config, root: Path) -> None:
-    make_stale(record.create_run(tiny, tiny))
+    make_stale(runs.create_run(tiny, tiny))
     script = (
         "import sys; from captcha_exp.tracking.sync import close_stale_runs;"
         "print(len(close_stale_runs()), {'torch', 'mlflow', 'hydra'} & sys.modules.keys())"
@@ -687,7 +687,7 @@ def test_a_killed_training_is_closed_by_the_next_start(tracked: Config, cache: P
     assert state["pid"] == process.pid
     evaluation, _ = evaluate_run(run_dir, "test", "cpu")
     assert len(evaluation.indices) > 0
-    rows, _ = record.read_metrics_rows(run_dir)
+    rows, _ = runs.read_metrics_rows(run_dir)
     client, mlflow_run = in_mlflow(run_dir)
     assert mlflow_run.info.status == "KILLED"
     history = client.get_metric_history(mlflow_run.info.run_id, "val/accuracy")
