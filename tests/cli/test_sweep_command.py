@@ -52,8 +52,8 @@ def make_jobs(tiny: Config, count: int = 3) -> list[Job]:
 def make_launch(outcome: Outcome = "finished", launched: list[int] | None = None) -> Launch:
     """Return a launcher that only creates the run of each job."""
 
-    def launch(folder: Path, numbers: Sequence[int]) -> None:
-        sweep = Sweep(folder)
+    def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
+        sweep = Sweep(sweep_dir)
         for number in numbers:
             make_run(sweep, number, outcome)
             if launched is not None:
@@ -133,38 +133,38 @@ def test_defer_signals_in_another_thread() -> None:
 def test_interrupted_in_the_second_job_and_resumed(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
     found, recorder = plan_jobs(make_jobs(tiny)), SummaryRecorder()
 
-    def interrupted(folder: Path, numbers: Sequence[int]) -> None:
-        make_launch()(folder, numbers[:1])
-        make_launch("killed")(folder, numbers[1:2])
+    def interrupted(sweep_dir: Path, numbers: Sequence[int]) -> None:
+        make_launch()(sweep_dir, numbers[:1])
+        make_launch("killed")(sweep_dir, numbers[1:2])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_sweep(found, interrupted, 1, recorder)
     (summary,) = recorder.summaries
     assert recorder.sweep is not None
-    folder = recorder.sweep.run_dir
+    sweep_dir = recorder.sweep.run_dir
     assert outcomes(summary) == ["finished", "killed", "not run"]
-    assert json.loads((folder / "summary.json").read_text())["jobs"][1]["outcome"] == "killed"
-    states = [json.loads(path.read_text())["status"] for path in sorted(folder.glob("*/run.json"))]
+    assert json.loads((sweep_dir / "summary.json").read_text())["jobs"][1]["outcome"] == "killed"
+    states = [json.loads(path.read_text())["status"] for path in sorted(sweep_dir.glob("*/run.json"))]
     assert states == ["FINISHED", "KILLED"]
 
-    sweep = record.find_sweep(folder.name if (Path.cwd() / folder.name).exists() else str(folder))
+    sweep = record.find_sweep(sweep_dir.name if (Path.cwd() / sweep_dir.name).exists() else str(sweep_dir))
     assert (sweep.info.status, sweep.info.error, sweep.info.stop_reason) == ("KILLED", None, "SIGINT")
     sweep.update(pid=2**22 + 1)  # a process that has exited
     launched: list[int] = []
     during: list[runs.SweepInfo] = []
 
-    def launch(folder: Path, numbers: Sequence[int]) -> None:
-        during.append(Sweep(folder).info)
-        make_launch(launched=launched)(folder, numbers)
+    def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
+        during.append(Sweep(sweep_dir).info)
+        make_launch(launched=launched)(sweep_dir, numbers)
 
-    summary = run_sweep(plan_jobs(sweep.jobs), launch, 1, recorder, Sweep(folder))
+    summary = run_sweep(plan_jobs(sweep.jobs), launch, 1, recorder, Sweep(sweep_dir))
     assert (during[0].status, during[0].pid) == ("RUNNING", os.getpid()), "claimed by this process"
     assert during[0].stop_reason is None
     assert launched == [2, 3]
     assert outcomes(summary) == ["finished"] * 3
     assert [result.attempts for result in summary.results] == [1, 2, 1]
-    assert Sweep(folder).info.status == "FINISHED"
+    assert Sweep(sweep_dir).info.status == "FINISHED"
     assert "1 of 3 jobs are already done" in infos(caplog)
 
 
@@ -172,9 +172,9 @@ def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
     found, recorder = plan_jobs(make_jobs(tiny, 5)), SummaryRecorder()
     expected: list[Outcome] = ["finished", "oom", "skipped", "failed", "killed"]
 
-    def launch(folder: Path, numbers: Sequence[int]) -> None:
+    def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
         for number, outcome in zip(numbers, expected, strict=True):
-            make_run(Sweep(folder), number, outcome)
+            make_run(Sweep(sweep_dir), number, outcome)
 
     assert outcomes(run_sweep(found, launch, 1, recorder)) == expected
     assert recorder.sweep is not None
@@ -192,13 +192,13 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
     """The first job finishes in time, the second is stopped, the third is not started."""
     started: list[tuple[str, float]] = []
 
-    def train(job: supervisor.TrainJob, folder: Path, _: object) -> None:
+    def train(job: supervisor.TrainJob, run_dir: Path, _: object) -> None:
         assert job.deadline is not None
         started.append((job.name or "", job.deadline))
         run = (
-            runs.reopen_run(folder)
-            if (folder / "run.json").exists()
-            else runs.create_run(job.requested, job.requested, folder)
+            runs.reopen_run(run_dir)
+            if (run_dir / "run.json").exists()
+            else runs.create_run(job.requested, job.requested, run_dir)
         )
         run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
         time.sleep(max(0.0, job.deadline - time.time()) if len(started) == 2 else 0.0)
@@ -207,9 +207,9 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
         else:
             run.close("FINISHED")
 
-    def launch(folder: Path, numbers: Sequence[int], *_: object) -> None:
+    def launch(sweep_dir: Path, numbers: Sequence[int], *_: object) -> None:
         for number in numbers:
-            supervisor.run_job(folder, number)
+            supervisor.run_job(sweep_dir, number)
 
     monkeypatch.setattr(supervisor, "_train_in_child", train)
     monkeypatch.setattr(sweep_command, "_launch", launch)
@@ -267,9 +267,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     """Return (numbers, n_jobs) of each launch. Launching only creates the runs."""
     launches: list[tuple[list[int], int]] = []
 
-    def launch(folder: Path, numbers: Sequence[int], grid: Any, _: object) -> None:
+    def launch(sweep_dir: Path, numbers: Sequence[int], grid: Any, _: object) -> None:
         launches.append((list(numbers), grid.n_jobs))
-        make_launch()(folder, numbers)
+        make_launch()(sweep_dir, numbers)
 
     monkeypatch.setattr(sweep_command, "_launch", launch)
     return launches
@@ -279,8 +279,8 @@ def interrupt(root: Path) -> Path:
     """Mark the only sweep and its second job KILLED, and return the sweep directory."""
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
-    (folder,) = sweep.attempts(sweep.jobs[1])
-    edit_record(folder, status="KILLED")
+    (run_dir,) = sweep.attempts(sweep.jobs[1])
+    edit_record(run_dir, status="KILLED")
     sweep.update(status="KILLED")
     return sweep.run_dir
 
@@ -288,29 +288,31 @@ def interrupt(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "resume"),
     [
-        pytest.param((), "folder", marks=pytest.mark.long),
-        pytest.param(GRID, "folder", marks=pytest.mark.long),
-        (GRID[::-1], "folder"),
+        pytest.param((), "sweep_dir", marks=pytest.mark.long),
+        pytest.param(GRID, "sweep_dir", marks=pytest.mark.long),
+        (GRID[::-1], "sweep_dir"),
         pytest.param(GRID, "auto", marks=pytest.mark.long),
-        pytest.param(("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "folder", marks=pytest.mark.long),
-        pytest.param(("train.max_minutes=9",), "folder", marks=pytest.mark.long),
+        pytest.param(
+            ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), "sweep_dir", marks=pytest.mark.long
+        ),
+        pytest.param(("train.max_minutes=9",), "sweep_dir", marks=pytest.mark.long),
         ((*GRID, "train.max_minutes=9"), "auto"),
     ],
     ids=["none", "same", "other order", "auto", "other launcher", "time limit", "auto, time limit"],
 )
 def test_resume_with_overrides(words: tuple[str, ...], resume: str, root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = interrupt(root)
-    moved = folder.with_name("moved away")
-    folder.rename(moved)
+    sweep_dir = interrupt(root)
+    moved = sweep_dir.with_name("moved away")
+    sweep_dir.rename(moved)
 
-    assert train_all(*words, resume=str(moved) if resume == "folder" else resume) == 0
+    assert train_all(*words, resume=str(moved) if resume == "sweep_dir" else resume) == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
     assert launched[1][1] == (2 if "hydra/launcher=joblib" in words else 1)
     assert [result.attempts for result in collect_results(Sweep(moved))] == [1, 2]
     limit = Sweep(moved).info.time_limit
     assert (limit and limit.max_minutes) == (9 if "train.max_minutes=9" in words else None)
-    assert not folder.exists()
+    assert not sweep_dir.exists()
 
 
 def test_resuming_a_finished_sweep_writes_its_summary_again(root: Path, launched: list[Any]) -> None:
@@ -328,19 +330,19 @@ def test_auto_skips_an_unfinished_sweep_of_other_code(
     root: Path, launched: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train_all(*GRID) == 0
-    folder = interrupt(root)
-    Sweep(folder).update(code_sha256="0" * 64)
+    sweep_dir = interrupt(root)
+    Sweep(sweep_dir).update(code_sha256="0" * 64)
     caplog.clear()
     assert train_all(*GRID, resume="auto") == 0
     assert [numbers for numbers, _ in launched] == [[1, 2], [1, 2]]
     assert infos(caplog)[0] == (
-        f"{folder}: unfinished sweep with the same jobs, but started with different code; resume it with "
-        f"--resume={folder}"
+        f"{sweep_dir}: unfinished sweep with the same jobs, but started with different code; resume it with "
+        f"--resume={sweep_dir}"
     )
     caplog.clear()
     assert train_all(*GRID, resume="auto") == 0
     assert len(launched) == 3, "the second sweep is finished"
-    assert train_all(resume=str(folder)) == 0
+    assert train_all(resume=str(sweep_dir)) == 0
     assert launched[3][0] == [2], "a named sweep is resumed"
 
 
@@ -348,49 +350,49 @@ def test_a_sweep_that_fails_to_start_is_unchanged(
     root: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train_all(*GRID) == 0
-    folder = interrupt(root)
-    before = json.loads((folder / "sweep.json").read_text())
+    sweep_dir = interrupt(root)
+    before = json.loads((sweep_dir / "sweep.json").read_text())
 
     def fail(*_: object) -> None:
-        assert json.loads((folder / "sweep.json").read_text())["status"] == "RUNNING"
+        assert json.loads((sweep_dir / "sweep.json").read_text())["status"] == "RUNNING"
         raise UserError("no plan")
 
     monkeypatch.setattr(sweep_command, "plan_jobs", fail)
     with pytest.raises(UserError, match="no plan"):
         train_all(*GRID, resume="auto")
-    assert json.loads((folder / "sweep.json").read_text()) == before
+    assert json.loads((sweep_dir / "sweep.json").read_text()) == before
     assert len(launched) == 1
 
 
 def test_sweeps_that_cannot_be_resumed(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = interrupt(root)
+    sweep_dir = interrupt(root)
 
     def error_of(*words: str) -> str:
         with pytest.raises(UserError) as caught:
-            train_all(*words, resume=str(folder))
+            train_all(*words, resume=str(sweep_dir))
         (line,) = caught.value.lines
         return line
 
     assert "has other jobs than these overrides" in error_of(*GRID, "train.epochs=3")
-    sweep = Sweep(folder)
+    sweep = Sweep(sweep_dir)
     sweep.update(**running_fields())
     assert error_of().endswith(f"its process {os.getpid()} is still running")
     sweep.close("KILLED")
-    text = (folder / "jobs" / "2.yaml").read_text()
-    (folder / "jobs" / "2.yaml").unlink()
+    text = (sweep_dir / "jobs" / "2.yaml").read_text()
+    (sweep_dir / "jobs" / "2.yaml").unlink()
     assert "2.yaml" in error_of()
-    (folder / "jobs" / "2.yaml").write_text(text)
-    edit_record(folder, "sweep.json", jobs=[{}])
+    (sweep_dir / "jobs" / "2.yaml").write_text(text)
+    edit_record(sweep_dir, "sweep.json", jobs=[{}])
     assert "sweep.json: is not a valid sweep.json: jobs.0.number: Field required; " in error_of()
     assert len(launched) == 1
 
 
 def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) -> None:
     assert train_all(*GRID) == 0
-    folder = interrupt(root)
-    with pytest.raises(UserError, match=f"--resume={re.escape(str(folder))}: is a sweep; add -m"):
-        main._dispatch(["train", "--resume", str(folder)])
+    sweep_dir = interrupt(root)
+    with pytest.raises(UserError, match=f"--resume={re.escape(str(sweep_dir))}: is a sweep; add -m"):
+        main._dispatch(["train", "--resume", str(sweep_dir)])
     assert len(launched) == 1
 
 
@@ -440,11 +442,11 @@ def test_values_with_special_characters_get_distinct_directories(tiny: Config) -
         for n, v in enumerate(values, 1)
     ]
     sweep = record.create_sweep("tiny", jobs, [None] * len(jobs), 1)
-    folders = [sweep.new_attempt(job) for job in jobs for _ in range(2)]
+    run_dirs = [sweep.new_attempt(job) for job in jobs for _ in range(2)]
 
-    assert len(set(folders)) == 2 * len(values)
-    assert {folder.parent for folder in folders} == {sweep.run_dir}
-    assert all(len(folder.name) < 100 for folder in folders)
+    assert len(set(run_dirs)) == 2 * len(values)
+    assert {run_dir.parent for run_dir in run_dirs} == {sweep.run_dir}
+    assert all(len(run_dir.name) < 100 for run_dir in run_dirs)
     assert Sweep(sweep.run_dir).jobs == jobs
     assert jobs[0].name == "captcha.width=a/b data.width=a/b"
 
@@ -468,9 +470,9 @@ def test_mistakes_of_all_jobs_are_reported_before_anything_is_created(root: Path
 def test_a_summary_that_cannot_be_written(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
     recorder = SummaryRecorder()
 
-    def launch(folder: Path, numbers: Sequence[int]) -> None:
-        make_launch()(folder, numbers)
-        (folder / "summary.json").mkdir()
+    def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
+        make_launch()(sweep_dir, numbers)
+        (sweep_dir / "summary.json").mkdir()
 
     with pytest.raises(RunFailed, match="free disk space"):
         run_sweep(plan_jobs(make_jobs(tiny)), launch, 1, recorder)
@@ -490,13 +492,13 @@ def test_incomplete_runs_are_listed(tiny: Config) -> None:
     assert "run.json: cannot be read: " in (results[1].error or "")
 
 
-def child_process(script: str, folder: Path, on_line: Callable[[str], None], monkeypatch: Any) -> Any:
+def child_process(script: str, directory: Path, on_line: Callable[[str], None], monkeypatch: Any) -> Any:
     """Return a child process that runs a shell script instead of a training."""
-    path = folder / "python"
+    path = directory / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
-    return supervisor._ChildProcess(folder / "missing" / "1-x", on_line)
+    return supervisor._ChildProcess(directory / "missing" / "1-x", on_line)
 
 
 def test_a_missing_log_and_terminal_do_not_stop_a_process(
