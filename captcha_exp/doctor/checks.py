@@ -188,7 +188,7 @@ def _check_runs(info: MachineInfo) -> Iterator[Finding]:
     if (more := len(info.stale_runs) - MAX_RUNS_NAMED) > 0:
         yield Finding("info", f"{more} more stale runs", "captcha-exp runs closes and lists them")
     for line in info.unreadable_runs[:MAX_RUNS_NAMED]:
-        yield Finding("info", line, "move its directory out of outputs/")
+        yield Finding("info", line)
 
 
 def _check_fonts(info: MachineInfo) -> Iterator[Finding]:

@@ -28,6 +28,8 @@ from captcha_exp.runtime.shutdown import STOPPED, StopReason, stop_reason
 RECORD_FORMAT = 2
 """Version of the layout of run and sweep directories, field `format`. Version 0.1 wrote no such field."""
 
+DAMAGED_HINT = "restore it, or move its directory out of outputs/"
+
 Status: TypeAlias = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -148,9 +150,9 @@ class Record(ProcessIdentity):
         except ValidationError as error:
             located = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
             mistakes = "; ".join(f"{key or 'content'}: {message}" for key, message in located)
-            raise UserError(f"{path}: is not a valid {cls.filename}: {mistakes}") from None
+            raise UserError(f"{path}: is not a valid {cls.filename}: {mistakes}; {DAMAGED_HINT}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
+            raise UserError(f"{path}: cannot be read: {error}; {DAMAGED_HINT}") from None
 
     @property
     def is_running(self) -> bool:

@@ -13,6 +13,7 @@ from conftest import edit_record, sweep_info
 from captcha_exp.errors import UserError
 from captcha_exp.runs import Lineage, RecordedDir, RunInfo, RunLink, SweepInfo, find_stale, list_runs
 from captcha_exp.runs.info import (
+    DAMAGED_HINT,
     InfoT,
     JobInfo,
     MlflowRef,
@@ -207,7 +208,7 @@ def test_a_missing_field_is_named(tmp_path: Path, kind: type[Record], key: str) 
         kind.load(path.parent)
     mistakes = f"{key}: Field required; mlflow.uri: Field required"
     (line,) = caught.value.lines
-    assert line == f"{path}: is not a valid {kind.filename}: {mistakes}"
+    assert line == f"{path}: is not a valid {kind.filename}: {mistakes}; {DAMAGED_HINT}"
 
 
 WRONG_TYPES = [
@@ -271,7 +272,8 @@ def test_a_field_of_the_wrong_type_is_one_line(
     edit_record(directory, kind.filename, **{key: value})
     with pytest.raises(UserError) as caught:
         kind.load(directory)
-    assert caught.value.lines == (f"{directory / kind.filename}: is not a valid {kind.filename}: {message}",)
+    path = directory / kind.filename
+    assert caught.value.lines == (f"{path}: is not a valid {path.name}: {message}; {DAMAGED_HINT}",)
 
 
 @pytest.mark.parametrize("kind", KINDS)
