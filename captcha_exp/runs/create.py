@@ -73,7 +73,7 @@ def reopen_run(run_dir: Path) -> Run:
     info = RunInfo.load(run_dir)
     if info.status == "FINISHED":
         raise UserError(f"{run_dir}: has finished; add epochs with --resume={run_dir} train.epochs=N")
-    # Whoever claimed the run (`claim.claim`) may resume it in a child process.
+    # The process that claimed the run (`claim.claim`) may resume it in a child process.
     if info.has_live_process() and info.pid not in (os.getpid(), os.getppid()):
         raise UserError(f"{run_dir}: process {info.pid} is still running on {info.host}; stop it first")
     _check_configs(run_dir, info.configs)

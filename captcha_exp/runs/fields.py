@@ -173,7 +173,8 @@ def to_short_text(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return one_line(getattr(error, "strerror", None) or error)  # an OSError without its number and path
+    """Return the message of an error on one line; of an OSError without its number and path."""
+    return one_line(getattr(error, "strerror", None) or error)
 
 
 def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -> float | None:
