@@ -49,8 +49,10 @@ def main() -> NoReturn:
     try:
         sys.exit(_dispatch(sys.argv[1:]))
     except UserError as error:
+        from captcha_exp.runtime.console import escape_unprintable
+
         for line in error.lines:
-            print(line, file=sys.stderr)
+            print(escape_unprintable(line), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

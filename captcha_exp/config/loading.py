@@ -8,6 +8,7 @@ rejected, not converted to text. `resolve` replaces every `auto`.
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from captcha_exp.config import schema
 from captcha_exp.config.gpu import GpuSpec
 from captcha_exp.config.messages import format_errors
 from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig
+from captcha_exp.documents import check_yaml, read_document
 from captcha_exp.errors import ConfigError, one_line
 
 _GPU_ADAPTER = TypeAdapter(GpuSpec)
@@ -204,13 +206,17 @@ def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
     """
     try:
         if isinstance(source, Path):
+            text = read_document(source).decode("utf-8")
+            check_yaml(text)
             # A saved file is data: interpolations in it are text and are never resolved.
-            return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(source), resolve=False)
+            return omegaconf.OmegaConf.to_container(
+                omegaconf.OmegaConf.load(io.StringIO(text)), resolve=False
+            )
         if isinstance(source, omegaconf.DictConfig):
             return _drop_missing(omegaconf.OmegaConf.to_container(source, resolve=True))
     except FileNotFoundError:
         raise ConfigError(f"{source}: no such file") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{source}: cannot be read as a config: {one_line(error)}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]

@@ -1,0 +1,98 @@
+"""Limits on JSON and YAML files that are read back."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from captcha_exp.documents import parse_json, parse_yaml, read_document
+
+
+def alias_bomb(levels: int = 9) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+MERGE_BOMB = "a0: &a0 {k: 1}\n" + "\n".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], x: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 20)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (alias_bomb(), "more than 10,000 values"),
+        (MERGE_BOMB, "more than 10,000 values"),
+        ("a: &a [*a]", "no complete anchor"),
+        ("a: &a {b: *a}", "no complete anchor"),
+        ("a: *b", "no complete anchor"),
+        ("[" * 200_000, "more than 50 levels"),
+        ("- " * 5_000 + "x", "more than 50 levels"),
+        ("? " * 5_000 + "x", "more than 50 levels"),
+        ("a: {" * 51 + "}" * 51, "more than 50 levels"),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 100)),
+            "more than 50 levels",
+        ),
+        ("x" * 2_000_000, "longer than 1,048,576 characters"),
+        ("a: [", "did not find"),
+        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("a: !!int x", "invalid literal"),
+        ("\x00", "special characters are not allowed|control characters"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_harmful_yaml_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_yaml(text)
+
+
+def test_anchors_and_merge_keys_are_accepted() -> None:
+    text = "base: &base {a: 1, b: [2, 3]}\nx: {<<: *base, c: 4}\ny: [*base, *base]\n"
+    assert parse_yaml(text) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "levels of nesting"),
+        ("[" * 51 + "]" * 51, "levels of nesting"),
+        ('{"a": ' * 51 + "1" + "}" * 51, "levels of nesting"),
+        ("9" * 400, "integer of 400 digits"),
+        ("[" + "9" * 5_000 + "]", "integer of 5000 digits"),
+        ("1e400", "too large"),
+        ("{", "Expecting"),
+        ("", "Expecting"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_harmful_json_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("value", [{}, [], {"a": [1, -2, 0.5, 1e300, None, True, "x"]}, 2**59, "é"])
+def test_json_is_read(value: object) -> None:
+    assert parse_json(json.dumps(value)) == value
+    assert parse_json(json.dumps(value).encode()) == value
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read_document(path)
+    with pytest.raises(IsADirectoryError):
+        read_document(tmp_path)
+
+
+def test_the_size_is_limited(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_document(path, max_bytes=5) == b"12345"
+    with pytest.raises(ValueError, match="larger than 4 bytes"):
+        read_document(path, max_bytes=4)
