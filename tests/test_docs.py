@@ -412,7 +412,7 @@ def test_the_output_of_a_sweep(
 
     predicted = results[-1].predicted_mib
     assert predicted is not None
-    tensors = re.search(r"\(tensors ([\d,]+)\)", skipped)
+    tensors = re.search(r"\(tensors ([\d,]+) MiB\)", skipped)
     assert tensors is not None
     remedies = " ".join(skipped.partition("set ")[2].split()).split(", or ")
     monkeypatch.setattr("captcha_exp.training.oom.find_remedies", lambda *_: remedies)

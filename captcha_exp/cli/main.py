@@ -45,7 +45,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks must not end a sweep
             stream.reconfigure(errors="backslashreplace")
     # Exit cleanly on SIGTERM: runs are marked KILLED and child processes are stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:
         sys.exit(_dispatch(sys.argv[1:]))
     except UserError as error:
@@ -55,6 +55,7 @@ def main() -> NoReturn:
             print(escape_unprintable(line), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +67,11 @@ def main() -> NoReturn:
             f"{error.filename or PROGRAM}: {error.strerror}; {OS_ERROR_HINTS[error.errno]}", file=sys.stderr
         )
         sys.exit(1)
+
+
+def _exit_on_sigterm(*_: object) -> NoReturn:
+    os.write(2, f"{PROGRAM}: stopped by SIGTERM\n".encode())  # print may have been interrupted
+    sys.exit(143)
 
 
 def _dispatch(argv: list[str]) -> int:

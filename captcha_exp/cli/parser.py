@@ -65,14 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
     text = (
         "auto (default): resume the latest unfinished run (-m: sweep) with the same config and code, or "
         "start a new one; never: start a new one; RUN: resume this one (run directory, prefix of its MLflow "
-        "run id, or latest)"
+        "run id, or latest: the newest one; -m: a sweep directory); if it has finished, for more epochs: "
+        "--resume RUN train.epochs=N"
     )
     train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=text)
-    text = "print the composed config and exit"
+    text = "print a composed config and exit: job: the run's; hydra: Hydra's own; all: both"
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=text)
     add_command("data")
     plan = add_command("plan")
-    plan.add_argument("--batch-sizes", metavar="N,N,...", help="default: around train.batch_size")
+    text = "default: from 1/4 to 8 times train.batch_size"
+    plan.add_argument("--batch-sizes", metavar="N,N,...", help=text)
     text = (
         "name of a file in conf/gpu/, or the path of another file; the same as gpu=NAME. NAME,FILE,... or "
         "all (every file in conf/gpu/ except generic) prints one row for each GPU"
@@ -88,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate = add_command("evaluate")
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
-    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    text = "images to evaluate on (default: %(default)s)"
+    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test", help=text)
     _add_reproduce_arguments(add_command("reproduce"))
     predict = add_command("predict")
     predict.add_argument("run", metavar="RUN", help=f"{RUN_HELP}, or a .safetensors file of weights")

@@ -68,7 +68,7 @@ class Plan:
 
     def describe(self, gpu_name: str) -> str:
         """Return the plan in one line."""
-        text = f"predicted {self.process_mib} MiB on {gpu_name} (tensors {self.tensors_mib:,.0f})"
+        text = f"predicted {self.process_mib} MiB on {gpu_name} (tensors {self.tensors_mib:,.0f} MiB)"
         return text if self.budget_mib is None else f"{text}, budget {self.budget_mib} MiB: {self.fits}"
 
     def prediction_error_metrics(self, measured: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -334,7 +334,7 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
 
 def _print_plan(plan: Plan, config: Config) -> None:
     """Print the predicted memory, as a warning if it does not fit."""
-    prediction = f"memory: batch size {plan.batch_size}: {plan.describe(config.gpu.name)}"
+    prediction = f"GPU memory: batch size {plan.batch_size}: {plan.describe(config.gpu.name)}"
     if plan.fits == "does not fit":
         logger.warning(f"{prediction}; captcha-exp plan --advise lists what fits")
     else:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import TINY, Call
 from omegaconf import OmegaConf
 
 from captcha_exp import compose
+from captcha_exp.cli import main as cli
 
 COMMANDS = [
     *("train", "data", "plan", "evaluate", "reproduce", "predict"),
@@ -29,6 +31,23 @@ def test_each_mistake_is_one_line_and_nothing_is_created(shell: Call, root: Path
         "train.batch_size=abc",
     ]
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGINT, "captcha-exp: interrupted\n"), (signal.SIGTERM, "captcha-exp: stopped by SIGTERM\n")],
+)
+def test_a_signal_before_anything_is_created_is_confirmed(
+    number: signal.Signals, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_dispatch", lambda _: os.kill(os.getpid(), number))
+    try:
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (exited.value.code, capfd.readouterr().err) == (128 + number, line)
 
 
 @pytest.mark.parametrize(

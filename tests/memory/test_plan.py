@@ -438,7 +438,7 @@ def test_without_a_gpu_there_are_no_prediction_errors(tiny: Config, traced: Call
 
 
 def test_a_plan_is_described_in_one_line(tiny: Config, traced: Callable[[Trace], None]) -> None:
-    start = "predicted 169 to 211 MiB on a GPU (tensors 62)"
+    start = "predicted 169 to 211 MiB on a GPU (tensors 62 MiB)"
     assert make_plan(with_gpu(tiny)).describe("a GPU") == start
     assert make_plan(with_gpu(tiny), 3000).describe("a GPU") == f"{start}, budget 3,000 MiB: fits"
     config = with_gpu(tiny, total_mib=bounds_of(300, 400), other_processes_mib=bounds_of(0, 100))

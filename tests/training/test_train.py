@@ -650,7 +650,7 @@ def test_the_memory_plan_is_recorded(tiny: Config, no_report: None, caplog: pyte
     split_sizes = dataset.inspect_dataset(result.config).split_sizes
     plan = Planner(result.config, split_sizes).plan_for(64)
     assert json.loads((result.run_dir / "memory.json").read_text()) == json.loads(json.dumps(plan.to_json()))
-    assert f"memory: batch size {plan.batch_size}: {plan.describe('any CUDA GPU')}" in infos(caplog)
+    assert f"GPU memory: batch size {plan.batch_size}: {plan.describe('any CUDA GPU')}" in infos(caplog)
     last = rows_of(result.run_dir)[-1].metrics
     assert last["memory/predicted_peak_mib"] == plan.process_mib.max
     assert last["memory/predicted_peak_min_mib"] == plan.process_mib.min
