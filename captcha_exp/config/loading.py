@@ -20,10 +20,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from captcha_exp.config import schema
+from captcha_exp.config.documents import check_yaml, read_document
 from captcha_exp.config.gpu import GpuSpec
 from captcha_exp.config.messages import format_errors
 from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig
-from captcha_exp.documents import check_yaml, read_document
 from captcha_exp.errors import ConfigError, one_line
 
 _GPU_ADAPTER = TypeAdapter(GpuSpec)

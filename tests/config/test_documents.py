@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from captcha_exp.documents import parse_json, parse_yaml, read_document
+from captcha_exp.config.documents import parse_json, parse_yaml, read_document
 
 
 def alias_bomb(levels: int = 9) -> str:
