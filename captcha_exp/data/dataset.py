@@ -8,8 +8,8 @@ normalized on the device, per batch.
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ from pydantic import TypeAdapter
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import Config, DataConfig, FolderConfig, to_dict
+from captcha_exp.config import Config, FolderConfig, to_dict
 from captcha_exp.data import sources
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.sources import ScanResult
+from captcha_exp.data.sources.labels import is_row
 from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_FORMAT_VERSION = 4  # raised when the cache file of the same config would have other content
 MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
+MAX_SAME_REASON = 10  # images with the same reason that have a row each
 
 
 class Batch(NamedTuple):
@@ -156,7 +158,7 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     # For a generator, a scan is faster than verifying the cache file.
     cached = _read_cache(path) if isinstance(config.data, FolderConfig) else None
     scan = source.scan() if cached is None else cached[1]
-    _report_scan(scan, source.ignored, config.data)
+    _report_scan(scan, source, config)
     splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
     return DatasetSpec(source, scan, splits, provenance, path)
 
@@ -206,34 +208,68 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
     return Dataset(images, targets, labels, spec.split_indices, manifest)
 
 
-def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None:
-    """Report every file of a folder that is ignored, rejected, or used with a remark.
+def _report_scan(scan: ScanResult, source: sources.Source, config: Config) -> None:
+    """Report every file of a folder that is ignored, rejected, or used with a remark, and odd labels.
 
     Raises:
         UserError: images cannot be used and data.on_invalid=error; fix or remove them, or set it to skip.
     """
+    data = config.data
     if not isinstance(data, FolderConfig):
         return
     for remark, names in scan.remarks.items():
         logger.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
-    if ignored:
-        logger.info(f"Ignored, not images ({len(ignored):,}): {preview(ignored)}")
+    if source.ignored:
+        logger.info(f"Ignored, not images ({len(source.ignored):,}): {preview(source.ignored)}")
     if not scan.rejected:
+        for advice in source.advice:
+            logger.warning(f"data.path={data.path}: {advice}")
         return
-    num_bad, num_good = len(scan.rejected), len(scan.labels)
-    problem = f"data.path={data.path}: {num_bad:,} of {num_bad + num_good:,} images cannot be used"
-    width = min(40, max(len(escape_unprintable(name)) for name, _ in scan.rejected))
-    shown = scan.rejected[:MAX_REJECTED_SHOWN]
-    table = [f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in shown]
-    if num_bad > MAX_REJECTED_SHOWN:
-        more = f"{num_bad - MAX_REJECTED_SHOWN:,} more"
-        table.append(f"  and {more}; captcha-exp data --json data.on_invalid=skip ... lists all")
+    rows = [(name, reason) for name, reason in scan.rejected if is_row(name)]
+    files = [(name, reason) for name, reason in scan.rejected if not is_row(name)]
+    num_good = len(scan.labels)
+    problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
+    problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
+    problem = f"data.path={data.path}: {' and '.join(problems)}"
+    can_skip = _has_all_splits(scan.labels, config)
+    lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
     if data.on_invalid == "error" or not num_good:
-        skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
-        raise UserError(f"{problem}; fix or remove them{skip}", *table)
+        skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if can_skip else ""
+        raise UserError(f"{problem}; fix or remove them{skip}", *lines)
     logger.warning(f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)")
-    for line in table:
+    for line in lines:
         logger.info(line)
+
+
+def _has_all_splits(labels: list[str], config: Config) -> bool:
+    try:
+        return bool(split_by_label(labels, config))
+    except UserError:
+        return False
+
+
+def _rejected_table(
+    rows: Sequence[tuple[str, str]], files: Sequence[tuple[str, str]], can_skip: bool
+) -> list[str]:
+    """Return a line for each rejected row and file, or for many files with the same reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in files:
+        by_reason[reason].append(name)
+    pairs = rows if len(rows) <= MAX_SAME_REASON else []  # the advice has the reason
+    for reason, names in by_reason.items():
+        if len(names) > MAX_SAME_REASON:
+            pairs = [*pairs, (f"{len(names):,} images", f"{reason} ({preview(names)})")]
+    pairs = [*pairs, *(pair for pair in files if len(by_reason[pair[1]]) <= MAX_SAME_REASON)]
+    if not pairs:
+        return []
+    width = min(40, max(len(escape_unprintable(name)) for name, _ in pairs))
+    table = [
+        f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in pairs[:MAX_REJECTED_SHOWN]
+    ]
+    if len(pairs) > MAX_REJECTED_SHOWN:
+        lists_all = "; captcha-exp data --json data.on_invalid=skip ... lists all" if can_skip else ""
+        table.append(f"  and {len(pairs) - MAX_REJECTED_SHOWN:,} more{lists_all}")
+    return table
 
 
 def _build_cache(path: Path, spec: DatasetSpec) -> str:

@@ -27,7 +27,7 @@ from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Dataset, DatasetSpec
 from captcha_exp.data.images import resize
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.sources.folder import IMAGE_SUFFIXES
+from captcha_exp.data.sources.labels import IMAGE_SUFFIXES
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.runtime.console import escape_unprintable
@@ -488,7 +488,7 @@ def test_an_invalid_data_path_is_an_error(folder: Path) -> None:
         "file/in/a/file": "cannot be read as a folder: Not a directory",
         "file": "cannot be read as a folder: Not a directory",
         "empty": empty,
-        "only": empty,
+        "only": f"{empty}; only readme.txt",
         "a" * 300: "cannot be read as a folder: File name too long",
     }.items():
         assert error_lines(folder_config(folder / name)) == f"data.path={folder / name}: {message}"
