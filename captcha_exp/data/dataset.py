@@ -8,9 +8,11 @@ normalized on the device, per batch.
 import hashlib
 import json
 import logging
+import os
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from captcha_exp.runtime.paths import root_dir
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT_VERSION = 4  # raised when the cache file of the same config would have other content
+DEFAULT_CACHE = "outputs/cache"  # data.cache of a saved run whose own is not trusted
 MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
 MAX_SAME_REASON = 10  # images with the same reason that have a row each
 
@@ -148,19 +151,59 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     """Return the labels and splits of a resolved config; creates no files.
 
     Raises:
-        UserError: a split would be empty, a font lacks characters of the alphabet, or images of a folder
-            cannot be used; the lines say which, and what to change.
+        UserError: a split would be empty, images cannot be rendered or those of a folder not be used, or
+            data.cache cannot be written; the lines say which, and what to change.
     """
     source = sources.make_source(config.data, config.captcha)
     provenance = {"format": CACHE_FORMAT_VERSION, "captcha": to_dict(config.captcha), **source.provenance}
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:32]
     path = root_dir() / config.data.cache / f"{key}.safetensors"
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that are too long
+        _check_creatable(path.parent, config)
+        if not isinstance(config.data, FolderConfig):
+            sources.check_rendering(config.data, config.captcha)
     # For a generator, a scan is faster than verifying the cache file.
     cached = _read_cache(path) if isinstance(config.data, FolderConfig) else None
     scan = source.scan() if cached is None else cached[1]
     _report_scan(scan, source, config)
     splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
     return DatasetSpec(source, scan, splits, provenance, path)
+
+
+def with_trusted_cache(config: Config) -> Config:
+    """Return the config of a saved run, which must not write where nobody asked for it.
+
+    data.cache is kept if it is inside the root directory or has cached images; else it becomes the default.
+    """
+    root, cache = root_dir(), root_dir() / config.data.cache
+    try:
+        is_trusted = cache.resolve().is_relative_to(root.resolve()) or any(cache.glob("*.sha256"))
+    except (OSError, RuntimeError, ValueError):
+        is_trusted = False
+    if is_trusted or config.data.cache == DEFAULT_CACHE:
+        return config
+    logger.warning(f"data.cache={config.data.cache} of the run: is outside {root}; using {DEFAULT_CACHE}")
+    return replace(config, data=replace(config.data, cache=DEFAULT_CACHE))
+
+
+def _check_creatable(directory: Path, config: Config) -> None:
+    """Check that a directory exists and is writable, or can be created.
+
+    Raises:
+        UserError: it does not; the line names the part of the path that is in the way.
+    """
+    for path in (directory, *directory.parents):
+        try:
+            is_dir = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                continue
+            reason = f"cannot be used: {getattr(error, 'strerror', None) or error}"
+        else:
+            if is_dir and os.access(path, os.W_OK | os.X_OK):
+                return
+            reason = "is not writable" if is_dir else "is not a directory"
+        raise UserError(f"data.cache={config.data.cache}: {escape_unprintable(str(path))[-200:]} {reason}")
 
 
 def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:

@@ -22,7 +22,6 @@ from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset
-from captcha_exp.data.images import resize
 from captcha_exp.errors import one_line
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.runs import MetricsRow
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONFUSED = 64  # characters in the confusion matrix
 MAX_MISREADS = 30
-MAX_TILE_PIXELS = 256  # width or height of an image in a grid; larger ones are reduced
+MAX_TILE_PIXELS = 256  # rows or columns of an image in a grid; of a larger one, every n-th is drawn
 MAX_TILE_INCHES = 8.0  # height of a row of a grid
 MAX_MARKED_EPOCHS = 200  # drawn as points on the line
 MAX_NAME_CHARS = 100  # of a legend or an axis
@@ -283,10 +282,9 @@ def _add_legends(figure: Figure, memory: Axes, series: Sequence[Series], colors:
 def _save_image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], title: str, path: Path) -> None:
     """Save images (N, H, W, C) as tiles of one array, which is much faster to draw than an axes for each."""
     columns, rows = 6, max(1, -(-len(titles) // 6))
+    step = -(-max(images.shape[1:3]) // MAX_TILE_PIXELS)
+    images = images[:, ::step, ::step]
     height, width = images.shape[1:3]
-    if (factor := MAX_TILE_PIXELS / max(height, width)) < 1:
-        height, width = (max(1, round(side * factor)) for side in (height, width))
-        images = resize(images, height, width)
     tile_width = width + max(1, width // 16)
     tile_height = height + -(-tile_width // 8)  # with a line of text above the image
     tiles = np.full((rows * tile_height, columns * tile_width, 3), 255, np.uint8)

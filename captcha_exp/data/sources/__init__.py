@@ -12,6 +12,7 @@ from captcha_exp.config import CaptchaConfig, DataConfig, FolderConfig, Generato
 from captcha_exp.data.sources import folder
 from captcha_exp.data.sources.folder import ScanResult as ScanResult
 from captcha_exp.data.sources.generators import check_glyphs as check_glyphs
+from captcha_exp.data.sources.generators import check_rendering as check_rendering
 from captcha_exp.data.sources.generators import font_files as font_files
 from captcha_exp.data.sources.generators import generate_labels as generate_labels
 from captcha_exp.data.sources.generators import get_renderer_spec as get_renderer_spec
