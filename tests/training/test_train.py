@@ -299,7 +299,7 @@ def test_a_run_whose_figure_cannot_be_drawn_is_finished(
         raise MemoryError
 
     monkeypatch.setattr(figures, "plot_confusion_matrix", plot)
-    info = RunInfo.load(train(config).run_dir)
+    info = RunInfo.load(train.train(config).run_dir)
     assert info.status == "FINISHED"
     assert [line for line in info.warnings if line.endswith("could not be drawn: MemoryError: MemoryError")]
 
