@@ -163,7 +163,7 @@ def _data(arguments: argparse.Namespace) -> int:
     config = resolve(config, _detect_machine())
     data = dataset.load_or_build(dataset.inspect_dataset(config), config)
     preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
-    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], preview)
+    figures.try_to_plot(figures.plot_samples, data.images[:30].numpy(), data.labels[:30], preview)
     values = {**data.manifest, "preview": str(preview)}
     _print_result(arguments, values, output.print_dataset, data.manifest, preview)
     return 0

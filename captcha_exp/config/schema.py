@@ -153,6 +153,8 @@ class FolderConfig(BaseDataConfig):
     labels: Annotated[str | None, AfterValidator(_check_labels)]
     """names: labels are in the file names; or a .csv, .tsv or .jsonl file in the folder; null: labels.csv,
     .tsv or .jsonl if it exists, else the file names"""
+    match_by: Literal["path", "name"]
+    """how a row of a table names its file: path in the folder; name: file name alone, which must be unique"""
     filename_pattern: Annotated[str, AfterValidator(_check_filename_pattern)]
     """regular expression that matches a whole file name without its suffix; the group (?P<label>...) is the
     label"""

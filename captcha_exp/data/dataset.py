@@ -8,9 +8,11 @@ normalized on the device, per batch.
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,11 @@ from pydantic import TypeAdapter
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import Config, DataConfig, FolderConfig, to_dict
+from captcha_exp.config import Config, FolderConfig, to_dict
 from captcha_exp.data import sources
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.sources import ScanResult
+from captcha_exp.data.sources.labels import is_row
 from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
@@ -35,7 +38,9 @@ from captcha_exp.runtime.paths import root_dir
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT_VERSION = 4  # raised when the cache file of the same config would have other content
+DEFAULT_CACHE = "outputs/cache"  # data.cache of a saved run whose own is not trusted
 MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
+MAX_SAME_REASON = 10  # images with the same reason that have a row each
 
 
 class Batch(NamedTuple):
@@ -146,19 +151,59 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     """Return the labels and splits of a resolved config; creates no files.
 
     Raises:
-        UserError: a split would be empty, a font lacks characters of the alphabet, or images of a folder
-            cannot be used; the lines say which, and what to change.
+        UserError: a split would be empty, images cannot be rendered or those of a folder not be used, or
+            data.cache cannot be written; the lines say which, and what to change.
     """
     source = sources.make_source(config.data, config.captcha)
     provenance = {"format": CACHE_FORMAT_VERSION, "captcha": to_dict(config.captcha), **source.provenance}
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:32]
     path = root_dir() / config.data.cache / f"{key}.safetensors"
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that are too long
+        _check_creatable(path.parent, config)
+        if not isinstance(config.data, FolderConfig):
+            sources.check_rendering(config.data, config.captcha)
     # For a generator, a scan is faster than verifying the cache file.
     cached = _read_cache(path) if isinstance(config.data, FolderConfig) else None
     scan = source.scan() if cached is None else cached[1]
-    _report_scan(scan, source.ignored, config.data)
+    _report_scan(scan, source, config)
     splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
     return DatasetSpec(source, scan, splits, provenance, path)
+
+
+def with_trusted_cache(config: Config) -> Config:
+    """Return the config of a saved run, which must not write where nobody asked for it.
+
+    data.cache is kept if it is inside the root directory or has cached images; else it becomes the default.
+    """
+    root, cache = root_dir(), root_dir() / config.data.cache
+    try:
+        is_trusted = cache.resolve().is_relative_to(root.resolve()) or any(cache.glob("*.sha256"))
+    except (OSError, RuntimeError, ValueError):
+        is_trusted = False
+    if is_trusted or config.data.cache == DEFAULT_CACHE:
+        return config
+    logger.warning(f"data.cache={config.data.cache} of the run: is outside {root}; using {DEFAULT_CACHE}")
+    return replace(config, data=replace(config.data, cache=DEFAULT_CACHE))
+
+
+def _check_creatable(directory: Path, config: Config) -> None:
+    """Check that a directory exists and is writable, or can be created.
+
+    Raises:
+        UserError: it does not; the line names the part of the path that is in the way.
+    """
+    for path in (directory, *directory.parents):
+        try:
+            is_dir = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                continue
+            reason = f"cannot be used: {getattr(error, 'strerror', None) or error}"
+        else:
+            if is_dir and os.access(path, os.W_OK | os.X_OK):
+                return
+            reason = "is not writable" if is_dir else "is not a directory"
+        raise UserError(f"data.cache={config.data.cache}: {escape_unprintable(str(path))[-200:]} {reason}")
 
 
 def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
@@ -206,34 +251,68 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
     return Dataset(images, targets, labels, spec.split_indices, manifest)
 
 
-def _report_scan(scan: ScanResult, ignored: list[str], data: DataConfig) -> None:
-    """Report every file of a folder that is ignored, rejected, or used with a remark.
+def _report_scan(scan: ScanResult, source: sources.Source, config: Config) -> None:
+    """Report every file of a folder that is ignored, rejected, or used with a remark, and odd labels.
 
     Raises:
         UserError: images cannot be used and data.on_invalid=error; fix or remove them, or set it to skip.
     """
+    data = config.data
     if not isinstance(data, FolderConfig):
         return
     for remark, names in scan.remarks.items():
         logger.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
-    if ignored:
-        logger.info(f"Ignored, not images ({len(ignored):,}): {preview(ignored)}")
+    if source.ignored:
+        logger.info(f"Ignored, not images ({len(source.ignored):,}): {preview(source.ignored)}")
     if not scan.rejected:
+        for advice in source.advice:
+            logger.warning(f"data.path={data.path}: {advice}")
         return
-    num_bad, num_good = len(scan.rejected), len(scan.labels)
-    problem = f"data.path={data.path}: {num_bad:,} of {num_bad + num_good:,} images cannot be used"
-    width = min(40, max(len(escape_unprintable(name)) for name, _ in scan.rejected))
-    shown = scan.rejected[:MAX_REJECTED_SHOWN]
-    table = [f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in shown]
-    if num_bad > MAX_REJECTED_SHOWN:
-        more = f"{num_bad - MAX_REJECTED_SHOWN:,} more"
-        table.append(f"  and {more}; captcha-exp data --json data.on_invalid=skip ... lists all")
+    rows = [(name, reason) for name, reason in scan.rejected if is_row(name)]
+    files = [(name, reason) for name, reason in scan.rejected if not is_row(name)]
+    num_good = len(scan.labels)
+    problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
+    problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
+    problem = f"data.path={data.path}: {' and '.join(problems)}"
+    can_skip = _has_all_splits(scan.labels, config)
+    lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
     if data.on_invalid == "error" or not num_good:
-        skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if num_good else ""
-        raise UserError(f"{problem}; fix or remove them{skip}", *table)
+        skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if can_skip else ""
+        raise UserError(f"{problem}; fix or remove them{skip}", *lines)
     logger.warning(f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)")
-    for line in table:
+    for line in lines:
         logger.info(line)
+
+
+def _has_all_splits(labels: list[str], config: Config) -> bool:
+    try:
+        return bool(split_by_label(labels, config))
+    except UserError:
+        return False
+
+
+def _rejected_table(
+    rows: Sequence[tuple[str, str]], files: Sequence[tuple[str, str]], can_skip: bool
+) -> list[str]:
+    """Return a line for each rejected row and file, or for many files with the same reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in files:
+        by_reason[reason].append(name)
+    pairs = rows if len(rows) <= MAX_SAME_REASON else []  # the advice has the reason
+    for reason, names in by_reason.items():
+        if len(names) > MAX_SAME_REASON:
+            pairs = [*pairs, (f"{len(names):,} images", f"{reason} ({preview(names)})")]
+    pairs = [*pairs, *(pair for pair in files if len(by_reason[pair[1]]) <= MAX_SAME_REASON)]
+    if not pairs:
+        return []
+    width = min(40, max(len(escape_unprintable(name)) for name, _ in pairs))
+    table = [
+        f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in pairs[:MAX_REJECTED_SHOWN]
+    ]
+    if len(pairs) > MAX_REJECTED_SHOWN:
+        lists_all = "; captcha-exp data --json data.on_invalid=skip ... lists all" if can_skip else ""
+        table.append(f"  and {len(pairs) - MAX_REJECTED_SHOWN:,} more{lists_all}")
+    return table
 
 
 def _build_cache(path: Path, spec: DatasetSpec) -> str:

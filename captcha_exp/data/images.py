@@ -10,6 +10,7 @@ Source: the triangle filter with its support scaled by the downscaling factor, a
 
 import functools
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,12 @@ WEIGHT_SCALE = 256  # weights are integer multiples of 1 / WEIGHT_SCALE
 assert 255 * WEIGHT_SCALE**2 + WEIGHT_SCALE**2 // 2 < 2**24  # the largest sum is exact in float32
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
+SIGNATURE_BYTES = 16
+_SIGNATURE = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
+    rb"|II\*\0|MM\0\*|\0\0\0\x0cjP  |.{4}ftyp(avif|heic|heix|mif1)",  # not supported, and reported as such
+    re.DOTALL,
+)
 MAX_PIXELS = 4_000_000  # per image; a text captcha has about 10,000
 
 # Not PIL.ImageOps.exif_transpose: it also rewrites the other EXIF tags, and raises if one of them is damaged.
@@ -48,6 +55,11 @@ class DecodedImage:
 
     image: Image.Image
     remarks: tuple[str, ...]  # how the image differs from the file, for the user
+
+
+def has_signature(start: bytes) -> bool:
+    """Return whether the first `SIGNATURE_BYTES` of a file are those of an image, supported or not."""
+    return _SIGNATURE.match(start) is not None
 
 
 def decode(content: bytes) -> DecodedImage:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,18 +74,26 @@ class Evaluation:
 
     def accuracy_by_character(self, alphabet: Alphabet) -> dict[str, float | None]:
         """Return the recall of each character; None for a character that does not occur."""
-        confusion = self.confusion_matrix(len(alphabet))
-        occurs = confusion.sum(axis=1)
+        occurs = np.bincount(self.targets.ravel(), minlength=len(alphabet))
+        correct = np.bincount(self.targets[self.predicted == self.targets], minlength=len(alphabet))
         return {
-            character: float(confusion[k, k] / occurs[k]) if occurs[k] else None
+            character: float(correct[k] / occurs[k]) if occurs[k] else None
             for k, character in enumerate(alphabet.characters)
         }
 
-    def confusion_matrix(self, num_classes: int) -> npt.NDArray[np.int64]:
-        """Return (K, K) counts: rows are labels, columns predictions."""
-        counts = np.zeros((num_classes, num_classes), np.int64)
-        np.add.at(counts, (self.targets.ravel(), self.predicted.ravel()), 1)
+    def confusion_matrix(self, classes: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return (n, n) counts of n class ids, which are sorted: rows are labels, columns predictions."""
+        counts = np.zeros((len(classes), len(classes)), np.int64)
+        is_counted = np.isin(self.targets, classes) & np.isin(self.predicted, classes)
+        pairs = np.searchsorted(classes, (self.targets[is_counted], self.predicted[is_counted]))
+        np.add.at(counts, tuple(pairs), 1)
         return counts
+
+    def most_confused_classes(self, num_classes: int, max_classes: int) -> list[int]:
+        """Return the ids, sorted, of the classes that are most often misread or predicted wrongly."""
+        wrong = self.predicted != self.targets
+        errors = sum(np.bincount(ids[wrong], minlength=num_classes) for ids in (self.targets, self.predicted))
+        return sorted(np.argsort(-np.asarray(errors), kind="stable")[:max_classes].tolist())
 
     def confused_pairs(self, alphabet: Alphabet) -> list[tuple[str, str, int]]:
         """Return (label, predicted, count) of all wrong characters, the most frequent first."""
@@ -224,7 +232,7 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
     recorded = read_json(run_dir / "dataset.json")
-    spec = dataset.inspect_dataset(config)
+    spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
     data = dataset.load_or_build(spec, config)
     if data.manifest["images_sha256"] != recorded.get("images_sha256"):
         then, now = flatten_mapping(recorded.get("provenance") or {}), flatten_mapping(spec.provenance)

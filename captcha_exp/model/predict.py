@@ -16,7 +16,6 @@ import torch
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.images import InvalidImage
 from captcha_exp.data.sources.folder import decode_image, list_images, read_bytes
-from captcha_exp.errors import UserError
 from captcha_exp.model import networks
 from captcha_exp.model.weights import load_weights
 from captcha_exp.runs import check_file_unchanged, find_run
@@ -118,10 +117,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
         if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for names that are too long
             files.append(path)
             continue
-        images = list_images(path)
-        if not images:
-            raise UserError(f"{name}: contains no images; pass an image file or a folder of images")
-        files += images
+        files += list_images(path)
     return files
 
 

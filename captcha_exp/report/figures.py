@@ -1,8 +1,9 @@
 """Figures of runs and sweeps."""
 
 import io
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,19 @@ from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset
+from captcha_exp.errors import one_line
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.runs import MetricsRow
 from captcha_exp.runtime.files import write_atomically
 
+logger = logging.getLogger(__name__)
+
+MAX_CONFUSED = 64  # characters in the confusion matrix
 MAX_MISREADS = 30
+MAX_TILE_PIXELS = 256  # rows or columns of an image in a grid; of a larger one, every n-th is drawn
+MAX_TILE_INCHES = 8.0  # height of a row of a grid
+MAX_MARKED_EPOCHS = 200  # drawn as points on the line
+MAX_NAME_CHARS = 100  # of a legend or an axis
 MAX_TICK_LABELS = 30  # names of jobs below an axis; every n-th if there are more
 MAX_LEGEND_ENTRIES = 16
 MAX_TICK_CHARS = 48  # characters side by side below one of three axes
@@ -56,6 +65,19 @@ class Series:
     points: Sequence[PlotPoint]
 
 
+def try_to_plot(
+    plot: Callable[..., None], *arguments: Any, warn: Callable[[str], None] = logger.warning
+) -> None:
+    """Call a function of this module, whose last argument is the path; on an error, warn and go on.
+
+    A figure is never worth a run: not even if the memory does not suffice.
+    """
+    try:
+        plot(*arguments)
+    except Exception as error:
+        warn(f"{arguments[-1]}: this figure could not be drawn: {type(error).__name__}: {one_line(error)}")
+
+
 def plot_curves(rows: Sequence[MetricsRow], path: Path) -> None:
     """Plot accuracy and loss per epoch, with the test results at the end."""
     epochs = [row for row in rows if "val/accuracy" in row.metrics]
@@ -65,7 +87,8 @@ def plot_curves(rows: Sequence[MetricsRow], path: Path) -> None:
         # Training metrics are means while the weights change, and the loss includes label smoothing.
         for split, label in (("train", "training (running mean)"), ("val", "validation")):
             values = [row.metrics[f"{split}/{name}"] for row in epochs]
-            axes.plot(steps, values, marker="o", markersize=3, label=label)
+            marker = "o" if len(steps) <= MAX_MARKED_EPOCHS else ""
+            axes.plot(steps, values, marker=marker, markersize=3, label=label)
         for row in rows:
             if f"test/{name}" in row.metrics:
                 axes.plot([row.step], [row.metrics[f"test/{name}"]], "k*", label="test, best weights")
@@ -77,21 +100,25 @@ def plot_curves(rows: Sequence[MetricsRow], path: Path) -> None:
 
 
 def plot_confusion_matrix(evaluation: Evaluation, alphabet: Alphabet, path: Path) -> None:
-    """Plot the confusion matrix of the characters, without the correct ones, which would hide the errors."""
-    counts = evaluation.confusion_matrix(len(alphabet))
+    """Plot the confusion matrix of the most confused characters.
+
+    Those predicted correctly, which would hide the errors, are not counted.
+    """
+    classes = evaluation.most_confused_classes(len(alphabet), MAX_CONFUSED)
+    counts = evaluation.confusion_matrix(classes)
     errors = counts - np.diag(np.diag(counts))
-    side = max(5.0, 0.28 * len(alphabet))
+    num_wrong = int((evaluation.predicted != evaluation.targets).sum())
+    title = f"{num_wrong} wrong of {evaluation.targets.size} characters"
+    if len(classes) < len(alphabet):
+        title += f"\n{int(errors.sum())} of them among the {len(classes)} most confused of {len(alphabet)}"
+    side = max(5.0, 0.28 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(errors, cmap="Reds", vmin=0, vmax=max(1, int(errors.max())))
-    ticks = np.arange(len(alphabet))
-    axes.set_xticks(ticks, list(alphabet.characters))
-    axes.set_yticks(ticks, list(alphabet.characters))
-    axes.set(
-        xlabel="predicted",
-        ylabel="label",
-        title=f"{int(errors.sum())} wrong of {int(counts.sum())} characters",
-    )
+    names = [alphabet.characters[k] for k in classes]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="label", title=title)
     figure.colorbar(image, ax=axes, shrink=0.8)
     _save_figure(figure, path)
 
@@ -144,7 +171,7 @@ def plot_sweep(
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     sizes = sorted({point.x for each in series for point in each.points})
     for axes in (memory, speed, accuracy):
-        axes.set_xlabel(x_label, parse_math=False)
+        axes.set_xlabel(_shorten(x_label), parse_math=False)
         axes.grid(alpha=0.3)
         if not axes.has_data():
             axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="gray")
@@ -242,7 +269,7 @@ def _add_legends(figure: Figure, memory: Axes, series: Sequence[Series], colors:
     if len(series) == 1:
         return
     lines = [Line2D([], [], color=color, marker="o") for color in colors[:MAX_LEGEND_ENTRIES]]
-    names = [each.name for each in series[:MAX_LEGEND_ENTRIES]]
+    names = [_shorten(each.name) for each in series[:MAX_LEGEND_ENTRIES]]
     if len(series) > MAX_LEGEND_ENTRIES:
         lines.append(Line2D([], [], linestyle=""))
         names.append(f"and {len(series) - MAX_LEGEND_ENTRIES} more")
@@ -255,11 +282,13 @@ def _add_legends(figure: Figure, memory: Axes, series: Sequence[Series], colors:
 def _save_image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], title: str, path: Path) -> None:
     """Save images (N, H, W, C) as tiles of one array, which is much faster to draw than an axes for each."""
     columns, rows = 6, max(1, -(-len(titles) // 6))
+    step = -(-max(images.shape[1:3]) // MAX_TILE_PIXELS)
+    images = images[:, ::step, ::step]
     height, width = images.shape[1:3]
     tile_width = width + max(1, width // 16)
     tile_height = height + -(-tile_width // 8)  # with a line of text above the image
     tiles = np.full((rows * tile_height, columns * tile_width, 3), 255, np.uint8)
-    figure_height = 1.9 * rows * tile_height / tile_width + 0.4
+    figure_height = rows * min(1.9 * tile_height / tile_width, MAX_TILE_INCHES) + 0.4
     figure = Figure(figsize=(1.9 * columns, figure_height))
     figure.suptitle(title, fontsize=11)
     axes = figure.add_axes((0, 0, 1, 1 - 0.4 / figure_height))
@@ -270,6 +299,10 @@ def _save_image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], title
         axes.text(x + width / 2, y - 1, text, ha="center", va="bottom", fontsize=9, parse_math=False)
     axes.imshow(tiles)
     _save_figure(figure, path)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME_CHARS else f"{name[: MAX_NAME_CHARS - 1]}…"
 
 
 def _save_figure(figure: Any, path: Path) -> None:

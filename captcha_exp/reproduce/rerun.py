@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from captcha_exp.config import Config, Machine, MlflowConfig, flatten_mapping, to_dict
+from captcha_exp.data.dataset import with_trusted_cache
 from captcha_exp.errors import ConfigError, RunFailed
 from captcha_exp.reproduce import changes, compare, images
 from captcha_exp.reproduce.causes import attribute, format_verdict
@@ -127,7 +128,7 @@ def with_overrides(saved: Config, requested: Config, machine: Machine) -> tuple[
     """Return the config to run, and key -> (saved, requested) for each changed key.
 
     An SQLite store of MLflow is replaced by that of this root directory unless another one is requested; a
-    server is kept.
+    server is kept. So is data.cache, if `with_trusted_cache` does.
 
     Raises:
         ConfigError: the device does not exist on this machine; override device.name.
@@ -146,6 +147,8 @@ def with_overrides(saved: Config, requested: Config, machine: Machine) -> tuple[
         and tracking.uri.startswith("sqlite:")
     ):
         requested = replace(requested, tracking=replace(tracking, uri="auto"))
+    if requested.data.cache == saved.data.cache:
+        requested = with_trusted_cache(requested)
     return requested, overrides
 
 

@@ -25,7 +25,7 @@ def save_figure(summary: SweepSummary, path: Path) -> None:
         series = [figures.Series("", [_plot_point(group, x) for x, group in enumerate(groups)])]
         x_label = ", ".join(map(escape_unprintable, groups[0].swept)) if groups else ""
         tick_labels = [_tick_label(group) for group in groups]
-    figures.plot_sweep(series, budgets, x_label, tick_labels, path)
+    figures.try_to_plot(figures.plot_sweep, series, budgets, x_label, tick_labels, path)
 
 
 def _tick_label(group: SeedGroup) -> str:

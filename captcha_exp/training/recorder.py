@@ -119,10 +119,13 @@ def record_test_results(
     metrics |= plan.prediction_error_metrics([row.metrics for row in run.metrics_rows()])
     recorder.log_metrics(MetricsRow(state.epoch, now_ms(), metrics))
     run.write_json("test.json", test.to_json(data))
-    figures.plot_curves(run.metrics_rows(), run.report_dir / "curves.png")
-    figures.plot_confusion_matrix(test, data.alphabet, run.report_dir / "confusion.png")
-    figures.plot_misreads(test, data, run.report_dir / "misreads.png")
-    figures.plot_samples(data.images[:30].numpy(), data.labels[:30], run.report_dir / "images.png")
+    for name, plot, *arguments in (
+        ("curves", figures.plot_curves, run.metrics_rows()),
+        ("confusion", figures.plot_confusion_matrix, test, data.alphabet),
+        ("misreads", figures.plot_misreads, test, data),
+        ("images", figures.plot_samples, data.images[:30].numpy(), data.labels[:30]),
+    ):
+        figures.try_to_plot(plot, *arguments, run.report_dir / f"{name}.png", warn=recorder.warn)
     run.update(
         result=ResultSummary(
             epochs=state.epoch,

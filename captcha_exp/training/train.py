@@ -194,7 +194,7 @@ def resume(
     config = load(run_dir / "config.yaml")
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
     with shutdown:
-        prepared = _prepare(config)
+        prepared = _prepare(dataset.with_trusted_cache(config))
         run = runs.reopen_run(run_dir)
         return _record_training(prepared, run, tracker, shutdown, start_time, extend_from)
 

@@ -27,7 +27,7 @@ from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Dataset, DatasetSpec
 from captcha_exp.data.images import resize
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.sources.folder import IMAGE_SUFFIXES
+from captcha_exp.data.sources.labels import IMAGE_SUFFIXES
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.runtime.console import escape_unprintable
@@ -488,7 +488,7 @@ def test_an_invalid_data_path_is_an_error(folder: Path) -> None:
         "file/in/a/file": "cannot be read as a folder: Not a directory",
         "file": "cannot be read as a folder: Not a directory",
         "empty": empty,
-        "only": empty,
+        "only": f"{empty}; only readme.txt",
         "a" * 300: "cannot be read as a folder: File name too long",
     }.items():
         assert error_lines(folder_config(folder / name)) == f"data.path={folder / name}: {message}"
@@ -1024,3 +1024,122 @@ def test_evaluating_a_run_warns_if_its_images_have_changed(
         (result.run_dir / "dataset.json").write_text(damage)
         with pytest.raises(UserError, match=r"dataset\.json: cannot be read: .+; restore it"):
             evaluate_run(result.run_dir, "test")
+
+
+# -- images and rows that are named otherwise ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
+def test_an_image_without_a_suffix_is_found_by_its_content(folder: Path, kind: str) -> None:
+    names = {
+        "0001": 1,
+        "0002.png?t=1": 2,
+        "0003?t=1&x=2": 3,
+        "0004.JPG@v=1": 4,
+        "0005.dat": 5,
+        "0006.png.1": 6,
+    }
+    write_files(folder, {name: saved(page(n), kind) for name, n in names.items()})
+    write_files(
+        folder, {"BMarks": b"BM is no image", "RIFF.txt": b"RIFF....WAVE", ".0007": png(), "empty": b""}
+    )
+    os.mkfifo(folder / "pipe")
+    config = folder_config(folder)
+    if kind == "TIFF":
+        assert len(rejected(config)) == len(names)
+    else:
+        assert used(config) == {name: name[:4] for name in names}
+    assert ignored(config) == [".0007", "BMarks", "RIFF.txt", "empty", "pipe"]
+    assert [path.name for path in sources.folder.list_images(folder)] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "named", ["./0001.png", ".\\0001.png", "{folder}/0001.png", "../images/0001.png", "{folder}\\0001.png"]
+)
+def test_rows_may_name_files_in_other_ways(folder: Path, named: str) -> None:
+    table = f"file,label\n{named.format(folder=folder)},1234\n"
+    write_files(folder, {"0001.png": png(), "labels.csv": table.encode()})
+    assert used(folder_config(folder)) == {"0001.png": "1234"}
+
+
+def test_rows_may_name_files_relative_to_the_table(folder: Path) -> None:
+    write_files(folder, {"0001.png": png(), "../labels.csv": b"file,label\nimages/0001.png,1234\n"})
+    assert used(folder_config(folder, labels="../labels.csv")) == {"0001.png": "1234"}
+
+
+@pytest.mark.parametrize(
+    ("named", "file"),
+    [
+        ("images/{n:04}.png", "{n:04}.png"),
+        ("{n:04}.png", "images/{n:04}.png"),
+        ("{n:04}", "{n:04}.png"),
+        ("{n:04}.PNG", "{n:04}.png"),
+        ("C:\\captchas\\{n:04}.jpg", "{n:04}.png"),
+        ("https://example.org/{n:04}.png?t=1", "{n:04}.png"),
+    ],
+)
+def test_a_name_that_is_found_once_is_offered_and_not_used_unasked(
+    folder: Path, named: str, file: str
+) -> None:
+    names = range(100, 160)
+    write_files(folder, {file.format(n=n): png(n) for n in names})
+    table = "file,label\n" + "".join(f"{named.format(n=n)},{n * 37 % 10_000:04}\n" for n in names)
+    write_files(folder, {"labels.csv": table.encode()})
+    first, cause, *others = error_lines(folder_config(folder)).splitlines()
+    assert first.endswith(
+        "60 of 60 images cannot be used and 60 rows of labels.csv name no file; fix or remove them"
+    )
+    assert cause.startswith("60 of the 60 rows of labels.csv name no file in the folder: row 2 names ")
+    assert cause.endswith("; to find 60 of them by the file name alone, add data.match_by=name")
+    assert len(others) == 1
+    assert re.match("  60 images  has no label in labels.csv ", others[0])
+    matched = used(folder_config(folder, match_by="name"))
+    assert matched == {file.format(n=n): f"{n * 37 % 10_000:04}" for n in names}
+
+
+def test_a_name_that_several_files_have_is_not_matched(folder: Path) -> None:
+    write_files(
+        folder, {"a/0001.png": png(1), "b/0001.png": png(2), "labels.csv": b"file,label\n0001.png,1234\n"}
+    )
+    assert "match_by" not in error_lines(folder_config(folder))
+    assert used(folder_config(folder, match_by="name")) == {}
+
+
+def test_skipping_is_only_advised_if_it_works(folder: Path) -> None:
+    write_files(folder, {"0001.png": png(1), "0002.png": png(2), "x.png": png(3)})
+    assert "data.on_invalid=skip" not in error_lines(folder_config(folder))
+
+
+# -- the cache directory ------------------------------------------------------------------------------------
+
+
+def test_a_cache_directory_that_cannot_be_written_is_an_error_at_once(folder: Path) -> None:
+    fill(folder)
+    (folder.parent / "file").write_bytes(b"")
+    (folder.parent / "nowhere").symlink_to("gone")
+    for name, reason in {
+        "file": "is not a directory",
+        "file/below": "cannot be used: Not a directory",
+        "nowhere/below": "cannot be used: No such file or directory",
+        "a" * 300: "cannot be used: File name too long",
+        "nul\0": "cannot be used: embedded null byte",
+    }.items():
+        line = error_lines(folder_config(folder, cache=str(folder.parent / name)))
+        assert line.startswith("data.cache=")
+        assert line.endswith(f" {reason}")
+
+
+def test_the_cache_of_a_saved_run_stays_inside_unless_it_is_one(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside.parent / "link").unlink(missing_ok=True)
+    fill(folder)
+    (folder.parent / "link").symlink_to(outside)
+    for path in (str(outside), f"../{outside.name}/x", "link", "/nul\0"):
+        config = folder_config(folder, cache=path)
+        assert dataset.with_trusted_cache(config).data.cache == "outputs/cache"
+    for path in ("outputs/cache", "elsewhere/cache", str(folder.parent / "cache")):
+        assert dataset.with_trusted_cache(folder_config(folder, cache=path)).data.cache == path
+    load_dataset(folder_config(folder, cache=str(outside)))
+    assert dataset.with_trusted_cache(folder_config(folder, cache=str(outside))).data.cache == str(outside)

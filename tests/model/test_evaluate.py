@@ -118,7 +118,9 @@ def test_character_counts_equal_a_slow_count(texts: tuple[Texts, Texts]) -> None
     targets, predicted = texts
     result = evaluation(targets, predicted)
     pairs = [(t, p) for ts, ps in zip(targets, predicted, strict=True) for t, p in zip(ts, ps, strict=True)]
-    assert result.confusion_matrix(3).tolist() == [[pairs.count((t, p)) for p in range(3)] for t in range(3)]
+    assert result.confusion_matrix(range(3)).tolist() == [
+        [pairs.count((t, p)) for p in range(3)] for t in range(3)
+    ]
     for k, character in enumerate("bac"):
         occurs = [p for t, p in pairs if t == k]
         accuracy = result.accuracy_by_character(ALPHABET)[character]
@@ -147,7 +149,7 @@ def test_the_summary_is_json(texts: tuple[Texts, Texts]) -> None:
 
 def test_rows_of_the_confusion_matrix_are_labels_and_columns_predictions() -> None:
     result = evaluation([[0, 1], [0, 2]], [[2, 1], [2, 2]])
-    assert result.confusion_matrix(3).tolist() == [[0, 0, 2], [0, 1, 0], [0, 0, 1]]
+    assert result.confusion_matrix(range(3)).tolist() == [[0, 0, 2], [0, 1, 0], [0, 0, 1]]
     assert result.confused_pairs(ALPHABET) == [("b", "c", 2)]
 
 

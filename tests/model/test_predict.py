@@ -186,7 +186,7 @@ def test_a_folder_is_predicted_recursively_and_json_has_all_fields(
         (["nowhere.safetensors", "x.png"], "nowhere.safetensors: no such file"),
         (["latest", "x.png", "--device", "cuda:7"], "--device=cuda:7: "),
         (["latest", "x.png", "--device", "gpu"], "--device=gpu: "),
-        (["latest", "EMPTY"], "contains no images"),
+        (["latest", "EMPTY"], "has no images"),
     ],
 )
 def test_an_invalid_argument_is_one_line(
@@ -289,5 +289,5 @@ def test_an_impossible_file_name_is_an_invalid_image(predictor: Predictor, name:
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="contains no images"):
+    with pytest.raises(UserError, match="has no images"):
         find_images([str(tmp_path)])

@@ -170,6 +170,41 @@ def test_a_model_without_errors_has_an_empty_confusion_matrix(tmp_path: Path) ->
     open_figure(tmp_path / "confusion.png")
 
 
+def test_of_a_large_alphabet_only_the_most_confused_characters_are_drawn(
+    tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "MAX_CONFUSED", 4)
+    characters = "".join(chr(0x4E00 + n) for n in range(6_500))
+    made = evaluation(6_500)
+    made.predicted[[10, 20, 30, 40, 50], 0] = [20, 10, 20, 50, 4_000]
+    figures.plot_confusion_matrix(made, Alphabet(characters), tmp_path / "confusion.png")
+    axes = parts(drawn[0])[0]
+    assert [characters.index(tick.get_text()) for tick in axes.get_xticklabels()] == [10, 20, 30, 50]
+    assert np.asarray(axes.images[0].get_array()).tolist() == [
+        *([0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0])
+    ]
+    assert axes.get_title() == "6 wrong of 6500 characters\n3 of them among the 4 most confused of 6500"
+
+
+def test_the_size_of_a_figure_does_not_grow_with_that_of_its_images(tmp_path: Path) -> None:
+    for height, width in ((2048, 16), (16, 2048), (1000, 1000)):
+        images = np.random.default_rng(0).integers(0, 256, (2, height, width, 1), dtype=np.uint8)
+        figures.plot_samples(images, ["ab", "cd"], tmp_path / "samples.png")
+        assert max(open_figure(tmp_path / "samples.png").size) <= 1300
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("image size\ntoo large"), OSError(28, "full")])
+def test_a_figure_that_cannot_be_drawn_is_a_warning(tmp_path: Path, error: Exception) -> None:
+    def plot(path: Path) -> None:
+        raise error
+
+    lines: list[str] = []
+    figures.try_to_plot(plot, tmp_path / "x.png", warn=lines.append)
+    (line,) = lines
+    assert line.startswith(f"{tmp_path / 'x.png'}: this figure could not be drawn: {type(error).__name__}: ")
+    assert "\n" not in line
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_misreads_are_shown_with_label_and_prediction_by_confidence(
     tmp_path: Path, channels: int, drawn: list[Figure]

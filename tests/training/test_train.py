@@ -40,7 +40,7 @@ from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.model.weights import load_weights, weights_sha256
 from captcha_exp.report import figures
-from captcha_exp.runs import MetricsRow, Run, Status, read_metrics_rows
+from captcha_exp.runs import MetricsRow, Run, RunInfo, Status, read_metrics_rows
 from captcha_exp.runtime.device import MemoryMeter
 from captcha_exp.runtime.paths import root_dir as root_of_runs
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
@@ -290,6 +290,18 @@ for name in ("plot_curves", "plot_confusion_matrix", "plot_misreads", "plot_samp
     setattr(figures, name, lambda *args: None)
 print(train(load(json.loads(sys.argv[1]))).weights_sha256)
 """
+
+
+def test_a_run_whose_figure_cannot_be_drawn_is_finished(
+    config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plot(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(figures, "plot_confusion_matrix", plot)
+    info = RunInfo.load(train.train(config).run_dir)
+    assert info.status == "FINISHED"
+    assert [line for line in info.warnings if line.endswith("could not be drawn: MemoryError: MemoryError")]
 
 
 def test_the_weights_are_a_function_of_the_config(config: Config, no_report: None, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from captcha_exp.config import CaptchaConfig, DataConfig, FolderConfig, Generato
 from captcha_exp.data.sources import folder
 from captcha_exp.data.sources.folder import ScanResult as ScanResult
 from captcha_exp.data.sources.generators import check_glyphs as check_glyphs
+from captcha_exp.data.sources.generators import check_rendering as check_rendering
 from captcha_exp.data.sources.generators import font_files as font_files
 from captcha_exp.data.sources.generators import generate_labels as generate_labels
 from captcha_exp.data.sources.generators import get_renderer_spec as get_renderer_spec
@@ -20,7 +21,7 @@ from captcha_exp.data.sources.rendering import render_images as render_images
 
 IMAGE_INDEPENDENT_KEYS = (  # keys of the data group that do not affect pixels
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction"),
-    *("path", "labels", "filename_pattern", "on_invalid"),  # of a folder, only its content counts
+    *("path", "labels", "match_by", "filename_pattern", "on_invalid"),  # of a folder, only its content counts
 )
 
 
@@ -34,6 +35,8 @@ class GeneratorSource:
         """everything that the pixels depend on, except the captcha group of the config"""
         self.ignored: list[str] = []
         """names of files that are not images; not part of the scan result"""
+        self.advice: list[str] = []
+        """what is odd about the labels, and what to do about it; not part of the scan result, either"""
 
     def scan(self) -> ScanResult:
         """Return the labels, without loading images of a generator."""
@@ -50,7 +53,7 @@ class FolderSource:
     def __init__(self, data: FolderConfig, captcha: CaptchaConfig) -> None:
         self._captcha = captcha
         self._folder_scan = folder.scan_folder(data, captcha)
-        self.ignored = list(self._folder_scan.ignored)
+        self.ignored, self.advice = list(self._folder_scan.ignored), list(self._folder_scan.advice)
         self._images: npt.NDArray[np.uint8] | None = None
         source = {**_image_config(data), "files_sha256": self._folder_scan.sha256}
         self.provenance = {"source": source, "dependencies": folder.decoding_dependencies()}

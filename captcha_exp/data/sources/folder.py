@@ -13,6 +13,7 @@ import stat
 import time
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,17 +27,14 @@ from captcha_exp.config import CaptchaConfig, FolderConfig
 from captcha_exp.data import images
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.sources import labels
+from captcha_exp.data.sources.advice import advise
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable, progress_bar
+from captcha_exp.runtime.console import escape_unprintable, preview, progress_bar
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = {
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp"),
-    *(".tif", ".tiff", ".ico", ".avif", ".heic", ".jp2"),  # not supported, and reported as such
-}
 MAX_FILE_BYTES = 64 * 2**20
 
 
@@ -46,7 +44,8 @@ class FolderScan:
 
     folder: Path
     candidates: tuple[Candidate, ...]
-    ignored: tuple[str, ...]  # names of files without an image suffix
+    ignored: tuple[str, ...]  # names of files that are not images
+    advice: tuple[str, ...] = ()  # what is odd about the labels, and what to do about it
 
     @property
     def sha256(self) -> str:
@@ -85,20 +84,29 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     names, ignored, unreadable = _list_files(folder)
     table = labels.find_table(data, folder)
     pattern = re.compile(data.filename_pattern)
-    candidates = labels.from_table(folder, table, names) if table else labels.from_filenames(names, pattern)
+    advice: list[str] = []
+    if table:
+        candidates, advice = labels.from_table(folder, table, names, data.match_by)
+    else:
+        candidates = labels.from_filenames(names, pattern)
     known = {candidate.name for candidate in candidates}
     candidates += [candidate for candidate in unreadable if candidate.name not in known]
     if not candidates:
-        raise UserError(f"data.path={data.path}: has no images ({', '.join(images.FORMATS)})")
+        raise UserError(f"data.path={data.path}: {describe_no_images(ignored)}")
+    advice += advise(
+        folder, candidates, None if table else pattern, None if table or data.labels else ignored, captcha
+    )
     alphabet = Alphabet(captcha.alphabet)
+    characters = set(captcha.alphabet)
     checked = []
     with progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
         for candidate in sorted(candidates, key=lambda c: c.name):
-            checked.append(_check_candidate(folder, candidate, alphabet, captcha))
+            checked.append(_check_candidate(folder, candidate, alphabet, characters, captcha))
             bar.advance(1)
     if table and table.is_relative_to(folder):
         known.add(_relative_name(folder, table))
-    return FolderScan(folder, tuple(checked), tuple(name for name in ignored if name not in known))
+    not_images = tuple(name for name in ignored if name not in known)
+    return FolderScan(folder, tuple(checked), not_images, tuple(advice))
 
 
 def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> tuple[npt.NDArray[np.uint8], ScanResult]:
@@ -143,8 +151,22 @@ def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> tuple[npt.NDArray
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the files of a folder and its subfolders with an image suffix, sorted by name."""
-    return [folder / name for name in sorted(_list_files(folder)[0])]
+    """List the images of a folder and its subfolders, sorted by name.
+
+    Raises:
+        UserError: there is none, or the folder cannot be read.
+    """
+    names, ignored, _ = _list_files(folder)
+    if not names:
+        raise UserError(f"{folder}: {describe_no_images(ignored)}")
+    return [folder / name for name in sorted(names)]
+
+
+def describe_no_images(ignored: Sequence[str]) -> str:
+    """Return what a folder without images has instead."""
+    others = [name for name in ignored if not name.startswith(".")]
+    only = f"; only {preview(others)}" if others else ""
+    return f"has no images ({', '.join(images.FORMATS)}){only}"
 
 
 def decode_image(content: bytes, captcha: CaptchaConfig) -> tuple[images.DecodedImage, npt.NDArray[np.uint8]]:
@@ -208,9 +230,22 @@ def _list_files(folder: Path) -> tuple[list[str], list[str], list[Candidate]]:
                 ignored.append(_relative_name(folder, here / name) + "/")
                 subfolders.remove(name)
         for name in files:
-            is_image = not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            is_image = not name.startswith(".") and _is_image(here / name)
             (names if is_image else ignored).append(_relative_name(folder, here / name))
     return names, sorted(ignored), unreadable
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether the name or, without an image suffix, the content of a file is that of an image."""
+    if path.suffix.lower() in labels.IMAGE_SUFFIXES:
+        return True
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe might block
+            return False
+        with path.open("rb") as file:
+            return images.has_signature(file.read(images.SIGNATURE_BYTES))
+    except OSError:
+        return False
 
 
 def _relative_name(folder: Path, path: Path) -> str:
@@ -221,18 +256,18 @@ def _relative_name(folder: Path, path: Path) -> str:
 
 
 def _check_candidate(
-    folder: Path, candidate: Candidate, alphabet: Alphabet, captcha: CaptchaConfig
+    folder: Path, candidate: Candidate, alphabet: Alphabet, characters: set[str], captcha: CaptchaConfig
 ) -> Candidate:
     """Set the label in the case of the alphabet and the hash of the content, or the reason for rejection."""
     if candidate.reason:
         return candidate
     label = candidate.label
-    if set(label) - set(alphabet.characters):  # macOS stores file names in NFD
+    if set(label) - characters:  # macOS stores file names in NFD
         label = unicodedata.normalize("NFC", label)
     if captcha.case == "fold":
         label = alphabet.fold_case(label)
     sha256 = reason = ""
-    if unknown := sorted(set(label) - set(alphabet.characters)):
+    if unknown := sorted(set(label) - characters):
         reason = f"label {label!r} has {', '.join(map(repr, unknown))}, not in captcha.alphabet"
     elif len(label) != captcha.length:
         reason = f"label {label!r} has {len(label)} characters; captcha.length is {captcha.length}"

@@ -24,8 +24,10 @@ from captcha_exp.config import (
     WheezyLibraryConfig,
 )
 from captcha_exp.data.sources import article
-from captcha_exp.errors import UserError
+from captcha_exp.errors import UserError, one_line
 from captcha_exp.runtime import seeding
+
+MAX_MISSING = 30  # characters without a glyph in one line
 
 RenderFn = Callable[[str, random.Random], Image.Image]
 
@@ -134,13 +136,34 @@ def check_glyphs(data: GeneratorConfig, captcha: CaptchaConfig) -> None:
         except OSError as error:
             raise UserError(f"data.fonts: {path} is not a font: {error}") from None
         # A missing glyph is drawn as the same box as a code point that no font has.
-        box = bytes(font.getmask("\U0010fffe"))
-        missing = "".join(c for c in captcha.alphabet if bytes(font.getmask(c)) == box)
+        try:
+            box = bytes(font.getmask("\U0010fffe"))
+            masks = {c: bytes(font.getmask(c)) for c in captcha.alphabet}
+        except (OSError, ValueError, MemoryError) as error:
+            raise UserError(f"data.fonts: {path} is damaged: {one_line(error)}") from None
+        missing = "".join(c for c, mask in masks.items() if mask == box or not any(mask))
         if missing:
+            more = f" and {len(missing) - MAX_MISSING:,} more" if len(missing) > MAX_MISSING else ""
             raise UserError(
-                f"captcha.alphabet: {path.name} has no glyphs for {missing!r}; "
+                f"captcha.alphabet: {path.name} has no glyphs for {missing[:MAX_MISSING]!r}{more}; "
                 "remove these characters, or set data.fonts to fonts that have them"
             )
+
+
+def check_rendering(data: GeneratorConfig, captcha: CaptchaConfig) -> None:
+    """Check that an image can be rendered, before anything is created.
+
+    Raises:
+        UserError: it cannot, mostly because a font is damaged or the image is too small.
+    """
+    spec, rng = get_renderer_spec(data), image_rng(data, 0)
+    label = spec.sample_label(captcha, rng)
+    try:
+        spec.make_renderer()(label, rng)
+    except Exception as error:  # the packages and Pillow raise any exception
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        keys = "check data.fonts, data.width and data.height"
+        raise UserError(f"data={data.source}: cannot render {label!r}: {reason}; {keys}") from None
 
 
 def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
