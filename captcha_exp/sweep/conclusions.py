@@ -63,8 +63,8 @@ def _describe_disturbed(jobs: Sequence[JobResult]) -> str:
     names = ", ".join(job.name for job in jobs[:MAX_NAMED_JOBS])
     more = f" and {len(jobs) - MAX_NAMED_JOBS:,} more" if len(jobs) > MAX_NAMED_JOBS else ""
     return (
-        f"the speed of {names}{more} was disturbed: other processes took cores that the training asked for; "
-        "the same command with --rerun-disturbed measures it again"
+        f"speeds disturbed by other processes, which took cores that the training asked for: {names}{more}; "
+        "the same command with --rerun-disturbed trains these jobs again"
     )
 
 

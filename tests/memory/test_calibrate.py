@@ -170,7 +170,7 @@ def test_unmeasured_figures_keep_the_fallback_bounds() -> None:
         (gpu.cudnn_workspace_mib, GENERIC.cudnn_workspace_mib),
     ):
         assert bounds(figure) == bounds(known)
-        assert figure.source == f"not measured, because it failed; {known.source}"
+        assert figure.source == f"not measured, because it failed or was disturbed; {known.source}"
 
 
 mib = st.floats(0, 200_000)

@@ -197,6 +197,7 @@ def test_a_batch_size_that_does_not_fit_is_recorded_and_ends_the_search(
         "predicted_mib": 32.0,
         "fits": False,
         "images_per_second": None,
+        "disturbed": False,
     }
     assert infos(caplog)[0].endswith("16: 20; 32 does not fit")
 
