@@ -59,9 +59,9 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
 
     with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
-        if resumed is not None and arguments.resume == "auto":
-            kind = "a finished" if resumed.info.status == "FINISHED" else "an unfinished"
-            logger.info(f"Resuming {resumed.run_dir}, {kind} sweep with the same jobs")
+        if stale is not None and arguments.resume == "auto":
+            kind = "a finished" if stale.info.status == "FINISHED" else "an unfinished"
+            logger.info(f"Resuming {stale.run_dir}, {kind} sweep with the same jobs")
         planned = plan_jobs(jobs if resumed is None else resumed.jobs)
         parallelism = min(grid.n_jobs, len(planned))
         if parallelism > 1:
