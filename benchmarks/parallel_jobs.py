@@ -39,7 +39,7 @@ def run(root: str, *words: str) -> dict[str, Any]:
 def epoch_seconds(job: dict[str, Any]) -> float:
     """Return the seconds of a job in its epochs, validation included."""
     lines = (Path(job["run_dir"]) / "metrics.jsonl").read_text().splitlines()
-    return sum(json.loads(line)["metrics"].get("speed/epoch_seconds", 0.0) for line in lines)
+    return float(sum(json.loads(line)["metrics"].get("speed/epoch_seconds", 0.0) for line in lines))
 
 
 def describe(sweeps: list[dict[str, Any]], num_parallel: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def main() -> None:
             alone = run(root, *words, f"seed={seed}", f"device.threads={threads}")
             if alone["weights_sha256"] != job["weights_sha256"]:
                 faults.append(f"seed {seed}: other weights than alone with {threads} threads")
-        figures = {
+        figures: dict[str, Any] = {
             "serial": describe(serial, 1),
             "parallel": describe(parallel, NUM_PARALLEL),
             "threads_in_parallel": threads,
