@@ -340,6 +340,8 @@ def nvml_process_bytes(device: torch.device) -> int | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from interference import interference  # not used by the training
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -362,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(json.dumps({"benchmark": "article_loop", **settings, **figures}))
+    print(json.dumps({"benchmark": "article_loop", **settings, **figures, **interference()}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import dataclasses
 import json
 import time
 
+from interference import interference
+
 from captcha_exp import compose, load
 from captcha_exp.config import CaptchaLibraryConfig, Config, WheezyLibraryConfig
 from captcha_exp.data import sources
@@ -44,7 +46,16 @@ def main() -> None:
             "ratio": round(all_cores / one, 2),
         }
         print(
-            json.dumps({"benchmark": "drawing", "source": source, "cores": cores, "count": count, **figures})
+            json.dumps(
+                {
+                    "benchmark": "drawing",
+                    "source": source,
+                    "cores": cores,
+                    "count": count,
+                    **figures,
+                    **interference(),
+                }
+            )
         )
 
 

@@ -72,6 +72,7 @@ from gpu_files import (
 from gpu_parts import CALL_SECONDS, CALLS, PREDICTED, Part, PartFactory, parts_of_call, table
 from gpu_processes import SHARED_DIR, Task
 from gpu_tables import ARTICLE
+from interference import interference
 
 MIN_SECONDS = 8  # a part needs at least this much time
 PRELOADED = (  # lazy imports of the parts, done once before the first fork
@@ -291,6 +292,7 @@ def _measure_and_report(
         "part_seconds": {name: done[name]["wall_seconds"] for name in names if name not in skipped},
         "missing": missing,
         "summary": gpu_comparison.summary(session),
+        **interference(),
     }
     print(json.dumps(summary))
     return 1 if missing else 0

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from interference import interference
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config, resolve
@@ -95,7 +96,7 @@ def main() -> None:
         "plain_tensors_mib": round(Planner(config(), SPLIT_SIZES).plan_for(size).tensors_mib, 1),
         "options": found,
     }
-    print(json.dumps(figures))
+    print(json.dumps(figures | interference()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from interference import interference
+
 OVERRIDES = ("data.count=12000", "train.epochs=2", "tracking=none", "device.name=cpu")
 
 
@@ -57,7 +59,8 @@ def main() -> None:
             }
             for spins in arguments.spins.split(",")
         }
-    print(json.dumps({"benchmark": "omp_spin", "cores": os.cpu_count(), "images_per_second": figures}))
+    about = {"benchmark": "omp_spin", "cores": os.cpu_count(), "images_per_second": figures}
+    print(json.dumps(about | interference()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from interference import interference
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--config-dir", metavar="DIR", help="directory with more files in gpu/")
     arguments = parser.parse_args()
     if arguments.gpus:
-        print(json.dumps(time_gpus(arguments)))
+        print(json.dumps(time_gpus(arguments) | interference()))
         return
     torch.set_num_threads(arguments.threads)
     device = torch.device("cpu")
@@ -118,7 +119,7 @@ def main() -> None:
         "new_plan_seconds": round(statistics.median(each["new_plan_seconds"] for each in sizes), 3),
         "sizes": sizes,
     }
-    print(json.dumps(figures))
+    print(json.dumps(figures | interference()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from interference import interference
+
 
 def train(overrides: list[str], seed: int) -> dict[str, Any]:
     """Train once and return the result, with the wall time of the whole process."""
@@ -65,6 +67,7 @@ def main() -> None:
                 "images": sum(result["images"] for result in results),
                 "wall_seconds": [round(result["wall_seconds"], 1) for result in results],
                 "process_peak_mib": round(max(result["process_peak_mib"] for result in results)),
+                **interference(),
             }
         )
     )

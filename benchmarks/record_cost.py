@@ -21,6 +21,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from interference import interference
 
 from captcha_exp import compose, load
 from captcha_exp.config import Config, resolve
@@ -148,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=root_dir(), prefix=".record_cost-") as folder:
         figures = measure(config, arguments, Path(folder))
     about = {"experiment": arguments.experiment, "threads": torch.get_num_threads(), "pairs": arguments.pairs}
-    print(json.dumps({"benchmark": "record_cost", **about, **figures}))
+    print(json.dumps({"benchmark": "record_cost", **about, **figures, **interference()}))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _timeless(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _timeless(value) if isinstance(value, dict) else value
         for key, value in values.items()
-        if key not in ("seconds", "process_peak_mib", "sha256")
+        if key not in ("seconds", "chunks", "process_peak_mib", "speed_disturbed", "sha256")
     }
 
 

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from interference import interference
+
 FIRST_STEP = """
 import sys, time
 import captcha_exp.training.train as train
@@ -66,7 +68,7 @@ def main() -> None:
             "first_step_seconds": [first_step_seconds(Path(folder)) for _ in range(runs)],
         }
     medians = {name: round(statistics.median(values), 3) for name, values in figures.items()}
-    print(json.dumps({"benchmark": "startup", "runs": runs, **medians}))
+    print(json.dumps({"benchmark": "startup", "runs": runs, **medians, **interference()}))
 
 
 if __name__ == "__main__":

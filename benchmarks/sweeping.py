@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from interference import interference
+
 SMALL = (
     "data.count=300",
     "data.validation_fraction=0.25",
@@ -59,7 +61,11 @@ def main() -> None:
                 per_job = (other - one) / (options.more - options.few)
                 figures[f"job_{kind}_seconds_{tracking}"] = round(per_job, 2)
                 figures[f"around_{kind}_seconds_{tracking}"] = round(one - options.few * per_job, 2)
-    print(json.dumps({"benchmark": "sweeping", "jobs": [options.few, options.more], **figures}))
+    print(
+        json.dumps(
+            {"benchmark": "sweeping", "jobs": [options.few, options.more], **figures, **interference()}
+        )
+    )
 
 
 if __name__ == "__main__":

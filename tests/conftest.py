@@ -26,6 +26,7 @@ from captcha_exp.memory.plan import Peak, Plan, Planner
 from captcha_exp.report import figures
 from captcha_exp.runs import SweepInfo
 from captcha_exp.runs.info import JobInfo, MlflowRef, OutOfMemory, ResultSummary, now, running_fields
+from captcha_exp.runtime import cpu_time
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.training import sanity
 
@@ -56,6 +57,8 @@ EVERY_EPOCH = {
     "memory/process_peak_mib",
     "speed/images_per_second",
     "speed/epoch_seconds",
+    "speed/cores_used",
+    "speed/disturbed",
 }
 
 CPU = torch.device("cpu")
@@ -192,6 +195,12 @@ def small_figures() -> Iterator[None]:
         patch.setattr(figures, "_save_figure", save)
         patch.setattr(figures, "_save_image_grid", save)
         yield
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call no speed disturbed in this process, however busy the machine is."""
+    monkeypatch.setattr(cpu_time, "is_disturbed", lambda *_: False)
 
 
 @pytest.fixture

@@ -111,6 +111,10 @@ def _train(arguments: argparse.Namespace) -> int:
         from captcha_exp.cli.sweep import train_sweep
 
         return train_sweep(arguments, _detect_machine())
+    if arguments.rerun_disturbed:
+        raise UserError(
+            "--rerun-disturbed: trains jobs of a sweep again; add -m and the overrides of the sweep"
+        )
     from captcha_exp.cli import resume
     from captcha_exp.training.train import resume as resume_training
     from captcha_exp.training.train import train

@@ -111,6 +111,8 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
     out.print()
     out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result.best_epoch}")
     out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
+    if result.speed_disturbed:
+        out.print("training speed disturbed: other processes took cores that the training asked for")
     out.print(f"weights {result.weights_sha256}", markup=False)
     if info.run_id:
         out.print(f"run {info.run_id}", markup=False)

@@ -69,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume RUN train.epochs=N"
     )
     train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=text)
+    text = (
+        "with -m: train the jobs of the latest sweep with the same jobs again (or of --resume=SWEEP) whose "
+        "speed was disturbed by other processes"
+    )
+    train.add_argument("--rerun-disturbed", action="store_true", help=text)
     text = "print a composed config and exit: job: the run's; hydra: Hydra's own; all: both"
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=text)
     add_command("data")

@@ -190,11 +190,16 @@ def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
                 to_text(run["status"]),
                 *(format(value, spec) if is_number(value) else "" for value, spec in results),
                 to_text(run["run_id"] or "")[:8],
-                *(format_value(key, run[key]) if key in run else "" for key in keys),
+                *(_format_cell(run, key) if key in run else "" for key in keys),
             )
         )
     columns = ("run", "status", *RESULT_COLUMNS, "MLflow id", *keys)
     output.print_table(output.make_table(columns, rows, right=keys))
+
+
+def _format_cell(run: RunFields, key: str) -> str:
+    is_disturbed = key == "speed/images_per_second" and run.get("speed_disturbed")
+    return f"{format_value(key, run[key])}{' (disturbed)' if is_disturbed else ''}"
 
 
 def parse_number(text: str) -> float | None:

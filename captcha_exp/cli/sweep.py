@@ -24,7 +24,7 @@ from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
 from captcha_exp.runs import StaleRun, SweepInfo, claim, code_sha256
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.sweep import record
-from captcha_exp.sweep.planner import plan_jobs
+from captcha_exp.sweep.planner import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
@@ -44,6 +44,8 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     """
     grid = compose_grid(arguments.overrides, arguments.config_dir)
     jobs = _compose_jobs(grid, machine)
+    if arguments.rerun_disturbed and arguments.resume == "never":
+        raise UserError("--rerun-disturbed: trains jobs of an earlier sweep again; remove --resume=never")
 
     def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
         _launch(sweep_dir, numbers, grid, arguments.config_dir)
@@ -57,19 +59,25 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
 
     with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
-        if resumed is not None and arguments.resume == "auto":
-            logger.info(f"Resuming {resumed.run_dir}, an unfinished sweep with the same jobs")
+        if stale is not None and arguments.resume == "auto":
+            kind = "a finished" if stale.info.status == "FINISHED" else "an unfinished"
+            logger.info(f"Resuming {stale.run_dir}, {kind} sweep with the same jobs")
         planned = plan_jobs(jobs if resumed is None else resumed.jobs)
         parallelism = min(grid.n_jobs, len(planned))
+        if parallelism > 1:
+            _print_threads(planned, parallelism, machine)
         # The time limit of the whole sweep is the same in all jobs.
         limiting_job = jobs[0] if resumed is None or grid.override_keys else resumed.jobs[0]
         minutes = limiting_job.requested.train.max_minutes
-        summary = run_sweep(planned, launch, parallelism, print_summary, resumed, minutes)
+        summary = run_sweep(
+            planned, launch, parallelism, print_summary, resumed, minutes, arguments.rerun_disturbed
+        )
         return 1 if summary.has_failures else 0
 
 
 def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
     jobs: list[Job] = []
+    parallelism = min(grid.n_jobs, len(grid.jobs))
     mistakes: dict[str, None] = {}  # without duplicates: jobs have most overrides in common
     for number, (swept, composed) in enumerate(grid.jobs, 1):
         try:
@@ -79,6 +87,9 @@ def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
             continue
         if config.train.on_oom == "auto":  # in a sweep, running out of memory is recorded as a result
             config = replace(config, train=replace(config.train, on_oom="record"))
+        if parallelism > 1 and config.device.threads == "auto":  # a job does not know of the others
+            num_threads = max(1, machine.num_cores // parallelism)
+            config = replace(config, device=replace(config.device, threads=num_threads))
         jobs.append(Job(number=number, swept=swept, choices=composed.choices, requested=config))
     limits = dict.fromkeys(json.dumps(job.requested.train.max_minutes) for job in jobs)
     if len(limits) > 1:
@@ -87,6 +98,19 @@ def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
     if mistakes:
         raise ConfigError(*mistakes)
     return jobs
+
+
+def _print_threads(planned: Sequence[PlannedJob], parallelism: int, machine: Machine) -> None:
+    """Print the threads of jobs in parallel, as a warning if they have to wait for each other."""
+    num_threads = max(int(each.config.device.threads) for each in planned)
+    text = f"{parallelism} jobs in parallel, device.threads={num_threads} each, on {machine.num_cores} cores"
+    if parallelism * num_threads > machine.num_cores:
+        logger.warning(
+            f"{text}: their speeds will be disturbed; use device.threads=auto and a smaller "
+            "hydra.launcher.n_jobs"
+        )
+    else:
+        logger.info(f"{text} (weights and metrics depend on it)")
 
 
 def _find_resumable(
@@ -100,7 +124,12 @@ def _find_resumable(
     if arguments.resume == "never":
         return None
     if arguments.resume == "auto":
-        sweep = _find_latest_unfinished(jobs)
+        sweep = _find_latest(jobs, arguments.rerun_disturbed)
+        if sweep is None and arguments.rerun_disturbed:
+            raise UserError(
+                "--rerun-disturbed: no sweep of this code has exactly these jobs; run the sweep first, or "
+                "name it with --resume=SWEEP"
+            )
         return None if sweep is None else StaleRun(sweep.run_dir, sweep.info)
     sweep = record.find_sweep(arguments.resume)
     if sweep.info.has_live_process():
@@ -113,16 +142,17 @@ def _find_resumable(
     return StaleRun(sweep.run_dir, sweep.info)
 
 
-def _find_latest_unfinished(jobs: Sequence[Job]) -> Sweep | None:
+def _find_latest(jobs: Sequence[Job], include_finished: bool) -> Sweep | None:
     """Return the latest sweep with these jobs if it is unfinished, not running, and has the same code."""
     for sweep in reversed(record.list_sweeps()):
-        is_over = sweep.info.status == "FINISHED" or sweep.info.has_live_process()
-        if is_over or not record.has_same_jobs(sweep, jobs):
+        is_over = sweep.info.status == "FINISHED" and not include_finished
+        if is_over or sweep.info.has_live_process() or not record.has_same_jobs(sweep, jobs):
             continue
         if sweep.info.code_sha256 == code_sha256():
             return sweep
+        kind = "finished" if sweep.info.status == "FINISHED" else "unfinished"
         logger.info(
-            f"{sweep.run_dir}: unfinished sweep with the same jobs, but started with different code; "
+            f"{sweep.run_dir}: {kind} sweep with the same jobs, but started with different code; "
             f"resume it with --resume={shlex.quote(str(sweep.run_dir))}"
         )
         return None

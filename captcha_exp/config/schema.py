@@ -206,7 +206,8 @@ class DeviceConfig:
     """precision of autocast inside the network; weights and loss are always fp32; auto: the fastest with
     correct results in a test step on the device"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto
-    """number of CPU threads of torch; auto: every physical core that the process may use"""
+    """number of CPU threads of torch; auto: every physical core that the process may use, or its share of
+    them for jobs of a sweep in parallel"""
     preload_limit_mib: Annotated[int, Field(ge=0)]
     """MiB; a split up to this size is kept on the device, a larger one is copied batch by batch"""
     vram_budget_mib: Annotated[int, Field(ge=1)] | None

@@ -25,6 +25,7 @@ from captcha_exp.model import networks
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import ProgressBar, progress_bar
+from captcha_exp.runtime.cpu_time import measure_undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +258,22 @@ def _find_fitting_batch(config: Config, device: torch.device) -> Batch:
     )
 
 
-def _time_step(config: Config, batch: Batch) -> float:
-    """Return the median time of a training step after warm-up."""
+def _time_step(config: Config, batch: Batch) -> float | None:
+    """Return the median time of a training step after warm-up; None if other processes disturb it."""
+    seconds, disturbed = measure_undisturbed(
+        functools.partial(_time_steps, config, batch), batch.images.device
+    )
+    if disturbed:
+        text = f"{config.model.name}, {config.device.precision}"
+        logger.warning(
+            f"{text}: other processes took cores of the CPU during the training steps; left out, measure "
+            "again with --force when they are idle"
+        )
+        return None
+    return statistics.median(seconds[NUM_WARMUP_STEPS:])
+
+
+def _time_steps(config: Config, batch: Batch) -> list[float]:
     device = batch.images.device
     state = init_train_state(config, device)
     seconds = []
@@ -268,4 +283,4 @@ def _time_step(config: Config, batch: Batch) -> float:
         train_step(state, batch, config)
         torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[NUM_WARMUP_STEPS:])
+    return seconds

@@ -174,4 +174,4 @@ def _speed_bounds(rounds: Iterable[TimingRound], precision: Precision, fallback:
 
 
 def _unmeasured_bounds(fallback: Bounds) -> Bounds:
-    return replace(fallback, source=f"not measured, because it failed; {fallback.source}")
+    return replace(fallback, source=f"not measured, because it failed or was disturbed; {fallback.source}")

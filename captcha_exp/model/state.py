@@ -42,6 +42,7 @@ class EpochProgress:
     num_batches: int = 0
     num_images: int = 0
     seconds: float = 0.0  # of training
+    chunks: list[list[Any]] = field(default_factory=list)  # number of images, and their CpuTimes
 
     @staticmethod
     def zeros(device: torch.device) -> "EpochProgress":

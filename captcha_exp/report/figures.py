@@ -53,6 +53,8 @@ class PlotPoint:
     """on a GPU; the memory of the machine is not comparable"""
     fits: bool
     images_per_second: float | None
+    is_disturbed: bool = False
+    """whether the speed is"""
     val_accuracy: float | None
     accuracy_interval: tuple[float, float] | None
 
@@ -160,7 +162,9 @@ def plot_sweep(
         _plot_metric(speed, each, "images_per_second", color, offset, not tick_labels)
         _plot_metric(accuracy, each, "val_accuracy", color, offset, not tick_labels)
     _plot_budgets(memory, budgets)
-    for axes, title in ((memory, "GPU memory (MiB)"), (speed, "training speed (images/s)")):
+    is_disturbed = any(point.is_disturbed for each in series for point in each.points)
+    speed_title = f"training speed (images/s{'; white dot: disturbed' if is_disturbed else ''})"
+    for axes, title in ((memory, "GPU memory (MiB)"), (speed, speed_title)):
         axes.set_title(title)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
         if axes.get_ylim()[1] >= 10:
@@ -209,6 +213,8 @@ def _plot_metric(axes: Axes, series: Series, name: str, color: Any, offset: floa
             x = point.x * 2**offset if connected else point.x
             errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axes.errorbar([x], [value], yerr=errors, color=color, capsize=4, linewidth=1.5)
+        if name == "images_per_second" and point.is_disturbed:
+            axes.plot(point.x, value, "o", color="white", markersize=4)
         if not point.fits:
             axes.plot(point.x, value, "x", color="black", markersize=10, markeredgewidth=2)
 

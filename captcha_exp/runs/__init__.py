@@ -2,7 +2,8 @@
 
 `create` makes a run directory, `info` has the types of run.json and sweep.json, `run` reads and writes the
 directory, `environment` and `source_code` record the machine and the code, `fields` gives access by key,
-`stale` closes runs whose process has exited, and `claim` finds the run to continue and claims it.
+`speed` has the training speed, `stale` closes runs whose process has exited, and `claim` finds the run to
+continue and claims it.
 """
 
 from captcha_exp.runs.create import create_run as create_run
@@ -29,6 +30,7 @@ from captcha_exp.runs.run import now_ms as now_ms
 from captcha_exp.runs.run import read_metrics_rows as read_metrics_rows
 from captcha_exp.runs.run import resolve_dir as resolve_dir
 from captcha_exp.runs.source_code import code_sha256 as code_sha256
+from captcha_exp.runs.speed import training_speed as training_speed
 from captcha_exp.runs.stale import StaleRun as StaleRun
 from captcha_exp.runs.stale import find_stale as find_stale
 from captcha_exp.runs.stale import stale_in as stale_in

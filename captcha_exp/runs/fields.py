@@ -23,7 +23,7 @@ from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
 
-_RESULT_KEYS = ("epochs", "best_epoch", "seconds", "weights_sha256")
+_RESULT_KEYS = ("epochs", "best_epoch", "seconds", "weights_sha256", "speed_disturbed")
 RUN_KEYS = (
     *("name", "status", "started", "run_dir", "run_id", "error", "stop_reason"),
     *(*_RESULT_KEYS, "oom", "sweep"),

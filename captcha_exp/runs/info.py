@@ -111,6 +111,8 @@ class ResultSummary(_Model):
     weights_sha256: str
     seconds: float
     process_peak_mib: float
+    speed_disturbed: bool = False
+    """whether the process lacked cores in each epoch, as in `training_speed`"""
 
 
 class Record(ProcessIdentity):

@@ -43,14 +43,14 @@ def detect_machine() -> Machine:
         "cuda": f"this machine has {len(gpus)} CUDA GPUs" if gpus else no_cuda,
         "mps": "mps requires a Mac with Apple silicon",
     }
-    return Machine(tuple(devices), _num_physical_cores(), root_dir(), unavailable_reason)
+    return Machine(tuple(devices), num_physical_cores(), root_dir(), unavailable_reason)
 
 
 def _is_cuda_available() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 
-def _num_physical_cores() -> int:
+def num_physical_cores() -> int:
     """Return the physical cores that this process may use; convolutions do not profit from hyper-threads."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)

@@ -75,12 +75,25 @@ class SeedGroup:
         """Whether the measured memory is GPU memory, and so comparable to the prediction."""
         return all(result.device.startswith("cuda") for result in self.results)
 
+    @property
+    def finished(self) -> tuple[JobResult, ...]:
+        """Its finished jobs."""
+        return tuple(result for result in self.results if result.outcome == "finished")
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the speed of each finished job was disturbed."""
+        return bool(self.finished) and all(result.disturbed for result in self.finished)
+
     @cached_property
     def metrics(self) -> Mapping[str, MeanEstimate]:
-        """The mean of each metric over the finished jobs that have it."""
+        """The mean of each metric over the finished jobs that have it; of the speed over the undisturbed ones
+        if there are any."""
         estimates = {}
         for name in METRICS:
-            values = [getattr(result, name) for result in self.results if result.outcome == "finished"]
+            is_believed = name != "images_per_second" or self.is_disturbed
+            results = [result for result in self.finished if is_believed or not result.disturbed]
+            values = [getattr(result, name) for result in results]
             if known := [value for value in values if value is not None]:
                 estimates[name] = estimate_mean(known, name in FRACTION_METRICS)
         return estimates
@@ -131,6 +144,7 @@ class SeedGroup:
             "fits": self.fits,
             "predicted_mib": self.predicted_mib,
             "metrics": {name: mean._asdict() for name, mean in self.metrics.items()},
+            "disturbed": self.is_disturbed,
         }
 
 

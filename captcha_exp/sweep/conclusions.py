@@ -7,9 +7,10 @@ from typing import get_args
 from captcha_exp.sweep import aggregate
 from captcha_exp.sweep.aggregate import BATCH_SIZE, SeedGroup, format_number
 from captcha_exp.sweep.record import shorten_keys
-from captcha_exp.sweep.results import Outcome
+from captcha_exp.sweep.results import JobResult, Outcome
 
 TARGET_FRACTION = 0.95  # of the highest training speed
+MAX_NAMED_JOBS = 10  # in a line
 
 
 def draw_conclusions(groups: Sequence[SeedGroup], parallelism: int) -> tuple[str, ...]:
@@ -23,6 +24,8 @@ def draw_conclusions(groups: Sequence[SeedGroup], parallelism: int) -> tuple[str
             lines.append(f"{name}: {conclusion}" if name else conclusion)
     else:
         lines.append(_conclude_groups(groups))
+    if disturbed := [job for group in groups for job in group.finished if job.disturbed]:
+        lines.append(_describe_disturbed(disturbed))
     if parallelism > 1:
         lines.append(f"{parallelism} jobs ran in parallel: speeds were measured on a shared machine")
     return tuple(lines)
@@ -55,6 +58,16 @@ def _any_finished(groups: Iterable[SeedGroup]) -> bool:
     return any("finished" in group.outcome_counts for group in groups)
 
 
+def _describe_disturbed(jobs: Sequence[JobResult]) -> str:
+    """Name the jobs whose speed proves nothing, and say how to measure it again."""
+    names = ", ".join(job.name for job in jobs[:MAX_NAMED_JOBS])
+    more = f" and {len(jobs) - MAX_NAMED_JOBS:,} more" if len(jobs) > MAX_NAMED_JOBS else ""
+    return (
+        f"speeds disturbed by other processes, which took cores that the training asked for: {names}{more}; "
+        "the same command with --rerun-disturbed trains these jobs again"
+    )
+
+
 def _conclude_batch_sizes(groups: Sequence[SeedGroup]) -> str:
     """Recommend the smallest batch size that is nearly the fastest, and compare its accuracy to the best."""
     if not _any_finished(groups):
@@ -69,9 +82,14 @@ def _conclude_batch_sizes(groups: Sequence[SeedGroup]) -> str:
     if not speeds:
         reason = "no speed was measured for the batch sizes that fit" if fitting else "no batch size fits"
         return f"{reason}{_format_accuracy_note(None, best)}"
+    has_budget = any(group.fits is not None for group in groups)
+    if any(group.is_disturbed for group, _ in speeds):
+        reason = "no batch size is recommended, because speeds were disturbed"
+        if len(fitting) == 1 and has_budget:
+            reason = f"batch_size={fitting[0].batch_size} is the only one that fits"
+        return f"{reason}{_format_accuracy_note(None, best)}"
     max_speed = max(speed for _, speed in speeds)
     chosen, speed = next((group, speed) for group, speed in speeds if speed >= TARGET_FRACTION * max_speed)
-    has_budget = any(group.fits is not None for group in groups)
     reaches = "fits and reaches" if has_budget else "reaches"
     if len(groups) == 1:
         text = f"{reaches} {format_number(speed)} images/s"

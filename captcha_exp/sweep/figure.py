@@ -43,6 +43,7 @@ def _plot_point(group: SeedGroup, x: int) -> figures.PlotPoint:
         measured_mib=means.get("measured_mib") if group.on_gpu else None,
         fits=group.fits not in ("does not fit", "unsure"),
         images_per_second=means.get("images_per_second"),
+        is_disturbed=group.is_disturbed,
         val_accuracy=means.get("val_accuracy"),
         accuracy_interval=None if accuracy is None else accuracy.interval,
     )

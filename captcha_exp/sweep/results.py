@@ -1,7 +1,6 @@
 """Collect the result of each job of a sweep from its latest run."""
 
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -9,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from captcha_exp.config import load
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
-from captcha_exp.runs import MetricsRow, RunInfo, read_metrics_rows
+from captcha_exp.runs import MetricsRow, RunInfo, read_metrics_rows, training_speed
 from captcha_exp.runs.fields import read_json
 from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.sweep.record import Job, Sweep
@@ -50,7 +49,9 @@ class JobResult:
     measured_mib: float | None
     """peak memory of the process: GPU memory on CUDA, else RAM, which the prediction does not cover"""
     images_per_second: float | None
-    """training speed: median over the epochs, without the first if there are more"""
+    """training speed, as in `training_speed`"""
+    disturbed: bool = False
+    """whether other processes took the cores during the whole training: its speed proves nothing"""
     val_accuracy: float | None
     """exact match, best epoch"""
     seconds_to_best: float | None
@@ -90,6 +91,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         except UserError as damage:
             logger.warning(str(damage))
     result = None if info is None else info.result
+    speed = training_speed(metrics)
     size, micro = config.train.batch_size, config.train.micro_batch_size
     return JobResult(
         number=job.number,
@@ -106,7 +108,8 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         predicted_mib=_parse_range(plan, "process_mib"),
         fits=plan.get("fits"),
         measured_mib=max(_values(metrics, "memory/process_peak_mib"), default=None),
-        images_per_second=_median_speed(metrics),
+        images_per_second=None if speed is None else speed.images_per_second,
+        disturbed=speed is not None and speed.is_disturbed,
         val_accuracy=max(_values(metrics, "val/accuracy"), default=None),
         seconds_to_best=None if result is None else _seconds_to_epoch(metrics, result.best_epoch),
         test_accuracy=None if result is None else result.test_accuracy,
@@ -129,11 +132,6 @@ def _parse_range(plan: Mapping[str, Any], key: str) -> MiBRange | None:
 
 def _values(metrics: Sequence[MetricsRow], key: str) -> list[float]:
     return [row.metrics[key] for row in metrics if key in row.metrics]
-
-
-def _median_speed(metrics: Sequence[MetricsRow]) -> float | None:
-    speeds = _values(metrics, "speed/images_per_second")
-    return statistics.median(speeds[1:] or speeds) if speeds else None
 
 
 def _seconds_to_epoch(metrics: Sequence[MetricsRow], best_epoch: int) -> float:

@@ -37,8 +37,9 @@ def run_sweep(
     on_complete: Callable[[Sweep, SweepSummary], None],
     resumed: Sweep | None = None,
     max_minutes: float | None = None,
+    rerun_disturbed: bool = False,
 ) -> SweepSummary:
-    """Run every job that is not done yet, then save and return the summary.
+    """Run every job that is not done yet, or whose speed was disturbed; then save and return the summary.
 
     `on_complete` gets the summary however the sweep ends.
 
@@ -57,7 +58,7 @@ def run_sweep(
     try:
         sweep.set_deadline(max_minutes)
         _start_parent_run(sweep, planned_jobs)
-        _run_jobs(sweep, planned_jobs, launch)
+        _run_jobs(sweep, planned_jobs, launch, rerun_disturbed)
         if sweep.deadline is not None and _is_out_of_time(sweep, sweep.deadline):
             raise TimeLimitReached(
                 "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
@@ -86,10 +87,16 @@ def run_sweep(
     return summary
 
 
-def _run_jobs(sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher) -> None:
+def _run_jobs(
+    sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher, rerun_disturbed: bool
+) -> None:
     """Launch each job that is not done; record those that are not to be trained as skipped."""
     logger.info(f"sweep {sweep.run_dir}, {len(planned_jobs)} jobs")
-    done = {result.number for result in collect_results(sweep) if result.outcome in DONE}
+    results = [result for result in collect_results(sweep) if result.outcome in DONE]
+    done = {result.number for result in results if not (rerun_disturbed and result.disturbed)}
+    if rerun_disturbed:
+        names = ", ".join(result.name for result in results if result.number not in done)
+        logger.info(f"training again: {names}" if names else "no speed was disturbed")
     pending = [each for each in planned_jobs if each.job.number not in done]
     if done:
         logger.info(f"{len(done)} of {len(planned_jobs)} jobs are already done")

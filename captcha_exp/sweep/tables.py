@@ -82,7 +82,8 @@ def build_table(groups: Sequence[SeedGroup]) -> list[dict[str, str]]:
             group, "measured_mib", "" if kind else _memory_kind(group)
         )
         cells["fits"] = group.fits or ""
-        cells["images/s"] = _format_mean(group, "images_per_second")
+        suffix = " (disturbed)" if group.is_disturbed else ""
+        cells["images/s"] = _format_mean(group, "images_per_second", suffix)
         cells["validation"] = _format_accuracy(group)
         cells["seconds to best"] = _format_mean(group, "seconds_to_best")
         cells["status"] = group.status

@@ -6,8 +6,12 @@ only if its results are finite, its gradient agrees with that of fp32, and it is
 
 The batch size at which the device is fully used depends on the device as well. Batch sizes that fit are tried
 from small to large until the throughput stops improving.
+
+A trial that other processes disturb is repeated a few times. A precision whose speed stays disturbed is not
+chosen; of the batch sizes, those with an undisturbed speed are compared if there are any.
 """
 
+import functools
 import logging
 import statistics
 import time
@@ -26,6 +30,7 @@ from captcha_exp.memory.plan import Plan, Planner, with_batch_size
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import Step, forward_and_backward, init_train_state, train_step
 from captcha_exp.runtime import device as devices
+from captcha_exp.runtime.cpu_time import measure_undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +75,19 @@ class PrecisionTrial:
     finite: bool
     cosine: float  # between its gradient and that of fp32
     step_seconds: float  # median
+    disturbed: bool = False  # whether other processes took cores meanwhile
 
     def describe(self, baseline: "PrecisionTrial") -> str:
         """Return the result in a few words, relative to fp32."""
         if not self.finite:
             return f"{self.precision} is not finite on this device"
         speedup = f"{baseline.step_seconds / self.step_seconds:.2f}x the speed of fp32"
-        return (
+        text = (
             f"{self.precision} {speedup}, gradient {'close' if self.is_close else 'off'} ({self.cosine:.3f})"
         )
+        if self.is_close and (self.disturbed or baseline.disturbed):
+            text += f", not chosen as other processes disturbed it; device.precision={self.precision} sets it"
+        return text
 
     @property
     def is_close(self) -> bool:
@@ -100,8 +109,11 @@ def choose_precision(config: Config) -> tuple[Precision, Trials]:
         logger.debug(f"tried {trials[-1]}")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # keep the trials out of the peaks of the training
+    undisturbed = [] if baseline.disturbed else [t for t in trials if not t.disturbed]
     good = [
-        t for t in trials if t.finite and t.is_close and t.step_seconds * MIN_SPEEDUP <= baseline.step_seconds
+        t
+        for t in undisturbed
+        if t.finite and t.is_close and t.step_seconds * MIN_SPEEDUP <= baseline.step_seconds
     ]
     best = min(good, key=lambda t: t.step_seconds, default=baseline).precision
     results = "; ".join(t.describe(baseline) for t in trials[1:]) or "no other precision on this device"
@@ -117,6 +129,7 @@ class BatchSizeTrial:
     predicted_mib: float  # of the process on a GPU; of the tensors of a step elsewhere
     fits: bool
     images_per_second: float | None  # None: not tried, or out of memory
+    disturbed: bool = False  # as in PrecisionTrial
 
 
 def choose_batch_size(config: Config, split_sizes: Mapping[str, int]) -> tuple[int, Trials]:
@@ -138,8 +151,11 @@ def choose_batch_size(config: Config, split_sizes: Mapping[str, int]) -> tuple[i
     ):
         plan = planner.plan_for(size)
         predicted_mib, fits = _check_fit(plan, device)
-        speed = _measure_images_per_second(with_batch_size(config, size), device) if fits else None
-        trials.append(BatchSizeTrial(size, predicted_mib, fits, speed))
+        speed, disturbed = None, False
+        if fits:
+            measure = functools.partial(_measure_images_per_second, with_batch_size(config, size), device)
+            speed, disturbed = measure_undisturbed(measure, device)
+        trials.append(BatchSizeTrial(size, predicted_mib, fits, speed, disturbed))
         logger.debug(f"tried {trials[-1]}")
         if speed is None:
             break
@@ -147,15 +163,24 @@ def choose_batch_size(config: Config, split_sizes: Mapping[str, int]) -> tuple[i
     if device.type == "cuda":
         torch.cuda.empty_cache()  # as above
     speeds = {t.batch_size: t.images_per_second for t in trials if t.images_per_second is not None}
+    disturbed_sizes = [t.batch_size for t in trials if t.disturbed]
     if not speeds:
         raise UserError(
             f"train.batch_size=auto: not even {trials[0].batch_size} images fit (predicted "
             f"{trials[0].predicted_mib:,.0f} MiB); captcha-exp plan --advise lists what needs less"
         )
-    chosen = min(size for size, speed in speeds.items() if speed >= TARGET_FRACTION * max(speeds.values()))
+    believed = {size: speed for size, speed in speeds.items() if size not in disturbed_sizes} or speeds
+    max_speed = max(believed.values())
+    chosen = min(size for size, speed in believed.items() if speed >= TARGET_FRACTION * max_speed)
     results = ", ".join(f"{size:,}: {speed:,.0f}" for size, speed in speeds.items())
     limit = "" if trials[-1].images_per_second else f"; {trials[-1].batch_size:,} does not fit"
     logger.info(f"batch size {chosen}: images/s by batch size {results}{limit}")
+    if disturbed_sizes:
+        logger.warning(
+            f"train.batch_size=auto: other processes disturbed the speed of batch sizes "
+            f"{', '.join(map(str, disturbed_sizes))}; {chosen} may be wrong: set train.batch_size, or start "
+            "again when the cores are idle"
+        )
     return chosen, [asdict(t) for t in trials]
 
 
@@ -208,11 +233,16 @@ def _try_precision(
     parts = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     gradient = torch.cat(parts).cpu().double()  # the loss scale does not change its direction
     state.optimizer.zero_grad(set_to_none=True)
-    steps, seconds = zip(*(_time_step(state, batch, config) for _ in range(1 + TIMED_STEPS)), strict=True)
+
+    def time_steps() -> list[tuple[Step, float]]:
+        return [_time_step(state, batch, config) for _ in range(1 + TIMED_STEPS)]
+
+    timed, disturbed = measure_undisturbed(time_steps, batch.images.device)
+    steps, seconds = zip(*timed, strict=True)
     cosine = 1.0 if reference is None else float(torch.cosine_similarity(gradient, reference, dim=0))
     finite = bool(steps[-1].finite)  # after the loss scale had time to adapt
     median = statistics.median(seconds[1:])  # the first step loads kernels
-    return PrecisionTrial(precision, finite, cosine, median), gradient
+    return PrecisionTrial(precision, finite, cosine, median, disturbed), gradient
 
 
 def _synchronize(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
-from captcha_exp.runs import MetricsRow, Run, RunEnd, now_ms
+from captcha_exp.runs import MetricsRow, Run, RunEnd, now_ms, training_speed
 from captcha_exp.runs.fields import changed_values, read_flat_environment, read_json, to_short_text
 from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
@@ -119,6 +119,7 @@ def record_test_results(
     metrics |= plan.prediction_error_metrics([row.metrics for row in run.metrics_rows()])
     recorder.log_metrics(MetricsRow(state.epoch, now_ms(), metrics))
     run.write_json("test.json", test.to_json(data))
+    speed = training_speed(run.metrics_rows())
     for name, plot, *arguments in (
         ("curves", figures.plot_curves, run.metrics_rows()),
         ("confusion", figures.plot_confusion_matrix, test, data.alphabet),
@@ -135,6 +136,7 @@ def record_test_results(
             weights_sha256=result.weights_sha256,
             seconds=result.seconds,
             process_peak_mib=result.process_peak_mib,
+            speed_disturbed=speed is not None and speed.is_disturbed,
         )
     )
 

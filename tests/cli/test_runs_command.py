@@ -118,6 +118,7 @@ def value_of(run: Run, key: str) -> Any:
         ("name", "tiny"),
         ("status", "FINISHED"),
         ("best_epoch", 2),
+        ("speed_disturbed", False),
         ("error", None),
         ("run_id", None),
     ],
@@ -304,8 +305,17 @@ def test_an_unknown_key_suggests_the_closest(make: Make, call: Call) -> None:
     assert call("runs", "tst/accuracy>1", "xyzzy=1")[2].splitlines() == [
         "tst/accuracy: no run has this key; did you mean test/accuracy?",
         "xyzzy: no run has this key; use a key of config.yaml, a metric, or one of name, status, started, "
-        "run_dir, run_id, error, stop_reason, epochs, best_epoch, seconds, weights_sha256, oom, sweep",
+        "run_dir, run_id, error, stop_reason, epochs, best_epoch, seconds, weights_sha256, "
+        "speed_disturbed, oom, sweep",
     ]
+
+
+def test_a_disturbed_speed_is_marked(make: Make, call: Call) -> None:
+    make()
+    make(result=result_summary(speed_disturbed=True))
+    _, *rows = table(call("runs", "--columns", "speed/images_per_second,val/accuracy")[1])
+    assert [row[-2:] for row in rows] == [["20", "90.00%"], ["20 (disturbed)", "90.00%"]]
+    assert len(table(call("runs", "speed_disturbed=false")[1])) == 2
 
 
 def test_an_old_key_or_status_is_answered_with_the_new_one(make: Make, call: Call) -> None:

@@ -257,8 +257,10 @@ def test_a_sweep_has_one_time_limit(root: Path) -> None:
 GRID = (*TINY, "tracking=none", "seed=1,2")
 
 
-def train_all(*words: str, resume: str = "never") -> int:
-    arguments = Namespace(overrides=list(words), config_dir=None, resume=resume, json=False)
+def train_all(*words: str, resume: str = "never", rerun: bool = False) -> int:
+    arguments = Namespace(
+        overrides=list(words), config_dir=None, resume=resume, json=False, rerun_disturbed=rerun
+    )
     return sweep_command.train_sweep(arguments, detect_machine())
 
 
@@ -344,6 +346,98 @@ def test_auto_skips_an_unfinished_sweep_of_other_code(
     assert len(launched) == 3, "the second sweep is finished"
     assert train_all(resume=str(sweep_dir)) == 0
     assert launched[3][0] == [2], "a named sweep is resumed"
+
+
+# -- --rerun-disturbed ---------------------------------------------------------------------------------------
+
+
+def disturb(sweep: Sweep, number: int) -> None:
+    """Record a disturbed epoch of the latest attempt of a job."""
+    metrics = {"speed/images_per_second": 10.0, "speed/disturbed": 1.0}
+    run_dir = sweep.attempts(sweep.jobs[number - 1])[-1]
+    runs.Run(run_dir, runs.RunInfo.load(run_dir)).log_metrics(runs.MetricsRow(1, 1, metrics))
+
+
+def test_rerun_disturbed_trains_the_disturbed_jobs_of_a_finished_sweep_again(
+    root: Path, launched: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train_all(*GRID) == 0
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
+    sweep = Sweep(path.parent)
+    disturb(sweep, 2)
+    caplog.clear()
+
+    assert train_all(*GRID, resume="auto", rerun=True) == 0
+    assert [numbers for numbers, _ in launched] == [[1, 2], [2]]
+    assert f"Resuming {sweep.run_dir}, a finished sweep with the same jobs" in infos(caplog)
+    assert "training again: seed=2" in infos(caplog)
+    results = collect_results(sweep)
+    assert [(result.attempts, result.disturbed) for result in results] == [(1, False), (2, False)]
+    assert Sweep(sweep.run_dir).info.status == "FINISHED"
+
+    disturb(sweep, 1)
+    assert train_all(resume=str(sweep.run_dir), rerun=True) == 0
+    assert launched[2][0] == [1]
+    caplog.clear()
+    assert train_all(resume=str(sweep.run_dir), rerun=True) == 0
+    assert len(launched) == 3
+    assert "no speed was disturbed" in infos(caplog)
+    assert train_all(*GRID, resume="auto") == 0, "without the flag a finished sweep is not resumed"
+    assert launched[3][0] == [1, 2]
+
+
+def test_rerun_disturbed_needs_a_sweep(root: Path, launched: list[Any]) -> None:
+    with pytest.raises(
+        UserError, match=r"^--rerun-disturbed: no sweep of this code has exactly these jobs; "
+    ):
+        train_all(*GRID, resume="auto", rerun=True)
+    with pytest.raises(UserError, match=r"^--rerun-disturbed: .*; remove --resume=never$"):
+        train_all(*GRID, rerun=True)
+    with pytest.raises(UserError, match=r"^--rerun-disturbed: .*; add -m and the overrides of the sweep$"):
+        main._dispatch(["train", *TINY, "tracking=none", "--rerun-disturbed"])
+    assert launched == []
+
+
+# -- threads of jobs in parallel -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "threads", "line"),
+    [
+        ((), "auto", None),
+        (("hydra.launcher.n_jobs=2",), 4, "2 jobs in parallel, device.threads=4 each, on 8 cores (weights"),
+        (("hydra.launcher.n_jobs=9",), 2, "4 jobs in parallel, device.threads=2 each, on 8 cores (weights"),
+        (
+            ("hydra.launcher.n_jobs=2", "device.threads=5"),
+            5,
+            "2 jobs in parallel, device.threads=5 each, on 8 cores: their speeds will be disturbed; ",
+        ),
+    ],
+)
+def test_jobs_in_parallel_share_the_cores(
+    words: tuple[str, ...],
+    threads: int | str,
+    line: str | None,
+    root: Path,
+    launched: list[Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The number is in the requested config of each job: a job alone would take all cores."""
+    machine = replace(detect_machine(), num_cores=8)
+    grid = [word for word in GRID if not word.startswith(("device.threads", "seed"))]
+    launcher = ("hydra/launcher=joblib",) if words else ()
+    arguments = Namespace(
+        overrides=[*grid, "seed=1,2,3,4", *launcher, *words],
+        config_dir=None,
+        resume="never",
+        json=False,
+        rerun_disturbed=False,
+    )
+    assert sweep_command.train_sweep(arguments, machine) == 0
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
+    assert {job.requested.device.threads for job in Sweep(path.parent).jobs} == {threads}
+    lines = [text for text in (*infos(caplog), *warnings(caplog)) if "in parallel" in text]
+    assert [text.startswith(line or "") for text in lines] == ([True] if line else [])
 
 
 def test_a_sweep_that_fails_to_start_is_unchanged(

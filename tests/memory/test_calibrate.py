@@ -33,7 +33,7 @@ from captcha_exp.memory.gpu_profile import (
     TimingRound,
     build_gpu_spec,
 )
-from captcha_exp.runtime import device
+from captcha_exp.runtime import cpu_time, device
 from captcha_exp.runtime.console import ProgressBar
 from captcha_exp.runtime.paths import conf_dir
 
@@ -170,7 +170,7 @@ def test_unmeasured_figures_keep_the_fallback_bounds() -> None:
         (gpu.cudnn_workspace_mib, GENERIC.cudnn_workspace_mib),
     ):
         assert bounds(figure) == bounds(known)
-        assert figure.source == f"not measured, because it failed; {known.source}"
+        assert figure.source == f"not measured, because it failed or was disturbed; {known.source}"
 
 
 mib = st.floats(0, 200_000)
@@ -656,6 +656,18 @@ def test_a_failure_in_fp32_is_a_one_line_error(
     assert len(error.value.lines) == 1
     assert "\n" not in error.value.lines[0]
     device.setup_device(tiny)
+
+
+def test_a_disturbed_step_time_is_left_out_with_a_warning(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, one_thread: None
+) -> None:
+    monkeypatch.setattr(cpu_time, "is_disturbed", lambda *_: True)
+    monkeypatch.setattr(gpu_probe, "_time_steps", lambda *_: [1.0] * 7)
+    assert gpu_probe._time_step(tiny, make_batch(tiny, 4)) is None
+    assert warnings(caplog) == [
+        "compact, fp32: other processes took cores of the CPU during the training steps; left out, measure "
+        "again with --force when they are idle"
+    ]
 
 
 def test_the_step_time_is_the_median_after_warmup(

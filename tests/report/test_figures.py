@@ -335,6 +335,15 @@ def test_a_sweep_shows_memory_speed_and_accuracy(tmp_path: Path, drawn: list[Fig
     assert not drawn[0].legends
 
 
+def test_a_disturbed_speed_has_a_white_dot(tmp_path: Path, drawn: list[Figure]) -> None:
+    line = figures.Series("", [point(25), point(50, is_disturbed=True)])
+    figures.plot_sweep([line], [], "batch size", [], tmp_path / "sweep.png")
+    _, speed, accuracy = parts(drawn[0])
+    assert marks(speed, "o") == [([25, 50], [2500, 5000]), ([50], [5000])]
+    assert speed.get_title() == "training speed (images/s; white dot: disturbed)"
+    assert len(marks(accuracy, "o")) == 1
+
+
 def test_a_job_that_does_not_fit_has_a_cross_on_every_axis(tmp_path: Path, drawn: list[Figure]) -> None:
     figures.plot_sweep(
         [figures.Series("", [point(25, fits=False)])], [], "batch size", [], tmp_path / "sweep.png"

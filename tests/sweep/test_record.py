@@ -156,6 +156,7 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
         for epoch, speed in enumerate((10.0, 100.0, 300.0), 1):
             metrics = {
                 "speed/images_per_second": speed,
+                "speed/disturbed": float(status == "FAILED" or epoch == 2),
                 "speed/epoch_seconds": 2.0,
                 "val/accuracy": 0.5 + epoch % 2 / 4,
                 "memory/process_peak_mib": 100.0 * epoch,
@@ -166,7 +167,7 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
     first, second = collect_results(sweep)
 
     assert (first.outcome, first.attempts, second.outcome, second.attempts) == ("finished", 2, "not run", 0)
-    assert first.images_per_second == 200, "the first epoch includes warmup"
+    assert (first.images_per_second, first.disturbed) == (300, False), "the second epoch was disturbed"
     assert (first.val_accuracy, first.seconds_to_best, first.measured_mib) == (0.75, 2.0, 300.0)
     assert (first.test_accuracy, first.weights_sha256) == (0.25, "ab")
     assert first.run_dir is not None

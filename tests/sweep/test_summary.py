@@ -30,6 +30,7 @@ from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import JobResult, Outcome
 from captcha_exp.sweep.summary import SweepSummary
+from captcha_exp.sweep.tables import build_table
 
 BATCH = "train.batch_size"
 NO_METRICS: dict[str, Any] = {
@@ -324,6 +325,70 @@ def test_several_seeds_per_batch_size_give_an_interval() -> None:
         "batch_size=25 fits and reaches 11 images/s; its validation accuracy is "
         "90.50% (mean of 2, 95 % interval 84.15% to 96.85%), the best",
     )
+
+
+# -- disturbed speeds ----------------------------------------------------------------------------------------
+
+REMEDY = "; the same command with --rerun-disturbed trains these jobs again"
+DISTURBED = "speeds disturbed by other processes, which took cores that the training asked for: "
+
+
+def test_a_disturbed_speed_recommends_no_batch_size() -> None:
+    """The jobs of a sweep during whose last three jobs another process was busy."""
+    speeds = {32: 2009.0, 64: 998.0, 128: 1133.0, 256: 1269.0}
+    results = [
+        at(size, speed, 0.9 + number / 100, name=f"batch_size={size}", disturbed=size > 32)
+        for number, (size, speed) in enumerate(speeds.items())
+    ]
+    summary = SweepSummary(results)
+    assert summary.conclusions == (
+        "no batch size is recommended, because speeds were disturbed; "
+        "the best validation accuracy is 93.00% (batch_size=256)",
+        f"{DISTURBED}batch_size=64, batch_size=128, batch_size=256{REMEDY}",
+    )
+    assert [row["images/s"] for row in build_table(summary.groups)] == [
+        "2,009",
+        *("998 (disturbed)", "1,133 (disturbed)", "1,269 (disturbed)"),
+    ]
+    assert [group["disturbed"] for group in summary.to_json()["groups"]] == [False, True, True, True]
+    assert [row["disturbed"] for row in csv.DictReader(io.StringIO(summary.to_csv()))][1] == "True"
+
+
+def test_the_only_batch_size_that_fits_is_named_without_its_disturbed_speed() -> None:
+    conclusions = SweepSummary([at(50, 10.0, 0.9, disturbed=True), at(100, None, None)]).conclusions
+    assert conclusions[0] == (
+        "batch_size=50 is the only one that fits; the best validation accuracy is 90.00% (batch_size=50)"
+    )
+
+
+def test_a_disturbed_speed_of_a_batch_size_that_does_not_fit_is_only_named() -> None:
+    conclusions = SweepSummary(
+        [at(25, 10.0, 0.9), at(50, 9.0, 0.9), at(100, 8.0, 0.9, fits="unsure", disturbed=True)]
+    ).conclusions
+    assert conclusions[0].startswith("batch_size=25 is the smallest that fits and reaches 95 %")
+    assert conclusions[1:] == (f"{DISTURBED}job 1{REMEDY}",)
+
+
+def test_the_speed_over_seeds_is_that_of_the_undisturbed_jobs() -> None:
+    results = [
+        at(25, 10.0, 0.9, also={"seed": "1"}, disturbed=True),
+        at(25, 30.0, 0.8, also={"seed": "2"}),
+        at(25, 99.0, 0.8, also={"seed": "3"}, outcome="killed"),
+    ]
+    summary = SweepSummary(results)
+    assert summary.groups[0].metrics["images_per_second"] == (30.0, 1, None, None)
+    assert summary.groups[0].metrics["val_accuracy"].num_jobs == 2
+    assert summary.conclusions[0].startswith("batch_size=25 fits and reaches 30 images/s")
+
+
+def test_disturbed_jobs_of_a_sweep_of_other_keys_are_named_up_to_ten() -> None:
+    results = [
+        make_result(n, swept={"model": str(n)}, name=f"model={n}", disturbed=True) for n in range(1, 13)
+    ]
+    conclusions = SweepSummary(results).conclusions
+    assert conclusions[0].startswith("model=1 has the best validation accuracy")
+    assert conclusions[1].startswith(f"{DISTURBED}model=1, model=2, ")
+    assert conclusions[1].endswith(f"model=10 and 2 more{REMEDY}")
 
 
 def test_overlap_of_the_intervals_of_the_two_best_groups() -> None:

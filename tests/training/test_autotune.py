@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, infos, with_train
+from conftest import CPU, infos, warnings, with_train
 
 from captcha_exp import load
 from captcha_exp.config import Config, Precision, resolve, to_dict, with_untuned_defaults
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.step import Step, init_train_state, train_step
+from captcha_exp.runtime import cpu_time
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.files import sha256_of
 from captcha_exp.training import autotune, train
@@ -171,6 +172,62 @@ def test_the_smallest_batch_size_close_to_the_best_is_chosen(
     assert infos(caplog)[0].endswith("; 64 does not fit") == (None in speeds.values())
 
 
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call every speed disturbed, whatever the machine does."""
+    monkeypatch.setattr(cpu_time, "is_disturbed", lambda *_: True)
+
+
+def test_a_precision_is_not_chosen_by_a_disturbed_speed(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, busy: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(autotune, "MIN_SPEEDUP", 0.0)  # the test does not depend on the speed
+    monkeypatch.setattr("captcha_exp.training.autotune.devices.half_precisions", lambda _: ("bf16",))
+    caplog.clear()
+
+    precision, recorded = autotune.choose_precision(tiny)
+
+    assert precision == "fp32"
+    assert [row["disturbed"] for row in recorded] == [True, True]
+    assert infos(caplog)[0].startswith("precision fp32: bf16 ")
+    assert infos(caplog)[0].endswith(
+        ", not chosen as other processes disturbed it; device.precision=bf16 sets it"
+    )
+
+
+@pytest.mark.parametrize("which", ["fp32", "bf16"])
+def test_one_disturbed_trial_keeps_fp32(tiny: Config, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    trials = {"fp32": BASELINE, "bf16": trial("bf16", True, 0.99, 0.1)}
+    trials[which] = replace(trials[which], disturbed=True)
+    monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16",))
+    monkeypatch.setattr(autotune, "_try_precision", lambda name, *_: (trials[name], torch.zeros(1)))
+    assert autotune.choose_precision(tiny)[0] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "chosen"), [({8, 16, 32, 64, 128}, 64), ({32, 64, 128}, 16), ({128}, 64)]
+)
+def test_undisturbed_batch_sizes_are_preferred_and_others_are_warned_of(
+    tiny: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    disturbed: set[int],
+    chosen: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried = script_speeds(monkeypatch, {8: 10, 16: 50, 32: 94, 64: 99, 128: 100})
+    monkeypatch.setattr(cpu_time, "is_disturbed", lambda *_: tried[-1] in disturbed)
+
+    size, recorded = autotune.choose_batch_size(auto(tiny), SPLIT_SIZES)
+
+    assert size == chosen
+    assert [row["disturbed"] for row in recorded] == [n in disturbed for n in (8, 16, 32, 64, 128)]
+    assert warnings(caplog) == [
+        "train.batch_size=auto: other processes disturbed the speed of batch sizes "
+        f"{', '.join(map(str, sorted(disturbed)))}; {chosen} may be wrong: set train.batch_size, or start "
+        "again when the cores are idle"
+    ]
+
+
 @pytest.mark.parametrize(("images", "sizes"), [(5, [5]), (8, [8]), (31, [8, 16]), (32, [8, 16, 32])])
 def test_no_batch_size_exceeds_the_training_split(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, images: int, sizes: list[int]
@@ -197,6 +254,7 @@ def test_a_batch_size_that_does_not_fit_is_recorded_and_ends_the_search(
         "predicted_mib": 32.0,
         "fits": False,
         "images_per_second": None,
+        "disturbed": False,
     }
     assert infos(caplog)[0].endswith("16: 20; 32 does not fit")
 

@@ -1,0 +1,116 @@
+"""Check that a sweep believes only undisturbed speeds.
+
+A sweep of the batch size runs next to a process that keeps a core busy: it must not name a batch size by its
+speed. Then `--rerun-disturbed` trains its disturbed jobs again without that process, and it must name one.
+More sweeps run alone, of which none may call a speed disturbed. For a machine that is otherwise idle. Prints
+one JSON line: disturbed jobs, speeds, the largest number of cores waited for alone; exit code 1 if there is a
+fault.
+
+    python benchmarks/disturbed.py [--sweeps 20] [--busy 1] [--nice 0] [OVERRIDE ...]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from interference import interference
+
+SIZES = "train.batch_size=32,64,128,256"
+OVERRIDES = ("experiment=quickstart", "data.count=8000", "train.epochs=2", "tracking=none", "device.name=cpu")
+
+
+@contextlib.contextmanager
+def busy_processes(count: int, nice: int) -> Iterator[None]:
+    """Keep `count` cores busy."""
+    command = [sys.executable, "-c", f"import os\nos.nice({nice})\nwhile True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def sweep(root: str, *words: str) -> dict[str, Any]:
+    """Run a sweep and return its summary."""
+    command = [sys.executable, "-m", "captcha_exp", "train", "-m", "--json", "--quiet", *words]
+    environment = os.environ | {"CAPTCHA_EXP_ROOT": root}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def names_a_batch_size(summary: dict[str, Any]) -> bool:
+    return " is the smallest that " in summary["conclusions"][0]
+
+
+def disturbed_jobs(summary: dict[str, Any]) -> list[str]:
+    return [job["name"] for job in summary["jobs"] if job["disturbed"]]
+
+
+def speeds(summary: dict[str, Any]) -> dict[str, int]:
+    return {job["name"]: round(job["images_per_second"]) for job in summary["jobs"]}
+
+
+def cores_waited(summary: dict[str, Any]) -> list[float]:
+    """Return the cores that each epoch of each job waited for; empty where the system does not count them."""
+    lines = [
+        json.loads(line)["metrics"]
+        for job in summary["jobs"]
+        for line in (Path(job["run_dir"]) / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [metrics["speed/cores_waited"] for metrics in lines if "speed/cores_waited" in metrics]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sweeps", type=int, default=20)
+    parser.add_argument("--busy", type=int, default=1, help="number of busy processes")
+    parser.add_argument("--nice", type=int, default=0, help="their niceness")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    options = parser.parse_args()
+    words, began = [*OVERRIDES, SIZES, *options.overrides], time.perf_counter()
+    faults = []
+    with tempfile.TemporaryDirectory() as root:
+        sweep(root, *words, "train.batch_size=256")  # renders the images
+        with busy_processes(options.busy, options.nice):
+            disturbed = sweep(root, *words, "--resume=never")
+        rerun = sweep(root, *words, "--rerun-disturbed")
+        if names_a_batch_size(disturbed) or not disturbed_jobs(disturbed):
+            faults.append(f"next to a busy process: {disturbed['conclusions']}")
+        if not names_a_batch_size(rerun):
+            faults.append(f"after --rerun-disturbed: {rerun['conclusions']}")
+        alone = [sweep(root, *words, "--resume=never") for _ in range(options.sweeps)]
+        for number, summary in enumerate(alone, 1):
+            if names := disturbed_jobs(summary):
+                faults.append(f"sweep {number} alone: {', '.join(names)} disturbed")
+        waited = [cores for summary in alone for cores in cores_waited(summary)]
+        figures = {
+            "disturbed": disturbed_jobs(disturbed),
+            "speeds_disturbed": speeds(disturbed),
+            "cores_waited_disturbed": [round(cores, 2) for cores in cores_waited(disturbed)],
+            "conclusion_disturbed": disturbed["conclusions"][0],
+            "speeds_after_rerun": speeds(rerun),
+            "conclusion_after_rerun": rerun["conclusions"][0],
+            "sweeps_alone": len(alone),
+            "max_cores_waited_alone": round(max(waited), 4) if waited else None,
+            "faults": faults,
+            "seconds": round(time.perf_counter() - began),
+        }
+    print(json.dumps({"benchmark": "disturbed", **figures, "machine": interference()}))
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
