@@ -45,6 +45,8 @@ def describe_problem(uri: str, status: StoreStatus, detail: str, is_written: boo
     copy = "back it up, then: " if path is None else f'cp "{path}" "{path}.old" && '
     if detail.startswith("No module named"):
         repair = "install that module with python -m pip (psycopg2-binary, pymysql)"
+    elif detail.endswith("is not writable"):
+        repair = f"change the permissions, or name another file in {key}"
     elif uri.startswith("sqlite"):
         repair = f"name another file in {key}, or move this one away to get a new store"
     else:
