@@ -89,7 +89,9 @@ def _dispatch(argv: list[str]) -> int:
     elif words is not None:
         words += rest
     from captcha_exp.runtime.console import set_up_logging
+    from captcha_exp.runtime.environment import fill_in_environment
 
+    fill_in_environment()
     set_up_logging(arguments.log_level)
     return HANDLERS[arguments.command](arguments)
 
@@ -100,7 +102,7 @@ def _dispatch(argv: list[str]) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
-    from captcha_exp.tracking import make_tracker
+    from captcha_exp.tracking import check_tracking, make_tracker
     from captcha_exp.tracking.sync import close_stale_runs
 
     close_stale_runs()
@@ -116,11 +118,12 @@ def _train(arguments: argparse.Namespace) -> int:
             "--rerun-disturbed: trains jobs of a sweep again; add -m and the overrides of the sweep"
         )
     from captcha_exp.cli import resume
+    from captcha_exp.training.train import load_to_resume, train
     from captcha_exp.training.train import resume as resume_training
-    from captcha_exp.training.train import train
 
     with resume.plan_resume(arguments, composed, _detect_machine()) as plan:
         config = plan.requested
+        check_tracking(config if plan.run_dir is None else load_to_resume(plan.run_dir))
         if config.train.on_oom == "split":  # each attempt needs a process without leftover allocations
             from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
 

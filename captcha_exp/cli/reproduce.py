@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +13,14 @@ from rich.text import Text
 from captcha_exp import runs
 from captcha_exp.cli.hydra_config import apply_overrides
 from captcha_exp.cli.output import get_console, make_table, print_table
-from captcha_exp.config import Config, Machine
+from captcha_exp.config import Config, Machine, local_store_uri
 from captcha_exp.errors import UserError
 from captcha_exp.reproduce import rerun
 from captcha_exp.reproduce.reference import READ_FILES, load_reference
 from captcha_exp.reproduce.rerun import Reproduction
 from captcha_exp.runtime.console import escape_unprintable
-from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
+from captcha_exp.tracking import check_tracking
 from captcha_exp.training.recorder import Tracker
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def reproduce(arguments: argparse.Namespace, machine: Machine) -> Reproduction:
     with _find_run_dir(arguments.run) as (run_dir, store):
         reference = load_reference(run_dir, store)
         requested = apply_overrides(reference.config, arguments.overrides)
+        check_tracking(rerun.with_overrides(reference.config, requested, machine)[0])
         return rerun.reproduce(reference, requested, machine, tracker)
 
 
@@ -89,12 +90,26 @@ def _find_run_dir(name: str) -> Iterator[tuple[Path, str | None]]:
 
 
 def _download_run(run_id: str, directory: Path) -> str | None:
-    """Download the files of a run; return the store's URI without its password, or None if not found."""
+    """Download the files of a run from the store of MLFLOW_TRACKING_URI, or from that of this root directory.
+
+    Returns the store's URI without its password, or None if neither has the run.
+
+    Raises:
+        UserError: a store cannot be read, and no other one has the run.
+    """
     from captcha_exp.tracking.download import download_artifacts
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root_dir() / 'mlruns' / 'mlflow.db'}"
-    if not download_artifacts(run_id, uri, READ_FILES, directory):
-        return None
-    public_uri = re.sub(r"://[^/@]*@", "://", uri)
-    logger.info(f"Downloaded run {run_id} from {public_uri}")
-    return public_uri
+    failures: list[str] = []
+    for uri in dict.fromkeys(filter(None, (tracking_uri_variable(), local_store_uri(root_dir())))):
+        public_uri = re.sub(r"://[^/@]*@", "://", uri)
+        try:
+            is_found = download_artifacts(run_id, uri, READ_FILES, directory)
+        except UserError as error:
+            failures += (line.replace(uri, public_uri) for line in error.lines)
+            continue
+        if is_found:
+            logger.info(f"Downloaded run {run_id} from {public_uri}")
+            return public_uri
+    if failures:
+        raise UserError(*failures)
+    return None

@@ -29,6 +29,7 @@ from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.sweep.supervisor import run_job
+from captcha_exp.tracking import check_tracking
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,6 +47,7 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     jobs = _compose_jobs(grid, machine)
     if arguments.rerun_disturbed and arguments.resume == "never":
         raise UserError("--rerun-disturbed: trains jobs of an earlier sweep again; remove --resume=never")
+    check_tracking(jobs[0].requested)
 
     def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
         _launch(sweep_dir, numbers, grid, arguments.config_dir)

@@ -20,6 +20,7 @@ from captcha_exp.config.loading import resolve as resolve
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
 from captcha_exp.config.loading import with_gpu as with_gpu
+from captcha_exp.config.loading import with_moved_store as with_moved_store
 from captcha_exp.config.loading import with_tracking_uri as with_tracking_uri
 from captcha_exp.config.loading import with_untuned_defaults as with_untuned_defaults
 from captcha_exp.config.schema import ArticleConfig as ArticleConfig
@@ -39,3 +40,6 @@ from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig
 from captcha_exp.config.train import TrainConfig as TrainConfig
+from captcha_exp.config.uri import local_store_uri as local_store_uri
+from captcha_exp.config.uri import moved_store_uri as moved_store_uri
+from captcha_exp.config.uri import sqlite_path as sqlite_path

@@ -24,6 +24,7 @@ from captcha_exp.config.documents import check_yaml, read_document
 from captcha_exp.config.gpu import GpuSpec
 from captcha_exp.config.messages import format_errors
 from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig
+from captcha_exp.config.uri import absolute_uri, local_store_uri, moved_store_uri
 from captcha_exp.errors import ConfigError, one_line
 
 _GPU_ADAPTER = TypeAdapter(GpuSpec)
@@ -43,6 +44,8 @@ class Machine:
     """directory that contains outputs/ and mlruns/"""
     unavailable_reason: Mapping[str, str]
     """device type -> likely reason why it is not available"""
+    tracking_uri: str | None = None
+    """MLFLOW_TRACKING_URI, if it is set: the store of tracking.uri=auto"""
 
 
 def load(
@@ -88,17 +91,18 @@ def load_gpu(path: Path) -> GpuSpec:
 
 
 def resolve(config: Config, machine: Machine) -> Config:
-    """Replace every `auto` that the machine determines, and make data.path absolute.
+    """Replace every `auto` that the machine determines, and make the paths of the user absolute.
 
     device.precision=auto and train.batch_size=auto remain: they need trials on the device. Training runs them
     (training.autotune); a command that only plans takes `with_untuned_defaults`.
 
     Raises:
-        ConfigError: the device is not available, or data.path is not a valid path; the line says which.
+        ConfigError: the device is not available, or a path or MLFLOW_TRACKING_URI is not valid; the line says
+            which.
     """
     if error := _device_error({"device": {"name": config.device.name}}, machine, {}):
         raise ConfigError(error)
-    config = with_tracking_uri(config, machine.root)
+    config = with_tracking_uri(config, machine.root, machine.tracking_uri)
     device, data = config.device, config.data
     if device.name == "auto":
         device = dataclasses.replace(device, name=machine.devices[0])
@@ -128,13 +132,37 @@ def with_untuned_defaults(config: Config) -> Config:
     return dataclasses.replace(config, device=device, train=train)
 
 
-def with_tracking_uri(config: Config, root: Path) -> Config:
-    """Replace tracking.uri=auto by the SQLite store below the root directory."""
+def with_tracking_uri(config: Config, root: Path, environment_uri: str | None) -> Config:
+    """Replace tracking.uri=auto by MLFLOW_TRACKING_URI, else by the SQLite store below the root directory.
+
+    Raises:
+        ConfigError: MLFLOW_TRACKING_URI contains a secret or is no URI of a store.
+    """
     tracking = config.tracking
-    if not isinstance(tracking, MlflowConfig) or tracking.uri != "auto":
+    if not isinstance(tracking, MlflowConfig):
         return config
-    uri = f"sqlite:///{root / 'mlruns' / 'mlflow.db'}"
-    return dataclasses.replace(config, tracking=dataclasses.replace(tracking, uri=uri))
+    uri = tracking.uri
+    if uri == "auto":
+        uri = local_store_uri(root) if environment_uri in (None, "", "auto") else environment_uri
+    try:
+        tracking = dataclasses.replace(tracking, uri=absolute_uri(uri))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI: {reason}; or set tracking.uri, which takes precedence"
+        ) from None
+    except RuntimeError as error:
+        raise ConfigError(f"tracking.uri={uri}: {error}") from None
+    return dataclasses.replace(config, tracking=tracking)
+
+
+def with_moved_store(config: Config, root: Path) -> Config:
+    """Return the config of a run to resume, with the store where it stands if its root directory moved."""
+    tracking = config.tracking
+    if not isinstance(tracking, MlflowConfig):
+        return config
+    tracking = dataclasses.replace(tracking, uri=moved_store_uri(tracking.uri, root))
+    return dataclasses.replace(config, tracking=tracking)
 
 
 def _absolute(path: str) -> str:

@@ -3,19 +3,18 @@
 from collections.abc import Iterator
 
 from captcha_exp.doctor.gpu_checks import check_gpus
-from captcha_exp.doctor.machine_info import DirectoryInfo, Finding, MachineInfo, StoreInfo
+from captcha_exp.doctor.machine_info import DirectoryInfo, Finding, MachineInfo
+from captcha_exp.tracking.problems import describe_problem
 
 MIB = 2**20
 DISK_FULL, DISK_LOW = 100 * MIB, 1024 * MIB
 MEMORY_LOW = 1024 * MIB  # the quickstart needs 929 MiB
 MAX_RUNS_NAMED = 5  # of each kind
-STORE_PROBLEMS = {  # by the state in tracking.store.inspect_store
-    "older": "created by an older MLflow",
-    "newer": "created by a newer MLflow",
-    "locked": "locked by another process",
-    "deleted": "the experiment of this config is deleted",
-    "unreachable": "does not answer",
-    "broken": "cannot be used",
+UNUSED_VARIABLES = {  # set for other programs
+    "MPLBACKEND": "figures are only written to files",
+    "MLFLOW_EXPERIMENT_NAME": "tracking.experiment selects the experiment",
+    "MLFLOW_EXPERIMENT_ID": "tracking.experiment selects the experiment",
+    "MLFLOW_RUN_ID": "each training has a run of its own",
 }
 
 
@@ -27,6 +26,7 @@ def run_checks(info: MachineInfo) -> list[Finding]:
         *_check_device(info),
         *_check_cpu(info),
         *_check_memory(info),
+        *_check_environment(info),
         *_check_directories(info),
         *_check_store(info),
         *_check_runs(info),
@@ -118,6 +118,17 @@ def _check_memory(info: MachineInfo) -> Iterator[Finding]:
         yield Finding("ok", free)
 
 
+def _check_environment(info: MachineInfo) -> Iterator[Finding]:
+    if info.figures_error:
+        text = f"cannot import matplotlib, which draws the reports: {info.figures_error}"
+        yield Finding("problem", text, "python -m pip install --force-reinstall matplotlib")
+    for name, text in info.filled_in.items():
+        yield Finding("info", text, f"set {name} to choose it yourself; trainings work either way")
+    for name, value in info.unused_variables.items():
+        text = f"{name}={value} is not used: {UNUSED_VARIABLES[name]}"
+        yield Finding("info", text, f"unset {name} to be rid of this line; trainings work either way")
+
+
 def _check_directories(info: MachineInfo) -> Iterator[Finding]:
     for directory in info.directories:
         if directory.write_error and directory.free_bytes >= DISK_FULL:
@@ -147,38 +158,23 @@ def _write_remedy(directory: DirectoryInfo) -> str:
 
 def _check_store(info: MachineInfo) -> Iterator[Finding]:
     store = info.store
+    if info.store_error:
+        yield Finding("problem", info.store_error, "train with tracking=none until this is solved")
+        return
     if store is None:
         if not any(query == "the MLflow store" for query, _ in info.unavailable):
-            yield Finding("ok", "tracking=none: runs are recorded in their run directories only")
-    elif store.state == "new":
-        yield Finding("ok", f"tracking.uri={store.uri}: no store yet, the first run creates it")
+            yield Finding("ok", f"tracking=none: runs are recorded in {info.root}/outputs only")
+        return
+    where = f"runs are recorded in {info.root}/outputs and in MLflow at {store.uri} ({store.source})"
+    if store.state == "new":
+        yield Finding("ok", f"{where}: no store yet, the first run creates it")
     elif store.state == "current":
-        yield Finding("ok", f"tracking.uri={store.uri}: available")
+        yield Finding("ok", where)
     else:
-        detail = f" ({store.detail})" if store.detail else ""
-        text = f"tracking.uri={store.uri}: {STORE_PROBLEMS[store.state]}{detail}"
-        yield Finding("problem", text, _store_remedy(store, info))
-
-
-def _store_remedy(store: StoreInfo, info: MachineInfo) -> str:
-    path = store.uri.removeprefix("sqlite:///")
-    copy = f'cp "{path}" "{path}.old" && ' if path != store.uri else "back it up, then: "
-    allowed = next((r.specifier for r, _ in info.versions if r.name == "mlflow"), "")
-    untracked = "or train with tracking=none"
-    if store.detail.startswith("No module named"):
-        repair = "install that module with python -m pip (psycopg2-binary, pymysql)"
-    elif store.uri.startswith("sqlite"):
-        repair = "repair it, or move it away to get a new one"
-    else:
-        repair = "correct tracking.uri, log in (MLFLOW_TRACKING_TOKEN)"
-    return {
-        "older": f'{copy}mlflow db upgrade "{store.uri}"',
-        "newer": f'python -m pip install --upgrade "mlflow{allowed}", or another tracking.uri',
-        "locked": f"close the program that has it open (captcha-exp ui, a database browser), {untracked}",
-        "deleted": "restore it (see mlflow experiments restore --help), or set another tracking.experiment",
-        "unreachable": f"start the server, correct the address in tracking.uri, {untracked}",
-        "broken": f"{repair}, {untracked}",
-    }[store.state]
+        yield Finding("problem", *describe_problem(store.uri, store.state, store.detail))
+    for directory in store.moved_from:
+        text = f"{store.uri}: was moved; MLflow looks for artifacts in {directory}"
+        yield Finding("info", text, "the next captcha-exp train or ui corrects it")
 
 
 def _check_runs(info: MachineInfo) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """Collect information about this machine. Failed queries are listed in `MachineInfo.unavailable`."""
 
+import contextlib
 import math
 import os
 import platform
@@ -13,11 +14,12 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from captcha_exp.config import Config, FolderConfig, MlflowConfig, with_tracking_uri
+from captcha_exp.config import Config, FolderConfig, MlflowConfig, sqlite_path, with_tracking_uri
 from captcha_exp.doctor import gpu_info
 from captcha_exp.doctor.machine_info import DirectoryInfo, GitInfo, MachineInfo, StoreInfo
 from captcha_exp.errors import UserError, one_line
-from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.environment import fill_in_environment, filled_in
+from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 
 DISTRIBUTION = "captcha-exp"
 
@@ -33,6 +35,7 @@ def collect_info(config: Config) -> MachineInfo:
         "gpus": (),
         "devices": (),
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "root": str(root_dir()),
         "image_bytes": math.prod((count, captcha.width, captcha.height, captcha.channels)),
     }
     queries: dict[str, Callable[[], dict[str, Any]]] = {
@@ -42,6 +45,7 @@ def collect_info(config: Config) -> MachineInfo:
         "the GPUs with torch": lambda: gpu_info.query_torch_gpus(values["gpus"], values["devices"]),
         "the PCI bus": gpu_info.count_pci_gpus,
         "the memory": _collect_memory,
+        "the environment": _collect_environment,
         "the directories": lambda: _collect_directories(config),
         "the MLflow store": lambda: _inspect_store(config),
         "git": _collect_git,
@@ -55,8 +59,12 @@ def collect_info(config: Config) -> MachineInfo:
             try:
                 values |= query()
             except Exception as error:  # one failure must not hide the other results
-                unavailable.append((name, one_line(f"{type(error).__name__}: {error}")[:300]))
+                unavailable.append((name, _describe(error)))
     return MachineInfo(**values, unavailable=tuple(unavailable))
+
+
+def _describe(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
 # -- software -------------------------------------------------------------------------------------------
@@ -104,7 +112,7 @@ def _collect_torch() -> dict[str, Any]:
 
         machine = detect_machine()
     except Exception as error:  # a missing library raises ImportError, OSError and others
-        return {"torch_error": one_line(f"{type(error).__name__}: {error}")[:300]}
+        return {"torch_error": _describe(error)}
     return {
         "torch": build,
         "devices": machine.devices,
@@ -123,10 +131,27 @@ def _collect_memory() -> dict[str, Any]:
 # -- requirements of a run ------------------------------------------------------------------------------
 
 
+def _collect_environment() -> dict[str, Any]:
+    from captcha_exp.doctor.checks import UNUSED_VARIABLES
+
+    fill_in_environment()
+    unused = {name: value for name in UNUSED_VARIABLES if (value := os.environ.get(name))}
+    if unused.get("MPLBACKEND", "").lower() == "agg":
+        del unused["MPLBACKEND"]
+    values: dict[str, Any] = {"filled_in": dict(filled_in), "unused_variables": unused}
+    try:
+        import captcha_exp.report  # noqa: F401 - imports matplotlib
+    except Exception as error:  # as of torch
+        values["figures_error"] = _describe(error)
+    return values
+
+
 def _collect_directories(config: Config) -> dict[str, Any]:
     directories = [root_dir(), root_dir() / "outputs", root_dir() / config.data.cache]
-    if isinstance(config.tracking, MlflowConfig) and config.tracking.uri == "auto":
-        directories.append(root_dir() / "mlruns")
+    with contextlib.suppress(UserError):  # reported with the store
+        tracking = _resolve_tracking(config)
+        if tracking is not None and (store := sqlite_path(tracking.uri)) is not None:
+            directories.append(store.parent)
     existing = (next(path for path in (each, *each.parents) if path.exists()) for each in directories)
     return {"directories": tuple(map(_inspect_directory, dict.fromkeys(existing)))}
 
@@ -142,12 +167,29 @@ def _inspect_directory(path: Path) -> DirectoryInfo:
 
 
 def _inspect_store(config: Config) -> dict[str, Any]:
-    tracking = with_tracking_uri(config, root_dir()).tracking
-    if not isinstance(tracking, MlflowConfig):
+    try:
+        tracking = _resolve_tracking(config)
+    except UserError as error:
+        return {"store_error": one_line(error)}
+    if tracking is None:
         return {}
-    from captcha_exp.tracking.store import inspect_store
+    from captcha_exp.tracking.problems import source_of
 
-    return {"store": StoreInfo(tracking.uri, *inspect_store(tracking.uri, tracking.experiment))}
+    try:
+        from captcha_exp.tracking.store import find_moved_artifacts, inspect_store
+    except Exception as error:  # a missing library raises ImportError, OSError and others
+        return {"store_error": f"cannot import MLflow: {_describe(error)}"}
+    uri = tracking.uri
+    state, detail = inspect_store(uri, tracking.experiment)
+    moved: list[str] = []
+    if state == "current" and (path := sqlite_path(uri)) is not None:
+        moved = [str(directory) for _, directory in find_moved_artifacts(path)]
+    return {"store": StoreInfo(uri, state, detail, source_of(uri), tuple(dict.fromkeys(moved)))}
+
+
+def _resolve_tracking(config: Config) -> MlflowConfig | None:
+    tracking = with_tracking_uri(config, root_dir(), tracking_uri_variable()).tracking
+    return tracking if isinstance(tracking, MlflowConfig) else None
 
 
 def _collect_runs() -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from captcha_exp.tracking.problems import StoreStatus
+
 Level = Literal["ok", "info", "problem"]
 
 
@@ -101,9 +103,12 @@ class StoreInfo:
     """The MLflow store of the config."""
 
     uri: str
-    state: str
-    """see tracking.store.inspect_store"""
+    state: StoreStatus
     detail: str = ""
+    source: str = "tracking.uri=auto"
+    """see tracking.problems.source_of"""
+    moved_from: tuple[str, ...] = ()
+    """directories in which MLflow looks for artifacts, although they are now beside the store"""
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,19 @@ class MachineInfo:
     available_memory_bytes: int | None = None
     image_bytes: int = 0
     """memory of the decoded images of the config"""
+    root: str = ""
+    """directory of outputs/"""
+    filled_in: Mapping[str, str] = field(default_factory=dict)
+    """environment variable that the libraries need and that was missing -> what is used, and why"""
+    unused_variables: Mapping[str, str] = field(default_factory=dict)
+    """environment variable that is set for other programs -> its value"""
+    figures_error: str = ""
+    """why matplotlib cannot be imported"""
     directories: tuple[DirectoryInfo, ...] = ()
     store: StoreInfo | None = None
     """None for tracking=none"""
+    store_error: str = ""
+    """why the store of the config is not known, or cannot be checked"""
     stale_runs: tuple[tuple[str, int], ...] = ()
     """(run directory, process id) of runs with status RUNNING whose process has exited"""
     unreadable_runs: tuple[str, ...] = ()

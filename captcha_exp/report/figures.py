@@ -11,9 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-
-matplotlib.use("Agg")  # writes files and opens no window
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

@@ -102,7 +102,7 @@ def progress_bar(description: str, total: int) -> Iterator[ProgressBar]:
     """Draw a progress bar on a terminal; in a file or pipe, log a status line once a minute."""
     if _HANDLER not in _PACKAGE_LOGGER.handlers or not _PACKAGE_LOGGER.isEnabledFor(logging.INFO):
         yield ProgressBar()
-    elif not console.is_terminal:
+    elif not (console.is_terminal and console.file.isatty()):  # FORCE_COLOR sets only the first
         yield _LineProgressBar(description, total)
     else:
         columns = (

@@ -18,7 +18,7 @@ import torch
 
 from captcha_exp.config import Config, Machine, Precision, resolve
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def detect_machine() -> Machine:
         "cuda": f"this machine has {len(gpus)} CUDA GPUs" if gpus else no_cuda,
         "mps": "mps requires a Mac with Apple silicon",
     }
-    return Machine(tuple(devices), num_physical_cores(), root_dir(), unavailable_reason)
+    uri = tracking_uri_variable()
+    return Machine(tuple(devices), num_physical_cores(), root_dir(), unavailable_reason, uri)
 
 
 def _is_cuda_available() -> bool:

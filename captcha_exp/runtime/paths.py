@@ -31,6 +31,11 @@ def root_dir() -> Path:
     return checkout_dir() or Path.cwd()
 
 
+def tracking_uri_variable() -> str | None:
+    """Return MLFLOW_TRACKING_URI, the store of tracking.uri=auto; None if it is not set."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def find_gpu_file(name: str, config_dir: str | None = None) -> Path:
     """Return the path of a GPU's file: the name itself if it ends in .yaml, else that of a file in conf/gpu/.
 

@@ -24,7 +24,7 @@ from captcha_exp.config import Config, load, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import SweepInfo, claim
 from captcha_exp.runtime.console import console, get_log_level
-from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
@@ -251,7 +251,7 @@ def _finalize_run(job: TrainJob, run_dir: Path, error: str | None) -> None:
     with defer_signals():
         if not (run_dir / runs.RunInfo.filename).exists():
             # It exited before it created a run: an error at its start, or it was killed immediately.
-            config = with_tracking_uri(job.requested, root_dir())
+            config = with_tracking_uri(job.requested, root_dir(), tracking_uri_variable())
             run = runs.create_run(config, job.requested, run_dir)
             tracker = make_tracker(config, job.choices, job.name, job.parent_run_id)
             with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error

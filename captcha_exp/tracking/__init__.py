@@ -1,13 +1,20 @@
 """MLflow tracking: runs and the parent runs of sweeps (`tracker`), their ends (`sync`), the backend store
-(`store`), the UI (`server`, `views`) and artifacts (`download`).
+(`store`, `problems`), the UI (`server`, `views`) and artifacts (`download`).
 
 Import from the modules: `sync` runs at each start and rarely needs MLflow.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from captcha_exp.runtime.environment import fill_in_environment
+from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
+
+logger = logging.getLogger(__name__)
+
+fill_in_environment()  # MLflow needs a home directory and the name of the user
 # MLflow reads these on import: no telemetry, and an unreachable server fails within seconds, not minutes.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -16,6 +23,24 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 if TYPE_CHECKING:
     from captcha_exp.config import Config
     from captcha_exp.training.recorder import Tracker
+
+
+def check_tracking(config: "Config") -> None:
+    """Check the store of a config before anything is begun, and log where runs are recorded.
+
+    Raises:
+        UserError: the store cannot be used; the line has the remedy.
+    """
+    from captcha_exp.config import MlflowConfig, with_tracking_uri
+
+    tracking = with_tracking_uri(config, root_dir(), tracking_uri_variable()).tracking
+    if not isinstance(tracking, MlflowConfig):
+        return
+    from captcha_exp.tracking.problems import source_of
+    from captcha_exp.tracking.store import check_store
+
+    check_store(tracking.uri, tracking.experiment)
+    logger.info(f"Recording in MLflow at {tracking.uri} ({source_of(tracking.uri)})")
 
 
 def make_tracker(

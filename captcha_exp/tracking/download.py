@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from captcha_exp.errors import UserError, first_line
-from captcha_exp.tracking.store import open_store, run_exists
-from captcha_exp.tracking.uri import sqlite_path
+from captcha_exp.tracking.problems import describe_problem
+from captcha_exp.tracking.store import inspect_store, open_store, run_exists
 
 
 def download_artifacts(run_id: str, uri: str, names: Iterable[str], dst_dir: Path) -> bool:
@@ -14,9 +14,11 @@ def download_artifacts(run_id: str, uri: str, names: Iterable[str], dst_dir: Pat
     Raises:
         UserError: The store or its artifacts cannot be read; give the run directory instead.
     """
-    path = sqlite_path(uri)
-    if path is not None and not path.is_file():
+    status, detail = inspect_store(uri, "", is_written=False)
+    if status == "new":
         return False
+    if status != "current":
+        raise UserError("; ".join(describe_problem(uri, status, detail, is_written=False)))
     try:
         client = open_store(uri)
         if not run_exists(client, run_id):

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import psutil
 from mlflow import MlflowClient
 
-from captcha_exp.config import MlflowConfig
+from captcha_exp.config import MlflowConfig, sqlite_path
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.tracking import views
-from captcha_exp.tracking.store import open_store
-from captcha_exp.tracking.uri import sqlite_path
+from captcha_exp.tracking.problems import describe_problem
+from captcha_exp.tracking.store import inspect_store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +27,33 @@ logger = logging.getLogger(__name__)
 def serve_ui(tracking: MlflowConfig, port: int | None) -> None:
     """Serve the MLflow UI on 127.0.0.1 until Ctrl-C, and print the URLs of its pages.
 
+    A tracking server has a UI of its own: only the URLs of its pages are printed.
+
     Raises:
-        UserError: The store or the experiment does not exist (train a model first), or the port is in use.
+        UserError: The store cannot be used or does not have the experiment (train a model first), or the port
+            is in use.
     """
     uri = tracking.uri
-    path = sqlite_path(uri)
-    if path is not None and not path.is_file():
-        raise UserError(f"{path}: MLflow store does not exist yet; captcha-exp train creates it")
+    status, detail = inspect_store(uri, tracking.experiment, is_written=False)
+    if status == "new":
+        raise UserError(
+            f"{sqlite_path(uri) or uri}: MLflow store does not exist yet; captcha-exp train creates it"
+        )
+    if status != "current":
+        raise UserError("; ".join(describe_problem(uri, status, detail, is_written=False)))
     client = open_store(uri)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         raise UserError(
             f"tracking.experiment={tracking.experiment}: not found in {uri}; captcha-exp train creates it"
         )
+    if uri.startswith("http"):
+        _print_pages(client, uri.rstrip("/"), str(experiment.experiment_id))
+        return
     port = _free_port(port)
     # Otherwise MLflow starts eight more processes, for background jobs that are not used here.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("MLFLOW_STATIC_PREFIX", None)  # would move the pages
     command = [sys.executable, "-m", "captcha_exp.tracking.server", uri, str(port)]
     with subprocess.Popen(
         command,
@@ -55,6 +66,7 @@ def serve_ui(tracking: MlflowConfig, port: int | None) -> None:
         try:
             _wait_until_up(server, port)
             _print_pages(client, f"http://127.0.0.1:{port}", str(experiment.experiment_id))
+            logger.info("Press Ctrl-C to stop")
             assert server.stderr is not None
             for _ in server.stderr:  # drain the pipe, or the server blocks when it is full
                 pass
@@ -75,7 +87,6 @@ def _print_pages(client: MlflowClient, base_url: str, experiment_id: str) -> Non
         }
     for label, url in urls.items():
         logger.info(f"{label:7}  {url}")
-    logger.info("Press Ctrl-C to stop")
 
 
 def _free_port(requested: int | None) -> int:

@@ -3,41 +3,51 @@
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import filelock
 import mlflow
 import sqlalchemy
 from mlflow import MlflowClient
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
-from captcha_exp.errors import RunFailed, first_line
+from captcha_exp.config import sqlite_path
+from captcha_exp.config.uri import sqlite_uri
+from captcha_exp.errors import RunFailed, UserError, first_line, one_line
 from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow
-from captcha_exp.tracking.uri import sqlite_path
+from captcha_exp.tracking.problems import StoreStatus, describe_problem
 
 # MLflow logs each step of creating its tables.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
+logger = logging.getLogger(__name__)
+
 
 def open_store(uri: str) -> MlflowClient:
     """Open a store; a missing SQLite file is created first, by one process at a time."""
     if path := sqlite_path(uri):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock"), timeout=60):
-            if not path.exists():
-                _create_sqlite_store(path)
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)  # migrates the tables of an older store
-            return client
+        if _is_empty(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path.with_suffix(".lock"), timeout=60):
+                if _is_empty(path):
+                    _create_sqlite_store(path)
+        move_artifacts(path)
     return MlflowClient(uri)
+
+
+def _is_empty(path: Path) -> bool:
+    return not path.exists() or path.stat().st_size == 0
 
 
 def _create_sqlite_store(path: Path) -> None:
@@ -45,7 +55,7 @@ def _create_sqlite_store(path: Path) -> None:
     temporary, copy = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "copy"))
     for leftover in path.parent.glob(f".{path.name}.*"):  # from a killed process
         leftover.unlink()
-    MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)  # creates the tables
+    MlflowClient(sqlite_uri(temporary)).search_experiments(max_results=1)  # creates the tables
     # MLflow keeps its connection to the temporary file open, so a copy is renamed.
     with closing(sqlite3.connect(temporary)) as source, closing(sqlite3.connect(copy)) as target:
         source.backup(target)
@@ -62,13 +72,62 @@ def get_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
     if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
     path = sqlite_path(uri)
-    location = (path.parent / "artifacts").resolve().as_uri() if path else None
+    location = _artifact_dir(path).as_uri() if path else None
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:
         if experiment := client.get_experiment_by_name(name):  # another process created it in between
             return str(experiment.experiment_id)
         raise
+
+
+def _artifact_dir(path: Path) -> Path:
+    return (path.parent / "artifacts").resolve()
+
+
+def find_moved_artifacts(path: Path) -> list[tuple[str, Path]]:
+    """Return (experiment ID, directory) of artifacts that were beside a SQLite store before it was moved.
+
+    MLflow stores absolute locations. One that was chosen on purpose is not that of a moved store: its
+    directory exists, or has another name, and its runs have no artifacts beside the store.
+    """
+    here, moved = _artifact_dir(path), []
+    with closing(_connect(path, "ro")) as database:
+        query = (
+            "SELECT experiment_id, artifact_location FROM experiments WHERE artifact_location LIKE 'file:%'"
+        )
+        for experiment_id, location in database.execute(query).fetchall():
+            there = Path(url2pathname(urlsplit(location).path))
+            if there == here or there.name != here.name:
+                continue
+            run_ids = database.execute("SELECT run_uuid FROM runs WHERE experiment_id = ?", (experiment_id,))
+            is_gone = there.parts[-2:] == here.parts[-2:] and not there.exists()
+            if is_gone or any((here / run_id).is_dir() for (run_id,) in run_ids):
+                moved.append((str(experiment_id), there))
+    return moved
+
+
+def move_artifacts(path: Path) -> None:
+    """Let a SQLite store that was moved or copied find its artifacts, and put new ones, beside itself."""
+    here = _artifact_dir(path)
+    for experiment_id, there in find_moved_artifacts(path):
+        with closing(_connect(path, "rw")) as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+                (here.as_uri(), experiment_id),
+            )
+            start = f"{there.as_uri()}/"
+            rows = database.execute(
+                "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment_id,)
+            )
+            uris = [
+                (f"{here.as_uri()}/{uri.removeprefix(start)}", run_id)
+                for run_id, uri in rows.fetchall()
+                if uri.startswith(start) and ((here / run_id).is_dir() or not there.exists())
+            ]
+            database.executemany("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", uris)
+        logger.info(f"{path}: was moved; the artifacts of {len(uris)} runs are now found in {here}")
 
 
 @contextlib.contextmanager
@@ -109,6 +168,8 @@ def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) 
 
 def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
     """Log the files of a run or sweep as artifacts, without checkpoints and the jobs of a sweep."""
+    if path := sqlite_path(client.tracking_uri):
+        move_artifacts(path)
     for path in sorted(run_dir.iterdir()):
         if path.is_file():
             client.log_artifact(run_id, str(path))
@@ -118,33 +179,41 @@ def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
 
 # -- inspect -----------------------------------------------------------------------------------------------
 
-StoreStatus = Literal["new", "current", "older", "newer", "locked", "deleted", "broken", "unreachable"]
 RESPONSE_TIMEOUT_SECONDS = 8.0
 LOCK_TIMEOUT_SECONDS = 2.0
+INTEGRITY_SECONDS = 0.5
+"""time for reading a database as a whole; a larger one is checked in part"""
+TABLES = {"alembic_version", "experiments", "runs", "metrics", "params", "tags"}
 
 
-def inspect_store(uri: str, experiment: str) -> tuple[StoreStatus, str]:
+def check_store(uri: str, experiment: str) -> None:
+    """Check that runs can be recorded in a store; a server that does not answer may do so later.
+
+    Raises:
+        UserError: it is no store, or not usable now; the line has the remedy.
+    """
+    status, detail = inspect_store(uri, experiment)
+    if status not in ("new", "current", "unreachable"):
+        raise UserError("; ".join(describe_problem(uri, status, detail)))
+
+
+def inspect_store(uri: str, experiment: str, is_written: bool = True) -> tuple[StoreStatus, str]:
     """Return the status of a store and a detail message, without creating or migrating anything.
 
-    new          missing or empty; the first run creates it
-    current      the schema of this MLflow version, or a server that answers
-    older        the schema of an older MLflow version
-    newer        the schema of a newer MLflow version
-    locked       another process holds the lock
-    deleted      the experiment was deleted
-    broken       not a store, or access is denied
-    unreachable  no answer within `RESPONSE_TIMEOUT_SECONDS`
+    A status that prevents only writing is "current" unless the store is to be written to.
     """
     results: list[tuple[StoreStatus, str]] = []
 
     def inspect() -> None:
         try:
             if path := sqlite_path(uri):
-                results.append(_inspect_file(path, experiment))
-            elif urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+                results.append(_inspect_file(path, experiment, is_written))
+            elif uri.startswith("sqlite"):
+                results.append(("broken", "a database in memory does not outlive its process"))
+            elif urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql"):
                 results.append(_inspect_database(uri, experiment))
             else:
-                results.append(_inspect_server(uri))
+                results.append(_inspect_server(uri, experiment))
         except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
             cause = getattr(error, "orig", error)  # SQLAlchemy's error has that of the driver
             results.append(("broken", first_line(cause)))
@@ -156,28 +225,49 @@ def inspect_store(uri: str, experiment: str) -> tuple[StoreStatus, str]:
     return results[0] if results else ("unreachable", f"no answer within {RESPONSE_TIMEOUT_SECONDS:.0f} s")
 
 
-def _inspect_file(path: Path, experiment: str) -> tuple[StoreStatus, str]:
+def _inspect_file(path: Path, experiment: str, is_written: bool) -> tuple[StoreStatus, str]:
     existing = next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
+    if existing.is_dir() == (existing == path):
+        return (
+            "broken",
+            f"{existing} is a {'directory, not a file' if existing == path else 'file, not a directory'}",
+        )
+    if not os.access(existing, os.W_OK) and is_written:
+        return "broken", f"{existing} is not writable"
     if existing != path:
-        return ("new", "") if existing.is_dir() else ("broken", f"{existing} is a file, not a directory")
-    lock = path.with_suffix(".lock")
+        return "new", ""
+    if not path.is_file():  # reading a FIFO would wait
+        return "broken", "not a regular file"
+    if path.stat().st_size == 0:
+        return "new", ""
     try:
-        if lock.exists():  # open_store would wait for it
-            with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_SECONDS):
-                pass
+        if fault := _find_fault(path):
+            return "broken", fault
         status = _inspect_database("sqlite://", experiment, creator=lambda: _connect(path, "ro"))
-        if status[0] == "current":
+        if status[0] == "current" and is_written:
             with closing(_connect(path, "rw")) as database:
                 database.execute("BEGIN IMMEDIATE")  # takes the write lock; nothing is written
                 database.rollback()
-    except filelock.Timeout:
-        return "locked", f"{lock} is held by another process"
     except (sqlite3.OperationalError, sqlalchemy.exc.OperationalError) as error:
         cause: Any = getattr(error, "orig", error)  # SQLAlchemy's error has that of the driver
         if cause.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return "locked", str(cause)
         raise
     return status
+
+
+def _find_fault(path: Path) -> str:
+    """Return the first structural fault of a SQLite file that is found in time, or an empty string."""
+    end = time.monotonic() + INTEGRITY_SECONDS
+    with closing(_connect(path, "ro")) as database:
+        database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        try:
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+                return ""
+            raise
+    return "" if found == "ok" else one_line(found)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -188,13 +278,14 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 def _inspect_database(uri: str, experiment: str, **options: Any) -> tuple[StoreStatus, str]:
     with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, **options).connect() as connection:
         names = set(sqlalchemy.inspect(connection).get_table_names())
-        if "alembic_version" not in names:
-            # The database of a server may have tables of other programs.
-            is_other = names and connection.dialect.name == "sqlite"
-            return ("broken", "not an MLflow database") if is_other else ("new", "")
-        if names == {"alembic_version"}:
+        is_own = connection.dialect.name == "sqlite"  # that of a server may have tables of other programs
+        if not names or ("alembic_version" not in names and not is_own):
             return "new", ""
-        revision = connection.scalar(sqlalchemy.text("SELECT version_num FROM alembic_version"))
+        revision = None
+        if "alembic_version" in names:  # other programs have this table, too
+            revision = connection.scalar(sqlalchemy.text("SELECT version_num FROM alembic_version"))
+        if revision is None or not names >= TABLES:
+            return ("new", "") if names == {"alembic_version"} else ("broken", "not an MLflow database")
         if (state := _schema_status(revision)) != "current":
             return state, f"schema {revision}"
         query = sqlalchemy.text("SELECT lifecycle_stage FROM experiments WHERE name = :name")
@@ -212,16 +303,21 @@ def _schema_status(revision: str) -> StoreStatus:
     return "older" if revision in {step.revision for step in steps.walk_revisions()} else "newer"
 
 
-def _inspect_server(uri: str) -> tuple[StoreStatus, str]:
+def _inspect_server(uri: str, experiment: str) -> tuple[StoreStatus, str]:
     # MLflow reads these for each request; a single try keeps the check short. `tracking` has set both.
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ[name] for name in limits}
     os.environ.update(limits)
+    quote = '"' if "'" in experiment else "'"
     try:
-        MlflowClient(uri).search_experiments(max_results=1)
+        deleted = MlflowClient(uri).search_experiments(
+            ViewType.DELETED_ONLY, max_results=1, filter_string=f"name = {quote}{experiment}{quote}"
+        )
     except MlflowException as error:
-        is_unreachable = "failed with exception" in str(error) or "timed out" in str(error)
-        return "unreachable" if is_unreachable else "broken", first_line(error)
+        text = str(error)
+        is_away = "failed with exception" in text or "timed out" in text
+        is_away = is_away or re.search(r"error code (429|5\d\d)\b", text) is not None  # such as of a proxy
+        return "unreachable" if is_away else "broken", first_line(error)
     finally:
         os.environ.update(before)
-    return "current", ""
+    return "deleted" if deleted else "current", ""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captcha_exp.config import moved_store_uri, sqlite_path
 from captcha_exp.errors import first_line
 from captcha_exp.runs import (
     RunInfo,
@@ -21,7 +22,6 @@ from captcha_exp.runs import (
 )
 from captcha_exp.runs.info import MlflowRef
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.tracking.uri import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -95,6 +95,7 @@ def _unclosed_ref(stale: StaleRun[Any]) -> MlflowRef | None:
     ref = stale.info.mlflow
     if ref is None or ref.closed:
         return None
+    ref = ref.model_copy(update={"uri": moved_store_uri(ref.uri, root_dir())})
     path = sqlite_path(ref.uri)
     return ref if path is None or path.is_file() else None
 

@@ -13,10 +13,11 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-from captcha_exp.config import Config, MlflowConfig, flatten
+from captcha_exp.config import Config, MlflowConfig, flatten, moved_store_uri
 from captcha_exp.errors import first_line
 from captcha_exp.runs import MetricsRow, RecordedDir, Run, StaleRun
 from captcha_exp.runs.info import MlflowRef
+from captcha_exp.runtime.paths import root_dir
 from captcha_exp.tracking.store import (
     get_or_create_experiment,
     open_store,
@@ -137,10 +138,11 @@ def start_run(
     with raise_run_failed(uri):
         client = open_store(uri)
         experiment = get_or_create_experiment(client, uri, tracking.experiment)
-        if ref is not None and ref.run_id and ref.uri == uri and run_exists(client, ref.run_id):
+        is_same_store = ref is not None and moved_store_uri(ref.uri, root_dir()) == uri
+        if ref is not None and ref.run_id and is_same_store and run_exists(client, ref.run_id):
             run_id: str = ref.run_id
             client.update_run(run_id, status="RUNNING")
-            run.update_mlflow(closed=False)
+            run.update_mlflow(uri=uri, closed=False)
         else:
             # Recorded before creating the MLflow run: after a kill in between, `sync` can find that run.
             run.update(mlflow=MlflowRef(uri=uri, experiment_id=experiment, run_id=None, closed=False))

@@ -16,7 +16,6 @@ from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import filelock
 import psutil
 import pytest
 import torch
@@ -36,8 +35,9 @@ from captcha_exp.doctor.machine_info import (
     StoreInfo,
     TorchInfo,
 )
-from captcha_exp.runtime import device
-from captcha_exp.tracking.store import inspect_store, open_store
+from captcha_exp.runtime import device, environment
+from captcha_exp.tracking.problems import StoreStatus
+from captcha_exp.tracking.store import find_moved_artifacts, inspect_store, open_store
 
 MIB, GIB = 2**20, 2**30
 ADA = GpuInfo("NVIDIA GeForce RTX 4090", "cuda:0", (8, 9), 24_000, 23_000)
@@ -471,11 +471,11 @@ def test_unwritable_directory(write_error: str, remedy: str) -> None:
         ("newer", "created by a newer MLflow", "python -m pip install --upgrade"),
         ("locked", "locked by another process", "close the program that has it open"),
         ("deleted", "the experiment of this config is deleted", "restore it (see mlflow experiments restore"),
-        ("broken", "cannot be used", "repair it, or move it away"),
+        ("broken", "cannot be used", "name another file in tracking.uri, or move this one away"),
         ("unreachable", "does not answer", "start the server"),
     ],
 )
-def test_unusable_store(state: str, text: str, remedy: str) -> None:
+def test_unusable_store(state: StoreStatus, text: str, remedy: str) -> None:
     finding = only_finding(replace(HEALTHY, store=StoreInfo("sqlite:////m.db", state, "detail")))
     assert finding.level == "problem"
     assert finding.message == f"tracking.uri=sqlite:////m.db: {text} (detail)"
@@ -496,7 +496,7 @@ def test_database_without_its_python_module() -> None:
 
 def test_a_new_store_is_ok() -> None:
     info = replace(HEALTHY, store=StoreInfo("sqlite:////m.db", "new"))
-    assert "sqlite:////m.db: no store yet, the first run creates it" in all_messages(info)
+    assert "sqlite:////m.db (tracking.uri=auto): no store yet, the first run creates it" in all_messages(info)
     assert "tracking=none" in all_messages(replace(HEALTHY, store=None))
     assert "tracking=none" not in all_messages(
         replace(HEALTHY, store=None, unavailable=(("the MLflow store", "x"),))
@@ -880,15 +880,6 @@ def test_locked_store(store: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert inspect_file(store)[0] == "current"
 
 
-def test_store_being_created_by_another_process(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.tracking.store.LOCK_TIMEOUT_SECONDS", 0.05)
-    with filelock.FileLock(store.with_suffix(".lock")):
-        state, detail = inspect_file(store)
-    assert state == "locked"
-    assert "mlflow.lock is held by another process" in detail
-    assert inspect_file(store)[0] == "current"
-
-
 class _Server(BaseHTTPRequestHandler):
     """A simulated MLflow server that responds with `status`."""
 
@@ -946,7 +937,7 @@ def test_store_that_does_not_respond(store: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_other_databases(store: Path) -> None:
     assert inspect_store(f"sqlite+pysqlite:///{store}", "x") == ("current", "")
-    assert inspect_store("sqlite://", "x") == ("new", "")
+    assert inspect_store("sqlite://", "x") == ("broken", "a database in memory does not outlive its process")
     state, detail = inspect_store("postgresql://127.0.0.1:9/x", "x")  # no driver, or no server
     assert state == "broken"
     assert detail
@@ -957,6 +948,79 @@ def test_store_of_a_config(root: Path, tiny: Config) -> None:
     assert collect_info(config).store == StoreInfo(f"sqlite:///{root}/mlruns/mlflow.db", "new")
     assert collect_info(tiny).store is None
     assert list(root.iterdir()) == []
+
+
+def test_store_of_the_environment(root: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
+    info = replace(HEALTHY, store=collect_info(config).store, root=str(root))
+    where = f"{root}/outputs and in MLflow at sqlite:///{root}/other.db (MLFLOW_TRACKING_URI)"
+    assert f"runs are recorded in {where}" in all_messages(info)
+    for value in ("http://me:secret@host", "./mlruns"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+        info = collect_info(config)
+        (problem,) = at_level(replace(HEALTHY, store_error=info.store_error), "problem")
+        assert problem.message.startswith("MLFLOW_TRACKING_URI: ")
+        assert "secret@" not in problem.message
+        assert info.directories
+
+
+def test_artifacts_of_a_store_that_was_moved(store: Path, tiny: Config) -> None:
+    with closing(sqlite3.connect(store)) as database, database:
+        gone = "file:///gone/mlruns/artifacts"
+        database.execute("INSERT INTO experiments (name, artifact_location) VALUES ('a', ?)", (gone,))
+    (store.parent / "mlruns").mkdir()
+    moved = store.rename(store.parent / "mlruns" / "mlflow.db")
+    assert [path for _, path in find_moved_artifacts(moved)] == [Path("/gone/mlruns/artifacts")]
+    uri = f"sqlite:///{moved}"
+    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=uri, experiment="x"))
+    finding = only_finding(replace(HEALTHY, store=collect_info(config).store))
+    assert finding.message == f"{uri}: was moved; MLflow looks for artifacts in /gone/mlruns/artifacts"
+    assert finding.remedy == "the next captcha-exp train or ui corrects it"
+    open_store(uri)
+    assert find_moved_artifacts(moved) == []
+
+
+# -- the environment ------------------------------------------------------------------------------------
+
+
+def test_missing_variables_and_those_of_other_programs(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "user ID 12345 has no name: USER=12345 is used"
+    monkeypatch.setitem(environment.filled_in, "USER", text)
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    info = collect_info(tiny)
+    found = at_level(
+        replace(HEALTHY, filled_in=info.filled_in, unused_variables=info.unused_variables), "info"
+    )
+    assert [finding.message.split(":")[0] for finding in found] == [
+        "user ID 12345 has no name",
+        "MPLBACKEND=module",
+        f"MLFLOW_RUN_ID={'0' * 32} is not used",
+    ]
+    assert [finding.remedy.split()[:2] for finding in found] == [
+        ["set", "USER"],
+        ["unset", "MPLBACKEND"],
+        ["unset", "MLFLOW_RUN_ID"],
+    ]
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    assert "MPLBACKEND" not in collect_info(tiny).unused_variables
+
+
+@pytest.mark.parametrize("module", ["mlflow", "matplotlib"])
+def test_a_library_that_cannot_be_imported_is_a_problem(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    for name in [
+        each for each in sys.modules if each.startswith(("captcha_exp.report", "captcha_exp.tracking"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"))
+    info = collect_info(config)
+    broken = replace(HEALTHY, store_error=info.store_error, figures_error=info.figures_error)
+    (problem,) = at_level(broken, "problem")
+    assert problem.message.lower().startswith(f"cannot import {module}")
 
 
 # -- the command ----------------------------------------------------------------------------------------

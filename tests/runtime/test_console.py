@@ -1,8 +1,10 @@
 """Test the output on standard error: log records, and progress bars on a terminal and in a file."""
 
+import io
 import logging
 import subprocess
 import sys
+from typing import TextIO
 
 import pytest
 from rich.console import Console
@@ -109,12 +111,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+class Terminal(io.StringIO):
+    """The text that a terminal received."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def forced_console(file: TextIO | None = None) -> Console:
+    """Return a console that takes any file for a terminal, as FORCE_COLOR does."""
+    return Console(file=file, stderr=True, force_terminal=True, color_system=None, width=160)
+
+
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the console take standard error for a terminal."""
-    monkeypatch.setattr(
-        module, "console", Console(stderr=True, force_terminal=True, color_system=None, width=160)
-    )
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Let the console write to a terminal."""
+    terminal = Terminal()
+    monkeypatch.setattr(module, "console", forced_console(terminal))
+    return terminal
 
 
 def test_a_file_gets_the_remaining_time_once_a_minute(clock: Clock, capsys: Capture) -> None:
@@ -134,6 +148,19 @@ def test_a_file_gets_the_remaining_time_once_a_minute(clock: Clock, capsys: Capt
     ]
 
 
+def test_a_file_with_colors_gets_no_bar(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: Capture
+) -> None:
+    monkeypatch.setattr(module, "console", forced_console())
+    set_up_logging()
+
+    with progress_bar("training", 1000) as bar:
+        clock.now += 16
+        bar.advance(500)
+
+    assert capsys.readouterr().err == "training: 50%, about 16 s left\n"
+
+
 def test_a_file_gets_no_line_for_short_or_finished_work(clock: Clock, capsys: Capture) -> None:
     set_up_logging()
 
@@ -149,30 +176,30 @@ def test_a_file_gets_no_line_for_short_or_finished_work(clock: Clock, capsys: Ca
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_shows_a_bar_with_the_remaining_time(terminal: None, capsys: Capture) -> None:
+def test_a_terminal_shows_a_bar_with_the_remaining_time(terminal: Terminal) -> None:
     set_up_logging()
 
     with progress_bar("training", 10) as bar:
         bar.advance(5, "loss 0.5")
 
-    shown = capsys.readouterr().err
+    shown = terminal.getvalue()
     assert "training" in shown
     assert "5/10" in shown
     assert "0:00:0" in shown
 
 
-def test_a_line_logged_meanwhile_is_printed_above_the_bar(terminal: None, capsys: Capture) -> None:
+def test_a_line_logged_meanwhile_is_printed_above_the_bar(terminal: Terminal) -> None:
     set_up_logging()
 
     with progress_bar("training", 10):
-        capsys.readouterr()
+        terminal.truncate(0)
         logger.info("a status")
-        shown = capsys.readouterr().err
+        shown = terminal.getvalue()
 
     assert shown.index("\x1b[2K") < shown.index("a status\n") < shown.index("training")
 
 
-def test_quiet_shows_no_bar(terminal: None, clock: Clock, capsys: Capture) -> None:
+def test_quiet_shows_no_bar(terminal: Terminal, clock: Clock) -> None:
     set_up_logging(logging.WARNING)
 
     with progress_bar("training", 10) as bar:
@@ -180,4 +207,4 @@ def test_quiet_shows_no_bar(terminal: None, clock: Clock, capsys: Capture) -> No
         bar.advance(5)
         logger.warning("a problem")
 
-    assert capsys.readouterr().err == "warning: a problem\n"
+    assert terminal.getvalue() == "warning: a problem\n"
