@@ -19,12 +19,14 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from captcha_exp.errors import RunFailed, first_line
-from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow
+from captcha_exp.runs import MetricsRow
 from captcha_exp.tracking.uri import sqlite_path
 
 # MLflow logs each step of creating its tables.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+# A statement that fails is reported by the caller, in one line.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def open_store(uri: str) -> MlflowClient:
@@ -107,13 +109,10 @@ def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) 
     client.log_batch(run_id, metrics=metrics)
 
 
-def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
-    """Log the files of a run or sweep as artifacts, without checkpoints and the jobs of a sweep."""
-    for path in sorted(run_dir.iterdir()):
-        if path.is_file():
-            client.log_artifact(run_id, str(path))
-        elif path.name != CHECKPOINT_DIR and not (path / "run.json").exists():
-            client.log_artifacts(run_id, str(path), path.name)
+def send_artifact(client: MlflowClient, run_id: str, run_dir: Path, path: Path) -> None:
+    """Log a file of a run or sweep as an artifact of the same relative path."""
+    directory = path.relative_to(run_dir).parent.as_posix()
+    client.log_artifact(run_id, str(path), None if directory == "." else directory)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------
