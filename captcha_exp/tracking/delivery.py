@@ -103,12 +103,10 @@ class Delivery:
         """
         info = self.recorded.info  # if the run ends meanwhile, the next update sends the end
         try:
+            self._open()
             if not self._is_certain:
-                self._open()
                 self._attach()
                 self._is_certain = True
-            elif self._store_file != self._file_identity():  # a deleted file can still be written to
-                raise StoreError("the store was deleted or replaced")
             self._send_inputs()
             self._send_rows()
             if not info.is_running:
@@ -142,6 +140,8 @@ class Delivery:
     def _open(self) -> None:
         """Open the store, if this was not done before."""
         if self._client is not None:
+            if self._store_file != self._file_identity():  # SQLite would write to the deleted file
+                raise StoreError("the store was deleted or replaced")
             return
         from captcha_exp.tracking.store import inspect_store, open_store
 
@@ -155,6 +155,7 @@ class Delivery:
         if status not in ("new", "current", "older"):
             raise StoreError(f"the store is {status}" + (f" ({shorten(detail)})" if detail else ""))
         self._client = open_store(ref.uri)
+        self._store_file = self._file_identity()
         self.progress += 1
 
     def _attach(self) -> None:
@@ -166,7 +167,6 @@ class Delivery:
         from captcha_exp.tracking.store import run_exists
 
         client, run_id = self._client, self._ref.run_id
-        self._store_file = self._file_identity()
         if run_id is not None and not run_exists(client, run_id):
             if not self._may_recreate:
                 raise RunDeletedError

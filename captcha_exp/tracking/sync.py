@@ -148,6 +148,8 @@ def sync_owed(
     import filelock
 
     results: list[SyncResult] = []
+    if not owed:
+        return results
     unreachable: dict[str, str] = {}  # its other runs would wait for a timeout each
     try:
         with filelock.FileLock(root_dir() / "outputs" / ".sync.lock", timeout=timeout):
