@@ -201,7 +201,9 @@ class Delivery:
         if not self._is_created:
             params = client.get_run(run_id).data.params
             self._ask_for_rows()
-        new_params = [Param(*item) for item in self._params().items() if item[0] not in params]
+        new_params: list[Any] = []
+        with contextlib.suppress(UserError):  # damaged since the start; MLflow gets the rest
+            new_params = [Param(*item) for item in self._params().items() if item[0] not in params]
         client.log_batch(run_id, params=new_params, tags=[RunTag(*item) for item in tags.items()])
         if info.is_running:
             client.update_run(run_id, status="RUNNING")

@@ -19,6 +19,7 @@ from captcha_exp.tracking.sync import close_stale_runs, find_owed, sync_owed, sy
 from captcha_exp.tracking.tracker import Sender
 
 TRACKING = MlflowConfig(backend="mlflow", uri="http://127.0.0.1:1", experiment="x")
+REFUSED = "the store is unreachable (Connection refused)"
 
 
 def make_owed(config: Config, ended_minutes_ago: float = 5, run_dir: Path | None = None) -> Run:
@@ -99,10 +100,10 @@ def test_sync_prints_what_is_not_delivered(tiny: Config, call: Call) -> None:
     run = make_owed(tiny)
     name = run.run_dir.relative_to(run.run_dir.parents[2])
     code, out, _ = call("sync")
-    assert (code, out) == (1, f"{name}: http://127.0.0.1:1: not delivered: Connection refused\n")
+    assert (code, out) == (1, f"{name}: http://127.0.0.1:1: not delivered: {REFUSED}\n")
     code, out, _ = call("sync", "--json")
     (result,) = json.loads(out)
-    assert (code, result["problem"], result["run_dir"]) == (1, "Connection refused", str(run.run_dir))
+    assert (code, result["problem"], result["run_dir"]) == (1, REFUSED, str(run.run_dir))
     assert result["delivered"] == []
     assert mlflow_of(run.run_dir)["closed"] is False
 
@@ -130,7 +131,6 @@ def test_what_is_not_delivered_in_the_background_is_one_line(
         make_owed(tiny)
     sync_reachable()
     assert infos(caplog)[-1] == (
-        "http://127.0.0.1:1: lacks the end of 2 earlier runs: Connection refused; "
-        "captcha-exp sync delivers it"
+        f"http://127.0.0.1:1: lacks the end of 2 earlier runs: {REFUSED}; captcha-exp sync delivers it"
     )
     assert [StaleRun.load(RunInfo, owed.run_dir) is not None for owed in find_owed()] == [True, True]
