@@ -79,8 +79,8 @@ class Training:
         return self._server.run(self.root, self.words, interruption, limit_seconds)
 
     def next_start(self) -> Ended:
-        """Run a command that closes stale runs."""
-        return self._server.run(self.root, ["runs", "--json"])
+        """Run a command that closes stale runs, in MLflow too."""
+        return self._server.run(self.root, ["sync", "--json"])
 
     def status(self) -> str | None:
         """Return the status in run.json; None before it exists."""

@@ -226,9 +226,10 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import runs
-    from captcha_exp.tracking.sync import close_stale_runs
+    from captcha_exp.tracking.sync import close_stale_runs, sync_in_background
 
     close_stale_runs()
+    sync_in_background()
     runs.list_runs(arguments)
     return 0
 
@@ -238,6 +239,16 @@ def _diff(arguments: argparse.Namespace) -> int:
 
     diff.diff(arguments)
     return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import output
+    from captcha_exp.tracking.sync import SYNC_LOCK_SECONDS, close_stale_runs, find_owed, sync_owed
+
+    close_stale_runs()
+    results = sync_owed(find_owed(), timeout=SYNC_LOCK_SECONDS)
+    _print_result(arguments, [result.to_json() for result in results], output.print_sync, results)
+    return 1 if any(result.problem is not None for result in results) else 0
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -284,6 +295,7 @@ HANDLERS = {
     "predict": _predict,
     "runs": _runs,
     "diff": _diff,
+    "sync": _sync,
     "ui": _ui,
     "calibrate": _calibrate,
     "doctor": _doctor,

@@ -14,7 +14,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from captcha_exp.cli.parser import PROGRAM
 from captcha_exp.runs import RunInfo
+from captcha_exp.runs.info import MlflowRef
 from captcha_exp.runtime.console import escape_unprintable
 
 if TYPE_CHECKING:  # some import torch, which takes seconds
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # some import torch, which takes seconds
     from captcha_exp.model.predict import Prediction
     from captcha_exp.sweep.aggregate import SeedGroup
     from captcha_exp.sweep.summary import SweepSummary
+    from captcha_exp.tracking.sync import SyncResult
 
 MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
 
@@ -116,6 +119,8 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
     out.print(f"weights {result.weights_sha256}", markup=False)
     if info.run_id:
         out.print(f"run {info.run_id}", markup=False)
+    if info.mlflow is not None:
+        print_owed(info.mlflow)
     out.print(f"run directory {run_dir}", markup=False)
     other = "experiment=alnum" if info.name != "alnum" else "experiment=quickstart"
     out.print("\nnext:")
@@ -125,6 +130,22 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
         (f"{program} train {other}", "another alphabet; see conf/experiment/ for more"),
     ):
         out.print(f"  {command:<50} {description}", markup=False)
+
+
+def print_owed(mlflow: MlflowRef) -> None:
+    """Print what MLflow does not have of a run or sweep, if anything."""
+    if not mlflow.closed:
+        owed = ", ".join(mlflow.owed) or "the end of the run"
+        text = f"MLflow does not have yet: {owed}; {PROGRAM} sync delivers it to {mlflow.uri}"
+        get_console().print(text, markup=False)
+
+
+def print_sync(results: "Sequence[SyncResult]") -> None:
+    """Print a line for each run that MLflow did not have completely."""
+    for result in results:
+        get_console().print(str(result), markup=False)
+    if not results:
+        get_console().print("nothing to deliver: MLflow has every run that has ended")
 
 
 def print_dataset(manifest: Mapping[str, Any], preview: Path) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "predict the text in images; without images, prompt for them",
     "runs": "list the runs in outputs/",
     "diff": "compare two runs: config, environment, dataset, metrics",
+    "sync": "deliver to MLflow what it does not have of earlier runs",
     "ui": "start MLflow's UI on 127.0.0.1 with the configured store",
     "calibrate": "measure the GPU of this machine and write a file for gpu=NAME",
     "doctor": "check this machine's setup and suggest fixes",
@@ -107,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         inference.add_argument("--device", default="auto", metavar="NAME", help=text)
     _add_runs_arguments(add_command("runs"))
     _add_diff_arguments(add_command("diff"))
+    add_command("sync").epilog = "exit codes: 0 MLflow has everything; 1 something could not be delivered"
     ui = add_command("ui", json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
     calibrate = add_command("calibrate")

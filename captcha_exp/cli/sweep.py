@@ -208,7 +208,11 @@ def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
         return
     from captcha_exp.tracking.views import compare_url, ui_url
 
+    if mlflow.run_id is None or mlflow.experiment_id is None:
+        output.print_owed(mlflow)
+        return
     out.print(f"run {mlflow.run_id}", markup=False)
+    output.print_owed(mlflow)
     if not mlflow.uri.startswith("http"):
         out.print("start captcha-exp ui, then compare the runs at", markup=False)
     out.print(compare_url(ui_url(mlflow.uri), mlflow.experiment_id, run_ids), markup=False)

@@ -5,6 +5,7 @@ that may contain one are of type `Text`.
 """
 
 import json
+import threading
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar
@@ -50,11 +51,17 @@ class MlflowRef(_Model):
     """Where MLflow has a run."""
 
     uri: Text
-    experiment_id: str
-    run_id: str | None
+    experiment_id: str | None = None
+    run_id: str | None = None
     """None until MLflow has created the run"""
-    closed: bool
+    run_name: Text | None = None
+    """None for the name of the directory"""
+    tags: dict[str, Text] = Field(default_factory=dict)
+    """tags in addition to those of the run"""
+    closed: bool = False
     """whether MLflow has the end of the run"""
+    owed: list[str] = Field(default_factory=list)
+    """what MLflow did not have when the process ended; unknown if the process was killed"""
 
 
 class RunLink(_Model):
@@ -234,17 +241,20 @@ class RecordedDir(Generic[InfoT]):
 
     def __init__(self, run_dir: Path, info: InfoT) -> None:
         self.run_dir, self.info = run_dir, info
+        self._lock = threading.RLock()  # the thread that sends to MLflow writes the reference to it
 
     def update(self, **fields: Any) -> None:
         """Set fields of the record and write it."""
         assert fields.keys() <= type(self.info).model_fields.keys()
-        self.info = self.info.model_copy(update=fields)
-        self.save()
+        with self._lock:
+            self.info = self.info.model_copy(update=fields)
+            self.save()
 
     def update_mlflow(self, **fields: Any) -> None:
         """Set fields of the reference to MLflow, if there is one."""
-        if self.info.mlflow is not None:
-            self.update(mlflow=self.info.mlflow.model_copy(update=fields))
+        with self._lock:
+            if self.info.mlflow is not None:
+                self.update(mlflow=self.info.mlflow.model_copy(update=fields))
 
     def close(
         self,

@@ -7,16 +7,17 @@ starts marks the run KILLED, holding a lock in outputs/. run.json and sweep.json
 import contextlib
 import os
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.errors import UserError
-from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo, list_run_files
+from captcha_exp.runs.info import InfoT, Record, RecordedDir, RunInfo, SweepInfo, list_run_files, now
 from captcha_exp.runtime.files import is_abandoned_part
 from captcha_exp.runtime.paths import root_dir
 
 LOCK_TIMEOUT_SECONDS = 2.0
+SENDING_TIME = timedelta(minutes=2)  # a process may still send a run to MLflow that has ended
 
 
 class StaleRun(RecordedDir[InfoT]):
@@ -36,8 +37,13 @@ class StaleRun(RecordedDir[InfoT]):
         return self.info.mlflow is not None and not self.info.mlflow.closed
 
     def is_stale(self) -> bool:
-        """Check whether the process has exited, and the run is not closed here or in MLflow."""
-        return (self.info.is_running or self.needs_sync) and not self.info.is_alive()
+        """Check whether the process has exited, and the run is not closed here or in MLflow.
+
+        A process that continues after the end of a run, such as a notebook, no longer sends it to MLflow.
+        """
+        ended = self.info.ended
+        has_left = not self.info.is_running and ended is not None and now() - ended > SENDING_TIME
+        return (self.info.is_running or self.needs_sync) and (has_left or not self.info.is_alive())
 
     def reload(self) -> "StaleRun[InfoT] | None":
         """Read the record again; returns None if it is no longer stale.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from captcha_exp import runs
-from captcha_exp.config import MlflowConfig, flatten
+from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs.info import running_fields
 from captcha_exp.runtime.files import write_atomically
@@ -20,7 +20,8 @@ from captcha_exp.sweep.record import DONE, Sweep
 from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.tracking import make_tracker
-from captcha_exp.tracking.sync import finalize_run, sync_all
+from captcha_exp.tracking.sync import finalize_run
+from captcha_exp.tracking.tracker import Sender
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def run_sweep(
     `on_complete` gets the summary however the sweep ends.
 
     Raises:
-        RunFailed: the MLflow store cannot be opened, the launcher failed, or the summary cannot be written.
+        RunFailed: tracking.required is set and the store cannot be used, the launcher failed, or the summary
+            cannot be written.
         TimeLimitReached: `max_minutes` have passed; the same command resumes the sweep.
     """
     if resumed is None:
@@ -54,10 +56,12 @@ def run_sweep(
     else:
         sweep = resumed
         sweep.update(**running_fields())
-    is_saved = True
+    is_saved, sender = True, None
     try:
         sweep.set_deadline(max_minutes)
-        _start_parent_run(sweep, planned_jobs)
+        tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
+        if isinstance(tracking, MlflowConfig):
+            sender = Sender(sweep, tracking)
         _run_jobs(sweep, planned_jobs, launch, rerun_disturbed)
         if sweep.deadline is not None and _is_out_of_time(sweep, sweep.deadline):
             raise TimeLimitReached(
@@ -76,7 +80,8 @@ def run_sweep(
             try:
                 _write_summary_files(summary, sweep.run_dir)
                 sweep.close(*end)
-                sync_all([runs.StaleRun(sweep.run_dir, sweep.info)])
+                if sender is not None:
+                    sender.finish()
             except OSError as exception:  # a full disk
                 logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
                 is_saved = False
@@ -103,7 +108,7 @@ def _run_jobs(
     for each in pending:
         if not each.should_train:
             job = each.job
-            tracker = make_tracker(each.config, job.choices, job.name, sweep.info.run_id)
+            tracker = make_tracker(each.config, job.choices, job.name)
             with defer_signals():
                 record_skipped(each, sweep.new_attempt(job), tracker)
     if numbers := [each.job.number for each in pending if each.should_train]:
@@ -149,18 +154,3 @@ def _is_running(run_dir: Path) -> bool:
     """Return whether a live process is writing to this run directory."""
     run = runs.StaleRun.load(runs.RunInfo, run_dir)
     return run is not None and run.info.has_live_process()
-
-
-def _start_parent_run(sweep: Sweep, planned_jobs: Sequence[PlannedJob]) -> None:
-    tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
-    if isinstance(tracking, MlflowConfig):
-        from captcha_exp.tracking.tracker import start_run
-
-        start_run(sweep, tracking, _params(planned_jobs))
-
-
-def _params(planned_jobs: Sequence[PlannedJob]) -> dict[str, str]:
-    """Return every config key with its value, or with all its values if the jobs differ in it."""
-    configs = [flatten(planned_job.config) for planned_job in planned_jobs]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return {key: ", ".join(dict.fromkeys(config[key] for config in configs if key in config)) for key in keys}

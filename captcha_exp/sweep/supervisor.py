@@ -48,8 +48,6 @@ class TrainJob:
     choices: Mapping[str, str]
     name: str | None = None
     """name of the MLflow run; None for that of the run directory"""
-    parent_run_id: str | None = None
-    """MLflow run ID of the sweep"""
     lineage: runs.Lineage = field(default_factory=runs.Lineage)
     extend_from: Path | None = None
     """finished run from whose final state a new run starts"""
@@ -73,7 +71,7 @@ def run_job(sweep_dir: Path, number: int) -> None:
     def on_line(line: str) -> None:
         console.print(f"[{number}/{num_jobs} {job.name}] {line}", markup=False)
 
-    train_job = TrainJob(job.requested, job.choices, job.name, sweep.info.run_id, deadline=deadline)
+    train_job = TrainJob(job.requested, job.choices, job.name, deadline=deadline)
     for attempt in sweep.attempts(job):  # a micro-batch that ran out of memory would do so again
         stale = runs.StaleRun.load(runs.RunInfo, attempt)
         if stale is not None and stale.info.config_sha256 == runs.config_sha256(train_job.requested):
@@ -253,9 +251,11 @@ def _finalize_run(job: TrainJob, run_dir: Path, error: str | None) -> None:
             # It exited before it created a run: an error at its start, or it was killed immediately.
             config = with_tracking_uri(job.requested, root_dir(), tracking_uri_variable())
             run = runs.create_run(config, job.requested, run_dir)
-            tracker = make_tracker(config, job.choices, job.name, job.parent_run_id)
+            tracker = make_tracker(config, job.choices, job.name)
             with contextlib.suppress(RunFailed):  # MLflow is not available; run.json has the error
                 tracker.start(run, config)
+            run.close("FAILED" if error else "KILLED", error, None if error else "killed")
+            tracker.finish()
         finalize_run(run_dir, error)
 
 

@@ -36,7 +36,7 @@ def worker_main() -> None:
 
     set_up_logging(job["log_level"])
     config = load(job["requested"])
-    tracker = make_tracker(config, job["choices"], job["name"], job["parent_run_id"])
+    tracker = make_tracker(config, job["choices"], job["name"])
     run_dir = Path(job["run_dir"])
     extend_from = job["extend_from"] and Path(job["extend_from"])
     stop = ShutdownHandler(job["deadline"] and (job["deadline"] - time.time()) / 60)

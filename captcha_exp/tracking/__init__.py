@@ -1,7 +1,7 @@
-"""MLflow tracking: runs and the parent runs of sweeps (`tracker`), their ends (`sync`), the backend store
-(`store`, `problems`), the UI (`server`, `views`) and artifacts (`download`).
+"""MLflow tracking: send a run or sweep while it runs (`tracker`) or later (`sync`), both by `delivery`; the
+backend store (`store`, `problems`), the UI (`server`, `views`) and artifacts (`download`).
 
-Import from the modules: `sync` runs at each start and rarely needs MLflow.
+Import from the modules: MLflow is imported only where it is needed, in a training by the sending thread.
 """
 
 import logging
@@ -15,9 +15,10 @@ from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 logger = logging.getLogger(__name__)
 
 fill_in_environment()  # MLflow needs a home directory and the name of the user
-# MLflow reads these on import: no telemetry, and an unreachable server fails within seconds, not minutes.
+# MLflow reads these: no telemetry, and a request fails within seconds, not minutes. `delivery` repeats it,
+# after it has asked what the server has: a repeated request to create a run would create a second one.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 def check_tracking(config: "Config") -> None:
     """Check the store of a config before anything is begun, and log where runs are recorded.
 
+    A server is not asked: one that is away or slow must not keep a training waiting.
+
     Raises:
         UserError: the store cannot be used; the line has the remedy.
     """
@@ -37,9 +40,11 @@ def check_tracking(config: "Config") -> None:
     if not isinstance(tracking, MlflowConfig):
         return
     from captcha_exp.tracking.problems import source_of
-    from captcha_exp.tracking.store import check_store
 
-    check_store(tracking.uri, tracking.experiment)
+    if not tracking.uri.startswith(("http://", "https://")):
+        from captcha_exp.tracking.store import check_store
+
+        check_store(tracking.uri, tracking.experiment)
     logger.info(f"Recording in MLflow at {tracking.uri} ({source_of(tracking.uri)})")
 
 
@@ -47,7 +52,6 @@ def make_tracker(
     config: "Config",
     choices: Mapping[str, str],
     run_name: str | None = None,
-    parent_run_id: str | None = None,
 ) -> "Tracker":
     """Create the tracker that the config selects; the other arguments are those of `MlflowTracker`."""
     from captcha_exp.config import MlflowConfig
@@ -57,4 +61,4 @@ def make_tracker(
         return NullTracker()
     from captcha_exp.tracking.tracker import MlflowTracker
 
-    return MlflowTracker(choices, run_name, parent_run_id)
+    return MlflowTracker(choices, run_name)

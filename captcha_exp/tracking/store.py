@@ -24,12 +24,14 @@ from mlflow.exceptions import MlflowException
 from captcha_exp.config import sqlite_path
 from captcha_exp.config.uri import sqlite_uri
 from captcha_exp.errors import RunFailed, UserError, first_line, one_line
-from captcha_exp.runs import CHECKPOINT_DIR, MetricsRow
+from captcha_exp.runs import MetricsRow
 from captcha_exp.tracking.problems import StoreStatus, describe_problem
 
 # MLflow logs each step of creating its tables.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+# A statement that fails is reported by the caller, in one line.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 logger = logging.getLogger(__name__)
 
@@ -166,15 +168,10 @@ def send_metrics(client: MlflowClient, run_id: str, rows: Iterable[MetricsRow]) 
     client.log_batch(run_id, metrics=metrics)
 
 
-def send_artifacts(client: MlflowClient, run_id: str, run_dir: Path) -> None:
-    """Log the files of a run or sweep as artifacts, without checkpoints and the jobs of a sweep."""
-    if path := sqlite_path(client.tracking_uri):
-        move_artifacts(path)
-    for path in sorted(run_dir.iterdir()):
-        if path.is_file():
-            client.log_artifact(run_id, str(path))
-        elif path.name != CHECKPOINT_DIR and not (path / "run.json").exists():
-            client.log_artifacts(run_id, str(path), path.name)
+def send_artifact(client: MlflowClient, run_id: str, run_dir: Path, path: Path) -> None:
+    """Log a file of a run or sweep as an artifact of the same relative path."""
+    directory = path.relative_to(run_dir).parent.as_posix()
+    client.log_artifact(run_id, str(path), None if directory == "." else directory)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------

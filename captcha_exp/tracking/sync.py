@@ -1,168 +1,202 @@
-"""Close stale runs and sweeps in their directories and in MLflow.
+"""Close stale runs and sweeps in their directories, and deliver to MLflow what it does not have.
 
-MLflow is imported only if it lacks the end of a run and the store exists. Syncing sends the whole run again;
-MLflow ignores rows that it already has.
+MLflow is imported only if something is owed to a store that may be reachable.
 """
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from captcha_exp.config import moved_store_uri, sqlite_path
-from captcha_exp.errors import first_line
-from captcha_exp.runs import (
-    RunInfo,
-    StaleRun,
-    find_stale,
-    read_metrics_rows,
-    remove_partial_runs,
-    stale_in,
-    stale_lock,
-)
-from captcha_exp.runs.info import MlflowRef
+from captcha_exp.config import sqlite_path
+from captcha_exp.errors import UserError
+from captcha_exp.runs import StaleRun, find_stale, remove_partial_runs, stale_in, stale_lock
+from captcha_exp.runs.info import InfoT
 from captcha_exp.runtime.paths import root_dir
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from captcha_exp.tracking.delivery import Delivery, RunDeletedError, StoreError, current_ref, shorten
 
 logger = logging.getLogger(__name__)
 
+BACKGROUND_SECONDS = 5.0
+SYNC_LOCK_SECONDS = 10.0
+LOCK_TIMEOUT_SECONDS = 10.0  # another process may write to the record
+
 
 def close_stale_runs() -> list[Path]:
-    """Close the stale runs and sweeps of this host, sync them to MLflow, and return their directories.
+    """Mark the stale runs and sweeps of this host as KILLED, and return their directories.
 
     Errors are reported as warnings, and the next start tries again.
     """
     remove_partial_runs()
-    stale_runs = [stale for stale in find_stale() if stale.info.is_running or _unclosed_ref(stale)]
-    if not stale_runs:
+    if not any(stale.info.is_running for stale in find_stale()):
         return []
+    closed = []
     try:
         with stale_lock() as granted:
-            if not granted:
-                return []  # another process is closing them
-            stale_runs = [current for stale in stale_runs if (current := stale.reload()) is not None]
-            closed = _close_runs(stale_runs)
-            synced = [stale for stale in sync_all(stale_runs) if stale not in closed]
+            for stale in find_stale() if granted else ():  # else another process is closing them
+                if stale.info.is_running and _close(stale):
+                    closed.append(stale.run_dir)
     except OSError as error:
         logger.warning(
             f"{root_dir() / 'outputs'}: cannot close stale runs: {error}; the next start tries again"
         )
-        return []
-    for stale in closed:
-        logger.info(f"{_format_name(stale)}: process {stale.info.pid} has exited; marked KILLED")
-    for stale in synced:
-        logger.info(f"{_format_name(stale)}: synced to MLflow as {stale.info.status}")
-    return [stale.run_dir for stale in (*closed, *synced)]
+    return closed
 
 
 def finalize_run(run_dir: Path, error: str | None) -> None:
     """Close a run whose process has exited without doing so: FAILED with this error, KILLED without."""
     stale = stale_in(run_dir)
-    if stale is not None:
-        if stale.info.is_running:
-            stale.finalize(error)
-        sync_all([stale])
+    if stale is not None and stale.info.is_running:
+        stale.finalize(error)
+        if stale.needs_sync:
+            _run_in_background(lambda: sync_owed([stale]))
 
 
-def _close_runs(stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
-    closed = []
-    for stale in stale_runs:
-        if stale.info.is_running:
-            try:
-                stale.finalize()
-                closed.append(stale)
-            except OSError as error:
-                logger.warning(
-                    f"{_format_name(stale)}: its process has exited, but it cannot be marked KILLED: {error}"
-                )
-    return closed
+def _close(stale: StaleRun[Any]) -> bool:
+    name = format_dir(stale.run_dir)
+    try:
+        stale.finalize()
+    except OSError as error:
+        logger.warning(f"{name}: its process has exited, but it cannot be marked KILLED: {error}")
+        return False
+    logger.info(f"{name}: process {stale.info.pid} has exited; marked KILLED")
+    return True
 
 
-def _format_name(stale: StaleRun[Any]) -> str:
-    return str(stale.run_dir.relative_to(root_dir()))
+def format_dir(run_dir: Path) -> str:
+    """Return the path of a run relative to the root directory."""
+    return str(run_dir.relative_to(root_dir()) if run_dir.is_relative_to(root_dir()) else run_dir)
 
 
 # -- MLflow --------------------------------------------------------------------------------------------------
 
 
-def _unclosed_ref(stale: StaleRun[Any]) -> MlflowRef | None:
-    """Return the reference to an MLflow run that lacks the end of the run, if the store may be reachable.
+@dataclass(frozen=True)
+class SyncResult:
+    """What MLflow got of an ended run or sweep that it did not have completely."""
 
-    A missing SQLite file is not an error: it was deleted, or its disk is not mounted.
+    run_dir: Path
+    uri: str
+    run_id: str | None
+    delivered: list[str]
+    problem: str | None
+    """why MLflow does not have the rest"""
+    is_deleted: bool = False
+    """the run was deleted in MLflow, and is not sent again"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON."""
+        return {**asdict(self), "run_dir": str(self.run_dir)}
+
+    def __str__(self) -> str:
+        """Return one line."""
+        parts = [f"delivered {', '.join(self.delivered)}"] if self.delivered else []
+        if self.problem is not None:
+            parts.append(f"not delivered: {self.problem}" if not parts else f"then failed: {self.problem}")
+        if self.is_deleted:
+            parts.append(f"run {self.run_id} was deleted in MLflow, and is not sent again")
+        return f"{format_dir(self.run_dir)}: {self.uri}: {'; '.join(parts) or 'has it already'}"
+
+
+class _OwedRun(StaleRun[InfoT]):
+    """An ended run of another process, which may be resumed while it is delivered."""
+
+    def update_mlflow(self, **fields: Any) -> None:
+        with stale_lock(LOCK_TIMEOUT_SECONDS) as granted:
+            current = StaleRun.load(type(self.info), self.run_dir)
+            if not granted or current is None or current.info.ended != self.info.ended:
+                raise StoreError("the run was resumed, or another process writes its record")
+            self.info = current.info
+            super().update_mlflow(**fields)
+
+
+def sync_in_background() -> None:
+    """Deliver what is owed, and wait for it for a few seconds at most."""
+    if any(map(_may_be_reachable, find_owed())):
+        _run_in_background(sync_reachable)
+
+
+def sync_reachable(should_stop: Callable[[], bool] = lambda: False) -> list[SyncResult]:
+    """Deliver what is owed to stores that may be reachable, and log what was delivered."""
+    results = sync_owed(list(filter(_may_be_reachable, find_owed())), should_stop)
+    for result in results:
+        if result.problem is None:
+            logger.log(logging.WARNING if result.is_deleted else logging.INFO, str(result))
+    if failed := [result for result in results if result.problem is not None]:
+        number = "1 earlier run" if len(failed) == 1 else f"{len(failed)} earlier runs"
+        logger.info(
+            f"{failed[0].uri}: lacks the end of {number}: {failed[0].problem}; captcha-exp sync delivers it"
+        )
+    return results
+
+
+def find_owed() -> list[StaleRun[Any]]:
+    """Return the ended runs and sweeps that MLflow does not have completely, a sweep before its jobs."""
+    return [stale for stale in find_stale() if not stale.info.is_running]
+
+
+def sync_owed(
+    owed: Sequence[StaleRun[Any]], should_stop: Callable[[], bool] = lambda: False, timeout: float = 0
+) -> list[SyncResult]:
+    """Deliver ended runs, and return a result for each; one process at a time does so.
+
+    Raises:
+        UserError: another process does so for more than `timeout` seconds.
     """
-    ref = stale.info.mlflow
-    if ref is None or ref.closed:
-        return None
-    ref = ref.model_copy(update={"uri": moved_store_uri(ref.uri, root_dir())})
+    import filelock
+
+    results: list[SyncResult] = []
+    if not owed:
+        return results
+    unreachable: dict[str, str] = {}  # its other runs would wait for a timeout each
+    try:
+        with filelock.FileLock(root_dir() / "outputs" / ".sync.lock", timeout=timeout):
+            for stale in owed:
+                if should_stop():
+                    break
+                results.append(_sync_run(stale, unreachable))
+    except filelock.Timeout:
+        raise UserError("sync: another process delivers runs to MLflow now; try again later") from None
+    return results
+
+
+def _sync_run(stale: StaleRun[Any], unreachable: dict[str, str]) -> SyncResult:
+    run = _OwedRun(stale.run_dir, stale.info)
+    delivery, uri, is_deleted = Delivery(run), current_ref(stale.info).uri, False
+    problem = unreachable.get(uri)
+    try:
+        if problem is None:
+            delivery.complete()
+    except RunDeletedError:
+        is_deleted = True
+        run.update_mlflow(closed=True, owed=[])
+    except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+        from captcha_exp.tracking.store import inspect_store
+
+        problem = shorten(error)
+        if inspect_store(uri, "")[0] != "current":
+            unreachable[uri] = problem
+    return SyncResult(run.run_dir, uri, run.info.run_id, delivery.describe_sent(), problem, is_deleted)
+
+
+def _may_be_reachable(stale: StaleRun[Any]) -> bool:
+    """Return False if the SQLite file with the run is missing: deleted, or its disk is not mounted."""
+    ref = current_ref(stale.info)
     path = sqlite_path(ref.uri)
-    return ref if path is None or path.is_file() else None
+    return ref.run_id is None or path is None or path.is_file()
 
 
-def sync_all(ended_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
-    """Sync the closed runs to their stores, and return those that MLflow has now."""
-    by_store: dict[str, list[StaleRun[Any]]] = {}
-    for run in ended_runs:
-        if not run.info.is_running and (ref := _unclosed_ref(run)):
-            by_store.setdefault(ref.uri, []).append(run)
-    return [run for uri, group in by_store.items() for run in _sync_to_store(uri, group)]
+def _run_in_background(function: Callable[[], object]) -> None:
+    """Run a function in a thread, and wait for it for a few seconds at most."""
 
-
-def _sync_to_store(uri: str, stale_runs: Sequence[StaleRun[Any]]) -> list[StaleRun[Any]]:
-    from mlflow import MlflowClient
-
-    from captcha_exp.tracking.store import inspect_store
-
-    status, detail = inspect_store(uri, "")
-    problem = f"the store is {status}" + (f" ({detail})" if detail else "")
-    if status in ("current", "new"):  # a new store has none of the runs, and stays empty
-        problem = ""
-    synced: list[StaleRun[Any]] = []
-    num_handled = 0
-    for stale in () if problem else stale_runs:
+    def run() -> None:
         try:
-            run_id = _sync_run(MlflowClient(uri), stale) if status == "current" else None
-            stale.update_mlflow(run_id=run_id or stale.info.run_id, closed=True)
-            num_handled += 1
-            synced += [stale] if run_id is not None else []
-        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-            problem = first_line(error)
-            if inspect_store(uri, "")[0] != "current":
-                break  # the store became unreachable: the other runs would wait for a timeout each
-    if problem:
-        count = f"{len(stale_runs) - num_handled} of {len(stale_runs)} runs"
-        logger.warning(f"{uri}: {count} not synced to MLflow: {problem}; the next start tries again")
-    return synced
+            function()
+        except (UserError, OSError) as error:  # left for the next time
+            logger.debug(f"not synced: {error}")
 
-
-def _sync_run(client: "MlflowClient", stale: StaleRun[Any]) -> str | None:
-    """Send the whole run to MLflow and return its run ID; None if it was deleted in MLflow."""
-    from captcha_exp.tracking.store import send_artifacts, send_metrics, send_tags
-
-    run_id, info = _find_run_id(client, stale), stale.info
-    if run_id is None:
-        return None
-    stale.remove_partial_files()  # a run that ended by itself still has them
-    logger.debug(f"sending {stale.run_dir} to MLflow run {run_id}")
-    tags = dict(info.tags) if isinstance(info, RunInfo) else {}
-    if (summary := stale.run_dir / "summary.md").is_file():  # of a sweep
-        tags["mlflow.note.content"] = summary.read_text(encoding="utf-8")
-    send_tags(client, run_id, tags)
-    send_metrics(client, run_id, read_metrics_rows(stale.run_dir)[0])
-    send_artifacts(client, run_id, stale.run_dir)
-    ended = None if info.ended is None else int(info.ended.timestamp() * 1000)
-    client.set_terminated(run_id, info.status, end_time=ended)
-    return run_id
-
-
-def _find_run_id(client: "MlflowClient", stale: StaleRun[Any]) -> str | None:
-    from captcha_exp.tracking.store import run_exists
-
-    ref = stale.info.mlflow
-    assert ref is not None  # only runs that need a sync come here
-    if ref.run_id is None:  # killed while MLflow created the run
-        candidates = client.search_runs([ref.experiment_id], f"tags.pid = '{stale.info.pid}'")
-        ids = (run.info.run_id for run in candidates if run.data.tags.get("run_dir") == str(stale.run_dir))
-        return next(ids, None)
-    return ref.run_id if run_exists(client, ref.run_id) else None
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(BACKGROUND_SECONDS)

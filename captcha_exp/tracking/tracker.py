@@ -1,157 +1,169 @@
-"""The `Tracker` that logs to MLflow.
+"""The `Tracker` that logs to MLflow from a thread.
 
-The run directory is written first and is complete without MLflow. If the store becomes unreachable, training
-continues: rows are queued and sent with the next one. Their timestamps let MLflow ignore duplicates.
+The run directory is written first and is complete without MLflow. The thread sends what is new in it, so a
+store that is slow, away or absent costs a training nothing: no queue can overflow, and what a killed process
+did not send is still in the directory. MLflow is imported in the thread.
 """
 
-import getpass
-import json
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-
-from captcha_exp.config import Config, MlflowConfig, flatten, moved_store_uri
-from captcha_exp.errors import first_line
-from captcha_exp.runs import MetricsRow, RecordedDir, Run, StaleRun
+from captcha_exp.config import Config, MlflowConfig, sqlite_path
+from captcha_exp.runs import MetricsRow, RecordedDir, Run
 from captcha_exp.runs.info import MlflowRef
-from captcha_exp.runtime.paths import root_dir
-from captcha_exp.tracking.store import (
-    get_or_create_experiment,
-    open_store,
-    raise_run_failed,
-    run_exists,
-    send_metrics,
-    send_tags,
-)
-from captcha_exp.tracking.sync import sync_all
+from captcha_exp.tracking.delivery import Delivery, ParentMissingError, RunDeletedError, current_ref, shorten
+from captcha_exp.tracking.sync import sync_reachable
 
 logger = logging.getLogger(__name__)
+
+SEND_INTERVAL_SECONDS = 2.0  # epochs that follow each other faster are sent together
+RETRY_INTERVAL_SECONDS = 5.0
+PARENT_INTERVAL_SECONDS = 1.0
+END_SECONDS = 10.0
+"""maximum wait at the end of a run; what is still owed then is delivered later"""
+LOCAL_END_SECONDS = 60.0
+"""the same for a SQLite file, whose errors do not keep anyone waiting"""
+STOP_END_SECONDS = 5.0
+"""the same for a run that was stopped, for example by SIGTERM"""
+
+
+class Sender:
+    """Keeps MLflow up to date with a run or sweep, from a thread."""
+
+    def __init__(
+        self,
+        recorded: RecordedDir[Any],
+        tracking: MlflowConfig,
+        run_name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record where the run will be in MLflow, and start to send it.
+
+        Raises:
+            RunFailed: tracking.required is set, and the store cannot be used.
+        """
+        ref = None if recorded.info.mlflow is None else current_ref(recorded.info)  # of a resumed run
+        if ref is None or ref.uri != tracking.uri:
+            ref = MlflowRef(uri=tracking.uri)
+        changes = {"closed": False, "owed": [], "run_name": run_name, "tags": dict(tags or {})}
+        recorded.update(mlflow=ref.model_copy(update=changes))
+        self._recorded, self._delivery = recorded, Delivery(recorded)
+        self._has_news, self._is_ending = threading.Event(), threading.Event()
+        self._was_lost = self._was_back = False
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        if tracking.required:
+            from captcha_exp.tracking.store import raise_run_failed
+
+            with raise_run_failed(tracking.uri):
+                self._delivery.update()
+        self._thread.start()
+
+    def notify(self) -> None:
+        """Note that the directory has new content."""
+        self._has_news.set()
+
+    def finish(self) -> None:
+        """Send the end of the run, and record what is still owed to MLflow after a limited time."""
+        info = self._recorded.info
+        limit = END_SECONDS if sqlite_path(info.mlflow.uri) is None else LOCAL_END_SECONDS
+        self._is_ending.set()
+        self._has_news.set()
+        if info.status == "KILLED":
+            limit = min(limit, STOP_END_SECONDS)
+        try:
+            self._thread.join(limit)
+        finally:
+            if self._thread.is_alive():
+                self._report_loss(f"did not take the end of the run within {limit:g} s")
+            if not self._recorded.info.mlflow.closed:
+                self._recorded.update_mlflow(owed=self._delivery.describe_owed())
+
+    def _run(self) -> None:
+        has_synced_others = is_last = False
+        while not is_last:
+            self._has_news.clear()
+            is_last = self._is_ending.is_set()
+            try:
+                if is_last:
+                    self._delivery.complete()
+                    return
+                self._delivery.update()
+                self._report_return()
+                if not has_synced_others:
+                    has_synced_others = True
+                    sync_reachable(self._is_ending.is_set)
+                self._is_ending.wait(SEND_INTERVAL_SECONDS)
+                self._has_news.wait()
+            except RunDeletedError:
+                self._report_deleted()
+                return
+            except ParentMissingError:  # its own process is about to send it
+                self._is_ending.wait(PARENT_INTERVAL_SECONDS)
+            except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
+                has_synced_others = False
+                self._report_loss(shorten(error))
+                self._is_ending.wait(RETRY_INTERVAL_SECONDS)
+
+    def _report_loss(self, reason: str) -> None:
+        """Warn once; a server that comes and goes is reported by the end of the run only."""
+        uri = self._recorded.info.mlflow.uri
+        # The process of a sweep has warned if the sweep itself is not in MLflow.
+        is_known = self._was_lost or self._delivery.waits_for_parent()
+        level = logging.DEBUG if is_known else logging.WARNING
+        self._was_lost = True
+        logger.log(
+            level,
+            f"tracking.uri={uri}: {reason}; the run continues, and MLflow gets the rest once it answers, or "
+            "by captcha-exp sync",
+        )
+
+    def _report_return(self) -> None:
+        if self._was_lost and not self._was_back:
+            self._was_back = True
+            logger.warning(
+                f"tracking.uri={self._recorded.info.mlflow.uri}: answers again; MLflow is up to date"
+            )
+
+    def _report_deleted(self) -> None:
+        """Warn that nothing more is sent: deleting a run in MLflow is a decision of the user."""
+        ref = self._recorded.info.mlflow
+        logger.warning(
+            f"tracking.uri={ref.uri}: run {ref.run_id} was deleted there; its directory is complete"
+        )
+        self._recorded.update_mlflow(closed=True, owed=[])
 
 
 class MlflowTracker:
     """Logs a training as an MLflow run."""
 
-    def __init__(
-        self,
-        choices: Mapping[str, str] | None = None,
-        run_name: str | None = None,
-        parent_run_id: str | None = None,
-    ) -> None:
+    def __init__(self, choices: Mapping[str, str] | None = None, run_name: str | None = None) -> None:
         """Initialize the tracker.
 
         Args:
             choices: Conf group -> name of the chosen file; logged as tags.
             run_name: Name of the MLflow run; defaults to the name of the run directory.
-            parent_run_id: ID of the MLflow run of the sweep.
         """
         self._run_name = run_name
         self._tags = {f"choice.{group}": choice for group, choice in (choices or {}).items()}
-        if parent_run_id is not None:
-            self._tags["mlflow.parentRunId"] = parent_run_id
-        self._pending_rows: list[MetricsRow] = []
+        self._sender: Sender | None = None
 
     def start(self, run: Run, config: Config) -> None:
-        """Create the MLflow run, or reattach to that of a resumed run, and log the config as params.
+        """Start to send the run; its params, tags and parent are read from its directory.
 
         Raises:
-            RunFailed: The store cannot be used; fix it, or use tracking=none.
+            RunFailed: tracking.required is set, and the store cannot be used.
         """
         assert isinstance(config.tracking, MlflowConfig)  # `make_tracker` checks this
-        tags = run.info.tags | self._tags
-        self._client, self._run_id = start_run(run, config.tracking, flatten(config), tags, self._run_name)
+        self._sender = Sender(run, config.tracking, self._run_name, self._tags)
 
-    def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Log the dataset as an MLflow dataset, and the git commit as tags."""
-        git = environment["git"] or {}
-        tags = {
-            "mlflow.source.git.commit": git.get("commit"),
-            "mlflow.source.git.branch": git.get("branch"),
-            "git.dirty": git.get("dirty"),
-            "captcha_exp.version": environment["captcha_exp"],
-        }
-        dataset = Dataset(
-            name=manifest["provenance"]["source"]["source"],
-            digest=manifest["key"][:36],
-            source_type="code",
-            source=json.dumps(manifest["provenance"]),
-            profile=json.dumps(
-                {k: manifest[k] for k in ("images", "distinct_labels", "splits", "images_sha256")}
-            ),
-        )
+    def log_metrics(self, row: MetricsRow) -> None:  # noqa: ARG002  the thread reads it from the run
+        """Let the thread send the new row."""
+        if self._sender is not None:
+            self._sender.notify()
 
-        def send(client: MlflowClient) -> None:
-            send_tags(client, self._run_id, {k: str(v) for k, v in tags.items() if v is not None})
-            client.log_inputs(
-                self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-            )
-
-        self._try_send("the dataset", send)
-
-    def log_metrics(self, row: MetricsRow) -> None:
-        """Log a row of metrics, and the rows that are still queued."""
-        self._pending_rows.append(row)
-
-        def send(client: MlflowClient) -> None:
-            send_metrics(client, self._run_id, self._pending_rows)
-            self._pending_rows.clear()
-
-        self._try_send(f"metrics of step {row.step}", send)
-
-    def finish(self, run: Run) -> None:
-        """Send all rows again, the files of the run directory as artifacts, and the final status."""
-        sync_all([StaleRun(run.run_dir, run.info)])
-
-    def _try_send(self, what: str, send: Callable[[Any], object]) -> bool:
-        """Call `send`; on an error, warn and return False, since the run directory has all data."""
-        try:
-            send(self._client)
-        except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-            logger.warning(f"{what} not logged to MLflow: {first_line(error)}; the run directory is complete")
-            return False
-        return True
-
-
-def start_run(
-    run: RecordedDir[Any],
-    tracking: MlflowConfig,
-    params: Mapping[str, str],
-    tags: Mapping[str, str] | None = None,
-    name: str | None = None,
-) -> tuple[MlflowClient, str]:
-    """Create the MLflow run of a run or sweep, or reattach to that of a resumed one; return its ID as well.
-
-    Raises:
-        RunFailed: The store cannot be used; fix it, or use tracking=none.
-    """
-    uri, ref = tracking.uri, run.info.mlflow
-    all_tags = {
-        "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": "captcha-exp",
-        "mlflow.source.type": "LOCAL",
-        "run_dir": str(run.run_dir),
-        **{key: str(getattr(run.info, key)) for key in ("host", "pid", "process_started")},
-        **(tags or {}),
-    }
-    with raise_run_failed(uri):
-        client = open_store(uri)
-        experiment = get_or_create_experiment(client, uri, tracking.experiment)
-        is_same_store = ref is not None and moved_store_uri(ref.uri, root_dir()) == uri
-        if ref is not None and ref.run_id and is_same_store and run_exists(client, ref.run_id):
-            run_id: str = ref.run_id
-            client.update_run(run_id, status="RUNNING")
-            run.update_mlflow(uri=uri, closed=False)
-        else:
-            # Recorded before creating the MLflow run: after a kill in between, `sync` can find that run.
-            run.update(mlflow=MlflowRef(uri=uri, experiment_id=experiment, run_id=None, closed=False))
-            run_id = client.create_run(
-                experiment, tags=all_tags, run_name=name or run.run_dir.name
-            ).info.run_id
-            run.update_mlflow(run_id=run_id)
-        known = client.get_run(run_id).data.params
-        new_params = [Param(*item) for item in params.items() if item[0] not in known]
-        client.log_batch(run_id, params=new_params)
-        send_tags(client, run_id, all_tags)
-    return client, run_id
+    def finish(self) -> None:
+        """Send the rest, the files as artifacts, and the final status, in a limited time."""
+        if self._sender is not None:
+            self._sender.finish()

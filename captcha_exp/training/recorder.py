@@ -32,11 +32,9 @@ class Tracker(Protocol):
 
     def start(self, run: Run, config: Config) -> None: ...
 
-    def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None: ...
-
     def log_metrics(self, row: MetricsRow) -> None: ...
 
-    def finish(self, run: Run) -> None: ...
+    def finish(self) -> None: ...
 
 
 class NullTracker:
@@ -45,13 +43,10 @@ class NullTracker:
     def start(self, run: Run, config: Config) -> None:
         pass
 
-    def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        pass
-
     def log_metrics(self, row: MetricsRow) -> None:
         pass
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         pass
 
 
@@ -106,7 +101,7 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
     finally:
         with defer_signals():
             run.close(*end)
-            recorder.tracker.finish(run)
+        recorder.tracker.finish()  # a signal may interrupt it: what is not sent is sent later
 
 
 def record_test_results(

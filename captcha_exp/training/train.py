@@ -334,7 +334,6 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
     data = dataset.load_or_build(prepared.dataset_spec, config)
     check_dataset_unchanged(data.manifest, run)
     run.write_json("dataset.json", data.manifest)
-    recorder.tracker.log_inputs(data.manifest, environment)
     return data
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import psutil
 import pytest
 from conftest import TINY, edit_record, infos, out_of_memory, sweep_info, warnings
+from mlflow import MlflowClient
 from support.faults import inject_faults
 
-from captcha_exp import runs
+from captcha_exp import compose, load, runs
 from captcha_exp.cli import main
 from captcha_exp.cli import sweep as sweep_command
-from captcha_exp.config import Config, MlflowConfig
+from captcha_exp.config import Config, MlflowConfig, to_yaml
 from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.runs import RecordedDir
@@ -36,7 +37,7 @@ from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.results import Outcome, collect_results
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
-from captcha_exp.tracking.tracker import start_run
+from captcha_exp.tracking.tracker import Sender
 from captcha_exp.training import oom
 
 Launch = Callable[[Path, Sequence[int]], None]
@@ -491,16 +492,26 @@ def test_a_sweep_cannot_be_resumed_without_m(root: Path, launched: list[Any]) ->
 
 
 def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
-    tracking = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x")
+    tracking = MlflowConfig(
+        backend="mlflow", uri=f"sqlite:///{root}/mlflow.db", experiment="x", required=True
+    )
     sweep = RecordedDir(root, runs.SweepInfo.model_validate(sweep_info()))
-    client, run_id = start_run(sweep, tracking, {"seed": "1, 2"})
+    (root / "jobs").mkdir()
+    (root / "jobs" / "1.yaml").write_bytes(to_yaml(load(compose(*TINY))).encode())
 
-    assert start_run(sweep, tracking, {"seed": "1, 2, 3"})[1] == run_id, "with the params of its start"
-    assert client.get_run(run_id).data.params == {"seed": "1, 2"}
-    client.delete_run(run_id)
-    assert start_run(sweep, tracking, {"seed": "1, 2"})[1] != run_id
+    def start() -> str | None:
+        Sender(sweep, tracking)
+        return sweep.info.run_id
+
+    first = start()
+    assert first is not None
+    assert start() == first
+    client = MlflowClient(tracking.uri)
+    assert client.get_run(first).data.params["name"] == "tiny"
+    client.delete_run(first)
+    assert start() != first
     sweep.update_mlflow(run_id="0" * 32)
-    assert start_run(sweep, tracking, {"seed": "1, 2"})[1] != "0" * 32, "not in the store"
+    assert start() != "0" * 32, "not in the store"
 
 
 # -- special characters, mistakes ----------------------------------------------------------------------------

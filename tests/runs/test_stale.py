@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from captcha_exp.runtime.console import set_up_logging
 from captcha_exp.runtime.files import write_json
 from captcha_exp.runtime.process import ProcessIdentity
 from captcha_exp.tracking.store import open_store
-from captcha_exp.tracking.sync import close_stale_runs
+from captcha_exp.tracking.sync import close_stale_runs, sync_reachable
 from captcha_exp.tracking.tracker import MlflowTracker
 
 LONG_AGO = 1_700_000_000.25  # 2023
@@ -375,10 +376,25 @@ def tracked(tiny: Config, store: str) -> Config:
     return replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=f"sqlite:///{path}", experiment="tests"))
 
 
+@pytest.fixture(autouse=True)
+def no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tracker send its own run only."""
+    monkeypatch.setattr("captcha_exp.tracking.tracker.sync_reachable", lambda _: None)
+
+
 def start_run(config: Config) -> tuple[Run, MlflowTracker]:
+    """Start a run that is in MLflow when this returns."""
+    assert isinstance(config.tracking, MlflowConfig)
+    config = replace(config, tracking=replace(config.tracking, required=True))
     run, tracker = runs.create_run(config, config), MlflowTracker()
     tracker.start(run, config)
     return run, tracker
+
+
+def close_and_sync() -> list[Path]:
+    closed = close_stale_runs()
+    synced = [result.run_dir for result in sync_reachable() if result.problem is None]
+    return [*closed, *(run_dir for run_dir in synced if run_dir not in closed)]
 
 
 def in_mlflow(run: Run | Path) -> tuple[MlflowClient, Any]:
@@ -411,7 +427,7 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
     before = state_of(make_stale(run).run_dir)["mlflow"]
     caplog.clear()
 
-    assert close_stale_runs() == [run.run_dir]
+    assert close_and_sync() == [run.run_dir]
 
     client, mlflow_run = in_mlflow(run)
     state = state_of(run.run_dir)
@@ -424,9 +440,10 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
         "report/curves.png"
     ]
     assert state["mlflow"] == {**before, "closed": True}
-    assert len(infos(caplog)) == 1
+    assert len(infos(caplog)) == 2
+    assert re.search(r": delivered metrics of steps \d-3, 5 files, status KILLED$", infos(caplog)[1])
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
-    assert close_stale_runs() == []
+    assert close_and_sync() == []
 
 
 def test_a_run_closed_but_not_synced_keeps_its_status(
@@ -438,7 +455,7 @@ def test_a_run_closed_but_not_synced_keeps_its_status(
     ended = state_of(make_stale(run).run_dir)["ended"]
     caplog.clear()
 
-    assert close_stale_runs() == [run.run_dir]
+    assert close_and_sync() == [run.run_dir]
 
     _, mlflow_run = in_mlflow(run)
     assert (mlflow_run.info.status, logged_steps(run)) == ("FINISHED", [1])
@@ -446,14 +463,14 @@ def test_a_run_closed_but_not_synced_keeps_its_status(
     state = state_of(run.run_dir)
     assert (state["status"], state["ended"], state["error"]) == ("FINISHED", ended, None)
     (line,) = infos(caplog)
-    assert line.endswith(": synced to MLflow as FINISHED")
+    assert line.endswith(": delivered metrics of step 1, 4 files, status FINISHED")
 
 
 def test_the_tracker_marks_the_run_as_closed(tracked: Config) -> None:
     run, tracker = start_run(tracked)
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
     run.close("FINISHED")
-    tracker.finish(run)
+    tracker.finish()
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
 
 
@@ -471,11 +488,11 @@ def test_a_failed_end_is_synced_at_the_next_start(
         run.log_metrics(ROWS[0])
         tracker.log_metrics(ROWS[0])
         run.close("FINISHED")
-        tracker.finish(run)
+        tracker.finish()
     assert state_of(run.run_dir)["mlflow"]["closed"] is False
     make_stale(run)
 
-    assert close_stale_runs() == [run.run_dir]
+    assert close_and_sync() == [run.run_dir]
     client, mlflow_run = in_mlflow(run)
     assert (mlflow_run.info.status, logged_steps(run)) == ("FINISHED", [1])
     assert "config.yaml" in {item.path for item in client.list_artifacts(mlflow_run.info.run_id)}
@@ -491,12 +508,14 @@ def test_a_run_killed_while_mlflow_created_it_is_found_by_its_tags(
     before = make_stale(runs.create_run(tracked, tracked), mlflow=created.info.mlflow)
 
     caplog.clear()
-    assert sorted(close_stale_runs()) == sorted([created.run_dir, before.run_dir])
+    assert sorted(close_and_sync()) == sorted([created.run_dir, before.run_dir])
 
     assert state_of(created.run_dir)["mlflow"]["run_id"] == run_id
     assert in_mlflow(created)[1].info.status == "KILLED"
     assert in_mlflow(other)[1].info.status == "RUNNING"
     assert state_of(before.run_dir)["mlflow"]["closed"] is True
+    assert in_mlflow(before)[1].info.status == "KILLED"
+    assert state_of(before.run_dir)["mlflow"]["run_id"] != run_id
     assert warnings(caplog) == []
 
 
@@ -507,18 +526,17 @@ def test_an_unreachable_store_is_one_warning_and_synced_later(
     caplog.clear()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", unreachable)
-        assert len(close_stale_runs()) == 3
-    (warning,) = warnings(caplog)
-    assert warning.endswith(
-        "mlflow.db: 3 of 3 runs not synced to MLflow: the store is unreachable (no answer within 8 s); "
-        "the next start tries again"
+        assert len(close_and_sync()) == 3
+    assert infos(caplog)[-1].endswith(
+        "mlflow.db: lacks the end of 3 earlier runs: the store is unreachable (no answer within 8 s); "
+        "captcha-exp sync delivers it"
     )
     assert {state_of(run.run_dir)["status"] for run in stale_runs} == {"KILLED"}
     assert {in_mlflow(run)[1].info.status for run in stale_runs} == {"RUNNING"}
 
-    assert len(close_stale_runs()) == 3
+    assert len(close_and_sync()) == 3
     assert {in_mlflow(run)[1].info.status for run in stale_runs} == {"KILLED"}
-    assert len(warnings(caplog)) == 1
+    assert warnings(caplog) == []
 
 
 @pytest.mark.parametrize(("reachable", "num_synced"), [(True, 2), (False, 0)])
@@ -529,28 +547,30 @@ def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachabl
     num_synced: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for _ in range(3):
-        make_stale(start_run(tracked)[0])
-    calls = 0
+    first, *_ = [make_stale(start_run(tracked)[0]) for _ in range(3)]
     get_run = MlflowClient.get_run
+    failures = 0
 
     def fail_first(self: MlflowClient, run_id: str) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
+        nonlocal failures
+        if run_id == first.info.run_id:
+            failures += 1
             raise ConnectionError("[connection] refused")
         return get_run(self, run_id)
 
-    statuses = iter([("current", ""), ("current", "") if reachable else unreachable()])
+    def inspect(*_: object) -> tuple[str, str]:
+        return unreachable() if failures and not reachable else ("current", "")
+
     monkeypatch.setattr(MlflowClient, "get_run", fail_first)
-    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", lambda *_: next(statuses))
+    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", inspect)
     caplog.clear()
-    close_stale_runs()
+    close_and_sync()
 
     closed = [run.info.mlflow is not None and run.info.mlflow.closed for run in runs.list_runs()]
     assert closed.count(True) == num_synced
-    assert len(warnings(caplog)) == 1
-    assert f"{3 - num_synced} of 3 runs not synced to MLflow: [connection] refused;" in warnings(caplog)[0]
+    number = "1 earlier run" if reachable else "3 earlier runs"
+    assert f"lacks the end of {number}: [connection] refused;" in infos(caplog)[-1]
+    assert failures == 2, "of the first run only"
 
 
 def test_a_missing_store_is_neither_created_nor_inspected(
@@ -561,13 +581,13 @@ def test_a_missing_store_is_neither_created_nor_inspected(
     caplog.clear()
     with monkeypatch.context() as patch:
         patch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
-        assert close_stale_runs() == [run.run_dir]
-        assert close_stale_runs() == []
+        assert close_and_sync() == [run.run_dir]
+        assert close_and_sync() == []
     assert not (root / "mlruns").exists()
     assert warnings(caplog) == []
 
     (root / "elsewhere").rename(root / "mlruns")  # as if its disk was mounted again
-    assert close_stale_runs() == [run.run_dir]
+    assert close_and_sync() == [run.run_dir]
     assert in_mlflow(run)[1].info.status == "KILLED"
 
 
@@ -594,14 +614,15 @@ def test_a_run_deleted_in_mlflow_is_not_retried(
             path.write_bytes(b"")
     caplog.clear()
 
-    assert close_stale_runs() == [run.run_dir]
-    assert warnings(caplog) == []
-    assert len(infos(caplog)) == 1
+    assert close_and_sync() == [run.run_dir]
+    (warning,) = warnings(caplog)
+    run_id = mlflow_run.info.run_id
+    assert warning.endswith(f"mlflow.db: run {run_id} was deleted in MLflow, and is not sent again")
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
     if deleted == "tables":
         assert path.read_bytes() == b""
     monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
-    assert close_stale_runs() == []
+    assert close_and_sync() == []
 
 
 def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: Path) -> None:
@@ -614,7 +635,7 @@ def test_a_sweep_is_synced_without_the_files_of_its_jobs(tracked: Config, root: 
     (sweep_dir / "images").mkdir()
     (sweep_dir / "images/grid.png").write_bytes(b"image")
 
-    assert close_stale_runs() == [sweep_dir]
+    assert close_and_sync() == [sweep_dir]
 
     mlflow_ref = state_of(sweep_dir, "sweep.json")["mlflow"]
     client = MlflowClient(mlflow_ref["uri"])

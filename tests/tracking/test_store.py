@@ -24,7 +24,7 @@ from captcha_exp.tracking.store import (
     get_or_create_experiment,
     inspect_store,
     open_store,
-    send_artifacts,
+    send_artifact,
 )
 
 
@@ -237,7 +237,7 @@ def test_a_root_with_characters_that_mean_something_in_addresses(
 def _record(client: MlflowClient, run_id: str, run_dir: Path) -> None:
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text("a: 1\n")
-    send_artifacts(client, run_id, run_dir)
+    send_artifact(client, run_id, run_dir, run_dir / "config.yaml")
 
 
 def _new_run(path: Path, tmp_path: Path) -> str:

@@ -2,25 +2,33 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_EPOCH, TINY, warnings
+from conftest import EVERY_EPOCH, TINY, Call, edit_record, warnings
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from captcha_exp import compose, load, runs
-from captcha_exp.config import Config, MlflowConfig, flatten
+from captcha_exp.config import Config, MlflowConfig, flatten, resolve
 from captcha_exp.errors import RunFailed
 from captcha_exp.model.weights import load_weights
+from captcha_exp.runtime.device import detect_machine
+from captcha_exp.runtime.paths import root_dir
+from captcha_exp.tracking import tracker
+from captcha_exp.tracking.delivery import Delivery, shorten
 from captcha_exp.tracking.server import serve_ui
 from captcha_exp.tracking.store import open_store
 from captcha_exp.tracking.tracker import MlflowTracker
@@ -168,56 +176,197 @@ def test_an_interrupted_run_has_its_status_in_mlflow(
     assert json.loads((_latest() / "run.json").read_text())["status"] == status
 
 
-def test_rows_are_queued_while_the_store_is_unreachable(
-    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    log_batch = MlflowClient.log_batch
+def required(config: Config) -> Config:
+    assert isinstance(config.tracking, MlflowConfig)
+    return replace(config, tracking=replace(config.tracking, required=True))
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise ConnectionError("[Errno 111] Connection refused")
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, times: float, *names: str) -> None:
+    """Let the first calls of these methods of the client fail."""
     calls = 0
 
-    def fail_first(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
-        nonlocal calls
-        if "metrics" in kwargs:
+    def patch(name: str) -> None:
+        original = getattr(MlflowClient, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
             calls += 1
-            if calls == 1:
-                raise MlflowException("the store is unreachable")
-        log_batch(self, *args, **kwargs)
+            return refuse() if calls <= times else original(*args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", fail_first)
-    result = train(tracked, MlflowTracker())
+        monkeypatch.setattr(MlflowClient, name, method)
 
-    client, run = _mlflow_run(result.run_dir)
-    assert run.info.status == "FINISHED"
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2]
-    assert warnings(caplog) == [
-        "metrics of step 1 not logged to MLflow: the store is unreachable; the run directory is complete"
-    ]
+    for name in names:
+        patch(name)
 
 
-def test_the_run_directory_is_complete_if_the_store_stays_unreachable(
+def steps_in_mlflow(run_dir: Path, metric: str = "val/accuracy") -> list[int]:
+    client, run = _mlflow_run(run_dir)
+    return [m.step for m in client.get_metric_history(run.info.run_id, metric)]
+
+
+def test_a_request_that_fails_is_repeated(
     tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = MlflowTracker()
+    fail(monkeypatch, 1, "log_batch")
+    monkeypatch.setattr(tracker, "RETRY_INTERVAL_SECONDS", 0.01)
+    result = train(tracked, MlflowTracker())
 
-    def refuse(*_: object, **kwargs: object) -> None:
-        raise ConnectionError("the store is unreachable")
+    _, run = _mlflow_run(result.run_dir)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == flatten(load(result.run_dir / "config.yaml"))
+    assert steps_in_mlflow(result.run_dir) == [1, 2]
+    assert len(warnings(caplog)) <= 2
+    assert "Connection refused; the run continues, and MLflow gets the rest" in warnings(caplog)[0]
 
-    def start_then_disconnect(run: runs.Run, config: Config) -> None:
-        MlflowTracker.start(tracker, run, config)
-        for name in ("log_batch", "log_inputs", "log_artifacts", "set_terminated"):
-            monkeypatch.setattr(MlflowClient, name, refuse)
 
-    monkeypatch.setattr(tracker, "start", start_then_disconnect)
-    result = train(tracked, tracker)
+def test_a_request_without_an_answer_is_not_repeated(
+    tracked: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has created the run, and stored metrics, before the connection breaks."""
+    broken = {"create_run", "log_batch"}
 
+    def break_after(name: str) -> None:
+        original = getattr(MlflowClient, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if name in broken and (name == "create_run" or "metrics" in kwargs):
+                broken.remove(name)
+                refuse()
+            return result
+
+        monkeypatch.setattr(MlflowClient, name, method)
+
+    break_after("create_run")
+    break_after("log_batch")
+    monkeypatch.setattr(tracker, "RETRY_INTERVAL_SECONDS", 0.01)
+    tracked = replace(tracked, name="unanswered")
+    result = train(tracked, MlflowTracker())
+
+    assert broken == set()
+    client, run = _mlflow_run(result.run_dir)
+    assert steps_in_mlflow(result.run_dir) == [1, 2]
+    started = f"tags.started = '{run.data.tags['started']}'"
+    assert len(client.search_runs([run.info.experiment_id], started)) == 1
+
+
+def test_an_absent_store_costs_a_warning_and_gets_everything_later(
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: Call
+) -> None:
+    names = ("create_run", "log_batch", "log_inputs", "log_artifact", "set_terminated")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(MlflowClient, name, refuse)
+        result = train(tracked, MlflowTracker({"model": "compact"}, "named"))
+
+    assert len(warnings(caplog)) == 1
     state = json.loads((result.run_dir / "run.json").read_text())
     assert state["status"] == "FINISHED"
+    assert state["mlflow"]["owed"] == ["the run", "metrics of steps 1-2", "15 files", "status FINISHED"]
     assert len((result.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
-    assert any("1 of 1 runs not synced to MLflow" in warning for warning in warnings(caplog))
+    end_process(result.run_dir)
+
+    code, out, _ = call("sync")
+    assert code == 0
+    line = f"{result.run_dir.relative_to(root_dir())}: {state['mlflow']['uri']}: delivered "
+    assert out.splitlines()[-1] == line + ", ".join(state["mlflow"]["owed"])
+    client, run = _mlflow_run(result.run_dir)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "named")
+    assert run.data.params == flatten(load(result.run_dir / "config.yaml"))
+    assert run.data.tags["choice.model"] == "compact"
+    assert run.inputs is not None
+    assert len(run.inputs.dataset_inputs) == 1
+    assert steps_in_mlflow(result.run_dir) == [1, 2]
+    assert steps_in_mlflow(result.run_dir, "test/accuracy") == [2]
+    assert "model.safetensors" in {item.path for item in client.list_artifacts(run.info.run_id)}
+    state = json.loads((result.run_dir / "run.json").read_text())
+    assert (state["mlflow"]["closed"], state["mlflow"]["owed"]) == (True, [])
+    assert call("sync")[:2] == (0, "nothing to deliver: MLflow has every run that has ended\n")
 
 
-def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> None:
+def end_process(run_dir: Path) -> None:
+    """Let the process that wrote this record be one that has exited."""
+    edit_record(run_dir, process_started=1.0)
+
+
+def test_a_training_does_not_wait_for_a_slow_store(
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request ends before the training does."""
+    is_over = threading.Event()
+    original = MlflowClient.create_run
+
+    def create_run(*args: Any, **kwargs: Any) -> Any:
+        is_over.wait(60)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_run)
+    monkeypatch.setattr(tracker, "LOCAL_END_SECONDS", 0.1)
+    mlflow_tracker = MlflowTracker()
+    result = train(tracked, mlflow_tracker)
+
+    assert not is_over.is_set()
+    (warning,) = warnings(caplog)
+    assert ": did not take the end of the run within 0.1 s; the run continues, " in warning
+    state = json.loads((result.run_dir / "run.json").read_text())
+    assert state["mlflow"]["owed"][0] == "the run"
+    is_over.set()
+    assert mlflow_tracker._sender is not None
+    mlflow_tracker._sender._thread.join(60)
+    state = json.loads((result.run_dir / "run.json").read_text())
+    assert (state["mlflow"]["closed"], state["mlflow"]["owed"]) == (True, [])
+
+
+def test_a_store_that_goes_and_returns_is_two_warnings(
+    tracked: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("RETRY_INTERVAL_SECONDS", "SEND_INTERVAL_SECONDS"):
+        monkeypatch.setattr(tracker, name, 0.01)
+    tracked = resolve(tracked, detect_machine())
+    run = runs.create_run(tracked, tracked)
+    mlflow_tracker = MlflowTracker()
+    mlflow_tracker.start(run, tracked)
+    for step in range(1, 7):
+        with monkeypatch.context() as patch:
+            if step % 2:
+                patch.setattr(MlflowClient, "log_batch", refuse)
+            row = runs.MetricsRow(step, 10 * step, {"val/accuracy": step / 8})
+            run.log_metrics(row)
+            mlflow_tracker.log_metrics(row)
+            if step % 2:
+                wait_for(lambda: bool(warnings(caplog)))
+            else:
+                wait_for(lambda: len(steps_of(run)) == len(run.metrics_rows()))
+    run.close("FINISHED")
+    mlflow_tracker.finish()
+
+    lost, back = warnings(caplog)
+    assert "Connection refused; the run continues" in lost
+    assert back.endswith("mlflow.db: answers again; MLflow is up to date")
+    assert steps_of(run) == [1, 2, 3, 4, 5, 6]
+
+
+def steps_of(run: runs.Run) -> list[int]:
+    if run.info.run_id is None:
+        return []
+    return steps_in_mlflow(run.run_dir)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until the sending thread has done something."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_required_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> None:
     (root / "mlruns").write_text("a file in place of the directory")
-    config = load(compose(*TINY, f"data.cache={cache}", "tracking=mlflow"))
+    config = required(load(compose(*TINY, f"data.cache={cache}", "tracking=mlflow")))
 
     with pytest.raises(
         RunFailed,
@@ -228,18 +377,64 @@ def test_a_store_that_cannot_be_opened_is_one_line(root: Path, cache: Path) -> N
     assert json.loads((_latest() / "run.json").read_text())["status"] == "FAILED"
 
 
-def test_rows_logged_twice_are_stored_once(
-    tracked: Config, finished: tuple[MlflowClient, MlflowRun, Path]
+def test_a_deleted_store_is_not_taken_for_delivered(
+    tracked: Config, store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client, run, run_dir = finished
-    assert isinstance(load(run_dir / "config.yaml").tracking, MlflowConfig)
-    tracker = MlflowTracker()
-    tracker._client, tracker._run_id = client, run.info.run_id
+    """SQLite would continue to write to the deleted file."""
+    uri = f"sqlite:///{store}/other/mlflow.db"
+    open_store(uri)
+    assert isinstance(tracked.tracking, MlflowConfig)
+    tracked = required(replace(tracked, tracking=replace(tracked.tracking, uri=uri)))
+    mlflow_tracker = MlflowTracker()
+    run = runs.create_run(tracked, tracked)
+    mlflow_tracker.start(run, tracked)
+    shutil.rmtree(store / "other")
+    run.close("FINISHED")
+    mlflow_tracker.finish()
 
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True):
-        tracker.log_metrics(runs.MetricsRow.from_line(line))
+    (warning,) = warnings(caplog)
+    assert "mlflow.db: the store was deleted or replaced; the run continues, " in warning
+    state = json.loads((run.run_dir / "run.json").read_text())
+    assert (state["mlflow"]["closed"], state["mlflow"]["owed"]) == (False, ["2 files", "status FINISHED"])
 
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == [1, 2]
+
+def test_rows_are_asked_for_after_a_failure(finished: tuple[MlflowClient, MlflowRun, Path]) -> None:
+    _, run, run_dir = finished
+    delivery = Delivery(runs.StaleRun(run_dir, runs.RunInfo.load(run_dir)))
+    delivery.update()
+
+    assert delivery.describe_sent() == ["15 files", "status FINISHED"]
+    assert steps_in_mlflow(run_dir, "val/loss") == [1, 2]
+    assert run.info.run_id == delivery.recorded.info.run_id
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "API request to http://a:1/api/2.0/mlflow/runs/create failed with exception HTTPConnectionPool("
+            "host='a', port=1): Max retries exceeded with url: /api/2.0/mlflow/runs/create (Caused by "
+            "NewConnectionError(\"HTTPConnection(host='a', port=1): Failed to establish a new connection: "
+            '[Errno 111] Connection refused"))',
+            "Connection refused",
+        ),
+        (
+            "... ('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))",
+            "Connection reset by peer",
+        ),
+        (
+            "... RemoteDisconnected('Remote end closed connection without response'))",
+            "Remote end closed connection without response",
+        ),
+        (
+            "API request to http://a:1/ failed with timeout exception: Read timed out. (read timeout=20)",
+            "timed out",
+        ),
+        ("x" * 400, "x" * 157 + "..."),
+    ],
+)
+def test_the_reason_of_a_failed_request_is_short(message: str, reason: str) -> None:
+    assert shorten(MlflowException(message)) == reason
 
 
 def test_the_ui_reports_a_missing_store(root: Path) -> None:
@@ -260,6 +455,7 @@ def test_no_metric_is_nan(finished: tuple[MlflowClient, MlflowRun, Path]) -> Non
 
 KILLED_CREATION = """
 import os
+import shutil
 import signal
 import sys
 

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,18 +57,15 @@ class RecordingTracker:
 
     def start(self, run: Run, config: Config) -> None:
         self.calls.append("start")
-        self.run_dir = run.run_dir
-
-    def log_inputs(self, manifest: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        self.calls.append("log_inputs")
+        self.run, self.run_dir = run, run.run_dir
 
     def log_metrics(self, row: MetricsRow) -> None:
         self.calls.append("log_metrics")
         self.rows.append(row)
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         self.calls.append("finish")
-        self.status = run.info.status
+        self.status = self.run.info.status
 
 
 def state_of(run_dir: Path | None) -> dict[str, Any]:
@@ -626,7 +622,7 @@ def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
     names |= {"memory/predicted_peak_mib", "memory/predicted_peak_min_mib"}
     assert rows[2].metrics.keys() == names
     assert tracker.rows == rows
-    assert tracker.calls == ["start", "log_inputs", *["log_metrics"] * 3, "finish"]
+    assert tracker.calls == ["start", *["log_metrics"] * 3, "finish"]
 
     state = state_of(result.run_dir)
     assert state["status"] == tracker.status == "FINISHED"

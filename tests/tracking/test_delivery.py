@@ -1,0 +1,136 @@
+"""Delivery of ended runs and of the jobs of a sweep, without a store."""
+
+import json
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Call, edit_record, infos, sweep_info
+
+from captcha_exp import runs
+from captcha_exp.config import Config, MlflowConfig
+from captcha_exp.runs import Run, RunInfo, StaleRun
+from captcha_exp.runs.info import MlflowRef, now
+from captcha_exp.tracking import sync
+from captcha_exp.tracking.delivery import Delivery, ParentMissingError, RunDeletedError
+from captcha_exp.tracking.sync import close_stale_runs, find_owed, sync_owed, sync_reachable
+from captcha_exp.tracking.tracker import Sender
+
+TRACKING = MlflowConfig(backend="mlflow", uri="http://127.0.0.1:1", experiment="x")
+REFUSED = "the store is unreachable (Connection refused)"
+
+
+def make_owed(config: Config, ended_minutes_ago: float = 5, run_dir: Path | None = None) -> Run:
+    """Create an ended run of this process that MLflow does not have."""
+    config = replace(config, tracking=TRACKING)
+    run = runs.create_run(config, config, run_dir)
+    run.update(mlflow=MlflowRef(uri=TRACKING.uri))
+    run.close("FINISHED", ended=now() - timedelta(minutes=ended_minutes_ago))
+    return run
+
+
+def mlflow_of(run_dir: Path) -> dict[str, Any]:
+    ref: dict[str, Any] = json.loads((run_dir / "run.json").read_text())["mlflow"]
+    return ref
+
+
+def test_a_run_of_a_process_that_continues_is_owed_after_a_while(tiny: Config) -> None:
+    """A notebook, for example; just after the end its thread may still send."""
+    run = make_owed(tiny)
+    make_owed(tiny, ended_minutes_ago=0)
+    assert [owed.run_dir for owed in find_owed()] == [run.run_dir]
+    assert close_stale_runs() == []
+
+
+def test_a_run_of_another_container_is_owed(tiny: Config) -> None:
+    run = make_owed(tiny)
+    edit_record(run.run_dir, host="another")
+    assert [owed.run_dir for owed in find_owed()] == [run.run_dir]
+
+
+def test_a_run_that_is_resumed_while_it_is_delivered_keeps_its_record(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_owed(tiny)
+
+    def update(delivery: Delivery) -> None:
+        edit_record(run.run_dir, ended=None, status="RUNNING")
+        delivery.recorded.update_mlflow(closed=True)
+
+    monkeypatch.setattr(Delivery, "update", update)
+    (result,) = sync_owed(find_owed())
+    assert result.problem == "the run was resumed, or another process writes its record"
+    record = json.loads((run.run_dir / "run.json").read_text())
+    assert (record["status"], record["mlflow"]["closed"]) == ("RUNNING", False)
+
+
+def test_a_job_waits_for_its_sweep(tiny: Config, root: Path) -> None:
+    sweep_dir = root / "outputs" / "2026-01-01" / "000000-grid"
+    sweep_dir.mkdir(parents=True)
+    ref = MlflowRef(uri=TRACKING.uri).model_dump()
+    (sweep_dir / "sweep.json").write_text(json.dumps(sweep_info(mlflow=ref)))
+    delivery = Delivery(make_owed(tiny, run_dir=sweep_dir / "1-seed=1"))
+
+    assert delivery.waits_for_parent()
+    with pytest.raises(ParentMissingError):
+        delivery._parent_tag()
+    edit_record(sweep_dir, "sweep.json", mlflow=ref | {"run_id": "a1"})
+    assert not delivery.waits_for_parent()
+    assert delivery._parent_tag() == {"mlflow.parentRunId": "a1"}
+    edit_record(sweep_dir, "sweep.json", mlflow=ref | {"run_id": "a1", "uri": "http://127.0.0.1:2"})
+    assert delivery._parent_tag() == {}, "in another store"
+
+
+def test_one_process_delivers_at_a_time(tiny: Config, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_owed(tiny)
+    monkeypatch.setattr(sync, "SYNC_LOCK_SECONDS", 0.01)
+
+    def deliver(_: Delivery) -> None:
+        code, _out, err = call("sync")
+        assert (code, err) == (2, "sync: another process delivers runs to MLflow now; try again later\n")
+
+    monkeypatch.setattr(Delivery, "complete", deliver)
+    (result,) = sync_owed(find_owed())
+    assert result.problem is None
+
+
+def test_sync_prints_what_is_not_delivered(tiny: Config, call: Call) -> None:
+    run = make_owed(tiny)
+    name = run.run_dir.relative_to(run.run_dir.parents[2])
+    code, out, _ = call("sync")
+    assert (code, out) == (1, f"{name}: http://127.0.0.1:1: not delivered: {REFUSED}\n")
+    code, out, _ = call("sync", "--json")
+    (result,) = json.loads(out)
+    assert (code, result["problem"], result["run_dir"]) == (1, REFUSED, str(run.run_dir))
+    assert result["delivered"] == []
+    assert mlflow_of(run.run_dir)["closed"] is False
+
+
+def test_a_run_that_is_deleted_while_it_trains_is_one_warning(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def update(_: Delivery) -> None:
+        raise RunDeletedError
+
+    monkeypatch.setattr(Delivery, "update", update)
+    run = runs.create_run(tiny, tiny)
+    sender = Sender(run, TRACKING)
+    run.close("FINISHED")
+    sender.finish()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == "tracking.uri=http://127.0.0.1:1: run None was deleted there; its directory is complete"
+    assert mlflow_of(run.run_dir)["closed"] is True
+
+
+def test_what_is_not_delivered_in_the_background_is_one_line(
+    tiny: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        make_owed(tiny)
+    sync_reachable()
+    assert infos(caplog)[-1] == (
+        f"http://127.0.0.1:1: lacks the end of 2 earlier runs: {REFUSED}; captcha-exp sync delivers it"
+    )
+    assert [StaleRun.load(RunInfo, owed.run_dir) is not None for owed in find_owed()] == [True, True]
