@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from captcha_exp.cli.hydra_config import complete, show_config, try_compose
+from captcha_exp.cli.hydra_config import complete, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
-from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, RENAMED_FLAGS, build_parser
+from captcha_exp.cli.parser import COMMANDS, FLAG_ANSWERS, OVERRIDE_COMMANDS, PROGRAM, build_parser
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
@@ -49,8 +49,10 @@ def main() -> NoReturn:
     try:
         sys.exit(_dispatch(sys.argv[1:]))
     except UserError as error:
+        from captcha_exp.runtime.console import escape_unprintable
+
         for line in error.lines:
-            print(line, file=sys.stderr)
+            print(escape_unprintable(line), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -69,11 +71,11 @@ def main() -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
+    for word in argv:
+        if answer := FLAG_ANSWERS.get(flag := word.partition("=")[0]):
+            raise UserError(f"{flag}: {answer}")
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if (flag := word.partition("=")[0]) in RENAMED_FLAGS:
-            raise UserError(f"{flag}: was renamed to {RENAMED_FLAGS[flag]}")
     # argparse accepts overrides, or conditions, only before the first flag.
     words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
     if rest and (words is None or any(word.startswith("-") for word in rest)):
@@ -91,7 +93,9 @@ def _dispatch(argv: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
-        return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
+        from captcha_exp.cli.grid import show_config
+
+        return show_config(arguments.cfg, arguments.overrides, arguments.config_dir, arguments.multirun)
     from captcha_exp.tracking import make_tracker
     from captcha_exp.tracking.sync import close_stale_runs
 

@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captcha_exp.cli import output
-from captcha_exp.cli.grid import Grid, compose_grid
+from captcha_exp.cli.grid import Grid, compose_grid, name_jobs
 from captcha_exp.cli.hydra_config import run_hydra
+from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
@@ -46,7 +46,7 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     jobs = _compose_jobs(grid, machine)
 
     def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
-        _launch(sweep_dir, numbers, grid, arguments.config_dir)
+        _launch(sweep_dir, numbers, grid.launcher_overrides)
 
     def print_summary(sweep: Sweep, summary: SweepSummary) -> None:
         if arguments.json:
@@ -70,22 +70,23 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
 
 def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
     jobs: list[Job] = []
-    mistakes: dict[str, None] = {}  # without duplicates: jobs have most overrides in common
+    mistakes: dict[str, list[int]] = {}  # jobs have most overrides in common
     for number, (swept, composed) in enumerate(grid.jobs, 1):
         try:
             config = composed.to_config(machine)
         except ConfigError as error:
-            mistakes |= dict.fromkeys(error.lines)
+            for line in error.lines:
+                mistakes.setdefault(line, []).append(number - 1)
             continue
         if config.train.on_oom == "auto":  # in a sweep, running out of memory is recorded as a result
             config = replace(config, train=replace(config.train, on_oom="record"))
         jobs.append(Job(number=number, swept=swept, choices=composed.choices, requested=config))
+    lines = name_jobs(mistakes, [swept for swept, _ in grid.jobs])
     limits = dict.fromkeys(json.dumps(job.requested.train.max_minutes) for job in jobs)
     if len(limits) > 1:
-        text = f"{TIME_LIMIT_KEY}={','.join(limits)}: limits the whole sweep; write one value"
-        mistakes[text] = None
-    if mistakes:
-        raise ConfigError(*mistakes)
+        lines.append(f"{TIME_LIMIT_KEY}={','.join(limits)}: limits the whole sweep; write one value")
+    if lines:
+        raise ConfigError(*lines)
     return jobs
 
 
@@ -129,7 +130,7 @@ def _find_latest_unfinished(jobs: Sequence[Job]) -> Sweep | None:
     return None
 
 
-def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str | None) -> None:
+def _launch(sweep_dir: Path, numbers: Sequence[int], launcher_overrides: Sequence[str]) -> None:
     """Run the jobs with these numbers with Hydra's launcher.
 
     Raises:
@@ -137,9 +138,8 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
     """
     argv = [
         "--multirun",
-        *(["--config-dir", str(Path(config_dir).resolve())] if config_dir else []),
-        *grid.launcher_overrides,
-        f"hydra.sweep.dir={_quote_for_hydra(str(sweep_dir))}",
+        *launcher_overrides,
+        f"hydra.sweep.dir={quote(str(sweep_dir))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
@@ -159,12 +159,6 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
         ) from error
     finally:
         (sweep_dir / "multirun.yaml").unlink(missing_ok=True)  # Hydra's file, has only the job numbers
-
-
-def _quote_for_hydra(text: str) -> str:
-    r"""Quote text for Hydra's grammar and OmegaConf. Both keep backslashes, except before `'` and `${`."""
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
-    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:

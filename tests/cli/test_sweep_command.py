@@ -412,29 +412,6 @@ def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
 # -- special characters, mistakes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/a b",
-        "/a'b\"",
-        "/$HOME",
-        "/${x}",
-        "/a\\${x}",
-        "/a\\b",
-        "/a\\'b",
-        "/a\\",
-        "/[x],{y}=é",
-        "/a\\\\${x}'\\",
-    ],
-)
-def test_quote_for_hydra(path: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    (override,) = OverridesParser.create().parse_overrides([f"dir={sweep_command._quote_for_hydra(path)}"])
-    assert OmegaConf.create({"dir": override.value()}).dir == path
-
-
 def test_values_with_special_characters_get_distinct_directories(tiny: Config) -> None:
     values = ["a/b", "a\\b", "a b", "../..", "", "ä" * 300, "[b]", "x\ny"]
     jobs = [
