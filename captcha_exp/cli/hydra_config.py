@@ -136,7 +136,7 @@ def compose_overrides(
                 gpu_overrides[override.key_or_group] = override.value()
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
-        _check_headers(config, accepted)
+        _check_headers(config, [*accepted, *launcher_overrides])
     except ConfigError as error:
         raise ConfigError(*mistakes, *error.lines) from None
     except (

@@ -44,7 +44,12 @@ def launcher_overrides(hydra: "DictConfig") -> list[str]:
     from omegaconf import OmegaConf
 
     settings: Any = OmegaConf.to_container(hydra.launcher)
-    names = [name for name, each in _installed().items() if each["_target_"] == settings.get("_target_")]
+    reserved = {key: value for key, value in settings.items() if key.startswith("_")}  # of the class
+    names = [
+        name
+        for name, defaults in _installed().items()
+        if all(defaults.get(k) == reserved[k] for k in reserved)
+    ]
     if not names:
         known = ", ".join(sorted(_installed()))
         raise ConfigError(

@@ -5,6 +5,7 @@ changes to conf/ do not affect them.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from captcha_exp.cli import output
 from captcha_exp.cli.grid import Grid, compose_grid, name_jobs
 from captcha_exp.cli.hydra_config import run_hydra
@@ -21,8 +24,9 @@ from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
-from captcha_exp.runs import StaleRun, SweepInfo, claim, code_sha256
+from captcha_exp.runs import RecordedDir, StaleRun, SweepInfo, claim, code_sha256
 from captcha_exp.runtime.console import get_log_level, set_up_logging
+from captcha_exp.runtime.files import write_atomically
 from captcha_exp.sweep import record
 from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
@@ -46,14 +50,15 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     jobs = _compose_jobs(grid, machine)
 
     def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
-        _launch(sweep_dir, numbers, grid.launcher_overrides)
+        _launch(sweep_dir, numbers, grid)
 
     def print_summary(sweep: Sweep, summary: SweepSummary) -> None:
+        url = _write_compare_url(sweep, summary)
         if arguments.json:
             print(json.dumps({"run_dir": str(sweep.run_dir), **summary.to_json()}, indent=2))
         else:
             output.print_sweep(summary)
-            _print_locations(sweep, summary)
+            _print_locations(sweep, url)
 
     with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
@@ -130,7 +135,7 @@ def _find_latest_unfinished(jobs: Sequence[Job]) -> Sweep | None:
     return None
 
 
-def _launch(sweep_dir: Path, numbers: Sequence[int], launcher_overrides: Sequence[str]) -> None:
+def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid) -> None:
     """Run the jobs with these numbers with Hydra's launcher.
 
     Raises:
@@ -138,7 +143,7 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], launcher_overrides: Sequenc
     """
     argv = [
         "--multirun",
-        *launcher_overrides,
+        *grid.launcher_overrides,
         f"hydra.sweep.dir={quote(str(sweep_dir))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
@@ -161,19 +166,33 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], launcher_overrides: Sequenc
         (sweep_dir / "multirun.yaml").unlink(missing_ok=True)  # Hydra's file, has only the job numbers
 
 
-def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
-    """Print the sweep directory and the MLflow pages of the sweep."""
-    out = output.get_console()
-    out.print(f"sweep directory {sweep.run_dir} (summary.png, .json, .csv)", markup=False)
+def _write_compare_url(sweep: RecordedDir[SweepInfo], summary: SweepSummary) -> str | None:
+    """Append the URL of the page that compares the runs in MLflow to summary.md; None without MLflow."""
     mlflow, run_ids = sweep.info.mlflow, [result.run_id for result in summary.results if result.run_id]
     if mlflow is None:
-        return
+        return None
     from captcha_exp.tracking.views import compare_url, ui_url
 
-    out.print(f"run {mlflow.run_id}", markup=False)
-    if not mlflow.uri.startswith("http"):
-        out.print("start captcha-exp ui, then compare the runs at", markup=False)
-    out.print(compare_url(ui_url(mlflow.uri), mlflow.experiment_id, run_ids), markup=False)
+    url = compare_url(ui_url(mlflow.uri), mlflow.experiment_id, run_ids)
+    file = sweep.run_dir / "summary.md"
+    with contextlib.suppress(OSError):  # no summary was written to a full disk
+        write_atomically(file, file.read_bytes() + f"\n[Compare the runs in MLflow](<{url}>)\n".encode())
+    return url
+
+
+def _print_locations(sweep: RecordedDir[SweepInfo], url: str | None) -> None:
+    """Print the sweep directory and the MLflow pages of the sweep; a terminal that can has a short link."""
+    out = output.get_console()
+    out.print(f"sweep directory {sweep.run_dir} (summary.png, .json, .csv)", markup=False)
+    if sweep.info.mlflow is None or url is None:
+        return
+    out.print(f"run {sweep.info.mlflow.run_id}", markup=False)
+    start = "" if sweep.info.mlflow.uri.startswith("http") else "start captcha-exp ui, then "
+    if out.is_terminal and out.color_system and not out.legacy_windows:
+        link = ("compare the runs in MLflow", f"underline link {url}")
+        out.print(Text.assemble(start, link, " (address in summary.md)"))
+    else:
+        out.print(f"{start}compare the runs at\n{url}", markup=False)
 
 
 def run_hydra_job(config: "DictConfig") -> None:

@@ -43,9 +43,38 @@ def write(directory: Path, name: str, text: str, header: str = "# @package _glob
 @pytest.mark.parametrize(
     "text",
     [
-        *("~", "~/captchas", "/srv/Übung", "/srv/a=b", "/srv/x#y", "/srv/set (1)", "it's", 'a"b', "a;b", "a&b!"),
-        *("(?P<label>.+?)_.*", r"(?P<label>\w{4,5})_\(.*", "[^_]+(?P<label>[a-z])", "set(1)", "{=}", "~/a [1,2]"),
-        *("的一是", "0123456789+-*=?", "${}", r"C:\Users\Übung", "a\\,b;c", "~/a\nb", "\udcff", "<>^`", "(((", "1=2"),
+        *(
+            "~",
+            "~/captchas",
+            "/srv/Übung",
+            "/srv/a=b",
+            "/srv/x#y",
+            "/srv/set (1)",
+            "it's",
+            'a"b',
+            "a;b",
+            "a&b!",
+        ),
+        *(
+            "(?P<label>.+?)_.*",
+            r"(?P<label>\w{4,5})_\(.*",
+            "[^_]+(?P<label>[a-z])",
+            "set(1)",
+            "{=}",
+            "~/a [1,2]",
+        ),
+        *(
+            "的一是",
+            "0123456789+-*=?",
+            "${}",
+            r"C:\Users\Übung",
+            "a\\,b;c",
+            "~/a\nb",
+            "\udcff",
+            "<>^`",
+            "(((",
+            "1=2",
+        ),
     ],
 )
 def test_text_that_the_grammar_cannot_read_is_taken_as_typed(text: str) -> None:
@@ -87,10 +116,14 @@ def test_commas_outside_of_brackets_separate_the_values_of_a_sweep(text: str, va
     assert [composed.config.data.path for _, composed in grid.jobs] == paths
 
     (line,) = mistakes("data=folder", f"data.path={text}")
-    assert line.endswith(f"is a sweep; use train -m (for a list write [1,2], for this text {as_typed('data.path', text)})")
+    assert line.endswith(
+        f"is a sweep; use train -m (for a list write [1,2], for this text {as_typed('data.path', text)})"
+    )
 
 
-@pytest.mark.parametrize("text", ["'a", "'a'b", "x,'a", "[a,b", "a],b", "a,", "a,,b", "[a,,~]", "(?P<label>[^(,]+)"])
+@pytest.mark.parametrize(
+    "text", ["'a", "'a'b", "x,'a", "[a,b", "a],b", "a,", "a,,b", "[a,,~]", "(?P<label>[^(,]+)"]
+)
 def test_text_that_could_mean_several_things_is_an_error_with_the_word_to_type(text: str) -> None:
     (line,) = mistakes("data=folder", f"data.path={text}")
 
@@ -114,7 +147,9 @@ def test_an_interpolation_keeps_its_meaning() -> None:
     assert compose("data=folder", "data.path=~/${").data.path == "~/${"
 
 
-@pytest.mark.parametrize("path", ["/a b", "/a'b\"", "/$HOME", "/${x}", "/a\\${x}", "/a\\b", "/a\\'b", "/a\\", "/a\\\n"])
+@pytest.mark.parametrize(
+    "path", ["/a b", "/a'b\"", "/$HOME", "/${x}", "/a\\${x}", "/a\\b", "/a\\'b", "/a\\", "/a\\\n"]
+)
 @pytest.mark.parametrize("mark", ["'", '"'])
 def test_quoted_text_is_the_same_text(path: str, mark: str) -> None:
     assert plain_value(parse_override(f"dir={quote(path, mark)}")) == path
@@ -139,9 +174,16 @@ def test_an_experiment_of_null_or_in_a_subfolder(experiments: Path) -> None:
 
 
 def test_an_experiment_without_the_header_is_an_error_with_its_path(experiments: Path) -> None:
-    for header in ("", "# a comment\n# @package _global_\n", "# @package data\n", "\ufeff# @package _global_\n"):
+    for header in (
+        "",
+        "# a comment\n# @package _global_\n",
+        "# @package data\n",
+        "\ufeff# @package _global_\n",
+    ):
         file = write(experiments, "team/one", "name: one\n", header)
-        hint = "; the file begins with a byte order mark: save it as UTF-8 without" if "\ufeff" in header else ""
+        hint = (
+            "; the file begins with a byte order mark: save it as UTF-8 without" if "\ufeff" in header else ""
+        )
         line = f"{file}: its first line must be '# @package _global_'{hint}"
         assert mistakes("experiment=team/one", config_dir=experiments) == [line]
     write(experiments, "two", "defaults: [team/one]\n")
@@ -168,8 +210,22 @@ def test_a_habit_that_is_not_supported_is_answered(override: str, hint: str) -> 
 @pytest.mark.parametrize(
     "content",
     [
-        *("[]\n", "3\n", "defaults: 3\n", "defaults: [1]\n", "defaults: [team/one]\n", "name: &a [*a]\n", "? null\n: 1\n"),
-        *("a: " + "[" * 2000 + "]" * 2000, "seed: " + "9" * 5000, "train: {x: .inf}\n", "name: ${\n", "# @a b c\n"),
+        *(
+            "[]\n",
+            "3\n",
+            "defaults: 3\n",
+            "defaults: [1]\n",
+            "defaults: [team/one]\n",
+            "name: &a [*a]\n",
+            "? null\n: 1\n",
+        ),
+        *(
+            "a: " + "[" * 2000 + "]" * 2000,
+            "seed: " + "9" * 5000,
+            "train: {x: .inf}\n",
+            "name: ${\n",
+            "# @a b c\n",
+        ),
     ],
 )
 def test_a_file_with_odd_content_is_one_line(experiments: Path, content: str) -> None:
@@ -193,7 +249,7 @@ def test_a_home_directory_in_a_flag(call: Call, monkeypatch: pytest.MonkeyPatch,
     assert call("train", "--config-dir=~/none")[2] == f"--config-dir={tmp_path}/none: no such directory\n"
     assert str(tmp_path / "none.yaml") in call("plan", "--gpu=~/none.yaml")[2]
     assert str(tmp_path / "b.yaml") in call("plan", "--gpu=a10,~/b.yaml")[2]
-    assert f"{tmp_path}/none: " in call("evaluate", "~/none")[2]
+    assert f"{tmp_path}/none" in call("evaluate", "~/none")[2]
 
 
 # -- sweeps --------------------------------------------------------------------------------------------------
@@ -228,7 +284,10 @@ def test_the_number_of_parallel_jobs_is_checked_before_the_sweep(jobs: str) -> N
 @pytest.mark.parametrize(
     ("hydra", "line"),
     [
-        ("{sweeper: {params: {seed: 'range(3,1)'}}}", "hydra.sweeper.params: seed=range(3,1): gives no value"),
+        (
+            "{sweeper: {params: {seed: 'range(3,1)'}}}",
+            "hydra.sweeper.params: seed=range(3,1): gives no value",
+        ),
         (
             "{sweeper: {params: {seed: [1, 2]}}}",
             "hydra.sweeper.params.seed: must be text, as in '1,2' for two values or '[1,2]' for a list",
@@ -253,7 +312,8 @@ def test_another_sweeper_is_not_supported(experiments: Path) -> None:
         sweep_mistakes("experiment=grid", config_dir=experiments),
     ):
         assert [line.partition(",")[0] for line in lines] == ["hydra/sweeper=optuna: not supported"]
-    assert len(compose_grid(["experiment=grid", "hydra/sweeper=basic", "seed=1,2"], str(experiments)).jobs) == 2
+    overrides = ["experiment=grid", "hydra/sweeper=basic", "seed=1,2"]
+    assert len(compose_grid(overrides, str(experiments)).jobs) == 2
 
 
 def test_a_swept_file_does_not_configure_the_launcher(experiments: Path) -> None:
@@ -272,7 +332,7 @@ def test_a_file_cannot_name_code_for_hydra_to_run(experiments: Path) -> None:
     assert line == "hydra.callbacks: has no effect, Hydra only composes the config; remove it"
     write(experiments, "code", "hydra: {launcher: {_target_: os.getcwd}}\n")
     (line,) = sweep_mistakes("experiment=code", config_dir=experiments)
-    assert line.startswith("hydra.launcher._target_: is not an installed launcher")
+    assert line.startswith("hydra.launcher: has the class of no installed launcher")
 
 
 @pytest.mark.parametrize("words", [("-m", "seed=1,2"), ("experiment=grid",)])

@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, edit_record, infos, out_of_memory, sweep_info, warnings
+from conftest import TINY, edit_record, infos, mlflow_ref, out_of_memory, sweep_info, warnings
+from rich.console import Console
 from support.faults import inject_faults
 
 from captcha_exp import runs
@@ -267,7 +268,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     """Return (numbers, n_jobs) of each launch. Launching only creates the runs."""
     launches: list[tuple[list[int], int]] = []
 
-    def launch(sweep_dir: Path, numbers: Sequence[int], grid: Any, _: object) -> None:
+    def launch(sweep_dir: Path, numbers: Sequence[int], grid: Any) -> None:
         launches.append((list(numbers), grid.n_jobs))
         make_launch()(sweep_dir, numbers)
 
@@ -410,6 +411,26 @@ def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
 
 
 # -- special characters, mistakes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_address_that_compares_runs_is_a_link_in_a_terminal(
+    root: Path, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Console(force_terminal=is_terminal, soft_wrap=True, legacy_windows=False, color_system="standard")
+    monkeypatch.setattr(sweep_command.output, "get_console", lambda: out)
+    sweep = RecordedDir(root, runs.SweepInfo.model_validate(sweep_info(mlflow=mlflow_ref("a1"))))
+    (root / "summary.md").write_text("a sweep\n", encoding="utf-8")
+    url = sweep_command._write_compare_url(sweep, SweepSummary([]))
+    sweep_command._print_locations(sweep, url)
+
+    assert url is not None
+    assert (root / "summary.md").read_text(encoding="utf-8") == (
+        f"a sweep\n\n[Compare the runs in MLflow](<{url}>)\n"
+    )
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last == url or (is_terminal and f";{url}\x1b\\" in last)
+    assert ("(address in summary.md)" in last) == is_terminal
 
 
 def test_values_with_special_characters_get_distinct_directories(tiny: Config) -> None:

@@ -14,7 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from captcha_exp import compose, load
 from captcha_exp.cli.hydra_config import try_compose
-from captcha_exp.config import GpuSpec, Machine, MlflowConfig, flatten, load_gpu, resolve, to_dict, to_yaml
+from captcha_exp.config import (
+    BaseGeneratorConfig,
+    FolderConfig,
+    GpuSpec,
+    Machine,
+    MlflowConfig,
+    flatten,
+    load_gpu,
+    resolve,
+    to_dict,
+    to_yaml,
+)
 from captcha_exp.config.messages import RENAMED_KEYS
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.runtime.paths import conf_dir
@@ -152,8 +163,8 @@ def test_an_invalid_override_is_quoted_in_one_line(override: str) -> None:
         ("device=cuda", "device=cuda: is a group of keys; did you mean device.name=cuda?"),
         ("sweep=true", "sweep=true: is a group of keys; did you mean sweep.run_over_budget=true?"),
         (
-            "gpu.total_mib=300",
-            "gpu.total_mib=300: is a group of keys; did you mean gpu.total_mib.min=300 or gpu.total_mib.max=300?",
+            "gpu.total_mib=3",
+            "gpu.total_mib=3: is a group of keys; did you mean gpu.total_mib.min=3 or gpu.total_mib.max=3?",
         ),
         ("sweep=foo", "sweep=foo: is a group of keys; set one of sweep.run_over_budget"),
     ],
