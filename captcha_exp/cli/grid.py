@@ -12,7 +12,6 @@ from captcha_exp.cli.hydra_config import (
     compose_overrides,
     hydra_loader,
     list_groups,
-    not_text,
 )
 from captcha_exp.cli.overrides import parse_override
 from captcha_exp.errors import ConfigError, one_line
@@ -153,7 +152,7 @@ def _sweeper_params(hydra: "DictConfig") -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"hydra.sweeper.params: {one_line(error)}") from None
     values: dict[str, Any] = params["params"] or {}
-    if lines := [not_text(key) for key, value in values.items() if not isinstance(value, str)]:
+    if lines := [launcher.not_text(key) for key, value in values.items() if not isinstance(value, str)]:
         raise ConfigError(*lines)
     return values
 

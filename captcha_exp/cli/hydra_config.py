@@ -7,8 +7,7 @@ disabled. `config.load` validates the result, which reports all mistakes at once
 import contextlib
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -201,14 +200,8 @@ def _explain(error: Exception) -> str:
     if match := re.search(r"Key '(\w+)' not in '\w+'\s+full_key: hydra\.launcher\.", text):
         return launcher.unknown_setting(match[1])
     if match := re.search(r"full_key: hydra\.sweeper\.params\.(\S+)", text):
-        return not_text(match[1])
+        return launcher.not_text(match[1])
     return one_line(text or error)
-
-
-def not_text(key: str) -> str:
-    """Return the mistake of a value in `hydra.sweeper.params` that is not text."""
-    problem = "must be text, as in '1,2' for two values or '[1,2]' for a list"
-    return f"hydra.sweeper.params.{key}: {problem}"
 
 
 def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machine | None" = None) -> "Config":
@@ -338,17 +331,6 @@ def _is_gpu_file(override: "Override") -> bool:
     return override.key_or_group == "gpu" and str(override.value()).endswith(YAML_SUFFIXES)
 
 
-def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:
-    """Run Hydra's own command line to print a config, complete words, or launch `task`."""
-    import hydra
-
-    from captcha_exp.runtime.paths import conf_dir
-
-    sys.argv = [sys.argv[0], *argv]
-    run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-    run(task or (lambda _: None))()
-
-
 def complete(argv: list[str], commands: Iterable[str], override_commands: Iterable[str]) -> int:
     """Complete a command line for the shell: commands here, groups and keys by Hydra."""
     words = os.environ.get("COMP_LINE", "").split(" ")
@@ -359,5 +341,5 @@ def complete(argv: list[str], commands: Iterable[str], override_commands: Iterab
         if words[1] not in override_commands:
             return 0
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra has no commands
-    run_hydra(argv)
+    launcher.run_hydra(argv)
     return 0

@@ -6,6 +6,8 @@ names is never called.
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from captcha_exp.cli.overrides import quote
@@ -35,6 +37,12 @@ def unknown_setting(setting: str) -> str:
     return f"hydra.launcher.{setting} belongs to {owner}; add hydra/launcher={owner}"
 
 
+def not_text(key: str) -> str:
+    """Return the mistake of a value in `hydra.sweeper.params` that is not text."""
+    problem = "must be text, as in '1,2' for two values or '[1,2]' for a list"
+    return f"hydra.sweeper.params.{key}: {problem}"
+
+
 def launcher_overrides(hydra: "DictConfig") -> list[str]:
     """Return the overrides that give Hydra the same launcher with the same settings.
 
@@ -52,9 +60,7 @@ def launcher_overrides(hydra: "DictConfig") -> list[str]:
     ]
     if not names:
         known = ", ".join(sorted(_installed()))
-        raise ConfigError(
-            f"hydra.launcher._target_: is not an installed launcher; use hydra/launcher={known}"
-        )
+        raise ConfigError(f"hydra.launcher: has the class of no installed launcher; available: {known}")
     if settings.get("n_jobs", 1) == 0:
         raise ConfigError("hydra.launcher.n_jobs=0: must be a number of jobs, or -1 for one on each core")
     defaults = _installed()[names[0]]
@@ -63,6 +69,17 @@ def launcher_overrides(hydra: "DictConfig") -> list[str]:
         f"hydra/launcher={names[0]}",
         *(f"hydra.launcher.{key}={_to_grammar(value)}" for key, value in changed.items()),
     ]
+
+
+def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:
+    """Run Hydra's own command line to print a config, complete words, or launch `task`."""
+    import hydra
+
+    from captcha_exp.runtime.paths import conf_dir
+
+    sys.argv = [sys.argv[0], *argv]
+    run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
+    run(task or (lambda _: None))()
 
 
 def num_parallel(hydra: "DictConfig") -> int:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from captcha_exp.cli import output
 from captcha_exp.cli.grid import Grid, compose_grid, name_jobs
-from captcha_exp.cli.hydra_config import run_hydra
+from captcha_exp.cli.launcher import run_hydra
 from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Machine

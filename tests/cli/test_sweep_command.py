@@ -22,7 +22,7 @@ from rich.console import Console
 from support.faults import inject_faults
 
 from captcha_exp import runs
-from captcha_exp.cli import main
+from captcha_exp.cli import main, output
 from captcha_exp.cli import sweep as sweep_command
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.errors import ConfigError, RunFailed, UserError
@@ -417,8 +417,14 @@ def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
 def test_the_address_that_compares_runs_is_a_link_in_a_terminal(
     root: Path, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Console(force_terminal=is_terminal, soft_wrap=True, legacy_windows=False, color_system="standard")
-    monkeypatch.setattr(sweep_command.output, "get_console", lambda: out)
+    out = Console(
+        force_terminal=is_terminal,
+        soft_wrap=True,
+        legacy_windows=False,
+        color_system="standard",
+        highlight=False,
+    )
+    monkeypatch.setattr(output, "get_console", lambda: out)
     sweep = RecordedDir(root, runs.SweepInfo.model_validate(sweep_info(mlflow=mlflow_ref("a1"))))
     (root / "summary.md").write_text("a sweep\n", encoding="utf-8")
     url = sweep_command._write_compare_url(sweep, SweepSummary([]))
