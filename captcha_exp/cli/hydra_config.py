@@ -7,13 +7,14 @@ disabled. `config.load` validates the result, which reports all mistakes at once
 import contextlib
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captcha_exp.cli import launcher
+from captcha_exp.cli.overrides import as_typed, parse_override, plain_value
 from captcha_exp.errors import ConfigError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 
     from captcha_exp.config import Config, Machine
 YAML_SUFFIXES = (".yaml", ".yml")
+MAX_LENGTH = 500  # characters of Hydra's reason
+MAX_DEPTH = 5  # folders below a group
+HYDRA_KEYS = {  # beginning of a key that has no effect -> what to do
+    "hydra.mode": "use train -m for a sweep",
+    "hydra.sweeper.params": "list the values, as in train -m train.batch_size=32,64",
+    "hydra.sweeper": "sweeps are grids of all values; remove it",
+    "hydra.job.name": "use name=NAME",
+    "hydra.run": "set CAPTCHA_EXP_ROOT to another directory",
+    "hydra.sweep": "set CAPTCHA_EXP_ROOT to another directory",
+    "hydra.verbose": "use --verbose",
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,12 @@ class ComposedConfig:
         from captcha_exp.config import load
 
         mistakes = list(self.errors)
+        rejected = {re.split("[=:]", line.lstrip("+"))[0] for line in mistakes}
         try:
             config = load(self.config, machine, self.raw_overrides)
         except ConfigError as error:
-            mistakes += map(self._name_gpu_file, error.lines)
+            lines = (line for line in error.lines if line.partition(": is missing")[0] not in rejected)
+            mistakes += map(self._name_gpu_file, lines)
         if mistakes:
             raise ConfigError(*mistakes)
         return config
@@ -81,15 +95,15 @@ def try_compose(overrides: Sequence[str], config_dir: str | None) -> ComposedCon
 
 
 def compose_overrides(
-    overrides: Sequence[str], groups: dict[str, list[str]], launcher_overrides: Sequence[str] = ()
+    overrides: Sequence[str], groups: Mapping[str, Sequence[str]], launcher_overrides: Sequence[str] = ()
 ) -> "tuple[ComposedConfig, DictConfig]":
     """Compose the overrides inside `hydra_loader`; also return Hydra's own config, with the launcher's."""
     from hydra import compose as hydra_compose
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     from captcha_exp.config import frozen_without, with_gpu
-    from captcha_exp.config.messages import renamed
 
     mistakes: list[str] = []
     accepted: list[str] = []
@@ -99,28 +113,40 @@ def compose_overrides(
     for text in overrides:
         try:
             override = _parse_override(text, groups)
+            if _is_gpu_file(override):
+                gpu_file = Path(os.path.expanduser(plain_value(override)))  # noqa: PTH111 - does not raise
+                continue
         except ConfigError as error:
             mistakes += error.lines
             continue
-        if _is_gpu_file(override):
-            gpu_file = Path(str(override.value()))
-        elif override.key_or_group in groups or override.is_delete():
-            accepted.append(text.removeprefix("+") if override.key_or_group in groups else text)
+        readable = str(override.input_line)
+        if (
+            override.key_or_group == "experiment" and override.value() is None
+        ):  # Hydra has no null for a group
+            readable = "~experiment"
+        if override.key_or_group == "experiment":  # the last one counts
+            accepted = [each for each in accepted if not re.match("~?experiment(=|$)", each)]
+        if override.key_or_group in groups or override.is_delete():
+            accepted.append(readable.removeprefix("+") if override.key_or_group in groups else readable)
         else:
-            accepted.append("++" + text.lstrip("+"))
+            accepted.append("++" + readable.lstrip("+"))
             raw_overrides[override.key_or_group] = text.partition("=")[2]
             if override.key_or_group.startswith("gpu."):
                 gpu_overrides[override.key_or_group] = override.value()
     try:
         config = hydra_compose("config", overrides=[*accepted, *launcher_overrides], return_hydra_config=True)
-    except (HydraException, YAMLError, OSError, UnicodeDecodeError) as error:
-        # A defaults list may name a file or a group of an earlier version.
-        match = re.search(r"Could not (?:find|override) '([\w/]+?)(?:/(\w+))?'", str(error))
-        if match and (new_name := renamed(match[1], match[2])):
-            old_name = "/".join(filter(None, match.groups()))
-            raise ConfigError(*mistakes, f"{old_name}: was renamed to {new_name}") from None
-        raise ConfigError(*mistakes, one_line(error)) from None
+        _check_headers(config, [*accepted, *launcher_overrides])
+    except ConfigError as error:
+        raise ConfigError(*mistakes, *error.lines) from None
+    except (
+        *(HydraException, OmegaConfBaseException, YAMLError, OSError),
+        *(AssertionError, AttributeError, RecursionError, TypeError, ValueError),  # odd content of a file
+    ) as error:
+        raise ConfigError(*mistakes, _explain(error)) from None
     hydra = config.hydra
+    for key, value in (("callbacks", hydra.callbacks), ("job.env_set", hydra.job.env_set)):
+        if value:
+            mistakes.append(f"hydra.{key}: has no effect, Hydra only composes the config; remove it")
     if gpu_file is not None:
         config = with_gpu(config, gpu_file, gpu_overrides)
     choices = {str(g): str(c) for g, c in hydra.runtime.choices.items() if g in groups and c is not None}
@@ -131,6 +157,51 @@ def compose_overrides(
         frozen_without(config, group="hydra"), choices, raw_overrides, mistakes, multirun
     )
     return composed, hydra
+
+
+def _check_headers(config: "DictConfig", overrides: Sequence[str]) -> None:
+    """Check that the file of each experiment applies to the whole config.
+
+    Raises:
+        ConfigError: it does not; the line has the path of the file and its missing first line.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    if config.hydra.runtime.choices.get("experiment") is None:
+        return
+    loader: Any = GlobalHydra.instance().config_loader()
+    files = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
+    lines = []
+    for name in dict.fromkeys(file.config_path for file in files if file.package and not file.is_self):
+        if name and name.startswith("experiment/"):
+            path = Path(loader.repository.load_config(name).path.removeprefix("file://"), f"{name}.yaml")
+            has_bom = path.read_bytes().startswith(b"\xef\xbb\xbf")
+            hint = "; the file begins with a byte order mark: save it as UTF-8 without" if has_bom else ""
+            lines.append(f"{path}: its first line must be '# @package _global_'{hint}")
+    if lines:
+        raise ConfigError(*lines)
+
+
+def _explain(error: Exception) -> str:
+    """Return the reason on one line: Hydra's, or the new name of a file or group of an earlier version."""
+    from captcha_exp.config.messages import renamed
+
+    causes = dict.fromkeys(str(each) for each in (error, error.__cause__) if each is not None and str(each))
+    text = ": ".join(causes).partition("Config search path:")[0][:MAX_LENGTH]
+    # A defaults list may name a file or a group of an earlier version.
+    match = re.search(r"Could not (?:find|override) '([\w/]+?)(?:/(\w+))?'", text)
+    if match and (new_name := renamed(match[1], match[2])):
+        return f"{'/'.join(filter(None, match.groups()))}: was renamed to {new_name}"
+    if match and match[1] == "hydra/sweeper":
+        return f"hydra/sweeper={match[2]}: {launcher.SWEEPER_PROBLEM}"
+    if match and match[1] == "hydra/launcher":
+        return f"hydra/launcher={match[2]}: {launcher.missing_launcher(match[2])}"
+    if match := re.search(r"Key '(\w+)' not in '\w+'\s+full_key: hydra\.launcher\.", text):
+        return launcher.unknown_setting(match[1])
+    if match := re.search(r"full_key: hydra\.sweeper\.params\.(\S+)", text):
+        return launcher.not_text(match[1])
+    return one_line(text or error)
 
 
 def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machine | None" = None) -> "Config":
@@ -147,6 +218,7 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
     for text in overrides:
         try:
             override = _parse_override(text, {})
+            value = plain_value(override)
         except ConfigError as error:
             mistakes += error.lines
             continue
@@ -161,7 +233,7 @@ def apply_overrides(config: "Config", overrides: Sequence[str], machine: "Machin
         elif not isinstance(node, dict):
             mistakes.append(f"{text}: unknown key; see the run's config.yaml for the known ones")
         else:
-            node[name] = override.value()
+            node[name] = value
             raw_overrides[override.key_or_group] = text.partition("=")[2]
     if isinstance(tracking := values["tracking"], dict) and tracking.get("backend") == "none":
         values["tracking"] = {"backend": "none"}  # without the keys of a store
@@ -197,9 +269,17 @@ def hydra_loader(config_dir: str | None) -> Iterator["ConfigLoader"]:
 
 
 def list_groups(loader: Any) -> dict[str, list[str]]:
-    """Return the files of each config group."""
-    names = [name for name in loader.list_groups("") if name != "hydra"]
-    return {name: sorted(loader.get_group_options(name)) for name in names}
+    """Return the files of each config group, those of subfolders of the groups of conf/ as folder/name."""
+    from captcha_exp.runtime.paths import conf_dir
+
+    def options(group: str) -> list[str]:
+        files = [*loader.get_group_options(group)]
+        if (conf_dir() / group.partition("/")[0]).is_dir() and group.count("/") < MAX_DEPTH:
+            for folder in loader.list_groups(group):
+                files += [f"{folder}/{file}" for file in options(f"{group}/{folder}")]
+        return sorted(files)
+
+    return {name: options(name) for name in loader.list_groups("") if name != "hydra"}
 
 
 def _parse_override(text: str, groups: Mapping[str, Sequence[str]]) -> "Override":
@@ -208,63 +288,47 @@ def _parse_override(text: str, groups: Mapping[str, Sequence[str]]) -> "Override
     Raises:
         ConfigError: it is invalid, has no effect, or selects a file that does not exist.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     from captcha_exp.config.messages import renamed
 
-    try:
-        override = OverridesParser.create().parse_overrides([text])[0]
-    except HydraException:
-        problem = "invalid override; write key=value, with quotes around special characters"
-        raise ConfigError(f"{text!r}: {problem}") from None
+    override = parse_override(text)
     key, problem = override.key_or_group, ""
     if override.is_sweep_override():
-        problem = "is a sweep; use train -m (for a list write [1,2], for text use quotes)"
-    elif key.startswith(("hydra/launcher", "hydra.launcher.")):
-        problem = "configures the launcher of a sweep; use train -m"
+        word = as_typed(key, text.partition("=")[2])
+        problem = f"is a sweep; use train -m (for a list write [1,2], for this text {word})"
+    elif key == "hydra/sweeper" and override.value() != "basic":
+        problem = launcher.SWEEPER_PROBLEM
+    elif key.startswith(("hydra/sweeper", "hydra/launcher", "hydra.launcher.")):
+        problem = "configures a sweep; use train -m"
     elif key == "hydra" or key.startswith(("hydra/", "hydra.")):
-        problem = "has no effect, Hydra only composes the config; remove it"
+        hints = (hint for prefix, hint in HYDRA_KEYS.items() if key.startswith(prefix))
+        problem = f"has no effect, Hydra only composes the config; {next(hints, 'remove it')}"
     elif new_name := renamed(key, override.value()):
         problem = f"was renamed to {new_name}"
     elif key in groups and not override.is_delete() and not _is_gpu_file(override):
-        choice = str(override.value())
-        if choice not in groups[key]:
-            close = get_close_matches(choice, groups[key], n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            problem = f"no such file in conf/{key}; {hint}one of {', '.join(groups[key])}"
+        problem = _choice_problem(key, override.value(), groups[key])
     if problem:
         raise ConfigError(f"{text}: {problem}")
     return override
 
 
+def _choice_problem(group: str, value: Any, files: Sequence[str]) -> str:
+    """Return the mistake of a choice of a config group, with the closest correct one; else no text."""
+    choice = str(value)
+    if choice in files or (value is None and group == "experiment"):
+        return ""
+    close = get_close_matches(choice, files, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    if group == "data" and re.search(r"[/\\~]", choice):
+        hint = f"did you mean data=folder {as_typed('data.path', choice)}? "
+    elif group == "tracking" and ":" in choice:
+        hint = f"did you mean {as_typed('tracking.uri', choice)}? "
+    known = [*files, "null"] if group == "experiment" else files
+    return f"no such file in conf/{group}; {hint}one of {', '.join(known)}"
+
+
 def _is_gpu_file(override: "Override") -> bool:
     """Return whether the override selects a GPU by the path of its file."""
     return override.key_or_group == "gpu" and str(override.value()).endswith(YAML_SUFFIXES)
-
-
-def run_hydra(argv: list[str], task: "Callable[[DictConfig], None] | None" = None) -> None:
-    """Run Hydra's own command line to print a config, complete words, or launch `task`."""
-    import hydra
-
-    from captcha_exp.runtime.paths import conf_dir
-
-    sys.argv = [sys.argv[0], *argv]
-    run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-    run(task or (lambda _: None))()
-
-
-def show_config(kind: str, overrides: Sequence[str], config_dir: str | None) -> int:
-    """Print the composed config for `--cfg`, not validated; return the exit code."""
-    config = compose(*overrides, config_dir=config_dir)
-    if kind == "job":
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(config), end="")
-        return 0
-    flag = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
-    run_hydra([*flag, "--cfg", kind, *overrides])
-    return 0
 
 
 def complete(argv: list[str], commands: Iterable[str], override_commands: Iterable[str]) -> int:
@@ -277,5 +341,5 @@ def complete(argv: list[str], commands: Iterable[str], override_commands: Iterab
         if words[1] not in override_commands:
             return 0
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra has no commands
-    run_hydra(argv)
+    launcher.run_hydra(argv)
     return 0

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from captcha_exp.cli.hydra_config import complete, show_config, try_compose
+from captcha_exp.cli.hydra_config import complete, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
-from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, RENAMED_FLAGS, build_parser
+from captcha_exp.cli.parser import COMMANDS, FLAG_ANSWERS, OVERRIDE_COMMANDS, PROGRAM, build_parser
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
@@ -77,11 +77,11 @@ def _exit_on_sigterm(*_: object) -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
+    for word in argv:
+        if answer := FLAG_ANSWERS.get(flag := word.partition("=")[0]):
+            raise UserError(f"{flag}: {answer}")
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if (flag := word.partition("=")[0]) in RENAMED_FLAGS:
-            raise UserError(f"{flag}: was renamed to {RENAMED_FLAGS[flag]}")
     # argparse accepts overrides, or conditions, only before the first flag.
     words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
     if rest and (words is None or any(word.startswith("-") for word in rest)):
@@ -101,7 +101,9 @@ def _dispatch(argv: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
-        return show_config(arguments.cfg, arguments.overrides, arguments.config_dir)
+        from captcha_exp.cli.grid import show_config
+
+        return show_config(arguments.cfg, arguments.overrides, arguments.config_dir, arguments.multirun)
     from captcha_exp.tracking import check_tracking, make_tracker
     from captcha_exp.tracking.sync import close_stale_runs
 

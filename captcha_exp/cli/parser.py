@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from os.path import expanduser as expand_user
 
 PROGRAM = "captcha-exp"
 
@@ -21,7 +22,16 @@ COMMANDS = {
 }
 OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # commands that take overrides
 RUN_HELP = "run directory, prefix of an MLflow run id, or latest"
-RENAMED_FLAGS = {"--card": "--gpu"}
+_CONFIG_FLAG = (
+    "conf/ is always used; --config-dir DIR is searched before it, and experiment=NAME chooses a file"
+)
+FLAG_ANSWERS = {  # flag that is not supported -> what to use instead
+    "--card": "was renamed to --gpu",
+    **dict.fromkeys(("--config-path", "-cp", "--config-name", "-cn"), _CONFIG_FLAG),
+    "--experimental-rerun": "use captcha-exp reproduce RUN",
+    "--hydra-help": "use --help, or --cfg hydra for Hydra's own config",
+    "--info": "use --cfg all, or captcha-exp doctor",
+}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -54,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
             text = "experiment=NAME, group=NAME or key=value; see conf/"
             command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
             text = "a directory of YAML files that is searched before conf/"
-            command.add_argument("--config-dir", "-cd", metavar="DIR", help=text)
+            command.add_argument("--config-dir", "-cd", metavar="DIR", type=expand_user, help=text)
         if json:
             command.add_argument("--json", action="store_true", help="print JSON")
         _add_log_level(command)
@@ -69,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         "run id, or latest: the newest one; -m: a sweep directory); if it has finished, for more epochs: "
         "--resume RUN train.epochs=N"
     )
-    train.add_argument("--resume", default="auto", metavar="auto|never|RUN", help=text)
+    train.add_argument("--resume", default="auto", metavar="auto|never|RUN", type=expand_user, help=text)
     text = (
         "with -m: train the jobs of the latest sweep with the same jobs again (or of --resume=SWEEP) whose "
         "speed was disturbed by other processes"
@@ -85,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         "name of a file in conf/gpu/, or the path of another file; the same as gpu=NAME. NAME,FILE,... or "
         "all (every file in conf/gpu/ except generic) prints one row for each GPU"
     )
-    plan.add_argument("--gpu", metavar="NAME", help=text)
+    plan.add_argument("--gpu", metavar="NAME", type=expand_user, help=text)
     text = "exit with code 3 unless train.batch_size, or every size in --batch-sizes, fits"
     question = plan.add_mutually_exclusive_group()
     question.add_argument("--must-fit", action="store_true", help=text)
@@ -95,12 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
         "exit codes: 0 success; 2 usage error; 3 with --must-fit if a batch size does not fit or is unsure"
     )
     evaluate = add_command("evaluate")
-    evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
+    evaluate.add_argument("run", metavar="RUN", type=expand_user, help=RUN_HELP)
     text = "images to evaluate on (default: %(default)s)"
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test", help=text)
     _add_reproduce_arguments(add_command("reproduce"))
     predict = add_command("predict")
-    predict.add_argument("run", metavar="RUN", help=f"{RUN_HELP}, or a .safetensors file of weights")
+    predict.add_argument(
+        "run", metavar="RUN", type=expand_user, help=f"{RUN_HELP}, or a .safetensors file of weights"
+    )
     text = "an image or a directory of images; without any, prompt for paths"
     predict.add_argument("images", nargs="*", metavar="IMAGE", help=text)
     for inference in (evaluate, predict):
@@ -160,7 +172,7 @@ def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RUN and OVERRIDE..."""
     text = "run directory, prefix of an MLflow run id (the full id for a run that only MLflow has), or latest"
-    parser.add_argument("run", metavar="RUN", help=text)
+    parser.add_argument("run", metavar="RUN", type=expand_user, help=text)
     text = "key=value: change a value of the saved config; the verdict lists it"
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
     parser.epilog = "exit codes: 0 identical, 3 equivalent, 4 different; 1 the new run failed, 2 usage error"
@@ -168,6 +180,6 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RUN RUN and --all."""
-    parser.add_argument("run", nargs=2, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", nargs=2, metavar="RUN", type=expand_user, help=RUN_HELP)
     parser.add_argument("--all", action="store_true", help="also show equal values")
     parser.epilog = _METRICS_NOTE

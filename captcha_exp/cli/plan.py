@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from captcha_exp.cli import gpu_specs
 from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.cli.overrides import quote
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import fork
 
@@ -36,7 +37,10 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
                 configs = gpu_specs.compose_configs(names, arguments.overrides, arguments.config_dir)
             else:
                 # Not checked against the machine: the planned device may be another one.
-                overrides = [*arguments.overrides, *([_gpu_override(arguments.gpu)] if arguments.gpu else [])]
+                overrides = [
+                    *arguments.overrides,
+                    *([f"gpu={quote(arguments.gpu)}"] if arguments.gpu else []),
+                ]
                 config = try_compose(overrides, arguments.config_dir).to_config(None)
                 configs = {config.gpu.name: config}
             count = stack.enter_context(_image_counter(next(iter(configs.values()))))
@@ -65,12 +69,6 @@ def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, 
         return dataset.inspect_dataset(resolved).split_sizes
 
     yield count
-
-
-def _gpu_override(name: str) -> str:
-    # Quoted: some paths have characters with a meaning in Hydra's grammar.
-    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
-    return f"gpu='{quoted}'" if quoted.endswith((".yaml", ".yml")) else f"gpu={name}"
 
 
 @contextlib.contextmanager

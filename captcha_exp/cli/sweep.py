@@ -5,24 +5,28 @@ changes to conf/ do not affect them.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from captcha_exp.cli import output
-from captcha_exp.cli.grid import Grid, compose_grid
-from captcha_exp.cli.hydra_config import run_hydra
+from captcha_exp.cli.grid import Grid, compose_grid, name_jobs
+from captcha_exp.cli.launcher import run_hydra
+from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Machine
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
-from captcha_exp.runs import StaleRun, SweepInfo, claim, code_sha256
+from captcha_exp.runs import RecordedDir, StaleRun, SweepInfo, claim, code_sha256
 from captcha_exp.runtime.console import get_log_level, set_up_logging
+from captcha_exp.runtime.files import write_atomically
 from captcha_exp.sweep import record
 from captcha_exp.sweep.planner import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
@@ -50,14 +54,15 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     check_tracking(jobs[0].requested)
 
     def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
-        _launch(sweep_dir, numbers, grid, arguments.config_dir)
+        _launch(sweep_dir, numbers, grid)
 
     def print_summary(sweep: Sweep, summary: SweepSummary) -> None:
+        url = _write_compare_url(sweep, summary)
         if arguments.json:
             print(json.dumps({"run_dir": str(sweep.run_dir), **summary.to_json()}, indent=2))
         else:
             output.print_sweep(summary)
-            _print_locations(sweep, summary)
+            _print_locations(sweep, url)
 
     with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
@@ -80,12 +85,13 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
 def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
     jobs: list[Job] = []
     parallelism = min(grid.n_jobs, len(grid.jobs))
-    mistakes: dict[str, None] = {}  # without duplicates: jobs have most overrides in common
+    mistakes: dict[str, list[int]] = {}  # jobs have most overrides in common
     for number, (swept, composed) in enumerate(grid.jobs, 1):
         try:
             config = composed.to_config(machine)
         except ConfigError as error:
-            mistakes |= dict.fromkeys(error.lines)
+            for line in error.lines:
+                mistakes.setdefault(line, []).append(number - 1)
             continue
         if config.train.on_oom == "auto":  # in a sweep, running out of memory is recorded as a result
             config = replace(config, train=replace(config.train, on_oom="record"))
@@ -93,12 +99,12 @@ def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:
             num_threads = max(1, machine.num_cores // parallelism)
             config = replace(config, device=replace(config.device, threads=num_threads))
         jobs.append(Job(number=number, swept=swept, choices=composed.choices, requested=config))
+    lines = name_jobs(mistakes, [swept for swept, _ in grid.jobs])
     limits = dict.fromkeys(json.dumps(job.requested.train.max_minutes) for job in jobs)
     if len(limits) > 1:
-        text = f"{TIME_LIMIT_KEY}={','.join(limits)}: limits the whole sweep; write one value"
-        mistakes[text] = None
-    if mistakes:
-        raise ConfigError(*mistakes)
+        lines.append(f"{TIME_LIMIT_KEY}={','.join(limits)}: limits the whole sweep; write one value")
+    if lines:
+        raise ConfigError(*lines)
     return jobs
 
 
@@ -161,7 +167,7 @@ def _find_latest(jobs: Sequence[Job], include_finished: bool) -> Sweep | None:
     return None
 
 
-def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str | None) -> None:
+def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid) -> None:
     """Run the jobs with these numbers with Hydra's launcher.
 
     Raises:
@@ -169,9 +175,8 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
     """
     argv = [
         "--multirun",
-        *(["--config-dir", str(Path(config_dir).resolve())] if config_dir else []),
         *grid.launcher_overrides,
-        f"hydra.sweep.dir={_quote_for_hydra(str(sweep_dir))}",
+        f"hydra.sweep.dir={quote(str(sweep_dir))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
@@ -193,29 +198,38 @@ def _launch(sweep_dir: Path, numbers: Sequence[int], grid: Grid, config_dir: str
         (sweep_dir / "multirun.yaml").unlink(missing_ok=True)  # Hydra's file, has only the job numbers
 
 
-def _quote_for_hydra(text: str) -> str:
-    r"""Quote text for Hydra's grammar and OmegaConf. Both keep backslashes, except before `'` and `${`."""
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
-    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
-
-
-def _print_locations(sweep: Sweep, summary: SweepSummary) -> None:
-    """Print the sweep directory and the MLflow pages of the sweep."""
-    out = output.get_console()
-    out.print(f"sweep directory {sweep.run_dir} (summary.png, .json, .csv)", markup=False)
+def _write_compare_url(sweep: RecordedDir[SweepInfo], summary: SweepSummary) -> str | None:
+    """Append the URL of the page that compares the runs in MLflow to summary.md; None without MLflow."""
     mlflow, run_ids = sweep.info.mlflow, [result.run_id for result in summary.results if result.run_id]
-    if mlflow is None:
-        return
+    if mlflow is None or mlflow.run_id is None or mlflow.experiment_id is None:
+        return None
     from captcha_exp.tracking.views import compare_url, ui_url
 
-    if mlflow.run_id is None or mlflow.experiment_id is None:
-        output.print_owed(mlflow)
+    url = compare_url(ui_url(mlflow.uri), mlflow.experiment_id, run_ids)
+    file = sweep.run_dir / "summary.md"
+    with contextlib.suppress(OSError):  # no summary was written to a full disk
+        write_atomically(file, file.read_bytes() + f"\n[Compare the runs in MLflow](<{url}>)\n".encode())
+    return url
+
+
+def _print_locations(sweep: RecordedDir[SweepInfo], url: str | None) -> None:
+    """Print the sweep directory and the MLflow pages of the sweep; a terminal that can has a short link."""
+    out = output.get_console()
+    out.print(f"sweep directory {sweep.run_dir} (summary.png, .json, .csv)", markup=False)
+    mlflow = sweep.info.mlflow
+    if mlflow is None:
         return
-    out.print(f"run {mlflow.run_id}", markup=False)
+    if mlflow.run_id is not None:
+        out.print(f"run {mlflow.run_id}", markup=False)
     output.print_owed(mlflow)
-    if not mlflow.uri.startswith("http"):
-        out.print("start captcha-exp ui, then compare the runs at", markup=False)
-    out.print(compare_url(ui_url(mlflow.uri), mlflow.experiment_id, run_ids), markup=False)
+    if url is None:
+        return
+    start = "" if mlflow.uri.startswith("http") else "start captcha-exp ui, then "
+    if out.is_terminal and out.color_system and not out.legacy_windows:
+        link = ("compare the runs in MLflow", f"underline link {url}")
+        out.print(Text.assemble(start, link, " (address in summary.md)"))
+    else:
+        out.print(f"{start}compare the runs at\n{url}", markup=False)
 
 
 def run_hydra_job(config: "DictConfig") -> None:

@@ -169,10 +169,10 @@ def _absolute(path: str) -> str:
     """Return the absolute path of data.path.
 
     Raises:
-        ConfigError: the path has an unknown ~user or a circular symbolic link.
+        ConfigError: the path has a circular symbolic link.
     """
     try:
-        return str(Path(path).expanduser().resolve())
+        return str(Path(path).resolve())
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"data.path={path}: {error}") from None
 
@@ -248,7 +248,8 @@ def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
         raise ConfigError(f"{source}: cannot be read as a config: {one_line(error)}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {reason}") from None
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError(f"{key}: {reason}; for the text ${{ write \\${{") from None
     return dict(source)
 
 

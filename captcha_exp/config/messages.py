@@ -5,11 +5,13 @@ Keys, values and files of conf/ that were renamed are answered with their new na
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+MAX_NAMED = 4  # keys that a hint names
 RENAMED_KEYS = {  # old key or group -> new one
     "card": "gpu",
     "gpu.others_mib": "gpu.other_processes_mib",
@@ -50,7 +52,7 @@ def format_errors(
 
     `group` is the prefix of the keys of `raw` in the whole config, as in "gpu." for a GPU file.
     """
-    known = sorted(set(_schema_keys(schema, schema)))
+    known = sorted(_leaves(schema, schema))
     lines: dict[str, str] = {}
     missing: set[str] = set()
     renamed_keys: set[str] = set()
@@ -78,6 +80,9 @@ def format_errors(
                 choices = ", ".join(rule["discriminator"]["mapping"])
                 key = f"{key}.{tag}"
                 line = f"{key}={format_raw_value(key, given, raw_overrides)}: must be one of {choices}"
+            case _ if not isinstance(value, Mapping) and (leaves := _leaves(rule, schema, f"{key}.")):
+                text = format_raw_value(key, value, raw_overrides)
+                line = f"{shown}: is a group of keys; {_closest_setting(leaves, value, text, schema)}"
             case _:
                 line = f"{shown}: must be {_describe_allowed(rule, schema)}{_yaml_hint(value, rule)}"
         lines.setdefault(key, line)
@@ -144,14 +149,39 @@ def _drop_null(rule: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return next((group for group in groups if "properties" in group), rule)
 
 
-def _schema_keys(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield every key of the schema as `group.key`."""
+def _leaves(rule: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every key of a group as `prefix` + `key` -> its rule; of a single value, nothing."""
     rule = _drop_null(_deref(rule, schema), schema)
+    leaves: dict[str, Any] = {}
     for choice in rule.get("oneOf", []):
-        yield from _schema_keys(choice, schema, prefix)
+        leaves |= _leaves(choice, schema, prefix)
     for key, inner in rule.get("properties", {}).items():
-        deeper = list(_schema_keys(inner, schema, f"{prefix}{key}."))
-        yield from deeper or [f"{prefix}{key}"]
+        leaves |= _leaves(inner, schema, f"{prefix}{key}.") or {f"{prefix}{key}": inner}
+    return leaves
+
+
+def _closest_setting(leaves: Mapping[str, Any], value: Any, text: str, schema: dict[str, Any]) -> str:
+    """Return a hint with the keys of a group that allow a value which was given to the group."""
+    settings = [f"{key}={text}" for key, rule in leaves.items() if _allows(rule, value, schema)]
+    if 0 < len(settings) <= MAX_NAMED:
+        return f"did you mean {' or '.join(settings)}?"
+    return f"set one of {', '.join(leaves)}"
+
+
+def _allows(rule: dict[str, Any], value: Any, schema: dict[str, Any]) -> bool:
+    """Return whether a rule for a single value allows this one."""
+    rule = _deref(rule, schema)
+    if "anyOf" in rule:
+        return any(_allows(choice, value, schema) for choice in rule["anyOf"])
+    if "const" in rule or "enum" in rule:
+        return value in rule.get("enum", [rule.get("const")])
+    types = {"string": str, "integer": int, "number": int | float, "boolean": bool, "array": list}
+    expected = types.get(rule.get("type", ""))
+    if expected is None or not isinstance(value, expected) or isinstance(value, bool) > (expected is bool):
+        return False
+    if isinstance(value, str):
+        return re.search(rule.get("pattern", ""), value) is not None
+    return isinstance(value, list | bool) or rule.get("minimum", value) <= value <= rule.get("maximum", value)
 
 
 def _closest_key(path: list[str], known: list[str]) -> str:
@@ -205,7 +235,7 @@ def _describe_allowed(rule: dict[str, Any], schema: dict[str, Any]) -> str:
 
 def _yaml_hint(value: Any, rule: dict[str, Any]) -> str:
     """Return a hint to quote a text that YAML parsed as another type, else an empty string."""
-    if rule.get("type") == "string" and isinstance(value, bool | int | float):
+    if rule.get("type") == "string" and isinstance(value, bool | int | float | list | None):
         return (
             f"; YAML parsed it as {type(value).__name__} {value!r}: quote the text, "
             "in a file as '0123', on the command line as \"key='0123'\""

@@ -15,9 +15,10 @@ from pydantic_core import PydanticCustomError
 from captcha_exp.config.gpu import STRICT, GpuSpec
 from captcha_exp.config.gpu import Bounds as Bounds  # imported from here by name, like all of the schema
 from captcha_exp.config.train import AugmentConfig, Auto, Fraction, TrainConfig
-from captcha_exp.config.validators import check_alphabet
+from captcha_exp.config.validators import check_alphabet, expand_user
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+FilePath: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(expand_user)]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
@@ -34,7 +35,7 @@ def _check_filename_pattern(value: str) -> str:
 def _check_labels(value: str | None) -> str | None:
     if value not in (None, "names") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
         raise ValueError("must be null, names, or a file in the folder that ends in .csv, .tsv or .jsonl")
-    return value
+    return None if value is None else expand_user(value)
 
 
 def _check_uri(value: str) -> str:
@@ -55,7 +56,8 @@ def _check_uri(value: str) -> str:
         raise ValueError(
             "MLflow no longer supports plain directories; write auto, sqlite:///PATH or http://HOST"
         )
-    return value
+    scheme, slashes, path = value.partition("sqlite:///")
+    return f"{scheme}{slashes}{expand_user(path)}" if slashes and not scheme else value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class BaseDataConfig:
     """fraction of the labels in the test split, which is evaluated once, at the end"""
     split_seed: Seed
     """seed of the split"""
-    cache: str
+    cache: FilePath
     """directory of the cached images; a relative path is relative to the directory of outputs/"""
 
     @model_validator(mode="after")
@@ -114,7 +116,7 @@ class BaseGeneratorConfig(BaseDataConfig):
     """pixels, as rendered"""
     height: Annotated[int, Field(ge=16, le=4096)]
     """pixels, as rendered"""
-    fonts: tuple[str, ...]
+    fonts: tuple[FilePath, ...]
     """font files: a path or the name of a font shipped with matplotlib; [] for the generator's own fonts"""
     workers: Annotated[int, Field(ge=1, le=1024)] | Auto
     """number of rendering processes; does not affect the images"""
@@ -148,7 +150,7 @@ class FolderConfig(BaseDataConfig):
     """A folder of labeled images, including its subfolders."""
 
     source: Literal["folder"]
-    path: Annotated[str, Field(min_length=1)]
+    path: FilePath
     """path of the folder; a relative path is relative to the working directory"""
     labels: Annotated[str | None, AfterValidator(_check_labels)]
     """names: labels are in the file names; or a .csv, .tsv or .jsonl file in the folder; null: labels.csv,

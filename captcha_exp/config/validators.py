@@ -1,5 +1,6 @@
 """Validation of single values that needs more than a type and limits."""
 
+import os
 import unicodedata
 
 
@@ -19,3 +20,18 @@ def check_alphabet(characters: str) -> str:
     if invisible:
         raise ValueError(f"{invisible[0]!r} is not a visible character; remove it")
     return characters
+
+
+def expand_user(path: str) -> str:
+    """Return a path with `~` or `~user` at its start replaced by the home directory.
+
+    Raises:
+        ValueError: the home directory is not known.
+    """
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - returns text, and does not raise
+    if expanded.startswith("~"):
+        raise ValueError(
+            "the home directory of this user is not known; write the whole path (./~ for a file whose name "
+            "begins with ~)"
+        )
+    return expanded

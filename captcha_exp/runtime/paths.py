@@ -43,7 +43,7 @@ def find_gpu_file(name: str, config_dir: str | None = None) -> Path:
         ConfigError: there is no such file; the line suggests the closest name.
     """
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises if there is no such user
     known = list_gpu_files(config_dir)
     if name not in known:
         close = get_close_matches(name, known, n=1)
@@ -55,4 +55,9 @@ def find_gpu_file(name: str, config_dir: str | None = None) -> Path:
 def list_gpu_files(config_dir: str | None = None) -> dict[str, Path]:
     """Return the file of each GPU by name; a file of `config_dir` takes precedence over conf/."""
     dirs = [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
-    return {path.stem: path for each in dirs for path in sorted((each / "gpu").glob("*.yaml"))}
+    folders = [each / "gpu" for each in dirs]
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in sorted(folder.rglob("*.yaml"))
+    }

@@ -17,12 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, edit_record, infos, out_of_memory, sweep_info, warnings
+from conftest import TINY, edit_record, infos, mlflow_ref, out_of_memory, sweep_info, warnings
 from mlflow import MlflowClient
+from rich.console import Console
 from support.faults import inject_faults
 
 from captcha_exp import compose, load, runs
-from captcha_exp.cli import main
+from captcha_exp.cli import main, output
 from captcha_exp.cli import sweep as sweep_command
 from captcha_exp.config import Config, MlflowConfig, to_yaml
 from captcha_exp.errors import ConfigError, RunFailed, UserError
@@ -270,7 +271,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     """Return (numbers, n_jobs) of each launch. Launching only creates the runs."""
     launches: list[tuple[list[int], int]] = []
 
-    def launch(sweep_dir: Path, numbers: Sequence[int], grid: Any, _: object) -> None:
+    def launch(sweep_dir: Path, numbers: Sequence[int], grid: Any) -> None:
         launches.append((list(numbers), grid.n_jobs))
         make_launch()(sweep_dir, numbers)
 
@@ -517,27 +518,30 @@ def test_a_deleted_parent_run_cannot_be_resumed(root: Path) -> None:
 # -- special characters, mistakes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/a b",
-        "/a'b\"",
-        "/$HOME",
-        "/${x}",
-        "/a\\${x}",
-        "/a\\b",
-        "/a\\'b",
-        "/a\\",
-        "/[x],{y}=é",
-        "/a\\\\${x}'\\",
-    ],
-)
-def test_quote_for_hydra(path: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_address_that_compares_runs_is_a_link_in_a_terminal(
+    root: Path, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Console(
+        force_terminal=is_terminal,
+        soft_wrap=True,
+        legacy_windows=False,
+        color_system="standard",
+        highlight=False,
+    )
+    monkeypatch.setattr(output, "get_console", lambda: out)
+    sweep = RecordedDir(root, runs.SweepInfo.model_validate(sweep_info(mlflow=mlflow_ref("a1"))))
+    (root / "summary.md").write_text("a sweep\n", encoding="utf-8")
+    url = sweep_command._write_compare_url(sweep, SweepSummary([]))
+    sweep_command._print_locations(sweep, url)
 
-    (override,) = OverridesParser.create().parse_overrides([f"dir={sweep_command._quote_for_hydra(path)}"])
-    assert OmegaConf.create({"dir": override.value()}).dir == path
+    assert url is not None
+    assert (root / "summary.md").read_text(encoding="utf-8") == (
+        f"a sweep\n\n[Compare the runs in MLflow](<{url}>)\n"
+    )
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last == url or (is_terminal and f";{url}\x1b\\" in last)
+    assert ("(address in summary.md)" in last) == is_terminal
 
 
 def test_values_with_special_characters_get_distinct_directories(tiny: Config) -> None:

@@ -14,7 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from captcha_exp import compose, load
 from captcha_exp.cli.hydra_config import try_compose
-from captcha_exp.config import GpuSpec, Machine, MlflowConfig, flatten, load_gpu, resolve, to_dict, to_yaml
+from captcha_exp.config import (
+    BaseGeneratorConfig,
+    FolderConfig,
+    GpuSpec,
+    Machine,
+    MlflowConfig,
+    flatten,
+    load_gpu,
+    resolve,
+    to_dict,
+    to_yaml,
+)
 from captcha_exp.config.messages import RENAMED_KEYS
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.runtime.paths import conf_dir
@@ -141,11 +152,30 @@ def test_an_error_is_one_line_with_key_value_and_valid_values(override: str, all
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("override", ["foo", "", "a=b=c", "train.batch_size=[1", "captcha.alphabet=abc#d"])
+@pytest.mark.parametrize("override", ["foo", "", "=1", "a b=1"])
 def test_an_invalid_override_is_quoted_in_one_line(override: str) -> None:
-    assert errors(override) == (
-        f"{override!r}: invalid override; write key=value, with quotes around special characters",
-    )
+    assert errors(override) == (f"{override!r}: invalid override; write key=value, as in train.epochs=3",)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("device=cuda", "device=cuda: is a group of keys; did you mean device.name=cuda?"),
+        ("sweep=true", "sweep=true: is a group of keys; did you mean sweep.run_over_budget=true?"),
+        (
+            "gpu.total_mib=3",
+            "gpu.total_mib=3: is a group of keys; did you mean gpu.total_mib.min=3 or gpu.total_mib.max=3?",
+        ),
+        ("sweep=foo", "sweep=foo: is a group of keys; set one of sweep.run_over_budget"),
+    ],
+)
+def test_a_value_for_a_group_is_an_error_with_the_keys_that_allow_it(override: str, hint: str) -> None:
+    assert errors(override) == (hint,)
+
+
+def test_a_rejected_key_is_not_missing() -> None:
+    (line,) = errors("data=folder", "data.path=a,b")
+    assert "is a sweep" in line
 
 
 def test_a_plus_does_not_add_an_unknown_key() -> None:
@@ -524,6 +554,23 @@ def test_an_override_changes_only_its_key(override: str) -> None:
 def test_an_override_takes_precedence_over_an_experiment() -> None:
     assert load(compose("train.epochs=1", "experiment=alnum")).train.epochs == 1
     assert load(compose("experiment=alnum", "train.epochs=1")).train.epochs == 1
+
+
+def test_a_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(compose("data.cache=~/c", "data.fonts=[~/a.ttf,b.ttf]", "tracking.uri=sqlite:///~/m.db"))
+    assert isinstance(config.data, BaseGeneratorConfig)
+    assert isinstance(config.tracking, MlflowConfig)
+    assert (config.data.cache, config.data.fonts) == ("/home/me/c", ("/home/me/a.ttf", "b.ttf"))
+    assert config.tracking.uri == "sqlite:////home/me/m.db"
+    folder = load(compose("data=folder", "data.path=~", "data.labels=~/a.csv")).data
+    assert isinstance(folder, FolderConfig)
+    assert (folder.path, folder.labels) == ("/home/me", "/home/me/a.csv")
+
+
+def test_an_unknown_home_directory_is_an_error() -> None:
+    (line,) = errors("data.cache=~no-such-user/x")
+    assert line.startswith("data.cache=~no-such-user/x: the home directory of this user is not known")
 
 
 def test_a_config_is_frozen() -> None:

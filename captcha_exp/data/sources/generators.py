@@ -112,9 +112,7 @@ def font_files(data: BaseGeneratorConfig) -> list[Path]:
     matplotlib_fonts = Path(str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf")))
     found = []
     for name in data.fonts:
-        path = next(
-            (path for path in (Path(name).expanduser(), matplotlib_fonts / name) if path.is_file()), None
-        )
+        path = next((path for path in (Path(name), matplotlib_fonts / name) if path.is_file()), None)
         if path is None:
             choices = ", ".join(sorted(path.name for path in matplotlib_fonts.glob("DejaVu*.ttf")))
             raise UserError(
