@@ -25,8 +25,16 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
 from captcha_exp.report import figures
 from captcha_exp.runs import SweepInfo
-from captcha_exp.runs.info import JobInfo, MlflowRef, OutOfMemory, ResultSummary, now, running_fields
-from captcha_exp.runtime.files import write_atomically
+from captcha_exp.runs.info import (
+    CHECKSUM_KEY,
+    JobInfo,
+    MlflowRef,
+    OutOfMemory,
+    ResultSummary,
+    now,
+    running_fields,
+)
+from captcha_exp.runtime.files import sha256_of_json, write_atomically
 from captcha_exp.training import sanity
 
 TINY = (
@@ -101,11 +109,17 @@ def package_logger() -> logging.Logger:
 
 
 def edit_record(directory: Path, filename: str = "run.json", **fields: Any) -> dict[str, Any]:
-    """Change fields of a run.json or sweep.json without any check, and return all of them."""
-    path = directory / filename
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | fields
-    path.write_text(json.dumps(values), encoding="utf-8")
+    """Change fields of a run.json or sweep.json without any check but with its checksum, and return them."""
+    values: dict[str, Any] = json.loads((directory / filename).read_text(encoding="utf-8")) | fields
+    write_record(directory, filename, values)
     return values
+
+
+def write_record(directory: Path, filename: str, values: dict[str, Any]) -> None:
+    """Write a run.json or sweep.json with its checksum."""
+    values = {key: value for key, value in values.items() if key != CHECKSUM_KEY}
+    text = json.dumps(values | {CHECKSUM_KEY: sha256_of_json(values)})
+    (directory / filename).write_text(text, encoding="utf-8")
 
 
 def mlflow_ref(run_id: str | None = "a1", closed: bool = True) -> MlflowRef:

@@ -308,7 +308,7 @@ def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) ->
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
         runs.reopen_run(run.run_dir)
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
-        runs.check_file_unchanged(run.run_dir, "config.yaml")
+        runs.load(run.run_dir).path("config.yaml")
     assert claim.find_resumable(tiny, runs.Lineage()) is None
 
 
@@ -333,10 +333,10 @@ def test_an_impossible_file_name_is_not_a_run(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "requested.yaml"])
-def test_a_modified_config_is_rejected_with_the_changed_key(run: Run, name: str) -> None:
+def test_an_edited_config_is_rejected(run: Run, name: str) -> None:
     path = run.run_dir / name
     path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 32"))
-    with pytest.raises(UserError, match=rf"{name}: was modified since .*\(train.batch_size=\d+, requested"):
+    with pytest.raises(UserError, match=rf"{name}: was edited, or is damaged .*--resume=never starts a new"):
         runs.reopen_run(run.run_dir)
     assert run.info.status == "RUNNING"
 
@@ -397,7 +397,7 @@ def test_a_reused_pid_is_not_alive(run: Run) -> None:
 def test_the_status_of_a_running_run_without_its_process_is_stale(run: Run) -> None:
     for process_started, status in ((run.info.process_started, "RUNNING"), (1.0, "stale")):
         run.update(process_started=process_started)
-        assert RunFields(run.run_dir, run.info)["status"] == status
+        assert RunFields(run)["status"] == status
 
 
 def test_a_run_of_another_host_counts_as_alive(run: Run) -> None:
@@ -438,16 +438,16 @@ def test_a_process_name_may_contain_brackets(tmp_path: Path) -> None:
 def test_a_file_that_was_modified_after_the_run_is_rejected(tiny: Config) -> None:
     run = runs.create_run(tiny, tiny)
     run.write("model.safetensors", b"weights")
-    runs.check_file_unchanged(run.run_dir, "model.safetensors")  # not checked while the run is running
+    runs.load(run.run_dir).path("model.safetensors")  # not checked while the run is running
     run.close("FINISHED")
-    runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    runs.load(run.run_dir).path("model.safetensors")
     (run.run_dir / "model.safetensors").write_bytes(b"weightz")
 
-    with pytest.raises(UserError, match=r"model.safetensors: was modified or deleted since the run ended"):
-        runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: was edited, or is damaged"):
+        runs.load(run.run_dir).path("model.safetensors")
     (run.run_dir / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: was modified or deleted since the run ended"):
-        runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: is missing; restore it"):
+        runs.load(run.run_dir).path("model.safetensors")
 
 
 def test_an_unreadable_run_is_a_warning_and_the_others_are_listed(tiny: Config) -> None:
