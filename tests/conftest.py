@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
+import hashlib
 import io
 import json
 import logging
@@ -17,7 +18,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from captcha_exp import compose, load
+from captcha_exp import compose, load, runs
 from captcha_exp.cli import main
 from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
@@ -113,6 +114,14 @@ def edit_record(directory: Path, filename: str = "run.json", **fields: Any) -> d
     values: dict[str, Any] = json.loads((directory / filename).read_text(encoding="utf-8")) | fields
     write_record(directory, filename, values)
     return values
+
+
+def rewrite(run_dir: Path, name: str, content: str | bytes) -> None:
+    """Write another content of a file of a run, with its SHA-256."""
+    content = content if isinstance(content, bytes) else content.encode()
+    (run_dir / name).write_bytes(content)
+    run = runs.load(run_dir)
+    run.update(files=run.info.files | {name: hashlib.sha256(content).hexdigest()})
 
 
 def write_record(directory: Path, filename: str, values: dict[str, Any]) -> None:

@@ -74,9 +74,12 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
         raise ValueError(f"not a complete safetensors file: {error}") from None
     if key not in metadata:
         return tensors, {}, metadata
-    values = parse_json(metadata[key])
+    try:
+        values = parse_json(metadata[key])
+    except ValueError as error:
+        raise ValueError(f"its metadata cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError("metadata without keys and values")
+        raise ValueError("its metadata has no keys and values")
     unsigned = {name: value for name, value in values.items() if name != "sha256"}
     try:
         expected = with_sha256(tensors, unsigned)["sha256"]

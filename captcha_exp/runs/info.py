@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from captcha_exp.errors import DamagedFile, UserError
-from captcha_exp.runtime.files import parse_json, read_file, sha256_of, sha256_of_json, write_json
+from captcha_exp.runtime.files import parse_json, read_file, sha256_of_json, write_json
 from captcha_exp.runtime.process import ProcessIdentity, identify_process
 from captcha_exp.runtime.shutdown import STOPPED, StopReason, stop_reason
 
@@ -268,16 +268,8 @@ class RecordedDir(Generic[InfoT]):
         stop_reason: StopReason | None = None,
         ended: datetime | None = None,
     ) -> None:
-        """Write the final status and the end time (default: now), and the SHA-256 of every file of a run.
-
-        A recorded SHA-256 stays: the file may have been damaged since.
-        """
-        fields: dict[str, Any] = {}
-        if isinstance(self.info, RunInfo):
-            paths = {path.relative_to(self.run_dir).as_posix(): path for path in list_run_files(self.run_dir)}
-            new = paths.keys() - self.info.files.keys() - {self.info.filename}
-            fields["files"] = self.info.files | {name: sha256_of(paths[name]) for name in sorted(new)}
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **fields)
+        """Write the final status and the end time (default: now)."""
+        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now())
 
     def save(self) -> None:
         """Write the record with its checksum."""

@@ -18,15 +18,17 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import DamagedFile, UserError
-from captcha_exp.runs.info import WEIGHTS, RunInfo, RunLink
+from captcha_exp.runs.info import WEIGHTS, RunInfo, RunLink, Status, list_run_files
 from captcha_exp.runs.saved import METRICS, MetricsRow, SavedRun, load, read_metrics_rows
-from captcha_exp.runtime.files import json_bytes, sha256_of_json, write_atomically
+from captcha_exp.runtime.files import json_bytes, sha256_of, sha256_of_json, write_atomically
 from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.shutdown import StopReason
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,22 @@ class Run(SavedRun):
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the run, as `write`."""
         self.write(name, json_bytes(content))
+
+    def close(
+        self,
+        status: Status,
+        error: str | None = None,
+        stop_reason: StopReason | None = None,
+        ended: datetime | None = None,
+    ) -> None:
+        """Write the end as `RecordedDir.close`, and the SHA-256 of all files.
+
+        The files of a killed run are not hashed: another process cannot know what they were.
+        """
+        paths = {path.relative_to(self.run_dir).as_posix(): path for path in list_run_files(self.run_dir)}
+        new = sorted(paths.keys() - self.info.files.keys() - {self.info.filename})
+        self.update(files=self.info.files | {name: sha256_of(paths[name]) for name in new})
+        super().close(status, error, stop_reason, ended)
 
     def log_metrics(self, row: MetricsRow) -> bool:
         """Append a row to metrics.jsonl and flush it to disk.

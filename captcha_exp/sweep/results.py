@@ -77,9 +77,11 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         try:
             run = load(run_dir)
             info = run.info
-            config, metrics = run.config(), run.metrics_rows()
             outcome, error = _outcome_of(info), info.error
-            if (run_dir / "memory.json").exists():
+            metrics = run.metrics_rows()
+            if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
+                config = run.config()
+            if (run_dir / "memory.json").is_file():
                 plan = run.read_json("memory.json")
         except UserError as damage:
             outcome, error = "failed", str(damage)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import edit_record, infos, sweep_info, warnings, write_record
+from conftest import edit_record, infos, rewrite, sweep_info, warnings, write_record
 from safetensors.numpy import save_file
 
 from captcha_exp import runs
@@ -62,11 +62,6 @@ def with_checkpoint(run_dir: Path, step: int = 7, state: Any = None) -> Path:
     counters = {"step": step, "epoch": 3, "progress": {"num_batches": 2}} if state is None else state
     save_file({"x": np.zeros(1)}, path, {"state": json.dumps(counters)})
     return run_dir
-
-
-def write_environment(run_dir: Path, content: str) -> None:
-    """Write another environment.json with its SHA-256."""
-    runs.Run(run_dir, runs.RunInfo.load(run_dir)).write("environment.json", content.encode())
 
 
 # -- find_resumable ------------------------------------------------------------------------------------------
@@ -126,7 +121,7 @@ def test_runs_of_different_code_are_skipped_with_one_warning(
 ) -> None:
     run_dirs = [stale.create(), stale.create()]
     for run_dir in run_dirs:
-        write_environment(run_dir, '{"code_sha256": "0"}')
+        rewrite(run_dir, "environment.json", '{"code_sha256": "0"}')
         if checkpoint:
             with_checkpoint(run_dir)
     assert stale.find() is None
@@ -141,7 +136,7 @@ def test_without_a_code_hash_a_run_is_resumed_only_without_a_checkpoint(
     run_dir = stale.create()
     (run_dir / "environment.json").unlink()
     if content is not None:
-        write_environment(run_dir, content)
+        rewrite(run_dir, "environment.json", content)
     assert stale.find() == run_dir
     with_checkpoint(run_dir)
     assert stale.find() is None

@@ -362,4 +362,3 @@ def test_close_writes_status_end_and_reason(tmp_path: Path) -> None:
         assert info.ended is not None
         assert before <= info.ended <= now()
         assert info.pid == os.getpid()
-    assert RunInfo.load(tmp_path / "run.json").files == {ODD_NAME: "01"}, "a recorded SHA-256 stays"

@@ -1,6 +1,5 @@
 """Close stale runs and sweeps in their directories and in MLflow."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -85,11 +84,8 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
     after = contents(run.run_dir)
     del before[run.run_dir / "run.json"], after[run.run_dir / "run.json"]
     assert after == before
-    assert state["files"] == {
-        path.relative_to(run.run_dir).as_posix(): hashlib.sha256(content).hexdigest()
-        for path, content in before.items()
-    }
-    changed = {"status", "stop_reason", "ended", "files"}
+    assert state["files"].keys() == {"config.yaml", "requested.yaml"}, "the others are not vouched for"
+    changed = {"status", "stop_reason", "ended"}
     assert {k: v for k, v in state.items() if k not in changed} == run.info.model_dump(exclude=changed)
     runs.load(run.run_dir).path("model.safetensors")
     name = f"outputs/{run.run_dir.parent.name}/{run.run_dir.name}"
