@@ -442,7 +442,7 @@ def test_json_has_run_json_and_the_requested_values(make: Make, call: Call) -> N
     (values,) = json.loads(out, parse_constant=pytest.fail)
     assert values == {
         "run_dir": str(run.run_dir),
-        **json.loads((run.run_dir / "run.json").read_text()),
+        **run.info.model_dump(mode="json"),
         "values": {"train/loss": None, "train.epochs": 2, "test/accuracy": 0.875},
     }
 
