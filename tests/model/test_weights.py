@@ -116,6 +116,30 @@ def test_a_damaged_file_is_reported(file: Path, damage: Callable[[bytes], bytes]
     assert load_error(file).startswith(f"{file}: not a complete safetensors file: ")
 
 
+def test_every_flipped_bit_is_reported(file: Path) -> None:
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for offset in (*range(0, header, 23), *range(header, len(content), 997), len(content) - 1):
+        flipped = bytearray(content)
+        flipped[offset] ^= 1 << offset % 8
+        file.write_bytes(flipped)
+        assert load_error(file).startswith(f"{file}: "), offset
+
+
+def test_weights_that_are_not_finite_are_reported(tiny: Config, file: Path) -> None:
+    tensors = load_file(file)
+    tensors["head.classifier.bias"][0] = torch.nan
+    save_as(file, tensors, to_dict(tiny))
+    assert load_error(file) == f"{file}: has weights that are not finite; train again"
+
+
+def test_a_network_is_not_built_before_its_tensors_are_there(tiny: Config, file: Path) -> None:
+    config = to_dict(tiny)
+    config["model"]["channels"] = [4096] * 4  # several GB
+    save_as(file, load_file(file), config)
+    assert "does not match the network of its config" in load_error(file)
+
+
 def test_a_directory_is_reported(tmp_path: Path) -> None:
     assert str(tmp_path) in load_error(tmp_path)
 

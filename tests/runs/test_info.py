@@ -200,6 +200,40 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, kind: type[Record], text: st
     assert len(line.splitlines()) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["FIFO", "directory", "/dev/zero"])
+def test_only_a_regular_file_is_read(tmp_path: Path, kind: type[Record], target: str) -> None:
+    path = tmp_path / kind.filename
+    if target == "FIFO":
+        os.mkfifo(path)
+    elif target == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(target)
+    with pytest.raises(
+        UserError, match=rf"{kind.filename}: cannot be read: (not a regular file|.*directory)"
+    ):
+        kind.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, kind: type[Record]) -> None:
+    path = make_record(tmp_path / "a", kind) / kind.filename
+    content, expected = path.read_bytes(), kind.load(path.parent)
+    found = 0
+    offsets = range(0, len(content), 7)
+    for offset in offsets:
+        flipped = bytearray(content)
+        flipped[offset] ^= 1 << offset % 8
+        path.write_bytes(flipped)
+        try:
+            assert kind.load(path.parent) == expected
+        except UserError as error:
+            found += "record format" not in str(error) and "0.1" not in str(error)
+    assert found > len(offsets) // 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_file_is_one_line(tmp_path: Path, kind: type[Record]) -> None:
     with pytest.raises(UserError, match=rf"{kind.filename}: cannot be read: .*No such file or directory"):
