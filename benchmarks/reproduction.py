@@ -16,12 +16,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
+
+from captcha_exp import runs
+from captcha_exp.runtime.files import sha256_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHORT = {  # overrides that shorten an experiment to minutes
@@ -41,8 +43,8 @@ SMALL = (
 )
 OF_A_FOLDER = (*SMALL[1:3], *SMALL[4:], "captcha.channels=1", "data=folder", "captcha.alphabet='0123456789'")
 
-EDITS: Mapping[str, tuple[str, Any]] = {  # difference -> key of config.yaml, and its new value
-    "alphabet order": ("captcha.alphabet", "01243"),
+OVERRIDES: Mapping[str, tuple[str, Any]] = {  # difference -> config key, and its new value
+    "alphabet order": ("captcha.alphabet", "'01243'"),
     "seed": ("seed", 1),
     "precision": ("device.precision", "bf16"),
     "split": ("data.split_seed", 1),
@@ -128,10 +130,9 @@ def experiments(bench: Bench, quick: bool) -> dict[str, str]:
 def inject_changes(bench: Bench, folder: Path, image_run: Path, image_dir: Path) -> int:
     """Return how many of the injected changes were detected and named."""
     found = 0
-    for name, (key, value) in EDITS.items():
-        copy = bench.copied(folder, name)
-        _edit(copy / "config.yaml", key, value)
-        found += _caused(bench, name, bench.command("reproduce", str(copy)), f"cause: {key} ")
+    for name, (key, value) in OVERRIDES.items():
+        result = bench.command("reproduce", str(folder), f"{key}={value}")
+        found += _caused(bench, name, result, f"cause: {key} ")
     result = bench.command("reproduce", str(folder), ATEN_CPU_CAPABILITY="default")
     found += _caused(bench, "CPU capability", result, "cause: device.cpu_capability ")
     home = _other_code(bench, "line", 'config.seed, "weights"))', 'config.seed, "weight"))')
@@ -140,7 +141,11 @@ def inject_changes(bench: Bench, folder: Path, image_run: Path, image_dir: Path)
     found += _of_images(bench, image_run, image_dir)
 
     copy = bench.copied(folder, "version")
-    _edit(copy / "environment.json", "packages.pillow", "1.2.3")
+    environment = json.loads((copy / "environment.json").read_text())
+    environment["packages"]["pillow"] = "1.2.3"
+    (copy / "environment.json").write_text(json.dumps(environment))
+    record = runs.load(copy)
+    record.update(files=record.info.files | {"environment.json": sha256_of(copy / "environment.json")})
     result = bench.command("reproduce", str(copy))
     passed = result["summary"].startswith("identical, but pillow 1.2.3 -> ")
     found += bench.check("a version in the record", result, passed)
@@ -168,19 +173,6 @@ def _of_images(bench: Bench, image_run: Path, image_dir: Path) -> int:
 
 def _caused(bench: Bench, name: str, result: Mapping[str, Any], cause: str) -> bool:
     return bench.check(name, result, result["verdict"] != "identical" and cause in result["summary"])
-
-
-def _edit(path: Path, key: str, value: Any) -> None:
-    """Change a value in a file of a run without updating its hash."""
-    read: Callable[[str], Any] = json.loads if path.suffix == ".json" else yaml.safe_load
-    write: Callable[[Any], str] = json.dumps if path.suffix == ".json" else yaml.safe_dump
-    values = read(path.read_text())
-    *groups, last = key.split(".")
-    inner = values
-    for group in groups:
-        inner = inner[group]
-    inner[last] = value
-    path.write_text(write(values))
 
 
 def _other_code(bench: Bench, name: str, original: str, other: str) -> Path:
@@ -232,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmark": "reproduction",
         "identical": by_experiment,
         "clean_repeats": f"{clean} of {repeats}",
-        "injected_changes_named": f"{found} of {len(EDITS) + 6}",
+        "injected_changes_named": f"{found} of {len(OVERRIDES) + 6}",
     }
     print(json.dumps(figures))
     return 1 if bench.num_failed else 0

@@ -25,6 +25,10 @@ class ConfigError(UserError):
     """All errors of a config at once, one line each; raised before anything is created."""
 
 
+class DamagedFile(UserError):
+    """A file of a run or sweep that is missing, damaged, or edited; the line says what still works."""
+
+
 class RunFailed(UserError):
     """A run that cannot continue; its record is marked FAILED with these lines as the reason."""
 

@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a temporary root directory, and a tiny config that trains in a second."""
 
+import hashlib
 import io
 import json
 import logging
@@ -17,7 +18,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from captcha_exp import compose, load
+from captcha_exp import compose, load, runs
 from captcha_exp.cli import main
 from captcha_exp.config import CaptchaLibraryConfig, Config
 from captcha_exp.data.dataset import Batch, Split
@@ -25,9 +26,17 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.memory.plan import Peak, Plan, Planner
 from captcha_exp.report import figures
 from captcha_exp.runs import SweepInfo
-from captcha_exp.runs.info import JobInfo, MlflowRef, OutOfMemory, ResultSummary, now, running_fields
+from captcha_exp.runs.info import (
+    CHECKSUM_KEY,
+    JobInfo,
+    MlflowRef,
+    OutOfMemory,
+    ResultSummary,
+    now,
+    running_fields,
+)
 from captcha_exp.runtime import cpu_time
-from captcha_exp.runtime.files import write_atomically
+from captcha_exp.runtime.files import sha256_of_json, write_atomically
 from captcha_exp.training import sanity
 
 TINY = (
@@ -104,11 +113,25 @@ def package_logger() -> logging.Logger:
 
 
 def edit_record(directory: Path, filename: str = "run.json", **fields: Any) -> dict[str, Any]:
-    """Change fields of a run.json or sweep.json without any check, and return all of them."""
-    path = directory / filename
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | fields
-    path.write_text(json.dumps(values), encoding="utf-8")
+    """Change fields of a run.json or sweep.json without any check but with its checksum, and return them."""
+    values: dict[str, Any] = json.loads((directory / filename).read_text(encoding="utf-8")) | fields
+    write_record(directory, filename, values)
     return values
+
+
+def rewrite(run_dir: Path, name: str, content: str | bytes) -> None:
+    """Write another content of a file of a run, with its SHA-256."""
+    content = content if isinstance(content, bytes) else content.encode()
+    (run_dir / name).write_bytes(content)
+    run = runs.load(run_dir)
+    run.update(files=run.info.files | {name: hashlib.sha256(content).hexdigest()})
+
+
+def write_record(directory: Path, filename: str, values: dict[str, Any]) -> None:
+    """Write a run.json or sweep.json with its checksum."""
+    values = {key: value for key, value in values.items() if key != CHECKSUM_KEY}
+    text = json.dumps(values | {CHECKSUM_KEY: sha256_of_json(values)})
+    (directory / filename).write_text(text, encoding="utf-8")
 
 
 def mlflow_ref(run_id: str | None = "a1", closed: bool = True) -> MlflowRef:

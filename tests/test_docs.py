@@ -16,6 +16,7 @@ of dots stands for any text:
     <!-- test: masked output -->            any number, hash and run directory is right
     <!-- test: masked output of COMMAND -->
     <!-- test: masked output after a kill --> the first command in the block is interrupted
+    <!-- test: masked output after an edit --> a comment is added to config.yaml of the latest run
     <!-- test: sweep -->                    see test_the_output_of_a_sweep
     <!-- test: no output -->                not compared
 
@@ -44,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, infos
+from conftest import TINY, edit_record, infos
 from omegaconf import DictConfig
 from PIL import Image
 from support.offline_site import remote_loads
@@ -88,7 +89,9 @@ _FENCE = re.compile(
 )
 _PROGRAMS = (PROGRAM, "make", "python")
 _SEPARATORS = {"&&", "||", "|", ";", "&"}
-_OUTPUT_MODE = re.compile(r"(?P<masked>masked )?output(?P<killed> after a kill)?(?: of (?P<command>.+))?")
+_OUTPUT_MODE = re.compile(
+    r"(?P<masked>masked )?output(?P<killed> after a kill)?(?P<edited> after an edit)?(?: of (?P<command>.+))?"
+)
 _OTHER_MODES = ("", "compose", "any exit code", "run", "after the changes", "sweep", "no output")
 _RUN_DIR = re.compile(r"\S*outputs/\d{4}-\d\d-\d\d/\d{6}-[\w.-]+")
 _HASH_OR_NUMBER = re.compile(r"\b(?=\w*\d)[0-9a-f]{8,}\b|\d[\d,.:]*(?<![,.:])")
@@ -316,11 +319,22 @@ def check_output(block: Block, printed: str, cache: Path, monkeypatch: pytest.Mo
         quoted = [shlex.split(mode["command"])]
     if mode["killed"]:
         interrupt_second_epoch(make_tiny(quoted.pop(0), cache), monkeypatch)
-    for words in quoted:
-        _, printed = run_command(make_tiny(words, cache), monkeypatch)
+    with edited_config() if mode["edited"] else contextlib.nullcontext():
+        for words in quoted:
+            _, printed = run_command(make_tiny(words, cache), monkeypatch)
     lines = [line for line in block.text.splitlines(keepends=True) if not line.startswith("$ ")]
     printed = printed.replace(str(Path.cwd()), "/home/me")
     assert_quoted("".join(lines), printed, is_masked=mode["masked"] is not None)
+
+
+@contextlib.contextmanager
+def edited_config() -> Iterator[None]:
+    """Add a comment to config.yaml of the latest run, and remove it afterwards."""
+    path = runs.find_run("latest") / "config.yaml"
+    content = path.read_bytes()
+    path.write_bytes(content + b"# a comment\n")
+    yield
+    path.write_bytes(content)
 
 
 def assert_quoted(quoted: str, printed: str, is_masked: bool = False) -> None:
@@ -354,7 +368,7 @@ def interrupt_second_epoch(words: Sequence[str], monkeypatch: pytest.MonkeyPatch
         if state["status"] == "RUNNING":
             exited = subprocess.Popen([sys.executable, "-c", ""])
             exited.wait()
-            path.write_text(json.dumps(state | {"pid": exited.pid}), encoding="utf-8")
+            edit_record(path.parent, pid=exited.pid)
 
 
 def test_every_mode_is_known() -> None:

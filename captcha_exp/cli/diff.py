@@ -11,17 +11,18 @@ from rich.text import Text
 from captcha_exp import runs
 from captcha_exp.cli import output
 from captcha_exp.cli.output import is_number
+from captcha_exp.config import flatten_mapping
 from captcha_exp.errors import UserError
-from captcha_exp.runs.fields import RunFields, read_flat_config, read_flat_dataset, read_flat_environment
+from captcha_exp.runs.fields import RunFields, read_flat_dataset
 from captcha_exp.runtime.console import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
 RESULT_KEYS = ("status", "error", "epochs", "best_epoch", "weights_sha256")
 SECTIONS: dict[str, Callable[[RunFields], Mapping[str, Any]]] = {
-    "config": lambda run: read_flat_config(run.run_dir),
-    "environment": lambda run: read_flat_environment(run.run_dir),
-    "dataset": lambda run: read_flat_dataset(run.run_dir),
+    "config": lambda run: run.run.flat_config(),
+    "environment": lambda run: flatten_mapping(run.run.read_json("environment.json")),
+    "dataset": lambda run: read_flat_dataset(run.run),
     "metrics": lambda run: run.metrics(),
     "result": lambda run: {key: run[key] for key in RESULT_KEYS if key in run},
 }
@@ -38,8 +39,7 @@ def diff(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: no such run; the line says how to name one.
     """
-    run_dirs = [runs.find_run(name) for name in arguments.run]
-    first, second = (RunFields(run_dir, runs.RunInfo.load(run_dir)) for run_dir in run_dirs)
+    first, second = (RunFields(runs.load(runs.find_run(name))) for name in arguments.run)
     values: dict[str, Any] = {}
     for title in SECTIONS:
         pairs, errors = read_section(title, first, second)

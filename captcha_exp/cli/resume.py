@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from captcha_exp import runs
 from captcha_exp.cli.hydra_config import ComposedConfig, apply_overrides
-from captcha_exp.config import Config, Machine, flatten, load
+from captcha_exp.config import Config, Machine, flatten
 from captcha_exp.errors import UserError
 from captcha_exp.runs import (
     CHECKPOINT_DIR,
@@ -109,7 +110,7 @@ def _plan_named(
 ) -> ResumePlan:
     name = arguments.resume
     named = claim.find_named(name)
-    saved = load(named.run_dir / "requested.yaml")
+    saved = runs.load(named.run_dir).config("requested.yaml")
     requested, choices = _requested_config(saved, arguments, composed, machine)
     changes = _changed_keys(saved, requested)
     if named.info.status == "FINISHED":
@@ -135,7 +136,7 @@ def _plan_named(
 
     stale = stack.enter_context(claim.claim(find))
     assert stale is not None  # find() raises if there is no such run
-    if claim.has_code_changed(stale.run_dir):
+    if claim.has_code_changed(stale):
         logger.warning(
             f"{stale.run_dir}: started with different code; the result may differ from that of an "
             "uninterrupted run"

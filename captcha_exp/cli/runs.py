@@ -109,7 +109,7 @@ def list_runs(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit}: must be at least 1")
     unreadable: list[str] = []
-    known = [RunFields(run.run_dir, run.info) for run in runs.list_runs(unreadable.append)]
+    known = [RunFields(run) for run in runs.list_runs(unreadable.append)]
     for line in unreadable:
         logger.warning(line)
     keys = list(dict.fromkeys([*(each.key for each in conditions), *sort, *columns]))

@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 16 * 2**20
-"""size of a record or config, which are a thousand times smaller"""
+MAX_BYTES = 256 * 2**20
+"""size of a file that is read as a whole; the largest lists the images of a dataset"""
 MAX_DEPTH = 50
 """levels of nesting; configs and records have fewer than ten"""
 MAX_YAML_CHARS = 2**20
 MAX_YAML_VALUES = 10_000
 """values of a YAML file with its aliases expanded"""
-_MAX_DIGITS = 18
+_MAX_DIGITS = 19
 """digits of an integer, which then fits into 64 bits"""
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -128,7 +128,7 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 
 def _parse_int(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
+    if len(text.lstrip("-")) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits, which does not fit into 64 bits")
     return int(text)
 

@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captcha_exp.config import Config, flatten_mapping, load
+from captcha_exp import runs
+from captcha_exp.config import Config, flatten_mapping
 from captcha_exp.data import dataset
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights
-from captcha_exp.runs import check_file_unchanged
-from captcha_exp.runs.fields import changed_values, read_json
+from captcha_exp.runs.fields import changed_values
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import preview
 
@@ -222,16 +222,14 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     """Evaluate the best weights of a finished run on one of its splits; return the dataset as well.
 
     Raises:
-        UserError: the run has no weights, or the file was changed after the run; restore it.
+        UserError: the run has no weights, or one of its files is damaged or was edited; restore it.
     """
-    weights = run_dir / "model.safetensors"
-    check_file_unchanged(run_dir, weights.name)
-    config = load(run_dir / "config.yaml")
+    run = runs.load(run_dir)
+    config, weights, recorded = run.config(), run.path(runs.WEIGHTS), run.read_json("dataset.json")
     # The device that the run was trained on may not exist here; inference works on any.
     config = devices.for_inference(config, device_name)
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
-    recorded = read_json(run_dir / "dataset.json")
     spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
     data = dataset.load_or_build(spec, config)
     if data.manifest["images_sha256"] != recorded.get("images_sha256"):

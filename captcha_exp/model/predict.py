@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from captcha_exp import runs
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.images import InvalidImage
 from captcha_exp.data.sources.folder import decode_image, list_images, read_bytes
 from captcha_exp.model import networks
 from captcha_exp.model.weights import load_weights
-from captcha_exp.runs import check_file_unchanged, find_run
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import progress_bar
 
@@ -100,9 +100,7 @@ def resolve_weights(run: str) -> Path:
     """
     if run.endswith(".safetensors"):
         return Path(run)
-    run_dir = find_run(run)
-    check_file_unchanged(run_dir, "model.safetensors")
-    return run_dir / "model.safetensors"
+    return runs.load(runs.find_run(run)).path(runs.WEIGHTS)
 
 
 def find_images(names: Sequence[str]) -> list[Path]:

@@ -6,7 +6,6 @@ bits. Two checkpoints are kept: if the latest is damaged, training resumes from 
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -24,11 +22,12 @@ from captcha_exp.config import TrainConfig
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.optim import LossScale
-from captcha_exp.model.weights import tensors_sha256
+from captcha_exp.model.weights import read_tensors, with_sha256
 from captcha_exp.runs import list_checkpoints
 from captcha_exp.runtime.files import write_atomically
 
 KEEP_LAST = 2
+METADATA_KEY = "state"
 # Attributes of a TrainState.
 _COUNTERS = ("step", "epoch", "best_accuracy", "best_loss", "best_epoch", "last_improved_epoch")
 
@@ -187,11 +186,12 @@ def save(checkpoint_dir: Path, state: TrainState) -> Path:
     """Write a checkpoint to disk, remove the oldest ones, and return its path."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.state_dict().items()}
     counters = state.counters()
-    values = {**counters, "sha256": _digest(tensors, counters)}
     checkpoint_dir.mkdir(exist_ok=True)
     path = checkpoint_dir / f"step-{state.step}.safetensors"
     # A single metadata entry, as in a weights file.
-    write_atomically(path, to_safetensors(tensors, {"state": json.dumps(values)}))
+    write_atomically(
+        path, to_safetensors(tensors, {METADATA_KEY: json.dumps(with_sha256(tensors, counters))})
+    )
     prune(checkpoint_dir, KEEP_LAST)
     return path
 
@@ -218,7 +218,7 @@ def load_latest(
             if not missing:
                 return loaded
             problem = f"skipped: metrics.jsonl has no valid line for epoch {min(missing)}"
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"damaged, skipped ({one_line(error)})"
         warn(f"{path}: {problem}; using the previous checkpoint, if any")
         path.rename(path.with_name(f"{path.name}.damaged"))
@@ -226,14 +226,7 @@ def load_latest(
 
 
 def _load(path: Path) -> Checkpoint:
-    with safetensors.safe_open(path, "pt") as file:
-        counters = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    expected = counters.pop("sha256")
-    if _digest(tensors, counters) != expected:
-        raise ValueError("SHA-256 mismatch")
+    tensors, counters, _ = read_tensors(path, METADATA_KEY)
+    if not counters:
+        raise ValueError("not a checkpoint")
     return Checkpoint(path, tensors, counters)
-
-
-def _digest(tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> str:
-    return hashlib.sha256(f"{tensors_sha256(tensors)} {json.dumps(counters)}".encode()).hexdigest()

@@ -1,7 +1,8 @@
 """The weights of a model and their file.
 
 The file is safetensors: numbers and text, no code. Its metadata contains the config and the alphabet, so
-inference needs no other file.
+inference needs no other file, and a SHA-256 of both and of the tensors, since safetensors does not detect
+flipped bits.
 """
 
 import hashlib
@@ -16,9 +17,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from captcha_exp.config import Config, load, to_dict
+from captcha_exp.config.documents import parse_json
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model import networks
 from captcha_exp.model.networks import Recognizer
+from captcha_exp.runtime.files import sha256_of_json
 
 METADATA_KEY = "captcha_exp"
 FORMAT = 2  # raised whenever older files become unreadable; captcha_exp 0.1 wrote none
@@ -30,7 +33,7 @@ def weights_to_bytes(model: Recognizer, config: Config) -> bytes:
     # A single metadata entry: safetensors does not keep the order of several, and equal models must give
     # equal files.
     values = {"format": FORMAT, "config": to_dict(config)}
-    return to_safetensors(tensors, {METADATA_KEY: json.dumps(values)})
+    return to_safetensors(tensors, {METADATA_KEY: json.dumps(with_sha256(tensors, values))})
 
 
 def weights_sha256(model: Recognizer) -> str:
@@ -48,6 +51,46 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def with_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON values of a file with `sha256`, which covers them and the tensors."""
+    return {**values, "sha256": sha256_of_json([tensors_sha256(tensors), values])}
+
+
+def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any], Mapping[str, str]]:
+    """Return the tensors of a safetensors file, the JSON values under a key of its metadata, and all of that.
+
+    The values are empty if the key is missing.
+
+    Raises:
+        ValueError: The file is damaged, or does not match the SHA-256 in the values.
+        OSError: The file cannot be read.
+    """
+    if not path.is_file() and path.exists():
+        raise ValueError("not a regular file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"not a complete safetensors file: {error}") from None
+    if key not in metadata:
+        return tensors, {}, metadata
+    try:
+        values = parse_json(metadata[key])
+    except ValueError as error:
+        raise ValueError(f"its metadata cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError("its metadata has no keys and values")
+    unsigned = {name: value for name, value in values.items() if name != "sha256"}
+    try:
+        expected = with_sha256(tensors, unsigned)["sha256"]
+    except TypeError as error:  # a type of numbers that NumPy lacks
+        raise ValueError(str(error)) from None
+    if values.get("sha256") != expected:
+        raise ValueError("does not match the SHA-256 in it: it was edited, or is damaged")
+    return tensors, unsigned, metadata
+
+
 def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
     """Return the recognizer of a weights file, in evaluation mode, and the config it was trained with.
 
@@ -55,38 +98,37 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
         UserError: the file is missing or damaged, or another program or version wrote it; train again.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        tensors, values, metadata = read_tensors(path, METADATA_KEY)
+        config = load(_config_of(values, metadata))
+        with torch.device("meta"):  # before any memory is allocated: what the file says may not be true
+            own = networks.build(config.model, config.captcha).state_dict()
+        shapes, own_shapes = ({(k, x.shape, x.dtype) for k, x in each.items()} for each in (tensors, own))
+        if different := shapes ^ own_shapes:
+            raise ValueError(
+                f"does not match the network of its config: {min(name for name, *_ in different)} differs"
+            )
+        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+            raise ValueError("has weights that are not finite; train again")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run has one after its first epoch") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a complete safetensors file: {error}") from None
-    try:
-        config = load(config_from_metadata(metadata))
     except ConfigError as error:
         raise UserError(*(f"{path}: {line}" for line in error.lines)) from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     model = networks.build(config.model, config.captcha)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: does not match the network of its config: {reason}") from None
+    model.load_state_dict(tensors)
     return networks.to_device(model, device).eval(), config
 
 
-def config_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the config in the metadata of a weights file, as plain values.
+def _config_of(values: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the config in the JSON values of a weights file.
 
     Raises:
         ValueError: another program or version wrote the file; the message says which.
     """
-    values = _parse_object(metadata.get(METADATA_KEY, ""))
     if values.get("format") == FORMAT and isinstance(values.get("config"), dict):
         return dict(values["config"])
-    if _parse_object(metadata.get("config", "")).keys() >= {"captcha", "model"}:
+    if not values and '"captcha"' in metadata.get("config", ""):
         raise ValueError(
             "was written by captcha_exp 0.1, whose weights this version cannot read; train again, or use "
             "captcha_exp 0.1"
@@ -94,12 +136,3 @@ def config_from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     raise ValueError(
         "contains no config that this version reads; pass a run's model.safetensors, or update captcha_exp"
     )
-
-
-def _parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text; an empty one if the text is anything else."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

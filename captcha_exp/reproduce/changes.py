@@ -92,20 +92,13 @@ def effect_of(key: str) -> Affects:
     return "nothing" if any(fnmatchcase(key, pattern) for pattern in NO_EFFECT_KEYS) else "numbers"
 
 
-def from_record(reference: ReferenceRun) -> list[Change]:
-    """Return changes to the reference run itself.
-
-    These are files modified after the run finished, and environment changes across an interruption.
-    """
-    results = ("metrics.jsonl", "test.json", "dataset.json")
-    modified = [name for name in reference.changed_files if name in results]
-    if reference.has_unknown_edits:
-        modified.append("config.yaml")
-    changes = [Change(f"the run's {name}", "original", "modified", "numbers") for name in modified]
-    for resumption in reference.info.resumed:
-        for key, (before, after) in resumption.changed.items():
-            changes.append(Change(f"on resume: {key}", before, after, effect_of(key)))
-    return changes
+def from_interruptions(reference: ReferenceRun) -> list[Change]:
+    """Return the environment changes across interruptions of the reference run."""
+    return [
+        Change(f"on resume: {key}", before, after, effect_of(key))
+        for resumption in reference.info.resumed
+        for key, (before, after) in resumption.changed.items()
+    ]
 
 
 def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
@@ -131,8 +124,8 @@ def _flat_environment(result: RunResult) -> dict[str, Any]:
 
 
 def changed_files(reference: RunResult, current_code: Mapping[str, str]) -> list[str]:
-    """List the source files that differ, those that affect results first; empty if code.json is missing."""
-    changed = changed_values(reference.code_hashes, current_code) if reference.code_hashes else {}
+    """List the source files that differ, those that affect results first."""
+    changed = changed_values(reference.code_hashes, current_code)
     return sorted(changed, key=lambda name: (name.startswith(NO_EFFECT_CODE), name))
 
 
@@ -142,10 +135,8 @@ def _code_changes(reference: RunResult, rerun: RunResult) -> list[Change]:
     if files:
         no_effect = all(name.startswith(NO_EFFECT_CODE) for name in files)
         return [Change(f"code ({preview(files)})", *pair, affects="nothing" if no_effect else "numbers")]
-    if pair[0] == pair[1]:
-        return []
-    is_known = bool(reference.code_hashes)  # identical files at another commit are the same code
-    return [Change("commit", *pair, affects="nothing" if is_known else "numbers")]
+    # Identical files at another commit are the same code.
+    return [] if pair[0] == pair[1] else [Change("commit", *pair, affects="nothing")]
 
 
 def describe_code(environment: Mapping[str, Any]) -> str:

@@ -73,12 +73,7 @@ def reproduce(
         RunFailed: the new run failed.
     """
     config, overrides = with_overrides(reference.config, requested, machine)
-    known_changes = [
-        *changes.from_config(reference.config_edits),
-        *changes.from_config(overrides),
-        *changes.from_record(reference),
-    ]
-    _report_record(reference)
+    known_changes = [*changes.from_config(overrides), *changes.from_interruptions(reference)]
     _report_code(reference)
     known_changes += _report_images(reference, config)
     reproductions: list[Reproduction] = []
@@ -107,7 +102,7 @@ def reproduce(
 def _compare_runs(
     reference: ReferenceRun, config: Config, overrides: Overrides, known_changes: Sequence[Change], run: Run
 ) -> Reproduction:
-    expected, actual = reference.result, load_result(run.run_dir, run.info)
+    expected, actual = reference.result, load_result(run)
     differences = compare.find_differences(expected, actual)
     verdict, same_images = compare.compute_verdict(expected, actual), compare.has_same_images(differences)
     all_changes = [*known_changes, *changes.from_environment(expected, actual)]
@@ -153,16 +148,6 @@ def with_overrides(saved: Config, requested: Config, machine: Machine) -> tuple[
 
 
 # -- warnings before the training ----------------------------------------------------------------------------
-
-
-def _report_record(reference: ReferenceRun) -> None:
-    """Warn about files modified after the run finished."""
-    edits = [each.describe() for each in changes.from_config(reference.config_edits)]
-    if edits:
-        logger.warning(f"config.yaml was edited after the run finished: {', '.join(edits)}")
-    for name in reference.changed_files:
-        if name != "config.yaml" or not edits:
-            logger.warning(f"{name} was modified after the run finished (SHA-256 differs)")
 
 
 def _report_code(reference: ReferenceRun) -> None:

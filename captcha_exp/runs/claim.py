@@ -17,17 +17,17 @@ import safetensors
 
 from captcha_exp.config import Config
 from captcha_exp.errors import UserError
-from captcha_exp.runs.create import CONFIG_FILES
-from captcha_exp.runs.fields import read_json
 from captcha_exp.runs.info import InfoT, Lineage, Record, RunInfo, SweepInfo
 from captcha_exp.runs.run import (
     CHECKPOINT_DIR,
+    CONFIG_FILES,
     config_sha256,
     find_run,
     list_checkpoints,
     list_runs,
     resolve_dir,
 )
+from captcha_exp.runs.saved import SavedRun
 from captcha_exp.runs.source_code import code_sha256
 from captcha_exp.runs.stale import StaleRun, stale_lock
 from captcha_exp.runtime.paths import root_dir
@@ -85,9 +85,9 @@ def find_named(name: str) -> StaleRun[RunInfo]:
     return StaleRun(run_dir, info)
 
 
-def has_code_changed(run_dir: Path) -> bool:
+def has_code_changed(stale: StaleRun[RunInfo]) -> bool:
     """Check whether the run is known to have been started by different source code."""
-    return _recorded_code_sha256(run_dir) not in (None, code_sha256())
+    return _recorded_code_sha256(stale) not in (None, code_sha256())
 
 
 @contextlib.contextmanager
@@ -141,18 +141,17 @@ def _obstacle(stale: StaleRun[RunInfo], requested: Config, current_code: str, li
     has_checkpoint = bool(list_checkpoints(run_dir / CHECKPOINT_DIR))
     if info.status == "FAILED" and not has_checkpoint:
         return ""
-    recorded = _recorded_code_sha256(run_dir)
+    recorded = _recorded_code_sha256(stale)
     # A run killed before it wrote environment.json has no checkpoint, so nothing depends on its code.
     is_same_code = recorded == current_code or (recorded is None and not has_checkpoint)
     return None if is_same_code else "unfinished run with the same config, started by different code"
 
 
-def _recorded_code_sha256(run_dir: Path) -> str | None:
+def _recorded_code_sha256(stale: StaleRun[RunInfo]) -> str | None:
     """Return the SHA-256 of the code that started the run, or None if it is not recorded."""
-    try:
-        code = read_json(run_dir / "environment.json").get("code_sha256")
-    except UserError:
+    if not (stale.run_dir / "environment.json").exists():  # killed before
         return None
+    code = SavedRun(stale.run_dir, stale.info).read_json("environment.json").get("code_sha256")
     return code if isinstance(code, str) else None
 
 

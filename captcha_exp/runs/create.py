@@ -2,22 +2,22 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import shutil
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
-from captcha_exp.config import Config, flatten, load, to_yaml
+from captcha_exp.config import Config, to_yaml
 from captcha_exp.errors import UserError
-from captcha_exp.runs.fields import read_json
 from captcha_exp.runs.info import Lineage, Resumption, RunInfo, now, running_fields
-from captcha_exp.runs.run import Run, config_sha256, read_metrics_rows
+from captcha_exp.runs.run import CONFIG_FILES, INPUT_FILES, Run, config_sha256
+from captcha_exp.runs.saved import METRICS, load, read_metrics_rows
 from captcha_exp.runtime.files import is_abandoned_part, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
-CONFIG_FILES = ("config.yaml", "requested.yaml")  # the resolved and the requested config
+logger = logging.getLogger(__name__)
 
 
 def create_run(
@@ -56,8 +56,8 @@ def _init_run(run_dir: Path, config: Config, requested: Config, info: RunInfo) -
     # Configs first: a directory with a run.json always has its configs.
     for name, values in zip(CONFIG_FILES, (config, requested), strict=True):
         write_atomically(run_dir / name, to_yaml(values).encode())
-    configs = {name: sha256_of(run_dir / name) for name in CONFIG_FILES}
-    return Run(run_dir, info.model_copy(update={"configs": configs}))
+    files = {name: sha256_of(run_dir / name) for name in CONFIG_FILES}
+    return Run(run_dir, info.model_copy(update={"files": files}))
 
 
 def reopen_run(run_dir: Path) -> Run:
@@ -67,47 +67,34 @@ def reopen_run(run_dir: Path) -> Run:
     damaged file is kept as metrics.jsonl.damaged.
 
     Raises:
-        UserError: The run has finished or is running, or one of its files is damaged or was modified; nothing
+        UserError: The run has finished or is running, or one of its files is damaged or was edited; nothing
             is changed.
     """
-    info = RunInfo.load(run_dir)
+    saved = load(run_dir)
+    info = saved.info
     if info.status == "FINISHED":
         raise UserError(f"{run_dir}: has finished; add epochs with --resume={run_dir} train.epochs=N")
     # The process that claimed the run (`claim.claim`) may resume it in a child process.
     if info.has_live_process() and info.pid not in (os.getpid(), os.getppid()):
         raise UserError(f"{run_dir}: process {info.pid} is still running on {info.host}; stop it first")
-    _check_configs(run_dir, info.configs)
-    for name in ("dataset.json", "environment.json"):
-        if (run_dir / name).exists():  # not if the run was killed before
-            read_json(run_dir / name)
+    inputs = {name: sha256 for name, sha256 in info.files.items() if name in INPUT_FILES}
+    for name in inputs:
+        if name in CONFIG_FILES or (run_dir / name).exists():  # not if the run was killed before
+            saved.path(name)
+    rows, damaged_lines = read_metrics_rows(run_dir)
+    damage = saved.damage_of(rows, damaged_lines)
+    resumed = [*info.resumed, Resumption(at=now(), host=info.host)]
+    fields = {**running_fields(), "resumed": resumed, "files": inputs, "num_metrics_rows": len(rows)}
+    run = Run(run_dir, info.model_copy(update=fields))
     for part in run_dir.rglob(".*.part"):
         part.unlink()
-    rows, damaged_lines = read_metrics_rows(run_dir)
+    if damage is not None:
+        logger.warning(f"{run_dir / METRICS}: {damage}; their epochs are trained again")
     if damaged_lines:
-        write_atomically(run_dir / "metrics.jsonl.damaged", (run_dir / "metrics.jsonl").read_bytes())
-        write_atomically(run_dir / "metrics.jsonl", "".join(row.to_line() for row in rows).encode())
-    resumed = [*info.resumed, Resumption(at=now(), host=info.host)]
-    run = Run(run_dir, info.model_copy(update={**running_fields(), "resumed": resumed, "files": {}}))
+        write_atomically(run_dir / f"{METRICS}.damaged", (run_dir / METRICS).read_bytes())
+        write_atomically(run_dir / METRICS, "".join(row.to_line() for row in rows).encode())
     run.update_mlflow(closed=False)
     return run
-
-
-def _check_configs(run_dir: Path, expected: Mapping[str, str]) -> None:
-    changed = [name for name, sha256 in expected.items() if sha256_of(run_dir / name) != sha256]
-    if not changed:
-        return
-    requested, resolved = (flatten(load(run_dir / name)) for name in ("requested.yaml", "config.yaml"))
-    # Resolving a config changes only `auto` values and data.path, which becomes absolute.
-    differences = [
-        f"{key}={resolved.get(key)}, requested {value}"
-        for key, value in requested.items()
-        if value != "auto" and key != "data.path" and resolved.get(key) != value
-    ]
-    detail = f" ({differences[0]})" if differences else ""
-    raise UserError(
-        f"{run_dir / changed[0]}: was modified since the run started{detail}; restore it, or start a new run "
-        "with --resume=never"
-    )
 
 
 def make_run_dir(name: str) -> Path:

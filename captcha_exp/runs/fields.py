@@ -13,12 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from captcha_exp.config import flatten_mapping
-from captcha_exp.errors import UserError, one_line
-from captcha_exp.runs.info import RunInfo, SweepInfo
-from captcha_exp.runs.run import read_metrics_rows
+from captcha_exp.errors import DamagedFile
+from captcha_exp.runs.info import SweepInfo
+from captcha_exp.runs.saved import SavedRun
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
@@ -34,15 +32,14 @@ relative to outputs/; oom: whether the run ran out of memory"""
 _PER_IMAGE_KEYS = ("files", "remarks", "sizes")  # of dataset.json
 ABSENT = "absent"
 """value of a key that one of two runs does not have"""
-_NESTING_CHARS = "[{-?"  # without these, only indentation nests YAML
 
 
 class RunFields:
     """The values of one run by key. Files are read on first use; unreadable ones are logged."""
 
-    def __init__(self, run_dir: Path, info: RunInfo) -> None:
-        self.run_dir, self.info = run_dir, info
-        self.short_name = short_name(run_dir)
+    def __init__(self, run: SavedRun) -> None:
+        self.run, self.run_dir, self.info = run, run.run_dir, run.info
+        self.short_name = short_name(run.run_dir)
 
     def __contains__(self, key: str) -> bool:
         return key in self._mapping_with(key)
@@ -59,13 +56,14 @@ class RunFields:
         return [*self._run_json, *self._config, *self._metrics]
 
     def metrics(self) -> dict[str, float]:
-        """Return metric -> aggregated value; warns of damaged lines."""
-        rows, damaged_lines = read_metrics_rows(self.run_dir)
-        for number, damage in damaged_lines.items():
-            logger.warning(f"{self.run_dir / 'metrics.jsonl'}, line {number}: skipped: {damage}")
+        """Return metric -> aggregated value.
+
+        Raises:
+            DamagedFile: metrics.jsonl is damaged.
+        """
         best = None if self.info.result is None else self.info.result.best_epoch
         values_by_step: dict[str, dict[int, float]] = {}
-        for row in rows:
+        for row in self.run.metrics_rows():
             for key, value in row.metrics.items():
                 values_by_step.setdefault(key, {})[row.step] = value  # the last row of a repeated step counts
         values = {key: _aggregate(key, by_step, best) for key, by_step in values_by_step.items()}
@@ -97,7 +95,7 @@ class RunFields:
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:
-        return _or_empty(lambda: read_flat_config(self.run_dir))
+        return _or_empty(self.run.flat_config)
 
     @cached_property
     def _metrics(self) -> Mapping[str, Any]:
@@ -105,10 +103,10 @@ class RunFields:
 
 
 def _or_empty(read: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the values of a file, or none, with a warning, if it cannot be read."""
+    """Return the values of a file, or none, with a warning, if it is damaged."""
     try:
         return read()
-    except (UserError, OSError) as error:
+    except DamagedFile as error:
         logger.warning(str(error))
         return {}
 
@@ -119,40 +117,13 @@ def short_name(run_dir: Path) -> str:
     return (run_dir.relative_to(outputs) if run_dir.is_relative_to(outputs) else run_dir).as_posix()
 
 
-def read_flat_config(run_dir: Path) -> dict[str, Any]:
-    """Return config.yaml flattened to `group.key` -> value; lists are not flattened.
-
-    Raises:
-        UserError: config.yaml is missing or not a valid config.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        text = path.read_text(encoding="utf-8")
-        # The C parser is eight times faster, but crashes the process on deeply nested input.
-        is_flat = len(text) < 100_000 and sum(map(text.count, _NESTING_CHARS)) < 1_000
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if is_flat else yaml.SafeLoader
-        # JSON has no dates and no circular references.
-        return flatten_mapping(json.loads(json.dumps(loader(text).get_single_data())))
-    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
-
-
-def read_flat_environment(run_dir: Path) -> dict[str, Any]:
-    """Return environment.json flattened to `device.threads` -> value.
-
-    Raises:
-        UserError: environment.json is missing or unreadable.
-    """
-    return flatten_mapping(read_json(run_dir / "environment.json"))
-
-
-def read_flat_dataset(run_dir: Path) -> dict[str, Any]:
+def read_flat_dataset(run: SavedRun) -> dict[str, Any]:
     """Return dataset.json flattened: key, provenance, counts, and hashes; lists of files as their length.
 
     Raises:
-        UserError: dataset.json is missing or unreadable.
+        DamagedFile: dataset.json is missing or damaged.
     """
-    values = {k: v for k, v in read_json(run_dir / "dataset.json").items() if k not in _PER_IMAGE_KEYS}
+    values = {k: v for k, v in run.read_json("dataset.json").items() if k not in _PER_IMAGE_KEYS}
     return flatten_mapping({k: len(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -172,11 +143,6 @@ def to_short_text(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _reason(error: Exception) -> str:
-    """Return the message of an error on one line; of an OSError without its number and path."""
-    return one_line(getattr(error, "strerror", None) or error)
-
-
 def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -> float | None:
     """Return the aggregated value; None if the best epoch has none."""
     match key.partition("/")[0]:
@@ -188,18 +154,3 @@ def _aggregate(key: str, by_step: Mapping[int, float], best_epoch: int | None) -
             return statistics.median(by_step.values())
         case _:
             return by_step[max(by_step)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a run.
-
-    Raises:
-        UserError: The file is missing, unreadable or not an object.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError("not an object with keys and values")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {_reason(error)}; restore it") from None
-    return values

@@ -1,10 +1,10 @@
-"""run.json and sweep.json as typed records, each with one `load` that checks every field.
+"""run.json and sweep.json as typed records, each with one `load` that checks the checksum and every field.
 
 A file name that is not valid UTF-8 is text with lone surrogates, which pydantic's own strings reject; fields
 that may contain one are of type `Text`.
 """
 
-import json
+import shlex
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -21,13 +21,19 @@ from pydantic import (
     model_validator,
 )
 
-from captcha_exp.errors import UserError
-from captcha_exp.runtime.files import sha256_of, write_json
+from captcha_exp.config.documents import parse_json, read_document
+from captcha_exp.errors import DamagedFile, UserError
+from captcha_exp.runtime.files import sha256_of_json, write_json
 from captcha_exp.runtime.process import ProcessIdentity, identify_process
 from captcha_exp.runtime.shutdown import STOPPED, StopReason, stop_reason
 
 RECORD_FORMAT = 2
 """Version of the layout of run and sweep directories, field `format`. Version 0.1 wrote no such field."""
+
+WEIGHTS = "model.safetensors"  # relative to the run directory
+
+CHECKSUM_KEY = "checksum"
+"""key of run.json and sweep.json: the SHA-256 of all other keys"""
 
 DAMAGED_HINT = "restore it, or move its directory out of outputs/"
 
@@ -143,25 +149,37 @@ class Record(ProcessIdentity):
         """Load the record of a directory.
 
         Raises:
-            UserError: The file is unreadable or invalid, or another version of captcha_exp wrote it.
+            DamagedFile: The file is unreadable, does not match its checksum, or is invalid.
+            UserError: Another version of captcha_exp wrote it.
         """
         path = directory / cls.filename
+        hint = DAMAGED_HINT
+        if (weights := directory / WEIGHTS).is_file():
+            hint += f"; captcha-exp predict {shlex.quote(str(weights))} still works"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            found = values.get("format") if isinstance(values, dict) and "status" in values else RECORD_FORMAT
-            if found != RECORD_FORMAT:
-                writer = "captcha_exp 0.1" if found is None else f"a version with record format {found!r}"
-                raise UserError(
-                    f"{directory}: was written by {writer}, which this version cannot read; "
-                    f"train again, or use {writer}"
-                )
-            return cls.model_validate(values)
+            values = parse_json(read_document(path))
+            if not isinstance(values, dict):
+                raise ValueError("not an object with keys and values")
+            checksum, found = values.pop(CHECKSUM_KEY, None), values.get("format")
+            if checksum is None and found is None and "status" in values:
+                writer = "captcha_exp 0.1"
+            elif checksum != sha256_of_json(values):
+                problem = "has no checksum" if checksum is None else "does not match its checksum"
+                raise ValueError(f"{problem}: it was edited, or is damaged")
+            elif found != RECORD_FORMAT:
+                writer = f"a version with record format {found!r}"
+            else:
+                return cls.model_validate(values)
         except ValidationError as error:
             located = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
             mistakes = "; ".join(f"{key or 'content'}: {message}" for key, message in located)
-            raise UserError(f"{path}: is not a valid {cls.filename}: {mistakes}; {DAMAGED_HINT}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; {DAMAGED_HINT}") from None
+            raise DamagedFile(f"{path}: is not a valid {cls.filename}: {mistakes}; {hint}") from None
+        except (OSError, ValueError) as error:
+            raise DamagedFile(f"{path}: cannot be read: {error}; {hint}") from None
+        raise UserError(
+            f"{directory}: was written by {writer}, which this version cannot read; "
+            f"train again, or use {writer}"
+        )
 
     @property
     def is_running(self) -> bool:
@@ -185,8 +203,6 @@ class RunInfo(Record):
 
     config_sha256: str = ""
     """of the requested config"""
-    configs: dict[str, str] = Field(default_factory=dict)
-    """config file -> SHA-256 when the run started"""
     lineage: Lineage = Lineage()
     resumed: list[Resumption] = Field(default_factory=list)
     tags: dict[str, Text] = Field(default_factory=dict)
@@ -195,7 +211,9 @@ class RunInfo(Record):
     oom: OutOfMemory | None = None
     skipped: Skipped | None = None
     files: dict[Text, str] = Field(default_factory=dict)
-    """file -> SHA-256 when the run ended"""
+    """file -> SHA-256, recorded before the file was written; the other files when the run ended"""
+    num_metrics_rows: int = 0
+    """lines of metrics.jsonl, at least"""
 
 
 class JobInfo(_Model):
@@ -263,16 +281,13 @@ class RecordedDir(Generic[InfoT]):
         stop_reason: StopReason | None = None,
         ended: datetime | None = None,
     ) -> None:
-        """Write the final status and the end time (default: now), and the SHA-256 of every file of a run."""
-        fields: dict[str, Any] = {}
-        if isinstance(self.info, RunInfo):
-            paths = (path for path in list_run_files(self.run_dir) if path.name != self.info.filename)
-            fields["files"] = {path.relative_to(self.run_dir).as_posix(): sha256_of(path) for path in paths}
-        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now(), **fields)
+        """Write the final status and the end time (default: now)."""
+        self.update(status=status, error=error, stop_reason=stop_reason, ended=ended or now())
 
     def save(self) -> None:
-        """Write the record."""
-        write_json(self.run_dir / self.info.filename, self.info.model_dump())
+        """Write the record with its checksum."""
+        values = self.info.model_dump()
+        write_json(self.run_dir / self.info.filename, values | {CHECKSUM_KEY: sha256_of_json(values)})
 
 
 class RunEnd(NamedTuple):

@@ -1,6 +1,6 @@
 """The run directory and its files.
 
-run.json            status, times, host and process, SHA-256 of every file
+run.json            status, times, host and process, SHA-256 of every file, and a checksum of itself
 config.yaml         the resolved config                      requested.yaml  the requested config
 environment.json    versions, commit, machine                dataset.json    identity of the images
 code.json           SHA-256 of each source file              code.diff       changes since the commit
@@ -13,52 +13,32 @@ report/             figures
 
 import contextlib
 import hashlib
-import json
+import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.config import Config, to_dict
-from captcha_exp.errors import UserError
-from captcha_exp.runs.info import RecordedDir, RunInfo, RunLink
-from captcha_exp.runtime.files import sha256_of, write_atomically, write_json
+from captcha_exp.errors import DamagedFile, UserError
+from captcha_exp.runs.info import WEIGHTS, RunInfo, RunLink, Status, list_run_files
+from captcha_exp.runs.saved import METRICS, MetricsRow, SavedRun, load, read_metrics_rows
+from captcha_exp.runtime.files import json_bytes, sha256_of, sha256_of_json, write_atomically
 from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.shutdown import StopReason
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_DIR = "checkpoint"  # relative to the run directory
+CONFIG_FILES = ("config.yaml", "requested.yaml")  # the resolved and the requested config
+INPUT_FILES = (*CONFIG_FILES, "code.json", "code.diff", "environment.json", "memory.json", "dataset.json")
+"""files that are complete before the first step"""
 
 
-@dataclass(frozen=True)
-class MetricsRow:
-    """Metrics of one step with their timestamp, by which MLflow recognizes a row that it already has."""
-
-    step: int
-    timestamp_ms: int
-    metrics: Mapping[str, float]
-
-    def to_line(self) -> str:
-        text = json.dumps(asdict(self))
-        return json.dumps({**asdict(self), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}) + "\n"
-
-    @staticmethod
-    def from_line(line: str) -> "MetricsRow":
-        """Parse a line of metrics.jsonl.
-
-        Raises:
-            ValueError: The line is truncated, has other values, or does not match its checksum.
-        """
-        values = json.loads(line)
-        with contextlib.suppress(KeyError, TypeError):
-            row = MetricsRow(values["step"], values["timestamp_ms"], values["metrics"])
-            if row.to_line() == line:
-                return row
-        raise ValueError(f"not a row of metrics.jsonl that matches its checksum: {line[:60]!r}")
-
-
-class Run(RecordedDir[RunInfo]):
+class Run(SavedRun):
     """A run that this process records."""
 
     def __init__(self, run_dir: Path, info: RunInfo) -> None:
@@ -80,12 +60,37 @@ class Run(RecordedDir[RunInfo]):
         return self.run_dir / CHECKPOINT_DIR
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file of the run atomically."""
-        write_atomically(self.run_dir / name, content)
+        """Write a file of the run atomically.
+
+        Its SHA-256 is recorded first, and another content removed before: whenever the process is killed, the
+        file is missing or has the recorded content. The weights contain their own.
+        """
+        path = self.run_dir / name
+        digest = hashlib.sha256(content).hexdigest()
+        if name != WEIGHTS and self.info.files.get(name) != digest:
+            path.unlink(missing_ok=True)
+            self.update(files=self.info.files | {name: digest})
+        write_atomically(path, content)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file of the run atomically."""
-        write_json(self.run_dir / name, content)
+        """Write a JSON file of the run, as `write`."""
+        self.write(name, json_bytes(content))
+
+    def close(
+        self,
+        status: Status,
+        error: str | None = None,
+        stop_reason: StopReason | None = None,
+        ended: datetime | None = None,
+    ) -> None:
+        """Write the end as `RecordedDir.close`, and the SHA-256 of all files.
+
+        The files of a killed run are not hashed: another process cannot know what they were.
+        """
+        paths = {path.relative_to(self.run_dir).as_posix(): path for path in list_run_files(self.run_dir)}
+        new = sorted(paths.keys() - self.info.files.keys() - {self.info.filename})
+        self.update(files=self.info.files | {name: sha256_of(paths[name]) for name in new})
+        super().close(status, error, stop_reason, ended)
 
     def log_metrics(self, row: MetricsRow) -> bool:
         """Append a row to metrics.jsonl and flush it to disk.
@@ -103,10 +108,11 @@ class Run(RecordedDir[RunInfo]):
             warning = f"epoch {row.step}: different result when repeated: {key} {old[key]} -> {new[key]}"
             self.add_warning(warning)
         self._rows.append(row)
-        with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+        with (self.run_dir / METRICS).open("a", encoding="utf-8", newline="\n") as file:
             file.write(row.to_line())
             file.flush()
             os.fsync(file.fileno())
+        self.update(num_metrics_rows=len(self._rows))
         return True
 
     def add_warning(self, warning: str) -> None:
@@ -136,18 +142,24 @@ def config_sha256(requested: Config) -> str:
     """
     values = to_dict(requested)
     del values["train"]["max_minutes"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(values)
 
 
-def list_runs(warn: Callable[[str], None] = lambda _: None) -> list[RecordedDir[RunInfo]]:
-    """Return the runs in outputs/, oldest first; warns if unreadable."""
+def list_runs(warn: Callable[[str], None] | None = None) -> list[SavedRun]:
+    """Return the runs in outputs/, oldest first.
+
+    Calls `warn` for each one that cannot be read; without it, damaged ones are logged.
+    """
     found = []
     outputs = root_dir() / "outputs"
     for path in (*outputs.glob("*/*/run.json"), *outputs.glob("*/*/*/run.json")):  # and the jobs of sweeps
         try:
-            found.append(RecordedDir(path.parent, RunInfo.load(path.parent)))
+            found.append(load(path.parent))
         except UserError as error:
-            warn(str(error))
+            if warn is not None:
+                warn(str(error))
+            elif isinstance(error, DamagedFile):
+                logger.warning(f"skipped: {error}")
     return sorted(found, key=lambda run: run.info.started)
 
 
@@ -157,8 +169,8 @@ def find_run(name: str) -> Path:
     Raises:
         UserError: No run matches, or several do; `captcha-exp runs` lists them.
     """
-    if run_dir := resolve_dir(name, "run.json"):
-        RunInfo.load(run_dir)  # rejects a damaged or older record
+    if run_dir := resolve_dir(name, RunInfo.filename):
+        load(run_dir)  # rejects a damaged or older record
         return run_dir
     if sweep_dir := resolve_dir(name, "sweep.json"):
         first = min((path.parent.name for path in sweep_dir.glob("*/run.json")), default=None)
@@ -203,41 +215,9 @@ def resolve_dir(name: str, filename: str) -> Path | None:
     """Return the directory `name` that contains `filename`, relative to here, the root, or outputs/."""
     for candidate in (Path(name), root_dir() / name, root_dir() / "outputs" / name):
         with contextlib.suppress(OSError, ValueError):  # name too long, or with a null character
-            if (candidate / filename).is_file():
+            if (candidate / filename).exists():  # also not a regular file, which is named when it is read
                 return candidate.resolve()
     return None
-
-
-def read_metrics_rows(run_dir: Path) -> tuple[list[MetricsRow], dict[int, str]]:
-    """Return the valid rows of metrics.jsonl by step, and the damage by line number, from 1.
-
-    A process that is killed while writing leaves a truncated last line; the other rows remain valid.
-    """
-    path = run_dir / "metrics.jsonl"
-    rows: list[MetricsRow] = []
-    damaged_lines: dict[int, str] = {}
-    if not path.exists():
-        return rows, damaged_lines
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(MetricsRow.from_line(line))
-            except (ValueError, RecursionError) as error:
-                damaged_lines[number] = str(error)
-    # An epoch whose row was damaged is trained again, so its row follows those of later epochs.
-    return sorted(rows, key=lambda row: row.step), damaged_lines
-
-
-def check_file_unchanged(run_dir: Path, name: str) -> None:
-    """Check that a file still has the SHA-256 that was recorded when the run ended.
-
-    Raises:
-        UserError: The file was modified or deleted.
-    """
-    expected = RunInfo.load(run_dir).files.get(name)
-    path = run_dir / name
-    if expected is not None and (not path.is_file() or sha256_of(path) != expected):
-        raise UserError(f"{path}: was modified or deleted since the run ended (SHA-256 differs); restore it")
 
 
 def list_checkpoints(checkpoint_dir: Path) -> list[Path]:

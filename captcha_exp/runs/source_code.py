@@ -4,12 +4,12 @@ The hashes are recorded because an installed package has no commit, and a checko
 """
 
 import hashlib
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from captcha_exp.runs.run import Run
+from captcha_exp.runtime.files import sha256_of_json
 from captcha_exp.runtime.paths import conf_dir
 
 MAX_DIFF_BYTES = 10 * 2**20
@@ -40,7 +40,7 @@ def code_sha256() -> str:
     conf/ is left out, because the config of a run contains all values taken from it.
     """
     files = {name: sha256 for name, sha256 in hash_source_files().items() if not name.startswith("conf/")}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(files)
 
 
 def write_source_info(run: Run) -> None:

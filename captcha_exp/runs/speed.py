@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from captcha_exp.runs.run import MetricsRow
+from captcha_exp.runs.saved import MetricsRow
 
 
 class TrainingSpeed(NamedTuple):

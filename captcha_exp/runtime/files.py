@@ -1,4 +1,4 @@
-"""Atomic writes and file hashes."""
+"""Atomic writes, reads that a damaged or hostile file cannot harm, and hashes."""
 
 import hashlib
 import json
@@ -40,9 +40,19 @@ def is_abandoned_part(path: Path, pid: int | None = None) -> bool:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a value as JSON, atomically."""
+    write_atomically(path, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """Return a value as the content of a JSON file."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # A file name that is not valid UTF-8 has lone surrogates; they are escaped, as JSON allows.
-    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sha256_of_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys and its layout in a file."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _fsync_dir(directory: Path) -> None:

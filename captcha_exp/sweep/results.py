@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from captcha_exp.config import load
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
-from captcha_exp.runs import MetricsRow, RunInfo, read_metrics_rows, training_speed
-from captcha_exp.runs.fields import read_json
+from captcha_exp.runs import MetricsRow, RunInfo, load, training_speed
 from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.sweep.record import Job, Sweep
 
@@ -78,18 +76,16 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     metrics: list[MetricsRow] = []
     if run_dir is not None and (run_dir / RunInfo.filename).is_file():
         try:
-            info = RunInfo.load(run_dir)
+            run = load(run_dir)
+            info = run.info
             outcome, error = _outcome_of(info), info.error
+            metrics = run.metrics_rows()
             if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
-                config = load(run_dir / "config.yaml")
+                config = run.config()
+            if (run_dir / "memory.json").is_file():
+                plan = run.read_json("memory.json")
         except UserError as damage:
             outcome, error = "failed", str(damage)
-        metrics = read_metrics_rows(run_dir)[0]
-        try:
-            if (run_dir / "memory.json").is_file():
-                plan = read_json(run_dir / "memory.json")
-        except UserError as damage:
-            logger.warning(str(damage))
     result = None if info is None else info.result
     speed = training_speed(metrics)
     size, micro = config.train.batch_size, config.train.micro_batch_size

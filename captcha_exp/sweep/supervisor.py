@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from captcha_exp import runs
-from captcha_exp.config import Config, load, to_dict, with_tracking_uri
+from captcha_exp.config import Config, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import SweepInfo, claim
 from captcha_exp.runtime.console import console, get_log_level
@@ -265,11 +265,12 @@ def _halve_micro_batch(requested: Config, run_dir: Path) -> Config | None:
     The batch size of a step does not change. Returns None if the run did not run out of memory, if
     train.on_oom is not split, or if the micro-batch is a single image.
     """
-    oom = runs.RunInfo.load(run_dir).oom
+    run = runs.load(run_dir)
+    oom = run.info.oom
     if oom is None or requested.train.on_oom != "split":
         return None
-    train = load(run_dir / "config.yaml").train
-    splits = json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))["splits"]
+    train = run.config().train
+    splits = run.read_json("dataset.json")["splits"]
     if oom.during == "evaluation":
         size = min(train.eval_batch_size, max(splits["validation"], splits["test"]))
         train = replace(train, eval_batch_size=-(-size // 2))

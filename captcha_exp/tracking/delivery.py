@@ -21,10 +21,10 @@ from captcha_exp.runs import (
     RecordedDir,
     Run,
     RunInfo,
+    SavedRun,
     SweepInfo,
     read_metrics_rows,
 )
-from captcha_exp.runs.fields import read_json
 from captcha_exp.runs.info import MlflowRef, list_run_files
 from captcha_exp.runtime.files import is_abandoned_part
 from captcha_exp.runtime.paths import root_dir
@@ -230,7 +230,7 @@ class Delivery:
         info, run_dir = self.recorded.info, self.recorded.run_dir
         if isinstance(info, SweepInfo):
             return [load(run_dir / "jobs" / f"{job.number}.yaml") for job in info.jobs]
-        return [load(run_dir / "config.yaml")]
+        return [SavedRun(run_dir, info).config()]
 
     def _experiment(self) -> str:
         tracking = self._configs()[0].tracking
@@ -279,14 +279,14 @@ class Delivery:
         """Send the dataset as an MLflow dataset, and the git commit as tags, once they are recorded."""
         run_dir = self.recorded.run_dir
         if self._has_inputs or not (run_dir / "dataset.json").is_file():
-            return
+            return  # a sweep has none
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         from captcha_exp.tracking.store import send_tags
 
         try:
-            manifest = read_json(run_dir / "dataset.json")
-            environment = read_json(run_dir / "environment.json")
+            run = SavedRun(run_dir, self.recorded.info)
+            manifest, environment = run.read_json("dataset.json"), run.read_json("environment.json")
         except UserError:
             return  # damaged since; MLflow gets the files as they are
         git = environment["git"] or {}

@@ -15,7 +15,7 @@ from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, RunEnd, now_ms, training_speed
-from captcha_exp.runs.fields import changed_values, read_flat_environment, read_json, to_short_text
+from captcha_exp.runs.fields import changed_values, to_short_text
 from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
 from captcha_exp.runtime.shutdown import defer_signals
@@ -142,10 +142,9 @@ def check_dataset_unchanged(manifest: Mapping[str, Any], run: Run) -> None:
     Raises:
         UserError: they differ; restore the images or start a new run.
     """
-    path = run.run_dir / "dataset.json"
-    if not path.exists():
+    if not (run.run_dir / "dataset.json").exists():
         return
-    before = read_json(path)
+    before = run.read_json("dataset.json")
     for key in ("images_sha256", "labels_sha256", "splits"):
         if before.get(key) != manifest[key]:
             raise UserError(
@@ -162,7 +161,7 @@ def record_environment(environment: Mapping[str, Any], recorder: RunRecorder) ->
         write_source_info(run)
         run.write_json(path.name, environment)
         return
-    then, now = read_flat_environment(run.run_dir), flatten_mapping(environment)
+    then, now = flatten_mapping(run.read_json(path.name)), flatten_mapping(environment)
     differing = changed_values(then, now, missing=None)
     if changed := {key: pair for key, pair in differing.items() if key.partition(".")[0] in NUMERICS_KEYS}:
         *earlier, current = run.info.resumed

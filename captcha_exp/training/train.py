@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from captcha_exp import runs
-from captcha_exp.config import Config, load, resolve, with_moved_store
+from captcha_exp.config import Config, resolve, with_moved_store
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
@@ -202,7 +202,7 @@ def resume(
 
 def load_to_resume(run_dir: Path) -> Config:
     """Return the resolved config of a run, with its MLflow store where that stands now."""
-    return with_moved_store(load(run_dir / "config.yaml"), root_dir())
+    return with_moved_store(runs.load(run_dir).config(), root_dir())
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,13 @@ def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
     """Return the last state of a finished run that is extended by more epochs.
 
     Raises:
-        UserError: the run has no checkpoint any more, or the config asks for no more epochs than it has.
+        UserError: the run is damaged or has no checkpoint any more, or the config asks for no more epochs
+            than it has.
     """
+    finished = runs.load(run_dir)
+    finished.metrics_rows()  # will be part of the new run
+    for path in runs.list_checkpoints(run_dir / runs.CHECKPOINT_DIR)[:1]:
+        finished.path(f"{runs.CHECKPOINT_DIR}/{path.name}")
     saved = checkpoint.load_latest(run_dir / runs.CHECKPOINT_DIR, logger.warning)
     if saved is None:
         raise UserError(f"{run_dir}: has no checkpoint to start from; start a new run with --resume=never")
@@ -270,7 +275,7 @@ def _record_training(
         saved = checkpoint.load_latest(run.checkpoint_dir, recorder.warn, recorded_epochs)
         if saved is None and extend_from is not None:
             saved = _load_final_state(extend_from, prepared.config)
-            for row in filter(_is_epoch_row, runs.read_metrics_rows(extend_from)[0]):
+            for row in filter(_is_epoch_row, runs.load(extend_from).metrics_rows()):
                 recorder.log_metrics(row)
         return _run_training(prepared, recorder, shutdown, start_time, saved, on_complete)
 

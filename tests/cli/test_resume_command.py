@@ -287,7 +287,7 @@ def test_a_damaged_config_is_one_line(call: Call, words: list[str]) -> None:
     (run_dir / "requested.yaml").write_text("{")
     code, _, err = call("train", f"--resume={run_dir}")
     assert code == 2
-    assert err.startswith(f"{run_dir}/requested.yaml: cannot be read as a config: ")
+    assert err.startswith(f"{run_dir}/requested.yaml: was edited, or is damaged (its SHA-256 is not that in ")
 
 
 # -- more epochs ---------------------------------------------------------------------------------------------

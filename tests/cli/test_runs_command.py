@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call, edit_record, mlflow_ref, out_of_memory, result_summary, with_train
+from conftest import Call, edit_record, mlflow_ref, out_of_memory, result_summary, rewrite, with_train
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -99,8 +99,7 @@ def table(out: str) -> list[list[str]]:
 
 
 def value_of(run: Run, key: str) -> Any:
-    info = runs.RunInfo.load(run.run_dir)
-    return RunFields(run.run_dir, info)[key]
+    return RunFields(runs.load(run.run_dir))[key]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +452,7 @@ def test_json_has_run_json_and_the_requested_values(make: Make, call: Call) -> N
     (values,) = json.loads(out, parse_constant=pytest.fail)
     assert values == {
         "run_dir": str(run.run_dir),
-        **json.loads((run.run_dir / "run.json").read_text()),
+        **run.info.model_dump(mode="json"),
         "values": {"train/loss": None, "train.epochs": 2, "test/accuracy": 0.875},
     }
 
@@ -481,14 +480,17 @@ def test_format_value(key: str, value: object, text: str) -> None:
 # -- damage --------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_row_of_metrics_is_skipped_with_a_warning(make: Make, call: Call) -> None:
+def test_damaged_metrics_are_reported_and_ignored(make: Make, call: Call) -> None:
     run, whole = make(), make()
     path = run.run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0].replace(b"0.5", b"0.6") + b"\xff\n" + b"".join(lines[1:]))
-    code, out, err = call("runs", "--json", "val/accuracy>=0.9")
-    assert (code, [each["run_dir"] for each in json.loads(out)]) == (0, dirs_of([run, whole]))
-    assert [line.split(": ")[1] for line in err.splitlines()] == [f"{path}, line 1", f"{path}, line 2"]
+    code, out, err = call("runs", "--json", "--sort", "val/accuracy")
+    assert (code, [each["run_dir"] for each in json.loads(out)]) == (0, dirs_of([whole, run]))
+    assert err.startswith(f"warning: {path}: line 1, 2 is damaged; restore it")
+    path.write_bytes(lines[0])
+    _, _, err = call("runs", "--json", "--sort", "val/accuracy")
+    assert err.startswith(f"warning: {path}: {len(lines) - 1} of {len(lines)} lines are missing; restore it")
 
 
 @pytest.mark.parametrize(
@@ -508,13 +510,13 @@ def test_a_damaged_row_of_metrics_is_skipped_with_a_warning(make: Make, call: Ca
 )
 def test_a_damaged_config_is_reported_and_ignored(make: Make, call: Call, text: bytes, reason: str) -> None:
     run, whole = make(), make()
-    (run.run_dir / "config.yaml").write_bytes(text)
+    rewrite(run.run_dir, "config.yaml", text)
     code, out, err = call("runs", "--json", "--sort", "train.batch_size", "--columns", "test/accuracy")
     assert code == 0
     assert [each["run_dir"] for each in json.loads(out)] == dirs_of([whole, run])
     assert json.loads(out)[1]["values"] == {"test/accuracy": 0.875}
     path = re.escape(str(run.run_dir / "config.yaml"))
-    assert re.fullmatch(f"warning: {path}: cannot be read: {reason}\n", err)
+    assert re.fullmatch(f"warning: {path}: cannot be read: {reason}; restore it\n", err)
 
 
 def test_a_run_without_a_config_is_listed_with_a_warning(make: Make, call: Call) -> None:
@@ -525,7 +527,7 @@ def test_a_run_without_a_config_is_listed_with_a_warning(make: Make, call: Call)
     code, out, err = call("runs", "--json", "--sort", "train.batch_size")
     assert (code, err) == (
         0,
-        f"warning: {path}: cannot be read: No such file or directory\n",
+        f"warning: {path}: is missing; restore it\n",
     )
     assert json.loads(out)[-1]["run_dir"] == str(run.run_dir)
 
@@ -671,7 +673,7 @@ def test_diff_names_missing_files(make: Make, call: Call) -> None:
     assert out.splitlines()[:4] == [
         "config: equal",
         *(
-            f"{path.stem}: {path}: cannot be read: No such file or directory; restore it"
+            f"{path.stem}: {path}: is missing; restore it; captcha-exp train --resume=never starts a new run"
             for path in (early.run_dir / "environment.json", early.run_dir / "dataset.json")
         ),
         "metrics: 5 of 5 differ",
@@ -695,7 +697,7 @@ def test_diff_reports_damaged_files(make: Make, call: Call, text: str) -> None:
     code, out, err = call("diff", "latest", "latest")
     assert (code, err) == (0, "")
     assert out.splitlines()[1].startswith(
-        f"environment: {run.run_dir / 'environment.json'}: cannot be read: "
+        f"environment: {run.run_dir / 'environment.json'}: was edited, or is damaged "
     )
     assert len(out.splitlines()) == 5
 

@@ -9,12 +9,13 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import UserError
 from captcha_exp.model import networks
 from captcha_exp.model.networks import Recognizer
-from captcha_exp.model.weights import load_weights, weights_to_bytes
+from captcha_exp.model.weights import load_weights, weights_to_bytes, with_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,9 +39,10 @@ def file(tiny: Config, tmp_path: Path) -> Path:
     return path
 
 
-def metadata_of(config: dict[str, Any], number: int = 2) -> dict[str, str]:
-    """Return the metadata of a weights file."""
-    return {"captcha_exp": json.dumps({"format": number, "config": config})}
+def save_as(file: Path, tensors: dict[str, Tensor], config: dict[str, Any], number: int = 2) -> None:
+    """Write a weights file with its SHA-256."""
+    values = with_sha256(tensors, {"format": number, "config": config})
+    save_file(tensors, file, {"captcha_exp": json.dumps(values)})
 
 
 def load_error(path: Path) -> str:
@@ -72,7 +74,8 @@ def test_the_file_can_be_read_with_safetensors_alone(tiny: Config, file: Path) -
     with safetensors.safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     assert list(metadata) == ["captcha_exp"], "safetensors does not keep the order of several entries"
-    assert json.loads(metadata["captcha_exp"]) == {"format": 2, "config": to_dict(tiny)}
+    values = json.loads(metadata["captcha_exp"])
+    assert values == {"format": 2, "config": to_dict(tiny), "sha256": values["sha256"]}
 
 
 def test_the_file_does_not_depend_on_the_memory_format(tiny: Config) -> None:
@@ -113,6 +116,30 @@ def test_a_damaged_file_is_reported(file: Path, damage: Callable[[bytes], bytes]
     assert load_error(file).startswith(f"{file}: not a complete safetensors file: ")
 
 
+def test_every_flipped_bit_is_reported(file: Path) -> None:
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for offset in (*range(0, header, 23), *range(header, len(content), 997), len(content) - 1):
+        flipped = bytearray(content)
+        flipped[offset] ^= 1 << offset % 8
+        file.write_bytes(flipped)
+        assert load_error(file).startswith(f"{file}: "), offset
+
+
+def test_weights_that_are_not_finite_are_reported(tiny: Config, file: Path) -> None:
+    tensors = load_file(file)
+    tensors["head.classifier.bias"][0] = torch.nan
+    save_as(file, tensors, to_dict(tiny))
+    assert load_error(file) == f"{file}: has weights that are not finite; train again"
+
+
+def test_a_network_is_not_built_before_its_tensors_are_there(tiny: Config, file: Path) -> None:
+    config = to_dict(tiny)
+    config["model"]["channels"] = [4096] * 4  # several GB
+    save_as(file, load_file(file), config)
+    assert "does not match the network of its config" in load_error(file)
+
+
 def test_a_directory_is_reported(tmp_path: Path) -> None:
     assert str(tmp_path) in load_error(tmp_path)
 
@@ -129,9 +156,10 @@ def test_a_foreign_file_is_reported(file: Path, metadata: dict[str, str] | None)
 @pytest.mark.parametrize("config", ["resnet50", "[1, 2]", '"text"', "null", "{"])
 def test_a_foreign_config_is_reported(file: Path, config: str) -> None:
     """Other projects write a `config` of their own into their files."""
-    for key in ("config", "captcha_exp"):
-        save_file({"weight": torch.zeros(2)}, file, {key: config})
-        assert load_error(file) == f"{file}: {FOREIGN}"
+    save_file({"weight": torch.zeros(2)}, file, {"config": config})
+    assert load_error(file) == f"{file}: {FOREIGN}"
+    save_file({"weight": torch.zeros(2)}, file, {"captcha_exp": config})
+    assert load_error(file).startswith(f"{file}: its metadata ")
 
 
 def test_weights_of_version_0_1_are_refused(tiny: Config, file: Path) -> None:
@@ -146,12 +174,12 @@ def test_weights_of_version_0_1_are_refused(tiny: Config, file: Path) -> None:
 
 
 def test_weights_of_a_later_format_are_refused(tiny: Config, file: Path) -> None:
-    save_file(load_file(file), file, metadata_of(to_dict(tiny), 3))
+    save_as(file, load_file(file), to_dict(tiny), 3)
     assert load_error(file) == f"{file}: {FOREIGN}"
 
 
 def test_an_invalid_config_is_reported_with_the_file(file: Path) -> None:
-    save_file({"weight": torch.zeros(2)}, file, metadata_of({"hidden_size": 768}))
+    save_as(file, {"weight": torch.zeros(2)}, {"hidden_size": 768})
     with pytest.raises(UserError) as error:
         load_weights(file, CPU)
     assert str(file) in str(error.value)
@@ -160,7 +188,7 @@ def test_an_invalid_config_is_reported_with_the_file(file: Path) -> None:
 def test_weights_of_another_network_are_reported(tiny: Config, file: Path) -> None:
     tensors = load_file(file)
     tensors["head.classifier.weight"] = torch.zeros(7, 16)
-    save_file(tensors, file, metadata_of(to_dict(tiny)))
+    save_as(file, tensors, to_dict(tiny))
     line = load_error(file)
     assert line.startswith(f"{file}: does not match the network of its config: ")
     assert "head.classifier.weight" in line
@@ -169,5 +197,5 @@ def test_weights_of_another_network_are_reported(tiny: Config, file: Path) -> No
 def test_missing_weights_are_reported(tiny: Config, file: Path) -> None:
     tensors = load_file(file)
     del tensors["head.classifier.bias"]
-    save_file(tensors, file, metadata_of(to_dict(tiny)))
+    save_as(file, tensors, to_dict(tiny))
     assert "head.classifier.bias" in load_error(file)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import edit_record, sweep_info
+from conftest import edit_record, sweep_info, write_record
 
 from captcha_exp.errors import UserError
 from captcha_exp.runs import Lineage, RecordedDir, RunInfo, RunLink, SweepInfo, find_stale, list_runs
 from captcha_exp.runs.info import (
+    CHECKSUM_KEY,
     DAMAGED_HINT,
     InfoT,
     JobInfo,
@@ -25,9 +26,11 @@ from captcha_exp.runs.info import (
     TimeLimit,
     now,
 )
+from captcha_exp.runtime.files import sha256_of_json
 from captcha_exp.runtime.process import identify_process
 
 KINDS: tuple[type[Record], ...] = (RunInfo, SweepInfo)
+OF_TWO_FIELDS = sha256_of_json({"format": 2, "status": "RUNNING"})
 ODD_NAME = "caf\udce9 \u2028 \U0001f600.png"
 """a file name that is not valid UTF-8"""
 WINTER = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=timezone(timedelta(hours=-3)))
@@ -46,7 +49,7 @@ def full_run_info() -> RunInfo:
         ended=WINTER,
         mlflow=MLFLOW,
         config_sha256="ab",
-        configs={"config.yaml": "cd"},
+        num_metrics_rows=7,
         lineage=Lineage(
             extends=RunLink(run_dir=f"/{ODD_NAME}", run_id="x"),
             reproduces=RunLink(run_dir=None, run_id="y", store="sqlite:///a.db"),
@@ -138,13 +141,14 @@ def test_fields_of_a_later_version_are_kept(tmp_path: Path, kind: type[Record]) 
         "status": "FINISHED",
         "later": {"a": [None, ODD_NAME]},
         "mlflow": ref | {"closed": True},
+        "checksum": saved["checksum"],
     }
 
 
 def test_fields_that_an_earlier_version_did_not_write_have_a_default(tmp_path: Path) -> None:
     keys = ("format", "name", "status", "started", "host", "pid", "process_started")
     values = full_run_info().model_dump(include=set(keys))
-    (tmp_path / "run.json").write_text(json.dumps(values))
+    write_record(tmp_path, "run.json", values)
     info = RunInfo.load(tmp_path)
     assert (info.stop_reason, info.oom, info.skipped, info.result) == (None, None, None, None)
     assert (info.lineage, info.files, info.mlflow) == (Lineage(), {}, None)
@@ -169,14 +173,19 @@ def test_numbers_that_are_not_finite_round_trip(tmp_path: Path) -> None:
     [
         ("", "cannot be read: Expecting value: line 1 column 1 (char 0)"),
         ("{", "cannot be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        ("[" * 100_000, "cannot be read: maximum recursion depth exceeded"),
+        ("[" * 100_000, "cannot be read: nested deeper than 64 levels"),
+        ("[" * 65 + "]" * 65, "cannot be read: nested deeper than 64 levels"),
+        ('{"pid": 1e400}', "cannot be read: number out of range: 1e400"),
+        (f'{{"pid": {"1" * 400}}}', "cannot be read: integer of 400 digits"),
         ("\udcff", "cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-        ("[]", "is not a valid NAME: content: Input should be a valid dictionary"),
-        ("5", "is not a valid NAME: content: Input should be a valid dictionary"),
-        ("null", "is not a valid NAME: content: Input should be a valid dictionary"),
-        ("{}", "is not a valid NAME: host: Field required; pid: Field required; "),
+        ("[]", "cannot be read: not an object with keys and values"),
+        ("5", "cannot be read: not an object with keys and values"),
+        ("null", "cannot be read: not an object with keys and values"),
+        ("{}", "cannot be read: has no checksum: it was edited, or is damaged"),
+        ('{"format": 2, "status": "RUNNING"}', "cannot be read: has no checksum: it was edited"),
+        ('{"checksum": 5}', "cannot be read: does not match its checksum: it was edited, or is damaged"),
         (
-            '{"format": 2, "status": "RUNNING"}',
+            json.dumps({"status": "RUNNING", "format": 2} | {CHECKSUM_KEY: OF_TWO_FIELDS}),
             "is not a valid NAME: host: Field required; pid: Field required; ",
         ),
     ],
@@ -191,6 +200,40 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, kind: type[Record], text: st
     assert len(line.splitlines()) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["FIFO", "directory", "/dev/zero"])
+def test_only_a_regular_file_is_read(tmp_path: Path, kind: type[Record], target: str) -> None:
+    path = tmp_path / kind.filename
+    if target == "FIFO":
+        os.mkfifo(path)
+    elif target == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(target)
+    with pytest.raises(
+        UserError, match=rf"{kind.filename}: cannot be read: (not a regular file|.*directory)"
+    ):
+        kind.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, kind: type[Record]) -> None:
+    path = make_record(tmp_path / "a", kind) / kind.filename
+    content, expected = path.read_bytes(), kind.load(path.parent)
+    found = 0
+    offsets = range(0, len(content), 7)
+    for offset in offsets:
+        flipped = bytearray(content)
+        flipped[offset] ^= 1 << offset % 8
+        path.write_bytes(flipped)
+        try:
+            assert kind.load(path.parent) == expected
+        except UserError as error:
+            found += "record format" not in str(error) and "0.1" not in str(error)
+    assert found > len(offsets) // 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_file_is_one_line(tmp_path: Path, kind: type[Record]) -> None:
     with pytest.raises(UserError, match=rf"{kind.filename}: cannot be read: .*No such file or directory"):
@@ -203,7 +246,7 @@ def test_a_missing_field_is_named(tmp_path: Path, kind: type[Record], key: str) 
     path = make_record(tmp_path / "a", kind) / kind.filename
     values = json.loads(path.read_text())
     del values[key], values["mlflow"]["uri"]
-    path.write_text(json.dumps(values))
+    write_record(path.parent, path.name, values)
     with pytest.raises(UserError) as caught:
         kind.load(path.parent)
     mistakes = f"{key}: Field required; mlflow.uri: Field required"
@@ -292,7 +335,7 @@ def test_a_record_of_another_format_is_rejected(tmp_path: Path, kind: type[Recor
 def test_a_record_of_version_0_1_is_rejected(tmp_path: Path, kind: type[Record]) -> None:
     path = make_record(tmp_path / "a", kind) / kind.filename
     values = json.loads(path.read_text())
-    del values["format"], values["started"]
+    del values["format"], values["started"], values["checksum"]
     path.write_text(json.dumps(values))
     with pytest.raises(
         UserError, match=r"a: was written by captcha_exp 0\.1, which this version cannot read"
@@ -306,7 +349,7 @@ def test_any_value_of_an_unknown_field_can_be_written_back(
     root: Path, kind: type[Record], value: object
 ) -> None:
     nested = value
-    for _ in range(800):
+    for _ in range(50):
         nested = [nested]
     directory = make_record(root / "outputs" / "2026-01-02" / "030405-a", kind)
     edit_record(directory, kind.filename, status="RUNNING", process_started=1.0, x=value, y=nested)
@@ -325,7 +368,7 @@ def test_damaged_records_are_warnings_and_the_others_are_listed(root: Path) -> N
     edit_record(directories[1], pid="x")
     (directories[2] / "run.json").write_text("[" * 100_000)
     (day / "grid").mkdir()
-    (day / "grid" / "sweep.json").write_text(json.dumps(sweep_info(jobs=5)))
+    write_record(day / "grid", "sweep.json", sweep_info(jobs=5))
     warnings: list[str] = []
     found = sorted(run.run_dir for run in list_runs(warnings.append))
     assert found == [directories[0], directories[3]]
@@ -353,4 +396,3 @@ def test_close_writes_status_end_and_reason(tmp_path: Path) -> None:
         assert info.ended is not None
         assert before <= info.ended <= now()
         assert info.pid == os.getpid()
-    assert RunInfo.load(tmp_path / "run.json").files == {}

@@ -308,7 +308,7 @@ def test_a_run_of_version_0_1_is_rejected_in_one_line(tiny: Config, run: Run) ->
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
         runs.reopen_run(run.run_dir)
     with pytest.raises(UserError, match=r"was written by captcha_exp 0\.1"):
-        runs.check_file_unchanged(run.run_dir, "config.yaml")
+        runs.load(run.run_dir).path("config.yaml")
     assert claim.find_resumable(tiny, runs.Lineage()) is None
 
 
@@ -333,10 +333,10 @@ def test_an_impossible_file_name_is_not_a_run(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "requested.yaml"])
-def test_a_modified_config_is_rejected_with_the_changed_key(run: Run, name: str) -> None:
+def test_an_edited_config_is_rejected(run: Run, name: str) -> None:
     path = run.run_dir / name
     path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 32"))
-    with pytest.raises(UserError, match=rf"{name}: was modified since .*\(train.batch_size=\d+, requested"):
+    with pytest.raises(UserError, match=rf"{name}: was edited, or is damaged .*--resume=never starts a new"):
         runs.reopen_run(run.run_dir)
     assert run.info.status == "RUNNING"
 
@@ -397,7 +397,7 @@ def test_a_reused_pid_is_not_alive(run: Run) -> None:
 def test_the_status_of_a_running_run_without_its_process_is_stale(run: Run) -> None:
     for process_started, status in ((run.info.process_started, "RUNNING"), (1.0, "stale")):
         run.update(process_started=process_started)
-        assert RunFields(run.run_dir, run.info)["status"] == status
+        assert RunFields(run)["status"] == status
 
 
 def test_a_run_of_another_host_counts_as_alive(run: Run) -> None:
@@ -438,16 +438,16 @@ def test_a_process_name_may_contain_brackets(tmp_path: Path) -> None:
 def test_a_file_that_was_modified_after_the_run_is_rejected(tiny: Config) -> None:
     run = runs.create_run(tiny, tiny)
     run.write("model.safetensors", b"weights")
-    runs.check_file_unchanged(run.run_dir, "model.safetensors")  # not checked while the run is running
+    runs.load(run.run_dir).path("model.safetensors")  # not checked while the run is running
     run.close("FINISHED")
-    runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    runs.load(run.run_dir).path("model.safetensors")
     (run.run_dir / "model.safetensors").write_bytes(b"weightz")
 
-    with pytest.raises(UserError, match=r"model.safetensors: was modified or deleted since the run ended"):
-        runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: was edited, or is damaged"):
+        runs.load(run.run_dir).path("model.safetensors")
     (run.run_dir / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: was modified or deleted since the run ended"):
-        runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: is missing; restore it"):
+        runs.load(run.run_dir).path("model.safetensors")
 
 
 def test_an_unreadable_run_is_a_warning_and_the_others_are_listed(tiny: Config) -> None:
@@ -458,3 +458,80 @@ def test_an_unreadable_run_is_a_warning_and_the_others_are_listed(tiny: Config) 
     assert [run.run_dir for run in runs.list_runs(warnings.append)] == [readable.run_dir]
     assert len(warnings) == 1
     assert warnings[0].startswith(str(damaged.run_dir / "run.json"))
+
+
+# -- every file is what was written, or is refused -----------------------------------------------------------
+
+
+def kill_when_writing(monkeypatch: pytest.MonkeyPatch, filename: str) -> None:
+    """Raise KeyboardInterrupt instead of writing this file of a run."""
+
+    def write(path: Path, content: bytes) -> None:
+        if path.name == filename:
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    monkeypatch.setattr("captcha_exp.runs.run.write_atomically", write)
+
+
+@pytest.mark.parametrize("before", [None, {"a": 1}, {"a": 2}], ids=["new", "changed", "equal"])
+def test_a_kill_while_a_file_is_written_is_not_taken_for_damage(
+    run: Run, monkeypatch: pytest.MonkeyPatch, before: dict[str, int] | None
+) -> None:
+    if before is not None:
+        run.write_json("dataset.json", before)
+    kill_when_writing(monkeypatch, "dataset.json")
+    with pytest.raises(KeyboardInterrupt):
+        run.write_json("dataset.json", {"a": 2})
+    monkeypatch.undo()
+    monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(run.run_dir.parents[2]))
+    assert (run.run_dir / "dataset.json").exists() == (before == {"a": 2})
+    reopened = runs.reopen_run(run.run_dir)
+    reopened.write_json("dataset.json", {"a": 2})
+    assert runs.load(run.run_dir).read_json("dataset.json") == {"a": 2}
+
+
+def test_a_file_that_the_run_did_not_write_is_refused(run: Run) -> None:
+    (run.run_dir / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match=r"dataset.json: is not a file of this run .*; restore it"):
+        runs.load(run.run_dir).read_json("dataset.json")
+
+
+def test_damage_before_the_end_is_found_after_it(run: Run) -> None:
+    run.write_json("dataset.json", {"a": 1})
+    (run.run_dir / "dataset.json").write_text('{"a": 2}')
+    run.close("FINISHED")
+    with pytest.raises(UserError, match=r"dataset.json: was edited, or is damaged"):
+        runs.load(run.run_dir).read_json("dataset.json")
+
+
+def test_a_truncated_last_line_is_the_trace_of_a_kill_and_a_missing_one_is_not(run: Run) -> None:
+    rows = [MetricsRow(step, 5, {"val/loss": 0.5}) for step in (1, 2)]
+    for row in rows:
+        run.log_metrics(row)
+    path = run.run_dir / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    assert runs.load(run.run_dir).metrics_rows() == rows
+    for cut, problem in ((rows[0].to_line(), "1 of 2 lines are missing"), (whole[:-9], "line 2 is damaged")):
+        path.write_text(cut)
+        with pytest.raises(UserError, match=rf"metrics.jsonl: {problem}; restore it"):
+            runs.load(run.run_dir).metrics_rows()
+    path.unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl: is missing; restore it"):
+        runs.load(run.run_dir).metrics_rows()
+
+
+def test_a_refused_file_is_named_with_what_still_works(run: Run) -> None:
+    run.write("model.safetensors", b"weights")
+    run.update(mlflow=mlflow_ref("a1b2", closed=True))
+    run.write_json("dataset.json", {})
+    (run.run_dir / "dataset.json").write_text("[]")
+    run.close("FINISHED")
+    with pytest.raises(UserError) as caught:
+        runs.load(run.run_dir).read_json("dataset.json")
+    assert caught.value.lines == (
+        f"{run.run_dir / 'dataset.json'}: was edited, or is damaged (its SHA-256 is not that in run.json); "
+        "restore it from the artifacts of MLflow run a1b2; "
+        f"captcha-exp predict {run.run_dir / 'model.safetensors'} still works",
+    )

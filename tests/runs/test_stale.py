@@ -1,6 +1,5 @@
 """Close stale runs and sweeps in their directories and in MLflow."""
 
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from conftest import TINY, edit_record, infos, mlflow_ref, sweep_info, warnings
+from conftest import TINY, edit_record, infos, mlflow_ref, sweep_info, warnings, write_record
 from mlflow import MlflowClient
 
 from captcha_exp import runs
@@ -43,6 +42,7 @@ def make_stale(run: Run, **state: Any) -> Run:
 
 def state_of(run_dir: Path, name: str = "run.json") -> dict[str, Any]:
     state: dict[str, Any] = json.loads((run_dir / name).read_text(encoding="utf-8"))
+    del state["checksum"]
     return state
 
 
@@ -58,7 +58,7 @@ def make_old(run_dir: Path, seconds: float = LONG_AGO) -> None:
 def write_stale_sweep(sweep_dir: Path, **state: Any) -> Path:
     """Write the sweep.json of a stale sweep."""
     sweep_dir.mkdir(parents=True)
-    (sweep_dir / "sweep.json").write_text(json.dumps(sweep_info(**{"process_started": 1.0, **state})))
+    write_record(sweep_dir, "sweep.json", sweep_info(**{"process_started": 1.0, **state}))
     return sweep_dir
 
 
@@ -85,13 +85,10 @@ def test_a_stale_run_is_marked_killed_and_its_files_are_kept(
     after = contents(run.run_dir)
     del before[run.run_dir / "run.json"], after[run.run_dir / "run.json"]
     assert after == before
-    assert state["files"] == {
-        path.relative_to(run.run_dir).as_posix(): hashlib.sha256(content).hexdigest()
-        for path, content in before.items()
-    }
-    changed = {"status", "stop_reason", "ended", "files"}
+    assert state["files"].keys() == {"config.yaml", "requested.yaml"}, "the others are not vouched for"
+    changed = {"status", "stop_reason", "ended"}
     assert {k: v for k, v in state.items() if k not in changed} == run.info.model_dump(exclude=changed)
-    runs.check_file_unchanged(run.run_dir, "model.safetensors")
+    runs.load(run.run_dir).path("model.safetensors")
     name = f"outputs/{run.run_dir.parent.name}/{run.run_dir.name}"
     assert infos(caplog) == [f"{name}: process {os.getpid()} has exited; marked KILLED"]
     assert warnings(caplog) == []
@@ -248,7 +245,7 @@ def test_a_truncated_last_line_is_a_warning_and_the_other_rows_are_read(tiny: Co
     rows, damaged_lines = runs.read_metrics_rows(run.run_dir)
     assert (rows, list(damaged_lines)) == (ROWS[:2], [3])
     assert run.metrics_rows() == ROWS[:2]
-    runs.check_file_unchanged(run.run_dir, "metrics.jsonl")
+    runs.load(run.run_dir).path("metrics.jsonl")
 
 
 def test_a_damaged_line_in_the_middle_does_not_hide_the_others(tiny: Config) -> None:
@@ -325,7 +322,7 @@ def test_concurrent_calls_close_each_run_once(tiny: Config) -> None:
     assert sorted(closed) == sorted(run.run_dir for run in stale_runs)
     for run in stale_runs:
         assert state_of(run.run_dir)["status"] == "KILLED"
-        runs.check_file_unchanged(run.run_dir, "config.yaml")
+        runs.load(run.run_dir).path("config.yaml")
 
 
 def test_close_returns_if_another_process_holds_the_lock(

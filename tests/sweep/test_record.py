@@ -175,7 +175,7 @@ def test_the_result_is_that_of_the_latest_attempt(tiny: Config, root: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "outcome"), [("memory.json", "finished"), ("config.yaml", "failed"), ("run.json", "failed")]
+    ("name", "outcome"), [("memory.json", "failed"), ("config.yaml", "failed"), ("run.json", "failed")]
 )
 @pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff"])
 def test_a_damaged_file_of_one_job_does_not_end_the_sweep(

@@ -45,6 +45,7 @@ PLACES = {
     ),
     "in the last epoch": Interruption(AFTER_STEP, 40, "after"),
     "before the test": Interruption(PHASES["evaluation"], 5),
+    "between the SHA-256 of a file and the file": Interruption(Place(WRITE, "/dataset.json"), 1),
     "in the report": Interruption(Place("captcha_exp.report.figures:plot_confusion_matrix")),
     "before its status is written": Interruption(PHASES["closing"]),
 }

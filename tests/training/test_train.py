@@ -23,6 +23,7 @@ from conftest import (
     infos,
     make_batch,
     make_checker,
+    rewrite,
     warnings,
     with_train,
 )
@@ -440,7 +441,7 @@ def test_a_changed_environment_is_reported_and_recorded_on_resume(
     values["packages"]["torch"] = "2.0.0"
     values["code_sha256"] = "0" * 64
     values["host"] = "another host, which does not affect the numbers"
-    path.write_text(json.dumps(values))
+    rewrite(run_dir, path.name, json.dumps(values))
     caplog.clear()
     train.resume(run_dir, None)
     state = state_of(run_dir)
@@ -466,7 +467,7 @@ def test_a_run_with_a_damaged_file_is_not_resumed_and_keeps_its_status(
     (run_dir,) = (path.parent for path in root_of_runs().glob("outputs/*/*/run.json"))
     before = state_of(run_dir)
     (run_dir / name).write_text(damage)
-    with pytest.raises(UserError, match=rf"{name}: cannot be read: .+; restore it"):
+    with pytest.raises(UserError, match=rf"{name}: was edited, or is damaged .+; restore it"):
         train.resume(run_dir)
     assert state_of(run_dir) == before
 
