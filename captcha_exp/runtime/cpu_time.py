@@ -19,9 +19,9 @@ import torch
 from captcha_exp.runtime import device as devices
 
 MAX_CORES_WAITED = 0.1
-"""Mean number of cores that the threads of an undisturbed process wait for. On two otherwise idle cores it
-was below 0.01 (two threads, batch sizes 32 to 256); at 0.17 a training was 7 % slower; with one busy process
-next to it, it is 0.67."""
+"""Mean number of cores that the threads of an undisturbed process wait for. Two threads on two cores that
+nothing else could take (real-time priority) waited for less than 0.01; where the kernel kept 0.17 cores from
+them, a training was 5 to 8 % slower. One busy process takes 0.67 (three threads share two cores)."""
 MAX_CORES_CONTENDED = 0.5
 """Mean number of cores used by others of those that an undisturbed process asked for. Finds a busy process on
 the second hyper-thread of a core, for which no thread waits; background processes use less."""
