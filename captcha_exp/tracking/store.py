@@ -314,7 +314,8 @@ def _inspect_server(uri: str, experiment: str) -> tuple[StoreStatus, str]:
         text = str(error)
         is_away = "failed with exception" in text or "timed out" in text
         is_away = is_away or re.search(r"error code (429|5\d\d)\b", text) is not None  # such as of a proxy
-        return "unreachable" if is_away else "broken", first_line(error)
+        cause = re.search(r"\[Errno -?\d+\] [^\"')]+", text)  # at the end of 300 characters
+        return "unreachable" if is_away else "broken", cause[0] if cause else first_line(error)
     finally:
         os.environ.update(before)
     return "deleted" if deleted else "current", ""

@@ -926,7 +926,19 @@ def test_server_with_and_without_access(server: tuple[str, type[_Server]]) -> No
 def test_unreachable_server() -> None:
     state, detail = inspect_store("http://127.0.0.1:9", "x")
     assert state == "unreachable"
-    assert detail
+    assert re.fullmatch(r"\[Errno \d+\] Connection refused", detail)
+
+
+def test_server_behind_a_proxy_that_is_busy(server: tuple[str, type[_Server]]) -> None:
+    uri, handler = server
+    handler.status, handler.answer = 503, b"Service Unavailable"
+    assert inspect_store(uri, "x")[0] == "unreachable"
+
+
+def test_experiment_deleted_on_a_server(server: tuple[str, type[_Server]]) -> None:
+    uri, handler = server
+    handler.answer = b'{"experiments": [{"experiment_id": "7", "name": "x", "lifecycle_stage": "deleted"}]}'
+    assert inspect_store(uri, "x") == ("deleted", "")
 
 
 def test_store_that_does_not_respond(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
