@@ -53,9 +53,8 @@ def advise(
     alphabet, fits = Alphabet(captcha.alphabet), _label_check(captcha)
     are_invalid = 2 * sum(fits(each.label) for each in images) < len(images)
     is_running = is_running_number((_parent(each), each.label) for each in images)
-    bounds = [
-        bound((each.label for each in images), key=lambda text: (len(text), text)) for bound in (min, max)
-    ]
+    texts = [each.label for each in images if each.label.isdigit()] or [each.label for each in images]
+    bounds = [bound(texts, key=lambda text: (len(text), text)) for bound in (min, max)]
     numbers = f"the labels are consecutive numbers, {' to '.join(bounds)}, as of a running number"
     if pattern is None:
         advice = f"{numbers}; if they are not what the images show, the table has the wrong column"
