@@ -190,6 +190,7 @@ def _plan_extension(
             f"--resume={name}: finished after epoch {epochs} of {saved.train.epochs}; add a larger "
             "train.epochs=N to start a new run from its final state"
         )
+    logger.info(f"Extending {finished.run_dir} from the end of epoch {epochs}")
     link = RunLink(run_dir=str(finished.run_dir), run_id=finished.info.run_id)
     return ResumePlan(requested=requested, lineage=Lineage(extends=link), extend_from=finished.run_dir)
 

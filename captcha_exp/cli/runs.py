@@ -36,7 +36,7 @@ RESULT_COLUMNS = {  # column -> key of the result, and its format
     "seconds": ("seconds", ".0f"),
     "peak MiB": ("process_peak_mib", ",.0f"),
 }
-STATUSES = (*get_args(Status), "stale")
+STATUSES = (*get_args(Status), "stale", "skipped")
 SORT_LAST = 2  # rank of a run without a value
 DEFAULT_COLUMNS = ("run_dir", "status", "epochs", "seconds")  # keys that every table shows
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from captcha_exp.config import flatten_mapping
 from captcha_exp.errors import DamagedFile
-from captcha_exp.runs.info import SweepInfo
+from captcha_exp.runs.info import RunInfo, SweepInfo
 from captcha_exp.runs.saved import SavedRun
 from captcha_exp.runtime.paths import root_dir
 
@@ -26,8 +26,9 @@ RUN_KEYS = (
     *("name", "status", "started", "run_dir", "run_id", "error", "stop_reason"),
     *(*_RESULT_KEYS, "oom", "sweep"),
 )
-"""Keys of run.json. status: also "stale", for a running run whose process has exited; run_dir and sweep:
-relative to outputs/; oom: whether the run ran out of memory"""
+"""Keys of run.json. status: also "stale", for a running run whose process has exited, and "skipped", for a
+job of a sweep that was not trained; run_dir and sweep: relative to outputs/; oom: whether the run ran out of
+memory"""
 
 _PER_IMAGE_KEYS = ("files", "remarks", "sizes")  # of dataset.json
 ABSENT = "absent"
@@ -79,7 +80,7 @@ class RunFields:
         info, sweep_dir = self.info, self.run_dir.parent
         fields = {
             "name": info.name,
-            "status": "stale" if info.is_running and not info.has_live_process() else info.status,
+            "status": _status(info),
             "started": info.started.isoformat(timespec="microseconds"),
             "run_dir": self.short_name,
             "run_id": info.run_id,
@@ -100,6 +101,12 @@ class RunFields:
     @cached_property
     def _metrics(self) -> Mapping[str, Any]:
         return _or_empty(self.metrics)
+
+
+def _status(info: RunInfo) -> str:
+    if info.skipped is not None:
+        return "skipped"
+    return "stale" if info.is_running and not info.has_live_process() else info.status
 
 
 def _or_empty(read: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:

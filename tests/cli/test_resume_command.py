@@ -528,8 +528,9 @@ def test_an_extended_run_equals_one_of_as_many_epochs_from_the_start(
     code, out, _ = call("train", *words, "--json")
     assert code == 0
     first = json.loads(out)
-    code, out, _ = call("train", f"--resume={first['run_dir']}", "train.epochs=4", "--json")
+    code, out, err = call("train", f"--resume={first['run_dir']}", "train.epochs=4", "--json")
     assert code == 0
+    assert f"Extending {first['run_dir']} from the end of epoch" in err
     more = json.loads(out)
     config = load(compose(*words, "train.epochs=4"))
     uninterrupted = training.train(config, run_dir=make_dir(tmp_path / "whole"))

@@ -26,7 +26,7 @@ from captcha_exp.config import Config
 from captcha_exp.errors import UserError
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.fields import RunFields
-from captcha_exp.runs.info import ResultSummary
+from captcha_exp.runs.info import ResultSummary, Skipped
 
 Make = Callable[..., Run]
 
@@ -150,6 +150,7 @@ def test_a_metric_that_the_best_epoch_lacks_is_missing(make: Make) -> None:
         ({"oom": None}, "oom", False),
         ({"oom": out_of_memory()}, "oom", True),
         ({"mlflow": mlflow_ref("abc")}, "run_id", "abc"),
+        ({"skipped": Skipped(remedies=[])}, "status", "skipped"),
         ({"stop_reason": None}, "stop_reason", None),
         ({"stop_reason": "time limit"}, "stop_reason", "time limit"),
     ],
