@@ -39,7 +39,7 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
                 # Not checked against the machine: the planned device may be another one.
                 overrides = [
                     *arguments.overrides,
-                    *([f"gpu={quote(arguments.gpu)}"] if arguments.gpu else []),
+                    *([_gpu_override(arguments.gpu)] if arguments.gpu else []),
                 ]
                 config = try_compose(overrides, arguments.config_dir).to_config(None)
                 configs = {config.gpu.name: config}
@@ -69,6 +69,11 @@ def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, 
         return dataset.inspect_dataset(resolved).split_sizes
 
     yield count
+
+
+def _gpu_override(name: str) -> str:
+    is_file = name.endswith((".yaml", ".yml"))  # a path may have characters with a meaning in Hydra's grammar
+    return f"gpu={quote(name) if is_file else name}"
 
 
 @contextlib.contextmanager

@@ -153,7 +153,7 @@ def test_special_characters_in_a_path(call: Call, tmp_path: Path, name: str) -> 
     [
         (None, r".*mine\.yaml: no such file"),
         ("a: [1", r".*mine\.yaml: cannot be read as a config: .+"),
-        ("- 1\n- 2\n", r".*mine\.yaml: gpu=\[1, 2\]: must be a group of keys .+"),
+        ("- 1\n- 2\n", r".*mine\.yaml: gpu=\[1, 2\]: is a group of keys; .+"),
         (GPU_FILE + "colour: red\n", r'.*mine\.yaml: gpu\.colour="red": unknown key; valid keys: .+'),
         (
             GPU_FILE.replace("other_processes_mib", "other_mib"),
@@ -185,7 +185,7 @@ def test_override_of_a_gpu_file_that_is_a_list(call: Call, tmp_path: Path) -> No
     (tmp_path / "mine.yaml").write_text("[1, 2]\n")
     code, _, err = call(*WORDS, *SIZES, "--gpu", str(tmp_path / "mine.yaml"), "gpu.other_processes_mib.max=0")
     assert code == 2
-    assert "mine.yaml: gpu=[1, 2]: must be a group of keys" in err
+    assert "mine.yaml: gpu=[1, 2]: is a group of keys" in err
 
 
 def test_an_unknown_gpu_suggests_the_closest_name(call: Call) -> None:
