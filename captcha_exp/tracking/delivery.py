@@ -150,7 +150,7 @@ class Delivery:
         status, detail = inspect_store(ref.uri, self._experiment() if is_new_run else "")
         if status == "new" and not is_new_run:
             raise RunDeletedError
-        if status not in ("new", "current"):
+        if status not in ("new", "current", "locked"):  # `open_store` waits for a lock
             raise StoreError(f"the store is {status}" + (f" ({shorten(detail)})" if detail else ""))
         self._client = open_store(ref.uri)
         self._store_file = self._file_identity()

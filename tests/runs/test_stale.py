@@ -698,7 +698,7 @@ def test_a_killed_training_is_closed_by_the_next_start(tracked: Config, cache: P
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
-    (run_dir,) = close_stale_runs()
+    (run_dir,) = close_and_sync()
 
     state = state_of(run_dir)
     assert (state["status"], state["stop_reason"], state["error"]) == ("KILLED", "killed", None)
