@@ -119,13 +119,14 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError(
             "--rerun-disturbed: trains jobs of a sweep again; add -m and the overrides of the sweep"
         )
+    from captcha_exp import runs
     from captcha_exp.cli import resume
-    from captcha_exp.training.train import load_to_resume, train
     from captcha_exp.training.train import resume as resume_training
+    from captcha_exp.training.train import train
 
     with resume.plan_resume(arguments, composed, _detect_machine()) as plan:
         config = plan.requested
-        check_tracking(config if plan.run_dir is None else load_to_resume(plan.run_dir))
+        check_tracking(config if plan.run_dir is None else runs.load(plan.run_dir).config_to_resume())
         if config.train.on_oom == "split":  # each attempt needs a process without leftover allocations
             from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
 

@@ -1,4 +1,4 @@
-"""Read JSON and YAML files that may be damaged or made to do harm, with limits on what is accepted.
+"""Read JSON and YAML files that may be damaged or made to do harm, with limits on their content.
 
 Only regular files are opened, so that a pipe or a device cannot block; they are read once, up to a size.
 Limits on nesting, aliases and numbers keep a small file from filling the memory or ending in a traceback.
@@ -15,7 +15,7 @@ import yaml
 
 MAX_BYTES = 256 * 2**20
 """size of a file that is read as a whole; the largest lists the images of a dataset"""
-MAX_DEPTH = 50
+MAX_DEPTH = 64
 """levels of nesting; configs and records have fewer than ten"""
 MAX_YAML_CHARS = 2**20
 MAX_YAML_VALUES = 10_000

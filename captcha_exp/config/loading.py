@@ -157,7 +157,7 @@ def with_tracking_uri(config: Config, root: Path, environment_uri: str | None) -
 
 
 def with_moved_store(config: Config, root: Path) -> Config:
-    """Return the config of a run to resume, with the store where it stands if its root directory moved."""
+    """Return the config of a run to resume, with the current address of its store, which may have moved."""
     tracking = config.tracking
     if not isinstance(tracking, MlflowConfig):
         return config

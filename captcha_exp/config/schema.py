@@ -234,7 +234,7 @@ class MlflowConfig:
     """tracking URI; auto: SQLite in mlruns/ next to outputs/"""
     experiment: Annotated[str, Field(min_length=1)]
     """name of the MLflow experiment"""
-    required: bool = False
+    required: bool
     """fail at the start if the store does not answer; false: train, and send to MLflow once it does"""
 
 

@@ -43,7 +43,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def moved_store_uri(uri: str, root: Path) -> str:
-    """Return the URI where the store of a record stands now: its root directory may have another name."""
+    """Return the current URI of the store of a record: its root directory may have been moved."""
     path, here = sqlite_path(uri), sqlite_path(local_store_uri(root))
     assert here is not None
     has_moved = path is not None and path.parts[-2:] == here.parts[-2:] and not path.exists()

@@ -173,7 +173,7 @@ def _check_store(info: MachineInfo) -> Iterator[Finding]:
     else:
         yield Finding("problem", *describe_problem(store.uri, store.state, store.detail))
     for directory in store.moved_from:
-        text = f"{store.uri}: was moved; MLflow looks for artifacts in {directory}"
+        text = f"{store.uri}: was moved; MLflow searches for artifacts in {directory}"
         yield Finding("info", text, "the next captcha-exp train or ui corrects it")
 
 

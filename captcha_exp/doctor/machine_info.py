@@ -108,7 +108,7 @@ class StoreInfo:
     source: str = "tracking.uri=auto"
     """see tracking.problems.source_of"""
     moved_from: tuple[str, ...] = ()
-    """directories in which MLflow looks for artifacts, although they are now beside the store"""
+    """directories in which MLflow searches for artifacts, although they are now next to the store"""
 
 
 @dataclass(frozen=True)

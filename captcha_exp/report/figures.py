@@ -67,7 +67,7 @@ class Series:
 def try_to_plot(
     plot: Callable[..., None], *arguments: Any, warn: Callable[[str], None] = logger.warning
 ) -> None:
-    """Call a function of this module, whose last argument is the path; on an error, warn and go on.
+    """Call a function of this module, whose last argument is the path; on an error, only warn.
 
     A figure is never worth a run: not even if the memory does not suffice.
     """

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captcha_exp.config import Config, flatten_mapping
+from captcha_exp.config import Config, flatten_mapping, with_moved_store
 from captcha_exp.config import load as load_config
 from captcha_exp.config.documents import parse_json, parse_yaml, read_document
 from captcha_exp.errors import DamagedFile, one_line
 from captcha_exp.runs.info import WEIGHTS, RecordedDir, RunInfo
 from captcha_exp.runtime.files import sha256_of
+from captcha_exp.runtime.paths import root_dir
 
 METRICS = "metrics.jsonl"  # relative to the run directory
 _SELF_CHECKED = (WEIGHTS, METRICS)
@@ -106,6 +107,10 @@ class SavedRun(RecordedDir[RunInfo]):
         """
         return load_config(self.path(name))
 
+    def config_to_resume(self) -> Config:
+        """Return the config of the run with the current address of its store; raises as `config`."""
+        return with_moved_store(self.config(), root_dir())
+
     def flat_config(self) -> dict[str, Any]:
         """Return config.yaml flattened to `group.key` -> value, unchecked; lists are not flattened.
 
@@ -137,7 +142,7 @@ class SavedRun(RecordedDir[RunInfo]):
         return rows
 
     def damage_of(self, rows: list[MetricsRow], damaged_lines: Mapping[int, str]) -> str | None:
-        """Return what is wrong with metrics.jsonl; None if it has all rows that were recorded."""
+        """Return the damage of metrics.jsonl; None if it has all rows that were recorded."""
         missing = self.info.num_metrics_rows - len(rows)
         is_truncated = list(damaged_lines) == [len(rows) + 1] and missing <= 0
         if damaged_lines and not is_truncated:

@@ -88,10 +88,10 @@ def _artifact_dir(path: Path) -> Path:
 
 
 def find_moved_artifacts(path: Path) -> list[tuple[str, Path]]:
-    """Return (experiment ID, directory) of artifacts that were beside a SQLite store before it was moved.
+    """Return (experiment ID, directory) of artifacts that were next to a SQLite store before it was moved.
 
     MLflow stores absolute locations. One that was chosen on purpose is not that of a moved store: its
-    directory exists, or has another name, and its runs have no artifacts beside the store.
+    directory exists, or has another name, and its runs have no artifacts next to the store.
     """
     here, moved = _artifact_dir(path), []
     with closing(_connect(path, "ro")) as database:
@@ -110,7 +110,7 @@ def find_moved_artifacts(path: Path) -> list[tuple[str, Path]]:
 
 
 def move_artifacts(path: Path) -> None:
-    """Let a SQLite store that was moved or copied find its artifacts, and put new ones, beside itself."""
+    """Let a SQLite store that was moved or copied have all its artifacts in its own directory."""
     here = _artifact_dir(path)
     for experiment_id, there in find_moved_artifacts(path):
         with closing(_connect(path, "rw")) as database, database:
@@ -184,13 +184,13 @@ TABLES = {"alembic_version", "experiments", "runs", "metrics", "params", "tags"}
 
 
 def check_store(uri: str, experiment: str) -> None:
-    """Check that runs can be recorded in a store; a server that does not answer may do so later.
+    """Check that runs can be recorded in a store; one that is locked or away may answer later.
 
     Raises:
         UserError: it is no store, or not usable now; the line has the remedy.
     """
     status, detail = inspect_store(uri, experiment)
-    if status not in ("new", "current", "unreachable"):
+    if status not in ("new", "current", "locked", "unreachable"):
         raise UserError("; ".join(describe_problem(uri, status, detail)))
 
 

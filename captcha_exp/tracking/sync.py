@@ -1,4 +1,4 @@
-"""Close stale runs and sweeps in their directories, and deliver to MLflow what it does not have.
+"""Close stale runs and sweeps in their directories, and deliver to MLflow everything it lacks.
 
 MLflow is imported only if something is owed to a store that may be reachable.
 """
@@ -15,7 +15,8 @@ from captcha_exp.errors import UserError
 from captcha_exp.runs import StaleRun, find_stale, remove_partial_runs, stale_in, stale_lock
 from captcha_exp.runs.info import InfoT
 from captcha_exp.runtime.paths import root_dir
-from captcha_exp.tracking.delivery import Delivery, RunDeletedError, StoreError, current_ref, shorten
+from captcha_exp.tracking.content import current_ref
+from captcha_exp.tracking.delivery import Delivery, RunDeletedError, StoreError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +114,13 @@ class _OwedRun(StaleRun[InfoT]):
 
 
 def sync_in_background() -> None:
-    """Deliver what is owed, and wait for it for a few seconds at most."""
+    """Deliver all that is owed, and wait for it for a few seconds at most."""
     if any(map(_may_be_reachable, find_owed())):
         _run_in_background(sync_reachable)
 
 
 def sync_reachable(should_stop: Callable[[], bool] = lambda: False) -> list[SyncResult]:
-    """Deliver what is owed to stores that may be reachable, and log what was delivered."""
+    """Deliver what is owed to stores that may be reachable, and log the deliveries."""
     results = sync_owed(list(filter(_may_be_reachable, find_owed())), should_stop)
     for result in results:
         if result.problem is None:

@@ -1,6 +1,6 @@
 """The `Tracker` that logs to MLflow from a thread.
 
-The run directory is written first and is complete without MLflow. The thread sends what is new in it, so a
+The run directory is written first and is complete without MLflow. The thread sends its new content, so a
 store that is slow, away or absent costs a training nothing: no queue can overflow, and what a killed process
 did not send is still in the directory. MLflow is imported in the thread.
 """
@@ -13,7 +13,8 @@ from typing import Any
 from captcha_exp.config import Config, MlflowConfig, sqlite_path
 from captcha_exp.runs import MetricsRow, RecordedDir, Run
 from captcha_exp.runs.info import MlflowRef
-from captcha_exp.tracking.delivery import Delivery, ParentMissingError, RunDeletedError, current_ref, shorten
+from captcha_exp.tracking.content import ParentMissingError, current_ref
+from captcha_exp.tracking.delivery import Delivery, RunDeletedError, shorten
 from captcha_exp.tracking.sync import sync_reachable
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ SEND_INTERVAL_SECONDS = 2.0  # epochs that follow each other faster are sent tog
 RETRY_INTERVAL_SECONDS = 5.0
 PARENT_INTERVAL_SECONDS = 1.0
 END_SECONDS = 10.0
-"""maximum wait at the end of a run; what is still owed then is delivered later"""
+"""maximum wait at the end of a run; the rest is delivered later"""
 LOCAL_END_SECONDS = 60.0
 """the same for a SQLite file, whose errors do not keep anyone waiting"""
 STOP_END_SECONDS = 5.0

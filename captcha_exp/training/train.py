@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from captcha_exp import runs
-from captcha_exp.config import Config, resolve, with_moved_store
+from captcha_exp.config import Config, resolve
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
@@ -30,7 +30,6 @@ from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.environment import collect_environment
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import ProgressBar, progress_bar
-from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
 from captcha_exp.training import autotune, oom, sanity
 from captcha_exp.training.checkpointer import Checkpointer
@@ -192,17 +191,12 @@ def resume(
         UserError: the run cannot be resumed, or it failed; the lines say why.
     """
     start_time = time.perf_counter()
-    config = load_to_resume(run_dir)
+    config = runs.load(run_dir).config_to_resume()
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
     with shutdown:
         prepared = _prepare(dataset.with_trusted_cache(config))
         run = runs.reopen_run(run_dir)
         return _record_training(prepared, run, tracker, shutdown, start_time, extend_from)
-
-
-def load_to_resume(run_dir: Path) -> Config:
-    """Return the resolved config of a run, with its MLflow store where that stands now."""
-    return with_moved_store(runs.load(run_dir).config(), root_dir())
 
 
 @dataclass(frozen=True)

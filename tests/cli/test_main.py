@@ -18,7 +18,7 @@ from captcha_exp.cli import main as cli
 
 COMMANDS = [
     *("train", "data", "plan", "evaluate", "reproduce", "predict"),
-    *("runs", "diff", "ui", "calibrate", "doctor"),
+    *("runs", "diff", "sync", "ui", "calibrate", "doctor"),
 ]
 
 
@@ -58,8 +58,8 @@ def test_a_signal_before_anything_is_created_is_confirmed(
         (["train", "hydra=x"], r"hydra=x: has no effect, .+"),
         (["train", "hydra/help=default"], r"hydra/help=default: has no effect, .+"),
         (["train", "train.batch_size=25,50"], r"train\.batch_size=25,50: is a sweep; .+"),
-        (["train", "train.batch_size=[1"], r"'train\.batch_size=\[1': invalid override; .+"),
-        (["train", "experiment=typo"], r"experiment=typo: .+ one of alnum, article, quickstart"),
+        (["train", "train.batch_size=[1"], r"train\.batch_size=\[1: must be a whole number, .+"),
+        (["train", "experiment=typo"], r"experiment=typo: .+ one of alnum, article, quickstart, null"),
         (["train", "train=null"], r"train=null: .+"),
         (["train", "--json", "seed=-1"], r"seed=-1: must be .+"),
         (["train", "--cfg", "job", "experiment=typo"], r"experiment=typo: .+"),

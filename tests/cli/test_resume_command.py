@@ -417,16 +417,10 @@ def test_overrides_of_a_saved_config(tiny: Config) -> None:
         ("seed=1,2", "seed=1,2: is a sweep; "),
         ("hydra.run.dir=x", "hydra.run.dir=x: "),
         ("seed", "'seed': invalid override; "),
-        ("data.cache=${oc.env:HOME}", ""),
+        ("data.cache=${data.count}", "data.cache=${data.count}: must be a value, without ${...}"),
     ],
 )
 def test_each_mistake_of_an_override_is_one_line(tiny: Config, override: str, line: str) -> None:
-    if not line:
-        config = apply_overrides(tiny, [override])
-        assert "${oc.env:HOME}" in flatten(config).values(), (
-            "interpolations in a saved config are not resolved"
-        )
-        return
     with pytest.raises(ConfigError) as caught:
         apply_overrides(tiny, [override])
     (message,) = caught.value.lines

@@ -496,14 +496,14 @@ def test_an_invalid_data_path_is_an_error(folder: Path) -> None:
 
 def test_a_path_that_cannot_be_resolved_is_an_error(folder: Path) -> None:
     (folder / "circle").symlink_to("circle")
-    for path in ("~nobody-of-this-name/pictures", str(folder / "circle")):
-        try:
-            config = resolve(folder_config(folder, path=path), detect_machine())
-        except ConfigError as error:  # from Python 3.13 on, a circular link fails only when it is read
-            lines = error.lines
-        else:
-            lines = (error_lines(config),)
-        assert re.match(re.escape(f"data.path={path}: ") + "[^\n]+$", "\n".join(lines))
+    path = str(folder / "circle")
+    try:
+        config = resolve(folder_config(folder, path=path), detect_machine())
+    except ConfigError as error:  # from Python 3.13 on, a circular link fails only when it is read
+        lines = error.lines
+    else:
+        lines = (error_lines(config),)
+    assert re.match(re.escape(f"data.path={path}: ") + "[^\n]+$", "\n".join(lines))
 
 
 def test_a_folder_without_read_permission_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1022,7 +1022,7 @@ def test_evaluating_a_run_warns_if_its_images_have_changed(
 
     for damage in ("{", "[1]", ""):
         (result.run_dir / "dataset.json").write_text(damage)
-        with pytest.raises(UserError, match=r"dataset\.json: cannot be read: .+; restore it"):
+        with pytest.raises(UserError, match=r"dataset\.json: was edited, or is damaged .+; restore it"):
             evaluate_run(result.run_dir, "test")
 
 

@@ -956,14 +956,18 @@ def test_other_databases(store: Path) -> None:
 
 
 def test_store_of_a_config(root: Path, tiny: Config) -> None:
-    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"))
+    config = replace(
+        tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x", required=False)
+    )
     assert collect_info(config).store == StoreInfo(f"sqlite:///{root}/mlruns/mlflow.db", "new")
     assert collect_info(tiny).store is None
     assert list(root.iterdir()) == []
 
 
 def test_store_of_the_environment(root: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"))
+    config = replace(
+        tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x", required=False)
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
     info = replace(HEALTHY, store=collect_info(config).store, root=str(root))
     where = f"{root}/outputs and in MLflow at sqlite:///{root}/other.db (MLFLOW_TRACKING_URI)"
@@ -985,9 +989,9 @@ def test_artifacts_of_a_store_that_was_moved(store: Path, tiny: Config) -> None:
     moved = store.rename(store.parent / "mlruns" / "mlflow.db")
     assert [path for _, path in find_moved_artifacts(moved)] == [Path("/gone/mlruns/artifacts")]
     uri = f"sqlite:///{moved}"
-    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=uri, experiment="x"))
+    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=uri, experiment="x", required=False))
     finding = only_finding(replace(HEALTHY, store=collect_info(config).store))
-    assert finding.message == f"{uri}: was moved; MLflow looks for artifacts in /gone/mlruns/artifacts"
+    assert finding.message == f"{uri}: was moved; MLflow searches for artifacts in /gone/mlruns/artifacts"
     assert finding.remedy == "the next captcha-exp train or ui corrects it"
     open_store(uri)
     assert find_moved_artifacts(moved) == []
@@ -1028,7 +1032,9 @@ def test_a_library_that_cannot_be_imported_is_a_problem(
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    config = replace(tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"))
+    config = replace(
+        tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x", required=False)
+    )
     info = collect_info(config)
     broken = replace(HEALTHY, store_error=info.store_error, figures_error=info.figures_error)
     (problem,) = at_level(broken, "problem")

@@ -484,7 +484,9 @@ def test_a_run_that_exists_only_in_mlflow_is_downloaded(
     from captcha_exp.config import MlflowConfig
     from captcha_exp.tracking import make_tracker
 
-    store = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root / 'mlruns' / 'mlflow.db'}", experiment="e")
+    store = MlflowConfig(
+        backend="mlflow", uri=f"sqlite:///{root / 'mlruns' / 'mlflow.db'}", experiment="e", required=False
+    )
     config = replace(tiny, tracking=store)
     folder = train(config, make_tracker(config, {})).run_dir
     run_id = json.loads((folder / "run.json").read_text())["mlflow"]["run_id"]

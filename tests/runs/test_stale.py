@@ -370,7 +370,10 @@ def tracked(tiny: Config, store: str) -> Config:
     path = Path(os.environ["CAPTCHA_EXP_ROOT"]) / "mlruns" / "mlflow.db"
     path.parent.mkdir()
     shutil.copy(store.removeprefix("sqlite:///"), path)
-    return replace(tiny, tracking=MlflowConfig(backend="mlflow", uri=f"sqlite:///{path}", experiment="tests"))
+    return replace(
+        tiny,
+        tracking=MlflowConfig(backend="mlflow", uri=f"sqlite:///{path}", experiment="tests", required=False),
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,12 @@ from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.runs import Run, RunInfo, StaleRun
 from captcha_exp.runs.info import MlflowRef, now
 from captcha_exp.tracking import sync
-from captcha_exp.tracking.delivery import Delivery, ParentMissingError, RunDeletedError
+from captcha_exp.tracking.content import ParentMissingError
+from captcha_exp.tracking.delivery import Delivery, RunDeletedError
 from captcha_exp.tracking.sync import close_stale_runs, find_owed, sync_owed, sync_reachable
 from captcha_exp.tracking.tracker import Sender
 
-TRACKING = MlflowConfig(backend="mlflow", uri="http://127.0.0.1:1", experiment="x")
+TRACKING = MlflowConfig(backend="mlflow", uri="http://127.0.0.1:1", experiment="x", required=False)
 REFUSED = "the store is unreachable (Connection refused)"
 
 
@@ -75,12 +76,12 @@ def test_a_job_waits_for_its_sweep(tiny: Config, root: Path) -> None:
 
     assert delivery.waits_for_parent()
     with pytest.raises(ParentMissingError):
-        delivery._parent_tag()
+        delivery.content.parent_tag()
     edit_record(sweep_dir, "sweep.json", mlflow=ref | {"run_id": "a1"})
     assert not delivery.waits_for_parent()
-    assert delivery._parent_tag() == {"mlflow.parentRunId": "a1"}
+    assert delivery.content.parent_tag() == {"mlflow.parentRunId": "a1"}
     edit_record(sweep_dir, "sweep.json", mlflow=ref | {"run_id": "a1", "uri": "http://127.0.0.1:2"})
-    assert delivery._parent_tag() == {}, "in another store"
+    assert delivery.content.parent_tag() == {}, "in another store"
 
 
 def test_one_process_delivers_at_a_time(tiny: Config, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -438,7 +438,9 @@ def test_the_reason_of_a_failed_request_is_short(message: str, reason: str) -> N
 
 
 def test_the_ui_reports_a_missing_store(root: Path) -> None:
-    tracking = MlflowConfig(backend="mlflow", uri=f"sqlite:///{root}/mlruns/mlflow.db", experiment="none")
+    tracking = MlflowConfig(
+        backend="mlflow", uri=f"sqlite:///{root}/mlruns/mlflow.db", experiment="none", required=False
+    )
 
     with pytest.raises(
         Exception, match=r"mlflow.db: MLflow store does not exist yet; captcha-exp train creates it"

@@ -157,4 +157,4 @@ def test_a_store_that_rejects_views_shows_the_default_pages(
     (warning,) = warnings(caplog)
     assert "attempt to write a readonly database;" in warning
     assert "viewStateShareKey" not in caplog.text
-    assert [line.split()[0] for line in infos(caplog)] == ["runs", "curves", "Press"]
+    assert [line.split()[0] for line in infos(caplog)] == ["runs", "curves"]

@@ -760,7 +760,7 @@ def test_the_record_has_the_requested_and_the_resolved_config(config: Config, no
     requested = replace(
         config,
         device=replace(config.device, name="auto"),
-        tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x"),
+        tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x", required=False),
     )
     result = train.train(requested, None)
     assert "auto" not in (result.run_dir / "config.yaml").read_text()

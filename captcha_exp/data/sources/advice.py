@@ -1,6 +1,6 @@
 """Advice about the labels of a folder as a whole: which mistake explains what is odd, and the words to type.
 
-A running number in the file names is easily taken for the label. It is told from labels that happen to be
+A running number in the file names is easily taken for the label. It differs from labels that happen to be
 numbers by its neighbors: of labels drawn at random, few differ by one.
 """
 
@@ -115,7 +115,7 @@ def _num_possible(texts: Set[str]) -> float:
 
 
 def _label_check(captcha: CaptchaConfig) -> Callable[[str], bool]:
-    """Return a function that tells whether a text can be a label."""
+    """Return a function that checks whether a text can be a label."""
     known = set(captcha.alphabet)
     if captcha.case == "fold":
         known |= set(captcha.alphabet.lower() + captcha.alphabet.upper())
@@ -177,13 +177,13 @@ def _pattern_of(columns: Sequence[Sequence[str]], separators: Sequence[str], lab
 
 
 def _find_table(folder: Path, images: Sequence[Candidate], others: Sequence[str], is_odd: bool) -> str:
-    """Return what to do with a table in or beside the folder that names the images; "" if there is none.
+    """Return what to do with a table in or next to the folder that names the images; "" if there is none.
 
     A table that has the labels of the file names is not worth mentioning. One that cannot be read as it is,
-    or stands beside the folder, is only mentioned if the labels are odd.
+    or is next to the folder, is only mentioned if the labels are odd.
     """
     stems = {labels.stem(each.name) for each in images}
-    names = [name for name in others if PurePosixPath(name).stem not in stems]  # not a text beside each image
+    names = [name for name in others if PurePosixPath(name).stem not in stems]  # not a text for each image
     if is_odd:
         with contextlib.suppress(OSError):
             names += [f"../{path.name}" for path in sorted(folder.parent.iterdir())]
@@ -204,7 +204,7 @@ def _find_table(folder: Path, images: Sequence[Candidate], others: Sequence[str]
             rows = [(find(file), label) for _, file, label in labels.read_rows(table)]
         except UserError as error:
             if is_odd:
-                return f"{found}, but {one_line(error)}; mend it, and add data.labels={shown}"
+                return f"{found}, but {one_line(error)}; correct it, and add data.labels={shown}"
             continue
         differing = sum(file is not None and by_name[file] != label for file, label in rows)
         if 2 * differing >= len(images):

@@ -165,7 +165,7 @@ def check_rendering(data: GeneratorConfig, captcha: CaptchaConfig) -> None:
 
 
 def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
-    """Return a function (text, rng) -> image that replaces the module's `secrets` by a seeded version."""
+    """Return a function (text, rng) -> image that uses a seeded version of the module's `secrets`."""
     import captcha.image
 
     fonts = [str(path) for path in font_files(data)]
@@ -173,14 +173,18 @@ def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
 
     def render(text: str, rng: random.Random) -> Image.Image:
         seeded = SimpleNamespace(randbelow=rng.randrange, choice=rng.choice, randbits=rng.getrandbits)
+        original = captcha.image.secrets  # type: ignore[attr-defined]
         captcha.image.secrets = seeded  # type: ignore[assignment, attr-defined]  # not a module
-        return generator.generate_image(text)
+        try:
+            return generator.generate_image(text)
+        finally:
+            captcha.image.secrets = original  # type: ignore[attr-defined]
 
     return render
 
 
 def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:
-    """Return a function (text, rng) -> image that replaces the module's `random` by `rng`."""
+    """Return a function (text, rng) -> image that uses `rng` for the module's `random`."""
     import wheezy.captcha.image as wheezy
 
     def random_color() -> tuple[int, int, int]:
@@ -205,8 +209,11 @@ def _make_wheezy_renderer(data: WheezyLibraryConfig) -> RenderFn:
     )
 
     def render(text: str, rng: random.Random) -> Image.Image:
-        wheezy.random = rng
-        image: Image.Image = draw(text)
-        return image
+        original, wheezy.random = wheezy.random, rng
+        try:
+            image: Image.Image = draw(text)
+            return image
+        finally:
+            wheezy.random = original
 
     return render
