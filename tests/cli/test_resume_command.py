@@ -298,7 +298,7 @@ def test_more_epochs_start_a_linked_run(call: Call, trained: FakeTrain, words: l
     run_dir = make_finished(words, mlflow=mlflow_ref("abc"))
     before = (run_dir / "run.json").read_text()
     code, _, err = call("train", f"--resume={run_dir}", "train.epochs=5", "train.patience=9")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"Extending {run_dir} from the end of epoch 2\n")
     assert trained.calls == [
         {
             "requested": load(compose(*words, "train.epochs=5", "train.patience=9")),
@@ -334,6 +334,7 @@ def test_settings_that_depend_on_the_number_of_epochs(
     run_dir = make_finished([*words, "augment.warmup_fraction=0.5"])
     _, _, err = call("train", f"--resume={run_dir}", "train.epochs=5")
     assert err == (
+        f"Extending {run_dir} from the end of epoch 2\n"
         "warning: train.schedule=onecycle and augment.warmup_fraction=0.5: depends on the number of epochs, "
         "and the result will differ from a run of 5 epochs from the start\n"
     )

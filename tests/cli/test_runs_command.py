@@ -324,7 +324,7 @@ def test_an_old_key_or_status_is_answered_with_the_new_one(make: Make, call: Cal
         "card.name: was renamed to gpu.name",
         "train.optimizer_kernel: was renamed to train.optimizer_impl",
     ]
-    line = "status=died: must be one of RUNNING, FINISHED, FAILED, KILLED, stale\n"
+    line = "status=died: must be one of RUNNING, FINISHED, FAILED, KILLED, stale, skipped\n"
     assert call("runs", "status=died") == (2, "", line)
 
 

@@ -126,7 +126,7 @@ def test_a_table_of_another_name_is_offered(folder: Path, name: str) -> None:
 def test_a_table_without_the_columns_is_mentioned_if_the_labels_are_odd(folder: Path) -> None:
     write_files(folder, {"annotations.csv": TABLE.replace("label", "solution").encode()})
     (line,) = advice(folder, [f"{n:04}" for n in range(len(LABELS))])
-    assert "has no column label (or text, code); its columns are file, solution; mend it, and add " in line
+    assert "has no column label (or text, code); its columns are file, solution; correct it, and add " in line
 
 
 def test_a_table_that_agrees_or_is_about_something_else_is_not_mentioned(folder: Path) -> None:

@@ -295,7 +295,7 @@ def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         package = tmp_path / "captcha"
         package.mkdir()
         (package / "__init__.py").touch()
-        (package / "image.py").write_text(f"DEFAULT_FONTS = []\n{image}")
+        (package / "image.py").write_text(f"import secrets\nDEFAULT_FONTS = []\n{image}")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     return write_package

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call, edit_record, infos, sweep_info
+from conftest import Call, edit_record, infos, sweep_info, write_record
 
 from captcha_exp import runs
 from captcha_exp.config import Config, MlflowConfig
@@ -71,7 +71,7 @@ def test_a_job_waits_for_its_sweep(tiny: Config, root: Path) -> None:
     sweep_dir = root / "outputs" / "2026-01-01" / "000000-grid"
     sweep_dir.mkdir(parents=True)
     ref = MlflowRef(uri=TRACKING.uri).model_dump()
-    (sweep_dir / "sweep.json").write_text(json.dumps(sweep_info(mlflow=ref)))
+    write_record(sweep_dir, "sweep.json", sweep_info(mlflow=ref))
     delivery = Delivery(make_owed(tiny, run_dir=sweep_dir / "1-seed=1"))
 
     assert delivery.waits_for_parent()
