@@ -7,8 +7,8 @@ disabled. `config.load` validates the result, which reports all mistakes at once
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from captcha_exp.config import Config, Machine
+
 YAML_SUFFIXES = (".yaml", ".yml")
 MAX_LENGTH = 500  # characters of Hydra's reason
 MAX_DEPTH = 5  # folders below a group
@@ -120,12 +121,9 @@ def compose_overrides(
             mistakes += error.lines
             continue
         readable = str(override.input_line)
-        if (
-            override.key_or_group == "experiment" and override.value() is None
-        ):  # Hydra has no null for a group
-            readable = "~experiment"
-        if override.key_or_group == "experiment":  # the last one counts
+        if override.key_or_group == "experiment":  # the last one counts; Hydra has no null for a group
             accepted = [each for each in accepted if not re.match("~?experiment(=|$)", each)]
+            readable = "~experiment" if override.value() is None else readable
         if override.key_or_group in groups or override.is_delete():
             accepted.append(readable.removeprefix("+") if override.key_or_group in groups else readable)
         else:
@@ -168,9 +166,14 @@ def _check_headers(config: "DictConfig", overrides: Sequence[str]) -> None:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    if config.hydra.runtime.choices.get("experiment") is None:
-        return
+    from captcha_exp.config import Config
+
+    choice = config.hydra.runtime.choices.get("experiment")
     loader: Any = GlobalHydra.instance().config_loader()
+    chosen = loader.repository.load_config(f"experiment/{choice}")
+    known = {"hydra", *(field.name for field in fields(Config))}
+    if choice is None or (chosen.header.get("package") == "_global_" and known.issuperset(config)):
+        return  # the defaults list below takes as long as the composition itself
     files = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
     lines = []
     for name in dict.fromkeys(file.config_path for file in files if file.package and not file.is_self):
@@ -265,6 +268,9 @@ def hydra_loader(config_dir: str | None) -> Iterator["ConfigLoader"]:
         if config_dir is not None:
             loader.get_search_path().prepend("command-line", f"file://{Path(config_dir).resolve()}")
             loader.repository.initialize_sources(loader.get_search_path())
+            for source in loader.repository.sources:
+                if source.provider == "command-line":
+                    launcher.check_before_loading(source)
         yield loader
 
 
@@ -275,9 +281,14 @@ def list_groups(loader: Any) -> dict[str, list[str]]:
     def options(group: str) -> list[str]:
         files = [*loader.get_group_options(group)]
         if (conf_dir() / group.partition("/")[0]).is_dir() and group.count("/") < MAX_DEPTH:
-            for folder in loader.list_groups(group):
+            for folder in subfolders(group):
                 files += [f"{folder}/{file}" for file in options(f"{group}/{folder}")]
         return sorted(files)
+
+    def subfolders(group: str) -> list[str]:
+        sources = (source.path.partition("file://")[2] for source in loader.get_search_path().get_path())
+        entries = (entry for path in sources if path for entry in Path(path, group).glob("*/"))
+        return sorted({entry.name for entry in entries if entry.is_dir()})
 
     return {name: options(name) for name in loader.list_groups("") if name != "hydra"}
 
@@ -329,17 +340,3 @@ def _choice_problem(group: str, value: Any, files: Sequence[str]) -> str:
 def _is_gpu_file(override: "Override") -> bool:
     """Return whether the override selects a GPU by the path of its file."""
     return override.key_or_group == "gpu" and str(override.value()).endswith(YAML_SUFFIXES)
-
-
-def complete(argv: list[str], commands: Iterable[str], override_commands: Iterable[str]) -> int:
-    """Complete a command line for the shell: commands here, groups and keys by Hydra."""
-    words = os.environ.get("COMP_LINE", "").split(" ")
-    if any(word.startswith("query=") for word in argv):
-        if len(words) <= 2:
-            print("\n".join(command for command in commands if command.startswith(words[-1])))
-            return 0
-        if words[1] not in override_commands:
-            return 0
-        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra has no commands
-    launcher.run_hydra(argv)
-    return 0

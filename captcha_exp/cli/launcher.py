@@ -1,4 +1,4 @@
-"""Hydra's launchers: which are installed, their settings, and the mistakes in both.
+"""Hydra's launchers: which are installed, their settings, and the mistakes in both; its command line.
 
 Hydra receives the checked launcher and its settings alone, and no file of the user: a callback that a file
 names is never called.
@@ -7,11 +7,12 @@ names is never called.
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captcha_exp.cli.overrides import quote
-from captcha_exp.errors import ConfigError
+from captcha_exp.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -108,3 +109,35 @@ def _to_grammar(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_to_grammar, value)) + "]"
     return quote(value, interpolations=True) if isinstance(value, str) else json.dumps(value)
+
+
+def complete(argv: list[str], commands: Iterable[str], override_commands: Iterable[str]) -> int:
+    """Complete a command line for the shell: commands here, groups and keys by Hydra."""
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if any(word.startswith("query=") for word in argv):
+        if len(words) <= 2:
+            print("\n".join(command for command in commands if command.startswith(words[-1])))
+            return 0
+        if words[1] not in override_commands:
+            return 0
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])  # Hydra has no commands
+    run_hydra(argv)
+    return 0
+
+
+def check_before_loading(source: Any) -> None:
+    """Let a directory of configs refuse a file that would fill the memory, before Hydra reads it."""
+    from captcha_exp.config.documents import check_yaml, read_document
+
+    load_config = source.load_config
+
+    def checked(config_path: str) -> Any:
+        path = Path(source.path, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml")
+        try:
+            if path.exists():
+                check_yaml(read_document(path).decode("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {one_line(error)}") from None
+        return load_config(config_path)
+
+    source.load_config = checked

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from captcha_exp.cli.hydra_config import complete, try_compose
 from captcha_exp.cli.hydra_config import compose as compose
+from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.cli.launcher import complete
 from captcha_exp.cli.parser import COMMANDS, FLAG_ANSWERS, OVERRIDE_COMMANDS, PROGRAM, build_parser
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached

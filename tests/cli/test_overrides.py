@@ -190,6 +190,14 @@ def test_an_experiment_without_the_header_is_an_error_with_its_path(experiments:
     assert mistakes("experiment=two", config_dir=experiments) == [line]
 
 
+def test_a_file_that_would_fill_the_memory_is_refused(experiments: Path) -> None:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)]
+    file = write(experiments, "bomb", "a0: &a0 [1, 1]\n" + "".join(levels))
+    (line,) = mistakes("experiment=bomb", config_dir=experiments)
+    assert line == f"{file}: more than 10,000 values, aliases expanded"
+    assert compose("experiment=alnum", config_dir=str(experiments)).name == "alnum", "others are not affected"
+
+
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
