@@ -202,6 +202,8 @@ def _explain(error: Exception) -> str:
         return f"hydra/launcher={match[2]}: {launcher.missing_launcher(match[2])}"
     if match := re.search(r"Key '(\w+)' not in '\w+'\s+full_key: hydra\.launcher\.", text):
         return launcher.unknown_setting(match[1])
+    if match := re.search(r"(hydra\.launcher\.\w+=.*): Value .* could not be converted to (\w+)", text):
+        return f"{match[1]}: must be of type {match[2].lower()}"
     if match := re.search(r"full_key: hydra\.sweeper\.params\.(\S+)", text):
         return launcher.not_text(match[1])
     return one_line(text or error)
