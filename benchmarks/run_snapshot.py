@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 TIMES = ("memory/", "speed/")
+COUNTERS = ("speed/cores_", "speed/cpu_pressure", "speed/disturbed")  # which a short interval lacks
 """Prefixes of metrics that differ between processes"""
 
 
@@ -97,7 +98,8 @@ def _in_mlflow(path: Path) -> dict[str, Any]:
         statuses = [status for (status,) in database.execute(query)]
         metrics: dict[str, list[Any]] = defaultdict(list)
         for key, step, value in database.execute("SELECT key, step, value FROM metrics ORDER BY key, step"):
-            metrics[key].append((step, None if key.startswith(TIMES) else value))
+            if not key.startswith(COUNTERS):
+                metrics[key].append((step, None if key.startswith(TIMES) else value))
         for (key,) in database.execute("SELECT key FROM params"):
             metrics["params"].append(key)
     return {"runs": statuses, **metrics}

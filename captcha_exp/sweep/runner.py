@@ -20,7 +20,7 @@ from captcha_exp.sweep.record import DONE, Sweep
 from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.tracking import make_tracker
-from captcha_exp.tracking.sync import finalize_run
+from captcha_exp.tracking.sync import finalize_run, sync_in_background
 from captcha_exp.tracking.tracker import Sender
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def run_sweep(
                 sweep.close(*end)
                 if sender is not None:
                     sender.finish()
+                    sync_in_background()  # jobs that ended before the sweep was in MLflow
             except OSError as exception:  # a full disk
                 logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
                 is_saved = False

@@ -7,6 +7,7 @@ did not send is still in the directory. MLflow is imported in the thread.
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,6 +103,9 @@ class Sender:
                 return
             except ParentMissingError:  # its own process is about to send it
                 self._is_ending.wait(PARENT_INTERVAL_SECONDS)
+                if is_last and sqlite_path(self._recorded.info.mlflow.uri) is not None:
+                    is_last = False  # a local store is not away; `finish` limits the wait
+                    time.sleep(PARENT_INTERVAL_SECONDS)
             except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
                 has_synced_others = False
                 self._report_loss(shorten(error))

@@ -497,8 +497,9 @@ def test_the_same_command_resumes_after_sigkill(root: Path, words: list[str], tm
     client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
     (experiment,) = (e for e in client.search_experiments() if e.name == "captcha_exp")
     (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
-    assert [m.step for m in client.get_metric_history(run_id, "val/loss")] == [*range(1, 9)]
+    assert run.info.status == "FINISHED"
+    assert run_id in (run.info.run_id, None), "None: killed before it was sent"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/loss")] == [*range(1, 9)]
 
 
 def assert_same_state(first: Path, second: Path) -> None:
