@@ -169,7 +169,8 @@ def test_quiet_and_verbose_exclude_each_other(call: Call) -> None:
     assert err.splitlines()[-1].endswith("argument -v/--verbose: not allowed with argument -q/--quiet")
 
 
-@pytest.mark.parametrize("flag", ["-q", pytest.param("-v", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("flag", ["-q", "-v"])
 def test_a_sweep_hands_the_flag_to_its_workers(shell: Call, root: Path, cache: Path, flag: str) -> None:
     words = (*TINY, f"data.cache={cache}", "tracking=none", "train.epochs=1")
     code, out, err = shell("train", "-m", flag, "--json", *words)

@@ -174,6 +174,7 @@ def test_a_call_that_fails_leaves_the_run_unchanged(
 # -- a named run ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overrides", [[], ["seed=0"], ["+train.epochs=2"], TINY], ids=str)
 def test_a_named_run_is_resumed_with_its_own_config(
     call: Call, trained: FakeTrain, words: list[str], overrides: list[str]

@@ -190,6 +190,7 @@ def test_jobs_with_a_result_are_not_run_again(tiny: Config) -> None:
 # -- time limit ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first job finishes in time, the second is stopped, the third is not started."""
     started: list[tuple[str, float]] = []
@@ -289,6 +290,7 @@ def interrupt(root: Path) -> Path:
     return sweep.run_dir
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "resume"),
     [

@@ -109,6 +109,7 @@ def test_images_do_not_depend_on_the_number_of_workers(data: GeneratorConfig, sm
     assert one == two == three
 
 
+@pytest.mark.long
 @each_source
 def test_an_image_depends_only_on_its_index(data: GeneratorConfig, small_chunks: None) -> None:
     """Not on the number of images, their order, or the chunk size."""

@@ -114,6 +114,7 @@ def test_the_overrides_give_the_same_plan(
         assert plan_of(load_config(*base, *each.overrides), split_sizes) == each.plan
 
 
+@pytest.mark.long
 @each_network
 def test_the_number_of_micro_batches_is_minimal(
     name: str, base: tuple[str, ...], split_sizes: Mapping[str, int], request: pytest.FixtureRequest
@@ -207,12 +208,13 @@ def test_a_speedup_of_zero_is_accepted(
 LARGE_EVALUATION = (*GPU, *TENSORS_ONLY, "train.batch_size=2", "train.eval_batch_size=256")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("split_sizes", "budget_mib"),
     [
         ({"train": 20, "validation": 300, "test": 10}, 50),
-        pytest.param({"train": 20, "validation": 300, "test": 300}, 60, marks=pytest.mark.long),
-        pytest.param({"train": 20, "validation": 300}, 50, marks=pytest.mark.long),
+        ({"train": 20, "validation": 300, "test": 300}, 60),
+        ({"train": 20, "validation": 300}, 50),
     ],
     ids=["validation", "validation and test", "no test"],
 )

@@ -361,6 +361,7 @@ def test_a_file_is_overwritten_only_with_force(call: Call, measure_calls: list[A
     assert load_gpu(path).name == GTX
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["../x", "a/b", "1650", "null", "all", "a.b", "", "a b", "-x", "é", "a\n"])
 def test_an_invalid_name_is_rejected(call: Call, measure_calls: list[Any], tmp_path: Path, name: str) -> None:
     code, out, err = call("--config-dir", str(tmp_path), f"--name={name}")

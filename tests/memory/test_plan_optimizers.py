@@ -44,6 +44,7 @@ def cross_entropy(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output, targets)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_peak_matches_real_steps(name: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:

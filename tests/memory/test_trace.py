@@ -225,6 +225,7 @@ OPTIMIZER_IMPLS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[:8])
 def test_peaks_match_real_training_with_memory_savings(
     model: str, head: str, overrides: tuple[str, ...], size: int, record_property: Any

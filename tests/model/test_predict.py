@@ -237,6 +237,7 @@ def test_the_loop_continues_after_any_invalid_input(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_loop_prints_json_lines(command: Command, run: Path, images: Path) -> None:
     good = sorted(images.iterdir())[0]
 

@@ -156,6 +156,7 @@ def gradients(config: Config, batch: Batch, frozen: bool) -> tuple[Tensor, list[
     return loss, [each for each in found if each is not None], state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen", [True, False])
 def test_checkpointing_changes_no_gradient_and_no_statistic(network: Config, frozen: bool) -> None:
     batch = make_batch(network, 12)

@@ -376,6 +376,7 @@ def test_a_budget_range_is_a_band_and_many_budgets_are_not_drawn(tmp_path: Path,
     assert texts(parts(drawn[1])[0]) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "every"), [(1, 1), (2, 1), (8, 1), (9, 1), (30, 1), (31, 2), (60, 2), (61, 3)]
 )

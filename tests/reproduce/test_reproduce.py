@@ -96,6 +96,7 @@ def roles(reproduction: Reproduction) -> dict[str, str]:
 # -- identical runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_copied_run_is_reproduced_identically_three_times(run: Path, root: Path) -> None:
     for _ in range(3):
         reproduction = rerun(run)
@@ -340,10 +341,11 @@ def test_another_cpu_capability_is_the_cause(run: Path, root: Path) -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("replacement", "verdicts"),
     [
-        pytest.param('config.seed, "weights"))  # comment', {"identical"}, marks=pytest.mark.long),
+        ('config.seed, "weights"))  # comment', {"identical"}),
         ('config.seed, "weight"))', {"equivalent", "different"}),
     ],
     ids=["comment", "line"],
@@ -478,6 +480,7 @@ def test_a_missing_device_has_a_remedy(run: Path) -> None:
         rerun(run)
 
 
+@pytest.mark.long
 def test_a_run_that_exists_only_in_mlflow_is_downloaded(
     tiny: Config, root: Path, call: Call, composed: DictConfig
 ) -> None:

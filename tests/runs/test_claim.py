@@ -369,6 +369,7 @@ with claim.claim(lambda: claim.find_resumable(requested, Lineage())) as claimed:
 """
 
 
+@pytest.mark.long
 def test_concurrent_processes_claim_each_run_once(stale: StaleRuns) -> None:
     """Start eight processes for three runs: three claim one each, the others none."""
     run_dirs = {str(stale.create()) for _ in range(3)}

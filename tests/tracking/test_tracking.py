@@ -491,6 +491,7 @@ open_store(sys.argv[1])
 """
 
 
+@pytest.mark.long
 def test_an_interrupted_creation_of_a_store_is_repeated(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     process = subprocess.run([sys.executable, "-c", KILLED_CREATION, uri], check=False)
