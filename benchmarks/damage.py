@@ -292,7 +292,8 @@ def _call(root: Path, words: Sequence[str]) -> Read:
 def plan_cases(reader: Reader, rng: random.Random, flips: int, cuts: int, clean: int) -> list[Case]:
     """Return random cases: half of the damages in the finished run, each of its files equally often."""
     cases = [Case(RUNS[number % 3], "clean") for number in range(clean)]
-    kinds: list[Kind] = [*["flip"] * flips, *["cut"] * cuts]  # type: ignore[list-item]
+    kinds: list[Kind] = ["flip"] * flips
+    kinds += ["cut"] * cuts
     for number, kind in enumerate(kinds):
         run = RUNS[0 if number % 2 else 1 + number // 2 % 2]
         files = reader.files(run)

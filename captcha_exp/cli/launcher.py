@@ -99,7 +99,7 @@ def _installed() -> dict[str, dict[str, Any]]:
         file.removesuffix(".yaml"): store.load(f"hydra/launcher/{file}").node
         for file in store.list("hydra/launcher")
     }
-    return {name: OmegaConf.to_container(node) for name, node in nodes.items()}  # type: ignore[misc]
+    return {name: OmegaConf.to_container(node) for name, node in nodes.items()}  # type: ignore[misc]  # mappings
 
 
 def _to_grammar(value: Any) -> str:

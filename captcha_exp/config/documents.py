@@ -30,7 +30,7 @@ def read_document(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
     Raises:
         OSError: The file is missing or unreadable.
-        ValueError: It is no regular file, or larger than `max_bytes`.
+        ValueError: It is not a regular file, or larger than `max_bytes`.
     """
     with open(path, "rb", opener=_open_nonblocking) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -171,7 +171,7 @@ def inspect_dataset(config: Config) -> DatasetSpec:
 
 
 def with_trusted_cache(config: Config) -> Config:
-    """Return the config of a saved run, which must not write where nobody asked for it.
+    """Return the config of a saved run with a cache directory that may be written to.
 
     data.cache is kept if it is inside the root directory or has cached images; else it becomes the default.
     """

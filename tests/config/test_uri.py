@@ -60,9 +60,9 @@ def test_a_relative_store_is_the_same_from_every_directory(
 @pytest.mark.parametrize(
     ("requested", "variable", "expected"),
     [
-        ("auto", None, "sqlite:////root/mlruns/mlflow.db"),
-        ("auto", "", "sqlite:////root/mlruns/mlflow.db"),
-        ("auto", "auto", "sqlite:////root/mlruns/mlflow.db"),
+        ("auto", None, "sqlite:////project/mlruns/mlflow.db"),
+        ("auto", "", "sqlite:////project/mlruns/mlflow.db"),
+        ("auto", "auto", "sqlite:////project/mlruns/mlflow.db"),
         ("auto", "http://host", "http://host"),
         ("auto", "sqlite:////other.db", "sqlite:////other.db"),
         ("http://mine", "http://host", "http://mine"),
@@ -70,7 +70,7 @@ def test_a_relative_store_is_the_same_from_every_directory(
 )
 def test_auto_follows_the_environment(requested: str, variable: str | None, expected: str) -> None:
     config = load(compose(f"tracking.uri={requested}"))
-    resolved = with_tracking_uri(config, Path("/root"), variable).tracking
+    resolved = with_tracking_uri(config, Path("/project"), variable).tracking
     assert isinstance(resolved, MlflowConfig)
     assert resolved.uri == expected
 
@@ -88,14 +88,14 @@ def test_auto_follows_the_environment(requested: str, variable: str | None, expe
 def test_an_unusable_address_of_the_environment(variable: str, text: str) -> None:
     config = load(compose())
     with pytest.raises(ConfigError, match=f"^MLFLOW_TRACKING_URI: {text}.*set tracking.uri") as error:
-        with_tracking_uri(config, Path("/root"), variable)
+        with_tracking_uri(config, Path("/project"), variable)
     assert "hidden" not in str(error.value)
     untracked = load(compose("tracking=none"))
-    assert with_tracking_uri(untracked, Path("/root"), variable) == untracked
+    assert with_tracking_uri(untracked, Path("/project"), variable) == untracked
 
 
 def test_a_store_moves_with_its_root(tmp_path: Path) -> None:
-    recorded = "sqlite:////gone/root/mlruns/mlflow.db"
+    recorded = "sqlite:////gone/project/mlruns/mlflow.db"
     assert moved_store_uri(recorded, tmp_path) == recorded  # neither there nor here
     store = tmp_path / "mlruns" / "mlflow.db"
     store.parent.mkdir()

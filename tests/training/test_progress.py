@@ -18,7 +18,7 @@ STEP = Step(torch.tensor(1.0), torch.tensor(1), finite=torch.tensor(True), diver
 
 
 class Clock:
-    """A clock that only advances when told to; its laps waited as long as scripted."""
+    """A clock that the test sets; its laps waited for a core as long as scripted."""
 
     def __init__(self) -> None:
         self.now = self.lap_start = self.waited = 0.0

@@ -173,12 +173,12 @@ def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
 
     def render(text: str, rng: random.Random) -> Image.Image:
         seeded = SimpleNamespace(randbelow=rng.randrange, choice=rng.choice, randbits=rng.getrandbits)
-        original = captcha.image.secrets  # type: ignore[attr-defined]
+        original = captcha.image.secrets  # type: ignore[attr-defined]  # imported there, not exported
         captcha.image.secrets = seeded  # type: ignore[assignment, attr-defined]  # not a module
         try:
             return generator.generate_image(text)
         finally:
-            captcha.image.secrets = original  # type: ignore[attr-defined]
+            captcha.image.secrets = original  # type: ignore[attr-defined]  # as above
 
     return render
 
