@@ -10,7 +10,7 @@
 #   TARGET=3.12      the machine's Python: 3.11, 3.12 or 3.13
 #   LOCK=...         `name==version` lines (default: requirements.lock)
 #   TORCH=2.13.0     also collect torch with its CUDA packages (5 GB; not collected by default)
-#   SKIP="..."       packages to leave out (default: the linter, the type checker and their dependencies)
+#   SKIP="..."       packages to leave out (default: those that check the code or build the documentation)
 #   PYTHON=...       the Python that runs pip and the check (default: .venv/bin/python, else python3)
 #
 # Exit code: 0 if the set is complete, 1 if a package has no wheel or the set is incomplete (each named), 2 for a
@@ -26,7 +26,10 @@ case "${1:-}" in
 esac
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then refuse "usage: collect_wheels.sh HAVE.txt [WHEELS]"; fi
 have=$1 wheels=${2:-$project/benchmarks/wheels} target=${TARGET:-3.12} lock=${LOCK:-$project/requirements.lock}
-skip=${SKIP-ruff mypy mypy_extensions librt ast_serialize pathspec types-psutil hydra-joblib-launcher}
+checkers="ruff mypy mypy_extensions librt ast_serialize pathspec types-psutil import-linter grimp"
+documentation="mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps babel backrefs colorama ghp-import
+  Markdown mergedeep paginate platformdirs pymdown-extensions pyyaml_env_tag watchdog"
+skip=${SKIP-$checkers $documentation hydra-joblib-launcher}
 case "$target" in 3.11 | 3.12 | 3.13) ;; *) refuse "TARGET=$target: must be 3.11, 3.12 or 3.13" ;; esac
 [ -f "$have" ] || refuse "$have: no such file; make it on the machine with: python3 -m pip list --format=freeze"
 [ -f "$lock" ] || refuse "$lock: no such file; LOCK names a file of name==version lines"
@@ -54,7 +57,7 @@ download=("${quiet[@]}" --only-binary=:all: --implementation cp --python-version
 
 # The pins of the lock file, except installed packages, those in SKIP, and torch with its CUDA packages.
 sed -E 's/[[:space:]]*#.*//; s/^[[:space:]]*(-e[[:space:]]+)?//; s/[^A-Za-z0-9._-].*//' "$have" | canonical >"$work/have"
-tr ' ' '\n' <<<"$skip" | canonical >>"$work/have"
+tr -s ' \n' '\n' <<<"$skip" | canonical >>"$work/have"
 grep -E '^[A-Za-z0-9._-]+==' "$lock" | sed -E 's/[[:space:];].*//' >"$work/lock" || refuse "$lock: has no name==version line"
 while read -r pin; do
   name=$(canonical <<<"${pin%%==*}")
