@@ -24,8 +24,8 @@ HEAD = (
 )
 # Source: the article; see benchmarks/article_loop.py.
 ARTICLE = {"cpu_seconds_per_1000": 13.60, "gpu_seconds_per_1000": 1.90, "process_mib": 2915}
-PARTS = ("article-cpu", "ours-cpu-", "article-cuda", "ours-cuda-", "auto-cuda")  # in the table's order
-MEMORY = ("process_peak_mib", "process_mib", "peak_rss_mib")  # the first available one is used
+PARTS = ("article-cuda", "ours-cuda-")  # in the table's order
+MEMORY = ("process_peak_mib", "process_mib")  # the first available one is used
 
 
 def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -44,9 +44,7 @@ def sessions(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
         if not isinstance(session, dict) or session.get("benchmark") != "gpu_session":
             continue
         machine, parts = session.get("machine"), session.get("parts")
-        if not (
-            isinstance(machine, dict) and isinstance(parts, dict) and {"torch", "cores"} <= machine.keys()
-        ):
+        if not (isinstance(machine, dict) and isinstance(parts, dict) and "torch" in machine):
             raise SystemExit(f"{file}: has no machine or no parts of a session; restore it with git checkout")
         if machine.get("gpu") and not session.get("dry_run"):
             found[file.name] = session
@@ -63,8 +61,8 @@ def block(found: Mapping[str, Mapping[str, Any]]) -> str:
         *(line for session in found.values() for line in _rows(session)),
     ]
     if found:
-        each = "; ".join(_described(name, session) for name, session in found.items())
-        sentence = f"The rows below the article's are from {each}."
+        each = ", ".join(_described(name, session) for name, session in found.items())
+        sentence = f"Measured in `benchmarks/results/`: {each}."
     else:
         sentence = "No GPU has been measured yet: these are the article's own figures."
     return "\n".join([*lines, "", sentence])
@@ -80,10 +78,7 @@ def _rows(session: Mapping[str, Any]) -> Iterator[str]:
 
 def _row(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     program = "the article's loop" if name.startswith("article-") else "captcha-exp"
-    device = f"{machine['cores']} CPU cores" if name.split("-")[1] == "cpu" else machine["gpu"]
-    precision = figures.get("precision", "fp32")
-    if name.startswith("auto-"):
-        precision += " (auto)"
+    device, precision = machine["gpu"], figures.get("precision", "fp32")
     memory = next((f"{figures[key]:,.0f}" for key in MEMORY if figures.get(key)), "unknown")
     seconds, speed = figures["seconds_per_1000"], figures["training_images_per_second"]
     return f"| {program} | {device} | {precision} | {seconds:.3f} | {speed:,.0f} | {memory} |"
@@ -92,8 +87,7 @@ def _row(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> s
 def _described(name: str, session: Mapping[str, Any]) -> str:
     machine = session["machine"]
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    date = machine.get("date") or session["date"]
-    return f"`benchmarks/results/{name}` ({machine['gpu']}, {date}, torch {machine['torch']}{driver})"
+    return f"`{name}` (torch {machine['torch']}{driver})"
 
 
 def insert_table(text: str, table: str) -> str:

@@ -29,13 +29,15 @@ blocks that CPU kernels allocate and free inside one convolution, and at most 4.
 more per forward pass (benchmarks/trace_accuracy.py; up to 11 % for fewer). plan.ERROR_MARGIN adds 2 % to the
 reserved memory.
 
-On a GPU: NVIDIA H200, 14 trainings: the middle of the predicted bounds is off the measured process peak by
-26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes at most 0.0% outside the bounds
-(benchmarks/results/2026-11-27-nvidia-h200.json).
+On a GPU: NVIDIA H100 80GB HBM3, 14 trainings: the middle of the predicted bounds is off the measured process
+peak by 26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes at most 0.0% outside the bounds
+(benchmarks/results/2026-11-27-nvidia-h100.json). NVIDIA H200, 14 trainings: the middle of the predicted
+bounds is off the measured process peak by 26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes
+at most 0.0% outside the bounds (benchmarks/results/2026-11-27-nvidia-h200.json).
 
-No process peak was outside the predicted bounds. They are wide because the published figures of
-conf/gpu/h200.yaml were used, which bound cuDNN's workspace by an estimate (driver 580.159.04, torch
-2.11.0+cu130, 2026-11-27).
+No process peak was outside the predicted bounds; those of the H100 were predicted before a session.
+They are wide because the published figures of conf/gpu/h100.yaml and h200.yaml were used, which bound cuDNN's
+workspace by an estimate (driver 580.159.04, torch 2.11.0+cu130, 2026-11-27).
 
 Bounds of workspaces and contexts are measured, published by others, or estimates; each file says which. Not
 counted: memory that GPU kernels use outside torch's allocator beyond the context, fragmentation by other
