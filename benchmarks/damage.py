@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -86,6 +87,11 @@ class Read:
     @property
     def result(self) -> tuple[Any, ...]:
         return self.code, self.out, self.values
+
+    @property
+    def remarks(self) -> int:
+        """The number of lines on standard error, without those of progress, which depend on the time."""
+        return sum(re.search(r": \d+%, about .+ left", line) is None for line in self.err.splitlines())
 
 
 @dataclass(frozen=True)
@@ -238,9 +244,7 @@ class Reader:
             if "Traceback" in read.err:
                 result = "traceback"
             elif case.kind == "clean":
-                result = (
-                    "clean" if is_equal and read.err.count("\n") == clean.err.count("\n") else "false alarm"
-                )
+                result = "clean" if is_equal and read.remarks == clean.remarks else "false alarm"
             else:
                 result = "named" if is_named else "harmless" if is_equal else "silently different"
             results[result] += 1

@@ -35,7 +35,7 @@ peak by 26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes at mo
 bounds is off the measured process peak by 26.7% (median) and 78.6% (worst), no false *fits*, allocated bytes
 at most 0.0% outside the bounds (benchmarks/results/2026-11-27-nvidia-h200.json).
 
-No process peak was outside the predicted bounds; those of the H100 were predicted before a session.
+No process peak was outside the predicted bounds; those of the H100 were predicted before the measurement.
 They are wide because the published figures of conf/gpu/h100.yaml and h200.yaml were used, which bound cuDNN's
 workspace by an estimate (driver 580.159.04, torch 2.11.0+cu130, 2026-11-27).
 
