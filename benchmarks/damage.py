@@ -124,7 +124,7 @@ class Case:
 
 def make_runs(root: Path) -> None:
     """Train the runs, and another one, below the root directory."""
-    with _environment(root):
+    with environment(root):
         config = load(compose(*TINY))
         day_dir = root / "outputs" / DAY
         day_dir.mkdir(parents=True)
@@ -158,7 +158,7 @@ def _write_images(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _environment(root: Path) -> Iterator[None]:
+def environment(root: Path) -> Iterator[None]:
     """Set the root directory, and skip what is slow and reads no run: git, composing, and planning again."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, CAPTCHA_EXP_ROOT=str(root)))
@@ -231,7 +231,7 @@ class Reader:
         shutil.copytree(self._whole, self._day_dir)
         if case is not None:
             case.apply(self._day_dir / run)
-        return _call(self.root, self.words(run, command, "" if case is None else case.name))
+        return call(self.root, self.words(run, command, "" if case is None else case.name))
 
     def check(self, case: Case, commands: Sequence[str] = COMMANDS) -> tuple[Counter[str], list[str]]:
         """Return the number of commands by result, and the faults of a case."""
@@ -253,7 +253,7 @@ class Reader:
         return results, faults
 
 
-def _call(root: Path, words: Sequence[str]) -> Read:
+def call(root: Path, words: Sequence[str]) -> Read:
     """Run a command in this process, with a training up to its first step."""
     values: list[Any] = []
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -273,7 +273,7 @@ def _call(root: Path, words: Sequence[str]) -> Read:
 
     torch.manual_seed(0)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(root))
+        stack.enter_context(environment(root))
         stack.enter_context(mock.patch.object(train, "fit", stop))
         stack.enter_context(mock.patch("captcha_exp.cli.reproduce.load_reference", reference))
         stack.enter_context(mock.patch.object(sys, "argv", ["captcha-exp", *words]))

@@ -127,6 +127,27 @@ def rewrite(run_dir: Path, name: str, content: str | bytes) -> None:
     run.update(files=run.info.files | {name: hashlib.sha256(content).hexdigest()})
 
 
+def environment_json(**values: Any) -> dict[str, Any]:
+    """Return the content of an environment.json with these values."""
+    groups: dict[str, Any] = {"packages": {}, "variables": {}, "device": {}}
+    return {"captcha_exp": None, "git": None, "code_sha256": "", **groups, **values}
+
+
+def dataset_json(**values: Any) -> dict[str, Any]:
+    """Return the content of the dataset.json of a generator with these values."""
+    return {
+        "key": "k",
+        "provenance": {"captcha": {}, "source": {}, "dependencies": {}},
+        "images_sha256": "",
+        "labels_sha256": "",
+        "images": 1,
+        "distinct_labels": 1,
+        "splits": {"train": 1, "validation": 1, "test": 1},
+        "files": [],
+        "rejected": [],
+    } | values
+
+
 def write_record(directory: Path, filename: str, values: dict[str, Any]) -> None:
     """Write a run.json or sweep.json with its checksum."""
     values = {key: value for key, value in values.items() if key != CHECKSUM_KEY}
@@ -160,7 +181,7 @@ def out_of_memory(during: Literal["training", "evaluation"] = "training") -> Out
 
 def sweep_info(**fields: Any) -> dict[str, Any]:
     """Return the content of the sweep.json of a sweep with one job, with other values of these fields."""
-    job = JobInfo(number=1, name="seed=1", swept={"seed": "1"}, choices={})
+    job = JobInfo(number=1, name="seed=1", swept={"seed": "1"}, choices={}, sha256="")
     info = SweepInfo(
         **running_fields(),
         name="grid",

@@ -136,9 +136,14 @@ def compose_overrides(
         _check_headers(config, [*accepted, *launcher_overrides])
     except ConfigError as error:
         raise ConfigError(*mistakes, *error.lines) from None
+    except RecursionError:
+        chosen = (
+            ", ".join(text for text in accepted if text.partition("=")[0] in groups) or "conf/config.yaml"
+        )
+        raise ConfigError(*mistakes, f"{chosen}: a defaults list includes its own file again") from None
     except (
         *(HydraException, OmegaConfBaseException, YAMLError, OSError),
-        *(AssertionError, AttributeError, RecursionError, TypeError, ValueError),  # odd content of a file
+        *(AssertionError, AttributeError, TypeError, ValueError),  # odd content of a file
     ) as error:
         raise ConfigError(*mistakes, _explain(error)) from None
     hydra = config.hydra

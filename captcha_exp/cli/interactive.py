@@ -1,13 +1,14 @@
 """The interactive loop of `captcha-exp predict`: ask for an image and print its text."""
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from captcha_exp.cli.output import to_json
 from captcha_exp.model.predict import Predictor, expand_path
+from captcha_exp.runtime.console import escape_unprintable
 
 
 def prompt_loop(predictor: Predictor, as_json: bool) -> None:
@@ -32,9 +33,9 @@ def prompt_loop(predictor: Predictor, as_json: bool) -> None:
             continue
         (prediction,) = predictor.predict([path])
         if as_json:
-            print(json.dumps(prediction.to_json(), ensure_ascii=False), flush=True)
+            print(to_json(prediction.to_json()), flush=True)
         elif prediction.error:
-            print(f"{path}: {prediction.error}", file=sys.stderr)
+            print(escape_unprintable(f"{path}: {prediction.error}"), file=sys.stderr)
         else:
             print(f"{prediction.text}  {prediction.confidence:.1%}", flush=True)
 

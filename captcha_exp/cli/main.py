@@ -50,10 +50,8 @@ def main() -> NoReturn:
     try:
         sys.exit(_dispatch(sys.argv[1:]))
     except UserError as error:
-        from captcha_exp.runtime.console import escape_unprintable
-
         for line in error.lines:
-            print(escape_unprintable(line), file=sys.stderr)
+            print(_escape(line), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -64,10 +62,15 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno not in OS_ERROR_HINTS:
             raise
-        print(
-            f"{error.filename or PROGRAM}: {error.strerror}; {OS_ERROR_HINTS[error.errno]}", file=sys.stderr
-        )
+        line = f"{error.filename or PROGRAM}: {error.strerror}; {OS_ERROR_HINTS[error.errno]}"
+        print(_escape(line), file=sys.stderr)
         sys.exit(1)
+
+
+def _escape(line: str) -> str:
+    from captcha_exp.runtime.console import escape_unprintable
+
+    return escape_unprintable(line)
 
 
 def _exit_on_sigterm(*_: object) -> NoReturn:

@@ -10,14 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from captcha_exp.cli.parser import PROGRAM
 from captcha_exp.runs import RunInfo
 from captcha_exp.runs.info import MlflowRef
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.console import SafeConsole, escape_unprintable
 
 if TYPE_CHECKING:  # some import torch, which takes seconds
     from captcha_exp.config import GpuSpec
@@ -32,9 +32,9 @@ if TYPE_CHECKING:  # some import torch, which takes seconds
 MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
 
 
-def get_console() -> Console:
+def get_console() -> SafeConsole:
     """Return a console on standard output, 160 columns wide if that is not a terminal."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = SafeConsole(highlight=False, soft_wrap=True)
     if not out.is_terminal:
         out.width = 160
     return out
@@ -42,8 +42,13 @@ def get_console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    print(text.encode("utf-8", "backslashreplace").decode())  # a file name may not be UTF-8
+    print(to_json(value, indent=2))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON with the characters that a terminal can print; the others are escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def make_table(
@@ -53,7 +58,9 @@ def make_table(
     right: Container[str] = (),
 ) -> Table:
     """Return a table of texts without markup; columns in `right` are aligned to the right."""
-    table = Table(title=title if isinstance(title, Text) else Text(title), title_justify="left")
+    table = Table(
+        title=title if isinstance(title, Text) else Text(escape_unprintable(title)), title_justify="left"
+    )
     for column in columns:
         justify: JustifyMethod = "right" if column in right else "left"
         table.add_column(Text(escape_unprintable(column)), justify=justify, overflow="fold")
@@ -187,7 +194,7 @@ def print_predictions(predictions: Sequence["Prediction"]) -> None:
     for prediction in predictions:
         name = escape_unprintable(str(prediction.image))
         if prediction.error:
-            print(f"{name}: {prediction.error}", file=sys.stderr)
+            print(f"{name}: {escape_unprintable(prediction.error)}", file=sys.stderr)
         else:
             print(f"{name:<{width}}  {prediction.text}  {prediction.confidence:.1%}")
 

@@ -22,11 +22,12 @@ from captcha_exp.cli.grid import Grid, compose_grid, name_jobs
 from captcha_exp.cli.launcher import run_hydra
 from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
-from captcha_exp.config import Machine
+from captcha_exp.config import Machine, untrusted_keys
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
-from captcha_exp.runs import RecordedDir, StaleRun, SweepInfo, claim, code_sha256
+from captcha_exp.runs import RecordedDir, StaleRun, SweepInfo, check_has_no_links, claim, code_sha256
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.runtime.files import write_atomically
+from captcha_exp.runtime.paths import root_dir
 from captcha_exp.sweep import record
 from captcha_exp.sweep.planner import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
@@ -66,6 +67,8 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
 
     with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
+        if stale is not None:
+            check_has_no_links(stale.run_dir)
         if stale is not None and arguments.resume == "auto":
             kind = "a finished" if stale.info.status == "FINISHED" else "an unfinished"
             logger.info(f"Resuming {stale.run_dir}, {kind} sweep with the same jobs")
@@ -147,7 +150,23 @@ def _find_resumable(
             f"--resume={arguments.resume}: has other jobs than these overrides; remove the overrides to "
             "resume it unchanged, or start a new sweep with --resume=never"
         )
+    if not grid.override_keys - {TIME_LIMIT_KEY}:  # else these overrides name the same addresses
+        _check_addresses(sweep)
     return StaleRun(sweep.run_dir, sweep.info)
+
+
+def _check_addresses(sweep: Sweep) -> None:
+    """Check that the saved jobs of a sweep write nothing to places that the user has not named.
+
+    Raises:
+        UserError: the cache or the store of a job is a new one outside the root directory.
+    """
+    for job in sweep.jobs:
+        for key, value in untrusted_keys(job.requested, root_dir()).items():
+            raise UserError(
+                f"{sweep.run_dir}: job {job.number} would create {key}={value}, which is outside "
+                f"{root_dir()}; add the overrides of the sweep to allow that"
+            )
 
 
 def _find_latest(jobs: Sequence[Job], include_finished: bool) -> Sweep | None:

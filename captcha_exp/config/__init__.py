@@ -40,6 +40,8 @@ from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig
 from captcha_exp.config.train import TrainConfig as TrainConfig
+from captcha_exp.config.trust import is_inside as is_inside
+from captcha_exp.config.trust import untrusted_keys as untrusted_keys
 from captcha_exp.config.uri import local_store_uri as local_store_uri
 from captcha_exp.config.uri import moved_store_uri as moved_store_uri
 from captcha_exp.config.uri import sqlite_path as sqlite_path

@@ -17,6 +17,8 @@ MAX_BYTES = 256 * 2**20
 """size of a file that is read as a whole; the largest lists the images of a dataset"""
 MAX_DEPTH = 64
 """levels of nesting; configs and records have fewer than ten"""
+MAX_JSON_VALUES = 4_000_000
+"""values of a JSON text; the files of a dataset have four for each image"""
 MAX_YAML_CHARS = 2**20
 MAX_YAML_VALUES = 10_000
 """values of a YAML file with its aliases expanded"""
@@ -33,10 +35,11 @@ def read_document(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         ValueError: It is not a regular file, or larger than `max_bytes`.
     """
     with open(path, "rb", opener=_open_nonblocking) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
+        content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+    if max(status.st_size, len(content)) > max_bytes:  # it may grow meanwhile
         raise ValueError(f"larger than {max_bytes:,} bytes")
     return content
 
@@ -45,8 +48,12 @@ def parse_json(content: bytes | str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: It is not valid JSON, nested too deeply, or has a number that does not fit into 64 bits.
+        ValueError: It is not valid JSON, nested too deeply, or has too many values or a number that does not
+            fit into 64 bits.
     """
+    separators: tuple[Any, ...] = (b"[", b"{", b",") if isinstance(content, bytes) else ("[", "{", ",")
+    if sum(map(content.count, separators)) > MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
     try:
         value = json.loads(content, parse_int=_parse_int, parse_float=_parse_float)
     except RecursionError:

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import Config, FolderConfig, to_dict
+from captcha_exp.config import Config, FolderConfig, to_dict, untrusted_keys
 from captcha_exp.data import sources
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.sources import ScanResult
@@ -175,14 +175,11 @@ def with_trusted_cache(config: Config) -> Config:
 
     data.cache is kept if it is inside the root directory or has cached images; else it becomes the default.
     """
-    root, cache = root_dir(), root_dir() / config.data.cache
-    try:
-        is_trusted = cache.resolve().is_relative_to(root.resolve()) or any(cache.glob("*.sha256"))
-    except (OSError, RuntimeError, ValueError):
-        is_trusted = False
-    if is_trusted or config.data.cache == DEFAULT_CACHE:
+    if "data.cache" not in untrusted_keys(config, root_dir()):
         return config
-    logger.warning(f"data.cache={config.data.cache} of the run: is outside {root}; using {DEFAULT_CACHE}")
+    logger.warning(
+        f"data.cache={config.data.cache} of the run: is outside {root_dir()}; using {DEFAULT_CACHE}"
+    )
     return replace(config, data=replace(config.data, cache=DEFAULT_CACHE))
 
 

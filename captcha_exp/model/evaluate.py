@@ -19,7 +19,7 @@ from captcha_exp.data import dataset
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.networks import Recognizer
-from captcha_exp.model.weights import load_weights
+from captcha_exp.model.weights import load_weights, max_file_bytes
 from captcha_exp.runs.fields import changed_values
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import preview
@@ -225,7 +225,8 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
         UserError: the run has no weights, or one of its files is damaged or was edited; restore it.
     """
     run = runs.load(run_dir)
-    config, weights, recorded = run.config(), run.path(runs.WEIGHTS), run.read_json("dataset.json")
+    config, recorded = run.config(), run.read_json("dataset.json")
+    weights = run.path(runs.WEIGHTS, max_file_bytes(config))
     # The device that the run was trained on may not exist here; inference works on any.
     config = devices.for_inference(config, device_name)
     device = devices.setup_device(config)

@@ -18,7 +18,7 @@ from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.images import InvalidImage
 from captcha_exp.data.sources.folder import decode_image, list_images, read_bytes
 from captcha_exp.model import networks
-from captcha_exp.model.weights import load_weights
+from captcha_exp.model.weights import load_weights, max_file_bytes
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import progress_bar
 
@@ -100,7 +100,8 @@ def resolve_weights(run: str) -> Path:
     """
     if run.endswith(".safetensors"):
         return Path(run)
-    return runs.load(runs.find_run(run)).path(runs.WEIGHTS)
+    saved = runs.load(runs.find_run(run))
+    return saved.path(runs.WEIGHTS, max_file_bytes(saved.config()))
 
 
 def find_images(names: Sequence[str]) -> list[Path]:

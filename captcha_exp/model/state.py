@@ -9,24 +9,26 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import TrainConfig
+from captcha_exp.config import Config, TrainConfig
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.optim import LossScale
-from captcha_exp.model.weights import read_tensors, with_sha256
+from captcha_exp.model.weights import max_file_bytes, read_tensors, with_sha256
 from captcha_exp.runs import list_checkpoints
 from captcha_exp.runtime.files import write_atomically
 
 KEEP_LAST = 2
+MAX_COPIES = 8  # of the weights in a checkpoint: with moments of the optimizer and the best ones, four
 METADATA_KEY = "state"
 # Attributes of a TrainState.
 _COUNTERS = ("step", "epoch", "best_accuracy", "best_loss", "best_epoch", "last_improved_epoch")
@@ -41,7 +43,7 @@ class EpochProgress:
     num_batches: int = 0
     num_images: int = 0
     seconds: float = 0.0  # of training
-    chunks: list[list[Any]] = field(default_factory=list)  # number of images, and their CpuTimes
+    chunks: list[Sequence[Any]] = field(default_factory=list)  # number of images, and their CpuTimes
 
     @staticmethod
     def zeros(device: torch.device) -> "EpochProgress":
@@ -148,30 +150,79 @@ class TrainState:
             UserError: it belongs to another network or optimizer; start a new run with --resume=never.
         """
         counters, device = checkpoint.counters, self._device()
-        progress = counters["progress"]
-        self.progress = progress and dataclasses.replace(EpochProgress.zeros(device), **progress)
+        progress = counters.progress
+        self.progress = None
+        if progress is not None:
+            self.progress = dataclasses.replace(EpochProgress.zeros(device), **asdict(progress))
         best = {name.removeprefix("best/"): name for name in checkpoint.tensors if name.startswith("best/")}
         # A copy: a tensor of a memory-mapped file would keep the file open.
         self.best_weights = {name: checkpoint.tensors[key].clone() for name, key in best.items()} or None
-        self.start_time -= counters["seconds"]
+        self.start_time -= counters.seconds
         for name in _COUNTERS:
-            setattr(self, name, counters[name])
-        own = self._current_tensors()
-        saved = {name: x for name, x in checkpoint.tensors.items() if not name.startswith(("best/", "rng/"))}
-        own_shapes, saved_shapes = ({(name, x.shape) for name, x in each.items()} for each in (own, saved))
-        if different := own_shapes ^ saved_shapes:
+            setattr(self, name, getattr(counters, name))
+        own, saved = self._current_tensors(), checkpoint.tensors
+        expected = own | {"rng/cpu": torch.get_rng_state()}
+        if best:
+            expected |= {f"best/{name}": value for name, value in self.model.state_dict().items()}
+        shapes, saved_shapes = (
+            {(name, x.shape, x.dtype) for name, x in each.items() if name != "rng/cuda"}
+            for each in (expected, saved)
+        )
+        if different := shapes ^ saved_shapes:
             raise UserError(
-                f"{checkpoint.path}: does not match the config of the run ({min(different)[0]} differs); "
-                "restore its config.yaml, or start a new run with --resume=never"
+                f"{checkpoint.path}: does not match the config of the run ({min(n for n, *_ in different)} "
+                "differs); restore its config.yaml, or start a new run with --resume=never"
             )
         for name, value in own.items():
             value.copy_(saved[name])
-        torch.set_rng_state(checkpoint.tensors["rng/cpu"])
-        if device.type == "cuda" and "rng/cuda" in checkpoint.tensors:
-            torch.cuda.set_rng_state(checkpoint.tensors["rng/cuda"], device)
+        torch.set_rng_state(saved["rng/cpu"])
+        if device.type == "cuda" and "rng/cuda" in saved:
+            torch.cuda.set_rng_state(saved["rng/cuda"], device)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+_Count: TypeAlias = Annotated[int, Field(ge=0)]
+_Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Unknown: TypeAlias = _Seconds | None
+_Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Chunk: TypeAlias = tuple[_Count, _Positive, _Seconds, _Unknown, _Unknown, _Unknown, _Unknown]
+"""number of images, and their CpuTimes"""
+
+
+@with_config(ConfigDict(strict=True))
+@dataclass(frozen=True)
+class ProgressCounters:
+    """The values of an `EpochProgress` that are not tensors."""
+
+    num_batches: _Count
+    num_images: _Count
+    seconds: _Seconds
+    chunks: list[_Chunk]
+
+
+@with_config(ConfigDict(strict=True))
+@dataclass(frozen=True)
+class Counters:
+    """The values of a `TrainState` that are not tensors, and the seconds of training."""
+
+    step: _Count
+    epoch: _Count
+    best_accuracy: float
+    best_loss: float
+    best_epoch: _Count
+    last_improved_epoch: _Count
+    seconds: _Seconds
+    progress: ProgressCounters | None
+
+    @property
+    def completed_epochs(self) -> range:
+        """The epochs that have ended."""
+        return range(1, self.epoch + (self.progress is None))
+
+
+_COUNTERS_ADAPTER = TypeAdapter(Counters)
 
 
 class Checkpoint(NamedTuple):
@@ -179,7 +230,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     tensors: Mapping[str, Tensor]
-    counters: Mapping[str, Any]
+    counters: Counters
 
 
 def save(checkpoint_dir: Path, state: TrainState) -> Path:
@@ -203,30 +254,33 @@ def prune(checkpoint_dir: Path, keep_last: int) -> None:
 
 
 def load_latest(
-    checkpoint_dir: Path, warn: Callable[[str], None], recorded_epochs: Collection[int] | None = None
+    checkpoint_dir: Path,
+    config: Config,
+    warn: Callable[[str], None],
+    recorded_epochs: Collection[int] | None = None,
 ) -> Checkpoint | None:
-    """Return the latest valid checkpoint, or None; warn of each damaged one and rename it.
+    """Return the latest valid checkpoint of a config, or None; warn of each damaged one and rename it.
 
     A checkpoint after an epoch that is missing in `recorded_epochs` is treated as damaged: that epoch has to
     be trained again to be recorded.
     """
     for path in list_checkpoints(checkpoint_dir):
         try:
-            loaded = _load(path)
-            completed = range(1, loaded.counters["epoch"] + (loaded.counters["progress"] is None))
-            missing = set() if recorded_epochs is None else set(completed) - set(recorded_epochs)
-            if not missing:
+            loaded = _load(path, config)
+            epochs = () if recorded_epochs is None else loaded.counters.completed_epochs
+            missing = next((epoch for epoch in epochs if epoch not in (recorded_epochs or ())), None)
+            if missing is None:
                 return loaded
-            problem = f"skipped: metrics.jsonl has no valid line for epoch {min(missing)}"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"skipped: metrics.jsonl has no valid line for epoch {missing}"
+        except (OSError, ValueError) as error:
             problem = f"damaged, skipped ({one_line(error)})"
         warn(f"{path}: {problem}; using the previous checkpoint, if any")
         path.rename(path.with_name(f"{path.name}.damaged"))
     return None
 
 
-def _load(path: Path) -> Checkpoint:
-    tensors, counters, _ = read_tensors(path, METADATA_KEY)
-    if not counters:
+def _load(path: Path, config: Config) -> Checkpoint:
+    tensors, values, _ = read_tensors(path, METADATA_KEY, lambda *_: max_file_bytes(config, MAX_COPIES))
+    if not values:
         raise ValueError("not a checkpoint")
-    return Checkpoint(path, tensors, counters)
+    return Checkpoint(path, tensors, _COUNTERS_ADAPTER.validate_json(json.dumps(values)))

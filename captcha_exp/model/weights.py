@@ -7,7 +7,7 @@ flipped bits.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from captcha_exp.model.networks import Recognizer
 from captcha_exp.runtime.files import sha256_of_json
 
 METADATA_KEY = "captcha_exp"
+HEADER_BYTES = 2**20  # at most, of a file of tensors
+UNKNOWN_BYTES = 2**26  # at most, of a file without a valid config
 FORMAT = 2  # raised whenever older files become unreadable; captcha_exp 0.1 wrote none
 
 
@@ -56,13 +58,16 @@ def with_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dic
     return {**values, "sha256": sha256_of_json([tensors_sha256(tensors), values])}
 
 
-def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any], Mapping[str, str]]:
+def read_tensors(
+    path: Path, key: str, max_bytes: Callable[[Mapping[str, Any], Mapping[str, str]], int]
+) -> tuple[dict[str, Tensor], dict[str, Any], Mapping[str, str]]:
     """Return the tensors of a safetensors file, the JSON values under a key of its metadata, and all of that.
 
-    The values are empty if the key is missing.
+    The values are empty if the key is missing. `max_bytes` returns the largest size of the file for these
+    values and this metadata; a larger one is not read.
 
     Raises:
-        ValueError: The file is damaged, or does not match the SHA-256 in the values.
+        ValueError: The file is damaged, too large, or does not match the SHA-256 in the values.
         OSError: The file cannot be read.
     """
     if not path.is_file() and path.exists():
@@ -70,17 +75,15 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+            values = _parse_values(metadata[key]) if key in metadata else {}
+            size, limit = path.stat().st_size, max_bytes(values, metadata)
+            if size > limit:
+                raise ValueError(f"has {size:,} bytes, but its network at most {limit:,}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except safetensors.SafetensorError as error:
         raise ValueError(f"not a complete safetensors file: {error}") from None
     if key not in metadata:
         return tensors, {}, metadata
-    try:
-        values = parse_json(metadata[key])
-    except ValueError as error:
-        raise ValueError(f"its metadata cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError("its metadata has no keys and values")
     unsigned = {name: value for name, value in values.items() if name != "sha256"}
     try:
         expected = with_sha256(tensors, unsigned)["sha256"]
@@ -91,6 +94,23 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, unsigned, metadata
 
 
+def _parse_values(text: str) -> dict[str, Any]:
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"its metadata cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError("its metadata has no keys and values")
+    return values
+
+
+def max_file_bytes(config: Config, copies: int = 2) -> int:
+    """Return the largest size of a file with this many copies of the weights and buffers of a network."""
+    with torch.device("meta"):  # allocates nothing
+        own = networks.build(config.model, config.captcha).state_dict()
+    return HEADER_BYTES + copies * sum(int(value.nbytes) for value in own.values())
+
+
 def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
     """Return the recognizer of a weights file, in evaluation mode, and the config it was trained with.
 
@@ -98,7 +118,7 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
         UserError: the file is missing or damaged, or another program or version wrote it; train again.
     """
     try:
-        tensors, values, metadata = read_tensors(path, METADATA_KEY)
+        tensors, values, metadata = read_tensors(path, METADATA_KEY, _max_bytes)
         config = load(_config_of(values, metadata))
         with torch.device("meta"):  # before any memory is allocated: what the file says may not be true
             own = networks.build(config.model, config.captcha).state_dict()
@@ -118,6 +138,14 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
     model = networks.build(config.model, config.captcha)
     model.load_state_dict(tensors)
     return networks.to_device(model, device).eval(), config
+
+
+def _max_bytes(values: Mapping[str, Any], metadata: Mapping[str, str]) -> int:
+    try:
+        config = load(_config_of(values, metadata))
+    except (ConfigError, ValueError):  # reading the file shows whether it is damaged
+        return UNKNOWN_BYTES
+    return max_file_bytes(config)
 
 
 def _config_of(values: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -117,37 +117,13 @@ def load_result(run: SavedRun) -> RunResult:
         metrics_by_epoch.setdefault(row.step, {}).update(row.metrics)
     if not metrics_by_epoch:
         raise UserError(f"{run.run_dir / 'metrics.jsonl'}: no metrics; the run cannot be compared")
-    dataset, test = run.read_json("dataset.json"), run.read_json("test.json")
-    try:
-        return RunResult(
-            metrics_by_epoch=metrics_by_epoch,
-            dataset=_check_manifest(dataset),
-            environment=run.read_json("environment.json"),
-            misreads={
-                str(misread["image"]): (str(misread["label"]), str(misread["predicted"]))
-                for misread in test["misreads"]
-            },
-            num_test_images=int(test["images"]),
-            code_hashes=run.read_json("code.json"),
-            weights_sha256=run.info.result.weights_sha256,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{run.run_dir}: damaged run record ({type(error).__name__}: {error}); the run cannot be compared"
-        ) from None
-
-
-def _check_manifest(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Return the dataset manifest if it has every value that is read from it.
-
-    Raises:
-        KeyError: a value is missing.
-        TypeError, AttributeError: a value has the wrong type.
-    """
-    needed = [dataset[key] for key in ("images_sha256", "labels_sha256", "splits")]
-    needed += [file[key] for file in dataset.get("files", []) for key in ("file", "sha256", "label")]
-    needed += [file["file"] for file in dataset.get("rejected", [])]
-    needed += dataset.get("provenance", {}).get("dependencies", {}).items()
-    if None in needed:
-        raise TypeError("null in dataset.json where a value is required")
-    return dataset
+    test = run.read_json("test.json")
+    return RunResult(
+        metrics_by_epoch=metrics_by_epoch,
+        dataset=run.read_json("dataset.json"),
+        environment=run.read_json("environment.json"),
+        misreads={each["image"]: (each["label"], each["predicted"]) for each in test["misreads"]},
+        num_test_images=test["images"],
+        code_hashes=run.read_json("code.json"),
+        weights_sha256=run.info.result.weights_sha256,
+    )

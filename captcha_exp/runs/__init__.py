@@ -1,9 +1,9 @@
 """Run directories: create, read, close and resume them.
 
-`create` makes a run directory, `info` has the types of run.json and sweep.json, `run` writes the directory,
-`saved` reads and verifies it, `environment` and `source_code` record the machine and the code, `fields` gives
-access by key, `speed` has the training speed, `stale` closes runs whose process has exited, and `claim` finds
-the run to continue and claims it.
+`create` makes a run directory, `info` has the types of run.json and sweep.json, `content` those of the other
+JSON files, `run` writes the directory, `saved` reads and verifies it, `environment` and `source_code` record
+the machine and the code, `fields` gives access by key, `speed` has the training speed, `stale` closes runs
+whose process has exited, and `claim` finds the run to continue and claims it.
 """
 
 from captcha_exp.runs.create import create_run as create_run
@@ -18,6 +18,7 @@ from captcha_exp.runs.info import RunInfo as RunInfo
 from captcha_exp.runs.info import RunLink as RunLink
 from captcha_exp.runs.info import Status as Status
 from captcha_exp.runs.info import SweepInfo as SweepInfo
+from captcha_exp.runs.info import check_has_no_links as check_has_no_links
 from captcha_exp.runs.run import CHECKPOINT_DIR as CHECKPOINT_DIR
 from captcha_exp.runs.run import Run as Run
 from captcha_exp.runs.run import config_sha256 as config_sha256

@@ -5,7 +5,6 @@ the source code are unchanged; it then ends exactly like an uninterrupted run.
 """
 
 import contextlib
-import json
 import logging
 import shlex
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import safetensors
 
 from captcha_exp.config import Config
+from captcha_exp.config.documents import parse_json
 from captcha_exp.errors import UserError
 from captcha_exp.runs.info import InfoT, Lineage, Record, RunInfo, SweepInfo
 from captcha_exp.runs.run import (
@@ -112,10 +112,10 @@ def claim(find_candidate: Callable[[], StaleRun[InfoT] | None]) -> Iterator[Stal
 
 def describe_progress(run_dir: Path) -> str:
     """Describe the position from which a run resumes, for status lines."""
-    for path in list_checkpoints(run_dir / CHECKPOINT_DIR):
+    for path in filter(Path.is_file, list_checkpoints(run_dir / CHECKPOINT_DIR)):
         try:
             with safetensors.safe_open(path, "np") as file:
-                counters = json.loads(file.metadata()["state"])
+                counters = parse_json(file.metadata()["state"])
             step, epoch = int(counters["step"]), int(counters["epoch"])
             saved = datetime.fromtimestamp(path.stat().st_mtime)
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):

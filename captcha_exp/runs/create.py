@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from captcha_exp.config import Config, to_yaml
 from captcha_exp.errors import UserError
-from captcha_exp.runs.info import Lineage, Resumption, RunInfo, now, running_fields
+from captcha_exp.runs.info import Lineage, Resumption, RunInfo, check_has_no_links, now, running_fields
 from captcha_exp.runs.run import CONFIG_FILES, INPUT_FILES, Run, config_sha256
 from captcha_exp.runs.saved import METRICS, load, read_metrics_rows
 from captcha_exp.runtime.files import is_abandoned_part, sha256_of, write_atomically
@@ -72,6 +72,7 @@ def reopen_run(run_dir: Path) -> Run:
     """
     saved = load(run_dir)
     info = saved.info
+    check_has_no_links(run_dir)
     if info.status == "FINISHED":
         raise UserError(f"{run_dir}: has finished; add epochs with --resume={run_dir} train.epochs=N")
     # The process that claimed the run (`claim.claim`) may resume it in a child process.

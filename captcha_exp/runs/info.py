@@ -1,7 +1,6 @@
 """run.json and sweep.json as typed records, each with one `load` that checks the checksum and every field.
 
-A file name that is not valid UTF-8 is text with lone surrogates, which pydantic's own strings reject; fields
-that may contain one are of type `Text`.
+Fields that may contain the name of a file are of type `Text`.
 """
 
 import shlex
@@ -15,7 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    InstanceOf,
     PlainSerializer,
     ValidationError,
     model_validator,
@@ -23,6 +21,7 @@ from pydantic import (
 
 from captcha_exp.config.documents import parse_json, read_document
 from captcha_exp.errors import DamagedFile, UserError
+from captcha_exp.runs.content import PlannedMemory, Text
 from captcha_exp.runtime.files import sha256_of_json, write_json
 from captcha_exp.runtime.process import ProcessIdentity, identify_process
 from captcha_exp.runtime.shutdown import STOPPED, StopReason, stop_reason
@@ -40,7 +39,6 @@ DAMAGED_HINT = "restore it, or move its directory out of outputs/"
 Status: TypeAlias = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-Text: TypeAlias = InstanceOf[str]
 Timestamp: TypeAlias = Annotated[
     AwareDatetime,
     Field(strict=False),
@@ -223,6 +221,8 @@ class JobInfo(_Model):
     name: Text
     swept: dict[str, Text]
     choices: dict[str, str]
+    sha256: str
+    """of its requested config, jobs/N.yaml"""
 
 
 class TimeLimit(_Model):
@@ -239,13 +239,15 @@ class SweepInfo(Record):
 
     time_limit: TimeLimit | None = None
     code_sha256: str
-    predicted: list[dict[str, Any] | None]
+    predicted: list[PlannedMemory | None]
     """plan of each job; None if its batch size is measured at run time"""
     parallelism: int
     jobs: Annotated[list[JobInfo], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _check_plans(self) -> Self:
+    def _check_jobs(self) -> Self:
+        if [job.number for job in self.jobs] != list(range(1, len(self.jobs) + 1)):
+            raise ValueError("the jobs are not numbered from 1")
         if len(self.predicted) != len(self.jobs):
             raise ValueError(f"{len(self.predicted)} plans of {len(self.jobs)} jobs")
         return self
@@ -309,6 +311,17 @@ def list_run_files(run_dir: Path) -> list[Path]:
     """Return all files of a run or sweep, sorted; the files of the jobs of a sweep belong to the jobs."""
     job_dirs = {record.parent for record in run_dir.glob("*/run.json")}
     return sorted(p for p in run_dir.rglob("*") if p.is_file() and job_dirs.isdisjoint(p.parents))
+
+
+def check_has_no_links(run_dir: Path) -> None:
+    """Check that a run or sweep directory that this process will write to has no symbolic links.
+
+    Raises:
+        DamagedFile: It has one, which could name any file of the user.
+    """
+    for path in run_dir.rglob("*"):
+        if path.is_symlink():
+            raise DamagedFile(f"{path}: is a symbolic link; replace it by the file or directory itself")
 
 
 def running_fields() -> dict[str, Any]:

@@ -83,12 +83,13 @@ class Run(SavedRun):
         stop_reason: StopReason | None = None,
         ended: datetime | None = None,
     ) -> None:
-        """Write the end as `RecordedDir.close`, and the SHA-256 of all files.
+        """Write the end as `RecordedDir.close`, and the SHA-256 of all files but damaged ones.
 
         The files of a killed run are not hashed: another process cannot know what they were.
         """
         paths = {path.relative_to(self.run_dir).as_posix(): path for path in list_run_files(self.run_dir)}
-        new = sorted(paths.keys() - self.info.files.keys() - {self.info.filename})
+        damaged = {name for name in paths if name.endswith(".damaged")}
+        new = sorted(paths.keys() - self.info.files.keys() - damaged - {self.info.filename})
         self.update(files=self.info.files | {name: sha256_of(paths[name]) for name in new})
         super().close(status, error, stop_reason, ended)
 
@@ -215,7 +216,7 @@ def resolve_dir(name: str, filename: str) -> Path | None:
     """Return the directory `name` that contains `filename`, relative to here, the root, or outputs/."""
     for candidate in (Path(name), root_dir() / name, root_dir() / "outputs" / name):
         with contextlib.suppress(OSError, ValueError):  # name too long, or with a null character
-            if (candidate / filename).exists():  # also not a regular file, which is named when it is read
+            if os.path.lexists(candidate / filename):  # whatever it is: reading it names it
                 return candidate.resolve()
     return None
 

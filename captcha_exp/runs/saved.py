@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from captcha_exp.config import Config, flatten_mapping, with_moved_store
 from captcha_exp.config import load as load_config
-from captcha_exp.config.documents import parse_json, parse_yaml, read_document
+from captcha_exp.config.documents import MAX_BYTES, parse_json, parse_yaml, read_document
 from captcha_exp.errors import DamagedFile, one_line
+from captcha_exp.runs.content import check_content
 from captcha_exp.runs.info import WEIGHTS, RecordedDir, RunInfo
 from captcha_exp.runtime.files import sha256_of
 from captcha_exp.runtime.paths import root_dir
@@ -61,11 +62,11 @@ class MetricsRow:
 class SavedRun(RecordedDir[RunInfo]):
     """A recorded run; every method verifies what it returns."""
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, max_bytes: int = MAX_BYTES) -> Path:
         """Return the path of a file of the run that has its recorded SHA-256.
 
         Raises:
-            DamagedFile: The file is missing or has another content.
+            DamagedFile: The file is missing or has another content; a larger one is not read.
         """
         path = self.run_dir / name
         expected = self.info.files.get(name)
@@ -76,6 +77,8 @@ class SavedRun(RecordedDir[RunInfo]):
                 name, f"is not a file of this run ({self.info.filename} has no SHA-256 of it)"
             )
         try:
+            if path.stat().st_size > max_bytes:
+                raise self._damaged(name, f"is larger than {max_bytes:,} bytes")
             if expected is not None and sha256_of(path) != expected:
                 reason = f"was edited, or is damaged (its SHA-256 is not that in {self.info.filename})"
                 raise self._damaged(name, reason)
@@ -84,7 +87,7 @@ class SavedRun(RecordedDir[RunInfo]):
         return path
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return the object in a JSON file of the run.
+        """Return the object in a JSON file of the run, whose keys are those in `content`.
 
         Raises:
             DamagedFile: As `path`, or the file has something else.
@@ -94,6 +97,7 @@ class SavedRun(RecordedDir[RunInfo]):
             values = parse_json(content)
             if not isinstance(values, dict):
                 raise ValueError("not an object with keys and values")
+            check_content(name, values)
             return values
 
         return self._parse(name, parse)

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,9 +20,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 logger = logging.getLogger(__name__)
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class SafeConsole(Console):
+    """Escapes the control characters in the texts that it prints, which may be names from files of others."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as `rich.console.Console.print`."""
+        super().print(*map(_escaped, objects), **options)
+
+
+def _escaped(renderable: Any) -> Any:
+    if isinstance(renderable, str):
+        return "\n".join(map(escape_unprintable, renderable.split("\n")))
+    if isinstance(renderable, Text):
+        renderable = renderable.copy()
+        renderable.plain = _escaped(renderable.plain)
+    return renderable
+
+
+console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 """prints to what `sys.stderr` is at the time; lines that it prints appear above a progress bar"""
 
 _PACKAGE_LOGGER = logging.getLogger("captcha_exp")
@@ -32,7 +53,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # An error of the console, such as a closed terminal, is raised: main() turns it into an exit code.
-        text, style = escape_unprintable(record.getMessage()), None
+        text, style = escape_unprintable(record.getMessage()), None  # on one line
         if record.levelno >= logging.WARNING:
             text, style = f"warning: {text}", "yellow"
         elif record.levelno <= logging.DEBUG:

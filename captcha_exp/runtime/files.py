@@ -17,7 +17,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of an earlier process with this number
+        with temporary.open("xb") as file:  # does not write through a symbolic link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

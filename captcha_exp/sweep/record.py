@@ -8,6 +8,7 @@ summary.*            the summary as JSON, CSV, Markdown and PNG
 metrics.jsonl        the metrics of the groups of jobs, as in MLflow
 """
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from captcha_exp.config import Config, load, to_yaml
-from captcha_exp.errors import UserError
+from captcha_exp.config.documents import MAX_YAML_CHARS, read_document
+from captcha_exp.errors import DamagedFile, UserError
 from captcha_exp.runs import RecordedDir, SweepInfo, code_sha256, config_sha256, make_run_dir, resolve_dir
+from captcha_exp.runs.content import PlannedMemory
 from captcha_exp.runs.info import JobInfo, TimeLimit, now, running_fields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import root_dir
@@ -60,7 +63,7 @@ class Sweep(RecordedDir[SweepInfo]):
         """Load the sweep in this directory.
 
         Raises:
-            UserError: sweep.json is missing or damaged.
+            UserError: sweep.json, or the config of a job, is missing or damaged.
         """
         super().__init__(sweep_dir, SweepInfo.load(sweep_dir))
         self.jobs = [
@@ -68,7 +71,7 @@ class Sweep(RecordedDir[SweepInfo]):
                 number=each.number,
                 swept=each.swept,
                 choices=each.choices,
-                requested=load(sweep_dir / "jobs" / f"{each.number}.yaml"),
+                requested=_load_requested(sweep_dir, each),
             )
             for each in self.info.jobs
         ]
@@ -109,22 +112,52 @@ def create_sweep(
     """Create a sweep in a new directory, outputs/<date>/<time>-<name>."""
     sweep_dir = make_run_dir(name)
     (sweep_dir / "jobs").mkdir()
-    for job in jobs:
-        write_atomically(sweep_dir / "jobs" / f"{job.number}.yaml", to_yaml(job.requested).encode())
+    contents = {job.number: to_yaml(job.requested).encode() for job in jobs}
+    for number, content in contents.items():
+        write_atomically(sweep_dir / _config_name(number), content)
     info = SweepInfo(
         **running_fields(),
         name=name,
         started=now(),
         code_sha256=code_sha256(),
-        predicted=list(predicted),
+        predicted=[None if plan is None else PlannedMemory.model_validate(plan) for plan in predicted],
         parallelism=parallelism,
         jobs=[
-            JobInfo(number=job.number, name=job.name, swept=dict(job.swept), choices=dict(job.choices))
+            JobInfo(
+                number=job.number,
+                name=job.name,
+                swept=dict(job.swept),
+                choices=dict(job.choices),
+                sha256=hashlib.sha256(contents[job.number]).hexdigest(),
+            )
             for job in jobs
         ],
     )
     RecordedDir(sweep_dir, info).save()
     return Sweep(sweep_dir)
+
+
+def _config_name(number: int) -> str:
+    return f"jobs/{number}.yaml"
+
+
+def _load_requested(sweep_dir: Path, job: JobInfo) -> Config:
+    """Return the requested config of a job.
+
+    Raises:
+        DamagedFile: The file is missing, or does not have the recorded SHA-256.
+        ConfigError: The config is not valid for this version.
+    """
+    path = sweep_dir / _config_name(job.number)
+    try:
+        content = read_document(path, MAX_YAML_CHARS)
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    else:
+        if hashlib.sha256(content).hexdigest() == job.sha256:
+            return load(path)
+        problem = f"was edited, or is damaged (its SHA-256 is not that in {SweepInfo.filename})"
+    raise DamagedFile(f"{path}: {problem}; restore it, or start a new sweep with --resume=never")
 
 
 def find_sweep(name: str) -> Sweep:

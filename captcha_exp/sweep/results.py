@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.runs import MetricsRow, RunInfo, load, training_speed
+from captcha_exp.runs.content import PlannedMemory
 from captcha_exp.runtime.shutdown import StopReason
 from captcha_exp.sweep.record import Job, Sweep
 
@@ -72,7 +73,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     outcome: Outcome = "not run"
     error: str | None = None
     info: RunInfo | None = None
-    config, plan = job.requested, sweep.info.predicted[job.number - 1] or {}
+    config, plan = job.requested, sweep.info.predicted[job.number - 1]
     metrics: list[MetricsRow] = []
     if run_dir is not None and (run_dir / RunInfo.filename).is_file():
         try:
@@ -83,7 +84,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
             if (run_dir / "config.yaml").is_file():  # it can be missing only if it was deleted
                 config = run.config()
             if (run_dir / "memory.json").is_file():
-                plan = run.read_json("memory.json")
+                plan = PlannedMemory.model_validate(run.read_json("memory.json"))
         except UserError as damage:
             outcome, error = "failed", str(damage)
     result = None if info is None else info.result
@@ -100,9 +101,9 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         batch_size=None if size == "auto" else size,
         micro_batch_size=micro,
         device=config.device.name,
-        budget_mib=_parse_range(plan, "budget_mib"),
-        predicted_mib=_parse_range(plan, "process_mib"),
-        fits=plan.get("fits"),
+        budget_mib=None if plan is None or plan.budget_mib is None else MiBRange(*plan.budget_mib),
+        predicted_mib=None if plan is None else MiBRange(*plan.process_mib),
+        fits=None if plan is None else plan.fits,
         measured_mib=max(_values(metrics, "memory/process_peak_mib"), default=None),
         images_per_second=None if speed is None else speed.images_per_second,
         disturbed=speed is not None and speed.is_disturbed,
@@ -119,11 +120,6 @@ def _outcome_of(info: RunInfo) -> Outcome:
     if info.status == "FINISHED":
         return "oom" if info.oom else "skipped" if info.skipped else "finished"
     return "failed" if info.status == "FAILED" else "killed"
-
-
-def _parse_range(plan: Mapping[str, Any], key: str) -> MiBRange | None:
-    bounds = plan.get(key)
-    return MiBRange(*bounds) if isinstance(bounds, list) and len(bounds) == 2 else None
 
 
 def _values(metrics: Sequence[MetricsRow], key: str) -> list[float]:

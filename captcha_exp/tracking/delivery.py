@@ -6,20 +6,17 @@ at its end, and later by another process, to a local store and to a server.
 
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captcha_exp.config import sqlite_path
+from captcha_exp.config import is_inside, sqlite_path
 from captcha_exp.errors import UserError, first_line
-from captcha_exp.runs import (
-    MetricsRow,
-    RecordedDir,
-    RunInfo,
-    SavedRun,
-)
+from captcha_exp.runs import MetricsRow, RecordedDir, RunInfo, SavedRun
+from captcha_exp.runtime.paths import root_dir
 from captcha_exp.tracking.content import Content, ParentMissingError, file_key, row_key
 
 MAX_METRICS_PER_REQUEST = 1000  # MLflow's limit; a request is stored as a whole or not at all
@@ -130,7 +127,8 @@ class Delivery:
 
         ref, path = self.content.ref, sqlite_path(self.content.ref.uri)
         is_new_run = ref.run_id is None or self._may_recreate
-        if path is not None and not is_new_run and not path.is_file():
+        may_create = is_new_run and (path is None or is_inside(path, root_dir()) or self._is_begun_here())
+        if path is not None and not may_create and not path.is_file():
             raise StoreError(f"{path} does not exist; it was deleted, or its disk is not mounted")
         status, detail = inspect_store(ref.uri, self.content.experiment() if is_new_run else "")
         if status == "new" and not is_new_run:
@@ -198,6 +196,11 @@ class Delivery:
             if Path(found.data.tags.get("run_dir", "")).name == self.recorded.run_dir.name:
                 return str(found.info.run_id)
         return None
+
+    def _is_begun_here(self) -> bool:
+        """Check whether this process began the run, so that its config is not that of somebody else."""
+        info = self.recorded.info
+        return info.pid == os.getpid() and not getattr(info, "resumed", ())
 
     def _file_identity(self) -> tuple[int, int] | None:
         """Return what identifies the file of a SQLite store; None for a server, or if it is missing."""

@@ -25,7 +25,7 @@ from captcha_exp.model import state as checkpoint
 from captcha_exp.model.evaluate import evaluate
 from captcha_exp.model.state import Checkpoint, TrainState
 from captcha_exp.model.step import init_train_state, train_step
-from captcha_exp.model.weights import weights_sha256, weights_to_bytes
+from captcha_exp.model.weights import max_file_bytes, weights_sha256, weights_to_bytes
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.environment import collect_environment
 from captcha_exp.runtime import device as devices
@@ -231,11 +231,12 @@ def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
     finished = runs.load(run_dir)
     finished.metrics_rows()  # will be part of the new run
     for path in runs.list_checkpoints(run_dir / runs.CHECKPOINT_DIR)[:1]:
-        finished.path(f"{runs.CHECKPOINT_DIR}/{path.name}")
-    saved = checkpoint.load_latest(run_dir / runs.CHECKPOINT_DIR, logger.warning)
+        size = max_file_bytes(config, checkpoint.MAX_COPIES)
+        finished.path(f"{runs.CHECKPOINT_DIR}/{path.name}", size)
+    saved = checkpoint.load_latest(run_dir / runs.CHECKPOINT_DIR, config, logger.warning)
     if saved is None:
         raise UserError(f"{run_dir}: has no checkpoint to start from; start a new run with --resume=never")
-    epoch, improved = saved.counters["epoch"], saved.counters["last_improved_epoch"]
+    epoch, improved = saved.counters.epoch, saved.counters.last_improved_epoch
     if epoch >= config.train.epochs:
         raise UserError(
             f"train.epochs={config.train.epochs}: {run_dir} already has {epoch} epochs; set a larger number"
@@ -266,7 +267,7 @@ def _record_training(
     recorder = RunRecorder(run, tracker or NullTracker())
     with record_outcome(recorder, prepared.config):
         recorded_epochs = {row.step for row in run.metrics_rows() if _is_epoch_row(row)}
-        saved = checkpoint.load_latest(run.checkpoint_dir, recorder.warn, recorded_epochs)
+        saved = checkpoint.load_latest(run.checkpoint_dir, prepared.config, recorder.warn, recorded_epochs)
         if saved is None and extend_from is not None:
             saved = _load_final_state(extend_from, prepared.config)
             for row in filter(_is_epoch_row, runs.load(extend_from).metrics_rows()):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call, edit_record, mlflow_ref, result_summary
+from conftest import TINY, Call, edit_record, environment_json, mlflow_ref, result_summary
 from mlflow import MlflowClient
 
 from captcha_exp import compose, load, runs
@@ -92,7 +92,7 @@ def make_stale(words: list[str], status: str = "KILLED", code: str | None = None
     """Create a run whose process has exited."""
     config = load(compose(*words))
     run = runs.create_run(config, config)
-    run.write_json("environment.json", {"code_sha256": code or code_sha256()})
+    run.write_json("environment.json", environment_json(code_sha256=code or code_sha256()))
     (run.run_dir / "checkpoint").mkdir()
     run.update(**{"status": status, **EXITED_PROCESS, **state})
     return run.run_dir
@@ -505,7 +505,10 @@ def test_the_same_command_resumes_after_sigkill(root: Path, words: list[str], tm
 
 def assert_same_state(first: Path, second: Path) -> None:
     """Check that the last checkpoints of two runs are bit-identical, including the best weights."""
-    one, two = (checkpoint.load_latest(each / runs.CHECKPOINT_DIR, pytest.fail) for each in (first, second))
+    one, two = (
+        checkpoint.load_latest(each / runs.CHECKPOINT_DIR, runs.load(each).config(), pytest.fail)
+        for each in (first, second)
+    )
     assert one is not None
     assert two is not None
     assert one.path.name == two.path.name

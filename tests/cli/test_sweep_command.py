@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,16 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, edit_record, infos, mlflow_ref, out_of_memory, sweep_info, warnings
+from conftest import (
+    TINY,
+    edit_record,
+    environment_json,
+    infos,
+    mlflow_ref,
+    out_of_memory,
+    sweep_info,
+    warnings,
+)
 from mlflow import MlflowClient
 from rich.console import Console
 from support.faults import inject_faults
@@ -203,7 +213,7 @@ def test_a_time_limit_stops_the_sweep_and_it_is_resumed(root: Path, monkeypatch:
             if (run_dir / "run.json").exists()
             else runs.create_run(job.requested, job.requested, run_dir)
         )
-        run.write_json("environment.json", {"code_sha256": runs.code_sha256()})
+        run.write_json("environment.json", environment_json(code_sha256=runs.code_sha256()))
         time.sleep(max(0.0, job.deadline - time.time()) if len(started) == 2 else 0.0)
         if len(started) == 2:
             run.close("KILLED", stop_reason="time limit")
@@ -483,6 +493,35 @@ def test_sweeps_that_cannot_be_resumed(root: Path, launched: list[Any]) -> None:
     (sweep_dir / "jobs" / "2.yaml").write_text(text)
     edit_record(sweep_dir, "sweep.json", jobs=[{}])
     assert "sweep.json: is not a valid sweep.json: jobs.0.number: Field required; " in error_of()
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [("data.cache", "data.cache={}/new"), ("tracking.uri", "tracking.uri=sqlite:///{}/new.db")],
+)
+def test_a_named_sweep_creates_nothing_outside_unless_its_overrides_are_typed(
+    root: Path, launched: list[Any], tmp_path_factory: pytest.TempPathFactory, key: str, override: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    grid = [*GRID, "tracking=mlflow", override.format(outside)]
+    assert train_all(*grid) == 0
+    sweep_dir = interrupt(root)
+    shutil.rmtree(outside)
+    with pytest.raises(
+        UserError, match=rf"job 1 would create {key}={outside}/new\S*, which is outside {root}"
+    ):
+        train_all(resume=str(sweep_dir))
+    assert train_all(*grid, resume=str(sweep_dir)) == 0
+    assert len(launched) == 2
+
+
+def test_a_sweep_with_a_link_is_not_resumed(root: Path, launched: list[Any], tmp_path: Path) -> None:
+    assert train_all(*GRID) == 0
+    sweep_dir = interrupt(root)
+    (sweep_dir / "9-a").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="9-a: is a symbolic link"):
+        train_all(*GRID, resume="auto")
     assert len(launched) == 1
 
 

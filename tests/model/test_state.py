@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def fail_on_warning(message: str) -> None:
 
 def restored_state(config: Config, checkpoint_dir: Path) -> TrainState:
     state = init_train_state(config, CPU)
-    saved = checkpoint.load_latest(checkpoint_dir, fail_on_warning)
+    saved = checkpoint.load_latest(checkpoint_dir, config, fail_on_warning)
     assert saved is not None
     state.load_state_dict(saved)
     return state
@@ -130,7 +131,7 @@ def test_seconds_are_summed_over_processes(tiny: Config, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_network_or_optimizer_is_reported(tiny: Config, tmp_path: Path) -> None:
     checkpoint.save(tmp_path, trained_state(tiny))
     other = replace(tiny, captcha=replace(tiny.captcha, alphabet="012"))
-    saved = checkpoint.load_latest(tmp_path, fail_on_warning)
+    saved = checkpoint.load_latest(tmp_path, tiny, fail_on_warning)
     assert saved is not None
     with pytest.raises(UserError, match=r"step-3.safetensors: does not match .*--resume=never"):
         init_train_state(other, CPU).load_state_dict(saved)
@@ -154,11 +155,11 @@ def test_the_two_latest_checkpoints_by_step_are_kept(tiny: Config, tmp_path: Pat
     assert names(tmp_path) == ["step-11.safetensors"]
 
 
-def test_a_directory_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
-    assert checkpoint.load_latest(tmp_path / "nowhere", fail_on_warning) is None
+def test_a_directory_without_checkpoints_has_no_latest(tiny: Config, tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path / "nowhere", tiny, fail_on_warning) is None
     (tmp_path / "step-x.safetensors").write_text("?")
     (tmp_path / ".step-3.safetensors.77.part").write_text("?")
-    assert checkpoint.load_latest(tmp_path, fail_on_warning) is None
+    assert checkpoint.load_latest(tmp_path, tiny, fail_on_warning) is None
 
 
 def truncate(content: bytes) -> bytes:
@@ -184,17 +185,71 @@ def test_a_checkpoint_after_an_unrecorded_epoch_is_skipped(tiny: Config, tmp_pat
     before = checkpoint.save(tmp_path, state)
     state.epoch, state.step = 2, 4
     after = checkpoint.save(tmp_path, state)
-    assert checkpoint.load_latest(tmp_path, fail_on_warning, {1}) is not None
+    assert checkpoint.load_latest(tmp_path, tiny, fail_on_warning, {1}) is not None
 
     warnings: list[str] = []
-    saved = checkpoint.load_latest(tmp_path, warnings.append, set())
+    saved = checkpoint.load_latest(tmp_path, tiny, warnings.append, set())
     assert saved is not None
-    assert saved.counters["step"] == 3
+    assert saved.counters.step == 3
     assert warnings == [
         f"{after}: skipped: metrics.jsonl has no valid line for epoch 1; "
         "using the previous checkpoint, if any"
     ]
     assert {path.name for path in tmp_path.iterdir()} == {before.name, f"{after.name}.damaged"}
+
+
+ODD_COUNTERS = [
+    {"step": "3"},
+    {"step": -1},
+    {"epoch": 1.5},
+    {"best_accuracy": None},
+    {"seconds": math.nan},
+    {"progress": []},
+    {"progress": {"num_batches": 1, "num_images": 8, "seconds": 0.1, "chunks": [[8, 0.0, 0, 0, 0, 0, 0]]}},
+    {"progress": {"num_batches": 1, "num_images": 8, "seconds": 0.1, "chunks": [[8]]}},
+]
+
+
+@pytest.mark.parametrize("counters", ODD_COUNTERS, ids=str)
+def test_counters_of_another_type_are_damage_whatever_the_hash(
+    tiny: Config, tmp_path: Path, counters: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = trained_state(tiny)
+    values = {**state.counters(), **counters}
+    monkeypatch.setattr(TrainState, "counters", lambda _: values)
+    path = checkpoint.save(tmp_path, state)
+
+    warnings: list[str] = []
+    assert checkpoint.load_latest(tmp_path, tiny, warnings.append) is None
+    (warning,) = warnings
+    assert warning.startswith(f"{path}: damaged, skipped (")
+
+
+def test_the_epochs_of_a_hostile_checkpoint_are_not_listed(tiny: Config, tmp_path: Path) -> None:
+    state = trained_state(tiny)
+    state.epoch = 10**18
+    checkpoint.save(tmp_path, state)
+    warnings: list[str] = []
+    assert checkpoint.load_latest(tmp_path, tiny, warnings.append, {1, 2}) is None
+    assert "no valid line for epoch 3" in warnings[0]
+
+
+def test_a_checkpoint_much_larger_than_its_network_is_not_read(tiny: Config, tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, trained_state(tiny))
+    os.truncate(path, 2**35)
+    warnings: list[str] = []
+    assert checkpoint.load_latest(tmp_path, tiny, warnings.append) is None
+    assert warnings[0].startswith(f"{path}: damaged, skipped (")
+
+
+@pytest.mark.parametrize("name", ["rng/cpu", "best/head.weight", "optimizer/x", "model/x"])
+def test_a_tensor_of_another_shape_is_reported(tiny: Config, tmp_path: Path, name: str) -> None:
+    checkpoint.save(tmp_path, trained_state(tiny))
+    saved = checkpoint.load_latest(tmp_path, tiny, fail_on_warning)
+    assert saved is not None
+    tensors = {**saved.tensors, name: torch.zeros(3)}
+    with pytest.raises(UserError, match=rf"step-3.safetensors: does not match .*\({name} differs\)"):
+        init_train_state(tiny, CPU).load_state_dict(saved._replace(tensors=tensors))
 
 
 DAMAGES = [truncate, flip_a_weight, flip_a_counter, remove_metadata, lambda _: b"", lambda _: b"\xff" * 64]
@@ -213,13 +268,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     path.write_bytes(damage(content))
 
     warnings: list[str] = []
-    saved = checkpoint.load_latest(tmp_path, warnings.append)
+    saved = checkpoint.load_latest(tmp_path, tiny, warnings.append)
     assert saved is not None
-    assert saved.counters["step"] == 3
+    assert saved.counters.step == 3
     (warning,) = warnings
     assert warning.startswith(f"{path}: damaged, skipped (")
     assert "\n" not in warning
-    assert checkpoint.load_latest(tmp_path, fail_on_warning) is not None, "it is reported only once"
+    assert checkpoint.load_latest(tmp_path, tiny, fail_on_warning) is not None, "it is reported only once"
 
     state.step = 5
     checkpoint.save(tmp_path, state)

@@ -12,6 +12,7 @@ from conftest import edit_record, sweep_info, write_record
 
 from captcha_exp.errors import UserError
 from captcha_exp.runs import Lineage, RecordedDir, RunInfo, RunLink, SweepInfo, find_stale, list_runs
+from captcha_exp.runs.content import PlannedMemory
 from captcha_exp.runs.info import (
     CHECKSUM_KEY,
     DAMAGED_HINT,
@@ -89,10 +90,16 @@ def full_sweep_info() -> SweepInfo:
         mlflow=MLFLOW,
         time_limit=TimeLimit(max_minutes=1.5, deadline=WINTER),
         code_sha256="ab",
-        predicted=[None, {"fits": "unsure", "process_mib": [1.0, 2.0]}],
+        predicted=[None, PlannedMemory(fits="unsure", process_mib=(1.0, 2.0), budget_mib=(3.0, 4.0))],
         parallelism=2,
         jobs=[
-            JobInfo(number=n, name=ODD_NAME, swept={"data.path": ODD_NAME}, choices={"model": "compact"})
+            JobInfo(
+                number=n,
+                name=ODD_NAME,
+                swept={"data.path": ODD_NAME},
+                choices={"model": "compact"},
+                sha256="cd",
+            )
             for n in (1, 2)
         ],
     )
@@ -298,9 +305,14 @@ WRONG_TYPES = [
             "jobs",
             [{}],
             "jobs.0.number: Field required; jobs.0.name: Field required; "
-            "jobs.0.swept: Field required; jobs.0.choices: Field required",
+            "jobs.0.swept: Field required; jobs.0.choices: Field required; jobs.0.sha256: Field required",
         ),
-        (SweepInfo, "predicted", [1], "predicted.0: Input should be a valid dictionary"),
+        (
+            SweepInfo,
+            "predicted",
+            [1],
+            "predicted.0: Input should be a valid dictionary or instance of PlannedMemory",
+        ),
         (SweepInfo, "predicted", [None], "content: Value error, 1 plans of 2 jobs"),
         (SweepInfo, "jobs", [], "jobs: List should have at least 1 item after validation, not 0"),
         (SweepInfo, "parallelism", True, "parallelism: Input should be a valid integer"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import mlflow_ref
+from conftest import dataset_json, environment_json, mlflow_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -474,35 +474,35 @@ def kill_when_writing(monkeypatch: pytest.MonkeyPatch, filename: str) -> None:
     monkeypatch.setattr("captcha_exp.runs.run.write_atomically", write)
 
 
-@pytest.mark.parametrize("before", [None, {"a": 1}, {"a": 2}], ids=["new", "changed", "equal"])
+@pytest.mark.parametrize("before", [None, {"a": "1"}, {"a": "2"}], ids=["new", "changed", "equal"])
 def test_a_kill_while_a_file_is_written_is_not_taken_for_damage(
-    run: Run, monkeypatch: pytest.MonkeyPatch, before: dict[str, int] | None
+    run: Run, monkeypatch: pytest.MonkeyPatch, before: dict[str, str] | None
 ) -> None:
     if before is not None:
-        run.write_json("dataset.json", before)
-    kill_when_writing(monkeypatch, "dataset.json")
+        run.write_json("code.json", before)
+    kill_when_writing(monkeypatch, "code.json")
     with pytest.raises(KeyboardInterrupt):
-        run.write_json("dataset.json", {"a": 2})
+        run.write_json("code.json", {"a": "2"})
     monkeypatch.undo()
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(run.run_dir.parents[2]))
-    assert (run.run_dir / "dataset.json").exists() == (before == {"a": 2})
+    assert (run.run_dir / "code.json").exists() == (before == {"a": "2"})
     reopened = runs.reopen_run(run.run_dir)
-    reopened.write_json("dataset.json", {"a": 2})
-    assert runs.load(run.run_dir).read_json("dataset.json") == {"a": 2}
+    reopened.write_json("code.json", {"a": "2"})
+    assert runs.load(run.run_dir).read_json("code.json") == {"a": "2"}
 
 
 def test_a_file_that_the_run_did_not_write_is_refused(run: Run) -> None:
-    (run.run_dir / "dataset.json").write_text("{}")
-    with pytest.raises(UserError, match=r"dataset.json: is not a file of this run .*; restore it"):
-        runs.load(run.run_dir).read_json("dataset.json")
+    (run.run_dir / "code.json").write_text("{}")
+    with pytest.raises(UserError, match=r"code.json: is not a file of this run .*; restore it"):
+        runs.load(run.run_dir).read_json("code.json")
 
 
 def test_damage_before_the_end_is_found_after_it(run: Run) -> None:
-    run.write_json("dataset.json", {"a": 1})
-    (run.run_dir / "dataset.json").write_text('{"a": 2}')
+    run.write_json("code.json", {"a": "1"})
+    (run.run_dir / "code.json").write_text('{"a": "2"}')
     run.close("FINISHED")
-    with pytest.raises(UserError, match=r"dataset.json: was edited, or is damaged"):
-        runs.load(run.run_dir).read_json("dataset.json")
+    with pytest.raises(UserError, match=r"code.json: was edited, or is damaged"):
+        runs.load(run.run_dir).read_json("code.json")
 
 
 def test_a_truncated_last_line_is_the_trace_of_a_kill_and_a_missing_one_is_not(run: Run) -> None:
@@ -525,13 +525,60 @@ def test_a_truncated_last_line_is_the_trace_of_a_kill_and_a_missing_one_is_not(r
 def test_a_refused_file_is_named_with_what_still_works(run: Run) -> None:
     run.write("model.safetensors", b"weights")
     run.update(mlflow=mlflow_ref("a1b2", closed=True))
-    run.write_json("dataset.json", {})
-    (run.run_dir / "dataset.json").write_text("[]")
+    run.write_json("code.json", {})
+    (run.run_dir / "code.json").write_text("[]")
     run.close("FINISHED")
     with pytest.raises(UserError) as caught:
-        runs.load(run.run_dir).read_json("dataset.json")
+        runs.load(run.run_dir).read_json("code.json")
     assert caught.value.lines == (
-        f"{run.run_dir / 'dataset.json'}: was edited, or is damaged (its SHA-256 is not that in run.json); "
+        f"{run.run_dir / 'code.json'}: was edited, or is damaged (its SHA-256 is not that in run.json); "
         "restore it from the artifacts of MLflow run a1b2; "
         f"captcha-exp predict {run.run_dir / 'model.safetensors'} still works",
     )
+
+
+ODD_CONTENT: dict[str, list[dict[str, Any]]] = {
+    "code.json": [{"a": 1}, {"a": None}],
+    "dataset.json": [
+        {},
+        dataset_json(splits=[1]),
+        dataset_json(provenance=[]),
+        dataset_json(files=[1]),
+    ],
+    "environment.json": [{}, environment_json(git=[]), environment_json(code_sha256=None)],
+    "memory.json": [{"process_mib": [1], "budget_mib": None, "fits": None}],
+    "test.json": [{"images": 0, "misreads": []}, {"images": 1, "misreads": [{"image": 1}]}],
+}
+
+
+@pytest.mark.parametrize(("name", "values"), [(n, v) for n, each in ODD_CONTENT.items() for v in each])
+def test_values_of_another_type_are_damage_whatever_the_hash(
+    run: Run, name: str, values: dict[str, Any]
+) -> None:
+    run.write_json(name, values)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: .+; restore it"):
+        runs.load(run.run_dir).read_json(name)
+
+
+@pytest.mark.parametrize("name", ["report", "checkpoint", "metrics.jsonl", "jobs/deep"])
+def test_nothing_is_written_through_a_link(run: Run, name: str, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    run.close("KILLED")
+    path = run.run_dir / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "outside")
+    before = (run.run_dir / "run.json").read_bytes()
+    with pytest.raises(UserError, match=rf"{name}: is a symbolic link; replace it by the file or directory"):
+        runs.reopen_run(run.run_dir)
+    assert (run.run_dir / "run.json").read_bytes() == before
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_temporary_file_is_not_written_through_a_link(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("mine")
+    (tmp_path / f".a.{os.getpid()}.part").symlink_to(target)
+    write_atomically(tmp_path / "a", b"new")
+    assert target.read_text() == "mine"
+    assert (tmp_path / "a").read_bytes() == b"new"

@@ -1,6 +1,7 @@
 """Test the output on standard error: log records, and progress bars on a terminal and in a file."""
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from typing import TextIO
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
+from captcha_exp.cli.output import get_console, make_table, to_json
 from captcha_exp.runtime import console as module
 from captcha_exp.runtime.console import get_log_level, progress_bar, set_up_logging
 
@@ -208,3 +211,26 @@ def test_quiet_shows_no_bar(terminal: Terminal, clock: Clock) -> None:
         logger.warning("a problem")
 
     assert terminal.getvalue() == "warning: a problem\n"
+
+
+HOSTILE = "\x1b[2J\x07a\u202e\x9b31mb"
+
+
+def test_nothing_that_is_printed_has_control_characters(capsys: Capture) -> None:
+    set_up_logging()
+    out = get_console()
+    out.print(HOSTILE, Text.assemble((HOSTILE, "bold"), "end"), markup=False)
+    out.print(make_table([HOSTILE], [[HOSTILE]], HOSTILE))
+    out.print("two\nlines")
+    logger.warning(HOSTILE)
+    captured = capsys.readouterr()
+    assert all(c.isprintable() or c == "\n" for c in captured.out + captured.err)
+    assert captured.out.count("\\x1b[2J") == 5
+    assert "two\nlines\n" in captured.out
+
+
+def test_json_has_escapes_for_control_characters_and_is_the_same_value() -> None:
+    for value in (HOSTILE, "\udc80", "é\t"):
+        text = to_json({"a": value}, indent=2)
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert json.loads(text) == {"a": value}

@@ -1,6 +1,7 @@
 """Test the record of a sweep, the planning of its jobs and the collection of their results."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from conftest import mlflow_ref, out_of_memory, result_summary, with_train
 
 from captcha_exp.config import Config
-from captcha_exp.errors import UserError
+from captcha_exp.errors import DamagedFile, UserError
 from captcha_exp.memory.interval import Fits, MiBRange
 from captcha_exp.runs import MetricsRow, create_run
 from captcha_exp.runs.info import Skipped
@@ -184,7 +185,7 @@ def test_a_damaged_file_of_one_job_does_not_end_the_sweep(
     sweep = make_sweep([make_job(tiny), make_job(tiny, {"seed": "1"}, 2)])
     for job in sweep.jobs:
         run = create_run(tiny, tiny, sweep.new_attempt(job))
-        run.write_json("memory.json", {"process_mib": [1.0, 2.0], "budget_mib": "no range"})
+        run.write_json("memory.json", {"process_mib": [1.0, 2.0], "budget_mib": None, "fits": None})
         run.close("FINISHED")
     path = sweep.attempts(sweep.jobs[0])[0] / name
     path.write_bytes(damage)
@@ -217,3 +218,25 @@ def test_the_outcome_follows_from_the_run_record(
     assert result.outcome == outcome
     assert (result.error, result.stop_reason) == (fields.get("error"), fields.get("stop_reason"))
     assert json.loads((sweep.run_dir / "sweep.json").read_text())["jobs"][0]["name"] == "tiny"
+
+
+@pytest.mark.parametrize("damage", ["edited", "missing", "a pipe"])
+def test_the_config_of_a_job_is_verified(tiny: Config, damage: str) -> None:
+    sweep = make_sweep([make_job(tiny), make_job(tiny, number=2)])
+    path = sweep.run_dir / "jobs" / "2.yaml"
+    text = path.read_text()
+    path.unlink()
+    if damage == "edited":
+        path.write_text(text.replace("seed: 0", "seed: 1"))
+    elif damage == "a pipe":
+        os.mkfifo(path)
+    with pytest.raises(DamagedFile, match=r"2.yaml: (was edited|cannot be read: ).*--resume=never"):
+        Sweep(sweep.run_dir)
+    assert list_sweeps() == []
+
+
+def test_the_jobs_of_a_record_are_numbered(tiny: Config) -> None:
+    sweep = make_sweep([make_job(tiny), make_job(tiny, number=2)])
+    sweep.update(jobs=sweep.info.jobs[::-1])
+    with pytest.raises(DamagedFile, match=r"not numbered from 1"):
+        Sweep(sweep.run_dir)

@@ -12,10 +12,10 @@ from conftest import Call, edit_record, infos, sweep_info, write_record
 from captcha_exp import runs
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.runs import Run, RunInfo, StaleRun
-from captcha_exp.runs.info import MlflowRef, now
+from captcha_exp.runs.info import MlflowRef, Resumption, now
 from captcha_exp.tracking import sync
 from captcha_exp.tracking.content import ParentMissingError
-from captcha_exp.tracking.delivery import Delivery, RunDeletedError
+from captcha_exp.tracking.delivery import Delivery, RunDeletedError, StoreError
 from captcha_exp.tracking.sync import close_stale_runs, find_owed, sync_owed, sync_reachable
 from captcha_exp.tracking.tracker import Sender
 
@@ -65,6 +65,29 @@ def test_a_run_that_is_resumed_while_it_is_delivered_keeps_its_record(
     assert result.problem == "the run was resumed, or another process writes its record"
     record = json.loads((run.run_dir / "run.json").read_text())
     assert (record["status"], record["mlflow"]["closed"]) == ("RUNNING", False)
+
+
+@pytest.mark.parametrize("begun", ["here", "by another process", "resumed"])
+def test_a_store_outside_is_created_only_for_a_run_that_begins(
+    tiny: Config, tmp_path_factory: pytest.TempPathFactory, begun: str
+) -> None:
+    """The record of another process may come from somebody else."""
+    path = tmp_path_factory.mktemp("outside") / "new.db"
+    tracking = replace(TRACKING, uri=f"sqlite:///{path}")
+    config = replace(tiny, tracking=tracking)
+    run = runs.create_run(config, config)
+    run.update(mlflow=MlflowRef(uri=tracking.uri))
+    if begun == "by another process":
+        run.update(pid=1)
+    elif begun == "resumed":
+        run.update(resumed=[Resumption(at=now(), host="a")])
+    delivery = Delivery(run)
+    if begun == "here":
+        delivery.update()
+    else:
+        with pytest.raises(StoreError, match=r"new.db does not exist; it was deleted, or its disk is"):
+            delivery.update()
+    assert path.exists() == (begun == "here")
 
 
 def test_a_job_waits_for_its_sweep(tiny: Config, root: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import out_of_memory, with_train
+from conftest import dataset_json, out_of_memory, with_train
 
 from captcha_exp import runs
 from captcha_exp.config import Config, resolve
@@ -175,7 +175,7 @@ def test_remedies_are_formatted_in_one_line() -> None:
 def retry(config: Config, during: Literal["training", "evaluation"]) -> Config | None:
     """Return the config that is tried after a run of this config was out of memory."""
     run = runs.create_run(config, config)
-    run.write_json("dataset.json", {"splits": SPLIT_SIZES})
+    run.write_json("dataset.json", dataset_json(splits=SPLIT_SIZES))
     run.update(oom=out_of_memory(during))
     return _halve_micro_batch(config, run.run_dir)
 
@@ -218,7 +218,7 @@ def test_an_autotuned_batch_size_is_kept_in_a_retry(tiny: Config) -> None:
     """train.batch_size=auto might choose another value in the next run."""
     requested = with_train(tiny, on_oom="split", batch_size="auto")
     run = runs.create_run(with_train(requested, batch_size=48), requested)
-    run.write_json("dataset.json", {"splits": SPLIT_SIZES})
+    run.write_json("dataset.json", dataset_json(splits=SPLIT_SIZES))
     run.update(oom=out_of_memory())
     smaller = _halve_micro_batch(requested, run.run_dir)
 
