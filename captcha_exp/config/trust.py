@@ -1,4 +1,4 @@
-"""Which addresses of a saved config are written to: it may come from somebody else."""
+"""Which addresses of a saved config are written to: it may come from another user."""
 
 import os
 from pathlib import Path

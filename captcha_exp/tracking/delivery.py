@@ -198,7 +198,7 @@ class Delivery:
         return None
 
     def _is_begun_here(self) -> bool:
-        """Check whether this process began the run, so that its config is not that of somebody else."""
+        """Check whether this process began the run, so that its config is not that of another user."""
         info = self.recorded.info
         return info.pid == os.getpid() and not getattr(info, "resumed", ())
 

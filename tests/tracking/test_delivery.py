@@ -71,7 +71,7 @@ def test_a_run_that_is_resumed_while_it_is_delivered_keeps_its_record(
 def test_a_store_outside_is_created_only_for_a_run_that_begins(
     tiny: Config, tmp_path_factory: pytest.TempPathFactory, begun: str
 ) -> None:
-    """The record of another process may come from somebody else."""
+    """The record of another process may come from another user."""
     path = tmp_path_factory.mktemp("outside") / "new.db"
     tracking = replace(TRACKING, uri=f"sqlite:///{path}")
     config = replace(tiny, tracking=tracking)
