@@ -62,14 +62,20 @@ def speeds(summary: dict[str, Any]) -> dict[str, int]:
     return {job["name"]: round(job["images_per_second"]) for job in summary["jobs"]}
 
 
-def cores_waited(summary: dict[str, Any]) -> list[float]:
-    """Return the cores that each epoch of each job waited for; empty where the system does not count them."""
+def epochs(summary: dict[str, Any]) -> list[dict[str, float]]:
+    """Return the metrics of speed of each epoch of each job."""
     lines = [
         json.loads(line)["metrics"]
         for job in summary["jobs"]
         for line in (Path(job["run_dir"]) / "metrics.jsonl").read_text().splitlines()
     ]
-    return [metrics["speed/cores_waited"] for metrics in lines if "speed/cores_waited" in metrics]
+    found = [{k: round(v, 3) for k, v in line.items() if k.startswith("speed/")} for line in lines]
+    return [metrics for metrics in found if metrics]
+
+
+def cores_waited(summary: dict[str, Any]) -> list[float]:
+    """Return the cores that each epoch of each job waited for; empty where the system does not count them."""
+    return [line["speed/cores_waited"] for line in epochs(summary) if "speed/cores_waited" in line]
 
 
 def main() -> None:
@@ -95,7 +101,8 @@ def main() -> None:
         alone = [sweep(root, *words, "--resume=never") for _ in range(options.sweeps)]
         for number, summary in enumerate(alone, 1):
             if names := disturbed_jobs(summary):
-                faults.append(f"sweep {number} alone: {', '.join(names)} disturbed")
+                causes = [line for line in epochs(summary) if line.get("speed/disturbed")]
+                faults.append(f"sweep {number} alone: {', '.join(names)} disturbed: {causes}")
         waited = [cores for summary in alone for cores in cores_waited(summary)]
         figures = {
             "disturbed": disturbed_jobs(disturbed),
