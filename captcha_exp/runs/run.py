@@ -153,9 +153,11 @@ def list_runs(warn: Callable[[str], None] | None = None) -> list[SavedRun]:
     """
     found = []
     outputs = root_dir() / "outputs"
-    for path in (*outputs.glob("*/*/run.json"), *outputs.glob("*/*/*/run.json")):  # and the jobs of sweeps
+    for run_dir in (*outputs.glob("*/*/"), *outputs.glob("*/*/*/")):  # and the jobs of sweeps
+        if not os.path.lexists(run_dir / RunInfo.filename):  # a broken link is damage, which `glob` skips
+            continue
         try:
-            found.append(load(path.parent))
+            found.append(load(run_dir))
         except UserError as error:
             if warn is not None:
                 warn(str(error))
