@@ -42,7 +42,7 @@ CANARY = "hostile_canary"  # a module and a program that no honest command touch
 TIMEOUT_SECONDS = 30
 OUTSIDE = "outside"  # next to the root directory
 SWEEP = "sweep"
-RECORDS = {"run": "run.json", SWEEP: "sweep.json"}
+RECORDS = ("run.json", "sweep.json")
 
 YAML_TEXTS = {
     "alias bomb": "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
@@ -186,13 +186,13 @@ def rewrite(root: Path, file: str, content: bytes) -> None:
     path = root / file
     path.unlink(missing_ok=True)
     path.write_bytes(content)
-    if path.name in RECORDS.values():
+    if path.name in RECORDS:
         return
     digest = hashlib.sha256(content).hexdigest()
     for directory in path.parents:
         if (record := directory / "run.json").is_file():
             new = {path.relative_to(directory).as_posix(): digest}
-            change_record(record, lambda values, new=new: values["files"].update(new))  # type: ignore[misc]
+            change_record(record, functools.partial(set_files, new=new))
             return
         if (record := directory / "sweep.json").is_file():
             place = ("jobs", int(path.stem) - 1, "sha256")
@@ -220,6 +220,11 @@ def change_tensors(root: Path, file: str, change: "Edit") -> None:
     with contextlib.suppress(TypeError):  # NumPy has no bfloat16
         values = with_sha256(tensors, values)
     rewrite(root, file, to_safetensors(tensors, {key: json.dumps(values)}))
+
+
+def set_files(values: dict[str, Any], new: dict[str, str]) -> None:
+    """Set the SHA-256 of files in run.json."""
+    values["files"] |= new
 
 
 def set_value(values: Any, path: Sequence[Any], value: Any) -> None:
@@ -305,7 +310,7 @@ def value_cases(root: Path, file: str, command: Sequence[str], step: int) -> Ite
             continue
 
         def make(root: Path, path: tuple[Any, ...] = path, value: Any = value) -> None:
-            if Path(file).name in RECORDS.values():
+            if Path(file).name in RECORDS:
                 change_record(root / file, lambda values: set_value(values, path, value))
                 return
             values = json.loads((root / file).read_text())

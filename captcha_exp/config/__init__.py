@@ -3,6 +3,8 @@
 - `schema`: all groups of conf/, except `train` and `augment`, which are in `train`, and `gpu`, in `gpu`
 - `validators`: rules for single values that need more than a type and limits
 - `loading`: `load` checks types and values, `resolve` replaces each `auto` that needs no trial
+- `documents`: reads YAML and JSON with limits
+- `uri`: addresses of stores; `trust`: those that a saved config may write to
 - `messages`: one line per mistake, with the allowed values and the closest key
 """
 

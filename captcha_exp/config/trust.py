@@ -17,7 +17,7 @@ def untrusted_keys(config: Config, root: Path) -> dict[str, str]:
     if not is_inside(cache, root) and not _has_cached_images(cache):
         found["data.cache"] = config.data.cache
     store = sqlite_path(config.tracking.uri) if isinstance(config.tracking, MlflowConfig) else None
-    if store is not None and not os.path.exists(store) and not is_inside(store, root):  # noqa: PTH110 - no error
+    if store is not None and not os.path.exists(store) and not is_inside(store, root):  # noqa: PTH110 - pathlib's raises
         found["tracking.uri"] = str(store)
     return found
 

@@ -185,7 +185,9 @@ class TrainState:
 
 _Count: TypeAlias = Annotated[int, Field(ge=0)]
 _Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Unknown: TypeAlias = _Seconds | None
+_Unknown: TypeAlias = (
+    Annotated[float, Field(allow_inf_nan=False)] | None
+)  # a reused thread ID can be negative
 _Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Chunk: TypeAlias = tuple[_Count, _Positive, _Seconds, _Unknown, _Unknown, _Unknown, _Unknown]
 """number of images, and their CpuTimes"""
