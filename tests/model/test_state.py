@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from captcha_exp.config import Config, Precision
 from captcha_exp.errors import UserError
-from captcha_exp.model import networks
+from captcha_exp.model import networks, weights
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import init_train_state, train_step
@@ -234,12 +233,16 @@ def test_the_epochs_of_a_hostile_checkpoint_are_not_listed(tiny: Config, tmp_pat
     assert "no valid line for epoch 3" in warnings[0]
 
 
-def test_a_checkpoint_much_larger_than_its_network_is_not_read(tiny: Config, tmp_path: Path) -> None:
+def test_a_checkpoint_much_larger_than_its_network_is_not_read(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = checkpoint.save(tmp_path, trained_state(tiny))
-    os.truncate(path, 2**35)
+    monkeypatch.setattr(weights, "HEADER_BYTES", 0)
+    monkeypatch.setattr(checkpoint, "MAX_COPIES", 1)
     warnings: list[str] = []
     assert checkpoint.load_latest(tmp_path, tiny, warnings.append) is None
-    assert warnings[0].startswith(f"{path}: damaged, skipped (")
+    assert warnings[0].startswith(f"{path}: damaged, skipped (has ")
+    assert "bytes, but its network at most" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["rng/cpu", "best/head.weight", "optimizer/x", "model/x"])
