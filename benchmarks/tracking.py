@@ -3,8 +3,10 @@
 Each training is the real command with a real `mlflow server` on 127.0.0.1, most of them behind a proxy. Then
 `captcha-exp sync` delivers the rest, and MLflow must have every metric of every epoch once, the files and the
 status, in one run. Trainings without tracking come in between: the ratio of the training times is that of two
-neighbors. Prints one JSON line: per case the median ratio, seconds and warnings; exit code 1 if there is a
-fault. A ratio above --max-ratio is a fault; the machine has to be idle for it.
+neighbors. Prints each ratio, and at the end one JSON line: per case the median ratio, seconds and warnings;
+exit code 1 if there is a fault. A ratio above --max-ratio is a fault; the machine has to be idle for it, and
+the five cases with a server take 90 minutes. What depends less on the machine: the CPU time during a training
+of the thread that sends, and of the server, as shares of the training time.
 
     python benchmarks/tracking.py [--repeats 5] [--epochs 30] [--count 4000] [--max-ratio 1.03]
                                   [--cases NAME ...]
@@ -15,6 +17,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -25,10 +28,13 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import psutil
+from timed_sender import LABEL
 
 CONFIG = (
     "name=tracking",
@@ -43,6 +49,8 @@ CONFIG = (
     "device.name=cpu",
 )
 CASES = ("local", "server", "absent", "middle", "end", "slow", "resets")
+PROGRAM = ("-P", "-m", "captcha_exp")
+TIMED_PROGRAM = (str(Path(__file__).with_name("timed_sender.py")),)
 SLOW_SECONDS = 5.0
 MAX_WARNINGS = 2
 
@@ -57,6 +65,18 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
+        self._past_cpu_seconds = 0.0
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all processes of the server so far."""
+        seconds = self._past_cpu_seconds
+        if self._process is not None:
+            server = psutil.Process(self._process.pid)
+            for process in (server, *server.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    seconds += times.user + times.system
+        return seconds
 
     @property
     def uri(self) -> str:
@@ -90,6 +110,7 @@ class Server:
     def kill(self) -> None:
         """Kill the server and its worker."""
         if self._process is not None:
+            self._past_cpu_seconds = self.cpu_seconds()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, 9)
             self._process.wait()
@@ -168,9 +189,9 @@ class Proxy:
         self._http.server_close()
 
 
-def command(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def command(root: Path, *words: str, program: Sequence[str] = PROGRAM) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "captcha_exp", *words],
+        [sys.executable, *program, *words],
         env=os.environ | {"CAPTCHA_EXP_ROOT": str(root)},
         capture_output=True,
         text=True,
@@ -189,6 +210,8 @@ class Bench:
         self.ratios: dict[str, list[float]] = defaultdict(list)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.wall_seconds: dict[str, list[float]] = defaultdict(list)
+        self.cpu_shares: dict[str, list[float]] = defaultdict(list)
+        self.server_cpu_shares: dict[str, list[float]] = defaultdict(list)
         self.warnings: dict[str, int] = defaultdict(int)
         self._cache = folder / "cache"
         root = self._new_root("cache-of")
@@ -210,6 +233,7 @@ class Bench:
         reference = self._train(self._new_root("none"), "none", "tracking=none")
         ratio = self._train_tracked(case) / reference
         self.ratios[case].append(ratio)
+        print(f"{case}: ratio {ratio:.4f} of training times", file=sys.stderr, flush=True)
 
     def _train_tracked(self, case: str) -> float:
         root = self._new_root(case)
@@ -226,8 +250,10 @@ class Bench:
             proxy.breaks = case == "resets"
             if case != "absent":
                 server.start()
+            before = server.cpu_seconds()
             with self._watch(root, case, server):
                 seconds = self._train(root, case, f"tracking.uri={proxy.uri}")
+            self.server_cpu_shares[case].append((server.cpu_seconds() - before) / seconds)
             proxy.seconds = 0.0
             server.start()
             self._check(root, case, server.uri)
@@ -267,7 +293,8 @@ class Bench:
     def _train(self, root: Path, case: str, *words: str) -> float:
         """Train, check the end, and return the training time that the run has recorded."""
         start = time.perf_counter()
-        done = command(root, "train", *self._config, *words)
+        program = PROGRAM if case == "none" else TIMED_PROGRAM
+        done = command(root, "train", *self._config, *words, program=program)
         self.wall_seconds[case].append(time.perf_counter() - start)
         warnings = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
         self.warnings[case] = max(self.warnings[case], len(warnings))
@@ -285,6 +312,8 @@ class Bench:
             self._fault(case, "the summary does not say what is owed")
         seconds = float(info["result"]["seconds"])
         self.seconds[case].append(seconds)
+        for cpu_seconds in re.findall(rf"(?m)^{LABEL} ([\d.]+)$", done.stderr):
+            self.cpu_shares[case].append(float(cpu_seconds) / seconds)
         return seconds
 
     @staticmethod
@@ -341,6 +370,8 @@ class Bench:
             "ratios": {case: [round(each, 4) for each in values] for case, values in self.ratios.items()},
             "seconds": {case: round(statistics.median(v), 1) for case, v in self.seconds.items()},
             "wall_seconds": {case: round(statistics.median(v), 1) for case, v in self.wall_seconds.items()},
+            "cpu_share_of_thread": {case: round(max(v), 4) for case, v in self.cpu_shares.items()},
+            "cpu_share_of_server": {case: round(max(v), 4) for case, v in self.server_cpu_shares.items()},
             "warnings": dict(self.warnings),
             "faults": self.faults + slow,
         }

@@ -25,9 +25,11 @@ def calibrate(
     from captcha_exp.memory import calibrate as calibration
 
     command = [PROGRAM, *sys.argv[1:]]
-    return calibration.calibrate(
-        configs, detect_machine(), arguments.name, arguments.config_dir, arguments.force, command
-    )
+
+    def find_path(gpu_name: str) -> "Path":
+        return calibration.gpu_file_path(gpu_name, arguments.name, arguments.config_dir, arguments.force)
+
+    return calibration.calibrate(configs, detect_machine(), find_path, command)
 
 
 def _compose_configs(arguments: argparse.Namespace) -> "list[Config]":

@@ -11,19 +11,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from captcha_exp.cli.hydra_config import compose as compose
 from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.cli.launcher import complete
+from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.parser import COMMANDS, FLAG_ANSWERS, OVERRIDE_COMMANDS, PROGRAM, build_parser
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
-    from captcha_exp.config import Machine
+    from captcha_exp.config import Machine, MlflowConfig
 
 OS_ERROR_HINTS = {
     errno.ENOSPC: "free up disk space and start again",
@@ -250,24 +251,33 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _sync(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import output
-    from captcha_exp.tracking.sync import SYNC_LOCK_SECONDS, close_stale_runs, find_owed, sync_owed
+    from captcha_exp.tracking.sync import SYNC_LOCK_SECONDS, close_stale_runs, find_owed, redirect, sync_owed
 
     close_stale_runs()
+    if arguments.to is not None:
+        redirect(find_owed(), _tracking_of([f"tracking.uri={quote(arguments.to)}"]).uri)
     results = sync_owed(find_owed(), timeout=SYNC_LOCK_SECONDS)
     _print_result(arguments, [result.to_json() for result in results], output.print_sync, results)
     return 1 if any(result.problem is not None for result in results) else 0
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    config = try_compose(arguments.overrides, arguments.config_dir).to_config(None)
-    from captcha_exp.config import MlflowConfig, resolve
+    tracking = _tracking_of(arguments.overrides, arguments.config_dir)
     from captcha_exp.tracking.server import serve_ui
+
+    serve_ui(tracking, arguments.port)
+    return 0
+
+
+def _tracking_of(overrides: Sequence[str], config_dir: str | None = None) -> "MlflowConfig":
+    """Return the resolved MLflow store of these overrides."""
+    config = try_compose(overrides, config_dir).to_config(None)
+    from captcha_exp.config import MlflowConfig, resolve
 
     tracking = resolve(config, _detect_machine()).tracking
     if not isinstance(tracking, MlflowConfig):
-        raise UserError("tracking=none: has no MLflow store to show; use tracking=mlflow")
-    serve_ui(tracking, arguments.port)
-    return 0
+        raise UserError("tracking=none: has no MLflow store; use tracking=mlflow")
+    return tracking
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

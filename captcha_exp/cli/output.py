@@ -241,7 +241,7 @@ def print_sweep(summary: "SweepSummary") -> None:
         out.width = MAX_WIDTH
     out.print(table)
     for result in summary.results:
-        if result.outcome in ("failed", "killed"):
+        if result.outcome in ("failed", "killed") or (result.outcome == "finished" and result.error):
             location = f", run directory {escape_unprintable(result.run_dir)}" if result.run_dir else ""
             error = escape_unprintable(result.error).strip() if result.error else result.outcome
             name = (f"{escape_unprintable(result.name)}: ", "bold red")

@@ -120,7 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
         inference.add_argument("--device", default="auto", metavar="NAME", help=text)
     _add_runs_arguments(add_command("runs"))
     _add_diff_arguments(add_command("diff"))
-    add_command("sync").epilog = "exit codes: 0 MLflow has everything; 1 something could not be delivered"
+    sync = add_command("sync")
+    text = "deliver to this store instead, as after a training with a mistyped tracking.uri"
+    sync.add_argument("--to", metavar="URI", help=text)
+    sync.epilog = "exit codes: 0 MLflow has everything; 1 something could not be delivered"
     ui = add_command("ui", json=False)
     ui.add_argument("--port", type=int, help="default: 5000, or the next free one")
     calibrate = add_command("calibrate")

@@ -7,7 +7,7 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,15 +70,13 @@ def write_gpu_file(
 def calibrate(
     configs: Sequence[Config],
     machine: Machine,
-    name: str | None,
-    config_dir: str | None,
-    force: bool,
+    find_path: Callable[[str], Path],
     command: Sequence[str],
 ) -> tuple[GpuSpec, Path]:
     """Measure the GPU and write its file; return the figures and the path.
 
-    The networks of all configs are measured, on the device of the first one. `name`, `config_dir` and `force`
-    are those of `gpu_file_path`.
+    The networks of all configs are measured, on the device of the first one. `find_path` gets the name of the
+    GPU, and returns the path of the file.
 
     Raises:
         UserError: no CUDA GPU is available, or the file cannot be written; nothing has been measured.
@@ -93,7 +91,7 @@ def calibrate(
     free = devices.nvml_free_bytes()  # before this process takes any of it
     device = torch.device(device_name)
     properties = torch.cuda.get_device_properties(device)
-    path = gpu_file_path(properties.name, name, config_dir, force)
+    path = find_path(properties.name)
     settings = replace(configs[0].device, name=device_name, precision="fp32")
     resolved = [resolve(replace(config, device=settings), machine) for config in configs]
     free_before = free.get(str(getattr(properties, "uuid", "")))

@@ -112,7 +112,7 @@ def from_environment(reference: RunResult, rerun: RunResult) -> list[Change]:
 def _flat_environment(result: RunResult) -> dict[str, Any]:
     """Return `group.key` -> value; also the versions of the libraries that render and decode the images."""
     libraries = result.dataset.get("provenance", {}).get("dependencies", {})
-    device = as_mapping(result.environment.get("device"))
+    device = result.environment.get("device") or {}
     groups = {group: result.environment.get(group) for group in ENVIRONMENT_GROUPS} | {
         "dependencies": {name: libraries[name] for name in libraries if name not in IMAGE_PACKAGES},
         "device": {name: device.get(name) for name in DEVICE_KEYS},
@@ -141,13 +141,8 @@ def _code_changes(reference: RunResult, rerun: RunResult) -> list[Change]:
 
 def describe_code(environment: Mapping[str, Any]) -> str:
     """Return the commit of the code, or its version without one."""
-    git = as_mapping(environment.get("git"))
+    git = environment.get("git") or {}
     commit = str(git.get("commit") or "")[:8]
     if not commit:
         return f"version {environment.get('captcha_exp') or 'unknown'}"
     return f"{commit} with uncommitted changes" if git.get("dirty") else commit
-
-
-def as_mapping(value: object) -> Mapping[str, Any]:
-    """Return a value of a damaged record as a mapping, empty if it is not one."""
-    return value if isinstance(value, Mapping) else {}

@@ -163,7 +163,7 @@ def _report_code(reference: ReferenceRun) -> None:
 def _checkout_command(reference: ReferenceRun) -> str:
     """Return the commands that check out the code of the run."""
     environment = reference.result.environment
-    git = changes.as_mapping(environment.get("git"))
+    git = environment.get("git") or {}
     commit = str(git.get("commit") or "")
     if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
         version = environment.get("captcha_exp", "VERSION")

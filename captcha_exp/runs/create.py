@@ -91,9 +91,12 @@ def reopen_run(run_dir: Path) -> Run:
         part.unlink()
     if damage is not None:
         logger.warning(f"{run_dir / METRICS}: {damage}; their epochs are trained again")
+    metrics = run_dir / METRICS
     if damaged_lines:
-        write_atomically(run_dir / f"{METRICS}.damaged", (run_dir / METRICS).read_bytes())
-        write_atomically(run_dir / METRICS, "".join(row.to_line() for row in rows).encode())
+        write_atomically(run_dir / f"{METRICS}.damaged", metrics.read_bytes())
+        write_atomically(metrics, "".join(row.to_line() for row in rows).encode())
+    elif metrics.exists() and metrics.stat().st_nlink > 1:  # a copy by hard links, as of `cp -al`
+        write_atomically(metrics, metrics.read_bytes())
     run.update_mlflow(closed=False)
     return run
 

@@ -2,7 +2,7 @@
 
 sweep.json           status, times, process, the jobs and their predicted memory
 jobs/N.yaml          the config of job N as requested
-N-key=value/         its run directory; a second attempt is N-key=value-2, and the last one counts
+N-key=value/         its run directory; a second attempt is N-key=value-2; the last finished one counts
 N-key=value.log      the output of the worker process
 summary.*            the summary as JSON, CSV, Markdown and PNG
 metrics.jsonl        the metrics of the groups of jobs, as in MLflow

@@ -1,8 +1,10 @@
 """Collect the result of each job of a sweep from its latest run."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from captcha_exp.errors import UserError
@@ -20,7 +22,7 @@ Outcome: TypeAlias = Literal["finished", "oom", "skipped", "failed", "killed", "
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """Settings and result of one job, from its latest attempt."""
+    """Settings and result of one job, from the attempt that counts."""
 
     number: int
     """from 1, in the order of the grid"""
@@ -30,14 +32,14 @@ class JobResult:
     """full key -> value as typed, in the order of the command; includes config groups such as model"""
     outcome: Outcome
     error: str | None
-    """one line, if the job failed"""
+    """one line, if the job failed, or a later attempt has no result"""
     stop_reason: StopReason | None
-    """why it was killed"""
+    """why the last attempt was killed"""
     attempts: int
     batch_size: int | None
     """images per step; None for auto until it has been measured"""
     micro_batch_size: int | None
-    """of the latest attempt, if batches were split"""
+    """of that attempt, if batches were split"""
     device: str
     """cpu, cuda, ..."""
     budget_mib: MiBRange | None
@@ -63,13 +65,13 @@ class JobResult:
 
 
 def collect_results(sweep: Sweep) -> list[JobResult]:
-    """Return the result of each job from its latest attempt."""
+    """Return the result of each job from the attempt that counts."""
     return [_collect_result(sweep, job) for job in sweep.jobs]
 
 
 def _collect_result(sweep: Sweep, job: Job) -> JobResult:
     attempts = sweep.attempts(job)
-    run_dir = attempts[-1] if attempts else None
+    run_dir = _attempt_that_counts(attempts)
     outcome: Outcome = "not run"
     error: str | None = None
     info: RunInfo | None = None
@@ -87,6 +89,9 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
                 plan = PlannedMemory.model_validate(run.read_json("memory.json"))
         except UserError as damage:
             outcome, error = "failed", str(damage)
+    stop_reason = None if info is None else info.stop_reason
+    if run_dir is not None and run_dir != attempts[-1]:
+        error, stop_reason = _describe_later(attempts[-1])
     result = None if info is None else info.result
     speed = training_speed(metrics)
     size, micro = config.train.batch_size, config.train.micro_batch_size
@@ -96,7 +101,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         swept=job.swept,
         outcome=outcome,
         error=error,
-        stop_reason=None if info is None else info.stop_reason,
+        stop_reason=stop_reason,
         attempts=len(attempts),
         batch_size=None if size == "auto" else size,
         micro_batch_size=micro,
@@ -114,6 +119,26 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         run_id=None if info is None else info.run_id,
         weights_sha256=None if result is None else result.weights_sha256,
     )
+
+
+def _attempt_that_counts(attempts: Sequence[Path]) -> Path | None:
+    """Return the last attempt, or before it the last one that finished training; None without attempts."""
+    for run_dir in reversed(attempts if len(attempts) > 1 else []):
+        with contextlib.suppress(UserError):
+            if _outcome_of(RunInfo.load(run_dir)) == "finished":
+                return run_dir
+    return attempts[-1] if attempts else None
+
+
+def _describe_later(run_dir: Path) -> tuple[str, StopReason | None]:
+    """Return why the last attempt has no result, and why it was killed."""
+    try:
+        info = RunInfo.load(run_dir)
+    except UserError as damage:
+        reason, stop_reason = str(damage), None
+    else:
+        reason, stop_reason = info.error or _outcome_of(info), info.stop_reason
+    return f"trained again without a result ({reason}); its earlier one counts", stop_reason
 
 
 def _outcome_of(info: RunInfo) -> Outcome:

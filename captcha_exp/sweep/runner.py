@@ -120,9 +120,7 @@ def _is_out_of_time(sweep: Sweep, deadline: float) -> bool:
     """Return whether the time limit ended a job or kept one from starting."""
     is_over = time.time() >= deadline
     return any(
-        result.stop_reason == "time limit"
-        if result.outcome == "killed"
-        else is_over and result.outcome == "not run"
+        result.stop_reason == "time limit" or (is_over and result.outcome == "not run")
         for result in collect_results(sweep)
     )
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from captcha_exp.config import sqlite_path
+from captcha_exp.config import is_inside, sqlite_path
 from captcha_exp.errors import UserError
 from captcha_exp.runs import StaleRun, find_stale, remove_partial_runs, stale_in, stale_lock
 from captcha_exp.runs.info import InfoT
@@ -136,6 +136,26 @@ def sync_reachable(should_stop: Callable[[], bool] = lambda: False) -> list[Sync
 def find_owed() -> list[StaleRun[Any]]:
     """Return the ended runs and sweeps that MLflow does not have completely, a sweep before its jobs."""
     return [stale for stale in find_stale() if not stale.info.is_running]
+
+
+def redirect(owed: Sequence[StaleRun[Any]], uri: str) -> None:
+    """Owe these runs to another store, which gets them from their start.
+
+    Raises:
+        UserError: the store cannot be used now; nothing has been changed.
+    """
+    from captcha_exp.tracking.problems import describe_problem
+    from captcha_exp.tracking.store import inspect_store
+
+    status, detail = inspect_store(uri, "")
+    path = sqlite_path(uri)
+    if status == "new" and path is not None and not is_inside(path, root_dir()):
+        raise UserError(f"sync --to {uri}: {path} does not exist")
+    if status not in ("new", "current", "locked"):
+        raise UserError("; ".join(describe_problem(uri, status, detail, is_written=False)))
+    for stale in owed:
+        if current_ref(stale.info).uri != uri:
+            _OwedRun(stale.run_dir, stale.info).update_mlflow(uri=uri, experiment_id=None, run_id=None)
 
 
 def sync_owed(

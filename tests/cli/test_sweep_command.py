@@ -400,6 +400,31 @@ def test_rerun_disturbed_trains_the_disturbed_jobs_of_a_finished_sweep_again(
     assert launched[3][0] == [1, 2]
 
 
+@pytest.mark.parametrize(("status", "error"), [("FAILED", "no space left"), ("KILLED", None)])
+def test_a_finished_attempt_counts_although_a_later_one_has_no_result(
+    status: runs.Status,
+    error: str | None,
+    root: Path,
+    launched: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train_all(*GRID) == 0
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
+    sweep = Sweep(path.parent)
+    (before, _), job = collect_results(sweep), sweep.jobs[0]
+    rerun = runs.create_run(job.requested, job.requested, sweep.new_attempt(job))
+    rerun.close(status, error)
+    after = collect_results(sweep)[0]
+    reason = error or "killed"
+    expected = f"trained again without a result ({reason}); its earlier one counts"
+    assert after == replace(before, attempts=2, error=expected)
+    capsys.readouterr()
+    assert train_all(resume=str(sweep.run_dir)) == 1
+    assert f"seed=1: {expected}" in " ".join(capsys.readouterr().out.split())
+    assert len(launched) == 1, "the job is done"
+
+
 def test_rerun_disturbed_needs_a_sweep(root: Path, launched: list[Any]) -> None:
     with pytest.raises(
         UserError, match=r"^--rerun-disturbed: no sweep of this code has exactly these jobs; "

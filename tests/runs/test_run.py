@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -353,6 +354,16 @@ def test_damaged_rows_of_metrics_are_set_aside(run: Run) -> None:
     assert (run.run_dir / "metrics.jsonl.damaged").read_text() == damaged + first[:7]
     reopened.log_metrics(rows[1])
     assert runs.read_metrics_rows(run.run_dir) == (rows, {})
+
+
+def test_resuming_a_copy_by_hard_links_leaves_the_original_as_it_is(run: Run, tmp_path: Path) -> None:
+    run.log_metrics(MetricsRow(1, 5, {"val/loss": 0.5}))
+    before = (run.run_dir / "metrics.jsonl").read_bytes()
+    copy = tmp_path / "copy"
+    shutil.copytree(run.run_dir, copy, copy_function=os.link)
+    runs.reopen_run(copy).log_metrics(MetricsRow(2, 5, {"val/loss": 0.4}))
+    assert (run.run_dir / "metrics.jsonl").read_bytes() == before
+    assert [row.step for row in runs.read_metrics_rows(copy)[0]] == [1, 2]
 
 
 # -- is_alive ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from captcha_exp import runs
 from captcha_exp.config import Config, MlflowConfig
 from captcha_exp.runs import Run, RunInfo, StaleRun
 from captcha_exp.runs.info import MlflowRef, Resumption, now
-from captcha_exp.tracking import sync
+from captcha_exp.tracking import sync, tracker
 from captcha_exp.tracking.content import ParentMissingError
 from captcha_exp.tracking.delivery import Delivery, RunDeletedError, StoreError
 from captcha_exp.tracking.sync import close_stale_runs, find_owed, sync_owed, sync_reachable
@@ -132,6 +132,38 @@ def test_sync_prints_what_is_not_delivered(tiny: Config, call: Call) -> None:
     assert mlflow_of(run.run_dir)["closed"] is False
 
 
+def test_sync_to_another_store_delivers_all_of_a_run(
+    tiny: Config,
+    root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = make_owed(tiny)
+    run.update_mlflow(run_id="a1", experiment_id="1")
+    seen: list[MlflowRef | None] = []
+
+    def complete(delivery: Delivery) -> None:
+        seen.append(delivery.recorded.info.mlflow)
+        delivery.recorded.update_mlflow(closed=True)
+
+    monkeypatch.setattr(Delivery, "complete", complete)
+    outside = tmp_path_factory.mktemp("outside") / "new.db"
+    for uri, problem in (
+        ("a/b", "tracking.uri='a/b': MLflow no longer supports plain directories; "),
+        ("htp://a", "tracking.uri=htp://a: "),
+        ("http://127.0.0.1:2", "tracking.uri=http://127.0.0.1:2: "),
+        (f"sqlite:///{outside}", f"sync --to sqlite:///{outside}: {outside} does not exist"),
+    ):
+        code, _, err = call("sync", "--to", uri)
+        assert (code, seen, run.info.mlflow) == (2, [], RunInfo.load(run.run_dir).mlflow)
+        assert err.startswith(problem)
+    uri = f"sqlite:///{root}/mlruns/a b.db"
+    code, out, _ = call("sync", "--to", uri)
+    assert (code, seen) == (0, [MlflowRef(uri=uri)])
+    assert out == f"{run.run_dir.relative_to(root)}: {uri}: has it already\n"
+
+
 def test_a_run_that_is_deleted_while_it_trains_is_one_warning(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +178,35 @@ def test_a_run_that_is_deleted_while_it_trains_is_one_warning(
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line == "tracking.uri=http://127.0.0.1:1: run None was deleted there; its directory is complete"
     assert mlflow_of(run.run_dir)["closed"] is True
+
+
+@pytest.mark.parametrize(
+    ("uri", "calls"), [("sqlite:///{root}/mlruns/mlflow.db", 2), ("http://127.0.0.1:1", 1)]
+)
+def test_the_end_of_a_job_waits_for_its_sweep_in_a_local_store(
+    uri: str, calls: int, tiny: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may be away, and then the job would wait in vain."""
+    seen: list[Delivery] = []
+
+    def complete(delivery: Delivery) -> None:
+        seen.append(delivery)
+        if len(seen) == 1:
+            raise ParentMissingError
+        delivery.recorded.update_mlflow(closed=True)
+
+    def update(_: Delivery) -> None:
+        raise ParentMissingError
+
+    monkeypatch.setattr(Delivery, "update", update)
+    monkeypatch.setattr(Delivery, "complete", complete)
+    monkeypatch.setattr(tracker, "PARENT_INTERVAL_SECONDS", 0.01)
+    run = runs.create_run(tiny, tiny)
+    sender = Sender(run, replace(TRACKING, uri=uri.format(root=root)))
+    run.close("FINISHED")
+    sender.finish()
+    assert len(seen) == calls
+    assert mlflow_of(run.run_dir)["closed"] == (calls == 2)
 
 
 def test_what_is_not_delivered_in_the_background_is_one_line(
