@@ -19,7 +19,7 @@ from captcha_exp.cli.hydra_config import compose as compose
 from captcha_exp.cli.hydra_config import try_compose
 from captcha_exp.cli.launcher import complete
 from captcha_exp.cli.overrides import quote
-from captcha_exp.cli.parser import COMMANDS, FLAG_ANSWERS, OVERRIDE_COMMANDS, PROGRAM, build_parser
+from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, build_parser, check_words
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
@@ -82,15 +82,14 @@ def _exit_on_sigterm(*_: object) -> NoReturn:
 def _dispatch(argv: list[str]) -> int:
     if "-sc" in argv or "--shell-completion" in argv:
         return complete(argv, COMMANDS, OVERRIDE_COMMANDS)
-    for word in argv:
-        if answer := FLAG_ANSWERS.get(flag := word.partition("=")[0]):
-            raise UserError(f"{flag}: {answer}")
+    check_words(argv)
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse accepts overrides, or conditions, only before the first flag.
     words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
     if rest and (words is None or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings have no dashes, as in train.epochs=3" if words is not None else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     elif words is not None:
         words += rest
     from captcha_exp.runtime.console import set_up_logging

@@ -151,6 +151,8 @@ def print_sync(results: "Sequence[SyncResult]") -> None:
     """Print a line for each run that MLflow did not have completely."""
     for result in results:
         get_console().print(str(result), markup=False)
+    if any(result.problem is not None for result in results):
+        get_console().print("captcha-exp sync --to URI delivers to another store, if the address is wrong")
     if not results:
         get_console().print("nothing to deliver: MLflow has every run that has ended")
 

@@ -2,7 +2,11 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
+from difflib import get_close_matches
 from os.path import expanduser as expand_user
+
+from captcha_exp.errors import UserError
 
 PROGRAM = "captcha-exp"
 
@@ -45,6 +49,22 @@ class _HelpFormatter(argparse.HelpFormatter):
         self._action_max_length = 2 * self._indent_increment + max(map(len, COMMANDS))
 
 
+def check_words(argv: Sequence[str]) -> None:
+    """Check the command and the flags that argparse does not know.
+
+    Raises:
+        UserError: the command is unknown, or the flag is one of Hydra's; the line has what to type instead.
+    """
+    for word in argv:
+        if answer := FLAG_ANSWERS.get(flag := word.partition("=")[0]):
+            raise UserError(f"{flag}: {answer}")
+    if not argv or argv[0].startswith("-") or argv[0] in COMMANDS:
+        return
+    close = get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(COMMANDS)}"
+    raise UserError(f"{argv[0]}: unknown command; {hint}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; the namespace has the name of the command as `command`."""
     parser = argparse.ArgumentParser(
@@ -62,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name in OVERRIDE_COMMANDS:
             text = "experiment=NAME, group=NAME or key=value; see conf/"
-            command.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
+            command.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=text)
             text = "a directory of YAML files that is searched before conf/"
             command.add_argument("--config-dir", "-cd", metavar="DIR", type=expand_user, help=text)
         if json:
@@ -114,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         "run", metavar="RUN", type=expand_user, help=f"{RUN_HELP}, or a .safetensors file of weights"
     )
     text = "an image or a directory of images; without any, prompt for paths"
-    predict.add_argument("images", nargs="*", metavar="IMAGE", help=text)
+    predict.add_argument("images", nargs="*", default=[], metavar="IMAGE", help=text)
     for inference in (evaluate, predict):
         text = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
         inference.add_argument("--device", default="auto", metavar="NAME", help=text)
@@ -163,11 +183,11 @@ def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
         "KEY OP VALUE without spaces, OP one of = != > >= < <= ~ (contains), as in test/accuracy>98%%; "
         "all conditions must hold"
     )
-    parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=text)
+    parser.add_argument("conditions", nargs="*", default=[], metavar="CONDITION", help=text)
     text = "sort by a config key, a metric or a field of run.json, ascending (default: started)"
     parser.add_argument("--sort", metavar="KEY", help=text)
     parser.add_argument("--reverse", action="store_true", help="sort in descending order")
-    parser.add_argument("--columns", metavar="KEY,KEY,...", help="also show these keys")
+    parser.add_argument("--columns", action="append", metavar="KEY,KEY,...", help="also show these keys")
     parser.add_argument("--limit", type=int, metavar="N", help="show only the first N runs")
     parser.epilog = _METRICS_NOTE
 
@@ -177,7 +197,7 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     text = "run directory, prefix of an MLflow run id (the full id for a run that only MLflow has), or latest"
     parser.add_argument("run", metavar="RUN", type=expand_user, help=text)
     text = "key=value: change a value of the saved config; the verdict lists it"
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=text)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=text)
     parser.epilog = "exit codes: 0 identical, 3 equivalent, 4 different; 1 the new run failed, 2 usage error"
 
 

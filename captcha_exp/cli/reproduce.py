@@ -56,7 +56,8 @@ def print_reproduction(reproduction: Reproduction) -> None:
     out.print(Text(escape_unprintable(reproduction.summary), COLORS[reproduction.verdict]))
     if reproduction.verdict == "identical":
         result = reproduction.result
-        counts = f"{len(result.metrics_by_epoch)} epochs, {result.num_test_images:,} predictions"
+        num_epochs = len(result.metrics_by_epoch)
+        counts = f"{num_epochs} epoch{'s' if num_epochs != 1 else ''}, {result.num_test_images:,} predictions"
         out.print(f"{counts} and weights (SHA-256 {result.weights_sha256[:12]}): bit-identical")
     else:
         differing = len(reproduction.differences)

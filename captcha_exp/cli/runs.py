@@ -104,7 +104,7 @@ def list_runs(arguments: argparse.Namespace) -> None:
         UserError: a condition is invalid, no run has a key, or --limit is below 1.
     """
     conditions = [Condition.parse(text) for text in arguments.conditions]
-    columns = arguments.columns.split(",") if arguments.columns is not None else []
+    columns = ",".join(arguments.columns).split(",") if arguments.columns is not None else []
     sort: list[str] = [] if arguments.sort is None else [arguments.sort]
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit}: must be at least 1")

@@ -38,9 +38,11 @@ def read_document(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
-    if max(status.st_size, len(content)) > max_bytes:  # it may grow meanwhile
-        raise ValueError(f"larger than {max_bytes:,} bytes")
+        if status.st_size > max_bytes:
+            raise ValueError(f"larger than {max_bytes:,} bytes")
+        content = file.read(status.st_size + 1)
+    if len(content) > status.st_size:
+        raise ValueError("grew while it was read; try again")
     return content
 
 

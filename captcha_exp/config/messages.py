@@ -32,6 +32,7 @@ RENAMED_KEYS = {  # old key or group -> new one
     "train.stop_after_minutes": "train.max_minutes",
     "train.chance_after_steps": "train.sanity_check_steps",
 }
+ABBREVIATIONS = {"lr": "train.learning_rate", "wd": "train.weight_decay", "bs": "train.batch_size"}
 RENAMED_BOUNDS = {"least": "min", "most": "max"}  # last part of the keys of a GPU's figures
 RENAMED_VALUES = {  # (key or group, old value or file of conf/) -> new one
     ("train.optimizer_impl", "loop"): "for_loop",
@@ -188,6 +189,10 @@ def _closest_key(path: list[str], known: list[str]) -> str:
     """Return a hint with the most similar key, first in the same group, then anywhere."""
     group = ".".join(path[:-1])
     known = [key for key in known if key != ".".join(path)]  # valid only with another choice of this group
+    if len(path) == 1:
+        if path[0] in ABBREVIATIONS:
+            return f"did you mean {ABBREVIATIONS[path[0]]}?"
+        known = sorted({*known, *(key.partition(".")[0] for key in known)})  # and the groups
     siblings = [key for key in known if key.rpartition(".")[0] == group]
     for candidates in (siblings, known):
         names = {key.rpartition(".")[2]: key for key in candidates}

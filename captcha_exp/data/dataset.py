@@ -32,7 +32,7 @@ from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
 from captcha_exp.runtime.console import escape_unprintable, preview
-from captcha_exp.runtime.files import sha256_of, write_atomically
+from captcha_exp.runtime.files import describe_broken_link, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
@@ -189,12 +189,14 @@ def _check_creatable(directory: Path, config: Config) -> None:
     Raises:
         UserError: it does not; the line names the part of the path that is in the way.
     """
+    if broken := describe_broken_link(directory):
+        raise UserError(broken)
     for path in (directory, *directory.parents):
         try:
             is_dir = stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except (OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
-                continue
             reason = f"cannot be used: {getattr(error, 'strerror', None) or error}"
         else:
             if is_dir and os.access(path, os.W_OK | os.X_OK):

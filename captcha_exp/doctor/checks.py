@@ -130,6 +130,9 @@ def _check_environment(info: MachineInfo) -> Iterator[Finding]:
 
 
 def _check_directories(info: MachineInfo) -> Iterator[Finding]:
+    for text in info.broken_links:
+        problem, _, remedy = text.partition("; ")
+        yield Finding("problem", problem, remedy)
     for directory in info.directories:
         if directory.write_error and directory.free_bytes >= DISK_FULL:
             text = f"{directory.path}: not writable: {directory.write_error}"
@@ -150,6 +153,7 @@ def _write_remedy(directory: DirectoryInfo) -> str:
     remedies = {
         "Not a directory": f'mv "{directory.path}" "{directory.path}.old"',
         "Read-only file system": elsewhere,
+        "File too large": "raise the limit of this shell: ulimit -f unlimited",
         # Although there is: out of inodes.
         "No space left on device": f'df -i "{directory.path}", and delete unneeded files; or {elsewhere}',
     }

@@ -19,6 +19,7 @@ from captcha_exp.doctor import gpu_info
 from captcha_exp.doctor.machine_info import DirectoryInfo, GitInfo, MachineInfo, StoreInfo
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.runtime.environment import fill_in_environment, filled_in
+from captcha_exp.runtime.files import describe_broken_link
 from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 
 DISTRIBUTION = "captcha-exp"
@@ -153,7 +154,11 @@ def _collect_directories(config: Config) -> dict[str, Any]:
         if tracking is not None and (store := sqlite_path(tracking.uri)) is not None:
             directories.append(store.parent)
     existing = (next(path for path in (each, *each.parents) if path.exists()) for each in directories)
-    return {"directories": tuple(map(_inspect_directory, dict.fromkeys(existing)))}
+    broken = dict.fromkeys(filter(None, map(describe_broken_link, directories)))
+    return {
+        "directories": tuple(map(_inspect_directory, dict.fromkeys(existing))),
+        "broken_links": tuple(broken),
+    }
 
 
 def _inspect_directory(path: Path) -> DirectoryInfo:

@@ -159,6 +159,7 @@ class MachineInfo:
     figures_error: str = ""
     """why matplotlib cannot be imported"""
     directories: tuple[DirectoryInfo, ...] = ()
+    broken_links: tuple[str, ...] = ()
     store: StoreInfo | None = None
     """None for tracking=none"""
     store_error: str = ""

@@ -14,7 +14,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.runs.info import Lineage, Resumption, RunInfo, check_has_no_links, now, running_fields
 from captcha_exp.runs.run import CONFIG_FILES, INPUT_FILES, Run, config_sha256
 from captcha_exp.runs.saved import METRICS, load, read_metrics_rows
-from captcha_exp.runtime.files import is_abandoned_part, sha256_of, write_atomically
+from captcha_exp.runtime.files import describe_broken_link, is_abandoned_part, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 def create_run(
     config: Config, requested: Config, run_dir: Path | None = None, lineage: Lineage | None = None
 ) -> Run:
-    """Create a run in `run_dir`, or in a new directory outputs/<date>/<time>-<name>."""
+    """Create a run in `run_dir`, or in a new directory outputs/<date>/<time>-<name>.
+
+    Raises:
+        UserError: outputs/ is a symbolic link to nothing; mount its disk, or remove the link.
+    """
     info = RunInfo(
         **running_fields(),
         name=config.name,
@@ -31,6 +35,8 @@ def create_run(
         config_sha256=config_sha256(requested),
         lineage=lineage or Lineage(),
     )
+    if broken := describe_broken_link(root_dir() / "outputs"):
+        raise UserError(broken)
     if run_dir is not None:
         run_dir.mkdir(exist_ok=True)
         return _init_run(run_dir, config, requested, info)

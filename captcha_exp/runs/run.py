@@ -26,7 +26,13 @@ from captcha_exp.config import Config, to_dict
 from captcha_exp.errors import DamagedFile, UserError
 from captcha_exp.runs.info import WEIGHTS, RunInfo, RunLink, Status, list_run_files
 from captcha_exp.runs.saved import METRICS, MetricsRow, SavedRun, load, read_metrics_rows
-from captcha_exp.runtime.files import json_bytes, sha256_of, sha256_of_json, write_atomically
+from captcha_exp.runtime.files import (
+    describe_broken_link,
+    json_bytes,
+    sha256_of,
+    sha256_of_json,
+    write_atomically,
+)
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.runtime.shutdown import StopReason
 
@@ -150,9 +156,14 @@ def list_runs(warn: Callable[[str], None] | None = None) -> list[SavedRun]:
     """Return the runs in outputs/, oldest first.
 
     Calls `warn` for each one that cannot be read; without it, damaged ones are logged.
+
+    Raises:
+        UserError: outputs/ is a symbolic link to nothing; mount its disk, or remove the link.
     """
     found = []
     outputs = root_dir() / "outputs"
+    if broken := describe_broken_link(outputs):
+        raise UserError(broken)
     for run_dir in (*outputs.glob("*/*/"), *outputs.glob("*/*/*/")):  # and the jobs of sweeps
         if not os.path.lexists(run_dir / RunInfo.filename):  # a broken link is damage, which `glob` skips
             continue

@@ -11,11 +11,11 @@ import io
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captcha_exp.config import Config, flatten_mapping, with_moved_store
+from captcha_exp.config import Config, MlflowConfig, flatten_mapping, with_moved_store
 from captcha_exp.config import load as load_config
 from captcha_exp.config.documents import MAX_BYTES, parse_json, parse_yaml, read_document
 from captcha_exp.errors import DamagedFile, one_line
@@ -112,8 +112,14 @@ class SavedRun(RecordedDir[RunInfo]):
         return load_config(self.path(name))
 
     def config_to_resume(self) -> Config:
-        """Return the config of the run with the current address of its store; raises as `config`."""
-        return with_moved_store(self.config(), root_dir())
+        """Return the config of the run with the current address of its store; raises as `config`.
+
+        The record has that of a store to which `captcha-exp sync --to` has delivered it.
+        """
+        config = self.config()
+        if isinstance(config.tracking, MlflowConfig) and self.info.mlflow is not None:
+            config = replace(config, tracking=replace(config.tracking, uri=self.info.mlflow.uri))
+        return with_moved_store(config, root_dir())
 
     def flat_config(self) -> dict[str, Any]:
         """Return config.yaml flattened to `group.key` -> value, unchecked; lists are not flattened.

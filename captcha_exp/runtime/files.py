@@ -39,6 +39,16 @@ def is_abandoned_part(path: Path, pid: int | None = None) -> bool:
     return int(match[1]) == pid or not psutil.pid_exists(int(match[1]))
 
 
+def describe_broken_link(path: Path) -> str | None:
+    """Return the part of a path that is a symbolic link to nothing, with the remedy; None without one."""
+    for part in (path, *path.parents):
+        if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114 - Path raises for some
+            target = os.readlink(part)  # noqa: PTH115
+            problem = f"{part}: is a symbolic link to {target}, which does not exist"
+            return f"{problem}; mount its disk, or remove the link"
+    return None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a value as JSON, atomically."""
     write_atomically(path, json_bytes(content))

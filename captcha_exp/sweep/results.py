@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from captcha_exp.errors import UserError
 from captcha_exp.memory.interval import Fits, MiBRange
@@ -34,7 +34,7 @@ class JobResult:
     error: str | None
     """one line, if the job failed, or a later attempt has no result"""
     stop_reason: StopReason | None
-    """why the last attempt was killed"""
+    """why it was killed"""
     attempts: int
     batch_size: int | None
     """images per step; None for auto until it has been measured"""
@@ -89,9 +89,9 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
                 plan = PlannedMemory.model_validate(run.read_json("memory.json"))
         except UserError as damage:
             outcome, error = "failed", str(damage)
-    stop_reason = None if info is None else info.stop_reason
     if run_dir is not None and run_dir != attempts[-1]:
-        error, stop_reason = _describe_later(attempts[-1])
+        reason = _why_without_result(attempts[-1])
+        error = f"trained again without a result ({reason}); its earlier one counts"
     result = None if info is None else info.result
     speed = training_speed(metrics)
     size, micro = config.train.batch_size, config.train.micro_batch_size
@@ -101,7 +101,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
         swept=job.swept,
         outcome=outcome,
         error=error,
-        stop_reason=stop_reason,
+        stop_reason=None if info is None else info.stop_reason,
         attempts=len(attempts),
         batch_size=None if size == "auto" else size,
         micro_batch_size=micro,
@@ -130,15 +130,35 @@ def _attempt_that_counts(attempts: Sequence[Path]) -> Path | None:
     return attempts[-1] if attempts else None
 
 
-def _describe_later(run_dir: Path) -> tuple[str, StopReason | None]:
-    """Return why the last attempt has no result, and why it was killed."""
+def _why_without_result(run_dir: Path) -> str:
+    """Return in a few words why an attempt has no result."""
     try:
         info = RunInfo.load(run_dir)
     except UserError as damage:
-        reason, stop_reason = str(damage), None
-    else:
-        reason, stop_reason = info.error or _outcome_of(info), info.stop_reason
-    return f"trained again without a result ({reason}); its earlier one counts", stop_reason
+        return str(damage)
+    return info.error or info.stop_reason or _outcome_of(info)
+
+
+class Attempts(NamedTuple):
+    """The attempts of a job so far."""
+
+    number: int
+    outcome: Outcome
+    """of the last one"""
+    stop_reason: StopReason | None
+    """why it was killed"""
+
+
+def get_attempts(sweep: Sweep, number: int) -> Attempts:
+    """Return the attempts of a job."""
+    attempts = sweep.attempts(sweep.jobs[number - 1])
+    if not attempts:
+        return Attempts(0, "not run", None)
+    try:
+        info = RunInfo.load(attempts[-1])
+    except UserError:
+        return Attempts(len(attempts), "failed", None)
+    return Attempts(len(attempts), _outcome_of(info), info.stop_reason)
 
 
 def _outcome_of(info: RunInfo) -> Outcome:

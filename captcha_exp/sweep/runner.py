@@ -4,20 +4,21 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from captcha_exp import runs
 from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs.info import running_fields
+from captcha_exp.runtime.console import preview
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.planner import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
-from captcha_exp.sweep.results import collect_results
+from captcha_exp.sweep.results import Attempts, collect_results, get_attempts
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.tracking import make_tracker
 from captcha_exp.tracking.sync import finalize_run, sync_in_background
@@ -62,8 +63,8 @@ def run_sweep(
         tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
         if isinstance(tracking, MlflowConfig):
             sender = Sender(sweep, tracking)
-        _run_jobs(sweep, planned_jobs, launch, rerun_disturbed)
-        if sweep.deadline is not None and _is_out_of_time(sweep, sweep.deadline):
+        pending = _run_jobs(sweep, planned_jobs, launch, rerun_disturbed)
+        if sweep.deadline is not None and _is_out_of_time(sweep, pending, sweep.deadline):
             raise TimeLimitReached(
                 "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
             )
@@ -87,6 +88,9 @@ def run_sweep(
                 logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
                 is_saved = False
             on_complete(sweep, summary)
+    launched = [each for each in summary.results if each.number in pending]
+    if names := [each.name for each in launched if each.outcome == "finished" and each.error]:
+        raise RunFailed(f"{preview(names)}: could not be trained again; the earlier results count")
     if not is_saved:
         option = f"--resume={shlex.quote(str(sweep.run_dir))}"
         raise RunFailed(f"{sweep.run_dir}: no summary; free disk space and write it with {option}")
@@ -95,8 +99,11 @@ def run_sweep(
 
 def _run_jobs(
     sweep: Sweep, planned_jobs: Sequence[PlannedJob], launch: Launcher, rerun_disturbed: bool
-) -> None:
-    """Launch each job that is not done; record those that are not to be trained as skipped."""
+) -> dict[int, Attempts]:
+    """Launch each job that is not done; record those that are not to be trained as skipped.
+
+    Returns the numbers of the launched jobs, each with its attempts before.
+    """
     logger.info(f"sweep {sweep.run_dir}, {len(planned_jobs)} jobs")
     results = [result for result in collect_results(sweep) if result.outcome in DONE]
     done = {result.number for result in results if not (rerun_disturbed and result.disturbed)}
@@ -112,16 +119,21 @@ def _run_jobs(
             tracker = make_tracker(each.config, job.choices, job.name)
             with defer_signals():
                 record_skipped(each, sweep.new_attempt(job), tracker)
-    if numbers := [each.job.number for each in pending if each.should_train]:
+    numbers = [each.job.number for each in pending if each.should_train]
+    before = {number: get_attempts(sweep, number) for number in numbers}
+    if numbers:
         launch(sweep.run_dir, numbers)
+    return before
 
 
-def _is_out_of_time(sweep: Sweep, deadline: float) -> bool:
-    """Return whether the time limit ended a job or kept one from starting."""
+def _is_out_of_time(sweep: Sweep, launched: Mapping[int, Attempts], deadline: float) -> bool:
+    """Return whether the time limit ended a launched job, or kept one from starting."""
     is_over = time.time() >= deadline
+    after = {number: get_attempts(sweep, number) for number in launched}
     return any(
-        result.stop_reason == "time limit" or (is_over and result.outcome == "not run")
-        for result in collect_results(sweep)
+        (after[number].outcome == "killed" and after[number].stop_reason == "time limit")
+        or (is_over and after[number] == before)
+        for number, before in launched.items()
     )
 
 

@@ -41,11 +41,8 @@ class SweepSummary:
 
     @property
     def has_failures(self) -> bool:
-        """Whether a job has no result, or none from the last time that it was trained."""
-        return any(
-            result.outcome in FAILURES or (result.outcome == "finished" and result.error is not None)
-            for result in self.results
-        )
+        """Whether a job has no result."""
+        return any(result.outcome in FAILURES for result in self.results)
 
     @property
     def title(self) -> str:

@@ -54,7 +54,7 @@ def to_markdown(title: str, groups: Sequence[SeedGroup], conclusions: Sequence[s
     ]
     table.insert(1, "|" + " --- |" * len(rows[0]))
     items = [f"- {_escape_markdown(line)}" for line in conclusions]
-    return "\n".join([f"**{_escape_markdown(title)}**", "", *table, "", *items])
+    return "\n".join([f"**{_escape_markdown(title)}**", "", *table, "", *items, ""])
 
 
 def _escape_markdown(text: str) -> str:

@@ -25,6 +25,7 @@ from captcha_exp.config import sqlite_path
 from captcha_exp.config.uri import sqlite_uri
 from captcha_exp.errors import RunFailed, UserError, first_line, one_line
 from captcha_exp.runs import MetricsRow
+from captcha_exp.runtime.files import describe_broken_link
 from captcha_exp.tracking.problems import StoreStatus, describe_problem
 
 # MLflow logs each step of creating its tables.
@@ -223,6 +224,8 @@ def inspect_store(uri: str, experiment: str, is_written: bool = True) -> tuple[S
 
 
 def _inspect_file(path: Path, experiment: str, is_written: bool) -> tuple[StoreStatus, str]:
+    if broken := describe_broken_link(path):
+        return "broken", broken
     existing = next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
     if existing.is_dir() == (existing == path):
         return (
@@ -240,7 +243,7 @@ def _inspect_file(path: Path, experiment: str, is_written: bool) -> tuple[StoreS
     try:
         if fault := _find_fault(path):
             return "broken", fault
-        status = _inspect_database("sqlite://", experiment, creator=lambda: _connect(path, "ro"))
+        status = _inspect_database("sqlite://", experiment, creator=lambda: _connect_to_read(path))
         if status[0] == "current" and is_written:
             with closing(_connect(path, "rw")) as database:
                 database.execute("BEGIN IMMEDIATE")  # takes the write lock; nothing is written
@@ -256,7 +259,7 @@ def _inspect_file(path: Path, experiment: str, is_written: bool) -> tuple[StoreS
 def _find_fault(path: Path) -> str:
     """Return the first structural fault of a SQLite file that is found in time, or an empty string."""
     end = time.monotonic() + INTEGRITY_SECONDS
-    with closing(_connect(path, "ro")) as database:
+    with closing(_connect_to_read(path)) as database:
         database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
         try:
             (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
@@ -265,6 +268,11 @@ def _find_fault(path: Path) -> str:
                 return ""
             raise
     return "" if found == "ok" else one_line(found)
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Connect to read; a transaction of a killed process is rolled back, which needs write access."""
+    return _connect(path, "rw" if path.with_name(f"{path.name}-journal").exists() else "ro")
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

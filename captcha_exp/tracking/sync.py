@@ -150,7 +150,7 @@ def redirect(owed: Sequence[StaleRun[Any]], uri: str) -> None:
     status, detail = inspect_store(uri, "")
     path = sqlite_path(uri)
     if status == "new" and path is not None and not is_inside(path, root_dir()):
-        raise UserError(f"sync --to {uri}: {path} does not exist")
+        raise UserError(f"sync --to {uri}: {path} does not exist; name an existing store, or auto")
     if status not in ("new", "current", "locked"):
         raise UserError("; ".join(describe_problem(uri, status, detail, is_written=False)))
     for stale in owed:

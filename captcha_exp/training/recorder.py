@@ -14,7 +14,7 @@ from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
 from captcha_exp.report import figures
-from captcha_exp.runs import MetricsRow, Run, RunEnd, now_ms, training_speed
+from captcha_exp.runs import MetricsRow, Run, RunEnd, list_checkpoints, now_ms, training_speed
 from captcha_exp.runs.fields import changed_values, to_short_text
 from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runs.source_code import write_source_info
@@ -96,7 +96,8 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
         elif end.status == "KILLED":
             # A resumed reproduction would finish the run but give no verdict.
             hint = "; run the same command again to resume" if run.info.lineage.reproduces is None else ""
-            logger.info(f"Interrupted: {run.run_dir} is marked KILLED and keeps its checkpoint{hint}")
+            kept = " and keeps its checkpoint" if list_checkpoints(run.checkpoint_dir) else ""
+            logger.info(f"Interrupted: {run.run_dir} is marked KILLED{kept}{hint}")
         raise
     finally:
         with defer_signals():

@@ -69,6 +69,11 @@ def test_a_signal_before_anything_is_created_is_confirmed(
         (["evaluate", "nosuchrun"], r"'nosuchrun' is not a run: .+captcha-exp runs.+"),
         (["runs", "x"], r"x: invalid condition; .+"),
         (["evaluate", "latest"], r"latest: no runs in .+ captcha-exp train creates one"),
+        (["fly"], r"fly: unknown command; one of train, data, .+, doctor"),
+        (["trian", "seed=1"], r"trian: unknown command; did you mean train\?"),
+        (["train", "tain.epochs=1"], r"tain: unknown key; did you mean train\?"),
+        (["train", "xyz=1"], r"xyz=1: unknown key; valid keys: augment, captcha, .+, train"),
+        (["train", "lr=0.1"], r"lr=0\.1: unknown key; did you mean train\.learning_rate\?"),
         (["plan", "--card", "h200"], r"--card: was renamed to --gpu"),
         (["plan", "--card=h200", "--json"], r"--card: was renamed to --gpu"),
     ],
@@ -80,7 +85,30 @@ def test_each_invalid_call_is_one_line(call: Call, root: Path, words: list[str],
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["fly"], [], ["train", "--nosuchflag"], ["evaluate"], ["diff", "x"]])
+def test_a_flag_for_a_setting_is_answered_with_its_form(call: Call) -> None:
+    code, _, err = call("train", "--epochs", "3")
+    assert code == 2
+    assert err.endswith("unrecognized arguments: --epochs; settings have no dashes, as in train.epochs=3\n")
+
+
+def test_overrides_are_not_called_required(call: Call) -> None:
+    code, _, err = call("reproduce")
+    assert code == 2
+    assert err.endswith("the following arguments are required: RUN\n")
+
+
+def test_outputs_on_a_disk_that_is_not_mounted_is_named(call: Call, root: Path) -> None:
+    (root / "outputs").symlink_to(root / "disk")
+    problem = f"{root}/outputs: is a symbolic link to {root}/disk, which does not exist"
+    remedy = "mount its disk, or remove the link"
+    for words in (["runs"], ["evaluate", "latest"], ["train", "tracking=none", "data.count=50"]):
+        assert call(*words) == (2, "", f"{problem}; {remedy}\n")
+    code, out, _ = call("doctor", "--json", "tracking=none", "device.name=cpu")
+    findings = [each for each in json.loads(out) if each["level"] == "problem"]
+    assert (code, findings) == (1, [{"level": "problem", "message": problem, "remedy": remedy}])
+
+
+@pytest.mark.parametrize("words", [[], ["train", "--nosuchflag"], ["evaluate"], ["diff", "x"]])
 def test_unknown_arguments_print_the_usage(call: Call, words: list[str]) -> None:
     code, out, err = call(*words)
     assert (code, out) == (2, "")

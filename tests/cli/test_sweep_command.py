@@ -41,7 +41,7 @@ from captcha_exp.memory.interval import MiBRange
 from captcha_exp.runs import RecordedDir
 from captcha_exp.runs.info import Skipped, running_fields
 from captcha_exp.runtime.device import detect_machine
-from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
+from captcha_exp.runtime.shutdown import StopReason, TimeLimitReached, defer_signals
 from captcha_exp.sweep import record, supervisor
 from captcha_exp.sweep.planner import plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
@@ -400,29 +400,73 @@ def test_rerun_disturbed_trains_the_disturbed_jobs_of_a_finished_sweep_again(
     assert launched[3][0] == [1, 2]
 
 
-@pytest.mark.parametrize(("status", "error"), [("FAILED", "no space left"), ("KILLED", None)])
+def add_attempt(
+    sweep: Sweep, number: int, status: runs.Status, error: str | None, reason: StopReason | None
+) -> None:
+    job = sweep.jobs[number - 1]
+    runs.create_run(job.requested, job.requested, sweep.new_attempt(job)).close(status, error, reason)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "reason", "shown"),
+    [
+        ("FAILED", "no space left", None, "no space left"),
+        ("KILLED", None, "SIGTERM", "SIGTERM"),
+        ("KILLED", None, "time limit", "time limit"),
+    ],
+)
 def test_a_finished_attempt_counts_although_a_later_one_has_no_result(
     status: runs.Status,
     error: str | None,
+    reason: StopReason | None,
+    shown: str,
     root: Path,
     launched: list[Any],
-    caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train_all(*GRID) == 0
     (path,) = (root / "outputs").glob("*/*/sweep.json")
     sweep = Sweep(path.parent)
-    (before, _), job = collect_results(sweep), sweep.jobs[0]
-    rerun = runs.create_run(job.requested, job.requested, sweep.new_attempt(job))
-    rerun.close(status, error)
+    before = collect_results(sweep)[0]
+    add_attempt(sweep, 1, status, error, reason)
     after = collect_results(sweep)[0]
-    reason = error or "killed"
-    expected = f"trained again without a result ({reason}); its earlier one counts"
+    expected = f"trained again without a result ({shown}); its earlier one counts"
     assert after == replace(before, attempts=2, error=expected)
     capsys.readouterr()
-    assert train_all(resume=str(sweep.run_dir)) == 1
+    assert train_all("train.max_minutes=9", resume=str(sweep.run_dir)) == 0
     assert f"seed=1: {expected}" in " ".join(capsys.readouterr().out.split())
     assert len(launched) == 1, "the job is done"
+    assert Sweep(sweep.run_dir).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("happens", ["fails", "time limit", "not started"])
+def test_training_again_without_a_result_is_not_a_success(
+    happens: str, root: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_all(*GRID) == 0
+    (path,) = (root / "outputs").glob("*/*/sweep.json")
+    sweep = Sweep(path.parent)
+    disturb(sweep, 1)
+    disturb(sweep, 2)
+
+    def launch(sweep_dir: Path, numbers: Sequence[int], _: Any) -> None:
+        assert numbers == [1, 2]
+        add_attempt(sweep, 1, "FINISHED", None, None)
+        if happens == "fails":
+            add_attempt(sweep, 2, "FAILED", "no space left", None)
+        elif happens == "time limit":
+            add_attempt(sweep, 2, "KILLED", None, "time limit")
+        else:
+            monkeypatch.setattr(time, "time", lambda: 1e10)
+
+    monkeypatch.setattr(sweep_command, "_launch", launch)
+    words = () if happens == "fails" else ("train.max_minutes=9",)
+    expected: type[Exception] = RunFailed if happens == "fails" else TimeLimitReached
+    with pytest.raises(expected) as raised:
+        train_all(*words, resume=str(sweep.run_dir), rerun=True)
+    if happens == "fails":
+        assert str(raised.value) == "seed=2: could not be trained again; the earlier results count"
+    assert [result.outcome for result in collect_results(sweep)] == ["finished", "finished"]
 
 
 def test_rerun_disturbed_needs_a_sweep(root: Path, launched: list[Any]) -> None:

@@ -94,5 +94,6 @@ def test_the_size_is_limited(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_document(path, max_bytes=5) == b"12345"
+    assert read_document(path, max_bytes=2**60) == b"12345", "no memory is taken for more than the file has"
     with pytest.raises(ValueError, match="larger than 4 bytes"):
         read_document(path, max_bytes=4)

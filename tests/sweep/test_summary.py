@@ -803,4 +803,5 @@ def test_markdown_has_a_row_for_each_group(results: list[JobResult]) -> None:
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(summary.groups)
     assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table}) == 1
-    assert len(lines) == 1 + 1 + len(table) + 1 + len(summary.conclusions)
+    assert len(lines) == 1 + 1 + len(table) + 1 + len(summary.conclusions) + 1
+    assert lines[-1] == ""

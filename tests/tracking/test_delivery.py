@@ -124,7 +124,8 @@ def test_sync_prints_what_is_not_delivered(tiny: Config, call: Call) -> None:
     run = make_owed(tiny)
     name = run.run_dir.relative_to(run.run_dir.parents[2])
     code, out, _ = call("sync")
-    assert (code, out) == (1, f"{name}: http://127.0.0.1:1: not delivered: {REFUSED}\n")
+    hint = "captcha-exp sync --to URI delivers to another store, if the address is wrong"
+    assert (code, out) == (1, f"{name}: http://127.0.0.1:1: not delivered: {REFUSED}\n{hint}\n")
     code, out, _ = call("sync", "--json")
     (result,) = json.loads(out)
     assert (code, result["problem"], result["run_dir"]) == (1, REFUSED, str(run.run_dir))

@@ -141,6 +141,34 @@ def test_an_odd_store_is_refused_in_one_line_and_not_touched(store: Path, kind: 
     assert before is None or store.read_bytes() == before
 
 
+def test_an_interrupted_transaction_is_rolled_back(store: Path) -> None:
+    """What a process leaves that was killed while it committed."""
+    with closing(sqlite3.connect(store, isolation_level=None)) as database:
+        database.execute("PRAGMA synchronous=EXTRA")
+        database.execute("PRAGMA cache_size=1")  # pages are written before the end
+        database.execute("BEGIN")
+        database.execute("CREATE TABLE filler (t)")
+        database.executemany("INSERT INTO filler VALUES (?)", [("x" * 100,)] * 5_000)
+        journal = store.with_name(f"{store.name}-journal")
+        left = [(path, path.read_bytes()) for path in (store, journal)]
+        database.execute("ROLLBACK")
+    for path, content in left:
+        path.write_bytes(content)
+    uri = f"sqlite:///{store}"
+    reader = sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)
+    with closing(reader), pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reader.execute("SELECT * FROM experiments")
+    assert inspect_store(uri, "captcha_exp", is_written=False) == ("current", "")
+    assert not journal.exists()
+    check_store(uri, "captcha_exp")
+
+
+def test_a_store_on_a_disk_that_is_not_mounted_is_named(root: Path) -> None:
+    (root / "mlruns").symlink_to(root / "disk")
+    with pytest.raises(UserError, match=r"mlruns: is a symbolic link to .*disk, which does not exist; mount"):
+        check_store(f"sqlite:///{root}/mlruns/mlflow.db", "")
+
+
 def test_a_locked_store_delays_no_run(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captcha_exp.tracking.store.LOCK_TIMEOUT_SECONDS", 0.05)
     uri = f"sqlite:///{store}"
