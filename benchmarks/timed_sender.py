@@ -5,6 +5,7 @@ python benchmarks/timed_sender.py train ...
 
 import sys
 import time
+from unittest import mock
 
 from captcha_exp.cli import main
 from captcha_exp.tracking import tracker
@@ -26,5 +27,5 @@ class TimedSender(tracker.Sender):
 
 
 if __name__ == "__main__":
-    tracker.Sender = TimedSender  # type: ignore[misc]  # in this process only
-    main.main()
+    with mock.patch.object(tracker, "Sender", TimedSender):
+        main.main()

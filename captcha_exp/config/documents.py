@@ -15,6 +15,8 @@ import yaml
 
 MAX_BYTES = 256 * 2**20
 """size of a file that is read as a whole; the largest lists the images of a dataset"""
+CHUNK_BYTES = 2**20
+"""read at a time: memory is taken for all that is asked for"""
 MAX_DEPTH = 64
 """levels of nesting; configs and records have fewer than ten"""
 MAX_JSON_VALUES = 4_000_000
@@ -38,12 +40,12 @@ def read_document(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        if status.st_size > max_bytes:
-            raise ValueError(f"larger than {max_bytes:,} bytes")
-        content = file.read(status.st_size + 1)
-    if len(content) > status.st_size:
-        raise ValueError("grew while it was read; try again")
-    return content
+        content = bytearray()
+        while max(status.st_size, len(content)) <= max_bytes and (chunk := file.read(CHUNK_BYTES)):
+            content += chunk
+    if max(status.st_size, len(content)) > max_bytes:  # it may grow meanwhile
+        raise ValueError(f"larger than {max_bytes:,} bytes")
+    return bytes(content)
 
 
 def parse_json(content: bytes | str) -> Any:

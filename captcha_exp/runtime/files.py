@@ -42,9 +42,8 @@ def is_abandoned_part(path: Path, pid: int | None = None) -> bool:
 def describe_broken_link(path: Path) -> str | None:
     """Return the part of a path that is a symbolic link to nothing, with the remedy; None without one."""
     for part in (path, *path.parents):
-        if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114 - Path raises for some
-            target = os.readlink(part)  # noqa: PTH115
-            problem = f"{part}: is a symbolic link to {target}, which does not exist"
+        if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114 - pathlib's raise on long names
+            problem = f"{part}: is a symbolic link to {part.readlink()}, which does not exist"
             return f"{problem}; mount its disk, or remove the link"
     return None
 

@@ -122,7 +122,7 @@ def _collect_result(sweep: Sweep, job: Job) -> JobResult:
 
 
 def _attempt_that_counts(attempts: Sequence[Path]) -> Path | None:
-    """Return the last attempt, or before it the last one that finished training; None without attempts."""
+    """Return the last attempt that finished training, else the last one; None without attempts."""
     for run_dir in reversed(attempts if len(attempts) > 1 else []):
         with contextlib.suppress(UserError):
             if _outcome_of(RunInfo.load(run_dir)) == "finished":

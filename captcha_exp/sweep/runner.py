@@ -63,8 +63,8 @@ def run_sweep(
         tracking = planned_jobs[0].config.tracking  # resolved; the same for all jobs
         if isinstance(tracking, MlflowConfig):
             sender = Sender(sweep, tracking)
-        pending = _run_jobs(sweep, planned_jobs, launch, rerun_disturbed)
-        if sweep.deadline is not None and _is_out_of_time(sweep, pending, sweep.deadline):
+        launched = _run_jobs(sweep, planned_jobs, launch, rerun_disturbed)
+        if sweep.deadline is not None and _is_out_of_time(sweep, launched, sweep.deadline):
             raise TimeLimitReached(
                 "train.max_minutes: time limit reached; progress is saved, run the same command to resume"
             )
@@ -88,8 +88,8 @@ def run_sweep(
                 logger.warning(f"{sweep.run_dir}: cannot write the summary: {exception}")
                 is_saved = False
             on_complete(sweep, summary)
-    launched = [each for each in summary.results if each.number in pending]
-    if names := [each.name for each in launched if each.outcome == "finished" and each.error]:
+    again = [each for each in summary.results if each.number in launched and each.outcome == "finished"]
+    if names := [each.name for each in again if each.error]:
         raise RunFailed(f"{preview(names)}: could not be trained again; the earlier results count")
     if not is_saved:
         option = f"--resume={shlex.quote(str(sweep.run_dir))}"

@@ -97,3 +97,22 @@ def test_the_size_is_limited(tmp_path: Path) -> None:
     assert read_document(path, max_bytes=2**60) == b"12345", "no memory is taken for more than the file has"
     with pytest.raises(ValueError, match="larger than 4 bytes"):
         read_document(path, max_bytes=4)
+
+
+def test_a_file_that_grows_while_it_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the metrics of a run that another process trains."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"a")
+    fstat = os.fstat
+
+    def append(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        path.write_bytes(b"abc")
+        return status
+
+    monkeypatch.setattr("captcha_exp.config.documents.os.fstat", append)
+    assert read_document(path, max_bytes=3) == b"abc"
+    with pytest.raises(ValueError, match="larger than 2 bytes"):
+        read_document(path, max_bytes=2)
