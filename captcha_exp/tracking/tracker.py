@@ -21,7 +21,8 @@ from captcha_exp.tracking.sync import sync_reachable
 logger = logging.getLogger(__name__)
 
 SEND_INTERVAL_SECONDS = 2.0  # epochs that follow each other faster are sent together
-RETRY_INTERVAL_SECONDS = 5.0
+RETRY_INTERVAL_SECONDS = 5.0  # after the first failure; doubled by each further one
+MAX_RETRY_INTERVAL_SECONDS = 60.0
 PARENT_INTERVAL_SECONDS = 1.0
 END_SECONDS = 10.0
 """maximum wait at the end of a run; the rest is delivered later"""
@@ -84,6 +85,7 @@ class Sender:
 
     def _run(self) -> None:
         has_synced_others = is_last = False
+        pause = RETRY_INTERVAL_SECONDS
         while not is_last:
             self._has_news.clear()
             is_last = self._is_ending.is_set()
@@ -93,6 +95,7 @@ class Sender:
                     return
                 self._delivery.update()
                 self._report_return()
+                pause = RETRY_INTERVAL_SECONDS
                 if not has_synced_others:
                     has_synced_others = True
                     sync_reachable(self._is_ending.is_set)
@@ -109,7 +112,8 @@ class Sender:
             except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
                 has_synced_others = False
                 self._report_loss(shorten(error))
-                self._is_ending.wait(RETRY_INTERVAL_SECONDS)
+                self._is_ending.wait(pause)
+                pause = min(2 * pause, MAX_RETRY_INTERVAL_SECONDS)
 
     def _report_loss(self, reason: str) -> None:
         """Warn once; a server that comes and goes is reported by the end of the run only."""

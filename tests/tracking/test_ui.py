@@ -237,7 +237,8 @@ def test_the_sweep_run_shows_the_summary(served: Served, page: Any) -> None:
 def test_the_metrics_of_the_sweep_are_lines_over_the_batch_size(served: Served, page: Any) -> None:
     page.goto(served.urls["summary"])
     page.get_by_role("tab", name="Model metrics").click()
-    charts = wait_for(lambda: charts_of(page), lambda found: "images_per_second" in found)
+    needed = {"images_per_second", "measured_mib"}
+    charts = wait_for(lambda: charts_of(page), lambda found: needed <= found.keys())
 
     steps, _ = charts["images_per_second"]["runs"][served.sweep.name]
     assert steps == list(SIZES)
