@@ -17,13 +17,15 @@ from conftest import TINY, generator_config, make_batch, with_train
 from PIL import Image
 
 from captcha_exp import compose, load
-from captcha_exp.config import AugmentConfig, Config, Precision, ResNet18Config, to_dict
+from captcha_exp.config import AugmentConfig, Config, HeadName, Precision, ResNet18Config, to_dict
 from captcha_exp.data import dataset
+from captcha_exp.data.alphabet import END
 from captcha_exp.data.augment import NUM_PARAMS, Augmenter, augment, sample_params
 from captcha_exp.data.dataset import Split
 from captcha_exp.doctor import collect_info, run_checks
 from captcha_exp.memory.plan import Planner
 from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.model.heads import build_head
 from captcha_exp.model.predict import Predictor
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runs import find_run, make_run_dir
@@ -60,7 +62,7 @@ def with_device(config: Config, **values: Any) -> Config:
 
 def training_split(config: Config) -> Split:
     """Return the training split of a config."""
-    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
+    data = dataset.load_or_build(dataset.inspect_dataset(config))
     return data.split("train", torch.device(config.device.name), config.device.preload_limit_mib)
 
 
@@ -120,6 +122,52 @@ def test_memory_saving_options_never_synchronize_and_are_deterministic(
         torch.cuda.set_sync_debug_mode("default")
         losses.append([float(step.loss) for step in steps])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.gpu_quick
+@pytest.mark.parametrize("head", ["end_class", "ctc"])
+def test_heads_for_any_length_never_synchronize_and_are_deterministic(
+    cuda: Config, head: HeadName, sync_debug_reset: None
+) -> None:
+    config = replace(
+        cuda,
+        captcha=replace(cuda.captcha, min_length=1),
+        model=replace(cuda.model, head=head),
+    )
+    device = setup_device(config)
+    batch = dataset.random_batch(config, 64, device)
+    batch.targets[::3, 1] = END
+    results = []
+    for _ in range(3):
+        state = init_train_state(config, device)
+        train_step(state, batch, config)  # loads kernels
+        torch.cuda.set_sync_debug_mode("error")
+        steps = [train_step(state, batch, config) for _ in range(3)]
+        torch.cuda.set_sync_debug_mode("default")
+        results.append([*(step.loss for step in steps), *(p.detach() for p in state.model.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("head", ["end_class", "ctc"])
+def test_heads_for_any_length_agree_with_the_cpu(cuda: Config, head: HeadName) -> None:
+    captcha = replace(cuda.captcha, min_length=1, length=3)
+    built = build_head(head, 8, 12, captcha)
+    features = torch.randn(50, 8, 12, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(0, 5, (50, 3), generator=torch.Generator().manual_seed(1))
+    targets[::2, 1:] = END
+    outputs = []
+    for device in ("cpu", "cuda"):
+        head_there = built.to(device)
+        head_there.zero_grad()
+        logits = head_there(features.to(device))
+        loss = head_there.loss(logits, targets.to(device), 0.1)
+        loss.backward()  # type: ignore[no-untyped-call]
+        decoded = head_there.decode(logits.detach())
+        gradients = [p.grad for p in head_there.parameters() if p.grad is not None]
+        outputs.append([x.detach().cpu() for x in (loss, *gradients, *decoded)])
+    for on_cpu, on_gpu in zip(*outputs, strict=True):
+        torch.testing.assert_close(on_cpu, on_gpu, atol=1e-4, rtol=1e-3)
 
 
 def test_the_best_weights_use_no_gpu_memory(cuda: Config) -> None:

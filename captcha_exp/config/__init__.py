@@ -11,6 +11,7 @@
 from captcha_exp.config.gpu import Bounds as Bounds
 from captcha_exp.config.gpu import GpuSpec as GpuSpec
 from captcha_exp.config.loading import Machine as Machine
+from captcha_exp.config.loading import choose_head as choose_head
 from captcha_exp.config.loading import data_from_json as data_from_json
 from captcha_exp.config.loading import flatten as flatten
 from captcha_exp.config.loading import flatten_mapping as flatten_mapping
@@ -21,6 +22,7 @@ from captcha_exp.config.loading import load_gpu as load_gpu
 from captcha_exp.config.loading import resolve as resolve
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
+from captcha_exp.config.loading import with_captcha as with_captcha
 from captcha_exp.config.loading import with_gpu as with_gpu
 from captcha_exp.config.loading import with_moved_store as with_moved_store
 from captcha_exp.config.loading import with_tracking_uri as with_tracking_uri
@@ -34,10 +36,12 @@ from captcha_exp.config.schema import Config as Config
 from captcha_exp.config.schema import DataConfig as DataConfig
 from captcha_exp.config.schema import FolderConfig as FolderConfig
 from captcha_exp.config.schema import GeneratorConfig as GeneratorConfig
+from captcha_exp.config.schema import HeadName as HeadName
 from captcha_exp.config.schema import MlflowConfig as MlflowConfig
 from captcha_exp.config.schema import ModelConfig as ModelConfig
 from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18Config as ResNet18Config
+from captcha_exp.config.schema import TextKind as TextKind
 from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import omegaconf
 import yaml
@@ -23,7 +23,14 @@ from captcha_exp.config import schema
 from captcha_exp.config.documents import check_yaml, read_document
 from captcha_exp.config.gpu import GpuSpec
 from captcha_exp.config.messages import format_errors
-from captcha_exp.config.schema import Config, DataConfig, FolderConfig, MlflowConfig
+from captcha_exp.config.schema import (
+    CaptchaConfig,
+    Config,
+    DataConfig,
+    FolderConfig,
+    HeadName,
+    MlflowConfig,
+)
 from captcha_exp.config.uri import absolute_uri, local_store_uri, moved_store_uri
 from captcha_exp.errors import ConfigError, one_line
 
@@ -93,6 +100,8 @@ def load_gpu(path: Path) -> GpuSpec:
 def resolve(config: Config, machine: Machine) -> Config:
     """Replace every `auto` that the machine determines, and make the paths of the user absolute.
 
+    Those of the captcha group remain: `dataset.inspect_dataset` infers them from the images of a folder.
+
     device.precision=auto and train.batch_size=auto remain: they need trials on the device. Training runs them
     (training.autotune); a command that only plans takes `with_untuned_defaults`.
 
@@ -115,7 +124,28 @@ def resolve(config: Config, machine: Machine) -> Config:
     train = config.train
     if train.on_oom == "auto":  # a sweep has set "record" before
         train = dataclasses.replace(train, on_oom="fail")
-    return dataclasses.replace(config, device=device, data=data, train=train)
+    config = dataclasses.replace(config, device=device, data=data, train=train)
+    return config if config.captcha.inferred_keys else with_captcha(config, config.captcha)
+
+
+def with_captcha(config: Config, captcha: CaptchaConfig) -> Config:
+    """Return the config with a captcha group without `auto`, and the head that `auto` chooses for it.
+
+    Raises:
+        ConfigError: model.head is not for such labels; the line says which are.
+    """
+    model = dataclasses.replace(config.model, head=choose_head(config.model.head, captcha))
+    try:
+        return dataclasses.replace(config, captcha=captcha, model=model)
+    except ValidationError as error:
+        raise ConfigError(*(str(item["ctx"]["error"]) for item in error.errors())) from None
+
+
+def choose_head(head: HeadName | Literal["auto"], captcha: CaptchaConfig) -> HeadName:
+    """Return the head of a config: for `auto`, one for labels of one length or of different lengths."""
+    if head != "auto":
+        return head
+    return "position" if captcha.shortest_length == captcha.length else "end_class"
 
 
 def with_untuned_defaults(config: Config) -> Config:

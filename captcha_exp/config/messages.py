@@ -74,7 +74,7 @@ def format_errors(
             case "secret":
                 line = f"{key}: {item['msg']}"  # without the value: terminals are logged
             case "value_error":
-                line = f"{shown}: {item['ctx']['error']}"
+                line = f"{shown}: {item['ctx']['error']}".removeprefix(": ")  # of the whole config
             case "union_tag_invalid" | "union_tag_not_found":
                 tag = rule["discriminator"]["propertyName"]
                 given = value.get(tag) if isinstance(value, Mapping) else value

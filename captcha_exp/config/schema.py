@@ -15,11 +15,13 @@ from pydantic_core import PydanticCustomError
 from captcha_exp.config.gpu import STRICT, GpuSpec
 from captcha_exp.config.gpu import Bounds as Bounds  # imported from here by name, like all of the schema
 from captcha_exp.config.train import AugmentConfig, Auto, Fraction, TrainConfig
-from captcha_exp.config.validators import check_alphabet, expand_user
+from captcha_exp.config.validators import OrInferred, check_alphabet, check_arithmetic, expand_user
 
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 FilePath: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(expand_user)]
+TextKind: TypeAlias = Literal["characters", "arithmetic"]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+HeadName: TypeAlias = Literal["position", "end_class", "ctc", "grouped_softmax"]
 
 
 def _check_filename_pattern(value: str) -> str:
@@ -64,19 +66,43 @@ def _check_uri(value: str) -> str:
 class CaptchaConfig:
     """Size of the images that the network receives, and the labels in them."""
 
-    width: Annotated[int, Field(ge=16, le=2048)]
+    width: Annotated[int, Field(ge=16, le=2048), OrInferred()]
     """pixels, after the resize"""
-    height: Annotated[int, Field(ge=16, le=2048)]
+    height: Annotated[int, Field(ge=16, le=2048), OrInferred()]
     """pixels, after the resize"""
-    channels: Literal[1, 3]
+    channels: Annotated[Literal[1, 3], OrInferred()]
     """1 for grayscale, 3 for RGB"""
     alphabet: Annotated[str, AfterValidator(check_alphabet)]
-    """the characters in class order, each once"""
-    length: Annotated[int, Field(ge=1, le=32)]
-    """characters in a label"""
-    case: Literal["fold", "keep"]
+    """the characters in class order, each once; auto: those of the labels"""
+    length: Annotated[int, Field(ge=1, le=32), OrInferred()]
+    """characters in a label, in the longest ones if they differ"""
+    min_length: Annotated[Annotated[int, Field(ge=1, le=32)] | None, OrInferred()]
+    """characters in the shortest labels; null: all have captcha.length characters"""
+    case: Annotated[Literal["fold", "keep"], OrInferred()]
     """fold: convert letters of labels to the other case if the alphabet has only that one; keep: labels are
     case-sensitive"""
+
+    @property
+    def inferred_keys(self) -> list[str]:
+        """The keys that are still `auto`."""
+        return [f"captcha.{key}" for key, value in vars(self).items() if value == "auto"]
+
+    def is_auto(self, *keys: str) -> bool:
+        """Return whether one of these keys is still `auto`."""
+        return any(getattr(self, key) == "auto" for key in keys)
+
+    @property
+    def shortest_length(self) -> int:
+        """Number of characters in the shortest labels."""
+        return self.length if self.min_length is None else self.min_length
+
+    @model_validator(mode="after")
+    def _check_min_length(self) -> "CaptchaConfig":
+        if not self.is_auto("min_length", "length") and self.shortest_length > self.length:
+            raise ValueError(
+                f"min_length={self.min_length} is greater than length={self.length}; it must be at most that"
+            )
+        return self
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -88,7 +114,12 @@ class BaseDataConfig:
     validation_fraction: Fraction
     """fraction of the labels in the validation split, which selects the best epoch"""
     test_fraction: Fraction
-    """fraction of the labels in the test split, which is evaluated once, at the end"""
+    """fraction of the labels in the test split, which is evaluated once, at the end; with data.folds, that of
+    a fold counts"""
+    folds: Annotated[int, Field(ge=2, le=100)] | None
+    """number of equal parts of the labels, one of which is the test split; null: data.test_fraction"""
+    fold: Annotated[int, Field(ge=0, le=99)]
+    """the part of data.folds that is the test split, from 0"""
     split_seed: Seed
     """seed of the split"""
     cache: FilePath
@@ -96,7 +127,13 @@ class BaseDataConfig:
 
     @model_validator(mode="after")
     def _check_fractions(self) -> "BaseDataConfig":
-        if self.validation_fraction + self.test_fraction >= 1:
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold}: must be less than folds={self.folds}; the first is 0")
+        if self.folds is not None and self.validation_fraction + 1 / self.folds >= 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} and folds={self.folds} leave no training set"
+            )
+        if self.folds is None and self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} "
                 "leave no training split: their sum must be below 1"
@@ -110,6 +147,8 @@ class BaseGeneratorConfig(BaseDataConfig):
 
     count: Annotated[int, Field(ge=1, le=100_000_000)]
     """number of images"""
+    text: TextKind
+    """what is rendered: random characters of the alphabet, or sums such as 3+15="""
     seed: Seed
     """seed of the generated images"""
     width: Annotated[int, Field(ge=16, le=4096)]
@@ -143,6 +182,8 @@ class ArticleConfig(BaseGeneratorConfig):
     """A generator of images like those of the article."""
 
     source: Literal["article"]
+    text: Literal["characters"]
+    """what is rendered: random characters of the alphabet"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -162,6 +203,11 @@ class FolderConfig(BaseDataConfig):
     label"""
     on_invalid: Literal["error", "skip"]
     """what to do about images that cannot be used: report them as an error, or skip them with a warning"""
+    on_conflict: Literal["error", "skip"]
+    """what to do about images with equal pixels and different labels: report or skip them all"""
+    on_duplicate: Literal["error", "skip", "keep"]
+    """what to do about images with equal pixels and labels: report all but the first, skip these, or keep
+    them, in the same split"""
 
 
 GeneratorConfig: TypeAlias = CaptchaLibraryConfig | WheezyLibraryConfig | ArticleConfig
@@ -174,9 +220,11 @@ class BaseModelConfig:
 
     name: str
     """network"""
-    head: Literal["position", "grouped_softmax"]
-    """classification head and loss: a classifier per position with cross entropy, or the article's grouped
-    softmax with binary cross entropy"""
+    head: HeadName | Auto
+    """classification head and loss. position: a classifier per position with cross entropy; end_class: the
+    same with a class for the end, for labels of different lengths; ctc: connectionist temporal
+    classification, for these, too; grouped_softmax: the article's, with binary cross entropy; auto: position
+    if all labels have one length, else end_class"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -265,3 +313,30 @@ class Config:
     sweep: SweepConfig
     gpu: GpuSpec
     tracking: TrackingConfig
+
+    @model_validator(mode="after")
+    def _check_inferred(self) -> "Config":
+        if (keys := self.captcha.inferred_keys) and not isinstance(self.data, FolderConfig):
+            raise ValueError(
+                f"{keys[0]}=auto: is inferred from the images of a folder; write a value for "
+                f"data={self.data.source}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_text(self) -> "Config":
+        if getattr(self.data, "text", None) == "arithmetic":
+            check_arithmetic(self.captcha.alphabet, self.captcha.shortest_length, self.captcha.length)
+        return self
+
+    @model_validator(mode="after")
+    def _check_head(self) -> "Config":
+        if self.captcha.is_auto("length", "min_length"):
+            return self  # checked again when they are inferred
+        head, shortest, longest = self.model.head, self.captcha.shortest_length, self.captcha.length
+        if head in ("position", "grouped_softmax") and shortest < longest:
+            raise ValueError(
+                f"model.head={head}: is for labels of one length, but captcha.min_length={shortest} and "
+                f"captcha.length={longest}; use model.head=auto, end_class or ctc"
+            )
+        return self

@@ -2,6 +2,23 @@
 
 import os
 import unicodedata
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+ARITHMETIC_OPERATORS = "+-x*/"
+ARITHMETIC_LENGTHS = (4, 8)  # 3+5= to 100+200=
+
+
+class OrInferred:
+    """Annotation of a value that may be `auto` until it is inferred from the images of a folder.
+
+    The type does not have it: `dataset.inspect_dataset` returns the config with all values inferred.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.union_schema([core_schema.literal_schema(["auto"]), handler(source)])
 
 
 def check_alphabet(characters: str) -> str:
@@ -20,6 +37,27 @@ def check_alphabet(characters: str) -> str:
     if invisible:
         raise ValueError(f"{invisible[0]!r} is not a visible character; remove it")
     return characters
+
+
+def check_arithmetic(alphabet: str, min_length: int, length: int) -> None:
+    """Check that sums can be written with an alphabet and lengths.
+
+    Raises:
+        ValueError: they cannot; the message says what to change.
+    """
+    if missing := "".join(c for c in "0123456789=" if c not in alphabet):
+        raise ValueError(f"data.text=arithmetic: captcha.alphabet={alphabet} lacks {missing}; add them")
+    if not set(ARITHMETIC_OPERATORS) & set(alphabet):
+        raise ValueError(
+            f"data.text=arithmetic: captcha.alphabet={alphabet} has no operator; add one or more of "
+            f"{' '.join(ARITHMETIC_OPERATORS)}"
+        )
+    shortest, longest = ARITHMETIC_LENGTHS
+    if min_length < shortest or length > longest:
+        raise ValueError(
+            f"data.text=arithmetic: has {shortest} to {longest} characters, but "
+            f"captcha.min_length={min_length} and captcha.length={length}"
+        )
 
 
 def expand_user(path: str) -> str:

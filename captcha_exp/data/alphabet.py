@@ -6,6 +6,9 @@ The order of the alphabet is the order of the classes, and part of every trained
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+END = -1  # class id of the positions after the last character of a label
+NO_CHARACTER = "∅"  # shown where a character is missing in a prediction, or was added by it
+
 
 @dataclass(frozen=True)
 class Alphabet:
@@ -36,6 +39,14 @@ class Alphabet:
             raise ValueError(f"{unknown!r} in {text!r} is not in the alphabet {self.characters!r}")
         return ids
 
+    def encode_padded(self, text: str, length: int) -> list[int]:
+        """Convert a text to `length` class ids, with END after its last character.
+
+        Raises:
+            ValueError: a character is not in the alphabet; add it to captcha.alphabet, or fix the label.
+        """
+        return self.encode(text) + [END] * (length - len(text))
+
     def fold_case(self, text: str) -> str:
         """Convert each letter to the other case if the alphabet has only that one."""
         return "".join(
@@ -46,5 +57,5 @@ class Alphabet:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Convert class ids to text."""
-        return "".join(self.characters[k] for k in ids)
+        """Convert class ids to text; END is not a character."""
+        return "".join(self.characters[k] for k in ids if k != END)

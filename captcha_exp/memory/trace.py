@@ -163,9 +163,10 @@ def _run_evaluation(model: Recognizer, split: Split, config: Config) -> None:
     """Run the last batches of `evaluate`."""
     size, count = config.train.eval_batch_size, len(split)
     skipped = max(0, count // size - NUM_EVAL_BATCHES) * size
-    # An image leaves its class IDs and confidences; one that was transferred, also its targets and index.
+    # An image leaves its class IDs and confidences, of characters and of the text; one that was transferred,
+    # also its targets and index.
     length = config.captcha.length
-    image_bytes = (8 + 4) * length + (0 if split.indices.device == DEVICE else 8 * length + 8)
+    image_bytes = (8 + 4) * length + 4 + (0 if split.indices.device == DEVICE else 8 * length + 8)
     skipped_results = torch.empty(skipped * image_bytes, dtype=torch.uint8, device=DEVICE)
     images, targets, indices = (x[skipped:] for x in (split.images, split.targets, split.indices))
     predictions = predict_split(model, Split(images, targets, indices, DEVICE), config)

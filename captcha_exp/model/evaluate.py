@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from captcha_exp import runs
 from captcha_exp.config import Config, flatten_mapping
 from captcha_exp.data import dataset
-from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset, Split
+from captcha_exp.model.alignment import align
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights, max_file_bytes
 from captcha_exp.runs.fields import changed_values
@@ -40,18 +42,25 @@ class Misread:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The predictions of a model for N images, with their labels."""
+    """The predictions of a model for N images, with their labels; class ids are END after a text."""
 
     loss: float  # mean over the images
     predicted: npt.NDArray[np.int64]  # (N, T) class ids
     targets: npt.NDArray[np.int64]  # (N, T) class ids
     confidences: npt.NDArray[np.float32]  # (N, T) probability of each predicted character
+    text_confidences: npt.NDArray[np.float32]  # (N,) probability of each predicted text
     indices: npt.NDArray[np.int64]  # (N,) indices of the images in the dataset
+
+    @cached_property
+    def is_correct(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the whole label of an image is predicted correctly."""
+        found: npt.NDArray[np.bool_] = (self.predicted == self.targets).all(axis=1)
+        return found
 
     @property
     def num_correct(self) -> int:
         """Number of images whose whole label is predicted correctly."""
-        return int((self.predicted == self.targets).all(axis=1).sum())
+        return int(self.is_correct.sum())
 
     @property
     def accuracy(self) -> float:
@@ -63,19 +72,71 @@ class Evaluation:
         """95% confidence interval of the accuracy."""
         return wilson_interval(self.num_correct, len(self.indices))
 
+    @cached_property
+    def char_pairs(self) -> npt.NDArray[np.int64]:
+        """(2, M) class ids of the characters of labels and of predictions, END if one has none there."""
+        same_length = ((self.targets == END) == (self.predicted == END)).all(axis=1)
+        is_used = same_length[:, None] & (self.targets != END)
+        pairs = [np.stack([self.targets[is_used], self.predicted[is_used]])]
+        for row in np.flatnonzero(~same_length):
+            label, predicted = (ids[row][ids[row] != END].tolist() for ids in (self.targets, self.predicted))
+            pairs.append(np.array(align(label, predicted), np.int64).T)
+        return np.concatenate(pairs, axis=1)
+
+    @cached_property
+    def wrong_pairs(self) -> npt.NDArray[np.int64]:
+        """The pairs of characters that differ."""
+        pairs = self.char_pairs
+        return pairs[:, pairs[0] != pairs[1]]
+
+    @property
+    def num_chars(self) -> int:
+        """Number of characters in the labels."""
+        return int((self.targets != END).sum())
+
+    @property
+    def num_wrong_chars(self) -> int:
+        """Number of characters that are wrong, missing or added."""
+        return int(self.wrong_pairs.shape[1])
+
     @property
     def char_accuracy(self) -> float:
-        """Fraction of characters that are predicted correctly."""
-        return float((self.predicted == self.targets).mean())
+        """Fraction of characters of the labels that are predicted correctly."""
+        pairs = self.char_pairs
+        return int((pairs[0] == pairs[1]).sum()) / self.num_chars
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(N,) numbers of characters of the labels."""
+        counts: npt.NDArray[np.int64] = np.count_nonzero(self.targets != END, axis=1)
+        return counts
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether labels or predictions differ in length."""
+        return bool((self.targets == END).any() or (self.predicted == END).any())
 
     def accuracy_by_position(self) -> list[float]:
-        """Return the fraction of correct characters at each of the T positions."""
-        return [float(share) for share in (self.predicted == self.targets).mean(axis=0)]
+        """Return the fraction of correct characters at each of the T positions, from the start."""
+        return _accuracy_by_position(self.targets, self.predicted)
+
+    def accuracy_from_end(self) -> list[float]:
+        """Return the fraction of correct characters at each position, counted from the end."""
+        return _accuracy_by_position(_right_aligned(self.targets), _right_aligned(self.predicted))
+
+    def accuracy_by_length(self) -> dict[int, tuple[int, float]]:
+        """Return for each length of a label the number of images, and the accuracy of whole labels."""
+        lengths = self.lengths
+        return {
+            int(length): (int((lengths == length).sum()), float(self.is_correct[lengths == length].mean()))
+            for length in np.unique(lengths)
+        }
 
     def accuracy_by_character(self, alphabet: Alphabet) -> dict[str, float | None]:
         """Return the recall of each character; None for a character that does not occur."""
-        occurs = np.bincount(self.targets.ravel(), minlength=len(alphabet))
-        correct = np.bincount(self.targets[self.predicted == self.targets], minlength=len(alphabet))
+        label, predicted = self.char_pairs[:, self.char_pairs[0] != END]
+        occurs = np.bincount(label, minlength=len(alphabet))
+        correct = np.bincount(label[label == predicted], minlength=len(alphabet))
         return {
             character: float(correct[k] / occurs[k]) if occurs[k] else None
             for k, character in enumerate(alphabet.characters)
@@ -84,29 +145,32 @@ class Evaluation:
     def confusion_matrix(self, classes: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return (n, n) counts of n class ids, which are sorted: rows are labels, columns predictions."""
         counts = np.zeros((len(classes), len(classes)), np.int64)
-        is_counted = np.isin(self.targets, classes) & np.isin(self.predicted, classes)
-        pairs = np.searchsorted(classes, (self.targets[is_counted], self.predicted[is_counted]))
+        is_counted = np.isin(self.char_pairs, classes).all(axis=0)
+        pairs = np.searchsorted(classes, self.char_pairs[:, is_counted])
         np.add.at(counts, tuple(pairs), 1)
         return counts
 
     def most_confused_classes(self, num_classes: int, max_classes: int) -> list[int]:
-        """Return the ids, sorted, of the classes that are most often misread or predicted wrongly."""
-        wrong = self.predicted != self.targets
-        errors = sum(np.bincount(ids[wrong], minlength=num_classes) for ids in (self.targets, self.predicted))
-        return sorted(np.argsort(-np.asarray(errors), kind="stable")[:max_classes].tolist())
+        """Return the ids, sorted, of the classes that are most often misread or predicted wrongly.
+
+        END is one of them if characters are missing or were added.
+        """
+        errors = np.bincount(self.wrong_pairs.ravel() - END, minlength=num_classes - END)
+        first = 0 if errors[0] else 1  # END is the first
+        order = first + np.argsort(-errors[first:], kind="stable")
+        return sorted((order[:max_classes] + END).tolist())
 
     def confused_pairs(self, alphabet: Alphabet) -> list[tuple[str, str, int]]:
-        """Return (label, predicted, count) of all wrong characters, the most frequent first."""
-        wrong = self.predicted != self.targets
-        pairs = Counter(zip(self.targets[wrong].tolist(), self.predicted[wrong].tolist(), strict=True))
-        named = [(alphabet.characters[t], alphabet.characters[p], n) for (t, p), n in pairs.items()]
+        """Return (label, predicted, count) of all wrong characters, the most frequent first; "" for none."""
+        names = {END: "", **dict(enumerate(alphabet.characters))}
+        pairs = Counter(zip(*self.wrong_pairs.tolist(), strict=True))
+        named = [(names[t], names[p], n) for (t, p), n in pairs.items()]
         return sorted(named, key=lambda item: (-item[2], item[0], item[1]))
 
     def misreads(self, data: Dataset) -> list[Misread]:
         """Return every misread image, the one with the highest confidence first."""
         alphabet = data.alphabet
-        wrong = np.flatnonzero((self.predicted != self.targets).any(axis=1))
-        confidences = self.confidences.astype(np.float64).prod(axis=1)
+        wrong, confidences = np.flatnonzero(~self.is_correct), self.text_confidences
         return [
             Misread(
                 index=int(self.indices[n]),
@@ -120,8 +184,9 @@ class Evaluation:
 
     def chance_char_accuracy(self) -> float:
         """Return the character accuracy of always predicting the most frequent character of each position."""
-        most_frequent = [np.bincount(column).max() for column in self.targets.T]
-        return float(np.mean(most_frequent) / len(self.indices))
+        columns = [column[column != END] for column in self.targets.T]
+        most_frequent = [np.bincount(column).max() for column in columns if column.size]
+        return float(sum(most_frequent) / self.num_chars)
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return the metrics that are logged."""
@@ -144,6 +209,11 @@ class Evaluation:
             "char_accuracy": self.char_accuracy,
             "loss": self.loss,
             "by_position": self.accuracy_by_position(),
+            "by_position_from_end": self.accuracy_from_end(),
+            "by_length": {
+                str(length): {"images": count, "accuracy": accuracy}
+                for length, (count, accuracy) in self.accuracy_by_length().items()
+            },
             "by_character": self.accuracy_by_character(alphabet),
             "confusions": [
                 {"label": label, "predicted": predicted, "count": count}
@@ -151,6 +221,20 @@ class Evaluation:
             ],
             "misreads": [asdict(misread) for misread in self.misreads(data)],
         }
+
+
+def _accuracy_by_position(targets: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> list[float]:
+    """Return the fraction of correct characters in each column in which labels have characters."""
+    is_char = targets != END
+    correct = ((targets == predicted) & is_char).sum(axis=0)
+    return [float(n / total) for n, total in zip(correct, is_char.sum(axis=0), strict=True) if total]
+
+
+def _right_aligned(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return texts (N, T) reversed: the last character first, END after the first."""
+    length = (ids != END).sum(axis=1, keepdims=True)
+    source = length - 1 - np.arange(ids.shape[1])
+    return np.where(source >= 0, np.take_along_axis(ids, np.maximum(source, 0), axis=1), END)
 
 
 def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -176,6 +260,7 @@ class Predictions(NamedTuple):
     predicted: list[Tensor]  # (B, T) class ids
     targets: list[Tensor]  # (B, T) class ids
     confidences: list[Tensor]  # (B, T)
+    text_confidences: list[Tensor]  # (B,)
     indices: list[Tensor]  # (B,)
 
 
@@ -203,14 +288,15 @@ def predict_split(
     model.eval()
     dtype = torch.float32 if split.device.type == "mps" else torch.float64  # mps has no float64
     loss = torch.zeros((), dtype=dtype, device=split.device)
-    found = Predictions(loss, [], [], [], [])
+    found = Predictions(loss, [], [], [], [], [])
     for batch in split.batches(config.train.eval_batch_size):
         with devices.autocast(config, split.device):
             logits = model(batch.images)
         loss += model.head.loss(logits.float(), batch.targets) * len(batch.indices)
-        ids, confidence = model.head.decode(logits.float())
-        found.predicted.append(ids)
-        found.confidences.append(confidence)
+        decoded = model.head.decode(logits.float())
+        found.predicted.append(decoded.ids)
+        found.confidences.append(decoded.confidences)
+        found.text_confidences.append(decoded.text_confidence)
         found.targets.append(batch.targets)
         found.indices.append(batch.indices)
         after_batch()
@@ -232,7 +318,7 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
     spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
-    data = dataset.load_or_build(spec, config)
+    data = dataset.load_or_build(spec)
     if data.manifest["images_sha256"] != recorded.get("images_sha256"):
         then, now = flatten_mapping(recorded.get("provenance") or {}), flatten_mapping(spec.provenance)
         changes = [f"{key} {old} -> {new}" for key, (old, new) in changed_values(then, now).items()]

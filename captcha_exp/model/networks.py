@@ -1,17 +1,13 @@
-"""The networks and their heads.
+"""The networks, and the recognizer, which is a network with a head.
 
-Axes: B batch, C channels, H height, W width, D features, S columns of the feature map, T positions in the
-label, K classes (characters of the alphabet).
+Axes: B batch, C channels, H height, W width, D features, S columns of the feature map.
 
-A network maps images (B, H, W, C) uint8 to features (B, D, S), one vector per column from left to right. A
-head maps features to logits (B, T, K) and owns everything that depends on the encoding of labels: the loss,
-the loss at chance, and decoding. To add a network or head: add a class here, a class in config/schema.py, a
-case in `build`, and for a network a file in conf/model/.
+A network maps images (B, H, W, C) uint8 to features (B, D, S), one vector per column from left to right. To
+add one: add a class here, a class in config/schema.py, a case in `build`, and a file in conf/model/.
 """
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -22,75 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet18Config
-
-
-class Head(nn.Module):
-    """The interface of a head, which maps features (B, D, S) to logits (B, T, K)."""
-
-    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the () mean loss of fp32 logits (B, T, K) for class ids (B, T)."""
-        raise NotImplementedError
-
-    def loss_at_chance(self) -> float:
-        """Return the loss of equal logits for all classes."""
-        raise NotImplementedError
-
-    def decode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, T) class ids and their (B, T) confidences in [0, 1]."""
-        confidence, ids = logits.softmax(dim=-1).max(dim=-1)
-        return ids, confidence
-
-
-class PositionHead(Head):
-    """Attention pooling over the columns for each position of the label, then a classifier shared by all.
-
-    The attention is the sum of a learned bias, the usual column of a position, and a score of the features.
-    Sharing the classifier lets all positions learn from every character.
-    """
-
-    def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.pos_bias = nn.Parameter(torch.zeros(num_positions, num_columns))
-        # No bias: the softmax would cancel it.
-        self.attn_score = nn.Conv1d(num_features, num_positions, 1, bias=False)
-        self.classifier = nn.Linear(num_features, num_classes)
-
-    def forward(self, features: Tensor) -> Tensor:
-        attention = (self.attn_score(features) + self.pos_bias).softmax(dim=-1)  # (B, T, S)
-        logits: Tensor = self.classifier(attention @ features.mT)  # (B, T, S) @ (B, S, D)
-        return logits
-
-    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
-
-    def loss_at_chance(self) -> float:
-        return math.log(self.num_classes)
-
-
-class GroupedSoftmaxHead(Head):
-    """The article's head: a linear layer with T*K outputs, a softmax per group of K, binary cross entropy."""
-
-    def __init__(self, num_features: int, num_columns: int, num_positions: int, num_classes: int) -> None:
-        super().__init__()
-        self.num_positions, self.num_classes = num_positions, num_classes
-        self.linear = nn.Linear(num_features * num_columns, num_positions * num_classes)
-
-    def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.linear(features.flatten(1))
-        return logits.view(-1, self.num_positions, self.num_classes)
-
-    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        expected = (
-            F.one_hot(targets, self.num_classes).to(logits.dtype) * (1 - label_smoothing)
-            + label_smoothing / self.num_classes
-        )
-        return F.binary_cross_entropy(logits.softmax(dim=-1), expected)
-
-    def loss_at_chance(self) -> float:
-        p = 1 / self.num_classes
-        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet18Config, choose_head
+from captcha_exp.model.heads import Head, build_head
 
 
 class CheckpointedSequential(nn.Sequential):
@@ -224,7 +153,7 @@ class BasicBlock(nn.Module):
 
 
 class Recognizer(nn.Module):
-    """A network with a head: images (B, H, W, C) uint8 -> logits (B, T, K)."""
+    """A network with a head: images (B, H, W, C) uint8 -> the logits of its head."""
 
     def __init__(self, network: nn.Module, head: Head) -> None:
         super().__init__()
@@ -243,26 +172,24 @@ class Recognizer(nn.Module):
 
 
 def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
-    """Build the recognizer of a config; its weights are drawn from torch's global RNG."""
+    """Build the recognizer of a config; its weights are drawn from torch's global RNG.
+
+    Raises:
+        UserError: the images are too narrow for labels of this length; the line says what to change.
+    """
+    head_name = choose_head(model.head, captcha)
     network: nn.Module
     match model:
         case CompactConfig():
             network = CompactNet(captcha.channels, model.channels)
         case ResNet18Config():
-            network = ResNet18Net(captcha.channels, keep_width=model.head == "position")
+            network = ResNet18Net(captcha.channels, keep_width=head_name != "grouped_softmax")
         case _:
             assert_never(model)
     with torch.no_grad():
         blank = torch.zeros(1, captcha.height, captcha.width, captcha.channels, dtype=torch.uint8)
         _, features, columns = network.eval()(blank).shape
-    head: Head
-    match model.head:
-        case "position":
-            head = PositionHead(features, columns, captcha.length, len(captcha.alphabet))
-        case "grouped_softmax":
-            head = GroupedSoftmaxHead(features, columns, captcha.length, len(captcha.alphabet))
-        case _:
-            assert_never(model.head)
+    head = build_head(head_name, features, columns, captcha)
     return Recognizer(network, head).train()
 
 

@@ -29,13 +29,9 @@ class Prediction:
 
     image: Path
     text: str = ""
-    confidences: tuple[float, ...] = ()  # of each character, in [0, 1]
+    confidence: float = 0.0  # of the whole text, in [0, 1]
+    confidences: tuple[float, ...] = ()  # of each character
     error: str = ""
-
-    @property
-    def confidence(self) -> float:
-        """Confidence of the whole text in [0, 1]; the head treats its characters as independent."""
-        return float(np.prod(self.confidences)) if self.confidences else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that `predict --json` prints."""
@@ -78,9 +74,10 @@ class Predictor:
             images = torch.from_numpy(np.stack(arrays)).to(self.device)
             with devices.autocast(self.config, self.device):
                 logits = self._model(images)
-            ids, confidences = (x.cpu().tolist() for x in self._model.head.decode(logits.float()))
-            for path, text, confidence in zip(valid, ids, confidences, strict=True):
-                predictions[path] = Prediction(path, self._alphabet.decode(text), tuple(confidence))
+            decoded = (part.cpu().tolist() for part in self._model.head.decode(logits.float()))
+            for path, ids, confidences, confidence in zip(valid, *decoded, strict=True):
+                text = self._alphabet.decode(ids)
+                predictions[path] = Prediction(path, text, confidence, tuple(confidences[: len(text)]))
         return [predictions[path] for path in paths]
 
     def predict_all(self, paths: Sequence[Path]) -> Iterator[Prediction]:

@@ -52,7 +52,7 @@ def _micro_batch_pass(
     scaled = loss if state.loss_scale is None else loss * state.loss_scale.factor
     scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
     with torch.no_grad():
-        num_correct = (state.model.head.decode(logits.float())[0] == batch.targets).all(dim=1).sum()
+        num_correct = (state.model.head.decode(logits.float()).ids == batch.targets).all(dim=1).sum()
     return loss.detach(), num_correct
 
 

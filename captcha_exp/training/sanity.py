@@ -48,7 +48,8 @@ class SanityChecker:
             RunFailed: a step diverged; the line names the step, the batch and the likely cause.
         """
         if self._first_loss is not None:
-            if problem := check_first_loss(float(self._first_loss), model):
+            chance = model.head.loss_at_chance(self._training.targets)
+            if problem := check_first_loss(float(self._first_loss), chance):
                 self._warn(problem)
             self._first_loss = None
         step = int(self._diverged_step)
@@ -92,9 +93,8 @@ def diagnose_divergence(model: Recognizer, batch: Batch, config: Config) -> str:
     return f"the weights are small ({largest:.3g}); try a tenth of {rate}"
 
 
-def check_first_loss(loss: float, model: Recognizer) -> str | None:
+def check_first_loss(loss: float, chance: float) -> str | None:
     """Return a warning if the loss of the first step is far from chance, where it should be; else None."""
-    chance = model.head.loss_at_chance()
     if not math.isfinite(loss) or chance / 2 <= loss <= chance * 2:
         return None
     return (
@@ -106,7 +106,7 @@ def check_first_loss(loss: float, model: Recognizer) -> str | None:
 def check_above_chance(validation: Evaluation, config: Config, steps: int) -> str | None:
     """Return a warning with likely causes if the character accuracy is still at chance; else None."""
     chance = validation.chance_char_accuracy()
-    tolerance = 4 * math.sqrt(chance * (1 - chance) / validation.targets.size)
+    tolerance = 4 * math.sqrt(chance * (1 - chance) / validation.num_chars)
     if steps < config.train.sanity_check_steps or validation.char_accuracy > chance + tolerance:
         return None
     size = f"{config.captcha.width}x{config.captcha.height}"

@@ -184,7 +184,7 @@ def compare(config: Config, size: int, record: Any) -> None:
 
 NETWORKS = list(itertools.product(("compact", "resnet18"), HEADS, ("fp32", "bf16")))
 QUICK_CASES = [
-    *[(*case, size) for case in NETWORKS[:4] for size in (4, 32)],  # compact
+    *[(*case, size) for case in NETWORKS[:8] for size in (4, 32)],  # compact
     pytest.param("resnet18", "position", "fp32", 8, marks=pytest.mark.long),
     pytest.param("resnet18", "grouped_softmax", "bf16", 8, marks=pytest.mark.long),
 ]
@@ -226,7 +226,7 @@ OPTIMIZER_IMPLS = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[:8])
+@pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[:16])
 def test_peaks_match_real_training_with_memory_savings(
     model: str, head: str, overrides: tuple[str, ...], size: int, record_property: Any
 ) -> None:
@@ -234,7 +234,7 @@ def test_peaks_match_real_training_with_memory_savings(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[8:])
+@pytest.mark.parametrize(("model", "head", "overrides", "size"), SAVINGS[16:])
 def test_peaks_match_a_larger_real_training_with_memory_savings(
     model: str, head: str, overrides: tuple[str, ...], size: int, record_property: Any
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 
 from captcha_exp.cli import output
 from captcha_exp.config import Config
-from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model import networks
+from captcha_exp.model.alignment import align
 from captcha_exp.model.evaluate import Evaluation, evaluate, wilson_interval
-from captcha_exp.model.networks import PositionHead, Recognizer
+from captcha_exp.model.heads import PositionHead
+from captcha_exp.model.networks import Recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +44,7 @@ def evaluation(targets: Texts, predicted: Texts) -> Evaluation:
         predicted=np.array(predicted),
         targets=np.array(targets),
         confidences=np.ones((len(targets), len(targets[0])), np.float32),
+        text_confidences=np.ones(len(targets), np.float32),
         indices=np.arange(len(targets)),
     )
 
@@ -174,6 +179,61 @@ def test_the_summary_has_the_20_most_frequent_confusions() -> None:
     assert output["confusions"][0] == {"label": "a", "predicted": "b", "count": 1}
 
 
+@st.composite
+def predictions_of_any_length(draw: st.DrawFn) -> tuple[list[str], list[str]]:
+    """Draw (labels, predicted texts) of 1 to 12 images with 1 to 4 characters of three."""
+    text = st.text("bac", min_size=1, max_size=4)
+    labels = draw(st.lists(text, min_size=1, max_size=12))
+    return labels, [draw(st.one_of(st.just(label), text)) for label in labels]
+
+
+def evaluation_of(labels: Sequence[str], predicted: Sequence[str]) -> Evaluation:
+    longest = max(map(len, [*labels, *predicted]))
+    return evaluation(*([ALPHABET.encode_padded(t, longest) for t in texts] for texts in (labels, predicted)))
+
+
+@given(predictions_of_any_length())
+def test_texts_of_any_length_equal_a_slow_count(texts: tuple[list[str], list[str]]) -> None:
+    labels, predicted = texts
+    result = evaluation_of(labels, predicted)
+    pairs = list(zip(labels, predicted, strict=True))
+    assert result.num_correct == sum(t == p for t, p in pairs)
+    assert result.num_chars == sum(map(len, labels))
+    for n, (count, accuracy) in result.accuracy_by_length().items():
+        assert count == sum(len(t) == n for t in labels)
+        assert accuracy == pytest.approx(np.mean([t == p for t, p in pairs if len(t) == n]))
+    assert set(result.accuracy_by_length()) == set(map(len, labels))
+    for found, step in ((result.accuracy_by_position(), 1), (result.accuracy_from_end(), -1)):
+        expected = []
+        for n in range(max(map(len, labels))):
+            having = [(t[::step], p[::step]) for t, p in pairs if len(t) > n]
+            expected.append(np.mean([n < len(p) and t[n] == p[n] for t, p in having]))
+        assert found == pytest.approx(expected)
+    aligned = [
+        (t, p) for label, text in pairs for t, p in align(ALPHABET.encode(label), ALPHABET.encode(text))
+    ]
+    assert Counter(map(tuple, result.char_pairs.T.tolist())) == Counter(aligned)
+    assert result.num_wrong_chars == sum(t != p for t, p in aligned)
+    assert result.char_accuracy == pytest.approx(sum(t == p for t, p in aligned) / result.num_chars)
+    assert all(0 <= (share or 0) <= 1 for share in result.accuracy_by_character(ALPHABET).values())
+    json.dumps(result.to_json(dataset_with("bac")), allow_nan=False)
+
+
+def test_missing_and_added_characters_are_confusions(capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluation_of(["abc", "bb", "ca"], ["ac", "bbb", "ca"])
+    assert result.confused_pairs(ALPHABET) == [("", "b", 1), ("b", "", 1)]
+    classes = result.most_confused_classes(3, 2)
+    assert classes == [END, 0]
+    assert result.confusion_matrix(classes).tolist() == [[0, 1], [1, 2]]
+    assert result.num_wrong_chars == 2
+
+    output.print_evaluation(result, dataset_with("bac"), Path("run"), "test")
+    text = capsys.readouterr().out
+    assert "per length of the label" in text
+    assert "per position from the end" in text
+    assert "∅" in text
+
+
 @pytest.mark.parametrize("label", ["[b]", "[/b]"])
 def test_a_label_in_brackets_is_printed_unchanged(label: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As rich markup `[b]` would be lost, and `[/b]` would be an error."""
@@ -187,7 +247,7 @@ def test_a_label_in_brackets_is_printed_unchanged(label: str, capsys: pytest.Cap
 def test_misreads_name_the_image_and_are_sorted_by_confidence() -> None:
     result = replace(
         evaluation([[0, 1], [2, 2], [1, 1]], [[0, 2], [2, 2], [2, 0]]),
-        confidences=np.array([[0.5, 0.5], [0.1, 0.1], [0.9, 0.8]], np.float32),
+        text_confidences=np.array([0.25, 0.01, 0.72], np.float32),
         indices=np.array([7, 8, 9]),
     )
     files = [{"file": f"{n}.png"} for n in range(10)]

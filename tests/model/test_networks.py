@@ -1,6 +1,5 @@
 """The networks compared with computed layer tables; the heads with slow loops and torch's losses."""
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from captcha_exp.config import CaptchaConfig, CompactConfig, ResNet18Config
 from captcha_exp.model import networks
-from captcha_exp.model.networks import GroupedSoftmaxHead, PositionHead, Recognizer
+from captcha_exp.model.networks import Recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"
-ARTICLE = CaptchaConfig(width=56, height=24, channels=3, alphabet=ALNUM, length=4, case="fold")
+ARTICLE = CaptchaConfig(
+    width=56, height=24, channels=3, alphabet=ALNUM, length=4, min_length=None, case="fold"
+)
 RESNET = ResNet18Config(name="resnet18", head="grouped_softmax")
 COMPACT = CompactConfig(name="compact", channels=(32, 64, 96, 128), head="position")
 SMALL = CompactConfig(name="compact", channels=(4, 6, 8), head="position")
@@ -26,7 +27,13 @@ SMALL = CompactConfig(name="compact", channels=(4, 6, 8), head="position")
 
 def captcha(width: int = 32, height: int = 16, channels: Literal[1, 3] = 3) -> CaptchaConfig:
     return CaptchaConfig(
-        width=width, height=height, channels=channels, alphabet="0123456789", length=5, case="fold"
+        width=width,
+        height=height,
+        channels=channels,
+        alphabet="0123456789",
+        length=5,
+        min_length=None,
+        case="fold",
     )
 
 
@@ -212,9 +219,10 @@ def test_every_combination_trains(
     assert loss.shape == ()
     loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    ids, confidence = model.head.decode(logits.detach())
-    assert ids.shape == confidence.shape == (3, 5)
-    assert ids.dtype == torch.int64
+    decoded = model.head.decode(logits.detach())
+    assert decoded.ids.shape == decoded.confidences.shape == (3, 5)
+    assert decoded.text_confidence.shape == (3,)
+    assert decoded.ids.dtype == torch.int64
 
 
 @pytest.mark.parametrize("model", [SMALL, RESNET], ids=["compact", "resnet18"])
@@ -266,91 +274,3 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     other = networks.build(SMALL, captcha())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-# -- heads ---------------------------------------------------------------------------------------------------
-
-Head = PositionHead | GroupedSoftmaxHead
-each_head = pytest.mark.parametrize("kind", [PositionHead, GroupedSoftmaxHead])
-
-
-def some_logits(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 3
-
-
-@each_head
-@pytest.mark.parametrize("classes", [2, 10, 36])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_at_chance_is_the_loss_of_equal_logits(kind: type[Head], classes: int, smoothing: float) -> None:
-    head = kind(8, 3, 4, classes)
-    targets = torch.arange(20).view(5, 4) % classes
-    loss = head.loss(torch.full((5, 4, classes), 0.7), targets, smoothing)
-    assert head.loss_at_chance() == pytest.approx(float(loss), rel=1e-5)
-
-
-def test_loss_at_chance_has_the_known_values() -> None:
-    assert PositionHead(8, 3, 4, 36).loss_at_chance() == pytest.approx(math.log(36))
-    assert GroupedSoftmaxHead(8, 3, 4, 36).loss_at_chance() == pytest.approx(0.127, abs=5e-4)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_position_loss_is_the_mean_of_minus_log_softmax(smoothing: float) -> None:
-    logits, targets = some_logits(3, 2, 5), torch.tensor([[0, 4], [2, 2], [3, 1]])
-    total = 0.0
-    for b, t in itertools.product(range(3), range(2)):
-        row = logits[b, t].tolist()
-        log_sum = math.log(sum(math.exp(x) for x in row))
-        wanted = [(k == int(targets[b, t])) * (1 - smoothing) + smoothing / 5 for k in range(5)]
-        total += sum(w * (log_sum - x) for w, x in zip(wanted, row, strict=True))
-    loss = PositionHead(8, 3, 2, 5).loss(logits, targets, smoothing)
-    assert float(loss) == pytest.approx(total / 6, rel=1e-5)
-
-
-def test_grouped_softmax_loss_is_the_article_s() -> None:
-    """BCELoss on the flattened softmax outputs against the flattened one-hot codes."""
-    logits, targets = some_logits(6, 4, 36), torch.arange(24).view(6, 4)
-    wanted = torch.zeros(6, 4 * 36)
-    for b, t in itertools.product(range(6), range(4)):
-        wanted[b, t * 36 + int(targets[b, t])] = 1
-    outputs = torch.cat([logits[:, t].softmax(dim=1) for t in range(4)], dim=1)
-    expected = nn.BCELoss()(outputs, wanted)
-    assert float(GroupedSoftmaxHead(8, 1, 4, 36).loss(logits, targets)) == pytest.approx(float(expected))
-
-
-def test_grouped_softmax_logits_are_grouped_by_position() -> None:
-    head = GroupedSoftmaxHead(6, 2, 3, 4)
-    features = some_logits(5, 6, 2)
-    flat = features.reshape(5, 12) @ head.linear.weight.T + head.linear.bias
-    for t in range(3):
-        torch.testing.assert_close(head(features)[:, t], flat[:, t * 4 : (t + 1) * 4])
-
-
-def test_position_head_is_attention_pooling() -> None:
-    """Compared with a loop over positions and columns."""
-    torch.manual_seed(0)
-    head = PositionHead(6, 5, 3, 4)
-    nn.init.normal_(head.pos_bias)
-    features = some_logits(2, 6, 5)
-    with torch.no_grad():
-        logits = head(features)
-        for b, t in itertools.product(range(2), range(3)):
-            scores = [
-                float(head.attn_score.weight[t, :, 0] @ features[b, :, s]) + float(head.pos_bias[t, s])
-                for s in range(5)
-            ]
-            weights = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
-            pooled = sum((weight * features[b, :, s] for s, weight in enumerate(weights)), torch.zeros(6))
-            torch.testing.assert_close(logits[b, t], head.classifier(pooled), atol=1e-5, rtol=1e-4)
-
-
-@each_head
-@pytest.mark.parametrize(("positions", "classes"), [(1, 2), (3, 4), (4, 3)])
-def test_decode_returns_the_most_probable_text(kind: type[Head], positions: int, classes: int) -> None:
-    logits = some_logits(6, positions, classes)
-    ids, confidence = kind(8, 3, positions, classes).decode(logits)
-    for b in range(6):
-        chances = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits[b].tolist()]
-        texts = itertools.product(range(classes), repeat=positions)
-        best = max(texts, key=lambda text: math.prod(chances[t][k] for t, k in enumerate(text)))
-        assert tuple(ids[b].tolist()) == best
-        assert confidence[b].tolist() == pytest.approx([chances[t][k] for t, k in enumerate(best)], rel=1e-5)

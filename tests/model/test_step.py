@@ -59,7 +59,7 @@ def test_a_step_reads_no_tensor_on_the_host(
 
 
 @pytest.mark.parametrize("model", ["compact", "resnet18"])
-@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
+@pytest.mark.parametrize("head", ["position", "grouped_softmax", "end_class", "ctc"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_can_be_traced_on_fake_tensors(model: str, head: str, kind: str) -> None:
     """They have shapes and no values: reading a value would fail."""
@@ -137,7 +137,12 @@ def test_label_smoothing_applies_to_training_only(tiny: Config) -> None:
 # -- options that save memory --------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["compact position", "compact grouped_softmax", "resnet18 position", "article"])
+@pytest.fixture(
+    params=[
+        *("compact position", "compact grouped_softmax", "compact end_class", "compact ctc"),
+        *("resnet18 position", "article"),
+    ]
+)
 def network(request: pytest.FixtureRequest) -> Config:
     """A network with a head for small images with 2 characters of 5 classes."""
     model, _, head = request.param.partition(" ")

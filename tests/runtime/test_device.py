@@ -85,6 +85,7 @@ def test_auto_uses_the_preferred_device_and_all_cores(
 def test_resolve_keeps_explicit_values(tiny: Config) -> None:
     machine = Machine(devices=("cuda", "cuda:0", "cpu"), num_cores=9, root=Path("/"), unavailable_reason={})
     config = with_train(tiny, on_oom="record")
+    config = replace(config, model=replace(config.model, head="position"))
     assert resolve(config, machine) == config
 
 

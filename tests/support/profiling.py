@@ -23,7 +23,7 @@ from captcha_exp.training import sanity
 from captcha_exp.training.checkpointer import Checkpointer
 from captcha_exp.training.train import train_epoch
 
-HEADS = ("position", "grouped_softmax")
+HEADS = ("position", "grouped_softmax", "end_class", "ctc")
 
 
 def configured(*overrides: str) -> Config:

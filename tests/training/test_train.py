@@ -29,7 +29,7 @@ from conftest import (
 )
 
 from captcha_exp import compose, load
-from captcha_exp.config import Config, MlflowConfig, to_dict
+from captcha_exp.config import Config, HeadName, MlflowConfig, to_dict
 from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Batch, Dataset, Split
 from captcha_exp.errors import RunFailed, UserError
@@ -161,7 +161,7 @@ def test_the_error_names_step_epoch_and_batch(
     config: Config, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_train(config, batch_size=32, epochs=3)
-    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
+    data = dataset.load_or_build(dataset.inspect_dataset(config))
     split = data.split("train", CPU, 512)
     per_epoch = math.ceil(len(split) / 32)
     line = diverge(config, monkeypatch, per_epoch + per_epoch, "head.classifier.bias", math.inf)
@@ -191,20 +191,21 @@ def test_a_16_bit_overflow_is_reported_as_the_cause(config: Config) -> None:
 # -- loss and accuracy at chance -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["position", "grouped_softmax"])
-def test_the_first_loss_is_at_chance(config: Config, head: Literal["position", "grouped_softmax"]) -> None:
+@pytest.mark.parametrize("head", ["position", "grouped_softmax", "end_class", "ctc"])
+def test_the_first_loss_is_at_chance(config: Config, head: HeadName) -> None:
     config = replace(config, model=replace(config.model, head=head))
     state = init_train_state(config, CPU)
     step = train_step(state, make_batch(config, 32), config)
-    assert sanity.check_first_loss(float(step.loss), state.model) is None
+    chance = state.model.head.loss_at_chance(make_batch(config, 32).targets)
+    assert sanity.check_first_loss(float(step.loss), chance) is None
 
 
 @pytest.mark.parametrize(
     ("loss", "warns"), [(0.7, True), (0.9, False), (1.61, False), (3.1, False), (3.3, True)]
 )
-def test_a_first_loss_far_from_chance_gives_a_warning(config: Config, loss: float, warns: bool) -> None:
+def test_a_first_loss_far_from_chance_gives_a_warning(loss: float, warns: bool) -> None:
     """ln 5 is 1.609; from half to twice of it is allowed."""
-    text = sanity.check_first_loss(loss, init_train_state(config, CPU).model)
+    text = sanity.check_first_loss(loss, math.log(5))
     assert (text is not None) == warns
     if text:
         assert f"the first loss is {loss:.3f}, but the loss at chance is 1.609" in text
@@ -266,7 +267,8 @@ def test_a_training_that_learns_gives_no_warning(
 
 def test_accuracy_at_chance_is_not_checked_before_sanity_check_steps(config: Config) -> None:
     targets = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
-    constant = Evaluation(1.0, np.zeros_like(targets), targets, np.ones((100, 2), np.float32), np.arange(100))
+    ones = np.ones((100, 2), np.float32)
+    constant = Evaluation(1.0, np.zeros_like(targets), targets, ones, ones[:, 0], np.arange(100))
     assert sanity.check_above_chance(constant, config, config.train.sanity_check_steps - 1) is None
     assert sanity.check_above_chance(constant, config, config.train.sanity_check_steps) is not None
 
@@ -501,7 +503,7 @@ def test_validation_uses_its_whole_split_and_the_test_split_is_used_once_at_the_
         events.append(f"evaluate {name}")
         return result
 
-    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
+    data = dataset.load_or_build(dataset.inspect_dataset(config))
     monkeypatch.setattr(Dataset, "split", recorded_split)
     monkeypatch.setattr(train, "evaluate", recorded_evaluate)
     train.train(with_train(config, epochs=3, eval_batch_size=7), None)
@@ -523,7 +525,7 @@ def test_every_epoch_trains_on_all_images_in_another_order(
 
     monkeypatch.setattr(train, "train_step", step)
     train.train(with_train(config, epochs=2), None)
-    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
+    data = dataset.load_or_build(dataset.inspect_dataset(config))
     expected = data.split_indices["train"].tolist()
     first, second = indices[: len(expected)], indices[len(expected) :]
     assert sorted(first) == sorted(second) == expected
@@ -594,6 +596,8 @@ def test_every_optimizer_trains_in_every_precision(
         pytest.param(("model=resnet18", "model.head=position"), marks=pytest.mark.long),
         ("captcha.channels=1", "model.head=grouped_softmax", "train.deterministic=false"),
         ("data=wheezy", "train.optimizer=sgd", "train.patience=1"),
+        ("captcha.min_length=1", "model.head=auto"),
+        ("captcha.min_length=1", "captcha.length=3", "model.head=ctc", "augment=mild"),
     ],
     ids=" ".join,
 )
