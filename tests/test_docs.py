@@ -184,7 +184,7 @@ def make_tiny(words: Sequence[str], cache: Path) -> list[str]:
         return list(words)
     tiny = [*TINY, f"data.cache={cache}", "tracking=none"]
     if "data=folder" in rest:
-        tiny = [word for word in tiny if not word.startswith(("data.count", "data.workers"))]
+        tiny = [word for word in tiny if not word.startswith(("data.count", "data.workers", "captcha."))]
     flags = [word for word in rest if word == "-m"]
     return [program, command, *flags, *tiny, *(word for word in rest if word != "-m")]
 

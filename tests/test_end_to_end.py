@@ -107,13 +107,14 @@ def test_runs_lists_the_run(trained: tuple[Path, str]) -> None:
 
 @pytest.mark.long
 def test_data_builds_a_dataset_with_a_preview(root: Path) -> None:
-    done = run(root, "-m", "captcha_exp", "data", *TINY, "data=wheezy", "--json")
+    done = run(root, "-m", "captcha_exp", "data", *TINY, "data=wheezy", "--json", "--preview")
     dataset = json.loads(done.stdout)
 
     assert done.returncode == 0, done.stderr
     assert dataset["images"] == 300
     assert sum(dataset["splits"].values()) == 300
     assert Path(dataset["preview"]).is_file()
+    assert Path(dataset["page"]).is_file()
 
 
 @pytest.mark.long

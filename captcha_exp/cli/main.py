@@ -167,19 +167,10 @@ def _report_training(run_dir: Path, arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    config = try_compose(arguments.overrides, arguments.config_dir).to_config(_detect_machine())
-    from captcha_exp.cli import output
-    from captcha_exp.config import resolve
-    from captcha_exp.data import dataset
-    from captcha_exp.report import figures
-    from captcha_exp.runtime.paths import root_dir
+    from captcha_exp.cli import data, output
 
-    config = resolve(config, _detect_machine())
-    data = dataset.load_or_build(dataset.inspect_dataset(config), config)
-    preview = root_dir() / config.data.cache / f"{data.manifest['key']}.png"
-    figures.try_to_plot(figures.plot_samples, data.images[:30].numpy(), data.labels[:30], preview)
-    values = {**data.manifest, "preview": str(preview)}
-    _print_result(arguments, values, output.print_dataset, data.manifest, preview)
+    built, values = data.report(arguments, _detect_machine)
+    _print_result(arguments, values, output.print_dataset, built.manifest, values)
     return 0
 
 

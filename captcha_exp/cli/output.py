@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captcha_exp.cli.parser import PROGRAM
+from captcha_exp.data.alphabet import NO_CHARACTER
 from captcha_exp.runs import RunInfo
 from captcha_exp.runs.info import MlflowRef
 from captcha_exp.runtime.console import SafeConsole, escape_unprintable
@@ -157,13 +158,25 @@ def print_sync(results: "Sequence[SyncResult]") -> None:
         get_console().print("nothing to deliver: MLflow has every run that has ended")
 
 
-def print_dataset(manifest: Mapping[str, Any], preview: Path) -> None:
-    """Print the size of a dataset, its splits, and the path of the preview image."""
+def print_dataset(manifest: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Print what is in a dataset, and the files with its images."""
     splits = ", ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
     out = get_console()
     out.print(f"{manifest['images']:,} images with {manifest['distinct_labels']:,} distinct labels")
     out.print(f"split by label: {splits}")
-    out.print(f"preview {preview}", markup=False)
+    for name, counts in (("lengths", "lengths"), ("sizes", "sizes"), ("formats", "formats")):
+        shown = [f"{key} ({count:,})" for key, count in list(manifest[counts].items())[:6]]
+        more = len(manifest[counts]) - len(shown)
+        if shown:
+            out.print(f"{name} {', '.join(shown)}{f' and {more} more' if more else ''}", markup=False)
+    for name in ("absent_characters", "rare_characters"):
+        if values[name]:
+            out.print(f"{name.replace('_', ' ')}: {' '.join(values[name])}", markup=False)
+    if values["repeated_labels"]:
+        out.print(f"{len(values['repeated_labels']):,} labels have several images")
+    for name in ("page", "preview"):
+        if values[name]:
+            out.print(f"{name} {values[name]}", markup=False)
 
 
 def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, split: str) -> None:
@@ -174,18 +187,33 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
         evaluation.accuracy, evaluation.accuracy_interval, evaluation.num_correct, len(evaluation.indices)
     )
     out.print(f"[bold]accuracy {accuracy}[/bold]; character accuracy {evaluation.char_accuracy:.2%}")
-    positions = [(str(n), f"{part:.2%}") for n, part in enumerate(evaluation.accuracy_by_position(), 1)]
+    positions = _numbered(evaluation.accuracy_by_position())
+    from_end = _numbered(evaluation.accuracy_from_end()) if evaluation.has_lengths else []
+    lengths = [
+        (str(length), f"{count:,}", f"{part:.2%}")
+        for length, (count, part) in evaluation.accuracy_by_length().items()
+    ]
     known = [(c, part) for c, part in evaluation.accuracy_by_character(alphabet).items() if part is not None]
     characters = [(c, f"{part:.2%}") for c, part in sorted(known, key=lambda item: item[1])]
-    confusions = [(label, read, str(count)) for label, read, count in evaluation.confused_pairs(alphabet)]
+    confusions = [
+        (label or NO_CHARACTER, read or NO_CHARACTER, str(count))
+        for label, read, count in evaluation.confused_pairs(alphabet)
+    ]
     misreads = [(m.image, m.label, m.predicted, f"{m.confidence:.1%}") for m in evaluation.misreads(data)]
     for title, columns, rows in (
         ("per position", ("position", "accuracy"), positions),
+        ("per position from the end", ("position", "accuracy"), from_end),
+        ("per length of the label", ("characters", "images", "accuracy"), lengths),
         ("per character, worst first", ("character", "accuracy"), characters[:12]),
         ("most frequent confusions", ("label", "predicted", "count"), confusions[:12]),
         ("worst misreads", ("image", "label", "predicted", "confidence"), misreads[:12]),
     ):
-        out.print(make_table(columns, rows, title))
+        if rows:
+            out.print(make_table(columns, rows, title))
+
+
+def _numbered(fractions: Iterable[float]) -> list[tuple[str, str]]:
+    return [(str(n), f"{part:.2%}") for n, part in enumerate(fractions, 1)]
 
 
 def print_predictions(predictions: Sequence["Prediction"]) -> None:

@@ -12,7 +12,7 @@ PROGRAM = "captcha-exp"
 
 COMMANDS = {
     "train": "train a recognizer, test it, and record the run",
-    "data": "build the dataset of a config and save a preview image",
+    "data": "build the dataset of a config and report what is in it, with a page of images",
     "plan": "predict the GPU memory that batch sizes need, without a GPU",
     "evaluate": "evaluate a run: accuracy per label, character and position, confusions",
     "reproduce": "train a finished run again from its saved config and compare the results",
@@ -107,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--rerun-disturbed", action="store_true", help=text)
     text = "print a composed config and exit: job: the run's; hydra: Hydra's own; all: both"
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=text)
-    add_command("data")
+    text = "also write an image of the first images as the network sees them, resized and augmented"
+    add_command("data").add_argument("--preview", action="store_true", help=text)
     plan = add_command("plan")
     text = "default: from 1/4 to 8 times train.batch_size"
     plan.add_argument("--batch-sizes", metavar="N,N,...", help=text)

@@ -17,7 +17,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.runtime import fork
 
 if TYPE_CHECKING:
-    from captcha_exp.config import Config
+    from captcha_exp.config import CaptchaConfig, Config
 
 MISFIT_EXIT_CODE = 3  # exit code of --must-fit
 
@@ -49,8 +49,10 @@ def plan(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str
 
 
 @contextlib.contextmanager
-def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, int]]]:
-    """Yield a function of the resolved config that counts the images of each split.
+def _image_counter(
+    config: "Config",
+) -> Iterator[Callable[["Config"], tuple["CaptchaConfig", dict[str, int]]]]:
+    """Yield a function of the resolved config: its captcha group without `auto`, and images per split.
 
     Generated images are counted in a child process while this one imports torch, which takes as long. A
     folder is read in this process, which shows progress and warnings.
@@ -60,13 +62,14 @@ def _image_counter(config: "Config") -> Iterator[Callable[["Config"], dict[str, 
 
     if not isinstance(config.data, FolderConfig):
         with fork.run_in_child(partial(generated_split_sizes, config)) as wait:
-            yield lambda _: wait()
+            yield lambda resolved: (resolved.captcha, wait())
         return
 
-    def count(resolved: "Config") -> dict[str, int]:
+    def count(resolved: "Config") -> tuple["CaptchaConfig", dict[str, int]]:
         from captcha_exp.data import dataset
 
-        return dataset.inspect_dataset(resolved).split_sizes
+        spec = dataset.inspect_dataset(resolved)
+        return spec.config.captcha, spec.split_sizes
 
     yield count
 

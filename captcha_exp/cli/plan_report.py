@@ -11,7 +11,14 @@ from typing import Any, cast
 
 from captcha_exp.cli import plan_json
 from captcha_exp.cli.plan_tables import print_output
-from captcha_exp.config import Config, Precision, resolve, with_untuned_defaults
+from captcha_exp.config import (
+    CaptchaConfig,
+    Config,
+    Precision,
+    resolve,
+    with_captcha,
+    with_untuned_defaults,
+)
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import advise
 from captcha_exp.memory.interval import MiBRange
@@ -27,7 +34,7 @@ def run(
     configs: Mapping[str, Config],
     compares_gpus: bool,
     arguments: argparse.Namespace,
-    count_images: Callable[[Config], dict[str, int]],
+    count_images: Callable[[Config], tuple[CaptchaConfig, dict[str, int]]],
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Return plans as JSON values, or None if they are printed, and the misfits for --must-fit.
 
@@ -44,7 +51,9 @@ def run(
     budgets = {name: memory_budget(each.gpu, requested_mib, total_mib) for name, each in resolved.items()}
     if arguments.advise or arguments.must_fit:
         _check_verdict(arguments, batch_size, [name for name, budget in budgets.items() if budget is None])
-    split_sizes = count_images(config)
+    captcha, split_sizes = count_images(config)
+    resolved = {name: with_captcha(each, captcha) for name, each in resolved.items()}
+    config = next(iter(resolved.values()))
     precision = cast(Precision, config.device.precision)
     budget_mib = budgets[next(iter(budgets))]
     output: plan_json.PlanOutput

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,31 +23,30 @@ from pydantic import TypeAdapter
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from captcha_exp.config import Config, FolderConfig, to_dict, untrusted_keys
+from captcha_exp.config import Config, FolderConfig, to_dict, untrusted_keys, with_captcha
 from captcha_exp.data import sources
 from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.duplicates import split_keys
+from captcha_exp.data.scan_report import report_scan
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.sources.labels import is_row
 from captcha_exp.data.splits import split_by_label
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import escape_unprintable, preview
+from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.files import describe_broken_link, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT_VERSION = 4  # raised when the cache file of the same config would have other content
+CACHE_FORMAT_VERSION = 5  # raised when the cache file of the same config would have other content
 DEFAULT_CACHE = "outputs/cache"  # data.cache of a saved run whose own is not trusted
-MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
-MAX_SAME_REASON = 10  # images with the same reason that have a row each
 
 
 class Batch(NamedTuple):
     """A batch of images on the device."""
 
     images: Tensor  # (B, H, W, C) uint8
-    targets: Tensor  # (B, T) int64, class ids
+    targets: Tensor  # (B, T) int64, class ids, END after the last character
     indices: Tensor  # (B,) int64, indices of the images in the dataset
 
     def micro_batches(self, size: int) -> "Iterator[Batch]":
@@ -130,6 +129,7 @@ class Dataset:
 class DatasetSpec:
     """The labels and splits of a dataset, before its images are rendered or decoded."""
 
+    config: Config  # with the captcha group that was inferred
     source: sources.Source
     scan: ScanResult
     split_indices: dict[str, Tensor]  # split -> (n,) int64, indices of its images
@@ -148,13 +148,14 @@ class DatasetSpec:
 
 
 def inspect_dataset(config: Config) -> DatasetSpec:
-    """Return the labels and splits of a resolved config; creates no files.
+    """Return the labels and splits of a resolved config, and infer its captcha group; creates no files.
 
     Raises:
         UserError: a split would be empty, images cannot be rendered or those of a folder not be used, or
             data.cache cannot be written; the lines say which, and what to change.
     """
     source = sources.make_source(config.data, config.captcha)
+    config = with_captcha(config, source.captcha)
     provenance = {"format": CACHE_FORMAT_VERSION, "captcha": to_dict(config.captcha), **source.provenance}
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:32]
     path = root_dir() / config.data.cache / f"{key}.safetensors"
@@ -165,9 +166,11 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     # For a generator, a scan is faster than verifying the cache file.
     cached = _read_cache(path) if isinstance(config.data, FolderConfig) else None
     scan = source.scan() if cached is None else cached[1]
-    _report_scan(scan, source, config)
-    splits = {name: torch.tensor(indices) for name, indices in split_by_label(scan.labels, config).items()}
-    return DatasetSpec(source, scan, splits, provenance, path)
+    if isinstance(config.data, FolderConfig):
+        report_scan(scan, source, config)
+    keys = split_keys(scan.labels, scan.duplicates)
+    splits = {name: torch.tensor(indices) for name, indices in split_by_label(keys, config).items()}
+    return DatasetSpec(config, source, scan, splits, provenance, path)
 
 
 def with_trusted_cache(config: Config) -> Config:
@@ -205,13 +208,14 @@ def _check_creatable(directory: Path, config: Config) -> None:
         raise UserError(f"data.cache={config.data.cache}: {escape_unprintable(str(path))[-200:]} {reason}")
 
 
-def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
+def load_or_build(spec: DatasetSpec) -> Dataset:
     """Load the images of a dataset from the cache; if they are not cached, render or decode them first.
 
     Raises:
         RunFailed: rendering failed; the line has the last line of the rendering process's error output.
     """
-    scan, alphabet = spec.scan, Alphabet(config.captcha.alphabet)
+    scan, captcha = spec.scan, spec.config.captcha
+    alphabet = Alphabet(captcha.alphabet)
     labels = scan.labels
     path = spec.cache_path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +232,7 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
         digest = _build_cache(path, spec) if cached is None else cached[0]
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")
-    targets = torch.tensor([alphabet.encode(label) for label in labels])
+    targets = torch.tensor([alphabet.encode_padded(label, captcha.length) for label in labels])
     manifest = {
         "key": spec.key,
         "provenance": spec.provenance,
@@ -243,75 +247,16 @@ def load_or_build(spec: DatasetSpec, config: Config) -> Dataset:
             for (name, sha256), label in zip(scan.files, labels, strict=False)
         ],
         "sizes": scan.sizes,
-        "rejected": [{"file": name, "reason": reason} for name, reason in scan.rejected],
+        "formats": scan.formats,
+        "rejected": [
+            {"file": name, "reason": reason, "kind": scan.kind_of(name)} for name, reason in scan.rejected
+        ],
+        "duplicates": [asdict(group) for group in scan.duplicates],
         "remarks": scan.remarks,
         "ignored": spec.source.ignored,
+        "inferred": [asdict(each) for each in spec.source.inferences],
     }
     return Dataset(images, targets, labels, spec.split_indices, manifest)
-
-
-def _report_scan(scan: ScanResult, source: sources.Source, config: Config) -> None:
-    """Report every file of a folder that is ignored, rejected, or used with a remark, and odd labels.
-
-    Raises:
-        UserError: images cannot be used and data.on_invalid=error; fix or remove them, or set it to skip.
-    """
-    data = config.data
-    if not isinstance(data, FolderConfig):
-        return
-    for remark, names in scan.remarks.items():
-        logger.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
-    if source.ignored:
-        logger.info(f"Ignored, not images ({len(source.ignored):,}): {preview(source.ignored)}")
-    if not scan.rejected:
-        for advice in source.advice:
-            logger.warning(f"data.path={data.path}: {advice}")
-        return
-    rows = [(name, reason) for name, reason in scan.rejected if is_row(name)]
-    files = [(name, reason) for name, reason in scan.rejected if not is_row(name)]
-    num_good = len(scan.labels)
-    problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
-    problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
-    problem = f"data.path={data.path}: {' and '.join(problems)}"
-    can_skip = _has_all_splits(scan.labels, config)
-    lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
-    if data.on_invalid == "error" or not num_good:
-        skip = f", or train on the other {num_good:,} with data.on_invalid=skip" if can_skip else ""
-        raise UserError(f"{problem}; fix or remove them{skip}", *lines)
-    logger.warning(f"{problem}; training on the other {num_good:,} (data.on_invalid=skip)")
-    for line in lines:
-        logger.info(line)
-
-
-def _has_all_splits(labels: list[str], config: Config) -> bool:
-    try:
-        return bool(split_by_label(labels, config))
-    except UserError:
-        return False
-
-
-def _rejected_table(
-    rows: Sequence[tuple[str, str]], files: Sequence[tuple[str, str]], can_skip: bool
-) -> list[str]:
-    """Return a line for each rejected row and file, or for many files with the same reason."""
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for name, reason in files:
-        by_reason[reason].append(name)
-    pairs = rows if len(rows) <= MAX_SAME_REASON else []  # the advice has the reason
-    for reason, names in by_reason.items():
-        if len(names) > MAX_SAME_REASON:
-            pairs = [*pairs, (f"{len(names):,} images", f"{reason} ({preview(names)})")]
-    pairs = [*pairs, *(pair for pair in files if len(by_reason[pair[1]]) <= MAX_SAME_REASON)]
-    if not pairs:
-        return []
-    width = min(40, max(len(escape_unprintable(name)) for name, _ in pairs))
-    table = [
-        f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in pairs[:MAX_REJECTED_SHOWN]
-    ]
-    if len(pairs) > MAX_REJECTED_SHOWN:
-        lists_all = "; captcha-exp data --json data.on_invalid=skip ... lists all" if can_skip else ""
-        table.append(f"  and {len(pairs) - MAX_REJECTED_SHOWN:,} more{lists_all}")
-    return table
 
 
 def _build_cache(path: Path, spec: DatasetSpec) -> str:

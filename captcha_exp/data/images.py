@@ -55,6 +55,7 @@ class DecodedImage:
 
     image: Image.Image
     remarks: tuple[str, ...]  # how the image differs from the file, for the user
+    format: str  # of the file, with its mode, as in "PNG RGBA"
 
 
 def has_signature(start: bytes) -> bool:
@@ -94,6 +95,7 @@ def decode(content: bytes) -> DecodedImage:
     except Exception as error:  # decoders of Pillow raise any exception on damaged files
         raise InvalidImage(f"is damaged or truncated: {one_line(error)}") from None
     image: Image.Image = file
+    kind = f"{file.format} {file.mode}"
     if image.format == "PNG" and b"IEND" not in content:  # Pillow accepts that
         raise InvalidImage("is truncated: a PNG without its IEND chunk")
     remarks = [f"has {frames} frames; only the first is used"] if frames > 1 else []
@@ -111,7 +113,7 @@ def decode(content: bytes) -> DecodedImage:
         )
     if has_transparency(image):
         remarks.append("has transparent pixels, which become white")
-    return DecodedImage(image, tuple(remarks))
+    return DecodedImage(image, tuple(remarks), kind)
 
 
 def _exif_transpose_method(image: Image.Image) -> Image.Transpose | None:

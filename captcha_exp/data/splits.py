@@ -1,6 +1,7 @@
 """Split images into training, validation and test sets, without torch.
 
-The split of an image is a hash of its label: no label is in two splits, and new images move no old ones.
+The split of an image is a hash of its label: no label is in two splits, and new images move no old ones. With
+data.folds, each label is in the test split of one fold.
 """
 
 from captcha_exp.config import Config, FolderConfig
@@ -18,12 +19,15 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
         UserError: a split is empty; the line says what to change.
     """
     data = config.data
+    test_fraction = data.test_fraction if data.folds is None else 1 / data.folds
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
     for index, label in enumerate(labels):
         hashed = seeding.hash_to_unit(data.split_seed, "split", label)
-        if hashed < data.test_fraction:
+        if data.folds is not None:  # move the part of this fold to the start
+            hashed = (hashed - data.fold / data.folds) % 1
+        if hashed < test_fraction:
             splits["test"].append(index)
-        elif hashed < data.test_fraction + data.validation_fraction:
+        elif hashed < test_fraction + data.validation_fraction:
             splits["validation"].append(index)
         else:
             splits["train"].append(index)

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
-from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.alphabet import END, NO_CHARACTER, Alphabet
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import one_line
 from captcha_exp.model.evaluate import Evaluation
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONFUSED = 64  # characters in the confusion matrix
 MAX_MISREADS = 30
+MAX_SAMPLES = 30
 MAX_TILE_PIXELS = 256  # rows or columns of an image in a grid; of a larger one, every n-th is drawn
 MAX_TILE_INCHES = 8.0  # height of a row of a grid
 MAX_MARKED_EPOCHS = 200  # drawn as points on the line
@@ -106,15 +107,14 @@ def plot_confusion_matrix(evaluation: Evaluation, alphabet: Alphabet, path: Path
     classes = evaluation.most_confused_classes(len(alphabet), MAX_CONFUSED)
     counts = evaluation.confusion_matrix(classes)
     errors = counts - np.diag(np.diag(counts))
-    num_wrong = int((evaluation.predicted != evaluation.targets).sum())
-    title = f"{num_wrong} wrong of {evaluation.targets.size} characters"
+    title = f"{evaluation.num_wrong_chars} wrong of {evaluation.num_chars} characters"
     if len(classes) < len(alphabet):
         title += f"\n{int(errors.sum())} of them among the {len(classes)} most confused of {len(alphabet)}"
     side = max(5.0, 0.28 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(errors, cmap="Reds", vmin=0, vmax=max(1, int(errors.max())))
-    names = [alphabet.characters[k] for k in classes]
+    names = [NO_CHARACTER if k == END else alphabet.characters[k] for k in classes]
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="label", title=title)
@@ -136,6 +136,16 @@ def plot_misreads(evaluation: Evaluation, data: Dataset, path: Path) -> None:
 def plot_samples(images: npt.NDArray[np.uint8], labels: Sequence[str], path: Path) -> None:
     """Plot images (N, H, W, C) uint8 with their labels."""
     _save_image_grid(images, labels, "", path)
+
+
+def plot_preview(data: Dataset, augmented: Sequence[npt.NDArray[np.uint8]], path: Path) -> None:
+    """Plot the first images as the network sees them; with augmented versions (N, H, W, C), each in a row."""
+    images = data.images[: len(augmented[0]) if augmented else MAX_SAMPLES].numpy()
+    versions = np.stack([images, *augmented], axis=1)  # (N, versions, H, W, C)
+    titles = [
+        title for label in data.labels[: len(images)] for title in (label, *["augmented"] * len(augmented))
+    ]
+    _save_image_grid(versions.reshape(-1, *images.shape[1:]), titles, "", path)
 
 
 def plot_sweep(

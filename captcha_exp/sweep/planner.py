@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captcha_exp import runs
-from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_untuned_defaults
+from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_captcha, with_untuned_defaults
 from captcha_exp.data import dataset
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
@@ -48,7 +48,8 @@ def plan_jobs(jobs: Sequence[Job]) -> list[PlannedJob]:
         ConfigError: the images of some jobs are missing or invalid; one line per problem, for all jobs.
     """
     machine = devices.detect_machine()
-    split_sizes: dict[tuple[DataConfig, CaptchaConfig], Mapping[str, int]] = {}  # each dataset is read once
+    # Each dataset is read once.
+    inspected: dict[tuple[DataConfig, CaptchaConfig], tuple[CaptchaConfig, Mapping[str, int]]] = {}
     planned = []
     errors: dict[str, None] = {}  # without duplicates
     with progress_bar("planning", len(jobs)) as bar:
@@ -56,15 +57,18 @@ def plan_jobs(jobs: Sequence[Job]) -> list[PlannedJob]:
             config = with_untuned_defaults(resolve(job.requested, machine))
             key = (config.data, config.captcha)
             try:
-                if key not in split_sizes:
-                    split_sizes[key] = dataset.inspect_dataset(config).split_sizes
+                if key not in inspected:
+                    spec = dataset.inspect_dataset(config)
+                    inspected[key] = spec.config.captcha, spec.split_sizes
+                captcha, split_sizes = inspected[key]
+                config = with_captcha(config, captcha)
             except UserError as error:
                 errors |= dict.fromkeys(error.lines)
                 continue
-            planner = Planner(config, split_sizes[key], devices.gpu_total_mib(config))
+            planner = Planner(config, split_sizes, devices.gpu_total_mib(config))
             size = job.requested.train.batch_size
             plan = None if size == "auto" else planner.plan_for(size)
-            planned.append(PlannedJob(job, config, split_sizes[key], plan))
+            planned.append(PlannedJob(job, config, split_sizes, plan))
             bar.advance(1)
     if errors:
         raise ConfigError(*errors)

@@ -13,7 +13,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
-from captcha_exp.report import figures
+from captcha_exp.report import dataset_page, figures
 from captcha_exp.runs import MetricsRow, Run, RunEnd, list_checkpoints, now_ms, training_speed
 from captcha_exp.runs.fields import changed_values, to_short_text
 from captcha_exp.runs.info import ResultSummary
@@ -116,6 +116,9 @@ def record_test_results(
     recorder.log_metrics(MetricsRow(state.epoch, now_ms(), metrics))
     run.write_json("test.json", test.to_json(data))
     speed = training_speed(run.metrics_rows())
+    if data.manifest["files"]:
+        page = run.report_dir / "dataset.html"
+        figures.try_to_plot(dataset_page.write_page, data, (), page, warn=recorder.warn)
     for name, plot, *arguments in (
         ("curves", figures.plot_curves, run.metrics_rows()),
         ("confusion", figures.plot_confusion_matrix, test, data.alphabet),

@@ -215,7 +215,7 @@ def _prepare(requested: Config) -> _PreparedTraining:
     config = resolve(requested, devices.detect_machine())
     device = devices.setup_device(config)
     spec = dataset.inspect_dataset(config)
-    config, trials = autotune.autotune(config, spec.split_sizes)
+    config, trials = autotune.autotune(spec.config, spec.split_sizes)
     devices.set_memory_limit(config, device)
     planner = Planner(config, spec.split_sizes, devices.gpu_total_mib(config))
     return _PreparedTraining(config, device, spec, planner.plan_for(int(config.train.batch_size)), trials)
@@ -331,7 +331,7 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
     environment = collect_environment(config) | prepared.trials
     record_environment(environment, recorder)
     run.write_json("memory.json", prepared.plan.to_json())
-    data = dataset.load_or_build(prepared.dataset_spec, config)
+    data = dataset.load_or_build(prepared.dataset_spec)
     check_dataset_unchanged(data.manifest, run)
     run.write_json("dataset.json", data.manifest)
     return data

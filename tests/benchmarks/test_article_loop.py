@@ -502,7 +502,9 @@ def test_our_training_stops_where_the_article_s_does(
         predicted[round(next(script) * len(split)) :] += 1
         predicted %= 5
         confidences = np.zeros(predicted.shape, np.float32)
-        return Evaluation(1.6, predicted, split.targets.numpy(), confidences, split.indices.numpy())
+        return Evaluation(
+            1.6, predicted, split.targets.numpy(), confidences, confidences[:, 0], split.indices.numpy()
+        )
 
     monkeypatch.setattr(Dataset, "split", opened)
     monkeypatch.setattr(train, "train_step", step)

@@ -288,7 +288,7 @@ class WheelSet:
                 "rich",
                 "matplotlib",
             ),
-            *("scipy", "psutil", "nvidia-ml-py", "packaging"),
+            *("scipy", "psutil", "nvidia-ml-py", "packaging", "jinja2"),
         ]
 
     def check(self, *arguments: str) -> tuple[int, Sequence[str]]:

@@ -46,6 +46,8 @@ CHOICES = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("
 
 def with_required(choice: str) -> tuple[str, ...]:
     """Return a choice with the overrides that it requires."""
+    if choice == "captcha=auto":
+        return choice, "data=folder", "data.path=/images"
     return (choice, "data.path=/images") if choice == "data=folder" else (choice,)
 
 
@@ -99,7 +101,7 @@ KEYS = sorted(set(leaf_keys(plain("data=wheezy"))) - {"gpu.total_mib"})  # null,
     [
         ("captcha.widht=56", "did you mean captcha.width?"),
         ("captcha.width=15", "at least 16, at most 2048 (pixels, after the resize)"),
-        ("captcha.channels=2", "must be one of 1, 3"),
+        ("captcha.channels=2", "must be auto or one of 1, 3"),
         ("captcha.alphabet=aab", "'a' occurs more than once"),
         ("captcha.alphabet='1e55'", "'5' occurs more than once"),
         ("captcha.alphabet=1e5", "must be text"),
@@ -475,7 +477,9 @@ def test_a_saved_config_loads_as_the_same_config(choice: str, tmp_path: Path) ->
 @pytest.mark.parametrize("machine", [CPU_ONLY, TWO_GPUS])
 def test_resolve_replaces_every_auto(choice: str, machine: Machine) -> None:
     resolved = resolve(load(composed(*with_required(choice))), machine)
-    assert [key for key, value in flatten(resolved).items() if value == "auto"] == []
+    # Those of the captcha group are inferred from the images; they choose the head.
+    inferred = [*resolved.captcha.inferred_keys, *(["model.head"] if resolved.captcha.inferred_keys else [])]
+    assert [key for key, value in flatten(resolved).items() if value == "auto"] == inferred
     assert resolve(resolved, machine) == resolved
 
 

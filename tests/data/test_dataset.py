@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from captcha_exp import compose, load
 from captcha_exp.config import Config, to_dict
 from captcha_exp.data import dataset, sources, splits
 from captcha_exp.data.dataset import Dataset, Split
-from captcha_exp.errors import UserError
+from captcha_exp.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def with_captcha(config: Config, **captcha: Any) -> Config:
 
 
 def load_dataset(config: Config) -> Dataset:
-    return dataset.load_or_build(dataset.inspect_dataset(config), config)
+    return dataset.load_or_build(dataset.inspect_dataset(config))
 
 
 def split_labels(config: Config, labels: list[str]) -> dict[str, list[int]]:
@@ -105,6 +106,26 @@ def test_split_seed_changes_the_split(config: Config) -> None:
 
 def test_other_seeds_do_not_change_the_split(config: Config) -> None:
     assert split_labels(config, LABELS) == split_labels(with_data(replace(config, seed=9), seed=9), LABELS)
+
+
+def test_each_label_is_in_the_test_split_of_one_fold(config: Config) -> None:
+    labels = [f"{n:04}" for n in range(4000)]
+    tested: list[int] = []
+    for fold in range(5):
+        members = splits.split_by_label(
+            labels, with_data(config, folds=5, fold=fold, validation_fraction=0.1)
+        )
+        assert sorted(n for indices in members.values() for n in indices) == list(range(4000))
+        assert len(members["validation"]) == pytest.approx(400, abs=80)
+        tested += members["test"]
+    assert sorted(tested) == list(range(4000))
+
+
+def test_a_fold_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"fold=5: must be less than folds=5; the first is 0"):
+        load(compose("data.folds=5", "data.fold=5"))
+    with pytest.raises(ConfigError, match=r"validation_fraction=0.5 and folds=2 leave no training set"):
+        load(compose("data.folds=2", "data.validation_fraction=0.5"))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +421,7 @@ from captcha_exp.data import dataset
 
 logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
 config = load(json.loads(sys.argv[1]))
-data = dataset.load_or_build(dataset.inspect_dataset(config), config)
+data = dataset.load_or_build(dataset.inspect_dataset(config))
 print(data.manifest["images_sha256"])
 """
 

@@ -36,6 +36,7 @@ from captcha_exp.training.train import train
 
 FOLDER_OVERRIDES = (
     *(text for text in TINY if text.split("=")[0] not in ("data.count", "data.workers", "captcha.alphabet")),
+    "captcha=digits",
     "captcha.alphabet='0123456789'",
     "captcha.length=4",
     "captcha.channels=1",
@@ -84,7 +85,7 @@ def inspect(config: Config) -> DatasetSpec:
 
 
 def load_dataset(config: Config) -> Dataset:
-    return dataset.load_or_build(inspect(config), config)
+    return dataset.load_or_build(inspect(config))
 
 
 def error_lines(config: Config) -> str:
@@ -671,6 +672,32 @@ def test_an_image_with_two_labels_is_rejected(folder: Path) -> None:
     assert scan(folder_config(folder)).sizes == {"32x16": 2}
 
 
+@pytest.mark.parametrize("policy", ["keep", "skip", "error"])
+def test_the_policy_for_repeated_images(folder: Path, policy: str) -> None:
+    fill(folder)
+    shutil.copy(folder / "00000-0000.png", folder / "0000_2.png")
+    config = folder_config(folder, on_duplicate=policy)
+    if policy == "error":
+        text = error_lines(config)
+        assert "0000_2.png  is the same image as 00000-0000.png" in text
+        assert "or train on the other 60 with data.on_duplicate=skip" in text
+        return
+    manifest = load_dataset(config).manifest
+    assert manifest["images"] == (61 if policy == "keep" else 60)
+    assert [bad["kind"] for bad in manifest["rejected"]] == ([] if policy == "keep" else ["duplicate"])
+
+
+@pytest.mark.parametrize("policy", ["skip", "error"])
+def test_the_policy_for_images_with_two_labels(folder: Path, policy: str) -> None:
+    fill(folder)
+    shutil.copy(folder / "00000-0000.png", folder / "0001.png")
+    config = folder_config(folder, on_conflict=policy, on_invalid="skip")
+    if policy == "error":
+        assert "or train on the other 59 with data.on_conflict=skip" in error_lines(config)
+    else:
+        assert load_dataset(config).manifest["images"] == 59
+
+
 def test_duplicates_with_the_same_label_are_in_one_split(folder: Path) -> None:
     fill(folder)
     for n in range(60):
@@ -678,6 +705,7 @@ def test_duplicates_with_the_same_label_are_in_one_split(folder: Path) -> None:
     data = load_dataset(folder_config(folder))
     label_sets = {name: {data.labels[n] for n in rows} for name, rows in data.split_indices.items()}
     assert len(data.labels) == 120
+    assert [group["kind"] for group in data.manifest["duplicates"]] == ["bytes"] * 60
     assert sum(map(len, label_sets.values())) == len(set.union(*label_sets.values())) == 60
     for rows in data.split_indices.values():
         assert len({data.images[n].numpy().tobytes() for n in rows}) == len(rows) / 2
@@ -690,13 +718,13 @@ def test_duplicates_with_the_same_label_are_in_one_split(folder: Path) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of decoded images."""
     names: list[str] = []
-    original = sources.folder._read_unchanged
+    original = sources.decoder._read_unchanged
 
     def spy(folder: Path, candidate: Any) -> Any:
         names.append(candidate.name)
         return original(folder, candidate)
 
-    monkeypatch.setattr(sources.folder, "_read_unchanged", spy)
+    monkeypatch.setattr(sources.decoder, "_read_unchanged", spy)
     return names
 
 
@@ -720,7 +748,7 @@ def test_the_cached_scan_equals_the_scan(folder: Path, caplog: pytest.LogCapture
     config = folder_config(add_invalid_files(fill(folder)), on_invalid="skip")
     first = inspect(config)
     fresh = warnings(caplog), [line for line in infos(caplog) if not line.startswith("Decoded ")]
-    dataset.load_or_build(first, config)
+    dataset.load_or_build(first)
     caplog.clear()
     again = inspect(config)
     assert (warnings(caplog), infos(caplog)) == fresh
@@ -938,7 +966,8 @@ def test_invalid_files_are_an_error_with_a_table_and_nothing_is_created(
     assert "Traceback" not in done.stderr
     assert (
         f"data.path={mixed.path}: 25 of 228 images cannot be used; "
-        "fix or remove them, or train on the other 203 with data.on_invalid=skip\n"
+        "fix or remove them, or train on the other 203 with data.on_invalid=skip "
+        "data.on_conflict=skip\n"
     ) in done.stderr
     check_table(done.stderr, mixed.bad)
     for remark, names in mixed.remarks.items():
@@ -948,12 +977,13 @@ def test_invalid_files_are_an_error_with_a_table_and_nothing_is_created(
 
 @pytest.mark.long
 def test_on_invalid_skip_trains_on_the_valid_files(mixed: MixedFolder, root: Path) -> None:
-    done = run_command(root, "train", *FOLDER_OVERRIDES, f"data.path={mixed.path}", "data.on_invalid=skip")
+    skip = ("data.on_invalid=skip", "data.on_conflict=skip")
+    done = run_command(root, "train", *FOLDER_OVERRIDES, f"data.path={mixed.path}", *skip)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert (
         f"warning: data.path={mixed.path}: 25 of 228 images cannot be used; "
-        "training on the other 203 (data.on_invalid=skip)\n"
+        "training on the other 203 (data.on_invalid=skip, data.on_conflict=skip)\n"
     ) in done.stderr
     check_table(done.stderr, mixed.bad)
     (record,) = root.glob("outputs/*/*-tiny/dataset.json")
@@ -971,7 +1001,8 @@ def test_on_invalid_skip_trains_on_the_valid_files(mixed: MixedFolder, root: Pat
 def test_data_command_lists_all_files_as_json(
     mixed: MixedFolder, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["data", "--json", *FOLDER_OVERRIDES, f"data.path={mixed.path}", "data.on_invalid=skip"]
+    skip = ["data.on_invalid=skip", "data.on_conflict=skip"]
+    arguments = ["data", "--json", "--preview", *FOLDER_OVERRIDES, f"data.path={mixed.path}", *skip]
     monkeypatch.setattr(sys, "argv", ["captcha-exp", *arguments])
     with pytest.raises(SystemExit) as ended:
         main.main()
@@ -980,6 +1011,11 @@ def test_data_command_lists_all_files_as_json(
     assert {bad["file"]: bad["reason"] for bad in manifest["rejected"]}.keys() == mixed.bad.keys()
     assert manifest["images"] == mixed.good
     assert Path(manifest["preview"]).is_file()
+    assert Path(manifest["page"]).is_file()
+    assert {bad["file"] for bad in manifest["rejected"] if bad["kind"] == "conflict"} == {
+        "8017.png",
+        "8018.gif",
+    }
 
 
 def test_a_long_table_is_truncated_with_a_hint(folder: Path) -> None:

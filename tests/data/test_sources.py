@@ -34,10 +34,27 @@ from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.runtime import seeding
 from captcha_exp.runtime.console import ProgressBar
 
-CAPTCHA = CaptchaConfig(width=32, height=16, channels=3, alphabet="01234", length=2, case="fold")
+CAPTCHA = CaptchaConfig(
+    width=32, height=16, channels=3, alphabet="01234", length=2, min_length=None, case="fold"
+)
 
-SPLIT = {"validation_fraction": 0.1, "test_fraction": 0.1, "split_seed": 0, "cache": "unused"}
-GENERATOR = {"count": 250, "seed": 0, "width": 64, "height": 32, "workers": 1, **SPLIT}
+SPLIT = {
+    "validation_fraction": 0.1,
+    "test_fraction": 0.1,
+    "folds": None,
+    "fold": 0,
+    "split_seed": 0,
+    "cache": "unused",
+}
+GENERATOR = {
+    "count": 250,
+    "text": "characters",
+    "seed": 0,
+    "width": 64,
+    "height": 32,
+    "workers": 1,
+    **SPLIT,
+}
 LIBRARY = CaptchaLibraryConfig(source="captcha", fonts=(), **GENERATOR)  # type: ignore[arg-type]  # a dict has one value type
 WHEEZY = WheezyLibraryConfig(source="wheezy", fonts=("DejaVuSans.ttf",), font_sizes=(20, 24), **GENERATOR)  # type: ignore[arg-type]
 ARTICLE = ArticleConfig(source="article", fonts=("DejaVuSans.ttf",), **GENERATOR)  # type: ignore[arg-type]

@@ -63,8 +63,8 @@ def evaluation(classes: int) -> Evaluation:
     targets = np.arange(classes)[:, None]
     predicted = targets.copy()
     predicted[-1] = 0
-    shape = np.ones((classes, 1), np.float32)
-    return Evaluation(0.1, predicted, targets, shape, np.arange(classes))
+    confidences = np.ones((classes, 1), np.float32)
+    return Evaluation(0.1, predicted, targets, confidences, confidences[:, 0], np.arange(classes))
 
 
 def predictions(
@@ -76,11 +76,11 @@ def predictions(
     targets = np.array([letters.encode(label) for label, _, _ in results])
     predicted = np.array([letters.encode(text) for _, text, _ in results])
     confidences = np.ones(targets.shape, np.float32)
-    confidences[:, 0] = [confidence for _, _, confidence in results]
+    text_confidences = np.array([confidence for _, _, confidence in results], np.float32)
     reverse = np.arange(count)[::-1].copy()
     manifest = {"provenance": {"captcha": {"alphabet": alphabet}}, "files": []}
     data = Dataset(torch.from_numpy(noise), torch.from_numpy(targets[::-1].copy()), [], {}, manifest)
-    return Evaluation(0.1, predicted, targets, confidences, reverse), data
+    return Evaluation(0.1, predicted, targets, confidences, text_confidences, reverse), data
 
 
 @pytest.fixture

@@ -9,19 +9,28 @@ import numpy as np
 import numpy.typing as npt
 
 from captcha_exp.config import CaptchaConfig, DataConfig, FolderConfig, GeneratorConfig, to_dict
-from captcha_exp.data.sources import folder
-from captcha_exp.data.sources.folder import ScanResult as ScanResult
+from captcha_exp.data.sources import decoder, folder
+from captcha_exp.data.sources.decoder import ScanResult as ScanResult
 from captcha_exp.data.sources.generators import check_glyphs as check_glyphs
 from captcha_exp.data.sources.generators import check_rendering as check_rendering
 from captcha_exp.data.sources.generators import font_files as font_files
 from captcha_exp.data.sources.generators import generate_labels as generate_labels
 from captcha_exp.data.sources.generators import get_renderer_spec as get_renderer_spec
 from captcha_exp.data.sources.generators import rendering_dependencies as rendering_dependencies
+from captcha_exp.data.sources.infer import Inference
 from captcha_exp.data.sources.rendering import render_images as render_images
 
 IMAGE_INDEPENDENT_KEYS = (  # keys of the data group that do not affect pixels
-    *("cache", "workers", "split_seed", "validation_fraction", "test_fraction"),
-    *("path", "labels", "match_by", "filename_pattern", "on_invalid"),  # of a folder, only its content counts
+    *("cache", "workers", "split_seed", "validation_fraction", "test_fraction", "folds", "fold"),
+    *(
+        "path",
+        "labels",
+        "match_by",
+        "filename_pattern",
+        "on_invalid",
+        "on_conflict",
+        "on_duplicate",
+    ),  # of a folder, only its content counts
 )
 
 
@@ -30,7 +39,9 @@ class GeneratorSource:
 
     def __init__(self, data: GeneratorConfig, captcha: CaptchaConfig) -> None:
         check_glyphs(data, captcha)
-        self._data, self._captcha = data, captcha
+        self._data, self.captcha = data, captcha
+        self.inferences: list[Inference] = []
+        """the values of the captcha group that were `auto`; not part of the scan result"""
         self.provenance = {"source": _image_config(data), "dependencies": rendering_dependencies(data)}
         """everything that the pixels depend on, except the captcha group of the config"""
         self.ignored: list[str] = []
@@ -40,32 +51,37 @@ class GeneratorSource:
 
     def scan(self) -> ScanResult:
         """Return the labels, without loading images of a generator."""
-        return ScanResult(generate_labels(self._data, self._captcha))
+        return ScanResult(generate_labels(self._data, self.captcha))
 
     def load_images(self) -> npt.NDArray[np.uint8]:
         """Return the images (N, H, W, C) in the order of the labels."""
-        return render_images(self._data, self._captcha, range(self._data.count))
+        return render_images(self._data, self.captcha, range(self._data.count))
 
 
 class FolderSource:
     """The images of a folder; a scan decodes them and keeps them until they are loaded."""
 
     def __init__(self, data: FolderConfig, captcha: CaptchaConfig) -> None:
-        self._captcha = captcha
         self._folder_scan = folder.scan_folder(data, captcha)
+        self.captcha, self.inferences = self._folder_scan.captcha, list(self._folder_scan.inferences)
         self.ignored, self.advice = list(self._folder_scan.ignored), list(self._folder_scan.advice)
         self._images: npt.NDArray[np.uint8] | None = None
-        source = {**_image_config(data), "files_sha256": self._folder_scan.sha256}
-        self.provenance = {"source": source, "dependencies": folder.decoding_dependencies()}
+        self._keep_duplicates = data.on_duplicate == "keep"
+        source = {
+            **_image_config(data),
+            "duplicates": "keep" if self._keep_duplicates else "drop",
+            "files_sha256": self._folder_scan.sha256,
+        }
+        self.provenance = {"source": source, "dependencies": decoder.decoding_dependencies()}
 
     def scan(self) -> ScanResult:
-        self._images, scan = folder.decode_folder(self._folder_scan, self._captcha)
+        self._images, scan = decoder.decode_folder(self._folder_scan, self._keep_duplicates)
         return scan
 
     def load_images(self) -> npt.NDArray[np.uint8]:
         """Return the images (N, H, W, C) in the order of the labels."""
         if self._images is None:
-            self._images, _ = folder.decode_folder(self._folder_scan, self._captcha)
+            self._images, _ = decoder.decode_folder(self._folder_scan, self._keep_duplicates)
         decoded, self._images = self._images, None
         return decoded
 

@@ -119,7 +119,7 @@ def _label_check(captcha: CaptchaConfig) -> Callable[[str], bool]:
     known = set(captcha.alphabet)
     if captcha.case == "fold":
         known |= set(captcha.alphabet.lower() + captcha.alphabet.upper())
-    return lambda text: len(text) == captcha.length and known >= set(text)
+    return lambda text: captcha.shortest_length <= len(text) <= captcha.length and known >= set(text)
 
 
 def _parent(candidate: Candidate) -> str:

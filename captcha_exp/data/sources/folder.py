@@ -4,33 +4,30 @@ Every file is used, rejected with a reason, or reported as ignored because it is
 detected from the content, not from the name; labels are in the file names or in a table.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import stat
-import time
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import features
 
 from captcha_exp.config import CaptchaConfig, FolderConfig
 from captcha_exp.data import images
 from captcha_exp.data.alphabet import Alphabet
-from captcha_exp.data.sources import labels
+from captcha_exp.data.sources import infer, labels
 from captcha_exp.data.sources.advice import advise
+from captcha_exp.data.sources.infer import Inference
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable, preview, progress_bar
+from captcha_exp.runtime.console import preview, progress_bar
 from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
@@ -45,6 +42,8 @@ class FolderScan:
     folder: Path
     candidates: tuple[Candidate, ...]
     ignored: tuple[str, ...]  # names of files that are not images
+    captcha: CaptchaConfig  # without any `auto`
+    inferences: tuple[Inference, ...] = ()
     advice: tuple[str, ...] = ()  # what is odd about the labels, and what to do about it
 
     @property
@@ -54,28 +53,8 @@ class FolderScan:
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class ScanResult:
-    """The images that a source has and those it rejected; plain values, stored in the cache file."""
-
-    labels: list[str]  # N
-    files: list[tuple[str, str]] = field(default_factory=list)  # N (name, SHA-256); empty for a generator
-    rejected: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
-    remarks: dict[str, list[str]] = field(default_factory=dict)  # remark -> names of used images
-    sizes: dict[str, int] = field(default_factory=dict)  # original "WxH" -> number of images
-
-
-def decoding_dependencies() -> dict[str, Any]:
-    """Return the versions of the decoders that the pixels depend on."""
-    return {
-        "pillow": version("pillow"),
-        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
-        "webp": features.version("webp"),
-    }
-
-
 def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
-    """List the candidates of a folder, sorted by name, with labels and hashes of their contents.
+    """List the candidates of a folder, sorted by name, with labels and hashes; infer the captcha group.
 
     Raises:
         UserError: the folder does not exist or has no images, or its label table cannot be read.
@@ -93,6 +72,7 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     candidates += [candidate for candidate in unreadable if candidate.name not in known]
     if not candidates:
         raise UserError(f"data.path={data.path}: {describe_no_images(ignored)}")
+    captcha, inferences = _infer(folder, candidates, captcha)
     advice += advise(
         folder, candidates, None if table else pattern, None if table or data.labels else ignored, captcha
     )
@@ -106,48 +86,23 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     if table and table.is_relative_to(folder):
         known.add(_relative_name(folder, table))
     not_images = tuple(name for name in ignored if name not in known)
-    return FolderScan(folder, tuple(checked), not_images, tuple(advice))
+    return FolderScan(folder, tuple(checked), not_images, captcha, tuple(inferences), tuple(advice))
 
 
-def decode_folder(scan: FolderScan, captcha: CaptchaConfig) -> tuple[npt.NDArray[np.uint8], ScanResult]:
-    """Decode the images of a folder and resize them to (N, H, W, C), the size of the config."""
-    start_time = time.perf_counter()
-    arrays, accepted, rejected, sizes = [], [], [], []
-    remarks: dict[str, list[str]] = defaultdict(list)
-    with progress_bar(f"Decoding {len(scan.candidates):,} images", len(scan.candidates)) as bar:
-        for candidate in scan.candidates:
-            bar.advance(1)
-            if candidate.reason:
-                rejected.append(candidate)
-                continue
-            try:
-                decoded, array = decode_image(_read_unchanged(scan.folder, candidate), captcha)
-            except images.InvalidImage as reason:
-                rejected.append(replace(candidate, reason=str(reason)))
-                continue
-            arrays.append(array)
-            accepted.append(candidate)
-            sizes.append(f"{decoded.image.width}x{decoded.image.height}")
-            for remark in decoded.remarks:
-                remarks[remark].append(candidate.name)
-    conflicts = _find_label_conflicts(arrays, accepted)
-    keep = [n for n, candidate in enumerate(accepted) if candidate.name not in conflicts]
-    kept_images = np.array([arrays[n] for n in keep], np.uint8)
-    kept_images = kept_images.reshape(-1, captcha.height, captcha.width, captcha.channels)
-    rejected = sorted([*rejected, *conflicts.values()], key=lambda c: c.name)
-    kept_remarks = {
-        remark: kept
-        for remark, names in remarks.items()
-        if (kept := [n for n in names if n not in conflicts])
-    }
-    logger.info(f"Decoded {len(keep):,} images in {time.perf_counter() - start_time:.1f} s")
-    return kept_images, ScanResult(
-        labels=[accepted[n].label for n in keep],
-        files=[(accepted[n].name, accepted[n].sha256) for n in keep],
-        rejected=[(candidate.name, candidate.reason) for candidate in rejected],
-        remarks=kept_remarks,
-        sizes=dict(Counter(sizes[n] for n in keep)),
-    )
+def _infer(
+    folder: Path, candidates: Sequence[Candidate], captcha: CaptchaConfig
+) -> tuple[CaptchaConfig, list[Inference]]:
+    """Infer the values of the captcha group that are `auto`."""
+    if not captcha.inferred_keys:
+        return captcha, []
+    usable = [each for each in candidates if not each.reason]
+    captcha, of_labels = infer.infer_labels(captcha, [each.label for each in usable])
+    sample = []
+    for candidate in usable[:: max(1, len(usable) // infer.NUM_SAMPLED)]:
+        with contextlib.suppress(images.InvalidImage):
+            sample.append(images.decode(read_bytes(folder / candidate.name)).image)
+    captcha, of_images = infer.infer_images(captcha, sample)
+    return captcha, of_labels + of_images
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -269,45 +224,14 @@ def _check_candidate(
     sha256 = reason = ""
     if unknown := sorted(set(label) - characters):
         reason = f"label {label!r} has {', '.join(map(repr, unknown))}, not in captcha.alphabet"
-    elif len(label) != captcha.length:
-        reason = f"label {label!r} has {len(label)} characters; captcha.length is {captcha.length}"
+    elif not captcha.shortest_length <= len(label) <= captcha.length:
+        limits = f"captcha.length is {captcha.length}"
+        if captcha.shortest_length < captcha.length:
+            limits = f"captcha.min_length is {captcha.shortest_length} and {limits}"
+        reason = f"label {label!r} has {len(label)} characters; {limits}"
     else:
         try:
             sha256 = hashlib.sha256(read_bytes(folder / candidate.name)).hexdigest()
         except images.InvalidImage as error:
             reason = str(error)
     return Candidate(candidate.name, label, reason, sha256)
-
-
-def _read_unchanged(folder: Path, candidate: Candidate) -> bytes:
-    """Read the content of a candidate and check it against its hash, which is part of the cache key.
-
-    Raises:
-        UserError: the file has changed since it was hashed.
-    """
-    try:
-        content = read_bytes(folder / candidate.name)
-    except images.InvalidImage:
-        content = b""
-    if hashlib.sha256(content).hexdigest() != candidate.sha256:
-        name = escape_unprintable(candidate.name)
-        raise UserError(f"data.path={folder}: {name} changed while it was read; run the command again")
-    return content
-
-
-def _find_label_conflicts(
-    arrays: list[npt.NDArray[np.uint8]], accepted: list[Candidate]
-) -> dict[str, Candidate]:
-    """Return by name, with the reason, the candidates that have the pixels of another label."""
-    by_hash: dict[bytes, list[int]] = defaultdict(list)
-    for number, array in enumerate(arrays):
-        by_hash[hashlib.sha256(array.tobytes()).digest()].append(number)
-    conflicts = {}
-    for numbers in by_hash.values():
-        if len({accepted[n].label for n in numbers}) > 1:
-            for n in numbers:
-                other = next(accepted[m] for m in numbers if accepted[m].label != accepted[n].label)
-                name = escape_unprintable(other.name)
-                reason = f"is the same image as {name}, which is labeled {other.label!r}"
-                conflicts[accepted[n].name] = replace(accepted[n], reason=reason)
-    return conflicts

@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from captcha_exp.config import (
     WheezyLibraryConfig,
 )
 from captcha_exp.data.sources import article
+from captcha_exp.data.sources.texts import sample_length, sample_text
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.runtime import seeding
 
@@ -53,18 +55,22 @@ def get_renderer_spec(data: GeneratorConfig) -> RendererSpec:
             from captcha.image import DEFAULT_FONTS
 
             package, fonts = f"captcha {version('captcha')}", [Path(path) for path in DEFAULT_FONTS]
-            return RendererSpec(package, fonts, lambda: _make_captcha_renderer(data), _sample_uniform_label)
+            sample = partial(sample_text, data.text)
+            return RendererSpec(package, fonts, lambda: _make_captcha_renderer(data), sample)
         case WheezyLibraryConfig():
             _require_fonts(data, "wheezy.captcha")
             package = f"wheezy.captcha {version('wheezy.captcha')}"
-            return RendererSpec(package, [], lambda: _make_wheezy_renderer(data), _sample_uniform_label)
+            sample = partial(sample_text, data.text)
+            return RendererSpec(package, [], lambda: _make_wheezy_renderer(data), sample)
         case ArticleConfig():
             _require_fonts(data, "article")
             return RendererSpec(
                 package=f"article {article.VERSION}",
                 default_fonts=[],
                 make_renderer=lambda: article.make_renderer(data.width, data.height, font_files(data)),
-                sample_label=lambda captcha, rng: article.sample_label(captcha.alphabet, captcha.length, rng),
+                sample_label=lambda captcha, rng: article.sample_label(
+                    captcha.alphabet, sample_length(captcha, rng), rng
+                ),
             )
         case _:
             assert_never(data)
@@ -84,11 +90,6 @@ def generate_labels(data: GeneratorConfig, captcha: CaptchaConfig) -> list[str]:
     """Return the labels of all images."""
     sample_label = get_renderer_spec(data).sample_label
     return [sample_label(captcha, image_rng(data, index)) for index in range(data.count)]
-
-
-def _sample_uniform_label(captcha: CaptchaConfig, rng: random.Random) -> str:
-    """Sample each character uniformly from the alphabet."""
-    return "".join(rng.choices(captcha.alphabet, k=captcha.length))
 
 
 def rendering_dependencies(data: GeneratorConfig) -> dict[str, Any]:

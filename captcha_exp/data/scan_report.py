@@ -1,0 +1,112 @@
+"""The report of a scan: what was inferred, ignored, rejected or repeated, before anything is created."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+
+from captcha_exp.config import Config, FolderConfig
+from captcha_exp.data.sources import ScanResult, Source
+from captcha_exp.data.sources.labels import is_row
+from captcha_exp.data.splits import split_by_label
+from captcha_exp.errors import UserError
+from captcha_exp.runtime.console import escape_unprintable, preview
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("invalid", "conflict", "duplicate")  # of rejected images; data.on_KIND is the policy
+KINDS_OF_DUPLICATES = {"bytes": "equal files", "pixels": "equal pixels", "similar": "nearly equal images"}
+MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
+MAX_SAME_REASON = 10  # images with the same reason that have a row each
+
+
+def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
+    """Report every file of a folder that is ignored, rejected, or used with a remark, and odd labels.
+
+    Raises:
+        UserError: images cannot be used, and the policy for their kind is error; fix or remove them, or set
+            it to skip.
+    """
+    data = config.data
+    assert isinstance(data, FolderConfig)
+    for each in source.inferences:
+        logger.info(f"{each.key}: {each.value}, inferred ({each.evidence})")
+    for remark, names in scan.remarks.items():
+        logger.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
+    if source.ignored:
+        logger.info(f"Ignored, not images ({len(source.ignored):,}): {preview(source.ignored)}")
+    _report_duplicates(scan, data)
+    if not scan.rejected:
+        for advice in source.advice:
+            logger.warning(f"data.path={data.path}: {advice}")
+        return
+    rows = [(name, reason) for name, reason in scan.rejected if is_row(name)]
+    files = [(name, reason) for name, reason in scan.rejected if not is_row(name)]
+    num_good = len(scan.labels)
+    problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
+    problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
+    problem = f"data.path={data.path}: {' and '.join(problems)}"
+    can_skip = _has_all_splits(scan.labels, config)
+    lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
+    policies = {kind: getattr(data, f"on_{kind}") for kind in KINDS}
+    kinds = [kind for kind in KINDS if any(scan.kind_of(name) == kind for name, _ in scan.rejected)]
+    if not num_good or (blocking := [kind for kind in kinds if policies[kind] == "error"]):
+        words = " ".join(f"data.on_{kind}=skip" for kind in (blocking if num_good else ()))
+        skip = f", or train on the other {num_good:,} with {words}" if can_skip else ""
+        raise UserError(f"{problem}; fix or remove them{skip}", *lines)
+    chosen = ", ".join(f"data.on_{kind}=skip" for kind in kinds)
+    logger.warning(f"{problem}; training on the other {num_good:,} ({chosen})")
+    for line in lines:
+        logger.info(line)
+
+
+def _report_duplicates(scan: ScanResult, data: FolderConfig) -> None:
+    """Report images that occur several times, and nearly equal ones with different labels."""
+    names = [name for name, _ in scan.files]
+    for kind, what in (
+        ("bytes", "equal files"),
+        ("pixels", "equal pixels"),
+        ("similar", "nearly equal images"),
+    ):
+        groups = [group.indices for group in scan.duplicates if group.kind == kind]
+        if not groups:
+            continue
+        example = " and ".join(escape_unprintable(names[n]) for n in groups[0][:2])
+        total = sum(map(len, groups))
+        logger.info(f"{what}: {total:,} images in {len(groups):,} groups, kept in one split ({example})")
+        if odd := [group for group in groups if len({scan.labels[n] for n in group}) > 1]:
+            pair = " and ".join(f"{escape_unprintable(names[n])} as {scan.labels[n]!r}" for n in odd[0][:2])
+            logger.warning(
+                f"data.path={data.path}: {len(odd):,} groups of {what} have different labels, such as "
+                f"{pair}; correct the wrong ones"
+            )
+
+
+def _has_all_splits(labels: list[str], config: Config) -> bool:
+    try:
+        return bool(split_by_label(labels, config))
+    except UserError:
+        return False
+
+
+def _rejected_table(
+    rows: Sequence[tuple[str, str]], files: Sequence[tuple[str, str]], can_skip: bool
+) -> list[str]:
+    """Return a line for each rejected row and file, or for many files with the same reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in files:
+        by_reason[reason].append(name)
+    pairs = rows if len(rows) <= MAX_SAME_REASON else []  # the advice has the reason
+    for reason, names in by_reason.items():
+        if len(names) > MAX_SAME_REASON:
+            pairs = [*pairs, (f"{len(names):,} images", f"{reason} ({preview(names)})")]
+    pairs = [*pairs, *(pair for pair in files if len(by_reason[pair[1]]) <= MAX_SAME_REASON)]
+    if not pairs:
+        return []
+    width = min(40, max(len(escape_unprintable(name)) for name, _ in pairs))
+    table = [
+        f"  {escape_unprintable(name):<{width}}  {reason}" for name, reason in pairs[:MAX_REJECTED_SHOWN]
+    ]
+    if len(pairs) > MAX_REJECTED_SHOWN:
+        lists_all = "; captcha-exp data --json data.on_invalid=skip ... lists all" if can_skip else ""
+        table.append(f"  and {len(pairs) - MAX_REJECTED_SHOWN:,} more{lists_all}")
+    return table
