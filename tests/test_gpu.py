@@ -21,13 +21,14 @@ from captcha_exp.config import AugmentConfig, Config, HeadName, Precision, ResNe
 from captcha_exp.data import dataset
 from captcha_exp.data.alphabet import END
 from captcha_exp.data.augment import NUM_PARAMS, Augmenter, augment, sample_params
-from captcha_exp.data.dataset import Split
+from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.doctor import collect_info, run_checks
 from captcha_exp.memory.plan import Planner
 from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.model.heads import build_head
 from captcha_exp.model.predict import Predictor
-from captcha_exp.model.step import init_train_state, train_step
+from captcha_exp.model.state import TrainState
+from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.runs import find_run, make_run_dir
 from captcha_exp.runtime.device import half_precisions, set_memory_limit, setup_device
 from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
@@ -99,6 +100,16 @@ def test_a_plan_matches_the_measured_memory(cuda: Config, model: str) -> None:
     assert json.loads((result.run_dir / "memory.json").read_text())["fits"] == "fits"
 
 
+def run_steps_without_sync(config: Config, batch: Batch) -> tuple[TrainState, list[Step]]:
+    """Run three steps, of which each fails if it waits for the device."""
+    state = init_train_state(config, batch.images.device)
+    train_step(state, batch, config)  # loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    steps = [train_step(state, batch, config) for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("default")
+    return state, steps
+
+
 OPTIONS: list[dict[str, Any]] = [
     {"optimizer_impl": "foreach"},
     {"optimizer_impl": "for_loop"},
@@ -115,11 +126,7 @@ def test_memory_saving_options_never_synchronize_and_are_deterministic(
     batch = dataset.random_batch(config, 64, device)
     losses = []
     for _ in range(2):
-        state = init_train_state(config, device)
-        train_step(state, batch, config)  # loads kernels
-        torch.cuda.set_sync_debug_mode("error")
-        steps = [train_step(state, batch, config) for _ in range(3)]
-        torch.cuda.set_sync_debug_mode("default")
+        _, steps = run_steps_without_sync(config, batch)
         losses.append([float(step.loss) for step in steps])
     assert losses[0] == losses[1]
 
@@ -139,11 +146,7 @@ def test_heads_for_any_length_never_synchronize_and_are_deterministic(
     batch.targets[::3, 1] = END
     results = []
     for _ in range(3):
-        state = init_train_state(config, device)
-        train_step(state, batch, config)  # loads kernels
-        torch.cuda.set_sync_debug_mode("error")
-        steps = [train_step(state, batch, config) for _ in range(3)]
-        torch.cuda.set_sync_debug_mode("default")
+        state, steps = run_steps_without_sync(config, batch)
         results.append([*(step.loss for step in steps), *(p.detach() for p in state.model.parameters())])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

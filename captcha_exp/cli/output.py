@@ -164,9 +164,9 @@ def print_dataset(manifest: Mapping[str, Any], values: Mapping[str, Any]) -> Non
     out = get_console()
     out.print(f"{manifest['images']:,} images with {manifest['distinct_labels']:,} distinct labels")
     out.print(f"split by label: {splits}")
-    for name, counts in (("lengths", "lengths"), ("sizes", "sizes"), ("formats", "formats")):
-        shown = [f"{key} ({count:,})" for key, count in list(manifest[counts].items())[:6]]
-        more = len(manifest[counts]) - len(shown)
+    for name in ("lengths", "sizes", "formats"):
+        shown = [f"{key} ({count:,})" for key, count in list(manifest[name].items())[:6]]
+        more = len(manifest[name]) - len(shown)
         if shown:
             out.print(f"{name} {', '.join(shown)}{f' and {more} more' if more else ''}", markup=False)
     for name in ("absent_characters", "rare_characters"):

@@ -21,6 +21,7 @@ from scipy.sparse import csgraph
 
 from captcha_exp.data import images
 
+KINDS = {"bytes": "equal files", "pixels": "equal pixels", "similar": "nearly equal images"}
 SMALL_SIZE = (32, 96)  # height and width of the small version
 NEIGHBORHOOD = 7  # pixels of its side whose mean is subtracted
 MAX_DETAIL = 10.0  # gray levels: a thick stroke that all images have weighs no more than a thin one
@@ -36,7 +37,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 class DuplicateGroup:
     """Images that are the same in one way."""
 
-    kind: str  # bytes, pixels or similar
+    kind: str  # a key of KINDS
     indices: tuple[int, ...]  # of the images, in order
 
 

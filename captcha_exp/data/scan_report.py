@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from captcha_exp.config import Config, FolderConfig
+from captcha_exp.data import duplicates
 from captcha_exp.data.sources import ScanResult, Source
 from captcha_exp.data.sources.labels import is_row
 from captcha_exp.data.splits import split_by_label
@@ -49,8 +50,9 @@ def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
     lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
     policies = {kind: getattr(data, f"on_{kind}") for kind in KINDS}
     kinds = [kind for kind in KINDS if any(scan.kind_of(name) == kind for name, _ in scan.rejected)]
-    if not num_good or (blocking := [kind for kind in kinds if policies[kind] == "error"]):
-        words = " ".join(f"data.on_{kind}=skip" for kind in (blocking if num_good else ()))
+    blocking = [kind for kind in kinds if policies[kind] == "error"]
+    if blocking or not num_good:
+        words = " ".join(f"data.on_{kind}=skip" for kind in blocking)
         skip = f", or train on the other {num_good:,} with {words}" if can_skip else ""
         raise UserError(f"{problem}; fix or remove them{skip}", *lines)
     chosen = ", ".join(f"data.on_{kind}=skip" for kind in kinds)
@@ -62,11 +64,7 @@ def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
 def _report_duplicates(scan: ScanResult, data: FolderConfig) -> None:
     """Report images that occur several times, and nearly equal ones with different labels."""
     names = [name for name, _ in scan.files]
-    for kind, what in (
-        ("bytes", "equal files"),
-        ("pixels", "equal pixels"),
-        ("similar", "nearly equal images"),
-    ):
+    for kind, what in duplicates.KINDS.items():
         groups = [group.indices for group in scan.duplicates if group.kind == kind]
         if not groups:
             continue

@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from captcha_exp.data.dataset import Dataset
+from captcha_exp.data.duplicates import KINDS
 from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.files import write_atomically
 
 MIN_OCCURRENCES = 10  # of a character that is not called rare
 MAX_SAMPLES, MAX_GROUPS, MAX_ROWS = 60, 40, 200  # shown on the page
-KINDS = {"bytes": "equal files", "pixels": "equal pixels", "similar": "nearly equal images"}
 
 
 def summarize(data: Dataset) -> dict[str, Any]:
