@@ -35,8 +35,10 @@ def _check_filename_pattern(value: str) -> str:
 
 
 def _check_labels(value: str | None) -> str | None:
-    if value not in (None, "names") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
-        raise ValueError("must be null, names, or a file in the folder that ends in .csv, .tsv or .jsonl")
+    if value not in (None, "names", "folders") and not value.lower().endswith((".csv", ".tsv", ".jsonl")):
+        raise ValueError(
+            "must be null, names, folders, or a file in the folder that ends in .csv, .tsv or .jsonl"
+        )
     return None if value is None else expand_user(value)
 
 
@@ -188,19 +190,24 @@ class ArticleConfig(BaseGeneratorConfig):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class FolderConfig(BaseDataConfig):
-    """A folder of labeled images, including its subfolders."""
+    """A folder of labeled images, including its subfolders, or an archive."""
 
     source: Literal["folder"]
     path: FilePath
-    """path of the folder; a relative path is relative to the working directory"""
+    """path of the folder, or of a .zip or .tar archive, relative to the working directory"""
     labels: Annotated[str | None, AfterValidator(_check_labels)]
-    """names: labels are in the file names; or a .csv, .tsv or .jsonl file in the folder; null: labels.csv,
-    .tsv or .jsonl if it exists, else the file names"""
+    """names: labels are in the file names; folders: in the names of the subfolders; or a .csv, .tsv or .jsonl
+    file in the folder; null: labels or metadata.csv, .tsv or .jsonl if it exists, else the file names"""
     match_by: Literal["path", "name"]
     """how a row of a table names its file: path in the folder; name: file name alone, which must be unique"""
     filename_pattern: Annotated[str, AfterValidator(_check_filename_pattern)]
     """regular expression that matches a whole file name without its suffix; the group (?P<label>...) is the
     label"""
+    split_by: Literal["given", "label"]
+    """given: the splits that the column split of a table gives, or subfolders named train, validation, test;
+    without these, and with label, a hash of the label"""
+    apply_corrections: bool
+    """apply corrections.csv in the folder, or NAME.zip.corrections.csv next to an archive, if it exists"""
     on_invalid: Literal["error", "skip"]
     """what to do about images that cannot be used: report them as an error, or skip them with a warning"""
     on_conflict: Literal["error", "skip"]

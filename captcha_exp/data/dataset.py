@@ -27,9 +27,9 @@ from captcha_exp.config import Config, FolderConfig, to_dict, untrusted_keys, wi
 from captcha_exp.data import sources
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.duplicates import split_keys
-from captcha_exp.data.scan_report import report_scan
+from captcha_exp.data.scan_report import check_splits, report_scan
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.splits import split_by_label
+from captcha_exp.data.splits import split_images
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
 from captcha_exp.runtime.console import escape_unprintable
@@ -169,8 +169,10 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     if isinstance(config.data, FolderConfig):
         report_scan(scan, source, config)
     keys = split_keys(scan.labels, scan.duplicates)
-    splits = {name: torch.tensor(indices) for name, indices in split_by_label(keys, config).items()}
-    return DatasetSpec(config, source, scan, splits, provenance, path)
+    splits = split_images(keys, scan.splits, config)
+    check_splits(scan, splits, config)
+    split_indices = {name: torch.tensor(indices) for name, indices in splits.items()}
+    return DatasetSpec(config, source, scan, split_indices, provenance, path)
 
 
 def with_trusted_cache(config: Config) -> Config:
@@ -254,6 +256,7 @@ def load_or_build(spec: DatasetSpec) -> Dataset:
         "duplicates": [asdict(group) for group in scan.duplicates],
         "remarks": scan.remarks,
         "ignored": spec.source.ignored,
+        "corrections": spec.source.corrections,
         "inferred": [asdict(each) for each in spec.source.inferences],
     }
     return Dataset(images, targets, labels, spec.split_indices, manifest)

@@ -1,21 +1,20 @@
 """The report of a scan: what was inferred, ignored, rejected or repeated, before anything is created."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import duplicates
 from captcha_exp.data.sources import ScanResult, Source
 from captcha_exp.data.sources.labels import is_row
-from captcha_exp.data.splits import split_by_label
+from captcha_exp.data.splits import split_images
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import escape_unprintable, preview
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("invalid", "conflict", "duplicate")  # of rejected images; data.on_KIND is the policy
-KINDS_OF_DUPLICATES = {"bytes": "equal files", "pixels": "equal pixels", "similar": "nearly equal images"}
 MAX_REJECTED_SHOWN = 50  # rows of the table of rejected images
 MAX_SAME_REASON = 10  # images with the same reason that have a row each
 
@@ -31,6 +30,10 @@ def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
     assert isinstance(data, FolderConfig)
     for each in source.inferences:
         logger.info(f"{each.key}: {each.value}, inferred ({each.evidence})")
+    if source.corrections:
+        counts = Counter(each["action"] for each in source.corrections)
+        shown = ", ".join(f"{action} {count:,}" for action, count in counts.items())
+        logger.info(f"Corrected by corrections.csv ({len(source.corrections):,}): {shown}")
     for remark, names in scan.remarks.items():
         logger.info(f"Used ({len(names):,}): {remark} ({preview(names)})")
     if source.ignored:
@@ -46,7 +49,7 @@ def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
     problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
     problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
     problem = f"data.path={data.path}: {' and '.join(problems)}"
-    can_skip = _has_all_splits(scan.labels, config)
+    can_skip = _has_all_splits(scan, config)
     lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
     policies = {kind: getattr(data, f"on_{kind}") for kind in KINDS}
     kinds = [kind for kind in KINDS if any(scan.kind_of(name) == kind for name, _ in scan.rejected)]
@@ -79,9 +82,41 @@ def _report_duplicates(scan: ScanResult, data: FolderConfig) -> None:
             )
 
 
-def _has_all_splits(labels: list[str], config: Config) -> bool:
+def check_splits(scan: ScanResult, splits: Mapping[str, Sequence[int]], config: Config) -> None:
+    """Check that no image is in two splits, and report labels that are, which only given splits allow.
+
+    Raises:
+        UserError: equal images are in different splits; remove one of them.
+    """
+    split_of = {index: name for name, indices in splits.items() for index in indices}
+    groups = [group for group in scan.duplicates if len({split_of[n] for n in group.indices}) > 1]
+    if groups:
+        names = [escape_unprintable(name) for name, _ in scan.files]
+        lines = []
+        for group in groups[:MAX_SAME_REASON]:
+            one = group.indices[0]
+            other = next(n for n in group.indices if split_of[n] != split_of[one])
+            what = duplicates.KINDS[group.kind]
+            lines.append(f"  {names[one]} ({split_of[one]}) and {names[other]} ({split_of[other]}): {what}")
+        if len(groups) > MAX_SAME_REASON:
+            lines.append(f"  and {len(groups) - MAX_SAME_REASON:,} more")
+        count = f"{len(groups):,} images are" if len(groups) > 1 else "1 image is"
+        raise UserError(
+            f"data.path={getattr(config.data, 'path', '')}: {count} in more than one of the splits that it "
+            "gives, so the test accuracy would be too high; leave out one of the equal images, or split by "
+            "label with data.split_by=label",
+            *lines,
+        )
+    if scan.splits and config.data.folds is None:
+        labels = {name: {scan.labels[n] for n in indices} for name, indices in splits.items()}
+        logger.info(f"splits as given: {', '.join(f'{name} {len(each):,}' for name, each in splits.items())}")
+        if common := labels["test"] & labels["train"]:
+            logger.info(f"{len(common):,} labels of the test split are also in the training split")
+
+
+def _has_all_splits(scan: ScanResult, config: Config) -> bool:
     try:
-        return bool(split_by_label(labels, config))
+        return bool(split_images(scan.labels, scan.splits, config))
     except UserError:
         return False
 

@@ -1,8 +1,10 @@
 """Split images into training, validation and test sets, without torch.
 
 The split of an image is a hash of its label: no label is in two splits, and new images move no old ones. With
-data.folds, each label is in the test split of one fold.
+data.folds, each label is in the test split of one fold. A folder may give the splits itself.
 """
+
+from collections.abc import Sequence
 
 from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import sources
@@ -12,22 +14,33 @@ from captcha_exp.runtime import seeding
 SPLITS = ("train", "validation", "test")
 
 
-def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
+def split_images(keys: Sequence[str], given: Sequence[str], config: Config) -> dict[str, list[int]]:
     """Return the indices of the images of each split, in order.
+
+    The split that is `given` to an image counts; of the training images, a hash of the keys decides which
+    ones are in a split that no image was given. data.folds ignores what is given.
 
     Raises:
         UserError: a split is empty; the line says what to change.
     """
     data = config.data
-    test_fraction = data.test_fraction if data.folds is None else 1 / data.folds
+    given = [] if data.folds is not None else given
+    fractions = {
+        "test": data.test_fraction if data.folds is None else 1 / data.folds,
+        "validation": data.validation_fraction,
+    }
+    fractions = {name: 0.0 if name in given else fraction for name, fraction in fractions.items()}
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for index, label in enumerate(labels):
-        hashed = seeding.hash_to_unit(data.split_seed, "split", label)
+    for index, key in enumerate(keys):
+        if given and given[index] != "train":
+            splits[given[index]].append(index)
+            continue
+        hashed = seeding.hash_to_unit(data.split_seed, "split", key)
         if data.folds is not None:  # move the part of this fold to the start
             hashed = (hashed - data.fold / data.folds) % 1
-        if hashed < test_fraction:
+        if hashed < fractions["test"]:
             splits["test"].append(index)
-        elif hashed < test_fraction + data.validation_fraction:
+        elif hashed < fractions["test"] + fractions["validation"]:
             splits["validation"].append(index)
         else:
             splits["train"].append(index)
@@ -35,7 +48,7 @@ def split_by_label(labels: list[str], config: Config) -> dict[str, list[int]]:
         if not indices:
             key = f"data.path={data.path}" if isinstance(data, FolderConfig) else f"data.count={data.count}"
             raise UserError(
-                f"{key}: {len(set(labels))} distinct labels leave the {name} split empty; "
+                f"{key}: {len(set(keys))} distinct labels leave the {name} split empty; "
                 f"use more images, or change data.validation_fraction and data.test_fraction"
             )
     return splits
@@ -50,4 +63,4 @@ def generated_split_sizes(config: Config) -> dict[str, int]:
     assert not isinstance(config.data, FolderConfig)
     source = sources.make_source(config.data, config.captcha)
     labels = source.scan().labels
-    return {name: len(indices) for name, indices in split_by_label(labels, config).items()}
+    return {name: len(indices) for name, indices in split_images(labels, [], config).items()}

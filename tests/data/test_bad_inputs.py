@@ -231,7 +231,7 @@ FOLDERS = [
     Case(
         "a file instead of a folder",
         {},
-        ("cannot be read as a folder: Not a directory",),
+        ("is neither a folder nor an archive",),
         ("data.path={}/0000.png",),
     ),
     Case("an empty folder", {}, ("has no images",), has_good=False),

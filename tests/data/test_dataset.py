@@ -59,7 +59,7 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def split_labels(config: Config, labels: list[str]) -> dict[str, list[int]]:
-    return splits.split_by_label(labels, config)
+    return splits.split_images(labels, [], config)
 
 
 LABELS = [f"{n:04}" for n in range(4000)]
@@ -112,8 +112,8 @@ def test_each_label_is_in_the_test_split_of_one_fold(config: Config) -> None:
     labels = [f"{n:04}" for n in range(4000)]
     tested: list[int] = []
     for fold in range(5):
-        members = splits.split_by_label(
-            labels, with_data(config, folds=5, fold=fold, validation_fraction=0.1)
+        members = splits.split_images(
+            labels, [], with_data(config, folds=5, fold=fold, validation_fraction=0.1)
         )
         assert sorted(n for indices in members.values() for n in indices) == list(range(4000))
         assert len(members["validation"]) == pytest.approx(400, abs=80)

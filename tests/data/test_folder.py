@@ -27,7 +27,7 @@ from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Dataset, DatasetSpec
 from captcha_exp.data.images import resize
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.sources.labels import IMAGE_SUFFIXES
+from captcha_exp.data.sources.files import IMAGE_SUFFIXES
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.runtime.console import escape_unprintable
@@ -466,7 +466,7 @@ def test_a_missing_table_is_an_error(folder: Path) -> None:
         error_lines(folder_config(folder, labels="my.csv")) == f"data.labels=my.csv: no such file in {folder}"
     )
     with pytest.raises(
-        ConfigError, match=r"^data\.labels=.labels\.xlsx.: must be null, names, or a file in "
+        ConfigError, match=r"^data\.labels=.labels\.xlsx.: must be null, names, folders, or a file in "
     ):
         load(compose("data=folder", "data.path=.", "data.labels=labels.xlsx"))
 
@@ -475,9 +475,7 @@ def test_a_missing_table_is_an_error(folder: Path) -> None:
 
 
 def test_data_path_is_required() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^data\.path: is missing; write text \(path of the folder; a relative path"
-    ):
+    with pytest.raises(ConfigError, match=r"^data\.path: is missing; write text \(path of the folder, or of"):
         load(compose("data=folder"))
 
 
@@ -487,7 +485,7 @@ def test_an_invalid_data_path_is_an_error(folder: Path) -> None:
     for name, message in {
         "nowhere": "cannot be read as a folder: No such file or directory",
         "file/in/a/file": "cannot be read as a folder: Not a directory",
-        "file": "cannot be read as a folder: Not a directory",
+        "file": "is neither a folder nor an archive (.zip, .tar, .tar.gz, .tar.bz2, .tar.xz)",
         "empty": empty,
         "only": f"{empty}; only readme.txt",
         "a" * 300: "cannot be read as a folder: File name too long",
@@ -718,13 +716,13 @@ def test_duplicates_with_the_same_label_are_in_one_split(folder: Path) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of decoded images."""
     names: list[str] = []
-    original = sources.decoder._read_unchanged
+    original = sources.decoder._check_unchanged
 
-    def spy(folder: Path, candidate: Any) -> Any:
+    def spy(files: Any, candidate: Any, content: Any) -> Any:
         names.append(candidate.name)
-        return original(folder, candidate)
+        return original(files, candidate, content)
 
-    monkeypatch.setattr(sources.decoder, "_read_unchanged", spy)
+    monkeypatch.setattr(sources.decoder, "_check_unchanged", spy)
     return names
 
 

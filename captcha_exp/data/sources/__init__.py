@@ -22,15 +22,8 @@ from captcha_exp.data.sources.rendering import render_images as render_images
 
 IMAGE_INDEPENDENT_KEYS = (  # keys of the data group that do not affect pixels
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction", "folds", "fold"),
-    *(
-        "path",
-        "labels",
-        "match_by",
-        "filename_pattern",
-        "on_invalid",
-        "on_conflict",
-        "on_duplicate",
-    ),  # of a folder, only its content counts
+    *("path", "labels", "match_by", "filename_pattern", "split_by", "apply_corrections"),
+    *("on_invalid", "on_conflict", "on_duplicate"),  # of a folder, only its content counts
 )
 
 
@@ -46,6 +39,8 @@ class GeneratorSource:
         """everything that the pixels depend on, except the captcha group of the config"""
         self.ignored: list[str] = []
         """names of files that are not images; not part of the scan result"""
+        self.corrections: list[dict[str, Any]] = []
+        """the corrections of labels that were applied; not part of the scan result"""
         self.advice: list[str] = []
         """what is odd about the labels, and what to do about it; not part of the scan result, either"""
 
@@ -65,6 +60,7 @@ class FolderSource:
         self._folder_scan = folder.scan_folder(data, captcha)
         self.captcha, self.inferences = self._folder_scan.captcha, list(self._folder_scan.inferences)
         self.ignored, self.advice = list(self._folder_scan.ignored), list(self._folder_scan.advice)
+        self.corrections = [each.to_json() for each in self._folder_scan.corrections]
         self._images: npt.NDArray[np.uint8] | None = None
         self._keep_duplicates = data.on_duplicate == "keep"
         source = {

@@ -15,7 +15,8 @@ from typing import TypeAlias
 
 from captcha_exp.config import CaptchaConfig
 from captcha_exp.data.alphabet import Alphabet
-from captcha_exp.data.sources import labels
+from captcha_exp.data.sources import labels, tables
+from captcha_exp.data.sources.files import TABLE_SUFFIXES, Files
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError, one_line
 from captcha_exp.runtime.console import escape_unprintable
@@ -24,7 +25,6 @@ MIN_NEIGHBORS = 9  # pairs of labels; fewer may be neighbors by chance
 MAX_TABLES = 10  # files that are searched for the names of the images
 MAX_TABLE_BYTES = 64 * 2**20
 NUM_SAMPLED = 20  # images whose names are searched for
-_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 _NUMBER = re.compile(r"(\D*)([0-9]+)(\D*)")
 
 Pair: TypeAlias = tuple[str, str]
@@ -32,7 +32,7 @@ Pair: TypeAlias = tuple[str, str]
 
 
 def advise(
-    folder: Path,
+    files: Files,
     candidates: Sequence[Candidate],
     pattern: re.Pattern[str] | None,
     others: Sequence[str] | None,
@@ -41,7 +41,7 @@ def advise(
     """Return what is odd about the labels of a folder, and what to do about it.
 
     Args:
-        folder: The folder.
+        files: The files of the folder.
         candidates: Its images with their labels, as found.
         pattern: data.filename_pattern if the labels are in the file names, else None.
         others: Names of the files that are not images; None if data.labels says where the labels are.
@@ -60,7 +60,7 @@ def advise(
         advice = f"{numbers}; if they are not what the images show, the table has the wrong column"
         return [advice] if is_running else []
     is_odd = is_running or are_invalid
-    if others is not None and (table := _find_table(folder, images, others, is_odd)):
+    if others is not None and (table := _find_table(files, images, others, is_odd)):
         return [f"{numbers}; {table}" if is_running else table]
     part = _find_label_part(images, alphabet, fits)
     if part is not None:
@@ -176,7 +176,7 @@ def _pattern_of(columns: Sequence[Sequence[str]], separators: Sequence[str], lab
 # -- tables of other names -----------------------------------------------------------------------------------
 
 
-def _find_table(folder: Path, images: Sequence[Candidate], others: Sequence[str], is_odd: bool) -> str:
+def _find_table(files: Files, images: Sequence[Candidate], others: Sequence[str], is_odd: bool) -> str:
     """Return what to do with a table in or next to the folder that names the images; "" if there is none.
 
     A table that has the labels of the file names is not worth mentioning. One that cannot be read as it is,
@@ -186,22 +186,23 @@ def _find_table(folder: Path, images: Sequence[Candidate], others: Sequence[str]
     names = [name for name in others if PurePosixPath(name).stem not in stems]  # not a text for each image
     if is_odd:
         with contextlib.suppress(OSError):
-            names += [f"../{path.name}" for path in sorted(folder.parent.iterdir())]
-    suffixes = (*_TABLE_SUFFIXES, ".json", ".txt")
+            names += [f"../{path.name}" for path in sorted(files.path.parent.iterdir())]
+    suffixes = (*TABLE_SUFFIXES, ".json", ".txt")
     for name in [name for name in names if name.lower().endswith(suffixes)][:MAX_TABLES]:
-        table = folder / name
+        table = files.path / name
         if not _names_images(table, images):
             continue
         shown = escape_unprintable(name)
         found = f"{shown} names these images"
-        if table.suffix.lower() not in _TABLE_SUFFIXES:
+        if table.suffix.lower() not in TABLE_SUFFIXES:
             if is_odd:
                 return f"{found}; labels can be read from a .csv, .tsv or .jsonl file: see data.labels"
             continue
         find = labels.index_by_name([each.name for each in images])
         by_name = {each.name: each.label for each in images}
         try:
-            rows = [(find(file), label) for _, file, label in labels.read_rows(table)]
+            read = tables.read_rows(files, table, tables.FILE_COLUMNS, tables.LABEL_COLUMNS)
+            rows = [(find(file), label) for _, (file, label) in read]
         except UserError as error:
             if is_odd:
                 return f"{found}, but {one_line(error)}; correct it, and add data.labels={shown}"

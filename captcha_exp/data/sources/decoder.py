@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from PIL import features
 
 from captcha_exp.data import images
 from captcha_exp.data.duplicates import DuplicateGroup, find_duplicates
-from captcha_exp.data.sources.folder import FolderScan, decode_image, read_bytes
+from captcha_exp.data.sources.files import Content, Files
+from captcha_exp.data.sources.folder import FolderScan, decode_image
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import escape_unprintable, progress_bar
@@ -34,6 +34,7 @@ class ScanResult:
     conflicts: list[str] = field(default_factory=list)  # names of those with another label for their pixels
     repeated: list[str] = field(default_factory=list)  # names of those that data.on_duplicate rejects
     duplicates: list[DuplicateGroup] = field(default_factory=list)  # of the images that are left
+    splits: list[str] = field(default_factory=list)  # N, as given by the source; empty if it gives none
     remarks: dict[str, list[str]] = field(default_factory=dict)  # remark -> names of used images
     sizes: dict[str, int] = field(default_factory=dict)  # original "WxH" -> number of images, most first
     formats: dict[str, int] = field(default_factory=dict)  # such as "PNG RGBA", likewise
@@ -60,26 +61,22 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
     Of images with equal pixels, only the first is used unless `keep_duplicates`.
     """
     start_time, captcha = time.perf_counter(), scan.captcha
-    arrays, accepted, rejected = [], [], []
-    sizes, formats = [], []
-    remarks: dict[str, list[str]] = defaultdict(list)
-    with progress_bar(f"Decoding {len(scan.candidates):,} images", len(scan.candidates)) as bar:
-        for candidate in scan.candidates:
+    usable = {candidate.name: candidate for candidate in scan.candidates if not candidate.reason}
+    rejected = [candidate for candidate in scan.candidates if candidate.reason]
+    found: dict[str, npt.NDArray[np.uint8]] = {}
+    sizes, formats, remarks_of = dict[str, str](), dict[str, str](), dict[str, tuple[str, ...]]()
+    with progress_bar(f"Decoding {len(usable):,} images", len(usable)) as bar:
+        for name, content in scan.files.read(usable):
             bar.advance(1)
-            if candidate.reason:
-                rejected.append(candidate)
-                continue
             try:
-                decoded, array = decode_image(_read_unchanged(scan.folder, candidate), captcha)
+                decoded, array = decode_image(_check_unchanged(scan.files, usable[name], content), captcha)
             except images.InvalidImage as reason:
-                rejected.append(replace(candidate, reason=str(reason)))
+                rejected.append(replace(usable[name], reason=str(reason)))
                 continue
-            arrays.append(array)
-            accepted.append(candidate)
-            sizes.append(f"{decoded.image.width}x{decoded.image.height}")
-            formats.append(decoded.format)
-            for remark in decoded.remarks:
-                remarks[remark].append(candidate.name)
+            found[name], remarks_of[name] = array, decoded.remarks
+            sizes[name], formats[name] = f"{decoded.image.width}x{decoded.image.height}", decoded.format
+    accepted = [candidate for name, candidate in usable.items() if name in found]
+    arrays = [found[candidate.name] for candidate in accepted]
     hashes = [hashlib.sha256(array.tobytes()).digest() for array in arrays]
     conflicts, repeated = _find_equal_pixels(hashes, accepted)
     dropped = conflicts if keep_duplicates else conflicts | repeated
@@ -87,9 +84,11 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
     kept_images = np.array([arrays[n] for n in keep], np.uint8)
     kept_images = kept_images.reshape(-1, captcha.height, captcha.width, captcha.channels)
     rejected = sorted([*rejected, *dropped.values()], key=lambda c: c.name)
-    kept_remarks = {
-        remark: kept for remark, names in remarks.items() if (kept := [n for n in names if n not in dropped])
-    }
+    kept = [accepted[n].name for n in keep]
+    remarks: dict[str, list[str]] = defaultdict(list)
+    for name in kept:
+        for remark in remarks_of[name]:
+            remarks[remark].append(name)
     groups = find_duplicates([accepted[n].sha256 for n in keep], [hashes[n] for n in keep], kept_images)
     logger.info(f"Decoded {len(keep):,} images in {time.perf_counter() - start_time:.1f} s")
     return kept_images, ScanResult(
@@ -99,25 +98,22 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
         conflicts=sorted(conflicts),
         repeated=[] if keep_duplicates else sorted(repeated),
         duplicates=groups,
-        remarks=kept_remarks,
-        sizes=dict(Counter(sizes[n] for n in keep).most_common()),
-        formats=dict(Counter(formats[n] for n in keep).most_common()),
+        splits=[accepted[n].split for n in keep] if any(each.split for each in accepted) else [],
+        remarks=dict(remarks),
+        sizes=dict(Counter(sizes[name] for name in kept).most_common()),
+        formats=dict(Counter(formats[name] for name in kept).most_common()),
     )
 
 
-def _read_unchanged(folder: Path, candidate: Candidate) -> bytes:
-    """Read the content of a candidate and check it against its hash, which is part of the cache key.
+def _check_unchanged(files: Files, candidate: Candidate, content: Content) -> bytes:
+    """Return the content of a candidate, checked against its hash, which is part of the cache key.
 
     Raises:
         UserError: the file has changed since it was hashed.
     """
-    try:
-        content = read_bytes(folder / candidate.name)
-    except images.InvalidImage:
-        content = b""
-    if hashlib.sha256(content).hexdigest() != candidate.sha256:
+    if not isinstance(content, bytes) or hashlib.sha256(content).hexdigest() != candidate.sha256:
         name = escape_unprintable(candidate.name)
-        raise UserError(f"data.path={folder}: {name} changed while it was read; run the command again")
+        raise UserError(f"data.path={files.path}: {name} changed while it was read; run the command again")
     return content
 
 

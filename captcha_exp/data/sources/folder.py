@@ -1,19 +1,16 @@
-"""A folder of labeled images.
+"""A folder or an archive of labeled images.
 
 Every file is used, rejected with a reason, or reported as ignored because it is not an image. The format is
-detected from the content, not from the name; labels are in the file names or in a table.
+detected from the content, not from the name; labels are in the names of files or folders, or in a table.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import stat
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,34 +19,35 @@ import numpy.typing as npt
 from captcha_exp.config import CaptchaConfig, FolderConfig
 from captcha_exp.data import images
 from captcha_exp.data.alphabet import Alphabet
-from captcha_exp.data.sources import infer, labels
+from captcha_exp.data.sources import corrections, infer, labels
 from captcha_exp.data.sources.advice import advise
+from captcha_exp.data.sources.archive import open_files
+from captcha_exp.data.sources.corrections import Correction
+from captcha_exp.data.sources.files import Files, FolderFiles, Listing, unwrap
 from captcha_exp.data.sources.infer import Inference
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import preview, progress_bar
-from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
-
-MAX_FILE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class FolderScan:
-    """The files of a folder, before decoding."""
+    """The files of a folder or archive, before decoding."""
 
-    folder: Path
+    files: Files
     candidates: tuple[Candidate, ...]
     ignored: tuple[str, ...]  # names of files that are not images
     captcha: CaptchaConfig  # without any `auto`
     inferences: tuple[Inference, ...] = ()
+    corrections: tuple[Correction, ...] = ()
     advice: tuple[str, ...] = ()  # what is odd about the labels, and what to do about it
 
     @property
     def sha256(self) -> str:
-        """Hash of names, labels and contents; independent of the path of the folder."""
-        lines = [[c.name, c.label, c.sha256 or c.reason] for c in self.candidates]
+        """Hash of names, labels, splits and contents; independent of the path of the folder."""
+        lines = [[c.name, c.label, c.split, c.sha256 or c.reason] for c in self.candidates]
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
@@ -57,51 +55,74 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     """List the candidates of a folder, sorted by name, with labels and hashes; infer the captcha group.
 
     Raises:
-        UserError: the folder does not exist or has no images, or its label table cannot be read.
+        UserError: the folder does not exist or has no images, or a table cannot be read.
     """
-    folder = Path(data.path)
-    names, ignored, unreadable = _list_files(folder)
-    table = labels.find_table(data, folder)
+    files = open_files(Path(data.path))
+    listing = files.list()
     pattern = re.compile(data.filename_pattern)
-    advice: list[str] = []
-    if table:
-        candidates, advice = labels.from_table(folder, table, names, data.match_by)
-    else:
-        candidates = labels.from_filenames(names, pattern)
-    known = {candidate.name for candidate in candidates}
-    candidates += [candidate for candidate in unreadable if candidate.name not in known]
+    candidates, tables, advice = _find_labels(data, files, listing, pattern)
     if not candidates:
-        raise UserError(f"data.path={data.path}: {describe_no_images(ignored)}")
-    captcha, inferences = _infer(folder, candidates, captcha)
-    advice += advise(
-        folder, candidates, None if table else pattern, None if table or data.labels else ignored, captcha
-    )
+        raise UserError(f"data.path={data.path}: {describe_no_images(listing.ignored)}")
+    corrected: list[Correction] = []
+    correction_table = corrections.find_corrections(files) if data.apply_corrections else None
+    if correction_table is not None:
+        candidates, corrected = corrections.apply_corrections(files, correction_table, candidates)
+    captcha, inferences = _infer(files, candidates, captcha)
+    if isinstance(files, FolderFiles) and data.labels != "folders":
+        others = None if tables or data.labels else listing.ignored
+        advice += advise(files, candidates, None if tables else pattern, others, captcha)
     alphabet = Alphabet(captcha.alphabet)
     characters = set(captcha.alphabet)
     checked = []
     with progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
         for candidate in sorted(candidates, key=lambda c: c.name):
-            checked.append(_check_candidate(folder, candidate, alphabet, characters, captcha))
+            checked.append(_check_candidate(files, candidate, alphabet, characters, captcha))
             bar.advance(1)
-    if table and table.is_relative_to(folder):
-        known.add(_relative_name(folder, table))
-    not_images = tuple(name for name in ignored if name not in known)
-    return FolderScan(folder, tuple(checked), not_images, captcha, tuple(inferences), tuple(advice))
+    used = {*tables, correction_table}
+    not_images = tuple(name for name in listing.ignored if files.path / name not in used)
+    return FolderScan(
+        files, tuple(checked), not_images, captcha, tuple(inferences), tuple(corrected), tuple(advice)
+    )
+
+
+def _find_labels(
+    data: FolderConfig, files: Files, listing: Listing, pattern: re.Pattern[str]
+) -> tuple[list[Candidate], list[Path], list[str]]:
+    """Return the candidates with their labels and splits, the tables these are from, and advice."""
+    names, advice = listing.images, list[str]()
+    tables = labels.find_tables(data, files, listing)
+    candidates: list[Candidate] = []
+    if data.labels == "folders":
+        candidates = labels.from_folder_names(names)
+    elif not tables:
+        candidates = labels.from_filenames(names, pattern)
+    for table, start in tables.items():
+        inside = [name for name in names if name.startswith(start)]
+        found, advised = labels.from_table(files, table, inside, data.match_by)
+        candidates, advice = candidates + found, advice + advised
+    known = {candidate.name for candidate in candidates}
+    reasons = listing.unreadable | dict.fromkeys(names, "is in no folder with a table of labels")
+    candidates += [Candidate(name, "", reason) for name, reason in reasons.items() if name not in known]
+    return labels.with_splits(candidates, data.split_by), list(tables), advice
 
 
 def _infer(
-    folder: Path, candidates: Sequence[Candidate], captcha: CaptchaConfig
+    files: Files, candidates: Sequence[Candidate], captcha: CaptchaConfig
 ) -> tuple[CaptchaConfig, list[Inference]]:
     """Infer the values of the captcha group that are `auto`."""
     if not captcha.inferred_keys:
         return captcha, []
     usable = [each for each in candidates if not each.reason]
     captcha, of_labels = infer.infer_labels(captcha, [each.label for each in usable])
-    sample = []
-    for candidate in usable[:: max(1, len(usable) // infer.NUM_SAMPLED)]:
-        with contextlib.suppress(images.InvalidImage):
-            sample.append(images.decode(read_bytes(folder / candidate.name)).image)
-    captcha, of_images = infer.infer_images(captcha, sample)
+    sample = {}
+    chosen = [each.name for each in usable[:: max(1, len(usable) // infer.NUM_SAMPLED)]]
+    for name, content in files.read(chosen):
+        try:
+            sample[name] = images.decode(unwrap(content)).image
+        except images.InvalidImage:
+            continue
+    in_order = [sample[name] for name in chosen if name in sample]
+    captcha, of_images = infer.infer_images(captcha, in_order)
     return captcha, of_labels + of_images
 
 
@@ -111,10 +132,10 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: there is none, or the folder cannot be read.
     """
-    names, ignored, _ = _list_files(folder)
-    if not names:
-        raise UserError(f"{folder}: {describe_no_images(ignored)}")
-    return [folder / name for name in sorted(names)]
+    listing = FolderFiles(folder).list()
+    if not listing.images:
+        raise UserError(f"{folder}: {describe_no_images(listing.ignored)}")
+    return [folder / name for name in sorted(listing.images)]
 
 
 def describe_no_images(ignored: Sequence[str]) -> str:
@@ -137,81 +158,8 @@ def decode_image(content: bytes, captcha: CaptchaConfig) -> tuple[images.Decoded
     return decoded, images.resize(array[None], captcha.height, captcha.width)[0]
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a regular file of limited size; not a device or pipe, which might block.
-
-    Raises:
-        InvalidImage: the file cannot be read.
-    """
-    try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise images.InvalidImage(
-                "is a folder" if stat.S_ISDIR(state.st_mode) else "is not a regular file"
-            )
-        if state.st_size > MAX_FILE_BYTES:
-            size = f"{state.st_size / 2**20:,.0f} MiB"
-            raise images.InvalidImage(f"has {size}; the maximum is {MAX_FILE_BYTES / 2**20:.0f} MiB")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # a NUL in the name raises ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise images.InvalidImage(f"cannot be read: {reason}") from None
-
-
-# -- listing files -------------------------------------------------------------------------------------------
-
-
-def _list_files(folder: Path) -> tuple[list[str], list[str], list[Candidate]]:
-    """Return the names of images, the names of other files, and the folders that are not read."""
-    names: list[str] = []
-    ignored: list[str] = []
-    unreadable: list[Candidate] = []
-    output_dirs = {root_dir() / "outputs", root_dir() / "mlruns"}  # inside the folder with data.path=.
-
-    def on_error(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise UserError(f"data.path={folder}: cannot be read as a folder: {error.strerror}")
-        reason = f"is a folder that cannot be read: {error.strerror}"
-        unreadable.append(Candidate(_relative_name(folder, Path(error.filename)), "", reason))
-
-    for parent, subfolders, files in os.walk(folder, onerror=on_error):
-        here = Path(parent)
-        for name in list(subfolders):
-            if (here / name).is_symlink():
-                reason = "is a symbolic link to a folder, which is not followed"
-                unreadable.append(Candidate(_relative_name(folder, here / name), "", reason))
-                subfolders.remove(name)
-            elif name.startswith(".") or here / name in output_dirs:
-                ignored.append(_relative_name(folder, here / name) + "/")
-                subfolders.remove(name)
-        for name in files:
-            is_image = not name.startswith(".") and _is_image(here / name)
-            (names if is_image else ignored).append(_relative_name(folder, here / name))
-    return names, sorted(ignored), unreadable
-
-
-def _is_image(path: Path) -> bool:
-    """Return whether the name or, without an image suffix, the content of a file is that of an image."""
-    if path.suffix.lower() in labels.IMAGE_SUFFIXES:
-        return True
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe might block
-            return False
-        with path.open("rb") as file:
-            return images.has_signature(file.read(images.SIGNATURE_BYTES))
-    except OSError:
-        return False
-
-
-def _relative_name(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
-
-
-# -- checking files ------------------------------------------------------------------------------------------
-
-
 def _check_candidate(
-    folder: Path, candidate: Candidate, alphabet: Alphabet, characters: set[str], captcha: CaptchaConfig
+    files: Files, candidate: Candidate, alphabet: Alphabet, characters: set[str], captcha: CaptchaConfig
 ) -> Candidate:
     """Set the label in the case of the alphabet and the hash of the content, or the reason for rejection."""
     if candidate.reason:
@@ -231,7 +179,7 @@ def _check_candidate(
         reason = f"label {label!r} has {len(label)} characters; {limits}"
     else:
         try:
-            sha256 = hashlib.sha256(read_bytes(folder / candidate.name)).hexdigest()
+            sha256 = files.sha256(candidate.name)
         except images.InvalidImage as error:
             reason = str(error)
-    return Candidate(candidate.name, label, reason, sha256)
+    return replace(candidate, label=label, reason=reason, sha256=sha256)

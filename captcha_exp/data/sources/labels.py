@@ -1,33 +1,29 @@
-"""Labels of the images of a folder, from file names or from a table.
+"""Labels of the images of a folder or archive, from file names, folder names or tables; and their splits."""
 
-Values of a table are not converted: 00123 stays 00123, and NA is an ordinary label.
-"""
-
-import csv
-import json
-import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from captcha_exp.config import FolderConfig
+from captcha_exp.data.sources import tables
+from captcha_exp.data.sources.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, Files, Listing
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import escape_unprintable
 
-TABLE_NAMES = ("labels.csv", "labels.tsv", "labels.jsonl")
-FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
-LABEL_COLUMNS = ("label", "text", "code")
+TABLE_NAMES = tuple(f"{stem}{suffix}" for stem in ("labels", "metadata") for suffix in TABLE_SUFFIXES)
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""a folder, or a text in the column split -> the split"""
 
-IMAGE_SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp"),
-    *(".tif", ".tiff", ".ico", ".avif", ".heic", ".jp2"),  # not supported, and reported as such
-)
 _ADDRESS_END = re.compile(rf"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?![a-z0-9]).*|\?\w+=.*")
 """what follows the name in the last part of an address, as in 5874.png?t=1"""
+_COLUMNS = (tables.FILE_COLUMNS, tables.LABEL_COLUMNS, tables.SPLIT_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Candidate:
     label: str
     reason: str = ""  # why it cannot be used
     sha256: str = ""  # of its content; empty if it cannot be read
+    split: str = ""  # that is given; empty if none is
 
     @property
     def is_row(self) -> bool:
@@ -69,64 +66,107 @@ def from_filenames(names: list[str], pattern: re.Pattern[str]) -> list[Candidate
     return candidates
 
 
-def find_table(data: FolderConfig, folder: Path) -> Path | None:
-    """Return the label table of a folder, or None if labels are in the file names.
+def from_folder_names(names: list[str]) -> list[Candidate]:
+    """Return a candidate per file, labeled by the name of the folder that it is in."""
+    candidates = []
+    for name in names:
+        label = PurePosixPath(name).parent.name
+        reason = "" if label else "is not in a folder whose name is its label (data.labels=folders)"
+        candidates.append(Candidate(name, label, reason))
+    return candidates
+
+
+def with_splits(candidates: Sequence[Candidate], split_by: str) -> list[Candidate]:
+    """Return the candidates with the splits that are given, by tables or by folders; without any for "label".
+
+    Folders give splits if all images are in folders named like splits, of which one is the training split.
+    """
+    if split_by == "label":
+        return [replace(each, split="") for each in candidates]
+    if any(each.split for each in candidates):
+        return list(candidates)
+    of_folders = {
+        each.name: SPLIT_NAMES.get(PurePosixPath(each.name).parts[0].lower(), "")
+        for each in candidates
+        if not each.is_row
+    }
+    found = set(of_folders.values())
+    if "" in found or len(found) < 2 or "train" not in found:
+        return list(candidates)
+    return [replace(each, split=of_folders.get(each.name, "")) for each in candidates]
+
+
+def find_tables(data: FolderConfig, files: Files, listing: Listing) -> dict[Path, str]:
+    """Return the label table of a folder, or one per split folder; none if labels are in the names.
+
+    Each is mapped to the start of the names of the files that it is for.
 
     Raises:
         UserError: data.labels does not exist, or is null and several tables exist; set data.labels=NAME.
     """
-    if data.labels == "names":
-        return None
-    if data.labels is None:
-        tables = [path for path in folder.iterdir() if path.name.lower() in TABLE_NAMES and path.is_file()]
-        if len(tables) > 1:
-            names = " and ".join(sorted(path.name for path in tables))
-            raise UserError(f"data.labels=null: {folder} has {names}; choose one with data.labels=NAME")
-        return tables[0] if tables else None
-    if not (folder / data.labels).is_file():
-        raise UserError(f"data.labels={data.labels}: no such file in {folder}")
-    return folder / data.labels
+    if data.labels in ("names", "folders"):
+        return {}
+    if data.labels is not None:
+        if not files.is_table(files.path / data.labels):
+            raise UserError(f"data.labels={data.labels}: no such file in {files.path}")
+        return {files.path / data.labels: ""}
+    by_folder: dict[str, list[Path]] = defaultdict(list)
+    for name in listing.ignored:
+        path = PurePosixPath(name)
+        if path.name.lower() in TABLE_NAMES and files.is_table(files.path / name):
+            by_folder[path.parent.as_posix()].append(files.path / name)
+    folders = ["."] if "." in by_folder else [each for each in by_folder if each.lower() in SPLIT_NAMES]
+    for folder in folders:
+        if len(by_folder[folder]) > 1:
+            names = " and ".join(sorted(path.name for path in by_folder[folder]))
+            where = files.path / folder
+            raise UserError(f"data.labels=null: {where} has {names}; choose one with data.labels=NAME")
+    return {by_folder[folder][0]: "" if folder == "." else f"{folder}/" for folder in folders}
+
+
+@dataclass
+class _Row:
+    """What the rows of a table say about a file."""
+
+    labels: set[str] = field(default_factory=set)
+    splits: set[str] = field(default_factory=set)
 
 
 def from_table(
-    folder: Path, table: Path, names: list[str], match_by: str = "path"
+    files: Files, table: Path, names: list[str], match_by: str = "path"
 ) -> tuple[list[Candidate], list[str]]:
     """Return a candidate per file, labeled by a table; and what to do about rows that name no file, if any.
 
     Rows without a file and files without a row are candidates with a reason. A row that names no file by its
     path is matched by its file name alone with `match_by="name"`.
     """
-    labels: dict[str, set[str]] = {name: set() for name in names}
-    by_nfc_name = {unicodedata.normalize("NFC", name): name for name in names}  # macOS stores NFD names
+    found = {name: _Row() for name in names}
+    by_nfc_name = {unicodedata.normalize("NFC", name): name for name in names}
     find_by_name = index_by_name(names)
-    candidates, num_rows = [], 0
+    candidates, num_rows, shown = [], 0, tables.display_name(files, table)
     unmatched: list[tuple[int, str, str | None]] = []  # row, name, file of that name
-    for row, named, label in read_rows(table):
+    for row, (named, label, split) in tables.read_rows(files, table, *_COLUMNS):
         num_rows += 1
-        name = _find_file(folder, table, named, by_nfc_name)
+        name = tables.find_file(files, table, named, by_nfc_name)
         by_name = find_by_name(named) if name is None else None
         if match_by == "name":
             name = name or by_name
         if name is not None:
-            labels.setdefault(name, set()).add(label)
+            said = found.setdefault(name, _Row())
+            said.labels.add(label)
+            said.splits.add(split)
             continue
         unmatched.append((row, named, by_name))
         normalized = PurePosixPath(named).as_posix()
         reason = f"names {escape_unprintable(normalized)!r}, which is not a file in the folder"
-        candidates.append(Candidate(f"{table.name}, row {row}", label, reason))
-    offered = [(row, named, file) for row, named, file in unmatched if file and not labels[file]]
-    for name, found in labels.items():
-        if len(found) > 1:
-            quoted = " and ".join(repr(label) for label in sorted(found))
-            candidates.append(Candidate(name, "", f"has several labels in {table.name}: {quoted}"))
-        elif label := next(iter(found), ""):
-            candidates.append(Candidate(name, label))
-        else:
-            candidates.append(Candidate(name, "", f"has no label in {table.name}"))
+        candidates.append(Candidate(f"{shown}, row {row}", label, reason))
+    offered = [(row, named, file) for row, named, file in unmatched if file and not found[file].labels]
+    has_splits = any(split for said in found.values() for split in said.splits)
+    candidates += [_from_row(name, said, shown, has_splits) for name, said in found.items()]
     if not unmatched:
         return candidates, []
     row, named, file = (offered or unmatched)[0]
-    advice = f"{len(unmatched):,} of the {num_rows:,} rows of {table.name} name no file in the folder: "
+    advice = f"{len(unmatched):,} of the {num_rows:,} rows of {shown} name no file in the folder: "
     advice += f"row {row} names {escape_unprintable(named)!r}"
     if file and offered:
         advice += f", and {escape_unprintable(file)!r} is there; "
@@ -134,22 +174,19 @@ def from_table(
     return candidates, [advice]
 
 
-def _find_file(folder: Path, table: Path, named: str, by_nfc_name: dict[str, str]) -> str | None:
-    """Return the name of the file that a row names: relative to the folder or the table, or absolute."""
-    for text in (named, named.replace("\\", "/")):  # Windows path separators
-        name = PurePosixPath(text).as_posix()
-        for known in (name, by_nfc_name.get(unicodedata.normalize("NFC", name), name)):
-            is_inside = not known.startswith("/") and ".." not in PurePosixPath(known).parts
-            if known != "." and is_inside and os.path.lexists(folder / known):
-                return known
-        for path in (folder / text, table.parent / text):
-            try:
-                path = Path(os.path.realpath(path.parent), path.name)  # a link to an image keeps its name
-            except ValueError:  # a NUL in the name
-                break
-            if path != folder and path.is_relative_to(folder) and os.path.lexists(path):
-                return path.relative_to(folder).as_posix()
-    return None
+def _from_row(name: str, said: _Row, table: str, has_splits: bool) -> Candidate:
+    """Return the candidate of a file for what a table says about it."""
+    for kind, texts in (("labels", said.labels), ("splits", said.splits)):
+        if len(texts) > 1:
+            quoted = " and ".join(repr(text) for text in sorted(texts))
+            return Candidate(name, "", f"has several {kind} in {table}: {quoted}")
+    label, split = "".join(said.labels), "".join(said.splits)
+    if not label:
+        return Candidate(name, "", f"has no label in {table}")
+    if has_splits and split.lower() not in SPLIT_NAMES:
+        given = f"the split {split!r}" if split else "no split"
+        return Candidate(name, label, f"has {given} in {table}; write train, validation or test")
+    return Candidate(name, label, split=SPLIT_NAMES.get(split.lower(), ""))
 
 
 def index_by_name(names: Sequence[str]) -> Callable[[str], str | None]:
@@ -169,50 +206,3 @@ def index_by_name(names: Sequence[str]) -> Callable[[str], str | None]:
         return next(iter(found)) if len(found) == 1 else None
 
     return find
-
-
-def read_rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (row number, file, label) for each row of a table.
-
-    Raises:
-        UserError: the table cannot be read, or a column is missing; the line says which are supported.
-    """
-    number = 1
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows: Iterator[tuple[int, Any]]
-            if table.suffix.lower() == ".jsonl":
-                rows = ((n, line) for n, line in enumerate(file, 1) if line.strip())
-            else:
-                header = file.readline()
-                file.seek(0)
-                separators = "\t,;" if table.suffix.lower() == ".tsv" else ",;\t"  # Excel in Germany writes ;
-                reader = csv.DictReader(file, delimiter=max(separators, key=header.count), strict=True)
-                rows = ((reader.line_num, row) for row in reader)
-            for number, row in rows:
-                cells = json.loads(row) if isinstance(row, str) else row
-                yield number, _get_cell(cells, FILE_COLUMNS), _get_cell(cells, LABEL_COLUMNS)
-    except UnicodeDecodeError:
-        raise UserError(f"{table}: is not UTF-8 text; save it as UTF-8 (in Excel: CSV UTF-8)") from None
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{table}, row {number}: {error}") from None
-
-
-def _get_cell(row: object, columns: tuple[str, ...]) -> str:
-    """Return the text in the first of these columns that exists.
-
-    Raises:
-        ValueError: There is none, or it does not have a text.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object with the keys file and label")
-    found = {key.strip().lower(): key for key in row if isinstance(key, str)}
-    for column in columns:
-        if column in found:
-            value = row[found[column]]
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f'{column} is {value!r}, not text; put it in quotes, as in "0012"')
-            return (value or "").strip()
-    names = ", ".join(escape_unprintable(key) for key in found.values())[:200] or "none"
-    expected = f"{columns[0]} (or {', '.join(columns[1:])})"
-    raise ValueError(f"has no column {expected}; its columns are {names}")

@@ -1,0 +1,196 @@
+"""The files of a source of labeled images: those of a folder, or of an archive (`archive`)."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Protocol, TypeAlias
+
+from captcha_exp.data import images
+from captcha_exp.data.images import InvalidImage
+from captcha_exp.errors import UserError
+from captcha_exp.runtime.paths import root_dir
+
+MAX_FILE_BYTES = 64 * 2**20
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".ico", ".avif", ".heic", ".jp2"),  # not supported, and reported as such
+)
+
+Content: TypeAlias = bytes | InvalidImage
+"""what is in a file, or why it cannot be read"""
+
+
+@dataclass
+class Listing:
+    """The names of the files of a source, relative to it, with /."""
+
+    images: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)  # not images; folders end in /
+    unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
+
+    def add(self, name: str, read_start: Callable[[], bytes]) -> bool:
+        """Add a file to the images if its name, or without an image suffix its start, is that of one."""
+        path = PurePosixPath(name)
+        is_image = not path.name.startswith(".") and (
+            path.suffix.lower() in IMAGE_SUFFIXES or images.has_signature(read_start())
+        )
+        (self.images if is_image else self.ignored).append(name)
+        return is_image
+
+
+def unwrap(content: Content) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        InvalidImage: it cannot be read.
+    """
+    if isinstance(content, InvalidImage):
+        raise content
+    return content
+
+
+class Files(Protocol):
+    """A folder or an archive with images and tables."""
+
+    path: Path
+
+    def list(self) -> Listing:
+        """List the files."""
+        ...
+
+    def locate(self, named: str, table: Path) -> str | None:
+        """Return the name of the file that a table names: relative to the source or the table, or absolute.
+
+        None if there is none.
+        """
+        ...
+
+    def open(self, table: Path) -> IO[bytes]:
+        """Open a table, which for an archive is its path followed by the name of a member."""
+        ...
+
+    def is_table(self, table: Path) -> bool:
+        """Return whether a table exists."""
+        ...
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file.
+
+        Raises:
+            InvalidImage: the file cannot be read.
+        """
+        ...
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Content]]:
+        """Yield the name and the content of each of these files, in any order."""
+        ...
+
+
+class FolderFiles:
+    """A folder with its subfolders."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def list(self) -> Listing:
+        """List the files; links to folders are not followed.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        found = Listing()
+        output_dirs = {root_dir() / "outputs", root_dir() / "mlruns"}  # inside the folder with data.path=.
+
+        def on_error(error: OSError) -> None:
+            if Path(error.filename) == self.path:
+                raise UserError(f"data.path={self.path}: cannot be read as a folder: {error.strerror}")
+            reason = f"is a folder that cannot be read: {error.strerror}"
+            found.unreadable[self._relative(Path(error.filename))] = reason
+
+        for parent, subfolders, files in os.walk(self.path, onerror=on_error):
+            here = Path(parent)
+            for name in list(subfolders):
+                if (here / name).is_symlink():
+                    reason = "is a symbolic link to a folder, which is not followed"
+                    found.unreadable[self._relative(here / name)] = reason
+                    subfolders.remove(name)
+                elif name.startswith(".") or here / name in output_dirs:
+                    found.ignored.append(self._relative(here / name) + "/")
+                    subfolders.remove(name)
+            for name in files:
+                found.add(self._relative(here / name), partial(_read_start, here / name))
+        found.ignored.sort()
+        return found
+
+    def locate(self, named: str, table: Path) -> str | None:
+        for text in (named, named.replace("\\", "/")):  # Windows path separators
+            name = PurePosixPath(text)
+            is_inside = not name.is_absolute() and name.parts and ".." not in name.parts
+            if is_inside and os.path.lexists(self.path / name):
+                return name.as_posix()
+            for path in (self.path / text, table.parent / text):
+                try:
+                    path = Path(os.path.realpath(path.parent), path.name)  # a link to an image keeps its name
+                except ValueError:  # a NUL in the name
+                    break
+                if path != self.path and path.is_relative_to(self.path) and os.path.lexists(path):
+                    return self._relative(path)
+        return None
+
+    def open(self, table: Path) -> IO[bytes]:
+        return table.open("rb")
+
+    def is_table(self, table: Path) -> bool:
+        return table.is_file()
+
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256(read_bytes(self.path / name)).hexdigest()
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Content]]:
+        for name in names:
+            try:
+                yield name, read_bytes(self.path / name)
+            except InvalidImage as reason:
+                yield name, reason
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+
+def _read_start(path: Path) -> bytes:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe might block
+            return b""
+        with path.open("rb") as file:
+            return file.read(images.SIGNATURE_BYTES)
+    except OSError:
+        return b""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a regular file of limited size; not a device or pipe, which might block.
+
+    Raises:
+        InvalidImage: the file cannot be read.
+    """
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise InvalidImage("is a folder" if stat.S_ISDIR(state.st_mode) else "is not a regular file")
+        if state.st_size > MAX_FILE_BYTES:
+            raise too_large(state.st_size)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a NUL in the name raises ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidImage(f"cannot be read: {reason}") from None
+
+
+def too_large(size: int) -> InvalidImage:
+    """Return the reason of a file of more than MAX_FILE_BYTES."""
+    return InvalidImage(f"has {size / 2**20:,.0f} MiB; the maximum is {MAX_FILE_BYTES / 2**20:.0f} MiB")
