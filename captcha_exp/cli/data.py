@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.errors import UserError
 
 if TYPE_CHECKING:
     from captcha_exp.config import Config, Machine
@@ -28,17 +30,54 @@ def report(
     from captcha_exp.report import dataset_page, figures
     from captcha_exp.runtime.paths import root_dir
 
-    spec = dataset.inspect_dataset(resolve(config, detect_machine()))
+    machine = detect_machine()
+    spec = dataset.inspect_dataset(resolve(config, machine))
     data = dataset.load_or_build(spec)
     page = root_dir() / spec.config.data.cache / f"{spec.key}.html"
     augmented = _augment(data, spec.config)
     dataset_page.write_page(data, augmented, page)
-    files: dict[str, str | None] = {"page": str(page), "preview": None}
+    files: dict[str, str | None] = {"page": str(page), "preview": None, "suspects_page": None}
     if arguments.preview:
         preview = page.with_suffix(".png")
         figures.try_to_plot(figures.plot_preview, data, augmented, preview)
         files["preview"] = str(preview)
-    return data, {**data.manifest, **dataset_page.summarize(data), **files}
+    values = {**data.manifest, **dataset_page.summarize(data)}
+    if arguments.suspects or arguments.folds:
+        path = page.with_suffix(".suspects.html")
+        values["suspects"] = _find_suspects(arguments, spec.config, machine, data, path)
+        files["suspects_page"] = str(path)
+    return data, {**values, **files}
+
+
+def _find_suspects(
+    arguments: argparse.Namespace, config: "Config", machine: "Machine", data: "Dataset", page: Path
+) -> dict[str, Any]:
+    """Write the page of suspected wrong labels; return the values of `--json`.
+
+    Raises:
+        UserError: the dataset is not a folder, or no run has read images that it was not trained on.
+    """
+    from captcha_exp.cli.sweep import finished_runs, train_folds
+    from captcha_exp.config import FolderConfig
+    from captcha_exp.curation.suspects import find_suspects
+    from captcha_exp.data.sources.corrections import corrections_path
+    from captcha_exp.report import suspects_page
+    from captcha_exp.runs import SweepInfo, find_run, resolve_dir
+    from captcha_exp.sweep.record import Sweep
+
+    if not isinstance(config.data, FolderConfig):
+        raise UserError(f"data={config.data.source}: has no labels that could be wrong; use data=folder")
+    run_dirs: list[Path] = []
+    for name in arguments.suspects:
+        sweep_dir = resolve_dir(name, SweepInfo.filename)
+        run_dirs += [find_run(name)] if sweep_dir is None else finished_runs(Sweep(sweep_dir))
+    if arguments.folds:
+        run_dirs += train_folds(arguments, machine, data.manifest["key"])
+    suspects = find_suspects(config, data, run_dirs)
+    values = suspects.to_json()
+    target = corrections_path(Path(config.data.path))
+    suspects_page.write_page(data, values["found"], target, page)
+    return {**values, "corrections": str(target)}
 
 
 def _augment(data: "Dataset", config: "Config") -> list[Any]:

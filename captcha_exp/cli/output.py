@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # some import torch, which takes seconds
     from captcha_exp.sweep.summary import SweepSummary
     from captcha_exp.tracking.sync import SyncResult
 
+MAX_SUSPECTS = 20  # rows of the table of suspected labels
 MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
 
 
@@ -177,6 +178,33 @@ def print_dataset(manifest: Mapping[str, Any], values: Mapping[str, Any]) -> Non
     for name in ("page", "preview"):
         if values[name]:
             out.print(f"{name} {values[name]}", markup=False)
+    if values["suspects_page"]:
+        _print_suspects(values["suspects"], values["suspects_page"])
+
+
+def _print_suspects(suspects: Mapping[str, Any], page: str) -> None:
+    """Print how many labels look wrong, the most certain ones, and where to correct them."""
+    out, found = get_console(), suspects["found"]
+    rows = [
+        [each["file"], each["label"], each["read"], f"{each['confidence']:.1%}"]
+        for each in found[:MAX_SUSPECTS]
+    ]
+    if rows:
+        more = f" (the first {len(rows)} of {len(found):,})" if len(found) > len(rows) else ""
+        title = f"suspected wrong labels{more}"
+        print_table(make_table(("file", "label", "read", "probability"), rows, title, right={"probability"}))
+    share = suspects["probable"] / suspects["read"]
+    out.print(
+        f"{suspects['probable']:,} of {suspects['read']:,} labels ({share:.1%}) are probably wrong; "
+        f"{len(found) - suspects['probable']:,} more are read otherwise"
+    )
+    for key, text in (
+        ("decided", "have a correction already"),
+        ("unread", "were not read: all runs know them"),
+    ):
+        if suspects[key]:
+            out.print(f"{suspects[key]:,} images {text}")
+    out.print(f"look at them in {page}, and save what is right as {suspects['corrections']}", markup=False)
 
 
 def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, split: str) -> None:

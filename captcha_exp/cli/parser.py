@@ -108,7 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
     text = "print a composed config and exit: job: the run's; hydra: Hydra's own; all: both"
     train.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help=text)
     text = "also write an image of the first images as the network sees them, resized and augmented"
-    add_command("data").add_argument("--preview", action="store_true", help=text)
+    data = add_command("data")
+    data.add_argument("--preview", action="store_true", help=text)
+    text = (
+        "also write a page of images whose labels look wrong: those that RUN, or the runs of a sweep, has "
+        "not been trained on and reads as something else"
+    )
+    data.add_argument("--suspects", metavar="RUN", action="append", default=[], type=expand_user, help=text)
+    text = "train N models for that page, each without one of N parts of the labels"
+    data.add_argument("--folds", metavar="N", type=int, help=text)
     plan = add_command("plan")
     text = "default: from 1/4 to 8 times train.batch_size"
     plan.add_argument("--batch-sizes", metavar="N,N,...", help=text)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +24,14 @@ from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.resume import TIME_LIMIT_KEY
 from captcha_exp.config import Machine, untrusted_keys
 from captcha_exp.errors import ConfigError, RunFailed, UserError, one_line
-from captcha_exp.runs import RecordedDir, StaleRun, SweepInfo, check_has_no_links, claim, code_sha256
+from captcha_exp.runs import RecordedDir, StaleRun, SweepInfo, check_has_no_links, claim, code_sha256, load
 from captcha_exp.runtime.console import get_log_level, set_up_logging
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.sweep import record
 from captcha_exp.sweep.planner import PlannedJob, plan_jobs
 from captcha_exp.sweep.record import Job, Sweep
+from captcha_exp.sweep.results import collect_results
 from captcha_exp.sweep.runner import run_sweep
 from captcha_exp.sweep.summary import SweepSummary
 from captcha_exp.sweep.supervisor import run_job
@@ -48,14 +49,6 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
     Raises:
         ConfigError: every mistake of every job, before the first one starts.
     """
-    grid = compose_grid(arguments.overrides, arguments.config_dir)
-    jobs = _compose_jobs(grid, machine)
-    if arguments.rerun_disturbed and arguments.resume == "never":
-        raise UserError("--rerun-disturbed: trains jobs of an earlier sweep again; remove --resume=never")
-    check_tracking(jobs[0].requested)
-
-    def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
-        _launch(sweep_dir, numbers, grid)
 
     def print_summary(sweep: Sweep, summary: SweepSummary) -> None:
         url = _write_compare_url(sweep, summary)
@@ -64,6 +57,65 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
         else:
             output.print_sweep(summary)
             _print_locations(sweep, url)
+
+    grid = compose_grid(arguments.overrides, arguments.config_dir)
+    summary = _train_grid(grid, _compose_jobs(grid, machine), arguments, machine, print_summary)
+    return 1 if summary.has_failures else 0
+
+
+def train_folds(arguments: argparse.Namespace, machine: Machine, dataset_key: str) -> list[Path]:
+    """Return the run directories of a training per fold of the dataset, which are trained unless they exist.
+
+    Args:
+        arguments: The overrides, and `folds`: their number.
+        machine: This machine.
+        dataset_key: The key of the dataset, by which trainings of other images are recognized.
+
+    Raises:
+        RunFailed: a training has failed; the line names the sweep.
+    """
+    swept = f"data.fold={','.join(map(str, range(arguments.folds)))}"
+    overrides = [*arguments.overrides, f"data.folds={arguments.folds}", swept]
+    grid = compose_grid(overrides, arguments.config_dir)
+    jobs = _compose_jobs(grid, machine)
+    for sweep in reversed(record.list_sweeps()):
+        is_same = sweep.info.status == "FINISHED" and sweep.info.code_sha256 == code_sha256()
+        if is_same and record.has_same_jobs(sweep, jobs):
+            run_dirs = finished_runs(sweep)
+            keys = {load(run_dir).read_json("dataset.json")["key"] for run_dir in run_dirs}
+            if len(run_dirs) == len(jobs) and keys == {dataset_key}:
+                logger.info(f"Using {sweep.run_dir}, a finished sweep over the same folds")
+                return run_dirs
+    flags = argparse.Namespace(resume="auto", rerun_disturbed=False)
+    done: list[Sweep] = []
+    summary = _train_grid(grid, jobs, flags, machine, lambda sweep, _: done.append(sweep))
+    if summary.has_failures:
+        raise RunFailed(
+            f"{done[0].run_dir}: a fold has no result; run the same command again, which trains what is left"
+        )
+    return finished_runs(done[0])
+
+
+def finished_runs(sweep: Sweep) -> list[Path]:
+    """Return the run directories of the jobs of a sweep that have finished."""
+    results = collect_results(sweep)
+    return [Path(each.run_dir) for each in results if each.run_dir and each.outcome == "finished"]
+
+
+def _train_grid(
+    grid: Grid,
+    jobs: Sequence[Job],
+    arguments: argparse.Namespace,
+    machine: Machine,
+    print_summary: Callable[[Sweep, SweepSummary], None],
+) -> SweepSummary:
+    """Run the jobs of a grid in a new sweep or, by the flags in `arguments`, in an earlier one."""
+    if arguments.rerun_disturbed and arguments.resume == "never":
+        raise UserError("--rerun-disturbed: trains jobs of an earlier sweep again; remove --resume=never")
+    check_tracking(jobs[0].requested)
+
+    def launch(sweep_dir: Path, numbers: Sequence[int]) -> None:
+        _launch(sweep_dir, numbers, grid)
 
     with claim.claim(lambda: _find_resumable(arguments, grid, jobs)) as stale:
         resumed = None if stale is None else Sweep(stale.run_dir)
@@ -79,10 +131,9 @@ def train_sweep(arguments: argparse.Namespace, machine: Machine) -> int:
         # The time limit of the whole sweep is the same in all jobs.
         limiting_job = jobs[0] if resumed is None or grid.override_keys else resumed.jobs[0]
         minutes = limiting_job.requested.train.max_minutes
-        summary = run_sweep(
+        return run_sweep(
             planned, launch, parallelism, print_summary, resumed, minutes, arguments.rerun_disturbed
         )
-        return 1 if summary.has_failures else 0
 
 
 def _compose_jobs(grid: Grid, machine: Machine) -> list[Job]:

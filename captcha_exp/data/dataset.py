@@ -235,6 +235,7 @@ def load_or_build(spec: DatasetSpec) -> Dataset:
     with safetensors.safe_open(path, "pt") as file:
         images = file.get_tensor("images")
     targets = torch.tensor([alphabet.encode_padded(label, captcha.length) for label in labels])
+    split_of = {n: name for name, indices in spec.split_indices.items() for n in indices.tolist()}
     manifest = {
         "key": spec.key,
         "provenance": spec.provenance,
@@ -245,8 +246,8 @@ def load_or_build(spec: DatasetSpec) -> Dataset:
         "lengths": {str(length): n for length, n in sorted(Counter(map(len, labels)).items())},
         "splits": spec.split_sizes,
         "files": [
-            {"file": name, "sha256": sha256, "label": label}
-            for (name, sha256), label in zip(scan.files, labels, strict=False)
+            {"file": name, "sha256": sha256, "label": label, "split": split_of[n]}
+            for n, ((name, sha256), label) in enumerate(zip(scan.files, labels, strict=False))
         ],
         "sizes": scan.sizes,
         "formats": scan.formats,

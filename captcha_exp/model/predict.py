@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from captcha_exp import runs
 from captcha_exp.data.alphabet import Alphabet
@@ -62,6 +63,18 @@ class Predictor:
         self._alphabet = Alphabet(self.config.captcha.alphabet)
 
     @torch.inference_mode()
+    def predict_images(self, images: Tensor) -> list[tuple[str, float, tuple[float, ...]]]:
+        """Return the text, its probability and those of its characters for images (N, H, W, C) uint8."""
+        with devices.autocast(self.config, self.device):
+            logits = self._model(images.to(self.device))
+        ids, confidences, text_confidence = self._model.head.decode(logits.float())
+        found = []
+        rows = (ids.cpu().tolist(), text_confidence.cpu().tolist(), confidences.cpu().tolist())
+        for row, confidence, of_characters in zip(*rows, strict=True):
+            text = self._alphabet.decode(row)
+            found.append((text, confidence, tuple(of_characters[: len(text)])))
+        return found
+
     def predict(self, paths: Sequence[Path]) -> list[Prediction]:
         """Return one prediction per image, in order; that of an invalid image has an error and no text."""
         arrays, valid, predictions = [], [], dict[Path, Prediction]()
@@ -72,13 +85,8 @@ class Predictor:
             except InvalidImage as reason:
                 predictions[path] = Prediction(path, error=str(reason))
         if arrays:
-            images = torch.from_numpy(np.stack(arrays)).to(self.device)
-            with devices.autocast(self.config, self.device):
-                logits = self._model(images)
-            decoded = (part.cpu().tolist() for part in self._model.head.decode(logits.float()))
-            for path, ids, confidences, confidence in zip(valid, *decoded, strict=True):
-                text = self._alphabet.decode(ids)
-                predictions[path] = Prediction(path, text, confidence, tuple(confidences[: len(text)]))
+            found = self.predict_images(torch.from_numpy(np.stack(arrays)))
+            predictions |= {path: Prediction(path, *each) for path, each in zip(valid, found, strict=True)}
         return [predictions[path] for path in paths]
 
     def predict_all(self, paths: Sequence[Path]) -> Iterator[Prediction]:

@@ -57,7 +57,7 @@ def write_page(data: Dataset, augmented: Sequence[npt.NDArray[np.uint8]], path: 
     """Write the HTML page of a dataset; `augmented` has versions (N, H, W, C) of its first images."""
     summary, manifest = summarize(data), data.manifest
     page = (
-        _environment()
+        template_environment()
         .get_template("dataset.html")
         .render(
             manifest=manifest,
@@ -66,7 +66,7 @@ def write_page(data: Dataset, augmented: Sequence[npt.NDArray[np.uint8]], path: 
             most=max(summary["characters"].values(), default=1),
             total_characters=sum(summary["characters"].values()),
             samples=_tiles(data, range(min(MAX_SAMPLES, len(data.labels)))),
-            augmented=[[_data_uri(image) for image in version] for version in zip(*augmented, strict=True)],
+            augmented=[[data_uri(image) for image in version] for version in zip(*augmented, strict=True)],
             groups=[
                 {"kind": KINDS[group["kind"]], "tiles": _tiles(data, group["indices"][:6])}
                 for group in manifest["duplicates"][:MAX_GROUPS]
@@ -78,7 +78,7 @@ def write_page(data: Dataset, augmented: Sequence[npt.NDArray[np.uint8]], path: 
     write_atomically(path, page.encode())
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
     """Return the templates; file names and labels are hostile input, and are escaped."""
     loader = PackageLoader("captcha_exp.report", "templates")
     environment = Environment(
@@ -92,12 +92,12 @@ def _environment() -> Environment:
 def _tiles(data: Dataset, indices: Iterable[int]) -> list[dict[str, str]]:
     """Return the image, label and name of each index."""
     return [
-        {"image": _data_uri(data.images[n].numpy()), "label": data.labels[n], "name": data.image_name(n)}
+        {"image": data_uri(data.images[n].numpy()), "label": data.labels[n], "name": data.image_name(n)}
         for n in indices
     ]
 
 
-def _data_uri(image: npt.NDArray[np.uint8]) -> str:
+def data_uri(image: npt.NDArray[np.uint8]) -> str:
     """Return an image (H, W, C) as the address of a PNG file that contains it."""
     content = io.BytesIO()
     pixels = image[..., 0] if image.shape[2] == 1 else image

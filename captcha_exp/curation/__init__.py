@@ -1,0 +1,1 @@
+"""Better labels: images whose label looks wrong, for the user to look at."""
