@@ -1,6 +1,6 @@
 """The config: its schema, loading, validation and error messages.
 
-- `schema`: all groups of conf/, except `train` and `augment`, which are in `train`, and `gpu`, in `gpu`
+- `schema`: all groups of conf/, except `train` and `augment`, which are in `train`, `gpu` and `tracking`
 - `validators`: rules for single values that need more than a type and limits
 - `loading`: `load` checks types and values, `resolve` replaces each `auto` that needs no trial
 - `documents`: reads YAML and JSON with limits
@@ -37,12 +37,12 @@ from captcha_exp.config.schema import DataConfig as DataConfig
 from captcha_exp.config.schema import FolderConfig as FolderConfig
 from captcha_exp.config.schema import GeneratorConfig as GeneratorConfig
 from captcha_exp.config.schema import HeadName as HeadName
-from captcha_exp.config.schema import MlflowConfig as MlflowConfig
 from captcha_exp.config.schema import ModelConfig as ModelConfig
 from captcha_exp.config.schema import Precision as Precision
 from captcha_exp.config.schema import ResNet18Config as ResNet18Config
 from captcha_exp.config.schema import TextKind as TextKind
 from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
+from captcha_exp.config.tracking import MlflowConfig as MlflowConfig
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig
 from captcha_exp.config.train import TrainConfig as TrainConfig

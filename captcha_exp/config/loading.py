@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import omegaconf
 import yaml
@@ -29,8 +29,9 @@ from captcha_exp.config.schema import (
     DataConfig,
     FolderConfig,
     HeadName,
-    MlflowConfig,
+    ModelConfig,
 )
+from captcha_exp.config.tracking import MlflowConfig
 from captcha_exp.config.uri import absolute_uri, local_store_uri, moved_store_uri
 from captcha_exp.errors import ConfigError, one_line
 
@@ -134,18 +135,24 @@ def with_captcha(config: Config, captcha: CaptchaConfig) -> Config:
     Raises:
         ConfigError: model.head is not for such labels; the line says which are.
     """
-    model = dataclasses.replace(config.model, head=choose_head(config.model.head, captcha))
+    model = dataclasses.replace(config.model, head=choose_head(config.model, captcha))
     try:
         return dataclasses.replace(config, captcha=captcha, model=model)
     except ValidationError as error:
         raise ConfigError(*(str(item["ctx"]["error"]) for item in error.errors())) from None
 
 
-def choose_head(head: HeadName | Literal["auto"], captcha: CaptchaConfig) -> HeadName:
-    """Return the head of a config: for `auto`, one for labels of one length or of different lengths."""
-    if head != "auto":
-        return head
-    return "position" if captcha.shortest_length == captcha.length else "end_class"
+def choose_head(model: ModelConfig, captcha: CaptchaConfig) -> HeadName:
+    """Return the head of a network: for `auto`, one for labels of one length or of different lengths.
+
+    CTC needs two columns for a character that follows an equal one.
+    """
+    if model.head != "auto":
+        return model.head
+    if captcha.shortest_length == captcha.length:
+        return "position"
+    num_columns = captcha.width // model.column_pixels
+    return "ctc" if num_columns >= 2 * captcha.length - 1 else "end_class"
 
 
 def with_untuned_defaults(config: Config) -> Config:

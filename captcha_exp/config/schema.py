@@ -5,15 +5,16 @@ default keeps the old behavior. The text below a field is its description, which
 """
 
 import re
-from typing import Annotated, Literal, TypeAlias
-from urllib.parse import urlsplit
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
 from captcha_exp.config.gpu import STRICT, GpuSpec
 from captcha_exp.config.gpu import Bounds as Bounds  # imported from here by name, like all of the schema
+from captcha_exp.config.tracking import MlflowConfig as MlflowConfig
+from captcha_exp.config.tracking import NoTrackingConfig as NoTrackingConfig
+from captcha_exp.config.tracking import TrackingConfig
 from captcha_exp.config.train import AugmentConfig, Auto, Fraction, TrainConfig
 from captcha_exp.config.validators import OrInferred, check_alphabet, check_arithmetic, expand_user
 
@@ -40,28 +41,6 @@ def _check_labels(value: str | None) -> str | None:
             "must be null, names, folders, or a file in the folder that ends in .csv, .tsv or .jsonl"
         )
     return None if value is None else expand_user(value)
-
-
-def _check_uri(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        secret = parts.password is not None or re.search(
-            r"(?i)(passw(or)?d|pwd|token|secret|(api|access)_?key)=", parts.query
-        )
-    except ValueError as error:
-        raise ValueError(f"not a URI: {error}") from None
-    if secret:
-        raise PydanticCustomError(
-            "secret",
-            "must not contain a secret, which would be saved with the run; pass it in the environment "
-            "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN)",
-        )
-    if parts.scheme == "file" or (value != "auto" and "://" not in value):
-        raise ValueError(
-            "MLflow no longer supports plain directories; write auto, sqlite:///PATH or http://HOST"
-        )
-    scheme, slashes, path = value.partition("sqlite:///")
-    return f"{scheme}{slashes}{expand_user(path)}" if slashes and not scheme else value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -231,7 +210,9 @@ class BaseModelConfig:
     """classification head and loss. position: a classifier per position with cross entropy; end_class: the
     same with a class for the end, for labels of different lengths; ctc: connectionist temporal
     classification, for these, too; grouped_softmax: the article's, with binary cross entropy; auto: position
-    if all labels have one length, else end_class"""
+    if all labels have one length, else ctc, or end_class if the images are too narrow for ctc"""
+    column_pixels: ClassVar[int]
+    """pixels of the width of an image for each column of the features"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -239,6 +220,7 @@ class CompactConfig(BaseModelConfig):
     """A small residual network."""
 
     name: Literal["compact"]
+    column_pixels = 4
     channels: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=2, max_length=4)]
     """channels of the stem and of each stage"""
 
@@ -248,6 +230,7 @@ class ResNet18Config(BaseModelConfig):
     """ResNet-18, the network of the article."""
 
     name: Literal["resnet18"]
+    column_pixels = 8
 
 
 ModelConfig: TypeAlias = Annotated[CompactConfig | ResNet18Config, Field(discriminator="name")]
@@ -278,29 +261,6 @@ class SweepConfig:
 
     run_over_budget: bool
     """without a CUDA GPU: train jobs predicted to exceed device.vram_budget_mib instead of skipping them"""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class MlflowConfig:
-    """Tracking in MLflow, in addition to the run directory."""
-
-    backend: Literal["mlflow"]
-    uri: Annotated[str, AfterValidator(_check_uri)]
-    """tracking URI; auto: SQLite in mlruns/ next to outputs/"""
-    experiment: Annotated[str, Field(min_length=1)]
-    """name of the MLflow experiment"""
-    required: bool
-    """fail at the start if the store does not answer; false: train, and send to MLflow once it does"""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class NoTrackingConfig:
-    """No tracking: only the run directory is written."""
-
-    backend: Literal["none"]
-
-
-TrackingConfig: TypeAlias = Annotated[MlflowConfig | NoTrackingConfig, Field(discriminator="backend")]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from captcha_exp.config.schema import Config, MlflowConfig
+from captcha_exp.config.schema import Config
+from captcha_exp.config.tracking import MlflowConfig
 from captcha_exp.config.uri import sqlite_path
 
 

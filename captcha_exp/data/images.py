@@ -11,7 +11,9 @@ Source: the triangle filter with its support scaled by the downscaling factor, a
 import functools
 import io
 import re
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,17 @@ _SIGNATURE = re.compile(
     rb"|II\*\0|MM\0\*|\0\0\0\x0cjP  |.{4}ftyp(avif|heic|heix|mif1)",  # not supported, and reported as such
     re.DOTALL,
 )
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # color type -> samples per pixel
+ADAM7_PASSES = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+"""x, y, and steps in x and y of the passes of an interlaced PNG"""
 MAX_PIXELS = 4_000_000  # per image; a text captcha has about 10,000
 
 # Not PIL.ImageOps.exif_transpose: it also rewrites the other EXIF tags, and raises if one of them is damaged.
@@ -96,8 +109,11 @@ def decode(content: bytes) -> DecodedImage:
         raise InvalidImage(f"is damaged or truncated: {one_line(error)}") from None
     image: Image.Image = file
     kind = f"{file.format} {file.mode}"
-    if image.format == "PNG" and b"IEND" not in content:  # Pillow accepts that
-        raise InvalidImage("is truncated: a PNG without its IEND chunk")
+    if image.format == "PNG":  # Pillow accepts both
+        if b"IEND" not in content:
+            raise InvalidImage("is truncated: a PNG without its IEND chunk")
+        if not _has_all_rows(content):
+            raise InvalidImage("is damaged: a PNG with fewer rows of pixels than its header says")
     remarks = [f"has {frames} frames; only the first is used"] if frames > 1 else []
     if image.mode == "I;16":  # Pillow would clip every value above 255 to white
         remarks.append("has 16 bits per pixel; only the upper 8 are used")
@@ -114,6 +130,34 @@ def decode(content: bytes) -> DecodedImage:
     if has_transparency(image):
         remarks.append("has transparent pixels, which become white")
     return DecodedImage(image, tuple(remarks), kind)
+
+
+def _has_all_rows(png: bytes) -> bool:
+    """Return whether the compressed data of a PNG, which Pillow has decoded, has all rows of its header.
+
+    Source: Portable network graphics specification, RFC 2083, sections 2.3 and 2.6.
+    """
+    data, position, header = [], 8, b""
+    while position + 8 <= len(png):
+        size, kind = int.from_bytes(png[position : position + 4]), png[position + 4 : position + 8]
+        if kind == b"IDAT":
+            data.append(png[position + 8 : position + 8 + size])
+        elif kind == b"IHDR":
+            header = png[position + 8 : position + 8 + size]
+        elif kind == b"IEND":
+            break
+        position += 12 + size
+    width, height, depth, color_type, *_, interlace = struct.unpack(">IIBBBBB", header)
+    bits = depth * PNG_CHANNELS[color_type]
+    expected = 0
+    for x, y, dx, dy in ADAM7_PASSES if interlace else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + (columns * bits + 7) // 8)
+    try:
+        return len(zlib.decompressobj().decompress(b"".join(data), expected)) == expected
+    except zlib.error:
+        return False
 
 
 def _exif_transpose_method(image: Image.Image) -> Image.Transpose | None:

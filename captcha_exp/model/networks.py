@@ -177,7 +177,7 @@ def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
     Raises:
         UserError: the images are too narrow for labels of this length; the line says what to change.
     """
-    head_name = choose_head(model.head, captcha)
+    head_name = choose_head(model, captcha)
     network: nn.Module
     match model:
         case CompactConfig():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 from PIL import Image
@@ -329,3 +330,10 @@ def test_odd_input_is_used(name: str, root: Path) -> None:
     assert spec.scan.labels[:2] == ["0000", "0037"]  # 0000 is not 0
     assert spec.config.captcha.alphabet == "0123456789"
     assert spec.config.captcha.length == 4
+
+
+def test_mutated_files_are_read_or_refused() -> None:
+    """A short form of benchmarks/fuzz.py; a busy machine may be slower than two seconds."""
+    found = fuzz.read_cases(first=20_000, count=600, seconds=20, mib=200)
+    assert found["faults"] == []
+    assert min(found["outcomes"].values()) > 100

@@ -375,6 +375,10 @@ PAGE = Image.fromarray(noise(6, 10, 3))
         (saved(PAGE, "PNG")[:8], r"is not an image in a supported format .+, or is truncated"),
         (saved(PAGE, "PNG")[:60], r"is damaged or truncated: .+"),
         (saved(PAGE, "PNG")[:-12], r"is truncated: a PNG without its IEND chunk"),
+        (
+            png(8, 4, 8, 0, [[bytes(8)] * 3]),
+            r"is damaged: a PNG with fewer rows of pixels than its header says",
+        ),
         (saved(PAGE, "JPEG")[:-40], r"is damaged or truncated: .+"),
     ],
 )

@@ -1,7 +1,7 @@
 """The networks compared with computed layer tables; the heads with slow loops and torch's losses."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captcha_exp.config import CaptchaConfig, CompactConfig, ResNet18Config
+from captcha_exp.config import CaptchaConfig, CompactConfig, HeadName, ResNet18Config, choose_head
 from captcha_exp.model import networks
 from captcha_exp.model.networks import Recognizer
 
@@ -274,3 +274,33 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     other = networks.build(SMALL, captcha())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# -- the head that `auto` chooses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model", [replace(SMALL, head="ctc"), replace(RESNET, head="ctc")], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("width", [*range(40, 57), 120])
+def test_the_columns_of_a_network_are_at_least_those_of_its_config(
+    model: CompactConfig | ResNet18Config, width: int
+) -> None:
+    labels = replace(captcha(width), length=2)
+    assert build(model, labels).head.num_columns in (
+        width // model.column_pixels,
+        -(-width // model.column_pixels),
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "min_length", "name"), [(36, None, "position"), (36, 3, "ctc"), (35, 3, "end_class")]
+)
+def test_auto_chooses_a_head_that_the_width_allows(
+    width: int, min_length: int | None, name: HeadName
+) -> None:
+    labels = replace(captcha(width), min_length=min_length)
+    auto = replace(SMALL, head="auto")
+    assert choose_head(auto, labels) == name
+    assert type(build(auto, labels).head) is type(build(replace(SMALL, head=name), labels).head)
+    assert choose_head(replace(SMALL, head="end_class"), captcha(36)) == "end_class"
