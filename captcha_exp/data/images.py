@@ -228,8 +228,9 @@ def resize(images: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArra
         return images
     rows: npt.NDArray[Any] = resize_weights(source_height, height)
     columns: npt.NDArray[Any] = resize_weights(source_width, width)
-    # Height: (height, H) @ (N, H, W*C). Width: (N, height, C, W) @ (W, width).
+    # Height: (height, H) @ (N, H, W*C). Width: (N*height*C, W) @ (W, width), one product for all rows.
     tall = rows @ images.reshape(n, source_height, -1).astype(np.float32)
-    wide = tall.reshape(n, height, source_width, channels).transpose(0, 1, 3, 2) @ columns.T
+    lines = tall.reshape(n, height, source_width, channels).transpose(0, 1, 3, 2).reshape(-1, source_width)
+    wide = (lines @ columns.T).reshape(n, height, channels, width)
     rounded: npt.NDArray[np.uint8] = np.floor((wide + WEIGHT_SCALE**2 / 2) / WEIGHT_SCALE**2).astype(np.uint8)
     return np.ascontiguousarray(rounded.transpose(0, 1, 3, 2))
