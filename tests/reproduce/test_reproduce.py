@@ -19,7 +19,7 @@ from support.image_files import page, saved
 
 from captcha_exp import compose, load
 from captcha_exp.cli.hydra_config import apply_overrides
-from captcha_exp.config import Config
+from captcha_exp.config import Config, HeadName
 from captcha_exp.errors import UserError
 from captcha_exp.report import figures
 from captcha_exp.reproduce import compare
@@ -107,6 +107,13 @@ def test_a_copied_run_is_reproduced_identically_three_times(run: Path, root: Pat
         reproduction.result.weights_sha256
         == json.loads((run / "run.json").read_text())["result"]["weights_sha256"]
     )
+
+
+@pytest.mark.parametrize("head", ["end_class", "ctc"])
+def test_labels_of_different_lengths_are_reproduced_identically(tiny: Config, head: HeadName) -> None:
+    captcha, model = replace(tiny.captcha, min_length=1), replace(tiny.model, head=head)
+    reproduction = rerun(train(replace(tiny, captcha=captcha, model=model)).run_dir)
+    assert reproduction.summary == "identical"
 
 
 def test_the_new_run_links_to_the_reference_and_records_the_verdict(run: Path) -> None:

@@ -122,6 +122,27 @@ def test_an_interruption_does_not_change_the_result(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("head", ["end_class", "ctc"])
+def test_an_interruption_does_not_change_the_result_with_labels_of_different_lengths(
+    server: ForkServer, store: Path, cache: Path, tmp_path: Path, head: str
+) -> None:
+    words = (
+        f"model.head={head}",
+        "captcha.min_length=1",
+        "train.checkpoint_every='3 steps'",
+        "tracking=none",
+    )
+    expected, training = (
+        Training(server, tmp_path / name, (*words, f"data.cache={cache}"), store) for name in ("one", "other")
+    )
+    assert expected.start().code == 0
+    ended = training.start(PLACES["within an epoch"])
+    assert (ended.code, ended.signalled) == (-signal.SIGKILL, True), ended.output
+    assert training.start().code == 0
+    assert differences(expected.run_snapshot()["runs"], training.run_snapshot()["runs"]) == []
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
 def test_25_kills_with_damaged_checkpoints_do_not_change_the_result(
     server: ForkServer, tmp_path: Path, seed: int
