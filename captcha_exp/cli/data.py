@@ -70,7 +70,10 @@ def _find_suspects(
     run_dirs: list[Path] = []
     for name in arguments.suspects:
         sweep_dir = resolve_dir(name, SweepInfo.filename)
-        run_dirs += [find_run(name)] if sweep_dir is None else finished_runs(Sweep(sweep_dir))
+        named = [find_run(name)] if sweep_dir is None else finished_runs(Sweep(sweep_dir))
+        if not named:
+            raise UserError(f"--suspects={name}: no run of this sweep has finished")
+        run_dirs += named
     if arguments.folds:
         run_dirs += train_folds(arguments, machine, data.manifest["key"])
     suspects = find_suspects(config, data, run_dirs)

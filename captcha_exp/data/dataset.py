@@ -38,7 +38,7 @@ from captcha_exp.runtime.paths import root_dir
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT_VERSION = 5  # raised when the cache file of the same config would have other content
+CACHE_FORMAT_VERSION = 6  # raised when the cache file of the same config would have other content
 DEFAULT_CACHE = "outputs/cache"  # data.cache of a saved run whose own is not trusted
 
 

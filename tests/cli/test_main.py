@@ -266,7 +266,7 @@ def test_runs_of_an_empty_root(call: Call, root: Path) -> None:
         ("captcha-exp tr", ["train"]),
         (
             "captcha-exp train experiment=",
-            ["experiment=alnum", "experiment=article", "experiment=quickstart"],
+            ["experiment=alnum", "experiment=article", "experiment=quickstart", "experiment=variable_length"],
         ),
         ("captcha-exp train seed=1 captcha.wid", ["captcha.width="]),
         ("captcha-exp data data=w", ["data=wheezy"]),
