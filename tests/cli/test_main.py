@@ -59,7 +59,10 @@ def test_a_signal_before_anything_is_created_is_confirmed(
         (["train", "hydra/help=default"], r"hydra/help=default: has no effect, .+"),
         (["train", "train.batch_size=25,50"], r"train\.batch_size=25,50: is a sweep; .+"),
         (["train", "train.batch_size=[1"], r"train\.batch_size=\[1: must be a whole number, .+"),
-        (["train", "experiment=typo"], r"experiment=typo: .+ one of alnum, article, quickstart, null"),
+        (
+            ["train", "experiment=typo"],
+            r"experiment=typo: .+ one of alnum, article, quickstart, variable_length, null",
+        ),
         (["train", "train=null"], r"train=null: .+"),
         (["train", "--json", "seed=-1"], r"seed=-1: must be .+"),
         (["train", "--cfg", "job", "experiment=typo"], r"experiment=typo: .+"),
