@@ -25,7 +25,9 @@ from interference import interference
 from PIL import Image
 
 from captcha_exp import compose, load
+from captcha_exp.config import resolve
 from captcha_exp.data import sources
+from captcha_exp.runtime.device import detect_machine
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 CAPTCHA = ("captcha.width=96", "captcha.height=36", f"captcha.alphabet={ALPHABET}", "captcha.length=4")
@@ -34,7 +36,7 @@ FIRST_ROWS = 40
 
 def render(folder: Path, count: int, share: float) -> set[str]:
     """Write images labeled by their names, a share of them wrongly; return the names of these."""
-    config = load(compose("data=captcha", f"data.count={count}", *CAPTCHA))
+    config = resolve(load(compose("data=captcha", f"data.count={count}", *CAPTCHA)), detect_machine())
     source = sources.make_source(config.data, config.captcha)
     labels, rng = source.scan().labels, random.Random(0)
     wrong = set(rng.sample(range(count), round(share * count)))

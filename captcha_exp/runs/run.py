@@ -89,13 +89,14 @@ class Run(SavedRun):
         stop_reason: StopReason | None = None,
         ended: datetime | None = None,
     ) -> None:
-        """Write the end as `RecordedDir.close`, and the SHA-256 of all files but damaged ones.
+        """Write the end as `RecordedDir.close`, and the SHA-256 of all files but damaged and temporary ones.
 
-        The files of a killed run are not hashed: another process cannot know what they were.
+        The thread that sends to MLflow may be writing run.json. The files of a killed run are not hashed:
+        another process cannot know what they were.
         """
         paths = {path.relative_to(self.run_dir).as_posix(): path for path in list_run_files(self.run_dir)}
-        damaged = {name for name in paths if name.endswith(".damaged")}
-        new = sorted(paths.keys() - self.info.files.keys() - damaged - {self.info.filename})
+        others = {name for name in paths if name.endswith((".damaged", ".part"))} | {self.info.filename}
+        new = sorted(paths.keys() - self.info.files.keys() - others)
         self.update(files=self.info.files | {name: sha256_of(paths[name]) for name in new})
         super().close(status, error, stop_reason, ended)
 

@@ -213,6 +213,13 @@ def test_close_records_the_hash_of_every_file(run: Run) -> None:
     assert {"config.yaml", "model.safetensors", "report/curves.png"} <= state["files"].keys()
 
 
+def test_close_ignores_a_file_that_is_being_written(run: Run) -> None:
+    """The thread that sends to MLflow writes run.json at any time."""
+    (run.run_dir / ".run.json.1.part").write_bytes(b"")
+    run.close("FINISHED")
+    assert not any(name.endswith(".part") for name in run.info.files)
+
+
 def test_close_records_the_error(run: Run) -> None:
     run.close("FAILED", "step 3: the loss is not a finite number")
     state = json.loads((run.run_dir / "run.json").read_text())
