@@ -169,7 +169,7 @@ def test_an_experiment_of_null_or_in_a_subfolder(experiments: Path) -> None:
     (line,) = mistakes("experiment=team/two", config_dir=experiments)
     assert line == (
         "experiment=team/two: no such file in conf/experiment; did you mean team/one? one of alnum, article, "
-        "quickstart, team/one, null"
+        "quickstart, team/one, variable_length, null"
     )
 
 
