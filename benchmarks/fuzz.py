@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from interference import interference
@@ -94,9 +94,10 @@ def sample_tables(names: list[str]) -> dict[str, bytes]:
 def sample_archives(files: dict[str, bytes]) -> dict[str, bytes]:
     """Return archives of these files by name."""
     found = {}
-    for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz")):
+    modes: dict[str, Literal["w", "w:gz"]] = {"a.tar": "w", "a.tar.gz": "w:gz"}
+    for name, mode in modes.items():
         content = io.BytesIO()
-        with tarfile.open(fileobj=content, mode=mode) as tar:  # type: ignore[call-overload]  # a literal mode
+        with tarfile.open(fileobj=content, mode=mode) as tar:
             for file, data in files.items():
                 info = tarfile.TarInfo(file)
                 info.size = len(data)

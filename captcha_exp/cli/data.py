@@ -24,13 +24,16 @@ def report(
     Raises:
         UserError: images cannot be used; the lines say which, and what to do.
     """
-    config = try_compose(arguments.overrides, arguments.config_dir).to_config(detect_machine())
+    if arguments.folds is not None and arguments.folds < 2:
+        raise UserError(f"--folds {arguments.folds}: must be at least 2")
+    composed = try_compose(arguments.overrides, arguments.config_dir)
+    machine = detect_machine()
+    config = composed.to_config(machine)
     from captcha_exp.config import resolve
     from captcha_exp.data import dataset
     from captcha_exp.report import dataset_page, figures
     from captcha_exp.runtime.paths import root_dir
 
-    machine = detect_machine()
     spec = dataset.inspect_dataset(resolve(config, machine))
     data = dataset.load_or_build(spec)
     page = root_dir() / spec.config.data.cache / f"{spec.key}.html"

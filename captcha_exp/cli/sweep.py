@@ -91,7 +91,7 @@ def train_folds(arguments: argparse.Namespace, machine: Machine, dataset_key: st
     summary = _train_grid(grid, jobs, flags, machine, lambda sweep, _: done.append(sweep))
     if summary.has_failures:
         raise RunFailed(
-            f"{done[0].run_dir}: a fold has no result; run the same command again, which trains what is left"
+            f"{done[0].run_dir}: a fold has no result; run the same command again to train the missing folds"
         )
     return finished_runs(done[0])
 

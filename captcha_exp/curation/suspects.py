@@ -39,7 +39,7 @@ class Suspect:
     label: str
     read: str
     confidence: float  # mean probability of `read`
-    label_probability: float  # mean share of the models' probability on readings that equal the label
+    label_probability: float  # mean probability of the label, 0 for models that read something else
 
     @property
     def is_probable(self) -> bool:

@@ -146,6 +146,11 @@ def test_generated_images_have_no_suspects(call: Call) -> None:
     )
 
 
+@pytest.mark.parametrize("number", ["0", "1", "-3"])
+def test_too_few_folds_are_an_error(call: Call, number: str) -> None:
+    assert call("data", f"--folds={number}", *TINY) == (2, "", f"--folds {number}: must be at least 2\n")
+
+
 # -- the page ------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pytest
+from conftest import warnings
 from test_folder import (
     error_lines,
     fill,
@@ -329,3 +330,9 @@ def test_corrections_that_cannot_be_applied_are_named(folder: Path) -> None:
     assert f"{CORRECTIONS}, row 2: has no column action; its columns are file, label" in error_lines(
         folder_config(folder)
     )
+
+
+def test_a_running_number_in_an_archive_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = zipped(folder.parent / "a.zip", {f"{n:04}.png": png(n) for n in range(60)})
+    inspect(folder_config(path))
+    assert any("the labels are consecutive numbers, 0000 to 0059" in text for text in warnings(caplog))

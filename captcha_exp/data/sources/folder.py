@@ -68,8 +68,9 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     if correction_table is not None:
         candidates, corrected = corrections.apply_corrections(files, correction_table, candidates)
     captcha, inferences = _infer(files, candidates, captcha)
-    if isinstance(files, FolderFiles) and data.labels != "folders":
-        others = None if tables or data.labels else listing.ignored
+    if data.labels != "folders":
+        may_have_tables = isinstance(files, FolderFiles) and not tables and not data.labels
+        others = listing.ignored if may_have_tables else None
         advice += advise(files, candidates, None if tables else pattern, others, captcha)
     alphabet = Alphabet(captcha.alphabet)
     characters = set(captcha.alphabet)
