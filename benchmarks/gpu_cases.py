@@ -85,7 +85,7 @@ def run_epoch(config: Config, data: Dataset, device: torch.device) -> tuple[dict
     reset_peaks(device)
     augmenter = Augmenter(config, 1, len(data.images), device)
     state.model.train()
-    for batch in training.batches(int(config.train.batch_size), training.permutation(config.seed, 1)):
+    for batch in training.batches(int(config.train.batch_size), training.epoch_order(config.seed, 1)):
         _kept = train_step(state, augmenter(batch), config)  # freed in the next iteration, as in fit
     trained = peak_memory(device)
     reset_peaks(device)

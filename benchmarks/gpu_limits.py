@@ -100,7 +100,7 @@ def _three_steps(
     limit = config.device.preload_limit_mib
     training, validation = (data.split(name, device, limit) for name in ("train", "validation"))
     state = init_train_state(config, device)
-    batches = training.batches(int(config.train.batch_size), training.permutation(config.seed, 1))
+    batches = training.batches(int(config.train.batch_size), training.epoch_order(config.seed, 1))
     state.model.train()
     for _ in range(3):
         reset_peaks(device)

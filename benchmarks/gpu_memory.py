@@ -193,7 +193,7 @@ def _record_on_gpu(config: Config, split_sizes: SplitSizes, device: torch.device
     state = init_train_state(config, device)
     torch.cuda.memory._snapshot()  # adds a mark to the entries
     state.model.train()
-    order = splits[0].permutation(config.seed, 1)
+    order = splits[0].epoch_order(config.seed, 1)
     for number, batch in enumerate(splits[0].batches(int(config.train.batch_size), order), 1):
         _kept = train_step(state, batch, config)  # freed in the next iteration
         torch.cuda.synchronize(device)

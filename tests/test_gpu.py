@@ -216,7 +216,7 @@ def test_a_step_never_synchronizes(
     config = replace(config, augment=AUGMENT)
     device = setup_device(config)
     split = training_split(config)
-    order = split.permutation(0, 1)
+    order = split.epoch_order(0, 1)
     augmenter = Augmenter(config, 1, generator_config(config).count, device)
     state = init_train_state(config, device)
     for batch in split.batches(64, order):  # warm-up: the first steps may synchronize

@@ -70,6 +70,8 @@ def _find_suspects(
 
     if not isinstance(config.data, FolderConfig):
         raise UserError(f"data={config.data.source}: has no labels that could be wrong; use data=folder")
+    if len(config.data.paths) > 1:
+        raise UserError(f"{config.data.path_text}: corrections belong to one folder; name one, then another")
     run_dirs: list[Path] = []
     for name in arguments.suspects:
         sweep_dir = resolve_dir(name, SweepInfo.filename)
@@ -81,7 +83,7 @@ def _find_suspects(
         run_dirs += train_folds(arguments, machine, data.manifest["key"])
     suspects = find_suspects(config, data, run_dirs)
     values = suspects.to_json()
-    target = corrections_path(Path(config.data.path))
+    target = corrections_path(Path(config.data.paths[0]))
     suspects_page.write_page(data, values["found"], target, page)
     return {**values, "corrections": str(target)}
 

@@ -221,6 +221,10 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
         (str(length), f"{count:,}", f"{part:.2%}")
         for length, (count, part) in evaluation.accuracy_by_length().items()
     ]
+    folders = [
+        (path, f"{count:,}", f"{part:.2%}")
+        for path, (count, part) in evaluation.accuracy_by_folder(data).items()
+    ]
     known = [(c, part) for c, part in evaluation.accuracy_by_character(alphabet).items() if part is not None]
     characters = [(c, f"{part:.2%}") for c, part in sorted(known, key=lambda item: item[1])]
     confusions = [
@@ -232,6 +236,7 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
         ("per position", ("position", "accuracy"), positions),
         ("per position from the end", ("position", "accuracy"), from_end),
         ("per length of the label", ("characters", "images", "accuracy"), lengths),
+        ("per folder", ("folder", "images", "accuracy"), folders),
         ("per character, worst first", ("character", "accuracy"), characters[:12]),
         ("most frequent confusions", ("label", "predicted", "count"), confusions[:12]),
         ("worst misreads", ("image", "label", "predicted", "confidence"), misreads[:12]),

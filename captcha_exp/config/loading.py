@@ -33,6 +33,7 @@ from captcha_exp.config.schema import (
 )
 from captcha_exp.config.tracking import MlflowConfig
 from captcha_exp.config.uri import absolute_uri, local_store_uri, moved_store_uri
+from captcha_exp.config.validators import absolute_paths
 from captcha_exp.errors import ConfigError, one_line
 
 _GPU_ADAPTER = TypeAdapter(GpuSpec)
@@ -119,7 +120,10 @@ def resolve(config: Config, machine: Machine) -> Config:
     if device.threads == "auto":
         device = dataclasses.replace(device, threads=machine.num_cores)
     if isinstance(data, FolderConfig):
-        data = dataclasses.replace(data, path=_absolute(data.path))
+        try:
+            data = dataclasses.replace(data, path=absolute_paths(data.path))
+        except ValueError as error:
+            raise ConfigError(f"data.path={error}") from None
     elif data.workers == "auto":
         data = dataclasses.replace(data, workers=machine.num_cores)
     train = config.train
@@ -200,18 +204,6 @@ def with_moved_store(config: Config, root: Path) -> Config:
         return config
     tracking = dataclasses.replace(tracking, uri=moved_store_uri(tracking.uri, root))
     return dataclasses.replace(config, tracking=tracking)
-
-
-def _absolute(path: str) -> str:
-    """Return the absolute path of data.path.
-
-    Raises:
-        ConfigError: the path has a circular symbolic link.
-    """
-    try:
-        return str(Path(path).resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"data.path={path}: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -169,11 +169,14 @@ class ArticleConfig(BaseGeneratorConfig):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class FolderConfig(BaseDataConfig):
-    """A folder of labeled images, including its subfolders, or an archive."""
+    """Folders of labeled images, including their subfolders, or archives."""
 
     source: Literal["folder"]
-    path: FilePath
-    """path of the folder, or of a .zip or .tar archive, relative to the working directory"""
+    path: FilePath | Annotated[tuple[FilePath, ...], Field(min_length=1)]
+    """path of the folder, or of a .zip or .tar archive, from the working directory; a list for several"""
+    shares: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None
+    """relative share of each of several folders in the training images of an epoch, which are as many as
+    without; null: every image once per epoch"""
     labels: Annotated[str | None, AfterValidator(_check_labels)]
     """names: labels are in the file names; folders: in the names of the subfolders; or a .csv, .tsv or .jsonl
     file in the folder; null: labels or metadata.csv, .tsv or .jsonl if it exists, else the file names"""
@@ -194,6 +197,24 @@ class FolderConfig(BaseDataConfig):
     on_duplicate: Literal["error", "skip", "keep"]
     """what to do about images with equal pixels and labels: report all but the first, skip these, or keep
     them, in the same split"""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folders and archives."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def path_text(self) -> str:
+        """How a message names data.path."""
+        return f"data.path={self.path if isinstance(self.path, str) else '[' + ','.join(self.path) + ']'}"
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> "FolderConfig":
+        if self.shares is not None and len(self.shares) != len(self.paths):
+            raise ValueError(
+                f"shares={list(self.shares)}: must have a number for each folder in path, {len(self.paths)}"
+            )
+        return self
 
 
 GeneratorConfig: TypeAlias = CaptchaLibraryConfig | WheezyLibraryConfig | ArticleConfig

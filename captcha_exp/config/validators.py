@@ -1,7 +1,9 @@
 """Validation of single values that needs more than a type and limits."""
 
+import itertools
 import os
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
@@ -73,3 +75,24 @@ def expand_user(path: str) -> str:
             "begins with ~)"
         )
     return expanded
+
+
+def absolute_paths(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Return a path, or each of a list of folders, as an absolute path.
+
+    Raises:
+        ValueError: a path has a circular symbolic link, or a folder is in another one, or the same.
+    """
+    if not isinstance(paths, str):
+        absolute = tuple(str(absolute_paths(path)) for path in paths)
+        for one, other in itertools.permutations(absolute, 2):
+            if Path(one).is_relative_to(other):
+                what = (
+                    "is there twice" if one == other else f"is in {other}, of which subfolders are read, too"
+                )
+                raise ValueError(f"{one}: {what}; leave out one of them")
+        return absolute
+    try:
+        return str(Path(paths).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{paths}: {error}") from None

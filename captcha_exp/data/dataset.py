@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import numpy as np
+import numpy.typing as npt
 import safetensors
 import torch
 from pydantic import TypeAdapter
@@ -27,7 +29,7 @@ from captcha_exp.config import Config, FolderConfig, to_dict, untrusted_keys, wi
 from captcha_exp.data import sources
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.duplicates import split_keys
-from captcha_exp.data.scan_report import check_splits, report_scan
+from captcha_exp.data.scan_report import check_shares, check_splits, report_scan
 from captcha_exp.data.sources import ScanResult
 from captcha_exp.data.splits import split_images
 from captcha_exp.errors import UserError
@@ -65,6 +67,13 @@ def random_batch(config: Config, size: int, device: torch.device) -> Batch:
     return Batch(images.to(device), targets.to(device), torch.arange(size))
 
 
+class Quota(NamedTuple):
+    """How many of some images of a split are in an epoch."""
+
+    rows: Tensor  # (n,) int64, their positions in the split
+    num_drawn: int
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of a dataset."""
@@ -73,6 +82,8 @@ class Split:
     targets: Tensor  # (N, T) int64
     indices: Tensor  # (N,) int64, indices of the images in the dataset
     device: torch.device
+    quotas: tuple[Quota, ...] = ()
+    """of the folders of data.shares; empty: every image is once in an epoch"""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -90,10 +101,21 @@ class Split:
             part = part.pin_memory()  # the copy then overlaps with the step
         return part.to(self.device, non_blocking=True)
 
-    def permutation(self, seed: int, epoch: int) -> Tensor:
-        """Return the (N,) int64 order of an epoch, a function of seed and epoch."""
+    def epoch_order(self, seed: int, epoch: int) -> Tensor:
+        """Return the (N,) int64 order of an epoch, a function of seed and epoch.
+
+        With quotas, images are left out or repeated, each at most once more than others of its quota.
+        """
         generator = torch.Generator().manual_seed(seeding.derive_seed(seed, "order", epoch))
-        return torch.randperm(len(self), generator=generator).to(self.indices.device)
+        order = torch.randperm(len(self), generator=generator)
+        if self.quotas:
+            drawn = []
+            for rows, num_drawn in self.quotas:
+                starts = range(0, num_drawn, len(rows))
+                rounds = [torch.randperm(len(rows), generator=generator) for _ in starts]
+                drawn += [rows[torch.cat(rounds)[:num_drawn]]] if rounds else []
+            order = torch.cat(drawn)[order]
+        return order.to(self.indices.device)
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ class Dataset:
     labels: list[str]
     split_indices: dict[str, Tensor]  # split -> (n,) int64, indices of its images
     manifest: dict[str, Any]  # content of dataset.json
+    shares: tuple[float, ...] = ()  # of the folders in the training split; empty: every image counts once
 
     @property
     def alphabet(self) -> Alphabet:
@@ -116,13 +139,27 @@ class Dataset:
         files = self.manifest["files"]
         return str(files[index]["file"]) if files else str(index)
 
+    def folder_numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return for images (n,) the number of the folder of each, from 1; 0 if there are not several."""
+        if not self.manifest["folders"]:
+            return np.zeros(len(indices), np.int64)
+        return np.array([sources.folder_number(self.image_name(int(n))) for n in indices], np.int64)
+
     def split(self, name: str, device: torch.device, preload_limit_mib: int) -> Split:
         """Return a split, on the device if it is not larger than the limit."""
         rows = self.split_indices[name]
         images, targets = self.images[rows], self.targets[rows]
+        quotas = self._quotas(rows) if name == "train" and self.shares else ()
         if images.nbytes <= preload_limit_mib * 2**20:
             images, targets, rows = images.to(device), targets.to(device), rows.to(device)
-        return Split(images, targets, rows, device)
+        return Split(images, targets, rows, device, quotas)
+
+    def _quotas(self, rows: Tensor) -> tuple[Quota, ...]:
+        """Return the quotas of the folders in a split with these images, which sum to their number."""
+        folders = torch.from_numpy(self.folder_numbers(rows.numpy()))
+        ends = np.rint(np.cumsum(self.shares) / sum(self.shares) * len(rows)).astype(int)
+        counts = np.diff(ends, prepend=0).tolist()
+        return tuple(Quota((folders == n).nonzero()[:, 0], count) for n, count in enumerate(counts, 1))
 
 
 @dataclass(frozen=True)
@@ -171,6 +208,8 @@ def inspect_dataset(config: Config) -> DatasetSpec:
     keys = split_keys(scan.labels, scan.duplicates)
     splits = split_images(keys, scan.splits, config)
     check_splits(scan, splits, config)
+    if isinstance(config.data, FolderConfig):
+        check_shares([scan.files[n][0] for n in splits["train"]], config.data)
     split_indices = {name: torch.tensor(indices) for name, indices in splits.items()}
     return DatasetSpec(config, source, scan, split_indices, provenance, path)
 
@@ -245,6 +284,7 @@ def load_or_build(spec: DatasetSpec) -> Dataset:
         "distinct_labels": len(set(labels)),
         "lengths": {str(length): n for length, n in sorted(Counter(map(len, labels)).items())},
         "splits": spec.split_sizes,
+        "folders": _count_by_folder(scan, spec.config),
         "files": [
             {"file": name, "sha256": sha256, "label": label, "split": split_of[n]}
             for n, ((name, sha256), label) in enumerate(zip(scan.files, labels, strict=False))
@@ -260,7 +300,16 @@ def load_or_build(spec: DatasetSpec) -> Dataset:
         "corrections": spec.source.corrections,
         "inferred": [asdict(each) for each in spec.source.inferences],
     }
-    return Dataset(images, targets, labels, spec.split_indices, manifest)
+    shares = getattr(spec.config.data, "shares", None) or ()
+    return Dataset(images, targets, labels, spec.split_indices, manifest, shares)
+
+
+def _count_by_folder(scan: ScanResult, config: Config) -> list[dict[str, Any]]:
+    """Return path and number of images of each of several folders."""
+    if not isinstance(config.data, FolderConfig) or len(config.data.paths) == 1:
+        return []
+    counts = Counter(sources.folder_number(name) for name, _ in scan.files)
+    return [{"path": path, "images": counts[n]} for n, path in enumerate(config.data.paths, 1)]
 
 
 def _build_cache(path: Path, spec: DatasetSpec) -> str:

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from captcha_exp.config import Config, FolderConfig
-from captcha_exp.data import duplicates
+from captcha_exp.data import duplicates, sources
 from captcha_exp.data.sources import ScanResult, Source
 from captcha_exp.data.sources.labels import is_row
 from captcha_exp.data.splits import split_images
@@ -41,14 +41,14 @@ def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
     _report_duplicates(scan, data)
     if not scan.rejected:
         for advice in source.advice:
-            logger.warning(f"data.path={data.path}: {advice}")
+            logger.warning(f"{data.path_text}: {advice}")
         return
     rows = [(name, reason) for name, reason in scan.rejected if is_row(name)]
     files = [(name, reason) for name, reason in scan.rejected if not is_row(name)]
     num_good = len(scan.labels)
     problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
     problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
-    problem = f"data.path={data.path}: {' and '.join(problems)}"
+    problem = f"{data.path_text}: {' and '.join(problems)}"
     can_skip = _has_all_splits(scan, config)
     lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
     policies = {kind: getattr(data, f"on_{kind}") for kind in KINDS}
@@ -77,7 +77,7 @@ def _report_duplicates(scan: ScanResult, data: FolderConfig) -> None:
         if odd := [group for group in groups if len({scan.labels[n] for n in group}) > 1]:
             pair = " and ".join(f"{escape_unprintable(names[n])} as {scan.labels[n]!r}" for n in odd[0][:2])
             logger.warning(
-                f"data.path={data.path}: {len(odd):,} groups of {what} have different labels, such as "
+                f"{data.path_text}: {len(odd):,} groups of {what} have different labels, such as "
                 f"{pair}; correct the wrong ones"
             )
 
@@ -102,7 +102,7 @@ def check_splits(scan: ScanResult, splits: Mapping[str, Sequence[int]], config: 
             lines.append(f"  and {len(groups) - MAX_SAME_REASON:,} more")
         count = f"{len(groups):,} images are" if len(groups) > 1 else "1 image is"
         raise UserError(
-            f"data.path={getattr(config.data, 'path', '')}: {count} in more than one of the splits that it "
+            f"{getattr(config.data, 'path_text', '')}: {count} in more than one of the splits that it "
             "gives, so the test accuracy would be too high; leave out one of the equal images, or split by "
             "label with data.split_by=label",
             *lines,
@@ -112,6 +112,27 @@ def check_splits(scan: ScanResult, splits: Mapping[str, Sequence[int]], config: 
         logger.info(f"splits as given: {', '.join(f'{name} {len(each):,}' for name, each in splits.items())}")
         if common := labels["test"] & labels["train"]:
             logger.info(f"{len(common):,} labels of the test split are also in the training split")
+
+
+def check_shares(training_files: Sequence[str], data: FolderConfig) -> None:
+    """Check that every folder of data.shares has training images, and report the shares.
+
+    Raises:
+        UserError: one has none; leave it out, or set data.shares=null.
+    """
+    if len(data.paths) == 1:
+        return
+    counts = Counter(sources.folder_number(name) for name in training_files)
+    for number, path in enumerate(data.paths, 1):
+        share = f"{counts[number] / len(training_files):.1%}"
+        if data.shares is not None:
+            if not counts[number]:
+                raise UserError(
+                    f"data.shares={list(data.shares)}: {path} has no images in the training split to draw "
+                    "from; leave it out of data.path, or set data.shares=null"
+                )
+            share += f", shown as {data.shares[number - 1] / sum(data.shares):.1%} (data.shares)"
+        logger.info(f"folder {number}, {path}: {counts[number]:,} training images, {share}")
 
 
 def _has_all_splits(scan: ScanResult, config: Config) -> bool:

@@ -18,23 +18,26 @@ def split_images(keys: Sequence[str], given: Sequence[str], config: Config) -> d
     """Return the indices of the images of each split, in order.
 
     The split that is `given` to an image counts; of the training images, a hash of the keys decides which
-    ones are in a split that no image was given. data.folds ignores what is given.
+    ones are in a split that no image was given, and of images without a given one, the split of each.
+    data.folds ignores what is given.
 
     Raises:
         UserError: a split is empty; the line says what to change.
     """
     data = config.data
     given = [] if data.folds is not None else given
-    fractions = {
+    of_all = {
         "test": data.test_fraction if data.folds is None else 1 / data.folds,
         "validation": data.validation_fraction,
     }
-    fractions = {name: 0.0 if name in given else fraction for name, fraction in fractions.items()}
+    of_training = {name: 0.0 if name in given else fraction for name, fraction in of_all.items()}
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
     for index, key in enumerate(keys):
-        if given and given[index] != "train":
-            splits[given[index]].append(index)
+        of_image = given[index] if given else ""
+        if of_image not in ("", "train"):
+            splits[of_image].append(index)
             continue
+        fractions = of_training if of_image else of_all
         hashed = seeding.hash_to_unit(data.split_seed, "split", key)
         if data.folds is not None:  # move the part of this fold to the start
             hashed = (hashed - data.fold / data.folds) % 1
@@ -46,7 +49,7 @@ def split_images(keys: Sequence[str], given: Sequence[str], config: Config) -> d
             splits["train"].append(index)
     for name, indices in splits.items():
         if not indices:
-            key = f"data.path={data.path}" if isinstance(data, FolderConfig) else f"data.count={data.count}"
+            key = data.path_text if isinstance(data, FolderConfig) else f"data.count={data.count}"
             raise UserError(
                 f"{key}: {len(set(keys))} distinct labels leave the {name} split empty; "
                 f"use more images, or change data.validation_fraction and data.test_fraction"

@@ -150,7 +150,7 @@ def _run_epoch(
 ) -> None:
     """Run the first steps of `train_epoch`. As there, a batch is freed after the next one is allocated."""
     size = int(config.train.batch_size)
-    batches = training.batches(size, training.permutation(config.seed, epoch))
+    batches = training.batches(size, training.epoch_order(config.seed, epoch))
     state.model.train()
     steps = min(NUM_FIRST_EPOCH_STEPS if epoch == 1 else NUM_LATER_EPOCH_STEPS, -(-len(training) // size))
     for number in range(1, steps + 1):

@@ -132,6 +132,15 @@ class Evaluation:
             for length in np.unique(lengths)
         }
 
+    def accuracy_by_folder(self, data: Dataset) -> dict[str, tuple[int, float]]:
+        """Return for each of several folders the number of images, and the accuracy of whole labels."""
+        numbers = data.folder_numbers(self.indices)
+        return {
+            folder["path"]: (int((numbers == n).sum()), float(self.is_correct[numbers == n].mean()))
+            for n, folder in enumerate(data.manifest["folders"], 1)
+            if (numbers == n).any()
+        }
+
     def accuracy_by_character(self, alphabet: Alphabet) -> dict[str, float | None]:
         """Return the recall of each character; None for a character that does not occur."""
         label, predicted = self.char_pairs[:, self.char_pairs[0] != END]
@@ -213,6 +222,10 @@ class Evaluation:
             "by_length": {
                 str(length): {"images": count, "accuracy": accuracy}
                 for length, (count, accuracy) in self.accuracy_by_length().items()
+            },
+            "by_folder": {
+                path: {"images": count, "accuracy": accuracy}
+                for path, (count, accuracy) in self.accuracy_by_folder(data).items()
             },
             "by_character": self.accuracy_by_character(alphabet),
             "confusions": [

@@ -57,7 +57,7 @@ class SanityChecker:
             return
         size = int(self._config.train.batch_size)
         number = step % -(-len(self._training) // size)  # of the batch in its epoch
-        order = self._training.permutation(self._config.seed, epoch)[number * size : (number + 1) * size]
+        order = self._training.epoch_order(self._config.seed, epoch)[number * size : (number + 1) * size]
         batch = next(self._training.batches(size, order))
         quantity = "the loss" if bool(self._loss_diverged) else "a gradient"
         labels = ", ".join(repr(self._labels[int(index)]) for index in batch.indices[:4])

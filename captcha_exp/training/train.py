@@ -121,7 +121,7 @@ def train_epoch(
     size = int(config.train.batch_size)
     total_steps = -(-len(training) // size) * config.train.epochs
     progress = state.begin_or_continue_epoch(training.device)
-    order = training.permutation(config.seed, state.epoch)[progress.num_batches * size :]
+    order = training.epoch_order(config.seed, state.epoch)[progress.num_batches * size :]
     state.model.train()
     meter = EpochMeter(progress, bar, f"epoch {state.epoch}/{config.train.epochs}")
     for batch in training.batches(size, order):

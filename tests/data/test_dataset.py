@@ -197,7 +197,7 @@ def make_split(count: int) -> Split:
 @given(count=st.integers(1, 120), size=st.integers(1, 130), shuffled=st.booleans())
 def test_batches_have_every_image_once(count: int, size: int, shuffled: bool) -> None:
     """With and without an order, including the last smaller batch."""
-    order = make_split(count).permutation(0, 1) if shuffled else None
+    order = make_split(count).epoch_order(0, 1) if shuffled else None
     batches = list(make_split(count).batches(size, order))
     assert [len(b.indices) for b in batches] == [min(size, count - start) for start in range(0, count, size)]
     positions = torch.cat([b.indices for b in batches]) - 1000
@@ -207,26 +207,26 @@ def test_batches_have_every_image_once(count: int, size: int, shuffled: bool) ->
     assert torch.cat([b.images for b in batches])[:, 1, 2, 0].tolist() == positions.tolist()
 
 
-def test_each_epoch_has_its_own_permutation() -> None:
-    orders = [make_split(100).permutation(0, epoch).tolist() for epoch in range(1, 6)]
+def test_each_epoch_has_its_own_order() -> None:
+    orders = [make_split(100).epoch_order(0, epoch).tolist() for epoch in range(1, 6)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len({tuple(order) for order in orders}) == 5
     assert list(range(100)) not in orders
 
 
-def test_permutation_depends_only_on_seed_and_epoch() -> None:
-    first = make_split(100).permutation(0, 3)
+def test_the_order_depends_only_on_seed_and_epoch() -> None:
+    first = make_split(100).epoch_order(0, 3)
     torch.manual_seed(5)
     torch.rand(3)
-    assert torch.equal(first, make_split(100).permutation(0, 3))
-    assert not torch.equal(first, make_split(100).permutation(1, 3))
+    assert torch.equal(first, make_split(100).epoch_order(0, 3))
+    assert not torch.equal(first, make_split(100).epoch_order(1, 3))
 
 
-def test_permutation_does_not_use_the_global_generator() -> None:
+def test_the_order_does_not_use_the_global_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    make_split(10).permutation(0, 1)
+    make_split(10).epoch_order(0, 1)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -235,7 +235,7 @@ def test_a_split_that_is_not_preloaded_gives_the_same_batches(
 ) -> None:
     data = load_dataset(config)
     preloaded, copied = (data.split("train", CPU, limit) for limit in (512, 0))
-    order = preloaded.permutation(0, 1)
+    order = preloaded.epoch_order(0, 1)
     for a, b in zip(preloaded.batches(7, order), copied.batches(7, order), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

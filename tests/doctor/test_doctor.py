@@ -22,6 +22,7 @@ import torch
 from conftest import generator_config
 from packaging.requirements import Requirement
 
+import captcha_exp
 from captcha_exp import runs
 from captcha_exp.cli import main, output
 from captcha_exp.config import Config, MlflowConfig
@@ -1027,10 +1028,11 @@ def test_missing_variables_and_those_of_other_programs(tiny: Config, monkeypatch
 def test_a_library_that_cannot_be_imported_is_a_problem(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    for name in [
-        each for each in sys.modules if each.startswith(("captcha_exp.report", "captcha_exp.tracking"))
-    ]:
-        monkeypatch.delitem(sys.modules, name)
+    for package in ("report", "tracking"):
+        for name in [each for each in sys.modules if each.startswith(f"captcha_exp.{package}")]:
+            monkeypatch.delitem(sys.modules, name)
+        # The import replaces this attribute, too; it is restored like the modules.
+        monkeypatch.setattr(captcha_exp, package, None, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     config = replace(
         tiny, tracking=MlflowConfig(backend="mlflow", uri="auto", experiment="x", required=False)

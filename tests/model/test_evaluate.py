@@ -35,7 +35,7 @@ def dataset_with(alphabet: str) -> Dataset:
     """Return a dataset that has only an alphabet; the names of its images are their indices."""
     empty = torch.empty(0)
     provenance = {"captcha": {"alphabet": alphabet}}
-    return Dataset(empty, empty, [], {}, {"provenance": provenance, "files": []})
+    return Dataset(empty, empty, [], {}, {"provenance": provenance, "files": [], "folders": []})
 
 
 def evaluation(targets: Texts, predicted: Texts) -> Evaluation:

@@ -165,7 +165,7 @@ def test_the_error_names_step_epoch_and_batch(
     split = data.split("train", CPU, 512)
     per_epoch = math.ceil(len(split) / 32)
     line = diverge(config, monkeypatch, per_epoch + per_epoch, "head.classifier.bias", math.inf)
-    last = split.permutation(config.seed, 2)[32 * (per_epoch - 1) :]
+    last = split.epoch_order(config.seed, 2)[32 * (per_epoch - 1) :]
     labels = ", ".join(repr(data.labels[int(split.indices[n])]) for n in last[:4])
     assert line.startswith(f"step {2 * per_epoch} (epoch 2): the loss is not finite")
     assert f"in a batch of {len(last)} images that starts with {labels};" in line

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from captcha_exp.config import CaptchaConfig, DataConfig, FolderConfig, GeneratorConfig, to_dict
 from captcha_exp.data.sources import decoder, folder
 from captcha_exp.data.sources.decoder import ScanResult as ScanResult
+from captcha_exp.data.sources.files import folder_number as folder_number
 from captcha_exp.data.sources.generators import check_glyphs as check_glyphs
 from captcha_exp.data.sources.generators import check_rendering as check_rendering
 from captcha_exp.data.sources.generators import font_files as font_files
@@ -22,7 +23,7 @@ from captcha_exp.data.sources.rendering import render_images as render_images
 
 IMAGE_INDEPENDENT_KEYS = (  # keys of the data group that do not affect pixels
     *("cache", "workers", "split_seed", "validation_fraction", "test_fraction", "folds", "fold"),
-    *("path", "labels", "match_by", "filename_pattern", "split_by", "apply_corrections"),
+    *("path", "shares", "labels", "match_by", "filename_pattern", "split_by", "apply_corrections"),
     *("on_invalid", "on_conflict", "on_duplicate"),  # of a folder, only its content counts
 )
 

@@ -15,7 +15,7 @@ from PIL import features
 
 from captcha_exp.data import images
 from captcha_exp.data.duplicates import DuplicateGroup, find_duplicates
-from captcha_exp.data.sources.files import Content, Files
+from captcha_exp.data.sources.files import Content
 from captcha_exp.data.sources.folder import FolderScan, decode_image
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
@@ -69,7 +69,7 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
         for name, content in scan.files.read(usable):
             bar.advance(1)
             try:
-                decoded, array = decode_image(_check_unchanged(scan.files, usable[name], content), captcha)
+                decoded, array = decode_image(_check_unchanged(usable[name], content), captcha)
             except images.InvalidImage as reason:
                 rejected.append(replace(usable[name], reason=str(reason)))
                 continue
@@ -105,7 +105,7 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
     )
 
 
-def _check_unchanged(files: Files, candidate: Candidate, content: Content) -> bytes:
+def _check_unchanged(candidate: Candidate, content: Content) -> bytes:
     """Return the content of a candidate, checked against its hash, which is part of the cache key.
 
     Raises:
@@ -113,7 +113,7 @@ def _check_unchanged(files: Files, candidate: Candidate, content: Content) -> by
     """
     if not isinstance(content, bytes) or hashlib.sha256(content).hexdigest() != candidate.sha256:
         name = escape_unprintable(candidate.name)
-        raise UserError(f"data.path={files.path}: {name} changed while it was read; run the command again")
+        raise UserError(f"data.path: {name} changed while it was read; run the command again")
     return content
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -55,7 +56,23 @@ def unwrap(content: Content) -> bytes:
     return content
 
 
-class Files(Protocol):
+class ImageFiles(Protocol):
+    """Files that are read by name."""
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file.
+
+        Raises:
+            InvalidImage: the file cannot be read.
+        """
+        ...
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Content]]:
+        """Yield the name and the content of each of these files, in any order."""
+        ...
+
+
+class Files(ImageFiles, Protocol):
     """A folder or an archive with images and tables."""
 
     path: Path
@@ -77,18 +94,6 @@ class Files(Protocol):
 
     def is_table(self, table: Path) -> bool:
         """Return whether a table exists."""
-        ...
-
-    def sha256(self, name: str) -> str:
-        """Return the SHA-256 of a file.
-
-        Raises:
-            InvalidImage: the file cannot be read.
-        """
-        ...
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Content]]:
-        """Yield the name and the content of each of these files, in any order."""
         ...
 
 
@@ -161,6 +166,34 @@ class FolderFiles:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()
+
+
+def joined_name(number: int, name: str) -> str:
+    """Return the name in several folders of a file of one of them."""
+    return f"{number}/{name}"
+
+
+def folder_number(name: str) -> int:
+    """Return the number of the folder that a file of several folders is in."""
+    return int(name.partition("/")[0])
+
+
+class JoinedFiles:
+    """Several folders or archives; the name of a file begins with the number of its folder, from 1."""
+
+    def __init__(self, folders: Sequence[Files]) -> None:
+        self._folders = folders
+
+    def sha256(self, name: str) -> str:
+        return self._folders[folder_number(name) - 1].sha256(name.partition("/")[2])
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Content]]:
+        by_folder: dict[int, list[str]] = defaultdict(list)
+        for name in names:
+            by_folder[folder_number(name)].append(name.partition("/")[2])
+        for number, inside in by_folder.items():
+            for name, content in self._folders[number - 1].read(inside):
+                yield joined_name(number, name), content
 
 
 def _read_start(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""A folder or an archive of labeled images.
+"""Folders or archives of labeled images.
 
 Every file is used, rejected with a reason, or reported as ignored because it is not an image. The format is
 detected from the content, not from the name; labels are in the names of files or folders, or in a table.
@@ -23,7 +23,15 @@ from captcha_exp.data.sources import corrections, infer, labels
 from captcha_exp.data.sources.advice import advise
 from captcha_exp.data.sources.archive import open_files
 from captcha_exp.data.sources.corrections import Correction
-from captcha_exp.data.sources.files import Files, FolderFiles, Listing, unwrap
+from captcha_exp.data.sources.files import (
+    Files,
+    FolderFiles,
+    ImageFiles,
+    JoinedFiles,
+    Listing,
+    joined_name,
+    unwrap,
+)
 from captcha_exp.data.sources.infer import Inference
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
@@ -34,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FolderScan:
-    """The files of a folder or archive, before decoding."""
+    """The files of folders or archives, before decoding."""
 
-    files: Files
+    files: ImageFiles
     candidates: tuple[Candidate, ...]
     ignored: tuple[str, ...]  # names of files that are not images
     captcha: CaptchaConfig  # without any `auto`
@@ -57,37 +65,92 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     Raises:
         UserError: the folder does not exist or has no images, or a table cannot be read.
     """
-    files = open_files(Path(data.path))
+    folders = [_read_labels(data, Path(path)) for path in data.paths]
+    folder, files = (
+        (folders[0], folders[0].files)
+        if len(folders) == 1
+        else (_join(folders), JoinedFiles([each.files for each in folders]))
+    )
+    captcha, inferences = _infer(files, folder.candidates, captcha)
+    advice = []
+    for each in folders:
+        where = "" if len(folders) == 1 else f"{each.files.path}: "
+        advice += [f"{where}{line}" for line in each.advice + _advise(data, each, captcha)]
+    alphabet = Alphabet(captcha.alphabet)
+    characters = set(captcha.alphabet)
+    checked = []
+    with progress_bar(f"Scanning {len(folder.candidates):,} files", len(folder.candidates)) as bar:
+        for candidate in sorted(folder.candidates, key=lambda c: c.name):
+            checked.append(_check_candidate(files, candidate, alphabet, characters, captcha))
+            bar.advance(1)
+    return FolderScan(
+        files,
+        tuple(checked),
+        tuple(folder.ignored),
+        captcha,
+        tuple(inferences),
+        tuple(folder.corrections),
+        tuple(advice),
+    )
+
+
+@dataclass(frozen=True)
+class _LabeledFolder:
+    """A folder or archive with the labels of its images."""
+
+    files: Files
+    candidates: list[Candidate]
+    ignored: list[str]
+    corrections: list[Correction]
+    advice: list[str]
+    has_tables: bool  # the labels are from tables, not from names
+
+
+def _read_labels(data: FolderConfig, path: Path) -> _LabeledFolder:
+    """Find the labels of a folder or archive, with corrections.
+
+    Raises:
+        UserError: it does not exist or has no images, or a table cannot be read.
+    """
+    files = open_files(path)
     listing = files.list()
-    pattern = re.compile(data.filename_pattern)
-    candidates, tables, advice = _find_labels(data, files, listing, pattern)
+    candidates, tables, advice = _find_labels(data, files, listing)
     if not candidates:
-        raise UserError(f"data.path={data.path}: {describe_no_images(listing.ignored)}")
+        raise UserError(f"data.path={path}: {describe_no_images(listing.ignored)}")
     corrected: list[Correction] = []
     correction_table = corrections.find_corrections(files) if data.apply_corrections else None
     if correction_table is not None:
         candidates, corrected = corrections.apply_corrections(files, correction_table, candidates)
-    captcha, inferences = _infer(files, candidates, captcha)
-    if data.labels != "folders":
-        may_have_tables = isinstance(files, FolderFiles) and not tables and not data.labels
-        others = listing.ignored if may_have_tables else None
-        advice += advise(files, candidates, None if tables else pattern, others, captcha)
-    alphabet = Alphabet(captcha.alphabet)
-    characters = set(captcha.alphabet)
-    checked = []
-    with progress_bar(f"Scanning {len(candidates):,} files", len(candidates)) as bar:
-        for candidate in sorted(candidates, key=lambda c: c.name):
-            checked.append(_check_candidate(files, candidate, alphabet, characters, captcha))
-            bar.advance(1)
     used = {*tables, correction_table}
-    not_images = tuple(name for name in listing.ignored if files.path / name not in used)
-    return FolderScan(
-        files, tuple(checked), not_images, captcha, tuple(inferences), tuple(corrected), tuple(advice)
+    ignored = [name for name in listing.ignored if files.path / name not in used]
+    return _LabeledFolder(files, candidates, ignored, corrected, advice, bool(tables))
+
+
+def _join(folders: Sequence[_LabeledFolder]) -> _LabeledFolder:
+    """Return the images of several folders as those of one, named by `JoinedFiles`."""
+    numbered = list(enumerate(folders, 1))
+    return replace(
+        folders[0],
+        candidates=[replace(c, name=joined_name(n, c.name)) for n, each in numbered for c in each.candidates],
+        ignored=[joined_name(n, ignored) for n, each in numbered for ignored in each.ignored],
+        corrections=[
+            replace(c, file=joined_name(n, c.file)) for n, each in numbered for c in each.corrections
+        ],
     )
 
 
+def _advise(data: FolderConfig, folder: _LabeledFolder, captcha: CaptchaConfig) -> list[str]:
+    """Return what is odd about the labels of a folder, and what to do about it."""
+    if data.labels == "folders":
+        return []
+    may_have_tables = isinstance(folder.files, FolderFiles) and not folder.has_tables and not data.labels
+    others = folder.ignored if may_have_tables else None
+    pattern = None if folder.has_tables else re.compile(data.filename_pattern)
+    return advise(folder.files, folder.candidates, pattern, others, captcha)
+
+
 def _find_labels(
-    data: FolderConfig, files: Files, listing: Listing, pattern: re.Pattern[str]
+    data: FolderConfig, files: Files, listing: Listing
 ) -> tuple[list[Candidate], list[Path], list[str]]:
     """Return the candidates with their labels and splits, the tables these are from, and advice."""
     names, advice = listing.images, list[str]()
@@ -96,7 +159,7 @@ def _find_labels(
     if data.labels == "folders":
         candidates = labels.from_folder_names(names)
     elif not tables:
-        candidates = labels.from_filenames(names, pattern)
+        candidates = labels.from_filenames(names, re.compile(data.filename_pattern))
     for table, start in tables.items():
         inside = [name for name in names if name.startswith(start)]
         found, advised = labels.from_table(files, table, inside, data.match_by)
@@ -108,7 +171,7 @@ def _find_labels(
 
 
 def _infer(
-    files: Files, candidates: Sequence[Candidate], captcha: CaptchaConfig
+    files: ImageFiles, candidates: Sequence[Candidate], captcha: CaptchaConfig
 ) -> tuple[CaptchaConfig, list[Inference]]:
     """Infer the values of the captcha group that are `auto`."""
     if not captcha.inferred_keys:
@@ -160,7 +223,7 @@ def decode_image(content: bytes, captcha: CaptchaConfig) -> tuple[images.Decoded
 
 
 def _check_candidate(
-    files: Files, candidate: Candidate, alphabet: Alphabet, characters: set[str], captcha: CaptchaConfig
+    files: ImageFiles, candidate: Candidate, alphabet: Alphabet, characters: set[str], captcha: CaptchaConfig
 ) -> Candidate:
     """Set the label in the case of the alphabet and the hash of the content, or the reason for rejection."""
     if candidate.reason:
