@@ -186,13 +186,14 @@ def _print_suspects(suspects: Mapping[str, Any], page: str) -> None:
     """Print how many labels look wrong, the most certain ones, and where to correct them."""
     out, found = get_console(), suspects["found"]
     rows = [
-        [each["file"], each["label"], each["read"], f"{each['confidence']:.1%}"]
+        [each["file"], each["label"], each["read"], f"{each['confidence']:.1%}", each["ratio_text"]]
         for each in found[:MAX_SUSPECTS]
     ]
     if rows:
         more = f" (the first {len(rows)} of {len(found):,})" if len(found) > len(rows) else ""
         title = f"suspected wrong labels{more}"
-        print_table(make_table(("file", "label", "read", "probability"), rows, title, right={"probability"}))
+        columns = ("file", "label", "read", "probability", "likelihood ratio")
+        print_table(make_table(columns, rows, title, right=set(columns[3:])))
     share = suspects["probable"] / suspects["read"]
     out.print(
         f"{suspects['probable']:,} of {suspects['read']:,} labels ({share:.1%}) are probably wrong; "

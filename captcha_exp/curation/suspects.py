@@ -1,13 +1,15 @@
 """Suspected wrong labels: images that models which were not trained on them read as something else.
 
 Each model reads every image that was not in its own training split; k-fold trainings have such a model for
-each image. The probability of a text is averaged over the models that read the image, and suspects are ranked
-by that of the reading: a model that has learned from many right labels is rarely both confident and wrong.
+each image. Suspects are ranked by the likelihood ratio, how many times as probable as the label the reading
+is, averaged over the models as a logarithm. A model that misreads an image usually gives some probability to
+what it shows, the label; it gives none to a wrong label.
 
 Source: out-of-sample predicted probabilities as in Northcutt, Jiang and Chuang, Confident learning, JAIR 70
 (2021), here of whole texts.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +24,13 @@ from captcha_exp.config import CaptchaConfig, Config, with_captcha
 from captcha_exp.data import dataset
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import UserError
-from captcha_exp.model.predict import Predictor
+from captcha_exp.model.predict import Comparison, Predictor
 from captcha_exp.model.weights import max_file_bytes
 from captcha_exp.runtime.console import preview, progress_bar
 
-CONFIDENT = 0.5
-"""probability of the reading from which on the label is probably wrong: more likely than all other texts"""
+MIN_RATIO = 50.0
+"""likelihood ratio from which on a label is probably wrong: if 2 % of the labels are, more likely than not"""
+MAX_SHOWN_RATIO = 1000  # larger ones only say that the network has not seen such a case
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,17 @@ class Suspect:
     label: str
     read: str
     confidence: float  # mean probability of `read`
-    label_probability: float  # mean probability of the label, 0 for models that read something else
+    ratio: float  # likelihood ratio of the reading and the label
 
     @property
     def is_probable(self) -> bool:
         """Whether the label is probably wrong."""
-        return self.confidence >= CONFIDENT
+        return self.ratio >= MIN_RATIO
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that `data --json` prints."""
-        return {**asdict(self), "probable": self.is_probable}
+        shown = f"{self.ratio:.0f}" if self.ratio <= MAX_SHOWN_RATIO else f"over {MAX_SHOWN_RATIO:,}"
+        return {**asdict(self), "ratio_text": shown, "probable": self.is_probable}
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,13 @@ def find_suspects(config: Config, data: Dataset, run_dirs: Sequence[Path]) -> Su
         UserError: every image was in the training split of every run, or a run cannot be read.
     """
     votes: list[dict[str, float]] = [defaultdict(float) for _ in data.labels]
-    num_votes = [0] * len(data.labels)
+    num_votes, log_ratios = [0] * len(data.labels), [0.0] * len(data.labels)
     with progress_bar(f"reading with {len(run_dirs)} models", len(run_dirs)) as bar:
         for run_dir in run_dirs:
-            for index, (text, probability) in _read_unseen(config, data, run_dir).items():
+            for index, (text, probability, log_ratio) in _read_unseen(config, data, run_dir).items():
                 votes[index][text] += probability
                 num_votes[index] += 1
+                log_ratios[index] += 0.0 if text == data.labels[index] else log_ratio
             bar.advance(1)
     if not any(num_votes):
         raise UserError(
@@ -107,15 +112,16 @@ def find_suspects(config: Config, data: Dataset, run_dirs: Sequence[Path]) -> Su
             continue
         read, probability = max(votes[index].items(), key=lambda item: (item[1], item[0]))
         if read != label:
-            of_read, of_label = (each / num_votes[index] for each in (probability, votes[index][label]))
-            found.append(Suspect(index, data.image_name(index), label, read, of_read, of_label))
-    found.sort(key=lambda each: (each.label_probability - each.confidence, each.file))
+            probability, log_ratio = (each / num_votes[index] for each in (probability, log_ratios[index]))
+            ratio = math.exp(log_ratio)
+            found.append(Suspect(index, data.image_name(index), label, read, probability, ratio))
+    found.sort(key=lambda each: (-each.ratio, each.file))
     num_read = sum(map(bool, num_votes))
     return Suspects(found, num_read, len(data.labels) - num_read, len(decided))
 
 
-def _read_unseen(config: Config, data: Dataset, run_dir: Path) -> dict[int, tuple[str, float]]:
-    """Return index -> (text, probability) of the images that were not in the training split of a run."""
+def _read_unseen(config: Config, data: Dataset, run_dir: Path) -> dict[int, Comparison]:
+    """Return index -> comparison of the images that were not in the training split of a run."""
     run = runs.load(run_dir)
     trained_on = {
         each["sha256"]
@@ -130,15 +136,15 @@ def _read_unseen(config: Config, data: Dataset, run_dir: Path) -> dict[int, tupl
         for n, each in enumerate(data.manifest["files"])
         if each["sha256"] not in trained_on and each["file"] in images
     ]
-    found: dict[int, tuple[str, float]] = {}
+    found: dict[int, Comparison] = {}
     size = predictor.config.train.eval_batch_size
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
-        predictions = predictor.predict_images(torch.stack([image for _, image in part]))
-        for (index, _), (text, probability, _) in zip(part, predictions, strict=True):
-            if config.captcha.case == "fold":
-                text = data.alphabet.fold_case(text)
-            found[index] = (text, probability)
+        labels = [data.labels[index] for index, _ in part]
+        compared = predictor.compare_with_labels(torch.stack([image for _, image in part]), labels)
+        for (index, _), each in zip(part, compared, strict=True):
+            text = data.alphabet.fold_case(each.text) if config.captcha.case == "fold" else each.text
+            found[index] = each._replace(text=text)
     return found
 
 

@@ -21,6 +21,9 @@ from captcha_exp.errors import UserError
 from captcha_exp.model import ctc
 
 CHANCE_SAMPLE = 1000  # labels for the loss at chance
+MIN_PROBABILITY = 1e-3
+"""of a character in a log likelihood: below, it only says that the network has not seen such a case"""
+NO_CLASS = -100  # at a position without a loss
 
 
 class Decoded(NamedTuple):
@@ -46,11 +49,32 @@ class Head(nn.Module):
         """Return the texts that fp32 logits predict."""
         raise NotImplementedError
 
+    def log_likelihood(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return (B,) log probabilities of labels (B, T), given fp32 logits.
+
+        Args:
+            logits: The output of the head.
+            targets: The labels.
+            label_smoothing: That of the training, whose effect on the probabilities is taken back.
+        """
+        raise NotImplementedError
+
 
 def _decode_positions(logits: Tensor) -> Decoded:
     """Return the most likely class of each position of logits (B, T, K)."""
     confidences, ids = logits.softmax(dim=-1).max(dim=-1)
     return Decoded(ids, confidences, confidences.prod(dim=1))
+
+
+def _log_likelihood(logits: Tensor, classes: Tensor, label_smoothing: float) -> Tensor:
+    """Return (B,) log probabilities of classes (B, T), NO_CLASS where there is none, for logits (B, T, K).
+
+    A network that is trained with label smoothing s learns (1 - s) p + s / K instead of p.
+    """
+    learned, num_classes = logits.softmax(dim=2), logits.shape[2]
+    probabilities = (learned - label_smoothing / num_classes) / (1 - label_smoothing)
+    chosen = probabilities.gather(2, classes.clamp(min=0)[..., None])[..., 0]
+    return torch.where(classes >= 0, chosen.clamp(min=MIN_PROBABILITY).log(), 0.0).sum(dim=1)
 
 
 class PositionHead(Head):
@@ -83,6 +107,9 @@ class PositionHead(Head):
     def decode(self, logits: Tensor) -> Decoded:
         return _decode_positions(logits)
 
+    def log_likelihood(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return _log_likelihood(logits, targets, label_smoothing)
+
 
 class EndClassHead(PositionHead):
     """A position head with one more class, the end of the label, for labels of different lengths.
@@ -99,10 +126,10 @@ class EndClassHead(PositionHead):
         self.min_length = min_length
 
     def _classes(self, targets: Tensor) -> Tensor:
-        """Return labels with the class of the end after the last character, and -100 (no loss) after it."""
+        """Return labels with the class of the end after the last character, and NO_CLASS after it."""
         is_end = targets == END
         is_first = is_end.cumsum(dim=1) == 1
-        return torch.where(is_end, torch.where(is_first, self.num_classes - 1, -100), targets)
+        return torch.where(is_end, torch.where(is_first, self.num_classes - 1, NO_CLASS), targets)
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         classes = self._classes(targets).flatten()
@@ -114,6 +141,9 @@ class EndClassHead(PositionHead):
     def loss_at_chance(self, targets: Tensor) -> float:
         share = float((self._classes(targets) >= 0).float().mean())
         return share * math.log(self.num_classes)
+
+    def log_likelihood(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return _log_likelihood(logits, self._classes(targets), label_smoothing)
 
     def decode(self, logits: Tensor) -> Decoded:
         log_probs = logits.log_softmax(dim=2)
@@ -162,6 +192,12 @@ class CtcHead(Head):
         equal = torch.zeros(len(sample), self.num_columns, self.classifier.out_channels, device=sample.device)
         return float(self.loss(equal, sample))
 
+    def log_likelihood(self, logits: Tensor, targets: Tensor, _label_smoothing: float = 0.0) -> Tensor:
+        # Smoothing acts on columns, not on labels: its effect on their probability has no formula.
+        return (-ctc.negative_log_likelihood(logits, targets)).clamp(
+            min=self.num_positions * math.log(MIN_PROBABILITY)
+        )
+
     def decode(self, logits: Tensor) -> Decoded:
         alignment = ctc.decode(logits, self.min_length, self.num_positions)
         likelihood = (-ctc.negative_log_likelihood(logits, alignment.ids)).exp()
@@ -194,6 +230,9 @@ class GroupedSoftmaxHead(Head):
 
     def decode(self, logits: Tensor) -> Decoded:
         return _decode_positions(logits)
+
+    def log_likelihood(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return _log_likelihood(logits, targets, label_smoothing)
 
 
 def build_head(name: HeadName, num_features: int, num_columns: int, captcha: CaptchaConfig) -> Head:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,14 @@ class Prediction:
         }
 
 
+class Comparison(NamedTuple):
+    """The predicted text of an image, compared with its label."""
+
+    text: str
+    confidence: float  # of the whole text, in [0, 1]
+    log_ratio: float  # of the probabilities of the text and of the label
+
+
 class Predictor:
     """A trained recognizer that predicts the text of image files."""
 
@@ -62,18 +70,40 @@ class Predictor:
         self._model = networks.to_device(model, self.device)
         self._alphabet = Alphabet(self.config.captcha.alphabet)
 
+    def _logits(self, images: Tensor) -> Tensor:
+        with devices.autocast(self.config, self.device):
+            logits: Tensor = self._model(images.to(self.device))
+        return logits.float()
+
     @torch.inference_mode()
     def predict_images(self, images: Tensor) -> list[tuple[str, float, tuple[float, ...]]]:
         """Return the text, its probability and those of its characters for images (N, H, W, C) uint8."""
-        with devices.autocast(self.config, self.device):
-            logits = self._model(images.to(self.device))
-        ids, confidences, text_confidence = self._model.head.decode(logits.float())
+        ids, confidences, text_confidence = self._model.head.decode(self._logits(images))
         found = []
         rows = (ids.cpu().tolist(), text_confidence.cpu().tolist(), confidences.cpu().tolist())
         for row, confidence, of_characters in zip(*rows, strict=True):
             text = self._alphabet.decode(row)
             found.append((text, confidence, tuple(of_characters[: len(text)])))
         return found
+
+    @torch.inference_mode()
+    def compare_with_labels(self, images: Tensor, labels: Sequence[str]) -> list[Comparison]:
+        """Compare the predicted texts of images (N, H, W, C) uint8 with their labels."""
+        head, captcha = self._model.head, self.config.captcha
+        if captcha.case == "fold":
+            labels = [self._alphabet.fold_case(label) for label in labels]
+        known, lengths = set(captcha.alphabet), range(captcha.shortest_length, captcha.length + 1)
+        is_possible = [known >= set(label) and len(label) in lengths for label in labels]
+        texts = [label if possible else "" for label, possible in zip(labels, is_possible, strict=True)]
+        targets = torch.tensor([self._alphabet.encode_padded(text, captcha.length) for text in texts])
+        logits, smoothing = self._logits(images), self.config.train.label_smoothing
+        ids, _, confidences = head.decode(logits)
+        of_labels = head.log_likelihood(logits, targets.to(self.device), smoothing)
+        ratios = head.log_likelihood(logits, ids, smoothing) - of_labels
+        # If the model has no probability for the label: the odds of its text against all others.
+        ratios = torch.where(torch.tensor(is_possible, device=self.device), ratios, confidences.logit(1e-6))
+        rows = zip(ids.cpu().tolist(), confidences.cpu().tolist(), ratios.cpu().tolist(), strict=True)
+        return [Comparison(self._alphabet.decode(row), *values) for row, *values in rows]
 
     def predict(self, paths: Sequence[Path]) -> list[Prediction]:
         """Return one prediction per image, in order; that of an invalid image has an error and no text."""

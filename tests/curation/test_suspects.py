@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from captcha_exp.data import dataset
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.data.sources.corrections import NAME as CORRECTIONS
 from captcha_exp.errors import UserError
+from captcha_exp.model.predict import Comparison
 from captcha_exp.report import suspects_page
 from captcha_exp.training.train import train
 
@@ -60,30 +62,38 @@ def load_data(config: Config) -> tuple[Config, Dataset]:
     return spec.config, dataset.load_or_build(spec)
 
 
-def stub_readings(monkeypatch: pytest.MonkeyPatch, *readings: Mapping[int, tuple[str, float]]) -> list[Path]:
-    """Let run N read these texts; return the run directories."""
-    by_dir = {Path(str(number)): dict(each) for number, each in enumerate(readings)}
+def stub_readings(
+    monkeypatch: pytest.MonkeyPatch, *readings: Mapping[int, tuple[str, float, float]]
+) -> list[Path]:
+    """Let run N read these texts, with probability and likelihood ratio; return the run directories."""
+    by_dir = {
+        Path(str(number)): {
+            index: Comparison(text, probability, math.log(ratio))
+            for index, (text, probability, ratio) in each.items()
+        }
+        for number, each in enumerate(readings)
+    }
     monkeypatch.setattr(suspects, "_read_unseen", lambda _config, _data, run_dir: by_dir[run_dir])
     return list(by_dir)
 
 
-def test_suspects_are_ranked_by_the_mean_probability(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspects_are_ranked_by_the_likelihood_ratio(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, data = load_data(config_of(folder))
     labels = data.labels
-    one = {0: ("111111", 0.9), 1: ("111111", 0.6), 2: (labels[2], 0.9), 4: ("100000", 0.4)}
-    other = {0: ("111111", 0.7), 1: (labels[1], 0.5), 2: ("000000", 0.5)}
+    one = {0: ("111111", 0.9, 100), 1: ("111111", 0.6, 900), 2: (labels[2], 0.9, 1), 4: ("100000", 0.4, 70)}
+    other = {0: ("111111", 0.7, 400), 1: (labels[1], 0.5, 1), 2: ("000000", 0.5, 1000)}
     found = suspects.find_suspects(config, data, stub_readings(monkeypatch, one, other))
     assert [(each.index, each.read) for each in found.found] == [(0, "111111"), (4, "100000"), (1, "111111")]
     assert [each.confidence for each in found.found] == pytest.approx([0.8, 0.4, 0.3])
-    assert [each.label_probability for each in found.found] == pytest.approx([0, 0, 0.25])
-    assert (found.num_probable, found.num_read, found.num_unread) == (1, 4, 252)
+    assert [each.ratio for each in found.found] == pytest.approx([200, 70, 30])
+    assert (found.num_probable, found.num_read, found.num_unread) == (2, 4, 252)
 
 
 def test_images_with_a_correction_are_no_suspects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ("00000-000000.png,keep,", "00001-000001.png,label,001001")
     (folder / CORRECTIONS).write_text("\n".join(("file,action,label", *rows)))
     config, data = load_data(config_of(folder))
-    readings = dict.fromkeys(range(3), ("111111", 0.9))
+    readings = dict.fromkeys(range(3), ("111111", 0.9, 10))
     found = suspects.find_suspects(config, data, stub_readings(monkeypatch, readings))
     assert [each.file for each in found.found] == ["00002-000010.png"]
     assert found.num_decided == 2
@@ -103,7 +113,10 @@ def test_a_run_judges_only_images_that_it_was_not_trained_on(folder: Path) -> No
     splits = data.split_indices
     assert set(readings) == {*splits["validation"].tolist(), *splits["test"].tolist()}
     shown = {n: WRONG.get(data.image_name(n), data.labels[n]) for n in readings}
-    assert {n: text for n, (text, _) in readings.items()} == shown
+    assert {n: each.text for n, each in readings.items()} == shown
+    wrong = {n for n in readings if data.image_name(n) in WRONG}
+    assert all((each.log_ratio > math.log(50)) == (n in wrong) for n, each in readings.items())
+    assert all(each.log_ratio == 0 for n, each in readings.items() if n not in wrong)
     # Of other images, in another size and with labels in another alphabet, it judges all.
     other = folder.parent / "other"
     other.mkdir()
@@ -113,7 +126,9 @@ def test_a_run_judges_only_images_that_it_was_not_trained_on(folder: Path) -> No
     config, data = load_data(config_of(other, "captcha.width=96", "captcha.height=32"))
     readings = suspects._read_unseen(config, data, run.run_dir)
     assert len(readings) == 40
-    assert readings[1][0] == "000001"
+    assert readings[1].text == "000001"
+    confidence = readings[1].confidence  # no probability of a label with 2
+    assert readings[1].log_ratio == pytest.approx(math.log(confidence / (1 - confidence)), rel=1e-3)
     found = suspects.find_suspects(config, data, [run.run_dir])
     assert {each.label for each in found.found} == {label for label in data.labels if "2" in label}
 
@@ -161,7 +176,7 @@ def page_of(folder: Path, found: list[dict[str, Any]], page: Path) -> str:
 
 
 def suspect(index: int, file: str, label: str = "000000") -> dict[str, Any]:
-    return suspects.Suspect(index, file, label, "111111", 0.9, 0.1).to_json()
+    return suspects.Suspect(index, file, label, "111111", 0.9, 10.0).to_json()
 
 
 def test_the_page_escapes_names_and_labels(folder: Path) -> None:

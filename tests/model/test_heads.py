@@ -12,7 +12,7 @@ from captcha_exp.config import CaptchaConfig, HeadName
 from captcha_exp.data.alphabet import END
 from captcha_exp.errors import UserError
 from captcha_exp.model import ctc
-from captcha_exp.model.heads import CtcHead, EndClassHead, GroupedSoftmaxHead, PositionHead, build_head
+from captcha_exp.model.heads import CtcHead, EndClassHead, GroupedSoftmaxHead, Head, PositionHead, build_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,6 +181,38 @@ def test_end_class_decodes_the_most_likely_text_of_an_allowed_length(seed: int) 
         assert decoded.confidences[row].tolist() == pytest.approx(
             [*expected, *[1.0] * (length - len(best))], abs=1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["position", "end_class", "ctc"])
+def test_log_likelihoods_are_those_of_the_loss(name: HeadName) -> None:
+    length = 4
+    head = build_head(name, 8, 12, captcha(length, 4 if name == "position" else 1))
+    logits = head(torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(1))).detach()
+    targets = torch.tensor([[1, 1, 2, 0], [3, 7, 4, 4], [2, 2, 5, 1]])
+    if name != "position":
+        targets[1, 1:], targets[2, 2:] = END, END
+    expected = [-length * float(head.loss(logits[n : n + 1], targets[n : n + 1])) for n in range(3)]
+    assert head.log_likelihood(logits, targets).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [PositionHead, GroupedSoftmaxHead, EndClassHead])
+def test_label_smoothing_is_taken_back(kind: type[Head]) -> None:
+    """The logits that minimize the smoothed loss of known probabilities give these probabilities."""
+    known, smoothing = (some_logits(1, 3, 5) / 3).softmax(dim=2), 0.2
+    logits = ((1 - smoothing) * known + smoothing / 5).log()
+    head: Head = EndClassHead(8, 6, 3, 4, 1) if kind is EndClassHead else kind(8, 6, 3, 5)
+    targets = torch.tensor([[2, 0, 3]])
+    expected = sum(math.log(known[0, t, int(c)]) for t, c in enumerate(targets[0]))
+    assert float(head.log_likelihood(logits, targets, smoothing)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_impossible_label_has_a_finite_log_likelihood() -> None:
+    for name in ("position", "ctc"):
+        head = build_head(name, 8, 12, captcha(4, None))
+        logits = torch.full((1, 12 if name == "ctc" else 4, 10 + (name == "ctc")), -1e4)
+        logits[..., 0] = 1e4
+        found = head.log_likelihood(logits, torch.tensor([[1, 2, 3, 4]]))
+        assert float(found) == pytest.approx(4 * math.log(1e-3))
 
 
 @pytest.mark.parametrize("name", ["end_class", "ctc"])
