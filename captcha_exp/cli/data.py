@@ -34,6 +34,8 @@ def report(
     from captcha_exp.report import dataset_page, figures
     from captcha_exp.runtime.paths import root_dir
 
+    if arguments.suspects or arguments.folds:
+        _check_suspects(arguments, config)
     spec = dataset.inspect_dataset(resolve(config, machine))
     data = dataset.load_or_build(spec)
     page = root_dir() / spec.config.data.cache / f"{spec.key}.html"
@@ -58,27 +60,16 @@ def _find_suspects(
     """Write the page of suspected wrong labels; return the values of `--json`.
 
     Raises:
-        UserError: the dataset is not a folder, or no run has read images that it was not trained on.
+        UserError: no run can judge these images.
     """
-    from captcha_exp.cli.sweep import finished_runs, train_folds
+    from captcha_exp.cli.sweep import train_folds
     from captcha_exp.config import FolderConfig
     from captcha_exp.curation.suspects import find_suspects
     from captcha_exp.data.sources.corrections import corrections_path
     from captcha_exp.report import suspects_page
-    from captcha_exp.runs import SweepInfo, find_run, resolve_dir
-    from captcha_exp.sweep.record import Sweep
 
-    if not isinstance(config.data, FolderConfig):
-        raise UserError(f"data={config.data.source}: has no labels that could be wrong; use data=folder")
-    if len(config.data.paths) > 1:
-        raise UserError(f"{config.data.path_text}: corrections belong to one folder; name one, then another")
-    run_dirs: list[Path] = []
-    for name in arguments.suspects:
-        sweep_dir = resolve_dir(name, SweepInfo.filename)
-        named = [find_run(name)] if sweep_dir is None else finished_runs(Sweep(sweep_dir))
-        if not named:
-            raise UserError(f"--suspects={name}: no run of this sweep has finished")
-        run_dirs += named
+    assert isinstance(config.data, FolderConfig)  # checked before
+    run_dirs = _find_named_runs(arguments)
     if arguments.folds:
         run_dirs += train_folds(arguments, machine, data.manifest["key"])
     suspects = find_suspects(config, data, run_dirs)
@@ -86,6 +77,41 @@ def _find_suspects(
     target = corrections_path(Path(config.data.paths[0]))
     suspects_page.write_page(data, values["found"], target, page)
     return {**values, "corrections": str(target)}
+
+
+def _check_suspects(arguments: argparse.Namespace, config: "Config") -> None:
+    """Check what can be known before images are read.
+
+    Raises:
+        UserError: the images are not those of one folder, or a run does not exist.
+    """
+    from captcha_exp.config import FolderConfig
+
+    if not isinstance(config.data, FolderConfig):
+        raise UserError(f"data={config.data.source}: has no labels that could be wrong; use data=folder")
+    if len(config.data.paths) > 1:
+        raise UserError(f"{config.data.path_text}: corrections belong to one folder; name one, then another")
+    _find_named_runs(arguments)
+
+
+def _find_named_runs(arguments: argparse.Namespace) -> list[Path]:
+    """Return the directories of the runs of --suspects.
+
+    Raises:
+        UserError: one does not exist, or no run of a sweep has finished.
+    """
+    from captcha_exp.cli.sweep import finished_runs
+    from captcha_exp.runs import SweepInfo, find_run, resolve_dir
+    from captcha_exp.sweep.record import Sweep
+
+    run_dirs: list[Path] = []
+    for name in arguments.suspects:
+        sweep_dir = resolve_dir(name, SweepInfo.filename)
+        named = [find_run(name, finished=True)] if sweep_dir is None else finished_runs(Sweep(sweep_dir))
+        if not named:
+            raise UserError(f"--suspects={name}: no run of this sweep has finished")
+        run_dirs += named
+    return run_dirs
 
 
 def _augment(data: "Dataset", config: "Config") -> list[Any]:

@@ -7,6 +7,7 @@ the overrides.
 import argparse
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine, MlflowConfig
+
+logger = logging.getLogger(__name__)
 
 OS_ERROR_HINTS = {
     errno.ENOSPC: "free up disk space and start again",
@@ -191,7 +194,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from captcha_exp.model.evaluate import evaluate_run
     from captcha_exp.runs import find_run
 
-    run_dir = find_run(arguments.run)
+    run_dir = find_run(arguments.run, finished=True)
     evaluation, data = evaluate_run(run_dir, arguments.split, arguments.device)
     values = {"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)}
     _print_result(arguments, values, output.print_evaluation, evaluation, data, run_dir, arguments.split)
@@ -202,11 +205,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import interactive, output
     from captcha_exp.model.predict import Predictor, find_images, resolve_weights
 
-    predictor = Predictor(resolve_weights(arguments.run), arguments.device)
+    weights = resolve_weights(arguments.run)
+    predictor, images = Predictor(weights, arguments.device), find_images(arguments.images)
+    if arguments.run == "latest":
+        logger.info(f"Using {weights.parent}")
     if not arguments.images:
         interactive.prompt_loop(predictor, arguments.json)
         return 0
-    predictions = list(predictor.predict_all(find_images(arguments.images)))
+    predictions = list(predictor.predict_all(images))
     values = [prediction.to_json() for prediction in predictions]
     _print_result(arguments, values, output.print_predictions, predictions)
     return 1 if any(prediction.error for prediction in predictions) else 0

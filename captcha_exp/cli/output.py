@@ -36,7 +36,7 @@ MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
 
 def get_console() -> SafeConsole:
     """Return a console on standard output, 160 columns wide if that is not a terminal."""
-    out = SafeConsole(highlight=False, soft_wrap=True)
+    out = SafeConsole(highlight=False, soft_wrap=True, emoji=False)
     if not out.is_terminal:
         out.width = 160
     return out
@@ -122,6 +122,11 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
     out = get_console()
     out.print()
     out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result.best_epoch}")
+    if not test["correct"]:
+        out.print(
+            f"the model cannot read yet: it has {test['char_accuracy']:.1%} of the characters, "
+            f"{test['char_accuracy_at_chance']:.1%} would be chance; train for more epochs (train.epochs)"
+        )
     out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
     if result.speed_disturbed:
         out.print("training speed disturbed: other processes took cores that the training asked for")
@@ -132,11 +137,15 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
         print_owed(info.mlflow)
     out.print(f"run directory {run_dir}", markup=False)
     other = "experiment=alnum" if info.name != "alnum" else "experiment=quickstart"
+    last = (f"{program} train {other}", "another alphabet; see conf/experiment/ for more")
+    if json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))["files"]:
+        last = (f"{program} data --folds 5 data=folder data.path=...", "wrong labels")
     out.print("\nnext:")
     for command, description in (
         (f"{program} evaluate latest", "accuracy per character and position, confusions"),
+        (f"{program} predict latest IMAGE", "the text of an image"),
         (f"{program} ui", "learning curves of all runs, in MLflow"),
-        (f"{program} train {other}", "another alphabet; see conf/experiment/ for more"),
+        last,
     ):
         out.print(f"  {command:<50} {description}", markup=False)
 
@@ -201,7 +210,7 @@ def _print_suspects(suspects: Mapping[str, Any], page: str) -> None:
     )
     for key, text in (
         ("decided", "have a correction already"),
-        ("unread", "were not read: all runs know them"),
+        ("unread", "were not judged: runs were trained on them, or have other characters or lengths"),
     ):
         if suspects[key]:
             out.print(f"{suspects[key]:,} images {text}")

@@ -6,6 +6,7 @@ regular expression. It is quoted here: commas outside of brackets separate the v
 and Hydra's functions keep their structure; each item that Hydra cannot read is text, exactly as typed.
 """
 
+import os
 import re
 import shlex
 from functools import cache
@@ -35,7 +36,10 @@ def parse_override(text: str, loader: "ConfigLoader | None" = None) -> "Override
     """
     key, equals, value = text.partition("=")
     if not key.lstrip("+~") or not _can_read(f"{key}=0" if equals else text):
-        raise ConfigError(f"{text!r}: invalid override; write key=value, as in train.epochs=3")
+        hint = "write key=value, as in train.epochs=3"
+        if re.search(r"[/\\~]", text) or os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises on long names
+            hint = f"for a folder of images write data=folder {as_typed('data.path', text)}"
+        raise ConfigError(f"{text!r}: invalid override; {hint}")
     readable = _in_grammar(key, value) if equals else text
     if problem := _problem(readable):
         raise ConfigError(f"{text}: {problem}; write {as_typed(key, value)} for this text")

@@ -25,7 +25,7 @@ COMMANDS = {
     "doctor": "check this machine's setup and suggest fixes",
 }
 OVERRIDE_COMMANDS = ("train", "data", "plan", "ui", "calibrate", "doctor")  # commands that take overrides
-RUN_HELP = "run directory, prefix of an MLflow run id, or latest"
+RUN_HELP = "run directory, prefix of an MLflow run id, or latest (the newest that has finished)"
 _CONFIG_FLAG = (
     "conf/ is always used; --config-dir DIR is searched before it, and experiment=NAME chooses a file"
 )
@@ -203,7 +203,10 @@ def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RUN and OVERRIDE..."""
-    text = "run directory, prefix of an MLflow run id (the full id for a run that only MLflow has), or latest"
+    text = (
+        "run directory, prefix of an MLflow run id (the full id for a run that only MLflow has), or latest "
+        "(the newest that has finished)"
+    )
     parser.add_argument("run", metavar="RUN", type=expand_user, help=text)
     text = "key=value: change a value of the saved config; the verdict lists it"
     parser.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=text)

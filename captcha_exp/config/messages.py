@@ -70,7 +70,8 @@ def format_errors(
                 renamed_keys.add(_new_key(group + key).removeprefix(group))
                 line = f"{shown}: was renamed to {new_name.removeprefix(group)}"
             case "unexpected_keyword_argument":
-                line = f"{shown}: unknown key; {_closest_key(path, known)}"
+                other = _other_choice(path, schema)
+                line = f"{shown}: unknown key; {other or _closest_key(path, known)}"
             case "secret":
                 line = f"{key}: {item['msg']}"  # without the value: terminals are logged
             case "value_error":
@@ -183,6 +184,16 @@ def _allows(rule: dict[str, Any], value: Any, schema: dict[str, Any]) -> bool:
     if isinstance(value, str):
         return re.search(rule.get("pattern", ""), value) is not None
     return isinstance(value, list | bool) or rule.get("minimum", value) <= value <= rule.get("maximum", value)
+
+
+def _other_choice(path: list[str], schema: dict[str, Any]) -> str:
+    """Return a hint with the choice of the group that has a key; "" if none has, or several do."""
+    if len(path) != 2:
+        return ""
+    group = _deref(schema["properties"].get(path[0], {}), schema)
+    mapping = group.get("discriminator", {}).get("mapping", {})
+    having = [name for name, target in mapping.items() if path[1] in _leaves({"$ref": target}, schema)]
+    return f"it is a key of {path[0]}={having[0]}; add that" if len(having) == 1 else ""
 
 
 def _closest_key(path: list[str], known: list[str]) -> str:

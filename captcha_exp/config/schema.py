@@ -174,7 +174,7 @@ class FolderConfig(BaseDataConfig):
     source: Literal["folder"]
     path: FilePath | Annotated[tuple[FilePath, ...], Field(min_length=1)]
     """path of the folder, or of a .zip or .tar archive, from the working directory; a list for several"""
-    shares: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None
+    shares: tuple[Annotated[float, Field(ge=0.001, le=1000)], ...] | None
     """relative share of each of several folders in the training images of an epoch, which are as many as
     without; null: every image once per epoch"""
     labels: Annotated[str | None, AfterValidator(_check_labels)]
@@ -210,7 +210,11 @@ class FolderConfig(BaseDataConfig):
 
     @model_validator(mode="after")
     def _check_shares(self) -> "FolderConfig":
-        if self.shares is not None and len(self.shares) != len(self.paths):
+        if self.shares is None:
+            return self
+        if len(self.paths) == 1:
+            raise ValueError("shares: is for several folders in path, and there is one; leave it null")
+        if len(self.shares) != len(self.paths):
             raise ValueError(
                 f"shares={list(self.shares)}: must have a number for each folder in path, {len(self.paths)}"
             )

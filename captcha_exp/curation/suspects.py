@@ -30,6 +30,8 @@ from captcha_exp.runtime.console import preview, progress_bar
 
 MIN_RATIO = 50.0
 """likelihood ratio from which on a label is probably wrong: if 2 % of the labels are, more likely than not"""
+MIN_CONFIDENCE = 0.1
+"""probability of the reading below which nothing is probable: the model cannot read the image"""
 MAX_SHOWN_RATIO = 1000  # larger ones only say that the network has not seen such a case
 
 
@@ -47,7 +49,7 @@ class Suspect:
     @property
     def is_probable(self) -> bool:
         """Whether the label is probably wrong."""
-        return self.ratio >= MIN_RATIO
+        return self.ratio >= MIN_RATIO and self.confidence >= MIN_CONFIDENCE
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that `data --json` prints."""
@@ -61,7 +63,7 @@ class Suspects:
 
     found: list[Suspect]
     num_read: int  # images that a model has read
-    num_unread: int  # images that all models were trained on
+    num_unread: int  # images that all models were trained on, or whose label none of them can predict
     num_decided: int  # images that have a correction already, and are no suspects
 
     @property
@@ -102,8 +104,9 @@ def find_suspects(config: Config, data: Dataset, run_dirs: Sequence[Path]) -> Su
             bar.advance(1)
     if not any(num_votes):
         raise UserError(
-            f"{preview([str(each) for each in run_dirs])}: was trained on all of these images; name runs of "
-            "other images, or train five models that each leave out a fifth with --folds 5"
+            f"{preview([str(each) for each in run_dirs])}: was trained on all of these images, or has other "
+            "characters or lengths than their labels; name runs of other images, or train five models that "
+            "each leave out a fifth with --folds 5"
         )
     decided = {each["file"] for each in data.manifest["corrections"]}  # somebody has looked at them
     found = []
@@ -121,7 +124,10 @@ def find_suspects(config: Config, data: Dataset, run_dirs: Sequence[Path]) -> Su
 
 
 def _read_unseen(config: Config, data: Dataset, run_dir: Path) -> dict[int, Comparison]:
-    """Return index -> comparison of the images that were not in the training split of a run."""
+    """Return index -> comparison of the images that were not in the training split of a run.
+
+    Those with a label that the run cannot predict are left out.
+    """
     run = runs.load(run_dir)
     trained_on = {
         each["sha256"]
@@ -134,7 +140,9 @@ def _read_unseen(config: Config, data: Dataset, run_dir: Path) -> dict[int, Comp
     chosen = [
         (n, images[each["file"]])
         for n, each in enumerate(data.manifest["files"])
-        if each["sha256"] not in trained_on and each["file"] in images
+        if each["sha256"] not in trained_on
+        and each["file"] in images
+        and predictor.can_predict(data.labels[n])
     ]
     found: dict[int, Comparison] = {}
     size = predictor.config.train.eval_batch_size

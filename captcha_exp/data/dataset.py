@@ -31,7 +31,7 @@ from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.duplicates import split_keys
 from captcha_exp.data.scan_report import check_shares, check_splits, report_scan
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.splits import split_images
+from captcha_exp.data.splits import count_by_share, split_images
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
 from captcha_exp.runtime.console import escape_unprintable
@@ -157,8 +157,7 @@ class Dataset:
     def _quotas(self, rows: Tensor) -> tuple[Quota, ...]:
         """Return the quotas of the folders in a split with these images, which sum to their number."""
         folders = torch.from_numpy(self.folder_numbers(rows.numpy()))
-        ends = np.rint(np.cumsum(self.shares) / sum(self.shares) * len(rows)).astype(int)
-        counts = np.diff(ends, prepend=0).tolist()
+        counts = count_by_share(self.shares, len(rows))
         return tuple(Quota((folders == n).nonzero()[:, 0], count) for n, count in enumerate(counts, 1))
 
 
@@ -212,6 +211,20 @@ def inspect_dataset(config: Config) -> DatasetSpec:
         check_shares([scan.files[n][0] for n in splits["train"]], config.data)
     split_indices = {name: torch.tensor(indices) for name, indices in splits.items()}
     return DatasetSpec(config, source, scan, split_indices, provenance, path)
+
+
+def check_images_exist(config: Config) -> None:
+    """Check that the folders of a saved run are where they were.
+
+    Raises:
+        UserError: one is not; put it, or a link to it, there again.
+    """
+    paths = config.data.paths if isinstance(config.data, FolderConfig) else ()
+    if missing := [path for path in paths if not os.path.exists(path)]:  # noqa: PTH110 - Path's raises on long names
+        raise UserError(
+            f"data.path={missing[0]}: the images of the run are not there any more; put them, or a symbolic "
+            "link to them, there again"
+        )
 
 
 def with_trusted_cache(config: Config) -> Config:

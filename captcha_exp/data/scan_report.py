@@ -8,7 +8,7 @@ from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data import duplicates, sources
 from captcha_exp.data.sources import ScanResult, Source
 from captcha_exp.data.sources.labels import is_row
-from captcha_exp.data.splits import split_images
+from captcha_exp.data.splits import count_by_share, split_images
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.console import escape_unprintable, preview
 
@@ -46,9 +46,10 @@ def report_scan(scan: ScanResult, source: Source, config: Config) -> None:
     rows = [(name, reason) for name, reason in scan.rejected if is_row(name)]
     files = [(name, reason) for name, reason in scan.rejected if not is_row(name)]
     num_good = len(scan.labels)
-    problems = [f"{len(files):,} of {len(files) + num_good:,} images cannot be used"] if files else []
-    problems += [f"{len(rows):,} rows of {rows[0][0].rpartition(', row ')[0]} name no file"] if rows else []
-    problem = f"{data.path_text}: {' and '.join(problems)}"
+    problems = [f"{len(files):,} of {len(files) + num_good:,} images"] if files else []
+    tables = Counter(name.rpartition(", row ")[0] for name, _ in rows)
+    problems += [f"{count:,} row{'s' * (count > 1)} of {table}" for table, count in tables.items()]
+    problem = f"{data.path_text}: {' and '.join(problems)} cannot be used"
     can_skip = _has_all_splits(scan, config)
     lines = [*source.advice, *_rejected_table(rows, files, can_skip)]
     policies = {kind: getattr(data, f"on_{kind}") for kind in KINDS}
@@ -115,23 +116,29 @@ def check_splits(scan: ScanResult, splits: Mapping[str, Sequence[int]], config: 
 
 
 def check_shares(training_files: Sequence[str], data: FolderConfig) -> None:
-    """Check that every folder of data.shares has training images, and report the shares.
+    """Check that every folder of data.shares is shown in training, and report how much of each is.
 
     Raises:
-        UserError: one has none; leave it out, or set data.shares=null.
+        UserError: one is not; leave it out, or change data.shares.
     """
     if len(data.paths) == 1:
         return
-    counts = Counter(sources.folder_number(name) for name in training_files)
+    counts, total = Counter(sources.folder_number(name) for name in training_files), len(training_files)
+    shown = count_by_share(data.shares or (), total)
     for number, path in enumerate(data.paths, 1):
-        share = f"{counts[number] / len(training_files):.1%}"
+        share = f"{counts[number] / total:.1%}"
         if data.shares is not None:
             if not counts[number]:
                 raise UserError(
                     f"data.shares={list(data.shares)}: {path} has no images in the training split to draw "
                     "from; leave it out of data.path, or set data.shares=null"
                 )
-            share += f", shown as {data.shares[number - 1] / sum(data.shares):.1%} (data.shares)"
+            if not shown[number - 1]:
+                raise UserError(
+                    f"data.shares={list(data.shares)}: none of the {total:,} images of an epoch would be "
+                    f"from {path}; give it a larger share, or leave it out of data.path"
+                )
+            share += f"; an epoch shows {shown[number - 1]:,} of them, {shown[number - 1] / total:.1%}"
         logger.info(f"folder {number}, {path}: {counts[number]:,} training images, {share}")
 
 

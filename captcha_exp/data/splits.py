@@ -17,9 +17,9 @@ SPLITS = ("train", "validation", "test")
 def split_images(keys: Sequence[str], given: Sequence[str], config: Config) -> dict[str, list[int]]:
     """Return the indices of the images of each split, in order.
 
-    The split that is `given` to an image counts; of the training images, a hash of the keys decides which
-    ones are in a split that no image was given, and of images without a given one, the split of each.
-    data.folds ignores what is given.
+    The split that is `given` to an image counts; an image without one is in the split that is given to
+    those with its key. Of the training images, a hash of the keys decides which ones are in a split that no
+    image was given, and of images of other keys, the split of each. data.folds ignores what is given.
 
     Raises:
         UserError: a split is empty; the line says what to change.
@@ -32,8 +32,9 @@ def split_images(keys: Sequence[str], given: Sequence[str], config: Config) -> d
     }
     of_training = {name: 0.0 if name in given else fraction for name, fraction in of_all.items()}
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
+    of_key = {key: name for key, name in zip(keys, given, strict=False) if name}
     for index, key in enumerate(keys):
-        of_image = given[index] if given else ""
+        of_image = (given[index] or of_key.get(key, "")) if given else ""
         if of_image not in ("", "train"):
             splits[of_image].append(index)
             continue
@@ -50,11 +51,24 @@ def split_images(keys: Sequence[str], given: Sequence[str], config: Config) -> d
     for name, indices in splits.items():
         if not indices:
             key = data.path_text if isinstance(data, FolderConfig) else f"data.count={data.count}"
+            change = "change data.validation_fraction and data.test_fraction"
+            if data.folds is not None:
+                change = "fewer folds"
             raise UserError(
-                f"{key}: {len(set(keys))} distinct labels leave the {name} split empty; "
-                f"use more images, or change data.validation_fraction and data.test_fraction"
+                f"{key}: {len(set(keys))} distinct labels leave the {name} split empty; use more images, or "
+                f"{change}"
             )
     return splits
+
+
+def count_by_share(shares: Sequence[float], total: int) -> list[int]:
+    """Return how many of a total belong to each share; they sum to the total."""
+    counts, so_far = [], 0
+    for number in range(1, len(shares) + 1):
+        end = round(sum(shares[:number]) / sum(shares) * total)
+        counts.append(end - so_far)
+        so_far = end
+    return counts
 
 
 def generated_split_sizes(config: Config) -> dict[str, int]:

@@ -216,6 +216,7 @@ class Evaluation:
             "accuracy_low": low,
             "accuracy_high": high,
             "char_accuracy": self.char_accuracy,
+            "char_accuracy_at_chance": self.chance_char_accuracy(),
             "loss": self.loss,
             "by_position": self.accuracy_by_position(),
             "by_position_from_end": self.accuracy_from_end(),
@@ -330,6 +331,7 @@ def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[
     config = devices.for_inference(config, device_name)
     device = devices.setup_device(config)
     model, _ = load_weights(weights, device)
+    dataset.check_images_exist(config)
     spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
     data = dataset.load_or_build(spec)
     if data.manifest["images_sha256"] != recorded.get("images_sha256"):

@@ -8,6 +8,7 @@ A head maps features (B, D, S) to logits, and owns the loss, the loss at chance,
 config/schema.py, and a case in `build_head`.
 """
 
+import logging
 import math
 from typing import NamedTuple, assert_never
 
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captcha_exp.config import CaptchaConfig, HeadName
+from captcha_exp.config import CaptchaConfig, Config, HeadName
 from captcha_exp.data.alphabet import END
 from captcha_exp.errors import UserError
 from captcha_exp.model import ctc
+
+logger = logging.getLogger(__name__)
 
 CHANCE_SAMPLE = 1000  # labels for the loss at chance
 MIN_PROBABILITY = 1e-3
@@ -233,6 +236,17 @@ class GroupedSoftmaxHead(Head):
 
     def log_likelihood(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return _log_likelihood(logits, targets, label_smoothing)
+
+
+def report_choice(requested: Config, config: Config) -> None:
+    """Log which head was chosen if `auto` was requested, and for what."""
+    if requested.model.head != "auto":
+        return
+    captcha = config.captcha
+    lengths = f"{captcha.length} characters"
+    if captcha.shortest_length < captcha.length:
+        lengths = f"{captcha.shortest_length} to {lengths}"
+    logger.info(f"model.head: {config.model.head}, chosen (labels of {lengths})")
 
 
 def build_head(name: HeadName, num_features: int, num_columns: int, captcha: CaptchaConfig) -> Head:

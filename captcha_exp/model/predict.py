@@ -86,22 +86,25 @@ class Predictor:
             found.append((text, confidence, tuple(of_characters[: len(text)])))
         return found
 
+    def can_predict(self, label: str) -> bool:
+        """Return whether a label has the characters and the length of those that the model was trained on."""
+        captcha = self.config.captcha
+        lengths = range(captcha.shortest_length, captcha.length + 1)
+        return set(captcha.alphabet) >= set(self._to_alphabet(label)) and len(label) in lengths
+
+    def _to_alphabet(self, label: str) -> str:
+        return self._alphabet.fold_case(label) if self.config.captcha.case == "fold" else label
+
     @torch.inference_mode()
     def compare_with_labels(self, images: Tensor, labels: Sequence[str]) -> list[Comparison]:
-        """Compare the predicted texts of images (N, H, W, C) uint8 with their labels."""
-        head, captcha = self._model.head, self.config.captcha
-        if captcha.case == "fold":
-            labels = [self._alphabet.fold_case(label) for label in labels]
-        known, lengths = set(captcha.alphabet), range(captcha.shortest_length, captcha.length + 1)
-        is_possible = [known >= set(label) and len(label) in lengths for label in labels]
-        texts = [label if possible else "" for label, possible in zip(labels, is_possible, strict=True)]
-        targets = torch.tensor([self._alphabet.encode_padded(text, captcha.length) for text in texts])
+        """Compare the predicted texts of images (N, H, W, C) uint8 with labels that it can predict."""
+        head, length = self._model.head, self.config.captcha.length
+        texts = [self._to_alphabet(label) for label in labels]
+        targets = torch.tensor([self._alphabet.encode_padded(text, length) for text in texts])
         logits, smoothing = self._logits(images), self.config.train.label_smoothing
         ids, _, confidences = head.decode(logits)
         of_labels = head.log_likelihood(logits, targets.to(self.device), smoothing)
         ratios = head.log_likelihood(logits, ids, smoothing) - of_labels
-        # If the model has no probability for the label: the odds of its text against all others.
-        ratios = torch.where(torch.tensor(is_possible, device=self.device), ratios, confidences.logit(1e-6))
         rows = zip(ids.cpu().tolist(), confidences.cpu().tolist(), ratios.cpu().tolist(), strict=True)
         return [Comparison(self._alphabet.decode(row), *values) for row, *values in rows]
 
@@ -136,7 +139,7 @@ def resolve_weights(run: str) -> Path:
     """
     if run.endswith(".safetensors"):
         return Path(run)
-    saved = runs.load(runs.find_run(run))
+    saved = runs.load(runs.find_run(run, finished=True))
     return saved.path(runs.WEIGHTS, max_file_bytes(saved.config()))
 
 

@@ -23,6 +23,8 @@ def describe_changed_files(config: Config, manifest: Mapping[str, Any]) -> list[
         scan = folder.scan_folder(config.data, config.captcha)
     except UserError as error:
         hint = "set data.path=DIR to its current location"
+        if len(config.data.paths) > 1:
+            hint = "set 'data.path=[DIR,DIR]' to the current locations of all"
         raise UserError(*error.lines[:-1], f"{error.lines[-1]}; {hint}") from None
     current = {candidate.name: candidate for candidate in scan.candidates}
     recorded = {str(file["file"]): file for file in manifest.get("files", [])}
@@ -34,4 +36,10 @@ def describe_changed_files(config: Config, manifest: Mapping[str, Any]) -> list[
         "missing": [name for name in recorded if name not in current],
         "new": [name for name in current if name not in recorded and name not in rejected],
     }
-    return [f"{kind}: {preview(names, MAX_SHOWN)}" for kind, names in changed.items() if names]
+    corrected = {each.file for each in scan.corrections}
+    hint = ", by corrections.csv; data.apply_corrections=false ignores it"
+    return [
+        f"{kind}: {preview(names, MAX_SHOWN)}{hint if corrected.issuperset(names) else ''}"
+        for kind, names in changed.items()
+        if names
+    ]

@@ -178,8 +178,11 @@ def list_runs(warn: Callable[[str], None] | None = None) -> list[SavedRun]:
     return sorted(found, key=lambda run: run.info.started)
 
 
-def find_run(name: str) -> Path:
+def find_run(name: str, *, finished: bool = False) -> Path:
     """Find a run by its directory, by a prefix of its MLflow run ID, or as `latest`.
+
+    With `finished`, `latest` is the newest run that has finished and is neither a reproduction nor one of
+    several folds, or without any such run, the newest.
 
     Raises:
         UserError: No run matches, or several do; `captcha-exp runs` lists them.
@@ -195,7 +198,8 @@ def find_run(name: str) -> Path:
     if name == "latest":
         if not known:
             raise UserError(f"latest: no runs in {root_dir() / 'outputs'} yet; captcha-exp train creates one")
-        return known[-1].run_dir
+        preferred = (run for run in reversed(known) if _is_result(run)) if finished else ()
+        return next(iter(preferred), known[-1]).run_dir
     matches = [run.run_dir for run in known if name and (run.info.run_id or "").startswith(name)]
     if len(matches) > 1:
         raise UserError(f"{name!r} matches {len(matches)} MLflow run IDs; give a longer prefix")
@@ -205,6 +209,14 @@ def find_run(name: str) -> Path:
             "(captcha-exp runs lists all runs)"
         )
     return matches[0]
+
+
+def _is_result(run: SavedRun) -> bool:
+    """Return whether a run has finished, with a model that somebody would want to use."""
+    is_model = run.info.status == "FINISHED" and run.info.lineage.reproduces is None
+    with contextlib.suppress(UserError):
+        return is_model and run.flat_config().get("data.folds") is None
+    return False
 
 
 def find_linked(link: RunLink, run_dir: Path) -> Path | None:

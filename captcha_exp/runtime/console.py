@@ -42,7 +42,7 @@ def _escaped(renderable: Any) -> Any:
     return renderable
 
 
-console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+console = SafeConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 """prints to what `sys.stderr` is at the time; lines that it prints appear above a progress bar"""
 
 _PACKAGE_LOGGER = logging.getLogger("captcha_exp")

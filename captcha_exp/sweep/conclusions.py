@@ -16,7 +16,7 @@ MAX_NAMED_JOBS = 10  # in a line
 def draw_conclusions(groups: Sequence[SeedGroup], parallelism: int) -> tuple[str, ...]:
     """Return the conclusions, and a caveat if `parallelism` jobs shared the machine."""
     if not _any_finished(groups):
-        return (f"no job finished: {count_outcomes(groups)}",)
+        return (_describe_nothing(groups),)
     lines = []
     if is_batch_size_sweep(groups):
         for name, members in group_by_rest(groups):
@@ -58,6 +58,17 @@ def _any_finished(groups: Iterable[SeedGroup]) -> bool:
     return any("finished" in group.outcome_counts for group in groups)
 
 
+def _describe_nothing(groups: Sequence[SeedGroup]) -> str:
+    """Say that no job has finished, and what to do if all were skipped because of the memory budget."""
+    skipped = all(result.outcome == "skipped" for group in groups for result in group.results)
+    hint = (
+        "; without a CUDA GPU, sweep.run_over_budget=true trains them, and gpu=NAME narrows the prediction"
+        if skipped
+        else ""
+    )
+    return f"no job finished: {count_outcomes(groups)}{hint}"
+
+
 def _describe_disturbed(jobs: Sequence[JobResult]) -> str:
     """Name the jobs whose speed proves nothing, and say how to measure it again."""
     names = ", ".join(job.name for job in jobs[:MAX_NAMED_JOBS])
@@ -71,7 +82,7 @@ def _describe_disturbed(jobs: Sequence[JobResult]) -> str:
 def _conclude_batch_sizes(groups: Sequence[SeedGroup]) -> str:
     """Recommend the smallest batch size that is nearly the fastest, and compare its accuracy to the best."""
     if not _any_finished(groups):
-        return f"no job finished: {count_outcomes(groups)}"
+        return _describe_nothing(groups)
     fitting = [group for group in groups if group.is_recommendable]
     speeds = [
         (group, group.metrics["images_per_second"].value)

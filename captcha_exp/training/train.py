@@ -20,7 +20,7 @@ from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
 from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.model import optim
+from captcha_exp.model import heads, optim
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.evaluate import evaluate
 from captcha_exp.model.state import Checkpoint, TrainState
@@ -192,6 +192,7 @@ def resume(
     """
     start_time = time.perf_counter()
     config = runs.load(run_dir).config_to_resume()
+    dataset.check_images_exist(config)
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
     with shutdown:
         prepared = _prepare(dataset.with_trusted_cache(config))
@@ -215,6 +216,7 @@ def _prepare(requested: Config) -> _PreparedTraining:
     config = resolve(requested, devices.detect_machine())
     device = devices.setup_device(config)
     spec = dataset.inspect_dataset(config)
+    heads.report_choice(requested, spec.config)
     config, trials = autotune.autotune(spec.config, spec.split_sizes)
     devices.set_memory_limit(config, device)
     planner = Planner(config, spec.split_sizes, devices.gpu_total_mib(config))

@@ -77,6 +77,8 @@ def test_a_signal_before_anything_is_created_is_confirmed(
         (["train", "tain.epochs=1"], r"tain: unknown key; did you mean train\?"),
         (["train", "xyz=1"], r"xyz=1: unknown key; valid keys: augment, captcha, .+, train"),
         (["train", "lr=0.1"], r"lr=0\.1: unknown key; did you mean train\.learning_rate\?"),
+        (["data", "data.path=x"], r"data\.path=x: unknown key; it is a key of data=folder; add that"),
+        (["data", "my/set"], r"'my/set': invalid override; for a folder .+ data=folder data\.path=my/set"),
         (["plan", "--card", "h200"], r"--card: was renamed to --gpu"),
         (["plan", "--card=h200", "--json"], r"--card: was renamed to --gpu"),
     ],

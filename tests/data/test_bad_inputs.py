@@ -239,7 +239,7 @@ FOLDERS = [
     Case("texts alone", {"a.txt": b"x", "b.md": b"y"}, ("has no images", "only a.txt, b.md"), has_good=False),
     Case("hidden files alone", {".a.png": PNG}, ("has no images",), has_good=False),
     Case(
-        "too few labels", {"1.png": PNG}, ("1 distinct labels leave the", "use more images"), has_good=False
+        "too few labels", {"10.png": PNG}, ("1 distinct labels leave the", "use more images"), has_good=False
     ),
     Case("a pipe", {}, ("8050.png", "is not a regular file"), prepare=make_pipe),
     Case("links in a circle", {}, ("8051.png", "Too many levels of symbolic links"), prepare=make_loop),

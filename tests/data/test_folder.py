@@ -1122,9 +1122,7 @@ def test_a_name_that_is_found_once_is_offered_and_not_used_unasked(
     table = "file,label\n" + "".join(f"{named.format(n=n)},{n * 37 % 10_000:04}\n" for n in names)
     write_files(folder, {"labels.csv": table.encode()})
     first, cause, *others = error_lines(folder_config(folder)).splitlines()
-    assert first.endswith(
-        "60 of 60 images cannot be used and 60 rows of labels.csv name no file; fix or remove them"
-    )
+    assert first.endswith("60 of 60 images and 60 rows of labels.csv cannot be used; fix or remove them")
     assert cause.startswith("60 of the 60 rows of labels.csv name no file in the folder: row 2 names ")
     assert cause.endswith("; to find 60 of them by the file name alone, add data.match_by=name")
     assert len(others) == 1

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from captcha_exp.config import CaptchaConfig
 from captcha_exp.data.sources import infer
+from captcha_exp.errors import UserError
 
 AUTO: dict[str, Any] = dict.fromkeys(
     ("width", "height", "channels", "alphabet", "length", "min_length", "case"), "auto"
@@ -17,6 +18,11 @@ AUTO: dict[str, Any] = dict.fromkeys(
 
 def from_labels(labels: list[str], **given: Any) -> CaptchaConfig:
     return infer.infer_labels(CaptchaConfig(**{**AUTO, **given}), labels)[0]
+
+
+def test_labels_of_one_character_are_an_error() -> None:
+    with pytest.raises(UserError, match=r"all 3 labels consist of '9': there is nothing"):
+        from_labels(["9999", "99", "9"])
 
 
 def from_images(sample: list[Image.Image], **given: Any) -> CaptchaConfig:

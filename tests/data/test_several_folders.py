@@ -12,11 +12,21 @@ import torch
 from conftest import infos
 from hypothesis import given
 from hypothesis import strategies as st
-from test_folder import error_lines, folder_config, inspect, load_dataset, png, rejected, used, write_files
+from test_folder import (
+    composed,
+    error_lines,
+    folder_config,
+    inspect,
+    load_dataset,
+    png,
+    rejected,
+    used,
+    write_files,
+)
 from test_folder import folder as folder
 from test_ways_in import zipped
 
-from captcha_exp.config import Config, resolve
+from captcha_exp.config import Config, load, resolve, to_dict
 from captcha_exp.data.dataset import Quota, Split
 from captcha_exp.data.sources.corrections import NAME as CORRECTIONS
 from captcha_exp.errors import ConfigError
@@ -140,12 +150,46 @@ def test_shares_decide_what_an_epoch_shows(two: tuple[Path, Path], caplog: pytes
         assert 1 in drawn[: len(drawn) // 2]  # shuffled
         shown.update(drawn.tolist())
     assert abs(shown[2] / shown[1] - 3) < 0.2
-    assert any("folder 2" in text and "shown as 75.0% (data.shares)" in text for text in infos(caplog))
+    assert any("folder 2" in text and "; an epoch shows " in text for text in infos(caplog))
     for name in ("validation", "test"):
         assert data.split(name, CPU, 512).quotas == ()
     assert load_dataset(both(two)).split("train", CPU, 512).quotas == ()
     # The images are the same, so is their cache.
     assert inspect(both(two)).key == inspect(both(two, shares=(1, 3))).key
+
+
+@pytest.mark.parametrize(
+    ("paths", "shares", "message"),
+    [
+        ("a", (1.0,), "is for several folders in path, and there is one"),
+        (("a", "b"), (1.0,), "must have a number for each folder in path, 2"),
+        (("a", "b"), (1.0, 0.0), "must be a list, each a number"),
+        (("a", "b"), (1.0, 1e308), "must be a list, each a number"),
+    ],
+)
+def test_impossible_shares_are_an_error(paths: Any, shares: tuple[float, ...], message: str) -> None:
+    values = to_dict(composed())
+    values["data"] |= {"path": paths, "shares": shares}
+    with pytest.raises(ConfigError, match=message):
+        load(values)
+
+
+def test_a_folder_that_no_epoch_would_show_is_an_error(two: tuple[Path, Path]) -> None:
+    lines = error_lines(both(two, shares=(1, 500)))
+    assert "images of an epoch would be from" in lines
+    assert lines.endswith("give it a larger share, or leave it out of data.path")
+
+
+def test_an_image_is_in_the_split_that_is_given_to_its_equal(two: tuple[Path, Path]) -> None:
+    """One folder gives splits, the other has copies of its test images."""
+    given, tested = two[0].parent / "given", list(images(0, 90))[:9]
+    rows = "".join(f"{n},{n[:4]},{'test' if n in tested else 'train'}\n" for n in images(0, 90))
+    write_files(given, images(0, 90))
+    (given / "labels.csv").write_text(f"file,label,split\n{rows}")
+    config = both((two[0], given))
+    data = load_dataset(config)
+    split_of = {data.image_name(n): s for s, rows in data.split_indices.items() for n in rows.tolist()}
+    assert all(split_of[f"{folder}/{name}"] == "test" for folder in (1, 2) for name in tested)
 
 
 def test_a_share_needs_training_images(two: tuple[Path, Path]) -> None:

@@ -147,7 +147,7 @@ def test_a_damaged_archive_is_an_error(folder: Path, name: str) -> None:
         (folder.parent / name).write_bytes(damaged)
         line = error_lines(folder_config(folder.parent / name)).splitlines()[0]
         assert line.startswith(f"data.path={folder.parent / name}: ")
-        assert "is a damaged archive" in line or "nor an archive" in line or "images cannot be used" in line
+        assert "is a damaged archive" in line or "images cannot be used" in line
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -156,6 +156,7 @@ def test_of_two_members_with_one_name_the_first_counts(folder: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("00000-0000.png", png(100))
     assert len(used(folder_config(path))) == 60
+    assert ignored(folder_config(path)) == ["00000-0000.png (another member of this name)"]
     write_files(folder, IMAGES)
     assert inspect(folder_config(path)).key == inspect(folder_config(folder)).key
 
@@ -330,6 +331,29 @@ def test_corrections_that_cannot_be_applied_are_named(folder: Path) -> None:
     assert f"{CORRECTIONS}, row 2: has no column action; its columns are file, label" in error_lines(
         folder_config(folder)
     )
+
+
+def test_spaces_around_a_file_name_are_part_of_it(folder: Path) -> None:
+    fill(folder)
+    write_files(folder, {" 4321.png": png(4321), "1234 .png": png(1234)})
+    (folder / CORRECTIONS).write_text('file,action,label\n" 4321.png",label,4323\n 1234 .png ,drop,\n')
+    labels = used(folder_config(folder))
+    assert labels[" 4321.png"] == "4323"
+    assert "1234 .png" not in labels
+
+
+def test_a_column_that_occurs_twice_is_an_error(folder: Path) -> None:
+    fill(folder)
+    (folder / "labels.csv").write_text("file,label,Label\n00000-0000.png,0000,9999\n")
+    assert "labels.csv, row 1: has the column label twice; remove or rename one" in error_lines(
+        folder_config(folder)
+    )
+
+
+def test_too_many_folds_are_an_error(folder: Path) -> None:
+    fill(folder, 4)
+    line = error_lines(folder_config(folder, folds=100))
+    assert line.endswith("split empty; use more images, or fewer folds")
 
 
 def test_a_running_number_in_an_archive_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

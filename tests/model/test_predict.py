@@ -151,7 +151,7 @@ def test_a_run_or_a_weights_file(command: Command, run: Path, images: Path, whic
 
     done = command(name, file)
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"Using {run}\n" if which == "latest" else "")
     name, text, confidence = done.stdout.split()
     assert name == file
     assert len(text) == 2

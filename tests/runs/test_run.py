@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone, tzinfo
 from itertools import count
 from pathlib import Path
@@ -265,6 +266,20 @@ def test_an_unknown_run_is_rejected_with_the_accepted_names(name: str) -> None:
 def test_latest_without_runs_is_rejected(root: Path) -> None:
     with pytest.raises(UserError, match=r"^latest: no runs in .*outputs yet; captcha-exp train creates one$"):
         runs.find_run("latest")
+
+
+def test_the_latest_finished_run_is_no_reproduction_and_no_fold(tiny: Config) -> None:
+    fold = replace(tiny, data=replace(tiny.data, folds=2))
+    killed, good, other, part = (runs.create_run(each, each) for each in (tiny, tiny, tiny, fold))
+    for run in (good, other, part):
+        run.update(status="FINISHED")
+    assert runs.find_run("latest") == part.run_dir
+    assert runs.find_run("latest", finished=True) == other.run_dir
+    other.update(lineage=runs.Lineage(reproduces=runs.RunLink(run_dir=str(good.run_dir), run_id=None)))
+    assert runs.find_run("latest", finished=True) == good.run_dir
+    good.update(status="KILLED")
+    killed.update(status="KILLED")
+    assert runs.find_run("latest", finished=True) == part.run_dir  # better than none
 
 
 def test_latest_compares_start_times_across_time_zones(tiny: Config) -> None:

@@ -50,7 +50,8 @@ def test_lines_are_not_wrapped_and_have_no_markup(capsys: Capture) -> None:
     set_up_logging()
     logger.info(LONG_LINE)
     logger.warning("a name of two\nlines")
-    assert capsys.readouterr().err == f"{LONG_LINE}\nwarning: a name of two\\nlines\n"
+    logger.info("a:smile:b.png")
+    assert capsys.readouterr().err == f"{LONG_LINE}\nwarning: a name of two\\nlines\na:smile:b.png\n"
 
 
 def test_only_warnings_are_yellow_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -314,7 +314,10 @@ def test_a_conclusion_for_each_combination_of_the_other_swept_keys() -> None:
     assert first.endswith("its validation accuracy is 80.00%, the best")
     assert second.startswith("model=a: batch_size=50 is the smallest")
     assert second.endswith("the best is 90.00% (batch_size=25)")
-    assert third == "model=c: no job finished: 1 job (1 skipped)"
+    assert third == (
+        "model=c: no job finished: 1 job (1 skipped); without a CUDA GPU, sweep.run_over_budget=true trains "
+        "them, and gpu=NAME narrows the prediction"
+    )
 
 
 def test_several_seeds_per_batch_size_give_an_interval() -> None:

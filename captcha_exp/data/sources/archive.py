@@ -66,11 +66,13 @@ class ArchiveFiles:
         self._listing = Listing()
         self._hashes: dict[str, str | InvalidImage] = {}
         self._tables: dict[str, bytes] = {}
+        self._repeated: set[str] = set()
         for name, content in self._contents(lambda _: True):
             if self._listing.add(name, partial(_start_of, content)):
                 self._hashes[name] = _sha256_of(content)
             elif PurePosixPath(name).suffix.lower() in TABLE_SUFFIXES and isinstance(content, bytes):
                 self._tables[name] = content
+        self._listing.ignored += [f"{name} (another member of this name)" for name in self._repeated]
         self._listing.ignored.sort()
 
     def list(self) -> Listing:
@@ -129,7 +131,9 @@ class ArchiveFiles:
                     )
                 if member.problem:
                     self._listing.unreadable[member.name] = member.problem
-                elif member.name not in seen and is_wanted(member.name):  # the first one counts
+                elif member.name in seen:  # the first one counts
+                    self._repeated.add(member.name)
+                elif is_wanted(member.name):
                     yield member.name, _read_member(member)
                 seen.add(member.name)
         except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
@@ -144,6 +148,10 @@ class ArchiveFiles:
         with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError):
             if tarfile.is_tarfile(self.path):
                 return _tar_members(self.path)
+        if self.path.name.lower().endswith(tuple(SUFFIXES.split(", "))):
+            raise UserError(
+                f"data.path={self.path}: is a damaged archive: it is empty or ends too early; make it again"
+            )
         raise UserError(f"data.path={self.path}: is neither a folder nor an archive ({SUFFIXES})")
 
 

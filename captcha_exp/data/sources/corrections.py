@@ -16,7 +16,6 @@ from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.runtime.console import escape_unprintable
 
 NAME = "corrections.csv"
-COLUMNS = ("file", "action", "label")
 ACTIONS = ("label", "drop", "keep")
 
 
@@ -56,7 +55,8 @@ def apply_corrections(
     nfc_names = {normalize("NFC", name): name for name in by_name}
     corrections: dict[str, Correction] = {}
     problems = []
-    for row, (named, action, label) in tables.read_rows(files, table, *((name,) for name in COLUMNS)):
+    columns = tables.FILE_COLUMNS, ("action",), ("label",)
+    for row, (named, action, label) in tables.read_rows(files, table, *columns):
         name = tables.find_file(files, table, named, nfc_names)
         if name not in by_name:
             problem = f"names {escape_unprintable(named)!r}, which is not an image there"

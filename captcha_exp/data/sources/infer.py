@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from captcha_exp.config import CaptchaConfig
 from captcha_exp.data import images
+from captcha_exp.errors import UserError
 
 MAX_ODD_SHARE = 0.005  # of the labels that may have a length, or a case, that does not count
 MIN_FOR_ODD = 20  # labels, of which a single one of some length is odd
@@ -40,7 +41,11 @@ class Inference:
 
 
 def infer_labels(captcha: CaptchaConfig, labels: Sequence[str]) -> tuple[CaptchaConfig, list[Inference]]:
-    """Infer the alphabet, the lengths and the case from labels."""
+    """Infer the alphabet, the lengths and the case from labels.
+
+    Raises:
+        UserError: all labels consist of one character; the line says what decides them.
+    """
     texts = _select_texts([unicodedata.normalize("NFC", label) for label in labels])
     usual, odd = _usual_lengths(texts)
     found: list[Inference] = []
@@ -66,7 +71,12 @@ def infer_labels(captcha: CaptchaConfig, labels: Sequence[str]) -> tuple[Captcha
         characters = "".join(sorted(counts))
         rare = sorted(c for c, count in counts.items() if count == 1)
         note = f"; only once: {' '.join(rare)}" if rare and len(texts) >= 100 else ""
-        captcha = replace(captcha, alphabet=characters if len(characters) > 1 else "01")
+        if len(characters) == 1:
+            raise UserError(
+                f"captcha.alphabet=auto: all {len(texts):,} labels consist of {characters!r}: there is "
+                "nothing to learn; check where data.labels and data.filename_pattern take them from"
+            )
+        captcha = replace(captcha, alphabet=characters or "01")  # without labels, every image is rejected
         evidence = f"{len(characters)} characters in {len(texts):,} labels{note}"
         found.append(Inference("captcha.alphabet", characters, evidence))
     return captcha, found
@@ -152,7 +162,9 @@ def infer_images(
         strokes = [each for array in arrays if (each := stroke_width(array)) is not None]
         stroke = float(np.median(strokes)) if strokes else MIN_STROKE_PIXELS
         size = _choose_size(captcha, width, height, stroke)
-        evidence = f"images of {width:.0f}x{height:.0f} with strokes of {stroke:.1f} pixels"
+        shapes = sorted({(array.shape[1], array.shape[0]) for array in arrays})
+        sizes = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((shapes[0], shapes[-1])))
+        evidence = f"images of {sizes} with strokes of {stroke:.1f} pixels"
         found += [
             Inference(f"captcha.{key}", str(value), evidence)
             for key, value in zip(("width", "height"), size, strict=True)

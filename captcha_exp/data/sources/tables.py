@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +40,7 @@ def read_rows(files: Files, table: Path, *columns: tuple[str, ...]) -> Iterator[
                 file.seek(0)
                 separators = "\t,;" if table.suffix.lower() == ".tsv" else ",;\t"  # Excel in Germany writes ;
                 reader = csv.DictReader(file, delimiter=max(separators, key=header.count), strict=True)
+                _check_header(reader.fieldnames or ())
                 rows = ((reader.line_num, row) for row in reader)
             for number, row in rows:
                 cells = json.loads(row) if isinstance(row, str) else row
@@ -49,6 +51,17 @@ def read_rows(files: Files, table: Path, *columns: tuple[str, ...]) -> Iterator[
         raise UserError(f"{table}: is not UTF-8 text; save it as UTF-8 (in Excel: CSV UTF-8)") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{table}, row {number}: {error}") from None
+
+
+def _check_header(names: Sequence[str]) -> None:
+    """Check that no column occurs twice.
+
+    Raises:
+        ValueError: One does; its values would be those of the last one.
+    """
+    counts = Counter(name.strip().lower() for name in names)
+    if repeated := [name for name, count in counts.items() if name and count > 1]:
+        raise ValueError(f"has the column {escape_unprintable(repeated[0])} twice; remove or rename one")
 
 
 def _get_cell(row: Mapping[Any, Any], columns: tuple[str, ...]) -> str:
@@ -63,7 +76,7 @@ def _get_cell(row: Mapping[Any, Any], columns: tuple[str, ...]) -> str:
             value = row[found[column]]
             if value is not None and not isinstance(value, str):
                 raise ValueError(f'{column} is {value!r}, not text; put it in quotes, as in "0012"')
-            return (value or "").strip()
+            return value or "" if columns is FILE_COLUMNS else (value or "").strip()
     if not columns[-1]:
         return ""
     names = ", ".join(escape_unprintable(key) for key in found.values())[:200] or "none"
@@ -76,11 +89,14 @@ def find_file(files: Files, table: Path, named: str, by_nfc_name: Mapping[str, s
 
     `by_nfc_name` has the names of the images by their composed form, as macOS stores decomposed ones.
     """
-    for text in (named, named.replace("\\", "/")):  # Windows path separators
-        name = unicodedata.normalize("NFC", PurePosixPath(text).as_posix())
-        if name in by_nfc_name:
-            return by_nfc_name[name]
-    return files.locate(named, table)
+    for spaced in dict.fromkeys((named, named.strip())):
+        for text in (spaced, spaced.replace("\\", "/")):  # Windows path separators
+            name = unicodedata.normalize("NFC", PurePosixPath(text).as_posix())
+            if name in by_nfc_name:
+                return by_nfc_name[name]
+        if found := files.locate(spaced, table):
+            return found
+    return None
 
 
 def display_name(files: Files, table: Path) -> str:
