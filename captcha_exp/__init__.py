@@ -20,8 +20,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 if TYPE_CHECKING:
     from captcha_exp.cli.main import compose as compose
     from captcha_exp.config import load as load
+    from captcha_exp.export.predictor import OnnxPredictor as OnnxPredictor
 
-__all__ = ["compose", "load"]
+__all__ = ["OnnxPredictor", "compose", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -34,5 +35,9 @@ def __getattr__(name: str) -> object:
             from captcha_exp.config import load
 
             return load
+        case "OnnxPredictor":
+            from captcha_exp.export.predictor import OnnxPredictor
+
+            return OnnxPredictor
         case _:
             raise AttributeError(f"module 'captcha_exp' has no attribute {name!r}")

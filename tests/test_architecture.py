@@ -210,6 +210,7 @@ BREAKING = {
     "Mlflow has one home": ("cli/main.py", "from mlflow import MlflowClient\n"),
     "Omegaconf has one home": ("runs/run.py", "import omegaconf\n"),
     "The generators have one home": ("data/dataset.py", "import captcha.image\n"),
+    "Onnx has one home": ("runs/run.py", "import onnxruntime\n"),
     "Light modules reach no torch": ("data/images.py", "import torch.nn.functional as F\n"),
 }
 

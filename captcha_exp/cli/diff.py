@@ -14,7 +14,7 @@ from captcha_exp.cli.output import is_number
 from captcha_exp.config import flatten_mapping
 from captcha_exp.errors import UserError
 from captcha_exp.runs.fields import RunFields, read_flat_dataset
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from captcha_exp.cli.output import to_json
 from captcha_exp.model.predict import Predictor, expand_path
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 
 
 def prompt_loop(predictor: Predictor, as_json: bool) -> None:

@@ -7,7 +7,6 @@ the overrides.
 import argparse
 import errno
 import io
-import logging
 import os
 import signal
 import sys
@@ -26,8 +25,6 @@ from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine, MlflowConfig
-
-logger = logging.getLogger(__name__)
 
 OS_ERROR_HINTS = {
     errno.ENOSPC: "free up disk space and start again",
@@ -72,7 +69,7 @@ def main() -> NoReturn:
 
 
 def _escape(line: str) -> str:
-    from captcha_exp.runtime.console import escape_unprintable
+    from captcha_exp.runtime.text import escape_unprintable
 
     return escape_unprintable(line)
 
@@ -95,6 +92,10 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     elif words is not None:
         words += rest
+    if arguments.command == "predict" and arguments.run.endswith(".onnx"):  # works without most packages
+        from captcha_exp.cli import predict_onnx
+
+        return predict_onnx.predict(arguments)
     from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.environment import fill_in_environment
 
@@ -202,20 +203,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import interactive, output
-    from captcha_exp.model.predict import Predictor, find_images, resolve_weights
+    from captcha_exp.cli import output, predict
 
-    weights = resolve_weights(arguments.run)
-    predictor, images = Predictor(weights, arguments.device), find_images(arguments.images)
-    if arguments.run == "latest":
-        logger.info(f"Using {weights.parent}")
-    if not arguments.images:
-        interactive.prompt_loop(predictor, arguments.json)
-        return 0
-    predictions = list(predictor.predict_all(images))
+    predictions = predict.predict(arguments)
     values = [prediction.to_json() for prediction in predictions]
-    _print_result(arguments, values, output.print_predictions, predictions)
+    if arguments.images:
+        _print_result(arguments, values, output.print_predictions, predictions)
     return 1 if any(prediction.error for prediction in predictions) else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import export
+
+    exported = export.export(arguments)
+    _print_result(arguments, exported.to_json(), export.print_export, exported, _program_name())
+    return 0
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
@@ -306,6 +308,7 @@ HANDLERS = {
     "evaluate": _evaluate,
     "reproduce": _reproduce,
     "predict": _predict,
+    "export": _export,
     "runs": _runs,
     "diff": _diff,
     "sync": _sync,

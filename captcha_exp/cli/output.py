@@ -18,7 +18,8 @@ from captcha_exp.cli.parser import PROGRAM
 from captcha_exp.data.alphabet import NO_CHARACTER
 from captcha_exp.runs import RunInfo
 from captcha_exp.runs.info import MlflowRef
-from captcha_exp.runtime.console import SafeConsole, escape_unprintable
+from captcha_exp.runtime.console import SafeConsole
+from captcha_exp.runtime.text import escape_unprintable
 
 if TYPE_CHECKING:  # some import torch, which takes seconds
     from captcha_exp.config import GpuSpec
@@ -118,7 +119,7 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
     test, result = json.loads((run_dir / "test.json").read_text(encoding="utf-8")), info.result
     assert result is not None  # the run has finished
     interval = (test["accuracy_low"], test["accuracy_high"])
-    accuracy = _format_accuracy(test["accuracy"], interval, test["correct"], test["images"])
+    accuracy = format_accuracy(test["accuracy"], interval, test["correct"], test["images"])
     out = get_console()
     out.print()
     out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result.best_epoch}")
@@ -221,7 +222,7 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
     """Print accuracies per label, position and character, the confusions, and the worst misreads."""
     out, alphabet = get_console(), data.alphabet
     out.print(f"{run_dir}, {split} split", markup=False)
-    accuracy = _format_accuracy(
+    accuracy = format_accuracy(
         evaluation.accuracy, evaluation.accuracy_interval, evaluation.num_correct, len(evaluation.indices)
     )
     out.print(f"[bold]accuracy {accuracy}[/bold]; character accuracy {evaluation.char_accuracy:.2%}")
@@ -333,7 +334,7 @@ def _status_color(group: "SeedGroup") -> str:
     return "green"
 
 
-def _format_accuracy(accuracy: float, interval: Sequence[float], num_correct: int, num_images: int) -> str:
+def format_accuracy(accuracy: float, interval: Sequence[float], num_correct: int, num_images: int) -> str:
     low, high = interval
     return (
         f"{accuracy:.2%} (95% confidence interval {low:.2%} to {high:.2%}; {num_correct:,} of "

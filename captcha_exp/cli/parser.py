@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "evaluate a run: accuracy per label, character and position, confusions",
     "reproduce": "train a finished run again from its saved config and compare the results",
     "predict": "predict the text in images; without images, prompt for them",
+    "export": "write a run as one ONNX file, with preprocessing and decoding, and prove it",
     "runs": "list the runs in outputs/",
     "diff": "compare two runs: config, environment, dataset, metrics",
     "sync": "deliver to MLflow what it does not have of earlier runs",
@@ -140,13 +141,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reproduce_arguments(add_command("reproduce"))
     predict = add_command("predict")
     predict.add_argument(
-        "run", metavar="RUN", type=expand_user, help=f"{RUN_HELP}, or a .safetensors file of weights"
+        "run",
+        metavar="RUN",
+        type=expand_user,
+        help=f"{RUN_HELP}, or a file: .onnx (exported) or .safetensors (weights)",
     )
+    text = "prove that an .onnx file answers here as PyTorch did, with the test images in it"
+    predict.add_argument("--self-test", action="store_true", help=text)
     text = "an image or a directory of images; without any, prompt for paths"
     predict.add_argument("images", nargs="*", default=[], metavar="IMAGE", help=text)
     for inference in (evaluate, predict):
         text = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
         inference.add_argument("--device", default="auto", metavar="NAME", help=text)
+    export = add_command("export")
+    export.add_argument("run", metavar="RUN", type=expand_user, help=RUN_HELP)
+    text = "file to write; default: model.onnx in the run directory"
+    export.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
+    export.epilog = "exit codes: 0 proven and written; 1 it reads otherwise than the run; 2 usage error"
     _add_runs_arguments(add_command("runs"))
     _add_diff_arguments(add_command("diff"))
     sync = add_command("sync")

@@ -18,8 +18,8 @@ from captcha_exp.errors import UserError
 from captcha_exp.reproduce import rerun
 from captcha_exp.reproduce.reference import READ_FILES, load_reference
 from captcha_exp.reproduce.rerun import Reproduction
-from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
+from captcha_exp.runtime.text import escape_unprintable
 from captcha_exp.tracking import check_tracking
 from captcha_exp.training.recorder import Tracker
 

@@ -24,7 +24,7 @@ from captcha_exp.runs import (
     list_checkpoints,
     make_run_dir,
 )
-from captcha_exp.runtime.console import preview
+from captcha_exp.runtime.text import preview
 
 logger = logging.getLogger(__name__)
 

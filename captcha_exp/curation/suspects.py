@@ -26,7 +26,8 @@ from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import UserError
 from captcha_exp.model.predict import Comparison, Predictor
 from captcha_exp.model.weights import max_file_bytes
-from captcha_exp.runtime.console import preview, progress_bar
+from captcha_exp.runtime.console import progress_bar
+from captcha_exp.runtime.text import preview
 
 MIN_RATIO = 50.0
 """likelihood ratio from which on a label is probably wrong: if 2 % of the labels are, more likely than not"""

@@ -34,13 +34,13 @@ from captcha_exp.data.sources import ScanResult
 from captcha_exp.data.splits import count_by_share, split_images
 from captcha_exp.errors import UserError
 from captcha_exp.runtime import seeding
-from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.files import describe_broken_link, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.text import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT_VERSION = 6  # raised when the cache file of the same config would have other content
+CACHE_FORMAT_VERSION = 7  # raised when the cache file of the same config would have other content
 DEFAULT_CACHE = "outputs/cache"  # data.cache of a saved run whose own is not trusted
 
 

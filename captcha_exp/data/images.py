@@ -11,10 +11,12 @@ Source: the triangle filter with its support scaled by the downscaling factor, a
 import functools
 import io
 import re
+import stat
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,10 @@ WEIGHT_SCALE = 256  # weights are integer multiples of 1 / WEIGHT_SCALE
 assert 255 * WEIGHT_SCALE**2 + WEIGHT_SCALE**2 // 2 < 2**24  # the largest sum is exact in float32
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".ico", ".avif", ".heic", ".jp2"),  # not supported, and reported as such
+)
 SIGNATURE_BYTES = 16
 _SIGNATURE = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP"
@@ -44,6 +50,7 @@ ADAM7_PASSES = (
     (0, 1, 1, 2),
 )
 """x, y, and steps in x and y of the passes of an interlaced PNG"""
+MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 4_000_000  # per image; a text captcha has about 10,000
 
 # Not PIL.ImageOps.exif_transpose: it also rewrites the other EXIF tags, and raises if one of them is damaged.
@@ -71,9 +78,38 @@ class DecodedImage:
     format: str  # of the file, with its mode, as in "PNG RGBA"
 
 
+def is_image_name(name: str) -> bool:
+    """Return whether the name of a file, with its path, is that of an image, supported or not."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 def has_signature(start: bytes) -> bool:
     """Return whether the first `SIGNATURE_BYTES` of a file are those of an image, supported or not."""
     return _SIGNATURE.match(start) is not None
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a regular file of limited size; not a device or pipe, which might block.
+
+    Raises:
+        InvalidImage: the file cannot be read.
+    """
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise InvalidImage("is a folder" if stat.S_ISDIR(state.st_mode) else "is not a regular file")
+        if state.st_size > MAX_FILE_BYTES:
+            raise too_large(state.st_size)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a NUL in the name raises ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidImage(f"cannot be read: {reason}") from None
+
+
+def too_large(size: int) -> InvalidImage:
+    """Return the reason of a file of more than MAX_FILE_BYTES."""
+    return InvalidImage(f"has {size / 2**20:,.0f} MiB; the maximum is {MAX_FILE_BYTES / 2**20:.0f} MiB")
 
 
 def decode(content: bytes) -> DecodedImage:
@@ -203,19 +239,21 @@ def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def resize_weights(source_size: int, target_size: int) -> npt.NDArray[np.float32]:
-    """Return (target, source) integers: the weight in 1/256 of each source pixel in each target pixel."""
-    scale = source_size / target_size
-    support = max(scale, 1.0)
-    centers = (np.arange(target_size) + 0.5) * scale
-    distance = np.abs(np.arange(source_size) + 0.5 - centers[:, None])
-    triangle = np.maximum(0.0, 1.0 - distance / support)
-    exact = triangle / triangle.sum(axis=1, keepdims=True) * WEIGHT_SCALE
-    rounded = np.floor(exact)
+    """Return (target, source) integers: the weight in 1/256 of each source pixel in each target pixel.
+
+    All is integer arithmetic, in units of 1 / (2 target_size) source pixels: an exported graph computes the
+    same numbers.
+    """
+    radius = 2 * max(source_size, target_size)
+    centers = (2 * np.arange(target_size) + 1) * source_size
+    pixels = (2 * np.arange(source_size) + 1) * target_size
+    triangle = np.maximum(0, radius - np.abs(pixels - centers[:, None])) * WEIGHT_SCALE
+    total = triangle.sum(axis=1, keepdims=True) // WEIGHT_SCALE
+    rounded, remainder = triangle // total, triangle % total
     # Round up the largest remainders: each row sums to WEIGHT_SCALE, which preserves white.
-    order = np.argsort(rounded - exact, axis=1, kind="stable")
-    missing = WEIGHT_SCALE - rounded.sum(axis=1)
-    for row in range(target_size):
-        rounded[row, order[row, : int(missing[row])]] += 1
+    order = np.argsort(-remainder, axis=1, kind="stable")
+    is_up = np.arange(source_size) < WEIGHT_SCALE - rounded.sum(axis=1, keepdims=True)
+    np.put_along_axis(rounded, order, np.take_along_axis(rounded, order, axis=1) + is_up, axis=1)
     weights: npt.NDArray[np.float32] = rounded.astype(np.float32)
     weights.flags.writeable = False  # cached, and shared by all callers
     return weights

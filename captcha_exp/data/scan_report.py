@@ -10,7 +10,7 @@ from captcha_exp.data.sources import ScanResult, Source
 from captcha_exp.data.sources.labels import is_row
 from captcha_exp.data.splits import count_by_share, split_images
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable, preview
+from captcha_exp.runtime.text import escape_unprintable, preview
 
 logger = logging.getLogger(__name__)
 

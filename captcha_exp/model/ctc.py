@@ -10,7 +10,8 @@ gradient is summed over states by a matrix product, not by atomic additions.
 Source: Graves et al., Connectionist temporal classification, ICML 2006, sections 4.1 and 4.2.
 """
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,30 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from captcha_exp.data.alphabet import END
 
 NEVER = -1e30  # log probability of what is impossible; finite, as infinities give NaN in differences
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+Step: TypeAlias = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
+
+
+def _scan(step: Step, carry: Tensors, columns: Tensors) -> tuple[Tensors, Tensors]:
+    """Apply a step to one column after another; return the last carry and the stacked outputs (S, B, ...).
+
+    In an exported graph this is a loop, not a copy of the step for each column.
+
+    Args:
+        step: (carry, columns (B, ...)) -> (carry, outputs (B, ...)).
+        carry: What the first step receives.
+        columns: (S, B, ...) tensors.
+    """
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.scan import scan
+
+        return cast(tuple[Tensors, Tensors], scan(step, carry, columns))
+    outputs = []
+    for number in range(columns[0].shape[0]):
+        carry, output = step(carry, tuple(each[number] for each in columns))
+        outputs.append(output)
+    return carry, tuple(torch.stack(each) for each in zip(*outputs, strict=True))
 
 
 class _States(NamedTuple):
@@ -49,15 +74,24 @@ def _shifted(scores: Tensor, steps: int) -> Tensor:
 
 def _forward_scores(emitted: Tensor, states: _States) -> Tensor:
     """Return (B, S, N) log probabilities of all alignments up to a column that are in a state there."""
-    number = torch.arange(emitted.shape[2], device=emitted.device)
-    current = torch.where(number < 2, emitted[:, 0], NEVER)
+    current = _first_scores(emitted[:, 0])
     scores = [current]
     for column in range(1, emitted.shape[1]):
-        skipped = torch.where(states.can_skip, _shifted(current, 2), NEVER)
-        arrived = torch.stack([current, _shifted(current, 1), skipped]).logsumexp(dim=0)
-        current = arrived + emitted[:, column]
+        current = _next_scores(current, emitted[:, column], states)
         scores.append(current)
     return torch.stack(scores, dim=1)
+
+
+def _first_scores(emitted: Tensor) -> Tensor:
+    """Return (B, N) scores of the first column, which is in one of the first two states."""
+    number = torch.arange(emitted.shape[1], device=emitted.device)
+    return torch.where(number < 2, emitted, NEVER)
+
+
+def _next_scores(current: Tensor, emitted: Tensor, states: _States) -> Tensor:
+    """Return (B, N) scores of a column, given those of the column before it."""
+    skipped = torch.where(states.can_skip, _shifted(current, 2), NEVER)
+    return torch.stack([current, _shifted(current, 1), skipped]).logsumexp(dim=0) + emitted
 
 
 def _backward_scores(emitted: Tensor, states: _States) -> Tensor:
@@ -109,6 +143,18 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return cast(Tensor, _NegativeLogLikelihood.apply(logits, targets))  # type: ignore[no-untyped-call]
 
 
+def log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return (B,) log likelihoods of labels (B, T), given logits (B, S, C), without a gradient."""
+    log_probs, states = logits.log_softmax(dim=2), _states(targets, logits.shape[2] - 1)
+    emitted = _emitted(log_probs, states)
+
+    def step(scores: Tensors, columns: Tensors) -> tuple[Tensors, Tensors]:
+        return (_next_scores(scores[0], columns[0], states),), ()
+
+    (last,), _ = _scan(step, (_first_scores(emitted[:, 0]),), (emitted[:, 1:].movedim(1, 0),))
+    return _total(last, states)
+
+
 class Alignment(NamedTuple):
     """The most likely alignment of each image, and its text."""
 
@@ -123,16 +169,15 @@ def decode(logits: Tensor, min_length: int, length: int) -> Alignment:
     next column repeats the class, or leaves it for the blank, or adds a character that differs from it.
     """
     log_probs = logits.log_softmax(dim=2)
-    size, num_columns, num_classes = log_probs.shape
+    num_classes, device = log_probs.shape[2], logits.device
     blank = num_classes - 1
-    device = logits.device
-    scores = logits.new_full((size, length + 1, num_classes), NEVER)
-    scores[:, 0, blank] = log_probs[:, 0, blank]
-    scores[:, 1, :blank] = log_probs[:, 0, :blank]
-    classes = torch.arange(num_classes, device=device)
+    classes, number = torch.arange(num_classes, device=device), torch.arange(length + 1, device=device)
     is_blank = classes == blank
-    came_from = []  # per column: (B, length + 1, C) class of the column before
-    for column in range(1, num_columns):
+    is_first = number[:, None] == (~is_blank).long()  # no character and the blank, or one that is not
+    first = torch.where(is_first, log_probs[:, :1], NEVER)  # (B, length + 1, C)
+
+    def step(carry: Tensors, columns: Tensors) -> tuple[Tensors, Tensors]:
+        (scores,), (emitted,) = carry, columns
         best, best_class = scores.max(dim=2, keepdim=True)  # (B, length + 1, 1)
         is_best = classes == best_class
         second, second_class = scores.masked_fill(is_best, 2 * NEVER).max(dim=2, keepdim=True)
@@ -145,31 +190,40 @@ def decode(logits: Tensor, min_length: int, length: int) -> Alignment:
         moved = torch.where(is_blank, best, added)
         moved_class = torch.where(is_blank, best_class, added_class)
         has_stayed = scores >= moved
-        came_from.append(torch.where(has_stayed, classes, moved_class).to(torch.int16))
-        scores = torch.where(has_stayed, scores, moved) + log_probs[:, column, None]
-    allowed = torch.arange(length + 1, device=device) >= min_length
-    final = torch.where(allowed[:, None], scores, NEVER).flatten(1).argmax(dim=1)
+        came_from = torch.where(has_stayed, classes, moved_class).to(torch.int16)
+        return (torch.where(has_stayed, scores, moved) + emitted[:, None],), (came_from,)
+
+    (scores,), (came_from,) = _scan(step, (first,), (log_probs[:, 1:].movedim(1, 0),))
+    final = torch.where(number[:, None] >= min_length, scores, NEVER).flatten(1).argmax(dim=1)
     return _trace_back(final // num_classes, final % num_classes, came_from, log_probs, length)
 
 
-def _trace_back(
-    count: Tensor, current: Tensor, came_from: list[Tensor], log_probs: Tensor, length: int
-) -> Alignment:
-    """Return the alignments that end with these numbers of characters (B,) and classes (B,)."""
-    size, num_columns, num_classes = log_probs.shape
+def _trace_back(count: Tensor, last: Tensor, came_from: Tensor, log_probs: Tensor, length: int) -> Alignment:
+    """Return the alignments that end with these numbers of characters (B,) and classes (B,).
+
+    `came_from` (S - 1, B, length + 1, C) has the class of the column before.
+    """
+    size, _, num_classes = log_probs.shape
     blank = num_classes - 1
     position = torch.arange(length, device=log_probs.device)
+
+    def read(carry: Tensors, emitted: Tensor) -> Tensors:
+        ids, confidences, count, current = carry
+        is_here = (position == count[:, None] - 1) & (current != blank)[:, None]
+        probability = emitted.gather(1, current[:, None]).exp()
+        confidences = torch.where(is_here, torch.maximum(confidences, probability), confidences)
+        return torch.where(is_here, current[:, None], ids), confidences
+
+    def step(carry: Tensors, columns: Tensors) -> tuple[Tensors, Tensors]:
+        (*_, count, current), (emitted, rows) = carry, columns
+        ids, confidences = read(carry, emitted)
+        before = rows.flatten(1).gather(1, (count * num_classes + current)[:, None])[:, 0].long()
+        count = count - ((before != current) & (current != blank)).long()
+        return (ids, confidences, count, before), ()
+
     ids = torch.full((size, length), END, dtype=torch.int64, device=log_probs.device)
     confidences = torch.zeros((size, length), dtype=log_probs.dtype, device=log_probs.device)
-    is_used = position < count[:, None]
-    for column in range(num_columns - 1, -1, -1):
-        is_here = (position == count[:, None] - 1) & (current != blank)[:, None]
-        probability = log_probs[:, column].gather(1, current[:, None]).exp()
-        ids = torch.where(is_here, current[:, None], ids)
-        confidences = torch.where(is_here, torch.maximum(confidences, probability), confidences)
-        if column:
-            rows = came_from[column - 1].flatten(1)
-            before = rows.gather(1, (count * num_classes + current)[:, None])[:, 0].long()
-            count = count - ((before != current) & (current != blank)).long()
-            current = before
-    return Alignment(ids, torch.where(is_used, confidences, 1.0))
+    columns = log_probs[:, 1:].movedim(1, 0).flip(0), came_from.flip(0)
+    carry, _ = _scan(step, (ids, confidences, count, last), columns)
+    ids, confidences = read(carry, log_probs[:, 0])
+    return Alignment(ids, torch.where(position < count[:, None], confidences, 1.0))

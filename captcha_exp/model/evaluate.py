@@ -24,7 +24,7 @@ from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.weights import load_weights, max_file_bytes
 from captcha_exp.runs.fields import changed_values
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.console import preview
+from captcha_exp.runtime.text import preview
 
 logger = logging.getLogger(__name__)
 

@@ -197,13 +197,12 @@ class CtcHead(Head):
 
     def log_likelihood(self, logits: Tensor, targets: Tensor, _label_smoothing: float = 0.0) -> Tensor:
         # Smoothing acts on columns, not on labels: its effect on their probability has no formula.
-        return (-ctc.negative_log_likelihood(logits, targets)).clamp(
-            min=self.num_positions * math.log(MIN_PROBABILITY)
-        )
+        least = self.num_positions * math.log(MIN_PROBABILITY)
+        return ctc.log_likelihood(logits, targets).clamp(min=least)
 
     def decode(self, logits: Tensor) -> Decoded:
         alignment = ctc.decode(logits, self.min_length, self.num_positions)
-        likelihood = (-ctc.negative_log_likelihood(logits, alignment.ids)).exp()
+        likelihood = ctc.log_likelihood(logits, alignment.ids).exp()
         return Decoded(alignment.ids, alignment.confidences, likelihood)
 
 

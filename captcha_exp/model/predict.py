@@ -16,8 +16,7 @@ from torch import Tensor
 
 from captcha_exp import runs
 from captcha_exp.data.alphabet import Alphabet
-from captcha_exp.data.images import InvalidImage
-from captcha_exp.data.sources.files import read_bytes
+from captcha_exp.data.images import InvalidImage, read_bytes
 from captcha_exp.data.sources.folder import decode_image, list_images
 from captcha_exp.model import networks
 from captcha_exp.model.weights import load_weights, max_file_bytes

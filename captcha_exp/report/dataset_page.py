@@ -14,8 +14,8 @@ from PIL import Image
 
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.data.duplicates import KINDS
-from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.files import write_atomically
+from captcha_exp.runtime.text import escape_unprintable
 
 MIN_OCCURRENCES = 10  # of a character that is not called rare
 MAX_SAMPLES, MAX_GROUPS, MAX_ROWS = 60, 40, 200  # shown on the page

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from captcha_exp.reproduce.changes import Change, Role
 from captcha_exp.reproduce.compare import Difference, Verdict
-from captcha_exp.runtime.console import preview
+from captcha_exp.runtime.text import preview
 
 UNKNOWN_CAUSE = (
     "no recorded change: this device is not deterministic (train.deterministic=false, a GPU), "

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from captcha_exp.config import flatten_mapping
 from captcha_exp.reproduce.reference import ReferenceRun, RunResult
 from captcha_exp.runs.fields import ABSENT, changed_values, to_short_text
-from captcha_exp.runtime.console import preview
+from captcha_exp.runtime.text import preview
 
 Affects: TypeAlias = Literal["nothing", "images", "numbers"]
 Role: TypeAlias = Literal["cause", "suspect", "ruled_out"]

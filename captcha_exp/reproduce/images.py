@@ -6,7 +6,7 @@ from typing import Any
 from captcha_exp.config import Config, FolderConfig
 from captcha_exp.data.sources import folder
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import preview
+from captcha_exp.runtime.text import preview
 
 MAX_SHOWN = 5  # file names per kind of change
 

@@ -19,7 +19,7 @@ from captcha_exp.reproduce.reference import ReferenceRun, RunResult, load_result
 from captcha_exp.runs import Lineage, Run
 from captcha_exp.runs.fields import changed_values
 from captcha_exp.runs.source_code import hash_source_files
-from captcha_exp.runtime.console import preview
+from captcha_exp.runtime.text import preview
 from captcha_exp.training import train
 from captcha_exp.training.oom import TrainingOutOfMemoryError
 from captcha_exp.training.recorder import Tracker

@@ -6,7 +6,7 @@ it, as in a notebook, `logging` itself prints the warnings, and no bar is drawn.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from captcha_exp.runtime.text import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
@@ -137,18 +139,3 @@ def progress_bar(description: str, total: int) -> Iterator[ProgressBar]:
         )
         with Progress(*columns, console=console, transient=True) as progress:
             yield _RichProgressBar(progress, description, total)
-
-
-def preview(names: Sequence[str], max_names: int = 3) -> str:
-    """Return the first names, as in "a.png, b.png, c.png and 7 more"."""
-    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
-    return ", ".join(map(escape_unprintable, names[:max_names])) + more
-
-
-def escape_unprintable(name: str) -> str:
-    """Escape the characters of a file name that a terminal cannot print, including invalid UTF-8."""
-    try:
-        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
-        text = name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

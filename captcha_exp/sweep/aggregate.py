@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from captcha_exp.memory.interval import Fits, MiBRange
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import JobResult, Outcome
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from captcha_exp.report import figures
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 from captcha_exp.sweep.aggregate import SeedGroup, truncate
 from captcha_exp.sweep.conclusions import group_by_rest, is_batch_size_sweep
 from captcha_exp.sweep.summary import SweepSummary

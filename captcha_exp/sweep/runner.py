@@ -11,9 +11,9 @@ from captcha_exp import runs
 from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs.info import running_fields
-from captcha_exp.runtime.console import preview
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
+from captcha_exp.runtime.text import preview
 from captcha_exp.sweep import record
 from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.planner import PlannedJob, record_skipped

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 from captcha_exp.sweep.aggregate import SEEDS, SeedGroup, format_number, swept_keys, truncate
 from captcha_exp.sweep.record import shorten_keys
 from captcha_exp.sweep.results import JobResult

@@ -17,7 +17,7 @@ from captcha_exp import compose
 from captcha_exp.cli import main as cli
 
 COMMANDS = [
-    *("train", "data", "plan", "evaluate", "reproduce", "predict"),
+    *("train", "data", "plan", "evaluate", "reproduce", "predict", "export"),
     *("runs", "diff", "sync", "ui", "calibrate", "doctor"),
 ]
 

@@ -25,13 +25,12 @@ from captcha_exp.cli import main
 from captcha_exp.config import Config, resolve
 from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Dataset, DatasetSpec
-from captcha_exp.data.images import resize
+from captcha_exp.data.images import SUFFIXES, resize
 from captcha_exp.data.sources import ScanResult
-from captcha_exp.data.sources.files import IMAGE_SUFFIXES
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.evaluate import evaluate_run
-from captcha_exp.runtime.console import escape_unprintable
 from captcha_exp.runtime.device import detect_machine
+from captcha_exp.runtime.text import escape_unprintable
 from captcha_exp.training.train import train
 
 FOLDER_OVERRIDES = (
@@ -129,13 +128,11 @@ def test_the_format_is_detected_from_the_content(folder: Path) -> None:
         "BMP": {".bmp"},
         "WebP": {".webp"},
     }
-    for n, (kind, suffix) in enumerate(
-        (kind, suffix) for kind in suffixes for suffix in sorted(IMAGE_SUFFIXES)
-    ):
+    for n, (kind, suffix) in enumerate((kind, suffix) for kind in suffixes for suffix in sorted(SUFFIXES)):
         name = f"{n:04}{suffix if n % 2 else suffix.upper()}"
         write_files(folder, {name: saved(page(n), kind.upper())})
     result = scan(folder_config(folder))
-    assert (len(result.labels), result.rejected) == (5 * len(IMAGE_SUFFIXES), [])
+    assert (len(result.labels), result.rejected) == (5 * len(SUFFIXES), [])
     assert result.remarks == {}
     assert ignored(folder_config(folder)) == []
 

@@ -3,15 +3,19 @@
 A source is first scanned for its labels, which creates nothing, and then loads its images.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from captcha_exp.config import CaptchaConfig, DataConfig, FolderConfig, GeneratorConfig, to_dict
+from captcha_exp.data import images
 from captcha_exp.data.sources import decoder, folder
 from captcha_exp.data.sources.decoder import ScanResult as ScanResult
 from captcha_exp.data.sources.files import folder_number as folder_number
+from captcha_exp.data.sources.files import unwrap
 from captcha_exp.data.sources.generators import check_glyphs as check_glyphs
 from captcha_exp.data.sources.generators import check_rendering as check_rendering
 from captcha_exp.data.sources.generators import font_files as font_files
@@ -53,6 +57,11 @@ class GeneratorSource:
         """Return the images (N, H, W, C) in the order of the labels."""
         return render_images(self._data, self.captcha, range(self._data.count))
 
+    def load_originals(self, _scan: ScanResult, indices: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        """Return the images (H, W, 3) of these indices before grayscale and resize."""
+        captcha = replace(self.captcha, width=self._data.width, height=self._data.height, channels=3)
+        return list(render_images(self._data, captcha, indices))
+
 
 class FolderSource:
     """The images of a folder; a scan decodes them and keeps them until they are loaded."""
@@ -81,6 +90,15 @@ class FolderSource:
             self._images, _ = decoder.decode_folder(self._folder_scan, self._keep_duplicates)
         decoded, self._images = self._images, None
         return decoded
+
+    def load_originals(self, scan: ScanResult, indices: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        """Return the images (H, W, 3) of these indices before grayscale and resize."""
+        names = [scan.files[n][0] for n in indices]
+        found = {
+            name: images.to_array(images.decode(unwrap(content)).image, 3)
+            for name, content in self._folder_scan.files.read(names)
+        }
+        return [found[name] for name in names]
 
 
 Source: TypeAlias = GeneratorSource | FolderSource

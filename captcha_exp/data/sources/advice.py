@@ -19,7 +19,7 @@ from captcha_exp.data.sources import labels, tables
 from captcha_exp.data.sources.files import TABLE_SUFFIXES, Files
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError, one_line
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 
 MIN_NEIGHBORS = 9  # pairs of labels; fewer may be neighbors by chance
 MAX_TABLES = 10  # files that are searched for the names of the images

@@ -19,15 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from captcha_exp.data import images
-from captcha_exp.data.images import InvalidImage
+from captcha_exp.data.images import MAX_FILE_BYTES, InvalidImage, too_large
 from captcha_exp.data.sources.files import (
-    MAX_FILE_BYTES,
     TABLE_SUFFIXES,
     Content,
     Files,
     FolderFiles,
     Listing,
-    too_large,
 )
 from captcha_exp.errors import UserError, one_line
 

@@ -13,7 +13,7 @@ from unicodedata import normalize
 from captcha_exp.data.sources import tables
 from captcha_exp.data.sources.files import Files
 from captcha_exp.data.sources.labels import Candidate
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 
 NAME = "corrections.csv"
 ACTIONS = ("label", "drop", "keep")

@@ -19,7 +19,8 @@ from captcha_exp.data.sources.files import Content
 from captcha_exp.data.sources.folder import FolderScan, decode_image
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable, progress_bar
+from captcha_exp.runtime.console import progress_bar
+from captcha_exp.runtime.text import escape_unprintable
 
 logger = logging.getLogger(__name__)
 

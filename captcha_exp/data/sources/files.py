@@ -11,17 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, TypeAlias
 
 from captcha_exp.data import images
-from captcha_exp.data.images import InvalidImage
+from captcha_exp.data.images import InvalidImage, read_bytes
 from captcha_exp.errors import UserError
 from captcha_exp.runtime.paths import root_dir
 
-MAX_FILE_BYTES = 64 * 2**20
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-
-IMAGE_SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp"),
-    *(".tif", ".tiff", ".ico", ".avif", ".heic", ".jp2"),  # not supported, and reported as such
-)
 
 Content: TypeAlias = bytes | InvalidImage
 """what is in a file, or why it cannot be read"""
@@ -37,9 +31,8 @@ class Listing:
 
     def add(self, name: str, read_start: Callable[[], bytes]) -> bool:
         """Add a file to the images if its name, or without an image suffix its start, is that of one."""
-        path = PurePosixPath(name)
-        is_image = not path.name.startswith(".") and (
-            path.suffix.lower() in IMAGE_SUFFIXES or images.has_signature(read_start())
+        is_image = images.is_image_name(name) or (
+            not PurePosixPath(name).name.startswith(".") and images.has_signature(read_start())
         )
         (self.images if is_image else self.ignored).append(name)
         return is_image
@@ -204,26 +197,3 @@ def _read_start(path: Path) -> bytes:
             return file.read(images.SIGNATURE_BYTES)
     except OSError:
         return b""
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a regular file of limited size; not a device or pipe, which might block.
-
-    Raises:
-        InvalidImage: the file cannot be read.
-    """
-    try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise InvalidImage("is a folder" if stat.S_ISDIR(state.st_mode) else "is not a regular file")
-        if state.st_size > MAX_FILE_BYTES:
-            raise too_large(state.st_size)
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # a NUL in the name raises ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidImage(f"cannot be read: {reason}") from None
-
-
-def too_large(size: int) -> InvalidImage:
-    """Return the reason of a file of more than MAX_FILE_BYTES."""
-    return InvalidImage(f"has {size / 2**20:,.0f} MiB; the maximum is {MAX_FILE_BYTES / 2**20:.0f} MiB")

@@ -35,7 +35,8 @@ from captcha_exp.data.sources.files import (
 from captcha_exp.data.sources.infer import Inference
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import preview, progress_bar
+from captcha_exp.runtime.console import progress_bar
+from captcha_exp.runtime.text import preview
 
 logger = logging.getLogger(__name__)
 

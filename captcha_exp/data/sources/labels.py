@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from captcha_exp.config import FolderConfig
+from captcha_exp.data import images
 from captcha_exp.data.sources import tables
-from captcha_exp.data.sources.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, Files, Listing
+from captcha_exp.data.sources.files import TABLE_SUFFIXES, Files, Listing
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 
 TABLE_NAMES = tuple(f"{stem}{suffix}" for stem in ("labels", "metadata") for suffix in TABLE_SUFFIXES)
 SPLIT_NAMES = {
@@ -21,7 +22,7 @@ SPLIT_NAMES = {
 }
 """a folder, or a text in the column split -> the split"""
 
-_ADDRESS_END = re.compile(rf"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?![a-z0-9]).*|\?\w+=.*")
+_ADDRESS_END = re.compile(rf"(?i)({'|'.join(map(re.escape, images.SUFFIXES))})(?![a-z0-9]).*|\?\w+=.*")
 """what follows the name in the last part of an address, as in 5874.png?t=1"""
 _COLUMNS = (tables.FILE_COLUMNS, tables.LABEL_COLUMNS, tables.SPLIT_COLUMNS)
 
@@ -50,7 +51,7 @@ def is_row(name: str) -> bool:
 def stem(name: str) -> str:
     """Return the name of an image without folders, suffix and what follows it in an address."""
     path = PurePosixPath(name)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in images.SUFFIXES:
         return path.stem
     return _ADDRESS_END.sub("", path.name) if _ADDRESS_END.search(path.name) else path.stem
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from captcha_exp.data.sources.files import Files
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import escape_unprintable
+from captcha_exp.runtime.text import escape_unprintable
 
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
 LABEL_COLUMNS = ("label", "text", "code")

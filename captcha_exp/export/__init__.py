@@ -1,0 +1,1 @@
+"""A trained recognizer outside the framework: one ONNX file with preprocessing and decoding."""

@@ -1,0 +1,161 @@
+"""Export a run to one ONNX file, and prove that the file reads as the run does.
+
+The proof compares the file in ONNX Runtime, given the original images of the whole test split, with the run
+in PyTorch, given the resized images that it was trained on: every text has to be equal, every confidence
+within `TOLERANCE`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from captcha_exp import runs
+from captcha_exp.config import to_dict
+from captcha_exp.data import dataset
+from captcha_exp.data.dataset import Dataset
+from captcha_exp.errors import RunFailed
+from captcha_exp.export.graph import OPSET, to_onnx
+from captcha_exp.export.manifest import (
+    FORMAT,
+    IMAGES_KEY,
+    MANIFEST_KEY,
+    NUM_IMAGES,
+    Manifest,
+    ProofImage,
+    pack_images,
+    sign,
+)
+from captcha_exp.export.predictor import OnnxPredictor, confidence_difference, describe_difference
+from captcha_exp.model.evaluate import Evaluation, evaluate
+from captcha_exp.model.weights import load_weights, max_file_bytes, weights_sha256
+from captcha_exp.runtime import device as devices
+from captcha_exp.runtime.console import progress_bar
+from captcha_exp.runtime.files import sha256_of_json, write_atomically
+from captcha_exp.runtime.text import escape_unprintable
+
+logger = logging.getLogger(__name__)
+
+MAX_SHOWN = 10  # images of a failed proof
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file, and its proof."""
+
+    path: Path
+    manifest: Manifest
+    num_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values of `export --json`."""
+        values = {name: value for name, value in vars(self.manifest).items() if name != "format"}
+        return {"path": str(self.path), "bytes": self.num_bytes, **values}
+
+
+def export_run(run_dir: Path, path: Path) -> Export:
+    """Write the ONNX file of a finished run, and prove it.
+
+    Raises:
+        RunFailed: the file does not read as the run does; the lines name the images, and nothing is written.
+        UserError: the run has no weights, or its images are not there any more; restore them.
+    """
+    run = runs.load(run_dir)
+    config = devices.for_inference(run.config(), "cpu")
+    config = replace(config, device=replace(config.device, precision="fp32"))
+    device = devices.setup_device(config)
+    model, _ = load_weights(run.path(runs.WEIGHTS, max_file_bytes(config)), device)
+    spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
+    data = dataset.load_or_build(spec)
+    test = evaluate(model, data.split("test", device, 0), config)
+    originals = spec.source.load_originals(spec.scan, test.indices.tolist())
+    expected = _expected(test, data, originals)
+    logger.info(f"Exporting {run_dir}")
+    graph = to_onnx(model, config.captcha)
+    low, high = test.accuracy_interval
+    manifest = Manifest(
+        format=FORMAT,
+        alphabet=config.captcha.alphabet,
+        min_length=config.captcha.shortest_length,
+        length=config.captcha.length,
+        case=config.captcha.case,
+        head=str(config.model.head),
+        width=config.captcha.width,
+        height=config.captcha.height,
+        channels=config.captcha.channels,
+        opset=OPSET,
+        run=run_dir.name,
+        config_sha256=sha256_of_json(to_dict(run.config())),
+        weights_sha256=weights_sha256(model),
+        torch=torch.__version__,
+        test={
+            "images": len(test.indices),
+            "correct": test.num_correct,
+            "accuracy": test.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+        },
+        parity={},
+    )
+    largest = prove(OnnxPredictor(path, content=_to_bytes(graph, manifest, [])), expected)
+    manifest = replace(manifest, parity={"images": len(expected), "max_confidence_difference": largest})
+    step = max(1, len(expected) // NUM_IMAGES)
+    content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
+    predictor = OnnxPredictor(path, content=content)
+    if problems := predictor.self_test():
+        raise RunFailed(f"{path}: not written, as the self-test fails", *problems)
+    write_atomically(path, content)
+    return Export(path, predictor.manifest, len(content))
+
+
+def _expected(
+    test: Evaluation, data: Dataset, originals: Sequence[npt.NDArray[np.uint8]]
+) -> list[ProofImage]:
+    """Return the original images of a split, with what PyTorch predicted."""
+    alphabet, rows = data.alphabet, []
+    for n, (index, pixels) in enumerate(zip(test.indices.tolist(), originals, strict=True)):
+        text = alphabet.decode(test.predicted[n])
+        confidences = tuple(map(float, test.confidences[n][: len(text)]))
+        confidence = float(test.text_confidences[n])
+        name, label = data.image_name(index), data.labels[index]
+        rows.append(ProofImage(name, pixels, label, text, confidence, confidences))
+    return rows
+
+
+def prove(predictor: OnnxPredictor, expected: Sequence[ProofImage]) -> float:
+    """Check that a model reads images as expected; return the largest difference of a confidence.
+
+    Raises:
+        RunFailed: it does not; the lines name the images.
+    """
+    problems, largest = [], 0.0
+    with progress_bar(f"Comparing {len(expected):,} images", len(expected)) as bar:
+        answers = predictor.predict_arrays([each.pixels for each in expected])
+        for image, answer in zip(expected, answers, strict=True):
+            bar.advance(1)
+            if found := describe_difference(image, answer):
+                problems += found
+            else:
+                largest = max(largest, confidence_difference(image, answer))
+    if problems:
+        more = [f"and {len(problems) - MAX_SHOWN:,} more"] if len(problems) > MAX_SHOWN else []
+        raise RunFailed(
+            f"{predictor.path}: not written: ONNX Runtime reads {len(problems):,} of {len(expected):,} test "
+            "images otherwise than PyTorch",
+            *(f"  {escape_unprintable(line)}" for line in problems[:MAX_SHOWN] + more),
+        )
+    return largest
+
+
+def _to_bytes(graph: onnx.ModelProto, manifest: Manifest, images: Sequence[ProofImage]) -> bytes:
+    """Return the content of an ONNX file with this metadata."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    onnx.helper.set_model_props(model, {MANIFEST_KEY: manifest.to_json(), IMAGES_KEY: pack_images(images)})
+    return bytes(model.SerializeToString())

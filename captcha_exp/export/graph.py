@@ -1,0 +1,141 @@
+"""The exported graph: images of any size -> texts and confidences, all in one ONNX model.
+
+Axes: B batch, C channels, H height, W width, T positions in the longest label.
+
+The graph is that of a torch module: conversion to grayscale as in Pillow, the resize of `data.images`,
+normalization, network, and the decoding of the head. Resizing and grayscale are integer arithmetic, so that
+the network receives the same bytes in every runtime.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from captcha_exp.config import CaptchaConfig
+from captcha_exp.data.images import WEIGHT_SCALE
+from captcha_exp.export.manifest import INPUT, OUTPUTS
+from captcha_exp.model.networks import Recognizer
+
+OPSET = 18
+MAX_SIDE = 4096  # pixels; of the declared dimensions of an image
+LUMA = (19595, 38470, 7471)  # red, green, blue, in 1/65536
+
+
+class ExportedRecognizer(nn.Module):
+    """A recognizer with preprocessing and decoding: (B, H, W, 3) uint8 RGB images of any size -> texts."""
+
+    def __init__(self, recognizer: Recognizer, captcha: CaptchaConfig) -> None:
+        super().__init__()
+        self.recognizer = recognizer
+        self.captcha = captcha
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return class ids (B, T), probabilities of the characters (B, T) and of the texts (B,)."""
+        captcha = self.captcha
+        pixels = to_gray(images) if captcha.channels == 1 else images
+        logits = self.recognizer(resize(pixels, captcha.height, captcha.width))
+        ids, confidences, text_confidences = self.recognizer.head.decode(logits)
+        return ids, confidences, text_confidences
+
+
+def to_gray(images: Tensor) -> Tensor:
+    """Convert (B, H, W, 3) uint8 to (B, H, W, 1), as Pillow converts RGB to L.
+
+    Source: ITU-R 601-2 luma transform, in fixed-point numbers.
+    """
+    red, green, blue = (images[..., n : n + 1].int() * weight for n, weight in enumerate(LUMA))
+    return ((red + green + blue + 0x8000) >> 16).to(torch.uint8)
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize images (B, H, W, C) uint8, with the bytes of `data.images.resize`."""
+    planes = images.movedim(-1, 1).float()
+    rows, columns = resize_weights(planes.shape[2], height), resize_weights(planes.shape[3], width)
+    resized = rows @ planes @ columns.T  # (height, H) @ (B, C, H, W) @ (W, width)
+    return torch.floor((resized + WEIGHT_SCALE**2 / 2) / WEIGHT_SCALE**2).to(torch.uint8).movedim(1, -1)
+
+
+def resize_weights(source_size: int, target_size: int) -> Tensor:
+    """Return (target, source) integers, the weights of `data.images.resize_weights`, as fp32.
+
+    Only the source pixels of which the filter reaches a target pixel are computed.
+    """
+    widest: int = torch.sym_max(source_size, target_size)  # type: ignore[no-untyped-call]
+    centers = (2 * torch.arange(target_size)[:, None] + 1) * source_size  # in 1 / (2 * target_size) pixels
+    # No dividend is negative, as ONNX rounds the quotients of integers toward 0.
+    shifted = centers - 2 * widest - target_size + 2 * target_size * widest
+    first = torch.div(shifted, 2 * target_size, rounding_mode="floor") - widest + 1
+    number = torch.arange((2 * widest + target_size - 1) // target_size)
+    index = first + number
+    is_inside = (index >= 0) & (index < source_size)
+    distance = ((2 * index + 1) * target_size - centers).abs()
+    triangle = torch.where(is_inside, (2 * widest - distance).clamp(min=0), 0)
+    total = triangle.sum(dim=1, keepdim=True)
+    scaled = triangle * WEIGHT_SCALE
+    rounded = torch.div(scaled, total, rounding_mode="floor")
+    remainder = scaled - rounded * total
+    # Of equal remainders, the first one is rounded up first: no two of these keys are equal.
+    order = (remainder * number.shape[0] - number).sort(dim=1, descending=True)[1]
+    missing = WEIGHT_SCALE - rounded.sum(dim=1, keepdim=True)
+    weights = rounded + torch.zeros_like(rounded).scatter(1, order, (number < missing).long())
+    dense = torch.zeros(target_size, source_size, dtype=torch.int64)
+    return dense.scatter_add(1, index.clamp(0, source_size - 1), weights).float()
+
+
+def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
+    """Return the ONNX model of a recognizer in evaluation mode, whose weights are fp32 on the CPU."""
+    module = ExportedRecognizer(recognizer.eval(), captcha).eval()
+    sizes = {n: torch.export.Dim(name, min=1, max=MAX_SIDE) for n, name in enumerate("BHW")}
+    example = torch.zeros(2, captcha.height + 1, captcha.width + 1, 3, dtype=torch.uint8)
+    example[:, ::2] = 255  # not blank
+    with torch.no_grad(), _silent():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=(sizes,),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Hide the messages of the exporter, which are about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about the source code, with the paths of this machine."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    for graph in (model.graph, *model.functions):
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for node in graph.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    del model.graph.value_info[:]

@@ -1,0 +1,191 @@
+"""Predict with an exported model: imports numpy, Pillow and onnxruntime, and no torch."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from captcha_exp.data import images
+from captcha_exp.data.images import InvalidImage
+from captcha_exp.errors import UserError, one_line
+from captcha_exp.export.manifest import (
+    IMAGES_KEY,
+    INPUT,
+    MANIFEST_KEY,
+    OUTPUTS,
+    TOLERANCE,
+    Manifest,
+    ProofImage,
+    is_unchanged,
+    unpack_images,
+)
+
+BATCH_SIZE = 64
+MAX_MODEL_BYTES = 2**31  # of an ONNX file
+
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+"""a path, the content of a file, an image of Pillow, or pixels (H, W, 3) or (H, W) uint8"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The predicted text of an image."""
+
+    text: str
+    confidence: float  # of the whole text, in [0, 1]
+    confidences: tuple[float, ...]  # of each character
+
+
+class OnnxPredictor:
+    """A recognizer that was exported to an ONNX file.
+
+    >>> OnnxPredictor("model.onnx")(["captcha.png"])
+    [Answer(text='r865', confidence=0.98, confidences=(0.99, 1.0, 0.99, 1.0))]
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_threads: int | None = None,
+        content: bytes | None = None,
+    ) -> None:
+        """Load the model, onto the CPU.
+
+        Args:
+            path: The file.
+            num_threads: Threads of ONNX Runtime; by default one per core.
+            content: The content of the file, which is then not read.
+
+        Raises:
+            UserError: the file is missing, damaged, or not written by `captcha-exp export`; or onnxruntime is
+                not installed.
+        """
+        self.path = Path(path)
+        self.content = _read(self.path) if content is None else content
+        self._session = _start_session(self.path, self.content, num_threads)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        try:
+            self.manifest = Manifest.from_json(metadata[MANIFEST_KEY])
+        except (KeyError, ValueError) as error:
+            reason = "has no metadata" if isinstance(error, KeyError) else f"its metadata {one_line(error)}"
+            raise UserError(
+                f"{path}: is not a model that this version reads: {reason}; captcha-exp export RUN writes one"
+            ) from None
+        self._packed_images = metadata.get(IMAGES_KEY, "")
+
+    def __call__(self, inputs: Iterable[ImageLike]) -> list[Answer]:
+        """Predict the texts of images, in order.
+
+        Raises:
+            InvalidImage: an image cannot be read.
+        """
+        return list(self.predict_arrays([to_pixels(each) for each in inputs]))
+
+    def predict_arrays(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Iterator[Answer]:
+        """Yield the answer for each image (H, W, 3); those of one size that follow another form a batch."""
+        start = 0
+        while start < len(arrays):
+            end = start + 1
+            while end < min(len(arrays), start + BATCH_SIZE) and arrays[end].shape == arrays[start].shape:
+                end += 1
+            yield from self._predict_batch(np.stack(arrays[start:end]))
+            start = end
+
+    def _predict_batch(self, batch: npt.NDArray[np.uint8]) -> Iterator[Answer]:
+        for ids, confidences, confidence in zip(*self._session.run(OUTPUTS, {INPUT: batch}), strict=True):
+            text = self.manifest.decode(ids)
+            yield Answer(text, float(confidence), tuple(map(float, confidences[: len(text)])))
+
+    def proof_images(self) -> list[ProofImage]:
+        """Return the images of the test split in the file, with what PyTorch predicted.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        return unpack_images(self._packed_images)
+
+    def self_test(self) -> list[str]:
+        """Return how this runtime differs from what the file promises; empty if it is proven here."""
+        problems = []
+        if not is_unchanged(self.content):
+            problems.append("the file has changed since its export: its SHA-256 differs")
+        try:
+            expected = self.proof_images()
+        except (ValueError, KeyError, TypeError) as error:
+            return [*problems, f"its test images are damaged: {one_line(error)}"]
+        if not expected:
+            return [*problems, "it has no test images"]
+        answers = self.predict_arrays([each.pixels for each in expected])
+        for image, answer in zip(expected, answers, strict=True):
+            problems += describe_difference(image, answer)
+        return problems
+
+
+def describe_difference(expected: ProofImage, answer: Answer) -> list[str]:
+    """Return how an answer differs from what PyTorch predicted for an image; empty if it does not."""
+    if answer.text != expected.text:
+        return [f"{expected.name}: reads {answer.text!r} instead of {expected.text!r}"]
+    difference = confidence_difference(expected, answer)
+    if not difference <= TOLERANCE:  # NaN is a difference, too
+        return [f"{expected.name}: a confidence differs by {difference:.4f}; the limit is {TOLERANCE}"]
+    return []
+
+
+def confidence_difference(expected: ProofImage, answer: Answer) -> float:
+    """Return the largest difference of a confidence, for equal texts."""
+    pairs = zip(
+        (answer.confidence, *answer.confidences), (expected.confidence, *expected.confidences), strict=True
+    )
+    return max(abs(a - b) for a, b in pairs)
+
+
+def to_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
+    """Return the pixels (H, W, 3) uint8 of an image.
+
+    Raises:
+        InvalidImage: the image cannot be read, or is blank.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+            raise InvalidImage(f"must have pixels (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    elif not isinstance(image, Image.Image):
+        image = images.decode(image if isinstance(image, bytes) else images.read_bytes(Path(image))).image
+    pixels = images.to_array(image, 3)
+    if pixels.min() == pixels.max():
+        raise InvalidImage("is blank: all pixels are equal")
+    return pixels
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise UserError(f"{path}: has more than 2 GiB; it is not an exported recognizer")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+
+
+def _start_session(path: Path, content: bytes, num_threads: int | None) -> Any:
+    """Return an inference session of ONNX Runtime, on the CPU."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"onnxruntime cannot be imported: {one_line(error)}; pip install onnxruntime"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the classes of onnxruntime's errors are not public
+        raise UserError(f"{path}: is not a complete ONNX model: {one_line(error)[:200]}") from None

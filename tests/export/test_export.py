@@ -1,0 +1,418 @@
+"""Test exported models: the graph, the proof, the file, and the predictor without torch."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from conftest import TINY, Call
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from captcha_exp import OnnxPredictor, compose, load, runs
+from captcha_exp.config import Config, HeadName, resolve
+from captcha_exp.data import images
+from captcha_exp.errors import RunFailed, UserError
+from captcha_exp.export import export, graph, manifest, predictor
+from captcha_exp.export.graph import ExportedRecognizer
+from captcha_exp.export.manifest import Manifest, ProofImage
+from captcha_exp.model import networks
+from captcha_exp.runtime.device import detect_machine
+from captcha_exp.training.train import train
+
+SIZES = st.integers(1, 200)
+OVERRIDES = (
+    *("data=folder", "tracking=none", "device.name=cpu", "device.threads=1", "device.precision=fp32"),
+    *("captcha.width=48", "captcha.height=16", "captcha.channels=1", "augment=none"),
+    *("model.channels=[16,16,16]", "train=constant_lr", "train.epochs=10", "train.batch_size=16"),
+    *("train.learning_rate=0.01", "train.patience=null", "train.label_smoothing=0.1"),
+)
+
+# -- the graph -----------------------------------------------------------------------------------------------
+
+
+@given(source=SIZES, target=st.integers(16, 120))
+def test_the_resize_has_the_weights_of_training(source: int, target: int) -> None:
+    expected = images.resize_weights(source, target)
+    assert np.array_equal(graph.resize_weights(source, target).numpy(), expected)
+
+
+def random_images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@given(height=SIZES, width=SIZES, seed=st.integers(0, 9))
+def test_the_resize_gives_the_bytes_of_training(height: int, width: int, seed: int) -> None:
+    pixels = random_images(2, height, width, 3, seed=seed)
+    resized = graph.resize(torch.from_numpy(pixels), 24, 56).numpy()
+    assert np.array_equal(resized, images.resize(pixels, 24, 56))
+
+
+def test_gray_is_that_of_pillow() -> None:
+    pixels = random_images(200, 300, 3)
+    expected = np.asarray(Image.fromarray(pixels).convert("L"))
+    assert np.array_equal(graph.to_gray(torch.from_numpy(pixels)[None])[0, ..., 0].numpy(), expected)
+
+
+def config_of(head: HeadName, *overrides: str) -> Config:
+    lengths = ("captcha.length=4", f"captcha.min_length={2 if head in ('end_class', 'ctc') else 'null'}")
+    words = ("captcha.width=56", "captcha.height=24", "model.channels=[8,16]", *lengths, *overrides)
+    return resolve(load(compose(*TINY, *words, f"model.head={head}")), detect_machine())
+
+
+def decisive(config: Config) -> networks.Recognizer:
+    """Return a recognizer whose answers do not hang by a thread, as those of an untrained one do."""
+    torch.manual_seed(0)
+    recognizer = networks.build(config.model, config.captcha).eval()
+    for module in recognizer.head.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d):
+            with torch.no_grad():
+                module.weight.mul_(30)
+    return recognizer
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("head", ["position", "grouped_softmax", "end_class", "ctc"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_onnx_runtime_answers_like_torch_for_images_of_any_size(head: HeadName, channels: int) -> None:
+    import onnxruntime
+
+    config = config_of(head, f"captcha.channels={channels}")
+    recognizer = decisive(config)
+    model = graph.to_onnx(recognizer, config.captcha)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    module = ExportedRecognizer(recognizer, config.captcha)
+    for shape in [(1, 30, 70), (5, 24, 56), (2, 7, 300), (3, 100, 20), (64, 25, 57)]:
+        pixels = random_images(*shape, 3)
+        with torch.inference_mode():
+            expected = module(torch.from_numpy(pixels))
+        ids, *confidences = session.run(manifest.OUTPUTS, {manifest.INPUT: pixels})
+        assert np.array_equal(ids, expected[0].numpy()), shape
+        for one, other in zip(confidences, expected[1:], strict=True):
+            np.testing.assert_allclose(one, other.numpy(), atol=1e-4)
+
+
+@pytest.mark.long
+def test_the_graph_names_nothing_of_the_machine_that_made_it() -> None:
+    config = config_of("position")
+    content = graph.to_onnx(decisive(config), config.captcha).SerializeToString()
+    assert str(Path(graph.__file__).parents[2]).encode() not in content
+    assert b"forward(" not in content
+
+
+# -- the file ------------------------------------------------------------------------------------------------
+
+
+def bars(text: str, seed: int) -> Image.Image:
+    """Return a colored image of a dark or a bright bar for each character of 0 and 1, with noise."""
+    columns = np.repeat([60 if c == "0" else 190 for c in text], 11)
+    noise = np.random.default_rng(seed).integers(-25, 26, (22, 66, 3))
+    colored = np.stack([255 - columns, columns, np.full(66, 128)], axis=-1)
+    return Image.fromarray((colored[None] + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """Return the directory of a run that has learned something, and its exported file."""
+    root = tmp_path_factory.mktemp("exported")
+    (root / "images").mkdir()
+    for n in range(384):
+        bars(f"{n % 64:06b}", n).save(root / "images" / f"{n:05}-{n % 64:06b}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAPTCHA_EXP_ROOT", str(root))
+        run_dir = train(load(compose(*OVERRIDES, f"data.path={root}/images"))).run_dir
+        export.export_run(run_dir, root / "model.onnx")
+        yield run_dir, root / "model.onnx"
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.mark.long
+def test_the_file_says_what_it_is(exported: tuple[Path, Path]) -> None:
+    run_dir, path = exported
+    found, test = OnnxPredictor(path).manifest, json.loads((run_dir / "test.json").read_text())
+    config = runs.load(run_dir).config()
+    assert (found.alphabet, found.length, found.head) == (config.captcha.alphabet, 6, "position")
+    assert found.test["accuracy"] > 0.9
+    assert found.run == run_dir.name
+    assert found.test["images"] == test["images"]
+    assert found.test["accuracy"] == pytest.approx(test["accuracy"], abs=0.05)  # of fp32
+    assert found.parity["images"] == test["images"]
+    assert found.parity["max_confidence_difference"] < 1e-4
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+
+
+@pytest.mark.long
+def test_the_embedded_images_are_originals_of_the_test_split(exported: tuple[Path, Path]) -> None:
+    _, path = exported
+    found = OnnxPredictor(path).proof_images()
+    assert len(found) == min(32, int(OnnxPredictor(path).manifest.test["images"]))
+    assert {each.pixels.shape for each in found} == {(22, 66, 3)}
+    assert all(each.name.endswith(f"{each.label}.png") for each in found)
+    assert OnnxPredictor(path).self_test() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", ["weights", "alphabet", "images", "digest"])
+def test_a_changed_byte_fails_the_self_test(exported: tuple[Path, Path], tmp_path: Path, part: str) -> None:
+    content = bytearray(exported[1].read_bytes())
+    session = OnnxPredictor(exported[1])
+    match part:
+        case "weights":
+            weights = next(
+                each for each in onnx.load(exported[1]).graph.initializer if len(each.raw_data) > 999
+            )
+            position = content.index(weights.raw_data) + 500
+        case "alphabet":
+            position = content.index(b'"alphabet": "') + len(b'"alphabet": "')
+        case "images":
+            position = content.index(b'"pixels": "') + 100
+        case _:
+            position = content.index(session.manifest.sha256.encode())
+    content[position] ^= 1
+    (tmp_path / "changed.onnx").write_bytes(content)
+    problems = OnnxPredictor(tmp_path / "changed.onnx").self_test()
+    assert problems[0] == "the file has changed since its export: its SHA-256 differs"
+
+
+def nearest(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize to the nearest pixel."""
+    rows = torch.arange(height) * pixels.shape[1] // height
+    columns = torch.arange(width) * pixels.shape[2] // width
+    return pixels[:, rows][:, :, columns]
+
+
+def first_channel(pixels: Tensor) -> Tensor:
+    return pixels[..., :1]
+
+
+def reversed_alphabet(self: Manifest, ids: npt.NDArray[np.int64]) -> str:
+    return "".join(self.alphabet[::-1][k] for k in ids.tolist() if k >= 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("target", "name", "replacement"),
+    [
+        (graph, "resize", nearest),
+        (graph, "to_gray", first_channel),
+        (Manifest, "decode", reversed_alphabet),
+    ],
+)
+def test_an_export_that_reads_otherwise_is_not_written(
+    exported: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: Any,
+    name: str,
+    replacement: Callable[..., Any],
+) -> None:
+    monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(exported[1].parent))
+    monkeypatch.setattr(target, name, replacement)
+    with pytest.raises(RunFailed) as error:
+        export.export_run(exported[0], tmp_path / "model.onnx")
+    first, *lines = error.value.lines
+    assert first.startswith(f"{tmp_path}/model.onnx: not written: ONNX Runtime reads ")
+    assert all(line.split(":")[0].endswith(".png") for line in lines[:10])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "is not a complete ONNX model"),
+        (b"junk" * 1000, "is not a complete ONNX model"),
+    ],
+)
+def test_a_file_that_is_no_model_is_an_error(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        OnnxPredictor(path)
+
+
+def test_the_model_of_another_program_is_an_error(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", [value], [other]),
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match=r"has no metadata; captcha-exp export RUN writes one"):
+        OnnxPredictor(tmp_path / "other.onnx")
+
+
+def a_manifest(**values: Any) -> Manifest:
+    numbers: Mapping[str, float] = {"images": 1, "accuracy": 1.0}
+    given: dict[str, Any] = {
+        "format": 1,
+        **dict.fromkeys(("min_length", "length", "width", "height", "channels", "opset"), 1),
+        **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
+        "test": numbers,
+        "parity": numbers,
+    }
+    return Manifest(**(given | values))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is not a JSON object"),
+        ("{", "Expecting property name"),
+        ('{"format": 2}', "has format 2, and this version reads 1"),
+        ('{"format": 1}', "lacks alphabet, case"),
+    ],
+)
+def test_metadata_that_cannot_be_read_say_why(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Manifest.from_json(text)
+    assert Manifest.from_json(a_manifest(alphabet="aé").to_json()).alphabet == "aé"
+
+
+def test_packed_images_are_unpacked() -> None:
+    packed = [
+        ProofImage(f"{n}.png", random_images(n + 1, 2 * n + 3, 3, seed=n), "ab", "ac", 0.5, (0.7, 0.8))
+        for n in range(3)
+    ]
+    for before, after in zip(packed, manifest.unpack_images(manifest.pack_images(packed)), strict=True):
+        assert np.array_equal(before.pixels, after.pixels)
+        assert replace(before, pixels=after.pixels) == after
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (predictor.Answer("ab", 0.5, (0.7, 0.8)), []),
+        (predictor.Answer("ab", 0.5005, (0.7, 0.8)), []),
+        (
+            predictor.Answer("ab", 0.5, (0.7, 0.79)),
+            ["1.png: a confidence differs by 0.0100; the limit is 0.001"],
+        ),
+        (
+            predictor.Answer("ab", float("nan"), (0.7, 0.8)),
+            ["1.png: a confidence differs by nan; the limit is 0.001"],
+        ),
+        (predictor.Answer("ac", 0.5, (0.7, 0.8)), ["1.png: reads 'ac' instead of 'ab'"]),
+    ],
+)
+def test_a_difference_names_its_image(answer: predictor.Answer, problem: list[str]) -> None:
+    expected = ProofImage("1.png", random_images(2, 2, 3), "ab", "ab", 0.5, (0.7, 0.8))
+    assert predictor.describe_difference(expected, answer) == problem
+
+
+# -- the predictor -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_every_kind_of_image_gives_the_same_answer(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    reader = OnnxPredictor(exported[1], num_threads=1)
+    one = reader.proof_images()[0]
+    path = tmp_path / "one.png"
+    Image.fromarray(one.pixels).save(path)
+    inputs = (path, str(path), path.read_bytes(), Image.open(path), one.pixels)
+    assert {answer.text for answer in reader(inputs)} == {one.text}
+    gray = one.pixels[..., 0]
+    assert len({answer.text for answer in reader([gray, gray[..., None], Image.fromarray(gray)])}) == 1
+    assert reader([]) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "bad", [np.zeros((2, 3), np.float32), np.zeros((0, 3), np.uint8), b"", b"junk", "no.png"]
+)
+def test_a_bad_image_is_an_error(exported: tuple[Path, Path], bad: Any) -> None:
+    with pytest.raises(images.InvalidImage):
+        OnnxPredictor(exported[1])([bad])
+
+
+WITHOUT = "torch", "pydantic", "rich", "omegaconf", "hydra", "mlflow", "scipy", "psutil", "onnx", "matplotlib"
+BLOCKED = f"""
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {WITHOUT!r}:
+            raise ImportError(f"{{name}} is not installed")
+sys.meta_path.insert(0, Blocked())
+from captcha_exp.cli.main import main
+main()
+"""
+
+
+def run_bare(*words: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    """Run the command where only numpy, Pillow and onnxruntime are installed."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *words],
+        input=stdin,
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.long
+def test_the_command_needs_no_torch(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    path = str(exported[1])
+    one, two, *_ = OnnxPredictor(path).proof_images()
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(one.pixels).save(tmp_path / "1.png")
+    Image.fromarray(two.pixels).save(tmp_path / "sub/2.png")
+    (tmp_path / "notes.txt").write_text("x")
+    code, out, err = run_bare("predict", path, str(tmp_path))
+    assert (code, err) == (0, "")
+    assert [line.split()[1] for line in out.splitlines()] == [one.text, two.text]
+    code, out, err = run_bare("predict", path, "-", "--json", stdin=(tmp_path / "1.png").read_bytes())
+    (row,) = json.loads(out)
+    assert (code, err, row["image"], row["text"]) == (0, "", "-", one.text)
+    assert row["confidence"] == pytest.approx(one.confidence, abs=1e-3)
+    code, out, _ = run_bare("predict", path, "--self-test")
+    assert code == 0
+    count = len(OnnxPredictor(path).proof_images())
+    assert f": proven here: it reads {count} images of its test split as PyTorch did; test accuracy " in out
+    code, out, err = run_bare("predict", path, str(tmp_path / "1.png"), str(tmp_path / "notes.txt"))
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert err.startswith(f"{tmp_path}/notes.txt: is not an image in a supported format")
+    for words, message in (
+        ((path,), "name images, folders, or - for an image on standard input; or add --self-test"),
+        ((path, str(tmp_path / "sub" / "..") + "/empty"), ""),
+    ):
+        if not message:
+            (tmp_path / "empty").mkdir()
+            message = "has no images"
+        code, out, err = run_bare("predict", *words)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert message in err
+
+
+@pytest.mark.long
+def test_the_command_exports_into_the_run_directory(
+    exported: tuple[Path, Path], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(exported[1].parent))
+    code, out, _ = call("export", "latest", "--json")
+    values = json.loads(out)
+    assert code == 0
+    assert values["path"] == str(exported[0] / "model.onnx")
+    assert values["bytes"] == (exported[0] / "model.onnx").stat().st_size
+    assert call("export", "latest", "--output", "/nowhere/model.onnx") == (
+        2,
+        "",
+        "--output /nowhere/model.onnx: the directory /nowhere does not exist\n",
+    )
+    assert call("evaluate", "latest")[0] == 0  # the file does not disturb the record
