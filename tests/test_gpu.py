@@ -24,9 +24,9 @@ from captcha_exp.data.augment import NUM_PARAMS, Augmenter, augment, sample_para
 from captcha_exp.data.dataset import Batch, Split
 from captcha_exp.doctor import collect_info, run_checks
 from captcha_exp.memory.plan import Planner
-from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.model.heads import build_head
 from captcha_exp.model.predict import Predictor
+from captcha_exp.model.saved import evaluate_run
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.runs import find_run, make_run_dir

@@ -192,7 +192,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import output
-    from captcha_exp.model.evaluate import evaluate_run
+    from captcha_exp.model.saved import evaluate_run
     from captcha_exp.runs import find_run
 
     run_dir = find_run(arguments.run, finished=True)

@@ -23,6 +23,8 @@ def predict(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the file cannot be used, a folder has no images, or there is nothing to do.
     """
+    if arguments.device not in ("auto", "cpu"):
+        raise UserError(f"--device={arguments.device}: an exported model runs on the CPU; leave this out")
     predictor = OnnxPredictor(arguments.run)
     if arguments.self_test:
         return _self_test(predictor, arguments.json)

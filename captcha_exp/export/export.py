@@ -18,7 +18,6 @@ import torch
 
 from captcha_exp import runs
 from captcha_exp.config import to_dict
-from captcha_exp.data import dataset
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import RunFailed
 from captcha_exp.export.graph import OPSET, to_onnx
@@ -34,6 +33,7 @@ from captcha_exp.export.manifest import (
 )
 from captcha_exp.export.predictor import OnnxPredictor, confidence_difference, describe_difference
 from captcha_exp.model.evaluate import Evaluation, evaluate
+from captcha_exp.model.saved import load_images_of
 from captcha_exp.model.weights import load_weights, max_file_bytes, weights_sha256
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import progress_bar
@@ -71,8 +71,7 @@ def export_run(run_dir: Path, path: Path) -> Export:
     config = replace(config, device=replace(config.device, precision="fp32"))
     device = devices.setup_device(config)
     model, _ = load_weights(run.path(runs.WEIGHTS, max_file_bytes(config)), device)
-    spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
-    data = dataset.load_or_build(spec)
+    spec, data = load_images_of(run, config)
     test = evaluate(model, data.split("test", device, 0), config)
     originals = spec.source.load_originals(spec.scan, test.indices.tolist())
     expected = _expected(test, data, originals)

@@ -64,10 +64,12 @@ class Manifest:
             raise ValueError("is not a JSON object")
         if values.get("format") != FORMAT:
             raise ValueError(f"has format {values.get('format')!r}, and this version reads {FORMAT}")
-        names = {field.name for field in fields(cls)}
-        if missing := sorted(names - values.keys()):
+        types = {field.name: field.type if isinstance(field.type, type) else dict for field in fields(cls)}
+        if missing := sorted(types.keys() - values.keys()):
             raise ValueError(f"lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names})
+        if wrong := [name for name, kind in types.items() if not isinstance(values[name], kind)]:
+            raise ValueError(f"has a wrong {wrong[0]}: {str(values[wrong[0]])[:40]}")
+        return cls(**{name: values[name] for name in types})
 
     def decode(self, ids: npt.NDArray[np.int64]) -> str:
         """Return the text of class ids (T,), -1 after the last character."""

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,17 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captcha_exp import runs
-from captcha_exp.config import Config, flatten_mapping
-from captcha_exp.data import dataset
+from captcha_exp.config import Config
 from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.alignment import align
 from captcha_exp.model.networks import Recognizer
-from captcha_exp.model.weights import load_weights, max_file_bytes
-from captcha_exp.runs.fields import changed_values
 from captcha_exp.runtime import device as devices
-from captcha_exp.runtime.text import preview
 
 logger = logging.getLogger(__name__)
 
@@ -316,28 +310,3 @@ def predict_split(
         after_batch()
     model.train(was_training)
     return found
-
-
-def evaluate_run(run_dir: Path, split: str, device_name: str = "auto") -> tuple[Evaluation, Dataset]:
-    """Evaluate the best weights of a finished run on one of its splits; return the dataset as well.
-
-    Raises:
-        UserError: the run has no weights, or one of its files is damaged or was edited; restore it.
-    """
-    run = runs.load(run_dir)
-    config, recorded = run.config(), run.read_json("dataset.json")
-    weights = run.path(runs.WEIGHTS, max_file_bytes(config))
-    # The device that the run was trained on may not exist here; inference works on any.
-    config = devices.for_inference(config, device_name)
-    device = devices.setup_device(config)
-    model, _ = load_weights(weights, device)
-    dataset.check_images_exist(config)
-    spec = dataset.inspect_dataset(dataset.with_trusted_cache(config))
-    data = dataset.load_or_build(spec)
-    if data.manifest["images_sha256"] != recorded.get("images_sha256"):
-        then, now = flatten_mapping(recorded.get("provenance") or {}), flatten_mapping(spec.provenance)
-        changes = [f"{key} {old} -> {new}" for key, (old, new) in changed_values(then, now).items()]
-        reason = preview(changes) if changes else "equal settings gave other bytes"
-        logger.warning(f"the images differ from those of the run: {reason}")
-    images = data.split(split, device, config.device.preload_limit_mib)
-    return evaluate(model, images, config), data

@@ -28,7 +28,7 @@ from captcha_exp.data.dataset import Dataset, DatasetSpec
 from captcha_exp.data.images import SUFFIXES, resize
 from captcha_exp.data.sources import ScanResult
 from captcha_exp.errors import ConfigError, UserError
-from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.model.saved import evaluate_run
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.text import escape_unprintable
 from captcha_exp.training.train import train

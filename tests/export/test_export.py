@@ -277,6 +277,8 @@ def a_manifest(**values: Any) -> Manifest:
         ("{", "Expecting property name"),
         ('{"format": 2}', "has format 2, and this version reads 1"),
         ('{"format": 1}', "lacks alphabet, case"),
+        (a_manifest(alphabet=5).to_json(), "has a wrong alphabet: 5"),
+        (a_manifest(test=None).to_json(), "has a wrong test: None"),
     ],
 )
 def test_metadata_that_cannot_be_read_say_why(text: str, message: str) -> None:
@@ -390,6 +392,7 @@ def test_the_command_needs_no_torch(exported: tuple[Path, Path], tmp_path: Path)
     assert err.startswith(f"{tmp_path}/notes.txt: is not an image in a supported format")
     for words, message in (
         ((path,), "name images, folders, or - for an image on standard input; or add --self-test"),
+        ((path, "x.png", "--device=cuda"), "--device=cuda: an exported model runs on the CPU"),
         ((path, str(tmp_path / "sub" / "..") + "/empty"), ""),
     ):
         if not message:

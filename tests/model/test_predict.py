@@ -15,8 +15,8 @@ from PIL import Image
 from captcha_exp import compose, load
 from captcha_exp.cli import interactive, main
 from captcha_exp.errors import UserError
-from captcha_exp.model.evaluate import evaluate_run
 from captcha_exp.model.predict import Predictor, find_images, resolve_weights
+from captcha_exp.model.saved import evaluate_run
 from captcha_exp.training.train import train
 
 FOLDER_OVERRIDES = [text for text in TINY if not text.startswith(("data.count", "data.workers"))]

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from captcha_exp import runs
 from captcha_exp.cli import main
 from captcha_exp.config import Config, MlflowConfig
-from captcha_exp.model.evaluate import evaluate_run
+from captcha_exp.model.saved import evaluate_run
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runtime.console import set_up_logging
 from captcha_exp.runtime.files import write_json
