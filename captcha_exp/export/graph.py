@@ -115,15 +115,17 @@ def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Hide the messages of the exporter, which are about its own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _strip(model: onnx.ModelProto) -> None:

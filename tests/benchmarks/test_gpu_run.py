@@ -288,7 +288,7 @@ class WheelSet:
                 "rich",
                 "matplotlib",
             ),
-            *("scipy", "psutil", "nvidia-ml-py", "packaging", "jinja2"),
+            *("scipy", "psutil", "nvidia-ml-py", "packaging", "jinja2", "onnx", "onnxscript", "onnxruntime"),
         ]
 
     def check(self, *arguments: str) -> tuple[int, Sequence[str]]:
