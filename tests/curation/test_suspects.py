@@ -140,6 +140,8 @@ def test_a_reading_without_probability_makes_no_label_improbable() -> None:
 
 @pytest.mark.slow
 def test_the_command_finds_wrong_labels_and_its_corrections_are_applied(folder: Path, shell: Call) -> None:
+    for path in (*folder.glob("*-000000.png"), *folder.glob("*-111111.png")):
+        path.unlink()  # networks see no difference: the brightness of an image is normalized
     words = ["data", "--folds", "4", *OVERRIDES, "train.epochs=20", f"data.path={folder}"]
     values = json.loads(shell(*words, "--json")[1])
     found = [each["file"] for each in values["suspects"]["found"]]

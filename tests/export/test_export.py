@@ -287,6 +287,13 @@ def test_metadata_that_cannot_be_read_say_why(text: str, message: str) -> None:
     assert Manifest.from_json(a_manifest(alphabet="aé").to_json()).alphabet == "aé"
 
 
+def test_only_a_file_with_its_own_hash_is_unchanged() -> None:
+    content = manifest.sign(b"weights" + a_manifest().to_json().encode())
+    assert manifest.is_unchanged(content)
+    for other in (b"weights", content + content, content + b"x", content.replace(b"weights", b"Weights")):
+        assert not manifest.is_unchanged(other)
+
+
 def test_packed_images_are_unpacked() -> None:
     packed = [
         ProofImage(f"{n}.png", random_images(n + 1, 2 * n + 3, 3, seed=n), "ab", "ac", 0.5, (0.7, 0.8))
