@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from interference import interference
 
 from captcha_exp import runs
@@ -64,7 +65,7 @@ def predict_new(run_dir: Path, count: int) -> tuple[list[str], list[bool]]:
     other = replace(config, data=replace(config.data, seed=config.data.seed + 1, count=count))
     data = dataset.load_or_build(dataset.inspect_dataset(other))
     predictor, found = Predictor(run_dir / runs.WEIGHTS, "auto"), list[str]()
-    for images in data.images.split(config.train.eval_batch_size):  # type: ignore[no-untyped-call]
+    for images in torch.split(data.images, config.train.eval_batch_size):
         found += [text for text, *_ in predictor.predict_images(images)]
     return data.labels, [text == label for text, label in zip(found, data.labels, strict=True)]
 

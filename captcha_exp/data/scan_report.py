@@ -138,7 +138,7 @@ def check_shares(training_files: Sequence[str], data: FolderConfig) -> None:
                     f"data.shares={list(data.shares)}: none of the {total:,} images of an epoch would be "
                     f"from {path}; give it a larger share, or leave it out of data.path"
                 )
-            share += f"; an epoch shows {shown[number - 1]:,} of them, {shown[number - 1] / total:.1%}"
+            share += f"; an epoch shows {shown[number - 1]:,} images of it, {shown[number - 1] / total:.1%}"
         logger.info(f"folder {number}, {path}: {counts[number]:,} training images, {share}")
 
 

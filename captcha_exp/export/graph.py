@@ -66,7 +66,7 @@ def resize_weights(source_size: int, target_size: int) -> Tensor:
 
     Only the source pixels of which the filter reaches a target pixel are computed.
     """
-    widest: int = torch.sym_max(source_size, target_size)  # type: ignore[no-untyped-call]
+    widest: int = torch.sym_max(source_size, target_size)  # type: ignore[no-untyped-call]  # torch has no types for it
     centers = (2 * torch.arange(target_size)[:, None] + 1) * source_size  # in 1 / (2 * target_size) pixels
     # No dividend is negative, as ONNX rounds the quotients of integers toward 0.
     shifted = centers - 2 * widest - target_size + 2 * target_size * widest

@@ -135,9 +135,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, P
         yield run_dir, root / "model.onnx"
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
 @pytest.mark.long
 def test_the_file_says_what_it_is(exported: tuple[Path, Path]) -> None:
     run_dir, path = exported
