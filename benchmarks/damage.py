@@ -166,7 +166,8 @@ def environment(root: Path) -> Iterator[None]:
             stack.enter_context(mock.patch(f"captcha_exp.{place}", return_value=None))
         for place in ("runs.source_code.hash_source_files", "reproduce.rerun.hash_source_files"):
             stack.enter_context(mock.patch(f"captcha_exp.{place}", _hash_source_files))
-        stack.enter_context(mock.patch("captcha_exp.cli.main.try_compose", _try_compose))
+        for place in ("main", "train"):
+            stack.enter_context(mock.patch(f"captcha_exp.cli.{place}.try_compose", _try_compose))
         stack.enter_context(mock.patch.object(Planner, "plan_for", _plan_for))
         yield
 

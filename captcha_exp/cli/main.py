@@ -10,7 +10,6 @@ import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +20,6 @@ from captcha_exp.cli.launcher import complete
 from captcha_exp.cli.overrides import quote
 from captcha_exp.cli.parser import COMMANDS, OVERRIDE_COMMANDS, PROGRAM, build_parser, check_words
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 
 if TYPE_CHECKING:
     from captcha_exp.config import Machine, MlflowConfig
@@ -112,62 +110,9 @@ def _train(arguments: argparse.Namespace) -> int:
         from captcha_exp.cli.grid import show_config
 
         return show_config(arguments.cfg, arguments.overrides, arguments.config_dir, arguments.multirun)
-    from captcha_exp.tracking import check_tracking, make_tracker
-    from captcha_exp.tracking.sync import close_stale_runs
+    from captcha_exp.cli.train import train
 
-    close_stale_runs()
-    composed = None
-    if not arguments.multirun:
-        composed = try_compose(arguments.overrides, arguments.config_dir)
-    if composed is None or composed.multirun:
-        from captcha_exp.cli.sweep import train_sweep
-
-        return train_sweep(arguments, _detect_machine())
-    if arguments.rerun_disturbed:
-        raise UserError(
-            "--rerun-disturbed: trains jobs of a sweep again; add -m and the overrides of the sweep"
-        )
-    from captcha_exp import runs
-    from captcha_exp.cli import resume
-    from captcha_exp.training.train import resume as resume_training
-    from captcha_exp.training.train import train
-
-    with resume.plan_resume(arguments, composed, _detect_machine()) as plan:
-        config = plan.requested
-        check_tracking(config if plan.run_dir is None else runs.load(plan.run_dir).config_to_resume())
-        if config.train.on_oom == "split":  # each attempt needs a process without leftover allocations
-            from captcha_exp.sweep.supervisor import TrainJob, train_with_oom_retry
-
-            minutes = config.train.max_minutes  # of all processes together
-            deadline = None if minutes is None else time.time() + 60 * minutes
-            job = TrainJob(
-                config, plan.choices, lineage=plan.lineage, extend_from=plan.extend_from, deadline=deadline
-            )
-            run_dir = train_with_oom_retry(job, resume.run_dir_factory(plan, arguments.resume))
-        else:
-            tracker = make_tracker(config, plan.choices)
-            if plan.run_dir is None:
-                result = train(config, tracker, lineage=plan.lineage, extend_from=plan.extend_from)
-            else:
-                stop = ShutdownHandler(config.train.max_minutes)  # may differ from that of the run
-                result = resume_training(plan.run_dir, tracker, extend_from=plan.extend_from, shutdown=stop)
-            run_dir = result.run_dir
-    return _report_training(run_dir, arguments)
-
-
-def _report_training(run_dir: Path, arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import output
-    from captcha_exp.runs import RunInfo
-
-    info = RunInfo.load(run_dir)
-    if arguments.json:
-        result = {} if info.result is None else info.result.model_dump()
-        output.print_json({"run_dir": str(run_dir), "status": info.status, **result})
-    elif info.result is not None:
-        output.print_training(run_dir, info, _program_name())
-    if info.stop_reason == "time limit":  # raised in a child process
-        return TimeLimitReached.exit_code
-    return 0 if info.status == "FINISHED" else 1
+    return train(arguments, _detect_machine, _program_name())
 
 
 def _data(arguments: argparse.Namespace) -> int:
