@@ -66,7 +66,7 @@ def predict_new(run_dir: Path, count: int) -> tuple[list[str], list[bool]]:
     data = dataset.load_or_build(dataset.inspect_dataset(other))
     predictor, found = Predictor(run_dir / runs.WEIGHTS, "auto"), list[str]()
     for images in torch.split(data.images, config.train.eval_batch_size):
-        found += [text for text, *_ in predictor.predict_images(images)]
+        found += [answer.text for answer in predictor.predict_images(images)]
     return data.labels, [text == label for text, label in zip(found, data.labels, strict=True)]
 
 

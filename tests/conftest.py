@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import settings
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -77,12 +78,14 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "sgd")
 
 
 def pytest_configure() -> None:
-    """Use one thread per process, and restore the SIGINT handler.
+    """Use one thread per process, set no deadlines, and restore the SIGINT handler.
 
     Several threads in each of several processes wait for each other. A suite started with `&` ignores SIGINT,
-    and so do its children.
+    and so do its children. Machines are busy: no example of hypothesis has a deadline.
     """
     torch.set_num_threads(1)
+    settings.register_profile("without a clock", deadline=None)
+    settings.load_profile("without a clock")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

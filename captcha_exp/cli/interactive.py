@@ -37,7 +37,7 @@ def prompt_loop(predictor: Predictor, as_json: bool) -> None:
         elif prediction.error:
             print(escape_unprintable(f"{path}: {prediction.error}"), file=sys.stderr)
         else:
-            print(f"{prediction.text}  {prediction.confidence:.1%}", flush=True)
+            print(prediction.to_line(), flush=True)
 
 
 def parse_path(line: str) -> Path | None:

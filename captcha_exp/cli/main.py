@@ -83,10 +83,11 @@ def _dispatch(argv: list[str]) -> int:
     check_words(argv)
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse accepts overrides, or conditions, only before the first flag.
-    words = getattr(arguments, "overrides", getattr(arguments, "conditions", None))
+    # argparse accepts overrides, conditions and images only before the first flag.
+    lists = (getattr(arguments, name, None) for name in ("overrides", "conditions", "images"))
+    words = next((each for each in lists if each is not None), None)
     if rest and (words is None or any(word.startswith("-") for word in rest)):
-        hint = "; settings have no dashes, as in train.epochs=3" if words is not None else ""
+        hint = "; settings have no dashes, as in train.epochs=3" if hasattr(arguments, "overrides") else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     elif words is not None:
         words += rest

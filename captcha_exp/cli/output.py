@@ -243,7 +243,15 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
         for label, read, count in evaluation.confused_pairs(alphabet)
     ]
     misreads = [(m.image, m.label, m.predicted, f"{m.confidence:.1%}") for m in evaluation.misreads(data)]
+    if evaluation.calibration.images:
+        out.print(f"calibration error {evaluation.calibration_error:.2%}")
+    answers = [
+        (f"{each['min_confidence']:.1%}", f"{each['coverage']:.1%}", f"{each['accuracy']:.2%}")
+        for each in evaluation.operating_points()
+        if "accuracy" in each
+    ]
     for title, columns, rows in (
+        ("predict --min-confidence", ("to be right in", "answers", "right of these"), answers),
         ("per position", ("position", "accuracy"), positions),
         ("per position from the end", ("position", "accuracy"), from_end),
         ("per length of the label", ("characters", "images", "accuracy"), lengths),
@@ -270,7 +278,7 @@ def print_predictions(predictions: Sequence["Prediction"]) -> None:
         if prediction.error:
             print(f"{name}: {escape_unprintable(prediction.error)}", file=sys.stderr)
         else:
-            print(f"{name:<{width}}  {prediction.text}  {prediction.confidence:.1%}")
+            print(f"{name:<{width}}  {prediction.to_line()}")
 
 
 def print_gpu(gpu: "GpuSpec", path: Path, config_dir: str | None) -> None:

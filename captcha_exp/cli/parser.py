@@ -5,8 +5,12 @@ import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
 from os.path import expanduser as expand_user
+from typing import TYPE_CHECKING
 
 from captcha_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from captcha_exp.model.answer import ReadingOptions
 
 PROGRAM = "captcha-exp"
 
@@ -150,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--self-test", action="store_true", help=text)
     text = "an image or a directory of images; without any, prompt for paths"
     predict.add_argument("images", nargs="*", default=[], metavar="IMAGE", help=text)
+    _add_reading_arguments(predict)
     for inference in (evaluate, predict):
         text = "auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
         inference.add_argument("--device", default="auto", metavar="NAME", help=text)
@@ -224,8 +229,26 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "exit codes: 0 identical, 3 equivalent, 4 different; 1 the new run failed, 2 usage error"
 
 
+def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --min-confidence, --length, --mask and --top."""
+    text = "abstain where it is needed for this fraction of the answers to be right, as in 0.99"
+    parser.add_argument("--min-confidence", metavar="FRACTION", type=float, help=text)
+    parser.add_argument("--length", metavar="N", type=int, help="only texts of N characters")
+    text = "only texts such as '[0-9]{2}[A-Z]{3}': characters, ., sets, each perhaps with {2}, {2,4} or ?"
+    parser.add_argument("--mask", metavar="MASK", help=text)
+    text = "print the N most likely texts of each image (default: %(default)s)"
+    parser.add_argument("--top", metavar="N", type=int, default=1, help=text)
+
+
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RUN RUN and --all."""
     parser.add_argument("run", nargs=2, metavar="RUN", type=expand_user, help=RUN_HELP)
     parser.add_argument("--all", action="store_true", help="also show equal values")
     parser.epilog = _METRICS_NOTE
+
+
+def reading_options(arguments: argparse.Namespace) -> "ReadingOptions":
+    """Return how `predict` reads images."""
+    from captcha_exp.model.answer import ReadingOptions
+
+    return ReadingOptions(arguments.min_confidence, arguments.length, arguments.mask, arguments.top)

@@ -4,6 +4,7 @@ import argparse
 import logging
 
 from captcha_exp.cli import interactive
+from captcha_exp.cli.parser import reading_options
 from captcha_exp.errors import UserError
 from captcha_exp.model.predict import Prediction, Predictor, find_images, resolve_weights
 
@@ -19,7 +20,8 @@ def predict(arguments: argparse.Namespace) -> list[Prediction]:
     if arguments.self_test:
         raise UserError(f"--self-test: proves a file of captcha-exp export, not {arguments.run}")
     weights = resolve_weights(arguments.run)
-    predictor, images = Predictor(weights, arguments.device), find_images(arguments.images)
+    predictor = Predictor(weights, arguments.device, reading_options(arguments))
+    images = find_images(arguments.images)
     if arguments.run == "latest":
         logger.info(f"Using {weights.parent}")
     if not arguments.images:

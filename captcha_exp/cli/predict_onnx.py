@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from captcha_exp.cli.parser import reading_options
 from captcha_exp.data.images import InvalidImage, has_signature, is_image_name
 from captcha_exp.errors import UserError
-from captcha_exp.export.predictor import Answer, OnnxPredictor, to_pixels
+from captcha_exp.export.predictor import OnnxPredictor, to_pixels
+from captcha_exp.model.answer import Answer, ReadingOptions
 from captcha_exp.runtime.text import escape_unprintable
 
 STANDARD_INPUT = "-"
@@ -28,6 +30,8 @@ def predict(arguments: argparse.Namespace) -> int:
     predictor = OnnxPredictor(arguments.run)
     if arguments.self_test:
         return _self_test(predictor, arguments.json)
+    options = reading_options(arguments)
+    predictor.reader(options)  # a mistake is reported before images are read
     if not arguments.images:
         raise UserError(
             f"{arguments.run}: name images, folders, or - for an image on standard input; or add --self-test"
@@ -35,7 +39,7 @@ def predict(arguments: argparse.Namespace) -> int:
     rows, has_errors = [], False
     names = list(_expand(arguments.images))
     for start in range(0, len(names), BATCH_SIZE):
-        for name, answer in _predict(predictor, names[start : start + BATCH_SIZE]):
+        for name, answer in _predict(predictor, names[start : start + BATCH_SIZE], options):
             has_errors |= isinstance(answer, InvalidImage)
             rows.append(_to_json(name, answer))
             if not arguments.json:
@@ -96,7 +100,9 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _predict(predictor: OnnxPredictor, names: Sequence[str]) -> Iterator[tuple[str, Answer | InvalidImage]]:
+def _predict(
+    predictor: OnnxPredictor, names: Sequence[str], options: ReadingOptions
+) -> Iterator[tuple[str, Answer | InvalidImage]]:
     """Yield for each image its answer, or why it has none."""
     pixels: dict[int, Any] = {}
     reasons: dict[int, InvalidImage] = {}
@@ -105,7 +111,7 @@ def _predict(predictor: OnnxPredictor, names: Sequence[str]) -> Iterator[tuple[s
             pixels[number] = to_pixels(sys.stdin.buffer.read() if name == STANDARD_INPUT else name)
         except InvalidImage as reason:
             reasons[number] = reason
-    answers = dict(zip(pixels, predictor.predict_arrays(list(pixels.values())), strict=True))
+    answers = dict(zip(pixels, predictor.predict_arrays(list(pixels.values()), options), strict=True))
     for number, name in enumerate(names):
         yield name, answers.get(number) or reasons[number]
 
@@ -113,12 +119,7 @@ def _predict(predictor: OnnxPredictor, names: Sequence[str]) -> Iterator[tuple[s
 def _to_json(name: str, answer: Answer | InvalidImage) -> dict[str, Any]:
     if isinstance(answer, InvalidImage):
         return {"image": name, "error": str(answer)}
-    return {
-        "image": name,
-        "text": answer.text,
-        "confidence": answer.confidence,
-        "confidences": list(answer.confidences),
-    }
+    return {"image": name, **answer.to_json()}
 
 
 def _print(name: str, answer: Answer | InvalidImage) -> None:
@@ -126,4 +127,4 @@ def _print(name: str, answer: Answer | InvalidImage) -> None:
     if isinstance(answer, InvalidImage):
         print(f"{shown}: {answer}", file=sys.stderr)
     else:
-        print(f"{shown}  {answer.text}  {answer.confidence:.1%}")
+        print(f"{shown}  {answer.to_line()}")

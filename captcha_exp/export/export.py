@@ -68,7 +68,6 @@ def export_run(run_dir: Path, path: Path) -> Export:
     """
     run = runs.load(run_dir)
     config = devices.for_inference(run.config(), "cpu")
-    config = replace(config, device=replace(config.device, precision="fp32"))
     device = devices.setup_device(config)
     model, _ = load_weights(run.path(runs.WEIGHTS, max_file_bytes(config)), device)
     spec, data = load_images_of(run, config)
@@ -93,6 +92,7 @@ def export_run(run_dir: Path, path: Path) -> Export:
         config_sha256=sha256_of_json(to_dict(run.config())),
         weights_sha256=weights_sha256(model),
         torch=torch.__version__,
+        calibration=model.calibration.to_json(),
         test={
             "images": len(test.indices),
             "correct": test.num_correct,

@@ -35,13 +35,16 @@ class ExportedRecognizer(nn.Module):
         self.recognizer = recognizer
         self.captcha = captcha
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return class ids (B, T), probabilities of the characters (B, T) and of the texts (B,)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return class ids (B, T), probabilities of the characters (B, T) and of the texts (B,).
+
+        The last output has the log probabilities (B, T or S, classes) that these are from.
+        """
         captcha = self.captcha
         pixels = to_gray(images) if captcha.channels == 1 else images
         logits = self.recognizer(resize(pixels, captcha.height, captcha.width))
-        ids, confidences, text_confidences = self.recognizer.head.decode(logits)
-        return ids, confidences, text_confidences
+        ids, confidences, text_confidences = self.recognizer.decode(logits)
+        return ids, confidences, text_confidences, self.recognizer.log_probs(logits)
 
 
 def to_gray(images: Tensor) -> Tensor:

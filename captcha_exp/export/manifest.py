@@ -11,13 +11,14 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FORMAT = 1  # raised when older predictors cannot read the file
 INPUT = "images"
-OUTPUTS = ("ids", "confidences", "text_confidences")
+OUTPUTS = ("ids", "confidences", "text_confidences", "log_probs")
 MANIFEST_KEY, IMAGES_KEY = "captcha_exp", "captcha_exp.images"
 NUM_IMAGES = 32  # embedded images
 TOLERANCE = 1e-3  # of a confidence, between runtimes
@@ -44,6 +45,7 @@ class Manifest:
     config_sha256: str
     weights_sha256: str
     torch: str  # version that wrote the file
+    calibration: Mapping[str, Any]  # of `model.confidence.Calibration`; the graph contains it
     test: Mapping[str, float]  # images, correct, accuracy, accuracy_low, accuracy_high
     parity: Mapping[str, float]  # images, max_confidence_difference: in ONNX Runtime, against PyTorch
     sha256: str = NO_DIGEST

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,28 +16,20 @@ from captcha_exp.export.manifest import (
     IMAGES_KEY,
     INPUT,
     MANIFEST_KEY,
-    OUTPUTS,
     TOLERANCE,
     Manifest,
     ProofImage,
     is_unchanged,
     unpack_images,
 )
+from captcha_exp.model.answer import Alternative, Answer, Reader, ReadingOptions
+from captcha_exp.model.confidence import Calibration
 
 BATCH_SIZE = 64
 MAX_MODEL_BYTES = 2**31  # of an ONNX file
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 """a path, the content of a file, an image of Pillow, or pixels (H, W, 3) or (H, W) uint8"""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The predicted text of an image."""
-
-    text: str
-    confidence: float  # of the whole text, in [0, 1]
-    confidences: tuple[float, ...]  # of each character
 
 
 class OnnxPredictor:
@@ -72,6 +63,7 @@ class OnnxPredictor:
         metadata = self._session.get_modelmeta().custom_metadata_map
         try:
             self.manifest = Manifest.from_json(metadata[MANIFEST_KEY])
+            self._calibration = Calibration.from_json(self.manifest.calibration)
         except (KeyError, ValueError) as error:
             reason = "has no metadata" if isinstance(error, KeyError) else f"its metadata {one_line(error)}"
             raise UserError(
@@ -79,28 +71,64 @@ class OnnxPredictor:
             ) from None
         self._packed_images = metadata.get(IMAGES_KEY, "")
 
-    def __call__(self, inputs: Iterable[ImageLike]) -> list[Answer]:
+    def __call__(
+        self,
+        inputs: Iterable[ImageLike],
+        *,
+        min_confidence: float | None = None,
+        length: int | None = None,
+        mask: str | None = None,
+        top: int = 1,
+    ) -> list[Answer]:
         """Predict the texts of images, in order.
+
+        Args:
+            inputs: The images.
+            min_confidence: Abstain where it is needed for this fraction of the answers to be right.
+            length: Only texts of this many characters.
+            mask: Only texts that this mask allows, as in `[0-9]{2}[A-Z]{3}`.
+            top: Alternatives for each image.
 
         Raises:
             InvalidImage: an image cannot be read.
+            UserError: the model cannot read in this way.
         """
-        return list(self.predict_arrays([to_pixels(each) for each in inputs]))
+        options = ReadingOptions(min_confidence, length, mask, top)
+        return list(self.predict_arrays([to_pixels(each) for each in inputs], options))
 
-    def predict_arrays(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Iterator[Answer]:
+    def predict_arrays(
+        self, arrays: Sequence[npt.NDArray[np.uint8]], options: ReadingOptions | None = None
+    ) -> Iterator[Answer]:
         """Yield the answer for each image (H, W, 3); those of one size that follow another form a batch."""
+        reader = self.reader(options or ReadingOptions())
         start = 0
         while start < len(arrays):
             end = start + 1
             while end < min(len(arrays), start + BATCH_SIZE) and arrays[end].shape == arrays[start].shape:
                 end += 1
-            yield from self._predict_batch(np.stack(arrays[start:end]))
+            yield from self._predict_batch(np.stack(arrays[start:end]), reader)
             start = end
 
-    def _predict_batch(self, batch: npt.NDArray[np.uint8]) -> Iterator[Answer]:
-        for ids, confidences, confidence in zip(*self._session.run(OUTPUTS, {INPUT: batch}), strict=True):
+    def reader(self, options: ReadingOptions) -> Reader:
+        """Return the reader, which turns the outputs of the model into answers.
+
+        Raises:
+            UserError: the model cannot read in this way; the line has the limits.
+        """
+        manifest = self.manifest
+        lengths = (manifest.min_length, manifest.length)
+        return Reader(manifest.head, manifest.alphabet, *lengths, self._calibration, options)
+
+    def _predict_batch(self, batch: npt.NDArray[np.uint8], reader: Reader) -> Iterator[Answer]:
+        if reader.needs_search:
+            (log_probs,) = self._session.run(["log_probs"], {INPUT: batch})
+            yield from map(reader.search, log_probs)
+            return
+        names = ["ids", "confidences", "text_confidences"]
+        for ids, confidences, confidence in zip(*self._session.run(names, {INPUT: batch}), strict=True):
             text = self.manifest.decode(ids)
-            yield Answer(text, float(confidence), tuple(map(float, confidences[: len(text)])))
+            of_characters = tuple(map(float, confidences[: len(text)]))
+            yield reader.answer((Alternative(text, float(confidence), of_characters),))
 
     def proof_images(self) -> list[ProofImage]:
         """Return the images of the test split in the file, with what PyTorch predicted.

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,10 +17,13 @@ from captcha_exp.config import Config
 from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.alignment import align
+from captcha_exp.model.confidence import NOT_CALIBRATED, Calibration
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.runtime import device as devices
 
 logger = logging.getLogger(__name__)
+
+ANSWER_ACCURACIES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Evaluation:
     confidences: npt.NDArray[np.float32]  # (N, T) probability of each predicted character
     text_confidences: npt.NDArray[np.float32]  # (N,) probability of each predicted text
     indices: npt.NDArray[np.int64]  # (N,) indices of the images in the dataset
+    calibration: Calibration = field(default=NOT_CALIBRATED, kw_only=True)  # that the confidences have
 
     @cached_property
     def is_correct(self) -> npt.NDArray[np.bool_]:
@@ -109,6 +113,30 @@ class Evaluation:
     def has_lengths(self) -> bool:
         """Whether labels or predictions differ in length."""
         return bool((self.targets == END).any() or (self.predicted == END).any())
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean difference of confidence and accuracy, in ten parts of the images ordered by confidence.
+
+        Source: Nixon et al., Measuring calibration in deep learning, CVPR workshops 2019 (adaptive bins).
+        """
+        errors = (self.text_confidences - self.is_correct)[np.argsort(self.text_confidences, kind="stable")]
+        return sum(abs(float(part.sum())) for part in np.array_split(errors, 10)) / len(errors)
+
+    def operating_points(self) -> list[dict[str, float]]:
+        """Return coverage and accuracy for each of ANSWER_ACCURACIES that can be promised."""
+        found = []
+        for target in ANSWER_ACCURACIES:
+            if (point := self.calibration.operating_point(target)) is None:
+                continue
+            is_answered = self.text_confidences >= point.threshold
+            values = {"min_confidence": target, "threshold": point.threshold}
+            if is_answered.any():
+                values["accuracy"] = float(self.is_correct[is_answered].mean())
+            found.append(
+                values | {"coverage": float(is_answered.mean()), "expected_coverage": point.coverage}
+            )
+        return found
 
     def accuracy_by_position(self) -> list[float]:
         """Return the fraction of correct characters at each of the T positions, from the start."""
@@ -212,6 +240,8 @@ class Evaluation:
             "char_accuracy": self.char_accuracy,
             "char_accuracy_at_chance": self.chance_char_accuracy(),
             "loss": self.loss,
+            "calibration_error": self.calibration_error,
+            "answers": self.operating_points(),
             "by_position": self.accuracy_by_position(),
             "by_position_from_end": self.accuracy_from_end(),
             "by_length": {
@@ -281,7 +311,8 @@ def evaluate(
     `after_batch` is called after each batch.
     """
     loss, *parts = predict_split(model, split, config, after_batch)
-    return Evaluation(float(loss) / len(split), *(torch.cat(part).cpu().numpy() for part in parts))
+    arrays = (torch.cat(part).cpu().numpy() for part in parts)
+    return Evaluation(float(loss) / len(split), *arrays, calibration=model.calibration)
 
 
 @torch.inference_mode()
@@ -301,7 +332,7 @@ def predict_split(
         with devices.autocast(config, split.device):
             logits = model(batch.images)
         loss += model.head.loss(logits.float(), batch.targets) * len(batch.indices)
-        decoded = model.head.decode(logits.float())
+        decoded = model.decode(logits.float())
         found.predicted.append(decoded.ids)
         found.confidences.append(decoded.confidences)
         found.text_confidences.append(decoded.text_confidence)

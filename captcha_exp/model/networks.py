@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet18Config, choose_head
-from captcha_exp.model.heads import Head, build_head
+from captcha_exp.model.confidence import EPSILON, NOT_CALIBRATED, Calibration
+from captcha_exp.model.heads import Decoded, Head, build_head
 
 
 class CheckpointedSequential(nn.Sequential):
@@ -159,10 +160,24 @@ class Recognizer(nn.Module):
         super().__init__()
         self.network = network
         self.head = head
+        self.calibration: Calibration = NOT_CALIBRATED
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.network(images))
         return logits
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Return the calibrated log probabilities (B, T or S, classes) of the classes, given fp32 logits."""
+        return (logits / self.calibration.temperature).log_softmax(dim=-1)
+
+    def decode(self, logits: Tensor) -> Decoded:
+        """Return the texts that fp32 logits predict, with calibrated confidences."""
+        if self.calibration == NOT_CALIBRATED:
+            return self.head.decode(logits)
+        decoded = self.head.decode(logits / self.calibration.temperature)
+        odds = decoded.text_confidence.logit(eps=EPSILON)
+        confidence = torch.sigmoid(self.calibration.slope * odds + self.calibration.intercept)
+        return decoded._replace(text_confidence=confidence)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Set whether training recomputes the activations of blocks instead of keeping them."""

@@ -1,7 +1,7 @@
 """Inference on image files with the weights of a run or a weights file.
 
 Images are preprocessed as in training: decoded, resized to the size of the config by the same function, and
-predicted in the precision of the run.
+predicted in fp32.
 """
 
 import os
@@ -19,31 +19,22 @@ from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.images import InvalidImage, read_bytes
 from captcha_exp.data.sources.folder import decode_image, list_images
 from captcha_exp.model import networks
+from captcha_exp.model.answer import Alternative, Answer, Reader, ReadingOptions
 from captcha_exp.model.weights import load_weights, max_file_bytes
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import progress_bar
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted text of an image, or the reason why it cannot be used."""
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Answer):
+    """The predicted text of an image file, or the reason why it cannot be used."""
 
     image: Path
-    text: str = ""
-    confidence: float = 0.0  # of the whole text, in [0, 1]
-    confidences: tuple[float, ...] = ()  # of each character
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that `predict --json` prints."""
-        if self.error:
-            return {"image": str(self.image), "error": self.error}
-        return {
-            "image": str(self.image),
-            "text": self.text,
-            "confidence": self.confidence,
-            "confidences": list(self.confidences),
-        }
+        return {"image": str(self.image), **({"error": self.error} if self.error else super().to_json())}
 
 
 class Comparison(NamedTuple):
@@ -57,17 +48,27 @@ class Comparison(NamedTuple):
 class Predictor:
     """A trained recognizer that predicts the text of image files."""
 
-    def __init__(self, weights: Path, device: str) -> None:
+    def __init__(self, weights: Path, device: str, options: ReadingOptions | None = None) -> None:
         """Load a weights file onto a device, "auto" or a name as in device.name.
 
         Raises:
-            UserError: the file is missing, damaged or not a recognizer, or the device is not available.
+            UserError: the file is missing, damaged or not a recognizer, the device is not available, or the
+                model cannot read in this way.
         """
         model, config = load_weights(weights, torch.device("cpu"))
         self.config = devices.for_inference(config, device)
         self.device = devices.setup_device(self.config)
         self._model = networks.to_device(model, self.device)
-        self._alphabet = Alphabet(self.config.captcha.alphabet)
+        captcha = self.config.captcha
+        self._alphabet = Alphabet(captcha.alphabet)
+        self._reader = Reader(
+            str(self.config.model.head),
+            captcha.alphabet,
+            captcha.shortest_length,
+            captcha.length,
+            model.calibration,
+            options or ReadingOptions(),
+        )
 
     def _logits(self, images: Tensor) -> Tensor:
         with devices.autocast(self.config, self.device):
@@ -75,14 +76,18 @@ class Predictor:
         return logits.float()
 
     @torch.inference_mode()
-    def predict_images(self, images: Tensor) -> list[tuple[str, float, tuple[float, ...]]]:
-        """Return the text, its probability and those of its characters for images (N, H, W, C) uint8."""
-        ids, confidences, text_confidence = self._model.head.decode(self._logits(images))
+    def predict_images(self, images: Tensor) -> list[Answer]:
+        """Return the answers for images (N, H, W, C) uint8."""
+        logits = self._logits(images)
+        if self._reader.needs_search:
+            return [self._reader.search(each) for each in self._model.log_probs(logits).cpu().numpy()]
+        ids, confidences, text_confidence = self._model.decode(logits)
         found = []
         rows = (ids.cpu().tolist(), text_confidence.cpu().tolist(), confidences.cpu().tolist())
         for row, confidence, of_characters in zip(*rows, strict=True):
             text = self._alphabet.decode(row)
-            found.append((text, confidence, tuple(of_characters[: len(text)])))
+            best = Alternative(text, confidence, tuple(of_characters[: len(text)]))
+            found.append(self._reader.answer((best,)))
         return found
 
     def can_predict(self, label: str) -> bool:
@@ -101,7 +106,7 @@ class Predictor:
         texts = [self._to_alphabet(label) for label in labels]
         targets = torch.tensor([self._alphabet.encode_padded(text, length) for text in texts])
         logits, smoothing = self._logits(images), self.config.train.label_smoothing
-        ids, _, confidences = head.decode(logits)
+        ids, _, confidences = self._model.decode(logits)
         of_labels = head.log_likelihood(logits, targets.to(self.device), smoothing)
         ratios = head.log_likelihood(logits, ids, smoothing) - of_labels
         rows = zip(ids.cpu().tolist(), confidences.cpu().tolist(), ratios.cpu().tolist(), strict=True)
@@ -115,10 +120,11 @@ class Predictor:
                 arrays.append(decode_image(read_bytes(path), self.config.captcha)[1])
                 valid.append(path)
             except InvalidImage as reason:
-                predictions[path] = Prediction(path, error=str(reason))
+                predictions[path] = Prediction(image=path, error=str(reason))
         if arrays:
             found = self.predict_images(torch.from_numpy(np.stack(arrays)))
-            predictions |= {path: Prediction(path, *each) for path, each in zip(valid, found, strict=True)}
+            for path, answer in zip(valid, found, strict=True):
+                predictions[path] = Prediction(image=path, **vars(answer))
         return [predictions[path] for path in paths]
 
     def predict_all(self, paths: Sequence[Path]) -> Iterator[Prediction]:

@@ -20,6 +20,7 @@ from captcha_exp.config import Config, load, to_dict
 from captcha_exp.config.documents import parse_json
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model import networks
+from captcha_exp.model.confidence import NOT_CALIBRATED, Calibration
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.runtime.files import sha256_of_json
 
@@ -34,7 +35,7 @@ def weights_to_bytes(model: Recognizer, config: Config) -> bytes:
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # A single metadata entry: safetensors does not keep the order of several, and equal models must give
     # equal files.
-    values = {"format": FORMAT, "config": to_dict(config)}
+    values = {"format": FORMAT, "config": to_dict(config), "calibration": model.calibration.to_json()}
     return to_safetensors(tensors, {METADATA_KEY: json.dumps(with_sha256(tensors, values))})
 
 
@@ -114,6 +115,8 @@ def max_file_bytes(config: Config, copies: int = 2) -> int:
 def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
     """Return the recognizer of a weights file, in evaluation mode, and the config it was trained with.
 
+    One that was written before confidences were calibrated is not calibrated.
+
     Raises:
         UserError: the file is missing or damaged, or another program or version wrote it; train again.
     """
@@ -129,6 +132,7 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
             )
         if not all(bool(value.isfinite().all()) for value in tensors.values()):
             raise ValueError("has weights that are not finite; train again")
+        calibration = Calibration.from_json(values.get("calibration", NOT_CALIBRATED.to_json()))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run has one after its first epoch") from None
     except ConfigError as error:
@@ -137,6 +141,7 @@ def load_weights(path: Path, device: torch.device) -> tuple[Recognizer, Config]:
         raise UserError(f"{path}: {error}") from None
     model = networks.build(config.model, config.captcha)
     model.load_state_dict(tensors)
+    model.calibration = calibration
     return networks.to_device(model, device).eval(), config
 
 

@@ -129,7 +129,7 @@ def set_memory_limit(config: Config, device: torch.device) -> None:
 
 
 def for_inference(config: Config, name: str) -> Config:
-    """Resolve the config of a run for inference on a device of this machine.
+    """Resolve the config of a run for inference, which is in fp32, on a device of this machine.
 
     Raises:
         UserError: the device is not available; the line lists those that are.
@@ -138,12 +138,21 @@ def for_inference(config: Config, name: str) -> Config:
     if name not in ("auto", *machine.devices):
         reason = machine.unavailable_reason.get(name.split(":")[0], "not a device name")
         raise UserError(f"--device={name}: {reason}; available here: {', '.join(['auto', *machine.devices])}")
-    config = resolve(replace(config, device=replace(config.device, name=name, threads="auto")), machine)
-    precision = config.device.precision
-    if precision in ("fp32", *half_precisions(torch.device(config.device.name))):
+    return in_fp32(
+        resolve(replace(config, device=replace(config.device, name=name, threads="auto")), machine)
+    )
+
+
+def in_fp32(config: Config) -> Config:
+    """Return the config for evaluation in fp32, with batches that take no more memory than before."""
+    if config.device.precision == "fp32":
         return config
-    logger.info(f"The run used {precision}, which {config.device.name} does not support; using fp32")
-    return replace(config, device=replace(config.device, precision="fp32"))
+    size = max(1, config.train.eval_batch_size // 2)
+    return replace(
+        config,
+        device=replace(config.device, precision="fp32"),
+        train=replace(config.train, eval_batch_size=size),
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

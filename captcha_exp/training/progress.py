@@ -1,15 +1,19 @@
-"""The progress of an epoch: its running sums, the progress bar, the status line."""
+"""The lines about a training: the planned memory, and an epoch's running sums, progress bar and status."""
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping
 
 from captcha_exp.config import Config
+from captcha_exp.memory.plan import Plan
 from captcha_exp.model.state import EpochProgress, TrainState
 from captcha_exp.model.step import Step
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import ProgressBar
 from captcha_exp.runtime.cpu_time import CpuClock, CpuTimes, cores_metrics
+
+logger = logging.getLogger(__name__)
 
 MIN_CHUNK_FRACTION = 0.02  # of the seconds of the epoch so far, which limits the number of chunks
 
@@ -106,3 +110,14 @@ def format_epoch(state: TrainState, metrics: Mapping[str, float], config: Config
         f"{' (disturbed)' if metrics.get('speed/disturbed') else ''}  "
         f"peak {metrics['memory/process_peak_mib']:,.0f} MiB{'  best' if is_best else ''}"
     )
+
+
+def log_plan(plan: Plan, config: Config) -> None:
+    """Log the predicted memory, as a warning if it does not fit."""
+    prediction = f"GPU memory: batch size {plan.batch_size}: {plan.describe(config.gpu.name)}"
+    if plan.fits == "does not fit":
+        logger.warning(f"{prediction}; captcha-exp plan --advise lists what fits")
+    else:
+        logger.info(prediction)
+    if micro := config.train.micro_batch_size:
+        logger.info(f"train.micro_batch_size={micro}: batch norm statistics are those of a micro-batch")

@@ -22,6 +22,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan, Planner
 from captcha_exp.model import heads, optim
 from captcha_exp.model import state as checkpoint
+from captcha_exp.model.calibration import calibrate
 from captcha_exp.model.evaluate import evaluate
 from captcha_exp.model.state import Checkpoint, TrainState
 from captcha_exp.model.step import init_train_state, train_step
@@ -33,7 +34,7 @@ from captcha_exp.runtime.console import ProgressBar, progress_bar
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
 from captcha_exp.training import autotune, oom, sanity
 from captcha_exp.training.checkpointer import Checkpointer
-from captcha_exp.training.progress import EpochMeter, format_epoch, num_images_seen
+from captcha_exp.training.progress import EpochMeter, format_epoch, log_plan, num_images_seen
 from captcha_exp.training.recorder import (
     NullTracker,
     RunRecorder,
@@ -300,8 +301,10 @@ def _run_training(
         fit(state, training, validation, data.labels, config, recorder, shutdown)
 
         state.restore_best_weights()
+        state.model.calibration = calibrate(state.model, validation, config)
         run.write("model.safetensors", weights_to_bytes(state.model, config))
-        test_result = evaluate(state.model, data.split("test", device, preload_limit_mib), config)
+        test = data.split("test", device, preload_limit_mib)
+        test_result = evaluate(state.model, test, devices.in_fp32(config))
     except Exception as error:
         if not devices.is_out_of_memory(error):
             raise
@@ -329,7 +332,7 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
     """Record the environment, the memory plan and the dataset; return the dataset."""
     config, run = prepared.config, recorder.run
     logger.info(f"run {run.run_dir} on {devices.describe(config)}")
-    _print_plan(prepared.plan, config)
+    log_plan(prepared.plan, config)
     environment = collect_environment(config) | prepared.trials
     record_environment(environment, recorder)
     run.write_json("memory.json", prepared.plan.to_json())
@@ -337,14 +340,3 @@ def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Datase
     check_dataset_unchanged(data.manifest, run)
     run.write_json("dataset.json", data.manifest)
     return data
-
-
-def _print_plan(plan: Plan, config: Config) -> None:
-    """Print the predicted memory, as a warning if it does not fit."""
-    prediction = f"GPU memory: batch size {plan.batch_size}: {plan.describe(config.gpu.name)}"
-    if plan.fits == "does not fit":
-        logger.warning(f"{prediction}; captcha-exp plan --advise lists what fits")
-    else:
-        logger.info(prediction)
-    if micro := config.train.micro_batch_size:
-        logger.info(f"train.micro_batch_size={micro}: batch norm statistics are those of a micro-batch")

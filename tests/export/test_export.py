@@ -27,6 +27,7 @@ from captcha_exp.export import export, graph, manifest, predictor
 from captcha_exp.export.graph import ExportedRecognizer
 from captcha_exp.export.manifest import Manifest, ProofImage
 from captcha_exp.model import networks
+from captcha_exp.model.answer import Answer
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.training.train import train
 
@@ -261,6 +262,7 @@ def a_manifest(**values: Any) -> Manifest:
         "format": 1,
         **dict.fromkeys(("min_length", "length", "width", "height", "channels", "opset"), 1),
         **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
+        "calibration": {},
         "test": numbers,
         "parity": numbers,
     }
@@ -273,7 +275,7 @@ def a_manifest(**values: Any) -> Manifest:
         ("[]", "is not a JSON object"),
         ("{", "Expecting property name"),
         ('{"format": 2}', "has format 2, and this version reads 1"),
-        ('{"format": 1}', "lacks alphabet, case"),
+        ('{"format": 1}', "lacks alphabet, calibration, case"),
         (a_manifest(alphabet=5).to_json(), "has a wrong alphabet: 5"),
         (a_manifest(test=None).to_json(), "has a wrong test: None"),
     ],
@@ -304,20 +306,20 @@ def test_packed_images_are_unpacked() -> None:
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (predictor.Answer("ab", 0.5, (0.7, 0.8)), []),
-        (predictor.Answer("ab", 0.5005, (0.7, 0.8)), []),
+        (Answer("ab", 0.5, (0.7, 0.8)), []),
+        (Answer("ab", 0.5005, (0.7, 0.8)), []),
         (
-            predictor.Answer("ab", 0.5, (0.7, 0.79)),
+            Answer("ab", 0.5, (0.7, 0.79)),
             ["1.png: a confidence differs by 0.0100; the limit is 0.001"],
         ),
         (
-            predictor.Answer("ab", float("nan"), (0.7, 0.8)),
+            Answer("ab", float("nan"), (0.7, 0.8)),
             ["1.png: a confidence differs by nan; the limit is 0.001"],
         ),
-        (predictor.Answer("ac", 0.5, (0.7, 0.8)), ["1.png: reads 'ac' instead of 'ab'"]),
+        (Answer("ac", 0.5, (0.7, 0.8)), ["1.png: reads 'ac' instead of 'ab'"]),
     ],
 )
-def test_a_difference_names_its_image(answer: predictor.Answer, problem: list[str]) -> None:
+def test_a_difference_names_its_image(answer: Answer, problem: list[str]) -> None:
     expected = ProofImage("1.png", random_images(2, 2, 3), "ab", "ab", 0.5, (0.7, 0.8))
     assert predictor.describe_difference(expected, answer) == problem
 
@@ -405,6 +407,32 @@ def test_the_command_needs_no_torch(exported: tuple[Path, Path], tmp_path: Path)
         code, out, err = run_bare("predict", *words)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert message in err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "words", [("--top", "3"), ("--mask", "[01]{3}0.."), ("--length=6",), ("--min-confidence=0.9999",), ()]
+)
+def test_the_file_answers_as_the_run_does(
+    exported: tuple[Path, Path], call: Call, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    for n, image in enumerate(OnnxPredictor(exported[1]).proof_images()[:8]):
+        Image.fromarray(image.pixels).save(tmp_path / f"{n}.png")
+    results = []
+    for model in exported:
+        code, out, err = call("predict", str(model), str(tmp_path), "--json", *words)
+        if code:
+            results.append((code, err))
+            continue
+        rows = json.loads(out)
+        results.append(
+            [(row["text"], [each["text"] for each in row.get("alternatives", [])]) for row in rows]
+        )
+        if "--top" in words:
+            assert [len(each) for _, each in results[-1]] == [3] * 8
+        if "--mask" in words:
+            assert {text[3] for text, _ in results[-1]} == {"0"}
+    assert results[0] == results[1]
 
 
 @pytest.mark.long

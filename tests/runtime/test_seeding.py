@@ -4,7 +4,7 @@ import random
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from captcha_exp.runtime.seeding import derive_seed, hash_to_unit, rng
@@ -33,7 +33,6 @@ def test_rng_is_unchanged() -> None:
     assert rng(0, "order", 1).sample(range(10), 10) == [3, 9, 7, 1, 5, 4, 2, 8, 0, 6]
 
 
-@settings(deadline=None)
 @given(SEEDS, st.text(), st.lists(st.integers(0, 10**9), max_size=3))
 def test_a_derived_seed_fits_every_generator(seed: int, purpose: str, index: list[int]) -> None:
     assert 0 <= derive_seed(seed, purpose, *index) < 2**63
@@ -58,7 +57,6 @@ def test_seeds_differ_by_seed_purpose_and_index() -> None:
     assert len({derive_seed(seed, purpose, *index) for seed, purpose, index in keys}) == len(keys)
 
 
-@settings(deadline=None)
 @given(SEEDS, st.text(), st.text())
 def test_hash_to_unit_is_in_0_to_1(seed: int, purpose: str, text: str) -> None:
     assert 0 <= hash_to_unit(seed, purpose, text) < 1
