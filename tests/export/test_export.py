@@ -418,20 +418,16 @@ def test_the_file_answers_as_the_run_does(
 ) -> None:
     for n, image in enumerate(OnnxPredictor(exported[1]).proof_images()[:8]):
         Image.fromarray(image.pixels).save(tmp_path / f"{n}.png")
-    results = []
+    results: list[tuple[str, list[tuple[str, list[str]]]]] = []
     for model in exported:
         code, out, err = call("predict", str(model), str(tmp_path), "--json", *words)
-        if code:
-            results.append((code, err))
-            continue
-        rows = json.loads(out)
-        results.append(
-            [(row["text"], [each["text"] for each in row.get("alternatives", [])]) for row in rows]
-        )
+        rows = json.loads(out) if code == 0 else []
+        read = [(row["text"], [each["text"] for each in row.get("alternatives", [])]) for row in rows]
         if "--top" in words:
-            assert [len(each) for _, each in results[-1]] == [3] * 8
+            assert [len(each) for _, each in read] == [3] * 8
         if "--mask" in words:
-            assert {text[3] for text, _ in results[-1]} == {"0"}
+            assert {text[3] for text, _ in read} == {"0"}
+        results.append((err, read))
     assert results[0] == results[1]
 
 
