@@ -97,8 +97,9 @@ def _evaluate(run: runs.SavedRun) -> "tuple[Evaluation | None, Dataset | None, l
     try:
         return *evaluate_run(run.run_dir, "test"), []
     except UserError as error:
-        line = f"the test split could not be evaluated again, so images, the confusion matrix and confidences: {one_line(error)}"
-        return None, None, [line]
+        reason = one_line(error)
+        parts = "images, confusion matrix and confidences"
+        return None, None, [f"{parts}: the test split could not be evaluated again: {reason}"]
 
 
 def _report_sweep(sweep_dir: Path, output: Path | None) -> Report:
@@ -123,17 +124,21 @@ def _check_output(output: Path) -> None:
     Raises:
         UserError: its directory does not exist, or another file is there; choose another name.
     """
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: the directory {output.parent} does not exist")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a directory; name a file in it")
-    if output.exists():
-        with output.open("rb") as file:
-            is_page = GENERATOR in file.read(HEAD_BYTES)
-        if not is_page:
-            raise UserError(
-                f"--output {output}: exists, and is not a page of captcha-exp; choose another name"
-            )
+    try:
+        if not output.parent.is_dir():
+            raise UserError(f"--output {output}: the directory {output.parent} does not exist")
+        if output.is_dir():
+            raise UserError(f"--output {output}: is a directory; name a file in it")
+        is_page = not output.exists() or (output.is_file() and _is_page(output))
+    except OSError as error:  # a name that is too long, or a file that may not be read
+        raise UserError(f"--output {output}: cannot be used: {error.strerror}") from None
+    if not is_page:
+        raise UserError(f"--output {output}: exists, and is not a page of captcha-exp; choose another name")
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return GENERATOR in file.read(HEAD_BYTES)
 
 
 def _is_recorded(run: runs.SavedRun, name: str) -> bool:

@@ -137,7 +137,7 @@ def line_chart(
         title=title,
         x_label=x_label,
         x_ticks=_unique(Tick(x_axis.position(x), x_format(x)) for x in x_texts),
-        y_ticks=_unique(Tick(y_axis.position(y), y_format(y)) for y in nice_ticks(y_low, y_high, 5)),
+        y_ticks=_unique(Tick(y_axis.position(y), y_format(y)) for y in nice_ticks(y_low, y_high, 6)),
         marks=[
             _draw(each, n if each.color is None else each.color, x_axis, y_axis, x_format, y_format)
             for n, each in enumerate(known)

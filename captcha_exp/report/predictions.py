@@ -134,7 +134,7 @@ def make_tiles(rows: Sequence[int], evaluation: Evaluation, data: Dataset) -> li
                 label=alphabet.decode(evaluation.targets[n]),
                 predicted=alphabet.decode(evaluation.predicted[n]),
                 confidence=float(evaluation.text_confidences[n]),
-                name=data.image_name(index),
+                name=data.image_name(index) if data.manifest["files"] else f"image {index}",
                 is_correct=bool(evaluation.is_correct[n]),
             )
         )

@@ -74,7 +74,7 @@ def _describe(content: RunContent) -> dict[str, Any]:
             ),
             key=lambda item: item[1],
         ),
-        "none": NO_CHARACTER,
+        "no_character": NO_CHARACTER,
         "matrix": None,
         "confidence": None,
         "misreads": [],
@@ -126,7 +126,7 @@ def _curves(content: RunContent) -> list[Chart]:
         ]
         tested = content.test_metrics.get(f"test/{key}")
         if tested is not None and content.epochs:
-            series.append(Series("test, best weights", [(content.epochs[-1][0], tested)], is_line=False))
+            series.append(Series("test, best weights", [(content.best_epoch, tested)], is_line=False))
         title = "Accuracy of whole labels" if key == "accuracy" else "Loss"
         found.append(charts.line_chart(title, series, x_label="epoch", y_format=y_format, y_limits=limits))
     return [chart for chart in found if chart is not None]
@@ -152,11 +152,12 @@ def _parts(content: RunContent) -> list[DotPlot]:
         return []
     counts = content.position_counts()
     lengths = [(f"{length} characters", part) for length, part in test.by_length.items()]
+    has_lengths = len(lengths) > 1
     found = [_positions("Characters by position", test.by_position, counts)]
-    if len(test.by_length) > 1:
+    if has_lengths:
         found.append(_positions("Characters by position from the end", test.by_position_from_end, counts))
     for title, parts in (
-        ("Whole labels by length", lengths),
+        ("Whole labels by length", lengths if has_lengths else []),
         ("Whole labels by folder", list(test.by_folder.items())),
     ):
         rows = [
