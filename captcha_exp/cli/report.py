@@ -33,7 +33,7 @@ class Report:
     run_dir: Path
     path: Path
     missing: tuple[str, ...]
-    """what the page lacks, a line each"""
+    """parts that the page lacks, a line each"""
 
     def to_json(self) -> dict[str, Any]:
         """Return the values of `report --json`."""
@@ -50,7 +50,7 @@ def report(arguments: argparse.Namespace) -> Report:
     """Write the page, by default into the directory of the run or sweep.
 
     Raises:
-        UserError: there is no such run or sweep, or the page cannot be written there; the line says why.
+        UserError: no such run or sweep exists, or the page cannot be written there; the line says why.
     """
     output = None if arguments.output is None else Path(arguments.output)
     if output is not None:

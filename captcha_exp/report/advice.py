@@ -29,7 +29,7 @@ class Suggestion(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What the rules need of a finished run; None or empty where it is not known."""
+    """The figures of a finished run that the rules use; None or empty where it is not known."""
 
     run: str
     """as a command accepts it, quoted for a shell"""

@@ -1,6 +1,6 @@
 """Line charts and dot plots as coordinates; templates/charts.html draws them as SVG and HTML.
 
-A chart is 360 units wide, about as wide as a phone, so that its text is legible there and on a desktop. Texts
+A chart is 360 units wide, about as wide as a phone: its text is legible there and on a desktop. Texts
 are escaped by the template.
 """
 
@@ -50,7 +50,7 @@ class Tick(NamedTuple):
 
 @dataclass
 class Mark:
-    """What is drawn of a series."""
+    """The shapes of a series."""
 
     name: str
     color: int

@@ -1,4 +1,4 @@
-"""What the predictions on the test split add to a run's page: confusions, confidences, images."""
+"""The parts of a run's page that need its predictions on the test split: confusions, confidences, images."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from captcha_exp.report.charts import Series, percent
 from captcha_exp.report.dataset_page import data_uri
 
 MAX_TILES = 24  # images in a list
-MAX_IMAGE_CHARS = 1_000_000  # of the images in a list, encoded, so that a page stays below 3 MB
+MAX_IMAGE_CHARS = 1_000_000  # of the images in a list, encoded; keeps a page below 3 MB
 MAX_TILE_PIXELS = 320  # rows or columns of an image; of a larger one, every n-th is shown
 MAX_CLASSES = 40  # characters in the confusion matrix
 MIN_ANSWERED = 20  # images, from which the coverage curve is drawn

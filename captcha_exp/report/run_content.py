@@ -1,4 +1,4 @@
-"""The content of a run's page: the figures of its files, and what the predictions on its test split add.
+"""The content of a run's page: the figures of its files, and the predictions on its test split.
 
 A file that is missing or damaged, as in a run of an earlier version, is named on the page.
 """
@@ -41,7 +41,7 @@ class PartResult(_Values):
 
 
 class Confusion(_Values):
-    """How often a character is read as another; an empty text stands for none."""
+    """How often a character is read as another; an empty text is no character."""
 
     label: Text
     predicted: Text
@@ -58,7 +58,7 @@ class RecordedMisread(_Values):
 
 
 class TestResult(_Values):
-    """What the page shows of test.json; earlier versions did not write each key."""
+    """The values of test.json on the page; earlier versions did not write each key."""
 
     __test__ = False  # not a test of pytest
 
@@ -80,13 +80,13 @@ class TestResult(_Values):
 
 @dataclass
 class RunContent:
-    """What is known of a run."""
+    """The files of a run, as far as they can be read."""
 
     run: SavedRun
     evaluation: Evaluation | None = None
     data: Dataset | None = None
     missing: list[str] = field(default_factory=list)
-    """what the page lacks, a line each"""
+    """parts that the page lacks, a line each"""
 
     @property
     def name(self) -> str:

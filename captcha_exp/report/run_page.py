@@ -26,14 +26,14 @@ MAX_EPOCH_ROWS = 200  # of the table; of more epochs, every n-th is shown
 def write_page(
     run: SavedRun, test: Evaluation | None, data: Dataset | None, path: Path, missing: Iterable[str] = ()
 ) -> list[str]:
-    """Write the page of a run, finished or not; return what it lacks, a line each.
+    """Write the page of a run, finished or not; return the parts that it lacks, a line each.
 
     Args:
         run: The run.
         test: The predictions on its test split; without them the page has only recorded figures.
         data: The dataset of the run, if there are predictions.
         path: Where to write it.
-        missing: What it is known to lack.
+        missing: Parts that it is known to lack.
     """
     content = RunContent(run, test, data, list(missing))
     page = template_environment().get_template("run.html").render(**_describe(content))
@@ -183,7 +183,7 @@ def _positions(title: str, fractions: Sequence[float], counts: Sequence[int]) ->
 
 
 def _memory_rows(content: RunContent) -> list[tuple[str, str]]:
-    """Return what was predicted and measured."""
+    """Return the predicted and the measured values."""
     rows: list[tuple[str, str]] = []
     on_gpu = str(content.flat_config.get("device.name", "")).startswith("cuda")
     if content.memory:
@@ -217,7 +217,7 @@ def _command(words: Any) -> str | None:
         return None
     if words[1:2] != ["train"]:
         return None
-    return hide_credentials(shlex.join([Path(words[0]).name, *words[1:]]))
+    return shlex.join(map(hide_credentials, [Path(words[0]).name, *words[1:]]))
 
 
 def _suggestions(content: RunContent) -> list[advice.Suggestion]:

@@ -30,7 +30,7 @@ Bounds = tuple[float, float]
 
 
 def write_page(sweep: Sweep, summary: SweepSummary, path: Path) -> list[str]:
-    """Write the page of a sweep; return what it lacks, a line each."""
+    """Write the page of a sweep; return the parts that it lacks, a line each."""
     missing = []
     if len(summary.results) > MAX_JOBS:
         missing.append(f"the table of jobs has the first {MAX_JOBS:,} of {len(summary.results):,}")
@@ -85,7 +85,13 @@ def _figures(summary: SweepSummary) -> list[Chart | DotPlot]:
     found = [
         draw(groups, "Best validation accuracy", _accuracy, percent, (0.0, 1.0)),
         draw(groups, "Training speed (images/s)", _speed, "{:,.0f}".format, (0.0, math.inf)),
-        draw(groups, "Predicted GPU memory (MiB)", _predicted, "{:,.0f}".format, (0.0, math.inf)),
+        draw(
+            groups,
+            "Predicted GPU memory (MiB, minimum to maximum)",
+            _predicted,
+            "{:,.0f}".format,
+            (0.0, math.inf),
+        ),
         draw(groups, "Measured GPU memory (MiB)", _measured, "{:,.0f}".format, (0.0, math.inf)),
     ]
     return [figure for figure in found if figure is not None]
