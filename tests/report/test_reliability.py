@@ -17,7 +17,7 @@ ANSWERS = st.lists(
 )
 
 
-def split(answers: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def split(answers: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
     confidences, correct = zip(*answers, strict=True)
     return np.array(confidences, np.float64), np.array(correct, bool)
 

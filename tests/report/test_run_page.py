@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -49,7 +49,8 @@ def make_predictions(height: int = 16, width: int = 32) -> tuple[Evaluation, Dat
     """Return predictions for six images of noise, with hostile labels and file names."""
     alphabet, length = Alphabet(CHARACTERS), len(SCRIPT)
     targets, predicted = (
-        np.array([alphabet.encode_padded(answer[column], length) for answer in ANSWERS]) for column in (0, 1)
+        np.array([alphabet.encode_padded(text, length) for text in texts])
+        for texts in ([label for label, _, _ in ANSWERS], [text for _, text, _ in ANSWERS])
     )
     confidences = np.array([answer[2] for answer in ANSWERS], np.float32)
     evaluation = Evaluation(0.25, predicted, targets, confidences[:, None], confidences, np.arange(6))
@@ -100,10 +101,10 @@ def run(tiny: Config, root: Path) -> Run:
     return make_run(tiny, root / "outputs" / "2026-01-01" / "000000-tiny", *make_predictions())
 
 
-def written(run: Run, *predictions: Any) -> tuple[Page, str]:
+def written(run: Run, evaluation: Evaluation | None = None, data: Dataset | None = None) -> tuple[Page, str]:
     """Return the page of a run, parsed and as text."""
     path = run.report_dir / "run.html"
-    run_page.write_page(run, *(predictions or (None, None)), path)
+    run_page.write_page(run, evaluation, data, path)
     text = path.read_text(encoding="utf-8")
     return Page(text), text
 
@@ -184,8 +185,10 @@ def test_a_page_of_large_images_stays_small(run: Run) -> None:
     many = np.tile(np.arange(6), 20)
     large = Evaluation(
         0.25,
-        *(part[many] for part in (evaluation.predicted, evaluation.targets)),
-        *(part[many] for part in (evaluation.confidences, evaluation.text_confidences)),
+        evaluation.predicted[many],
+        evaluation.targets[many],
+        evaluation.confidences[many],
+        evaluation.text_confidences[many],
         many,
     )
     page, text = written(run, large, data)
@@ -318,7 +321,9 @@ def test_the_command_writes_through_no_link(run: Run, call: Call, tmp_path: Path
 @pytest.mark.ui
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(run: Run, width: int, scheme: str, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(
+    run: Run, width: int, scheme: Literal["light", "dark"], tmp_path: Path
+) -> None:
     """Nothing is requested or reported, and the figures are those of the run."""
     page, _ = written(run, *make_predictions())
     screenshots = Path(os.environ.get("CAPTCHA_EXP_SCREENSHOTS", tmp_path))

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Page(HTMLParser):
@@ -60,7 +60,9 @@ class Seen(NamedTuple):
     """height of the smallest text in a chart, in pixels"""
 
 
-def open_in_browser(path: Path, width: int, screenshot: Path, scheme: str = "light") -> Seen:
+def open_in_browser(
+    path: Path, width: int, screenshot: Path, scheme: Literal["light", "dark"] = "light"
+) -> Seen:
     """Open a page in chromium, with all its details, and save a screenshot of it."""
     from playwright.sync_api import sync_playwright
 
@@ -68,7 +70,7 @@ def open_in_browser(path: Path, width: int, screenshot: Path, scheme: str = "lig
     messages: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page: Any = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: messages.append(message.text))
         page.on("pageerror", lambda error: messages.append(str(error)))

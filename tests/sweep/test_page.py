@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from conftest import Call
@@ -115,7 +115,9 @@ def test_the_command_finds_a_sweep(sweep: Sweep, call: Call) -> None:
 @pytest.mark.ui
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(sweep: Sweep, width: int, scheme: str, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(
+    sweep: Sweep, width: int, scheme: Literal["light", "dark"], tmp_path: Path
+) -> None:
     _, summary = written(sweep, sizes(sweep))
     screenshots = Path(os.environ.get("CAPTCHA_EXP_SCREENSHOTS", tmp_path))
     target = screenshots / f"sweep-{width}-{scheme}.png"
