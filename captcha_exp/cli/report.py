@@ -97,7 +97,8 @@ def _evaluate(run: runs.SavedRun) -> "tuple[Evaluation | None, Dataset | None, l
     try:
         return *evaluate_run(run.run_dir, "test"), []
     except UserError as error:
-        reason = one_line(error)
+        more = f" (and {len(error.lines) - 1} more)" if len(error.lines) > 1 else ""
+        reason = one_line(error.lines[0]) + more
         parts = "images, confusion matrix and confidences"
         return None, None, [f"{parts}: the test split could not be evaluated again: {reason}"]
 
