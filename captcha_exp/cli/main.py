@@ -166,6 +166,14 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from captcha_exp.cli import report
+
+    written = report.report(arguments)
+    _print_result(arguments, written.to_json(), report.print_report, written)
+    return 0
+
+
 def _reproduce(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import reproduce
     from captcha_exp.tracking.sync import close_stale_runs
@@ -255,6 +263,7 @@ HANDLERS = {
     "reproduce": _reproduce,
     "predict": _predict,
     "export": _export,
+    "report": _report,
     "runs": _runs,
     "diff": _diff,
     "sync": _sync,

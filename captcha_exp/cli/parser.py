@@ -22,6 +22,7 @@ COMMANDS = {
     "reproduce": "train a finished run again from its saved config and compare the results",
     "predict": "predict the text in images; without images, prompt for them",
     "export": "write a run as one ONNX file, with preprocessing and decoding, and prove it",
+    "report": "write the report of a run or a sweep as one HTML page",
     "runs": "list the runs in outputs/",
     "diff": "compare two runs: config, environment, dataset, metrics",
     "sync": "deliver to MLflow what it does not have of earlier runs",
@@ -163,6 +164,11 @@ def build_parser() -> argparse.ArgumentParser:
     text = "file to write; default: model.onnx in the run directory"
     export.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
     export.epilog = "exit codes: 0 proven and written; 1 it reads otherwise than the run; 2 usage error"
+    report = add_command("report")
+    text = f"{RUN_HELP}; or a sweep directory"
+    report.add_argument("run", metavar="RUN|SWEEP", type=expand_user, help=text)
+    text = "file to write; default: report/run.html in the run directory, summary.html in that of a sweep"
+    report.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
     _add_runs_arguments(add_command("runs"))
     _add_diff_arguments(add_command("diff"))
     sync = add_command("sync")

@@ -66,7 +66,7 @@ class Series:
 
 
 def try_to_plot(
-    plot: Callable[..., None], *arguments: Any, warn: Callable[[str], None] = logger.warning
+    plot: Callable[..., object], *arguments: Any, warn: Callable[[str], None] = logger.warning
 ) -> None:
     """Call a function of this module, whose last argument is the path; on an error, only warn.
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from captcha_exp import runs
 from captcha_exp.config import MlflowConfig
 from captcha_exp.errors import RunFailed
+from captcha_exp.report.figures import try_to_plot
 from captcha_exp.runs.info import running_fields
 from captcha_exp.runtime.files import write_atomically
 from captcha_exp.runtime.shutdown import TimeLimitReached, defer_signals
 from captcha_exp.runtime.text import preview
-from captcha_exp.sweep import record
+from captcha_exp.sweep import page, record
 from captcha_exp.sweep.figure import save_figure
 from captcha_exp.sweep.planner import PlannedJob, record_skipped
 from captcha_exp.sweep.record import DONE, Sweep
@@ -79,7 +80,7 @@ def run_sweep(
             if end.status == "FINISHED" and summary.has_failures:
                 end = runs.RunEnd("FAILED")
             try:
-                _write_summary_files(summary, sweep.run_dir)
+                _write_summary_files(summary, sweep)
                 sweep.close(*end)
                 if sender is not None:
                     sender.finish()
@@ -137,8 +138,9 @@ def _is_out_of_time(sweep: Sweep, launched: Mapping[int, Attempts], deadline: fl
     )
 
 
-def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
-    """Write summary.json, .csv, .md and .png, and metrics.jsonl for MLflow."""
+def _write_summary_files(summary: SweepSummary, sweep: Sweep) -> None:
+    """Write summary.json, .csv, .md, .png and .html, and metrics.jsonl for MLflow."""
+    sweep_dir = sweep.run_dir
     rows = [runs.MetricsRow(step, runs.now_ms(), metrics) for step, metrics in summary.metrics_by_step()]
     texts = {
         "summary.json": json.dumps(summary.to_json(), indent=2, ensure_ascii=False) + "\n",
@@ -149,6 +151,7 @@ def _write_summary_files(summary: SweepSummary, sweep_dir: Path) -> None:
     for name, text in texts.items():
         write_atomically(sweep_dir / name, text.encode("utf-8", "backslashreplace"))
     save_figure(summary, sweep_dir / "summary.png")
+    try_to_plot(page.write_page, sweep, summary, sweep_dir / page.SWEEP_PAGE)
 
 
 def _finalize_stale_runs(sweep: Sweep) -> None:

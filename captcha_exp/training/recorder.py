@@ -13,7 +13,7 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
-from captcha_exp.report import dataset_page, figures
+from captcha_exp.report import dataset_page, figures, run_page
 from captcha_exp.runs import MetricsRow, Run, RunEnd, list_checkpoints, now_ms, training_speed
 from captcha_exp.runs.fields import changed_values, to_short_text
 from captcha_exp.runs.info import ResultSummary
@@ -138,6 +138,8 @@ def record_test_results(
             speed_disturbed=speed is not None and speed.is_disturbed,
         )
     )
+    page = run.report_dir.parent / run_page.RUN_PAGE
+    figures.try_to_plot(run_page.write_page, run, test, data, page, warn=recorder.warn)
 
 
 def check_dataset_unchanged(manifest: Mapping[str, Any], run: Run) -> None:

@@ -143,7 +143,9 @@ def test_a_sweep_is_recorded_in_its_directory_and_in_mlflow(workspace: Workspace
         assert sentence in result.stdout
     assert "| 1000 |" in parent.data.tags["mlflow.note.content"]
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    assert artifacts >= {"summary.json", "summary.csv", "summary.png", "sweep.json"}
+    assert artifacts >= {"summary.json", "summary.csv", "summary.html", "summary.png", "sweep.json"}
+    page = (sweep_dir / "summary.html").read_text()
+    assert page.count("/report/run.html") == 2
     skipped = children[0]
     assert (skipped.data.tags["fits"], skipped.data.tags["trained"]) == ("does not fit", "false")
     assert skipped.data.metrics["memory/predicted_peak_mib"] == jobs[2]["predicted_mib"][1]

@@ -653,6 +653,7 @@ def test_a_finished_run_is_recorded_completely(tiny: Config) -> None:
         "report/confusion.png",
         "report/misreads.png",
         "report/images.png",
+        "report/run.html",
     } <= present.keys()
 
 
