@@ -87,7 +87,7 @@ def describe_confidence(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "charts": [diagram, coverage],
         "bins": bins,
-        "error": reliability.expected_calibration_error(bins),
+        "error": evaluation.calibration_error,
         "mean": float(np.mean(confidences)),
         "accuracy": evaluation.accuracy,
         "rows": list(rows),

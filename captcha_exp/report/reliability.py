@@ -67,15 +67,6 @@ def reliability_bins(
     return bins
 
 
-def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Return the mean distance of accuracy and confidence, each bin weighted by its number of images.
-
-    Source: M. P. Naeini et al., Obtaining well calibrated probabilities using Bayesian binning, AAAI 2015.
-    """
-    total = sum(each.num_images for each in bins)
-    return sum(each.num_images * abs(each.accuracy - each.mean_confidence) for each in bins) / total
-
-
 def coverage_curve(
     confidences: npt.NDArray[np.floating], is_correct: npt.NDArray[np.bool_]
 ) -> list[CoveragePoint]:

@@ -352,3 +352,13 @@ def test_predictions_of_the_model_are_counted(tiny: Config) -> None:
     assert result.num_correct == 2
     assert result.confused_pairs(ALPHABET) == [("c", "b", 1)]
     assert result.confidences == pytest.approx(np.full((3, 2), math.exp(9) / (math.exp(9) + 2)))
+
+
+def test_the_calibration_error_is_the_mean_over_ten_parts() -> None:
+    found = evaluation([[0]] * 20, [[0]] * 15 + [[1]] * 5)
+    confidences = np.concatenate([np.full(10, 0.9), np.full(10, 0.8)]).astype(np.float32)
+    # The parts of two images: five right at 0.9; of those at 0.8, five images are wrong.
+    right_at_80 = 5
+    expected = (10 * 0.1 + 4 * 0.2 + 0.8 * 4 + abs(0.8 * 2 - 1)) / 20
+    assert right_at_80 == int(found.is_correct[10:].sum())
+    assert replace(found, text_confidences=confidences).calibration_error == pytest.approx(expected)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from captcha_exp.report.reliability import (
     at_coverage,
     coverage_curve,
-    expected_calibration_error,
     reliability_bins,
 )
 
@@ -36,13 +35,6 @@ def test_each_image_is_in_the_bin_of_its_confidence(answers: list[tuple[float, b
         assert each.num_correct == sum(correct for _, correct in inside)
         assert each.mean_confidence == pytest.approx(np.mean([c for c, _ in inside]))
         assert each.interval[0] <= each.accuracy <= each.interval[1]
-
-
-def test_the_calibration_error_of_a_worked_example() -> None:
-    """Two bins: 4 images at 0.95 of which 3 are correct, 1 image at 0.25 that is correct."""
-    bins = reliability_bins(np.array([0.95] * 4 + [0.25]), np.array([True, True, True, False, True]))
-    assert [(each.low, each.high, each.num_images) for each in bins] == [(0.2, 0.3, 1), (0.9, 1.0, 4)]
-    assert expected_calibration_error(bins) == pytest.approx((4 * 0.2 + 1 * 0.75) / 5)
 
 
 @given(answers=ANSWERS)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from conftest import Call
 from support.pages import Page, open_in_browser
-from sweep.test_summary import BATCH, at, make_result
+from test_summary import BATCH, at, make_result
 
 from captcha_exp.config import Config
 from captcha_exp.memory.interval import MiBRange
