@@ -148,8 +148,7 @@ def _threshold(calibration: Calibration, min_confidence: float | None) -> float:
         )
     if point := calibration.operating_point(min_confidence):
         return point.threshold
-    best = max(point.accuracy for point in calibration.points)
     raise UserError(
-        f"--min-confidence {min_confidence}: even the surest answers on the validation split are right less "
-        f"often; use at most {np.floor(best * 1e4) / 1e4:.4f}"
+        f"--min-confidence {min_confidence}: the {calibration.images:,} images of the validation split do "
+        f"not support this; use at most {np.floor(calibration.best_accuracy * 1e4) / 1e4:.4f}"
     )

@@ -69,8 +69,19 @@ class Calibration:
         return confidences
 
     def operating_point(self, accuracy: float) -> OperatingPoint | None:
-        """Return the point with the most answers of which this fraction is right; None if there is none."""
-        return next((point for point in reversed(self.points) if point.accuracy >= accuracy), None)
+        """Return the point with the most answers of which this fraction is right; None if there is none.
+
+        One wrong answer in n can only be promised by a point with n answers.
+        """
+        needed = 1 / (1 - accuracy)
+        good = (p for p in reversed(self.points) if p.accuracy >= accuracy)
+        return next((p for p in good if p.coverage * self.images >= needed * (1 - 1e-9)), None)
+
+    @property
+    def best_accuracy(self) -> float:
+        """The largest fraction that `operating_point` accepts; 0 if it accepts none."""
+        limits = (min(p.accuracy, 1 - 1 / (p.coverage * self.images)) for p in self.points)
+        return max(limits, default=0.0)
 
 
 NOT_CALIBRATED = Calibration()

@@ -90,9 +90,14 @@ def test_operating_points_are_means_over_the_most_confident() -> None:
     assert [point.threshold for point in points] == [0.9, 0.7, 0.5]
     assert [point.coverage for point in points] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [point.accuracy for point in points] == pytest.approx([0.9, 0.8, 0.7])
-    fitted = Calibration(images=3, points=points)
+    fitted = Calibration(images=30, points=points)
     assert fitted.operating_point(0.8) == points[1]
     assert fitted.operating_point(0.95) is None
+    assert fitted.best_accuracy == pytest.approx(0.9)
+    few = Calibration(images=3, points=points)
+    assert few.operating_point(0.65) == points[2], "one wrong answer in three needs three answers"
+    assert few.operating_point(0.7) is None
+    assert few.best_accuracy == pytest.approx(2 / 3)
     assert Calibration.from_json(fitted.to_json()) == fitted
     assert len(operating_points(np.linspace(0, 1, 5000))) == 100
 
@@ -116,7 +121,7 @@ def test_damaged_values_are_refused(change: dict[str, Any]) -> None:
 
 # -- reading -------------------------------------------------------------------------------------------------
 
-CALIBRATED = Calibration(images=3, points=operating_points([0.5, 0.9, 0.7]))
+CALIBRATED = Calibration(images=30, points=operating_points([0.5, 0.9, 0.7]))
 LOG_PROBS = np.log([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])
 
 
@@ -165,8 +170,8 @@ def test_an_unsure_model_abstains() -> None:
         (ReadingOptions(min_confidence=math.nan), "--min-confidence nan: use a fraction"),
         (
             ReadingOptions(min_confidence=0.95),
-            "--min-confidence 0.95: even the surest answers on the validation split are right less often; "
-            "use at most 0.9000",
+            "--min-confidence 0.95: the 30 images of the validation split do not support this; use at most "
+            "0.9000",
         ),
         (ReadingOptions(mask="aaa"), "--mask aaa: allows no text of 2 characters, which the model predicts"),
     ],

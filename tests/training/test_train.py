@@ -36,6 +36,7 @@ from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.memory.plan import Planner
 from captcha_exp.model import networks
 from captcha_exp.model.evaluate import Evaluation, evaluate
+from captcha_exp.model.saved import evaluate_run
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.model.weights import load_weights, weights_sha256
@@ -385,6 +386,17 @@ def test_the_best_weights_are_kept_and_tested(
     assert weights_sha256(stored) == digests[1]
     assert state_of(result.run_dir)["result"]["best_epoch"] == 2
     assert state_of(result.run_dir)["result"]["epochs"] == 4
+
+
+def test_the_final_test_is_in_fp32(config: Config, no_report: None) -> None:
+    half = replace(config, device=replace(config.device, precision="bf16"))
+    result = train.train(with_train(half, epochs=1), None)
+    evaluation, _ = evaluate_run(result.run_dir, "test", "cpu")
+    assert result.config.device.precision == "bf16"
+    assert result.test.loss == evaluation.loss
+    assert np.array_equal(result.test.text_confidences, evaluation.text_confidences)
+    model, _ = load_weights(result.run_dir / "model.safetensors", CPU)
+    assert model.calibration.images > 0
 
 
 @pytest.mark.parametrize(
