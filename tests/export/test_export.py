@@ -263,6 +263,7 @@ def a_manifest(**values: Any) -> Manifest:
         **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
         "test": numbers,
         "parity": numbers,
+        "reference": {},
     }
     return Manifest(**(given | values))
 
