@@ -85,6 +85,7 @@ def _evaluate(arguments: argparse.Namespace, target: Path | None) -> int:
     set_up_logging(arguments.log_level)
     before = None if arguments.baseline is None else guard.read_baseline(Path(arguments.baseline))
     predictor = OnnxPredictor(arguments.run)
+    guard.check_alphabet(predictor)
     images = load_labeled_images(arguments.data, arguments.overrides)
     impossible = check_labels(images, predictor.manifest, arguments.data)
     measured = guard.measure(predictor, hashlib.sha256(predictor.content).hexdigest(), images)

@@ -103,9 +103,10 @@ def _print(
         return
     name, *others = result.moved
     since = result.movements[name].since
+    where = f"from about image {since:,} on ({escape_unprintable(used[since - 1])})"
     print(
-        f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, from "
-        f"about image {since:,} on ({escape_unprintable(used[since - 1])}); label about {NUM_TO_LABEL} of them"
+        f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, "
+        f"{where}; label about {NUM_TO_LABEL} of them"
     )
     print(f"found after {result.found_at:,} of {result.num_images:,} images ({odds})")
     if others:

@@ -89,6 +89,22 @@ class LabeledImage:
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
 
 
+def check_alphabet(predictor: OnnxPredictor) -> None:
+    """Check that the alphabet of a model is one.
+
+    Raises:
+        UserError: it is not; the file was not written by `captcha-exp export`.
+    """
+    from captcha_exp.data.alphabet import Alphabet
+
+    try:
+        Alphabet(predictor.manifest.alphabet)
+    except ValueError as error:
+        raise UserError(
+            f"{predictor.path}: {one_line(error)}; captcha-exp export RUN writes a model"
+        ) from None
+
+
 def fold_label(label: str, manifest: Manifest) -> str:
     """Return a label in the case in which the model writes."""
     from captcha_exp.data.alphabet import Alphabet
@@ -207,7 +223,8 @@ def _describe_others(before: Measurement, now: Measurement) -> str:
 
 def _compare_size(before: Measurement, now: Measurement) -> Finding:
     growth = now.num_bytes / before.num_bytes - 1
-    text = f"the file has {now.num_bytes:,} bytes, and had {before.num_bytes:,} ({growth:+.1%}; limit +{MAX_GROWTH:.0%})"
+    sizes = f"the file has {now.num_bytes:,} bytes, and had {before.num_bytes:,}"
+    text = f"{sizes} ({growth:+.1%}; limit +{MAX_GROWTH:.0%})"
     return Finding("size", "worse" if growth > MAX_GROWTH else "not worse", text)
 
 

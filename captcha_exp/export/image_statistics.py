@@ -27,6 +27,7 @@ STATISTICS = {
 }
 """name -> what it is, of the image as it arrives"""
 MAX_ROWS = 512  # images in a reference
+MAX_VALUE = 1e9  # of a statistic; neither an infinity nor NaN is below
 INK_DIFFERENCE = 32  # gray values
 
 
@@ -87,12 +88,13 @@ def read_reference(reference: Mapping[str, Sequence[float]]) -> npt.NDArray[np.f
     columns = []
     for name in STATISTICS:
         column = reference.get(name)
-        is_list = isinstance(column, list) and 0 < len(column) <= MAX_ROWS
-        if not is_list or not all(
-            type(each) in (int, float) and math.isfinite(each) for each in column or ()
+        if (
+            not isinstance(column, list)
+            or not 0 < len(column) <= MAX_ROWS
+            or not all(type(each) in (int, float) and abs(each) < MAX_VALUE for each in column)
         ):
             raise ValueError(f"has damaged statistics of its test images ({name}); export its run again")
         columns.append(column)
-    if len({len(column or ()) for column in columns}) != 1:
+    if len({len(column) for column in columns}) != 1:
         raise ValueError("has statistics of its test images of unequal numbers; export its run again")
     return np.array(columns, np.float64).T
