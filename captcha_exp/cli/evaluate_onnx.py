@@ -23,7 +23,7 @@ MAX_SHOWN = 10  # images that cannot be used
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Check that a run is not given what is for an exported model.
+    """Check that a run has no flags of an exported model.
 
     Raises:
         UserError: it is.
@@ -118,7 +118,7 @@ def load_labeled_images(folder: str, overrides: Sequence[str]) -> "list[LabeledI
     Of files with equal content, the first one counts.
 
     Raises:
-        UserError: there are none, or some cannot be used and data.on_invalid is error; the lines say why.
+        UserError: it has none, or some cannot be used and data.on_invalid is error; the lines say why.
     """
     from captcha_exp.cli.hydra_config import try_compose
     from captcha_exp.config import FolderConfig

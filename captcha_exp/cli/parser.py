@@ -218,7 +218,7 @@ def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_guard_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what an exported model is evaluated on, and its baseline."""
+    """Add the images that an exported model is evaluated on, and its baseline."""
     text = "for an exported model: a folder or archive of labeled images, as for data=folder"
     parser.add_argument("--data", metavar="DIR", type=expand_user, help=text)
     text = "compare with this file: accuracy on the same images, size, and speed on the same machine"

@@ -19,7 +19,7 @@ from captcha_exp.export.watch import ALPHA, Movement, WatchResult, compare
 from captcha_exp.runtime.text import escape_unprintable
 
 CHANGED_EXIT_CODE = 3
-NUM_TO_LABEL = 100  # images of a new source that are enough to see what the model does with them
+NUM_TO_LABEL = 100  # images of a new source that are enough to measure the accuracy
 
 
 def watch(arguments: argparse.Namespace) -> int:
@@ -114,7 +114,7 @@ def _print(
 
 
 def describe(result: WatchResult, name: str) -> str:
-    """Return what a statistic was in the test, and what it is now."""
+    """Return the values of a statistic in the test, and its median now."""
     each: Movement = result.movements[name]
     low, high = (format(value, ".4g") for value in each.usual)
     usual = low if low == high else f"mostly {low} to {high}"

@@ -1,1 +1,1 @@
-"""A trained recognizer outside the framework: one ONNX file with preprocessing and decoding; guard and watch."""
+"""A trained recognizer outside the framework: one ONNX file; a guard and a watch of it."""

@@ -3,14 +3,14 @@
 Each new number gets its conformal p-value: its rank among the reference and the numbers before it. As long as
 all are exchangeable, these p-values are independent and uniform, whatever the distribution of the numbers. A
 gambler bets against that; as the game is fair, the wealth exceeds C with a probability of at most 1 / C, at
-any time, so that one may look after each number and stop whenever one likes.
+any time: the wealth may be checked after each number, and the game be ended whenever one likes.
 
 The bets are densities on [0, 1] of several shapes (small ranks, large ones, both, neither), one of which
-never bets; in each round, a share of the wealth is spread over all of them, so that a change is found after
-any number of rounds without one.
+never bets; in each round, a share of the wealth is spread over all of them, which finds a change after any
+number of rounds without one.
 
 Of several statistics of the same images, each has a wealth of its own. Their mean would not do: p-values of
-one statistic are independent of each other, but not of those of all others, so that a rule which looks at all
+one statistic are independent of each other, but not of those of all others, and a rule that depends on all
 wealths may stop when one of them is unfairly high. Therefore each has to reach K / alpha, K being the number
 of statistics: the bound of the union.
 

@@ -1,6 +1,6 @@
 """Guard an exported model: measure it on labeled images, and compare that with a baseline.
 
-A baseline has for each image, by the hash of its content, what the model read, so that the same images are
+A baseline has the text that was read in each image, by the hash of its content. The same images are then
 compared in pairs: of a thousand images, five that are lost and none gained are beyond chance, which two
 accuracies alone would not show.
 """
@@ -35,7 +35,7 @@ Text = Annotated[str, Field(max_length=200)]
 
 @dataclass(config=STRICT, frozen=True)
 class Reading:
-    """An image of the baseline: its label, and what the model read."""
+    """An image of the baseline: its label, and the text that was read."""
 
     label: Text
     text: Text

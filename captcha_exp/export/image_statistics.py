@@ -25,7 +25,7 @@ STATISTICS = {
     "grain": "mean difference of a gray value and the mean of its four neighbors",
     "ink": "percentage of pixels that differ from the median gray value by more than 32",
 }
-"""name -> what it is, of the image as it arrives"""
+"""name -> its definition, for the image as it arrives"""
 MAX_ROWS = 512  # images in a reference
 MAX_VALUE = 1e9  # of a statistic; neither an infinity nor NaN is below
 INK_DIFFERENCE = 32  # gray values

@@ -64,7 +64,7 @@ class Speed:
 
     @property
     def machine(self) -> tuple[str, int, str]:
-        """What has to be equal for a comparison."""
+        """The values that have to be equal for a comparison."""
         return self.cpu, self.cores, self.onnxruntime
 
 
