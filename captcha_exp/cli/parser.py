@@ -239,10 +239,10 @@ def _add_watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.onnx", type=expand_user, help=text)
     parser.add_argument("folder", metavar="DIR", type=expand_user, help="a folder of images, without labels")
     text = (
-        "order of the images: time (default): of their last change; name; random: by a hash of the content, "
-        "for images that were copied or sorted and have no order of arrival"
+        "order of the images: time: of their last change; name; random: by a hash of the content, for images "
+        "that were copied or sorted; auto (default): time, or random if all were written within a minute"
     )
-    parser.add_argument("--order", choices=("time", "name", "random"), default="time", help=text)
+    parser.add_argument("--order", choices=("auto", "time", "name", "random"), default="auto", help=text)
     parser.epilog = (
         "exit codes: 0 no change found; 1 none, but images that cannot be used; 2 usage error; 3 changed"
     )

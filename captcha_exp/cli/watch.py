@@ -19,6 +19,7 @@ from captcha_exp.export.watch import ALPHA, Movement, WatchResult, compare
 from captcha_exp.runtime.text import escape_unprintable
 
 CHANGED_EXIT_CODE = 3
+COPY_SECONDS = 60  # images that were all written within this time are taken for a copy
 NUM_TO_LABEL = 100  # images of a new source that are enough to measure the accuracy
 
 
@@ -36,7 +37,9 @@ def watch(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.model}: {error}") from None
     if not os.path.isdir(arguments.folder):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         raise UserError(f"{arguments.folder}: is not a folder of images")
-    names = in_order(list(expand_folders([arguments.folder])), arguments.order)
+    names = list(expand_folders([arguments.folder]))
+    order = choose_order(names) if arguments.order == "auto" else arguments.order
+    names = in_order(names, order)
     rows, used, unusable = [], list[str](), dict[str, str]()
     for start in range(0, len(names), BATCH_SIZE):
         arrays = []
@@ -52,10 +55,20 @@ def watch(arguments: argparse.Namespace) -> int:
         count = f"none of {len(names):,} images can be used; the first is {first}, which"
         raise UserError(f"{arguments.folder}: {count} {problem}")
     result = compare(reference, np.concatenate(rows))
-    _print(result, used, unusable, arguments)
+    _print(result, used, unusable, order, arguments)
     if result.is_changed:
         return CHANGED_EXIT_CODE
     return 1 if unusable else 0
+
+
+def choose_order(names: Sequence[str]) -> str:
+    """Return the order of time, or random if all images were written at once, as by a copy.
+
+    A copy writes them in the order of their names, which may be labels: the first images then
+    have the same first character, which is a change.
+    """
+    times = [_time_of(name) for name in names]
+    return "random" if max(times) - min(times) < COPY_SECONDS * 10**9 else "time"
 
 
 def in_order(names: Sequence[str], order: str) -> list[str]:
@@ -84,20 +97,25 @@ def _hash_of(name: str) -> str:
 
 
 def _print(
-    result: WatchResult, used: Sequence[str], unusable: dict[str, str], arguments: argparse.Namespace
+    result: WatchResult,
+    used: Sequence[str],
+    unusable: dict[str, str],
+    order: str,
+    arguments: argparse.Namespace,
 ) -> None:
     for name, reason in unusable.items():
         print(f"{escape_unprintable(name)}: {reason}", file=sys.stderr)
     if arguments.json:
         rows = [{"image": name, "error": reason} for name, reason in unusable.items()]
-        values = {"model": arguments.model, "order": arguments.order, "unusable": rows}
+        values = {"model": arguments.model, "order": order, "unusable": rows}
         print(json.dumps(result.to_json() | values, indent=2))
         return
     shown = escape_unprintable(arguments.folder)
-    odds = f"false alarms: at most {ALPHA:.0%}, however long one watches"
+    odds = f"order: {order}; false alarms: at most {ALPHA:.0%}"
+    count = f"{result.num_images:,} image{'s' * (result.num_images != 1)}"
     if not result.is_changed:
         print(
-            f"{shown}: no change found in {result.num_images:,} images, compared with "
+            f"{shown}: no change found in {count}, compared with "
             f"{result.num_reference:,} of the test ({odds})"
         )
         return
@@ -108,7 +126,7 @@ def _print(
         f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, "
         f"{where}; label about {NUM_TO_LABEL} of them"
     )
-    print(f"found after {result.found_at:,} of {result.num_images:,} images ({odds})")
+    print(f"found after {result.found_at:,} of {count} ({odds})")
     if others:
         print(f"moved, too: {', '.join(others)}")
 

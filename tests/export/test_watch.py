@@ -12,7 +12,7 @@ from PIL import Image
 from support.onnx_reader import draw, save_images, write_reader
 from test_export import run_bare
 
-from captcha_exp.cli.watch import in_order
+from captcha_exp.cli.watch import choose_order, in_order
 from captcha_exp.export.image_statistics import STATISTICS, describe, read_reference
 from captcha_exp.export.watch import compare, threshold
 
@@ -90,8 +90,8 @@ def test_unchanged_images_are_not_called_changed(model: Path, tmp_path: Path) ->
     code, out, err = run_bare("watch", str(model), str(tmp_path / "same"))
     assert (code, err) == (0, "")
     assert out == (
-        f"{tmp_path}/same: no change found in 80 images, compared with 200 of the test (false alarms: at "
-        "most 2%, however long one watches)\n"
+        f"{tmp_path}/same: no change found in 80 images, compared with 200 of the test (order: random; "
+        "false alarms: at most 2%)\n"
     )
 
 
@@ -148,5 +148,8 @@ def test_the_order_is_that_of_time_of_names_or_of_hashes(tmp_path: Path) -> None
         os.utime(name, ns=(10**18 + n, 10**18 + n))
     assert in_order(sorted(names), "time") == names
     assert in_order(names, "name") == sorted(names)
+    assert choose_order(names) == "random"  # written at once
+    os.utime(names[0], ns=(10**18 - 10**11, 10**18 - 10**11))
+    assert choose_order(names) == "time"
     assert sorted(in_order(names, "random")) == sorted(names)
     assert in_order([*names, str(tmp_path / "gone")], "random")[0].endswith("gone")
