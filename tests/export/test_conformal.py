@@ -87,9 +87,9 @@ def test_false_alarms_are_as_rare_as_stated(distribution: Draw) -> None:
 
 def test_a_change_is_found_from_the_start_or_later() -> None:
     limit = 0.02 / 11
-    for seed in range(15):
+    for seed in range(8):
         rng = np.random.default_rng(seed)
-        for before in (0, 150):
+        for before in (0, 1000):
             moved = np.concatenate([rng.normal(size=300 + before), rng.normal(size=60) + 2])
             assert before < (alarm(moved, 300, limit, seed) or 0) <= before + 60
         narrow = np.concatenate([rng.normal(size=300), rng.normal(size=100) / 10])

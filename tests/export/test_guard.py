@@ -116,7 +116,7 @@ def rate(cost: float, deviation: float = 0.01) -> Rate:
 def measurement(is_correct: str, cost: float = 1.0, start: int = 0, **values: Any) -> Measurement:
     """Return a measurement of an image for each + (correct) or - (misread)."""
     images = {f"{n:064x}": Reading("1", "1", mark == "+") for n, mark in enumerate(is_correct, start)}
-    known = {"cpu": "x", "cores": 2, "onnxruntime": "1.20"} | values
+    known: dict[str, Any] = {"cpu": "x", "cores": 2, "onnxruntime": "1.20"} | values
     return Measurement(1, "0" * 64, 1000, Speed(rate(cost), rate(1.0), **known), images)
 
 
