@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from conftest import Call
 from onnx import TensorProto, helper
 from PIL import Image
 from support.onnx_reader import draw, save_images, sha256_of_images, write_reader
+from test_export import run_bare
 
 from captcha_exp.errors import UserError
 from captcha_exp.export import guard, speed
@@ -191,6 +194,17 @@ def test_the_reference_workload_is_the_documented_one() -> None:
     opset = [helper.make_opsetid("", 18)]
     built = helper.make_model(graph, opset_imports=opset, ir_version=8, producer_name="")
     assert base64.b64decode(speed._REFERENCE_MODEL) == built.SerializeToString()
+
+
+@pytest.mark.long
+def test_a_model_is_evaluated_without_torch(folder: Path) -> None:
+    script = "import sys; sys.modules['torch'] = None; from captcha_exp.cli.main import main; main()"
+    words = ("evaluate", str(folder / "model.onnx"), "--data", str(folder / "images"), "--json")
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["correct"] == 37
+    code, out, err = run_bare(*words)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "with packages that are not installed" in err
 
 
 # -- hostile and mistaken input ------------------------------------------------------------------------------
