@@ -23,8 +23,9 @@ from torch import Tensor
 from captcha_exp import runs
 from captcha_exp.model import calibration, saved
 from captcha_exp.model.confidence import Calibration, OperatingPoint
-from captcha_exp.model.evaluate import Evaluation, wilson_interval
+from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.heads import Head
+from captcha_exp.model.proportions import wilson_interval
 from captcha_exp.model.weights import load_weights, max_file_bytes
 from captcha_exp.runtime import device as devices
 

@@ -31,8 +31,8 @@ from interference import interference
 from captcha_exp import runs
 from captcha_exp.config import FolderConfig
 from captcha_exp.data import dataset
-from captcha_exp.model.evaluate import wilson_interval
 from captcha_exp.model.predict import Predictor
+from captcha_exp.model.proportions import wilson_interval
 from captcha_exp.model.saved import evaluate_run
 
 ALNUM = "abcdefghijklmnopqrstuvwxyz0123456789"

@@ -39,7 +39,8 @@ def main() -> NoReturn:
 
     Exit codes: 0 success; 1 a failed run, an image that cannot be used, or a problem found; 2 usage error;
     75 time limit reached (train.max_minutes), the run can be resumed; 130 Ctrl-C; 141 the reader of a pipe
-    has exited; 143 SIGTERM. `plan --must-fit` and `reproduce` have codes of their own, 3 and 4.
+    has exited; 143 SIGTERM. `plan --must-fit`, `evaluate --must-hold`, `watch` and `reproduce` have codes of
+    their own, 3 and 4.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks must not end a sweep
@@ -91,16 +92,27 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     elif words is not None:
         words += rest
-    if arguments.command == "predict" and arguments.run.endswith(".onnx"):  # works without most packages
-        from captcha_exp.cli import predict_onnx
-
-        return predict_onnx.predict(arguments)
+    if (handler := _find_onnx_handler(arguments)) is not None:
+        return handler(arguments)
     from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.environment import fill_in_environment
 
     fill_in_environment()
     set_up_logging(arguments.log_level)
     return HANDLERS[arguments.command](arguments)
+
+
+def _find_onnx_handler(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int] | None:
+    """Return the handler of a command that reads an exported model, which works without most packages."""
+    if arguments.command == "watch":
+        from captcha_exp.cli import watch
+
+        return watch.watch
+    if arguments.command not in ("predict", "evaluate") or not arguments.run.endswith(".onnx"):
+        return None
+    from captcha_exp.cli import evaluate_onnx, predict_onnx
+
+    return predict_onnx.predict if arguments.command == "predict" else evaluate_onnx.evaluate
 
 
 # -- commands ------------------------------------------------------------------------------------------------
@@ -137,10 +149,11 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from captcha_exp.cli import output
+    from captcha_exp.cli import evaluate_onnx, output
     from captcha_exp.model.saved import evaluate_run
     from captcha_exp.runs import find_run
 
+    evaluate_onnx.check_flags(arguments)
     run_dir = find_run(arguments.run, finished=True)
     evaluation, data = evaluate_run(run_dir, arguments.split, arguments.device)
     values = {"run_dir": str(run_dir), "split": arguments.split, **evaluation.to_json(data)}

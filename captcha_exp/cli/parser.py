@@ -18,11 +18,12 @@ COMMANDS = {
     "train": "train a recognizer, test it, and record the run",
     "data": "build the dataset of a config and report what is in it, with a page of images",
     "plan": "predict the GPU memory that batch sizes need, without a GPU",
-    "evaluate": "evaluate a run: accuracy per label, character and position, confusions",
+    "evaluate": "evaluate a run, or an exported model on labeled images and against a baseline",
     "reproduce": "train a finished run again from its saved config and compare the results",
     "predict": "predict the text in images; without images, prompt for them",
     "export": "write a run as one ONNX file, with preprocessing and decoding, and prove it",
     "report": "write the report of a run or a sweep as one HTML page",
+    "watch": "find out without labels whether images are still those a model was trained on",
     "runs": "list the runs in outputs/",
     "diff": "compare two runs: config, environment, dataset, metrics",
     "sync": "deliver to MLflow what it does not have of earlier runs",
@@ -140,9 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
         "exit codes: 0 success; 2 usage error; 3 with --must-fit if a batch size does not fit or is unsure"
     )
     evaluate = add_command("evaluate")
-    evaluate.add_argument("run", metavar="RUN", type=expand_user, help=RUN_HELP)
+    evaluate.add_argument(
+        "run", metavar="RUN", type=expand_user, help=f"{RUN_HELP}, or an exported model: .onnx, with --data"
+    )
     text = "images to evaluate on (default: %(default)s)"
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test", help=text)
+    _add_guard_arguments(evaluate)
     _add_reproduce_arguments(add_command("reproduce"))
     predict = add_command("predict")
     predict.add_argument(
@@ -169,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN|SWEEP", type=expand_user, help=text)
     text = "file to write; default: report/run.html in the run directory, summary.html in that of a sweep"
     report.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
+    _add_watch_arguments(add_command("watch"))
     _add_runs_arguments(add_command("runs"))
     _add_diff_arguments(add_command("diff"))
     sync = add_command("sync")
@@ -221,6 +226,37 @@ def _add_runs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", action="append", metavar="KEY,KEY,...", help="also show these keys")
     parser.add_argument("--limit", type=int, metavar="N", help="show only the first N runs")
     parser.epilog = _METRICS_NOTE
+
+
+def _add_guard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the images that an exported model is evaluated on, and its baseline."""
+    text = "for an exported model: a folder or archive of labeled images, as for data=folder"
+    parser.add_argument("--data", metavar="DIR", type=expand_user, help=text)
+    text = "compare with this file: accuracy on the same images, size, and speed on the same machine"
+    parser.add_argument("--baseline", metavar="FILE", type=expand_user, help=text)
+    text = "exit with code 3 if the model is worse than the baseline"
+    parser.add_argument("--must-hold", action="store_true", help=text)
+    text = "write the measurement as a baseline; not if --must-hold fails"
+    parser.add_argument("--save-baseline", metavar="FILE", type=expand_user, help=text)
+    parser.add_argument("--force", action="store_true", help="overwrite an existing baseline")
+    text = "for an exported model: keys of data, such as data.labels=folders"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=text)
+    parser.epilog = "exit codes: 0 success; 2 usage error; 3 with --must-hold if the model is worse"
+
+
+def _add_watch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, DIR and --order."""
+    text = "file of captcha-exp export"
+    parser.add_argument("model", metavar="MODEL.onnx", type=expand_user, help=text)
+    parser.add_argument("folder", metavar="DIR", type=expand_user, help="a folder of images, without labels")
+    text = (
+        "order of the images: time: of their last change; name; random: by a hash of the content, for images "
+        "that were copied or sorted; auto (default): time, or random if all were written within a minute"
+    )
+    parser.add_argument("--order", choices=("auto", "time", "name", "random"), default="auto", help=text)
+    parser.epilog = (
+        "exit codes: 0 no change found; 1 none, but images that cannot be used; 2 usage error; 3 changed"
+    )
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:

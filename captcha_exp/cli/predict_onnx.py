@@ -37,7 +37,7 @@ def predict(arguments: argparse.Namespace) -> int:
             f"{arguments.run}: name images, folders, or - for an image on standard input; or add --self-test"
         )
     rows, has_errors = [], False
-    names = list(_expand(arguments.images))
+    names = list(expand_folders(arguments.images))
     for start in range(0, len(names), BATCH_SIZE):
         for name, answer in _predict(predictor, names[start : start + BATCH_SIZE], options):
             has_errors |= isinstance(answer, InvalidImage)
@@ -68,7 +68,7 @@ def _self_test(predictor: OnnxPredictor, as_json: bool) -> int:
     return 1 if problems else 0
 
 
-def _expand(names: Sequence[str]) -> Iterator[str]:
+def expand_folders(names: Sequence[str]) -> Iterator[str]:
     """Yield the names of images; a folder stands for all images in it, recursively.
 
     Raises:

@@ -1,1 +1,1 @@
-"""A trained recognizer outside the framework: one ONNX file with preprocessing and decoding."""
+"""A trained recognizer outside the framework: one ONNX file; a guard and a watch of it."""

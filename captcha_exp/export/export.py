@@ -21,6 +21,7 @@ from captcha_exp.config import to_dict
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import RunFailed
 from captcha_exp.export.graph import OPSET, to_onnx
+from captcha_exp.export.image_statistics import make_reference
 from captcha_exp.export.manifest import (
     FORMAT,
     IMAGES_KEY,
@@ -55,7 +56,8 @@ class Export:
 
     def to_json(self) -> dict[str, Any]:
         """Return the values of `export --json`."""
-        values = {name: value for name, value in vars(self.manifest).items() if name != "format"}
+        left_out = ("format", "reference")
+        values = {name: value for name, value in vars(self.manifest).items() if name not in left_out}
         return {"path": str(self.path), "bytes": self.num_bytes, **values}
 
 
@@ -101,9 +103,12 @@ def export_run(run_dir: Path, path: Path) -> Export:
             "accuracy_high": high,
         },
         parity={},
+        reference={},
     )
-    largest = prove(OnnxPredictor(path, content=_to_bytes(graph, manifest, [])), expected)
-    manifest = replace(manifest, parity={"images": len(expected), "max_confidence_difference": largest})
+    unproven = OnnxPredictor(path, content=_to_bytes(graph, manifest, []))
+    largest = prove(unproven, expected)
+    parity = {"images": len(expected), "max_confidence_difference": largest}
+    manifest = replace(manifest, parity=parity, reference=make_reference(unproven, originals))
     step = max(1, len(expected) // NUM_IMAGES)
     content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
     predictor = OnnxPredictor(path, content=content)

@@ -48,6 +48,7 @@ class Manifest:
     calibration: Mapping[str, Any]  # of `model.confidence.Calibration`; the graph contains it
     test: Mapping[str, float]  # images, correct, accuracy, accuracy_low, accuracy_high
     parity: Mapping[str, float]  # images, max_confidence_difference: in ONNX Runtime, against PyTorch
+    reference: Mapping[str, Sequence[float]]  # statistics of images of the test split, for `watch`
     sha256: str = NO_DIGEST
 
     def to_json(self) -> str:
@@ -66,6 +67,7 @@ class Manifest:
             raise ValueError("is not a JSON object")
         if values.get("format") != FORMAT:
             raise ValueError(f"has format {values.get('format')!r}, and this version reads {FORMAT}")
+        values.setdefault("reference", {})  # of a file that was exported before it had one
         types = {field.name: field.type if isinstance(field.type, type) else dict for field in fields(cls)}
         if missing := sorted(types.keys() - values.keys()):
             raise ValueError(f"lacks {', '.join(missing)}")

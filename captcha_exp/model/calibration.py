@@ -51,11 +51,13 @@ def fit(head: Head, logits: Tensor, targets: Tensor) -> Calibration:
 def fit_temperature(head: Head, logits: Tensor, targets: Tensor) -> float:
     """Return the temperature with the largest likelihood of the labels.
 
-    That of a label has a lower bound, which a wrong label reaches: few of these do not decide.
+    That of a label has a lower bound, which a wrong label reaches: few of these do not decide. The logarithm
+    has a normal prior around 0: where all labels are predicted, the temperature does not fall to its limit.
     """
 
     def loss(log_temperature: float) -> float:
-        return -float(head.log_likelihood(logits / math.exp(log_temperature), targets).double().mean())
+        likelihood = head.log_likelihood(logits / math.exp(log_temperature), targets)
+        return log_temperature**2 / 2 - float(likelihood.double().sum())
 
     limit = math.log(MAX_TEMPERATURE)
     found = minimize_scalar(loss, bounds=(-limit, limit), method="bounded", options={"xatol": 0.01})
@@ -67,10 +69,12 @@ def fit_confidence(
 ) -> Calibration:
     """Fit the confidence to probabilities (N,) of predicted texts, and to whether (N,) these are right.
 
-    Slope and intercept have a normal prior around 1 and 0: where hardly an answer is wrong, the
-    probabilities remain nearly as they are.
+    Slope and intercept have a normal prior around 1 and 0. As in Platt's method, n right answers make the
+    next one right with probability (n + 1) / (n + 2), not with certainty.
     """
-    odds, right = logit(probabilities), np.asarray(is_correct, np.float64)
+    odds, found = logit(probabilities), np.asarray(is_correct, np.bool_)
+    num_right = int(found.sum())
+    right = np.where(found, (num_right + 1) / (num_right + 2), 1 / (len(found) - num_right + 2))
 
     def loss(weights: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         scores = weights[0] * odds + weights[1]

@@ -1,7 +1,6 @@
 """Evaluation of a model on a split: exact match with an interval, accuracy per position, confusions."""
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model.alignment import align
 from captcha_exp.model.confidence import NOT_CALIBRATED, Calibration
 from captcha_exp.model.networks import Recognizer
+from captcha_exp.model.proportions import wilson_interval
 from captcha_exp.runtime import device as devices
 
 logger = logging.getLogger(__name__)
@@ -273,22 +273,6 @@ def _right_aligned(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     length = (ids != END).sum(axis=1, keepdims=True)
     source = length - 1 - np.arange(ids.shape[1])
     return np.where(source >= 0, np.take_along_axis(ids, np.maximum(source, 0), axis=1), END)
-
-
-def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return (low, high) of the Wilson score interval of a proportion; z is the 97.5% normal quantile.
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22
-    (1927).
-    """
-    accuracy = num_correct / num_total
-    center = accuracy + z * z / (2 * num_total)
-    spread = z * math.sqrt(accuracy * (1 - accuracy) / num_total + z * z / (4 * num_total * num_total))
-    scale = 1 + z * z / num_total
-    # At the ends the exact bounds are 0 and 1, which rounding must not miss.
-    low = 0.0 if num_correct == 0 else (center - spread) / scale
-    high = 1.0 if num_correct == num_total else (center + spread) / scale
-    return low, high
 
 
 class Predictions(NamedTuple):

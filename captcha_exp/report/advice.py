@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from captcha_exp.model.evaluate import wilson_interval
+from captcha_exp.model.proportions import wilson_interval
 from captcha_exp.report.run_content import TestResult
 
 OVERFITTING_GAP = 0.05  # of training above validation accuracy

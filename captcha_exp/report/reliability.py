@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from captcha_exp.model.evaluate import wilson_interval
+from captcha_exp.model.proportions import wilson_interval
 
 NUM_BINS = 10
 

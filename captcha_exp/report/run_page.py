@@ -10,7 +10,8 @@ import numpy as np
 
 from captcha_exp.data.alphabet import NO_CHARACTER
 from captcha_exp.data.dataset import Dataset
-from captcha_exp.model.evaluate import Evaluation, wilson_interval
+from captcha_exp.model.evaluate import Evaluation
+from captcha_exp.model.proportions import wilson_interval
 from captcha_exp.report import advice, charts, predictions
 from captcha_exp.report.charts import Chart, DotPlot, Series, percent
 from captcha_exp.report.dataset_page import template_environment

@@ -5,13 +5,13 @@ import platform
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from captcha_exp.config import Config
 from captcha_exp.runs.source_code import code_sha256, git_info
+from captcha_exp.runtime.cpu_name import detect_cpu_name
 
 _PACKAGES = (
     *("torch", "numpy", "pillow", "captcha", "wheezy.captcha"),  # compute the images and the numbers
@@ -45,7 +45,7 @@ def collect_environment(config: Config) -> dict[str, Any]:
         "device": {
             "name": config.device.name,
             "threads": config.device.threads,
-            "cpu": _detect_cpu_name(),
+            "cpu": detect_cpu_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             **_cuda_info(config.device.name),
@@ -73,28 +73,6 @@ def numerics_variables() -> dict[str, str]:
         and not _SECRET_NAME.search(name)
         and not _URL_CREDENTIALS.search(value)
     }
-
-
-def _detect_cpu_name() -> str:
-    try:
-        return parse_cpu_name(Path("/proc/cpuinfo").read_text()) or platform.processor()
-    except OSError:
-        return platform.processor()
-
-
-def parse_cpu_name(cpuinfo: str) -> str | None:
-    """Return name, family, model and stepping of the first CPU in the text of /proc/cpuinfo.
-
-    A virtual machine may report the same name for different CPUs; libraries select kernels by the numbers.
-    """
-    fields: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name")
-    keys = ("cpu family", "model", "stepping")
-    numbers = [f"{key.removeprefix('cpu ')} {fields[key]}" for key in keys if key in fields]
-    return f"{name} ({', '.join(numbers)})" if name and numbers else name
 
 
 def _cuda_info(device: str) -> dict[str, Any]:

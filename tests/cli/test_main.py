@@ -18,7 +18,7 @@ from captcha_exp.cli import main as cli
 
 COMMANDS = [
     *("train", "data", "plan", "evaluate", "reproduce", "predict", "export"),
-    *("report", "runs", "diff", "sync", "ui", "calibrate", "doctor"),
+    *("report", "watch", "runs", "diff", "sync", "ui", "calibrate", "doctor"),
 ]
 
 

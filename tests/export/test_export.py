@@ -265,6 +265,7 @@ def a_manifest(**values: Any) -> Manifest:
         "calibration": {},
         "test": numbers,
         "parity": numbers,
+        "reference": {},
     }
     return Manifest(**(given | values))
 

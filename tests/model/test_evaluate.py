@@ -20,9 +20,10 @@ from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model import networks
 from captcha_exp.model.alignment import align
-from captcha_exp.model.evaluate import Evaluation, evaluate, wilson_interval
+from captcha_exp.model.evaluate import Evaluation, evaluate
 from captcha_exp.model.heads import PositionHead
 from captcha_exp.model.networks import Recognizer
+from captcha_exp.model.proportions import wilson_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,42 +59,6 @@ def predictions(draw: st.DrawFn) -> tuple[Texts, Texts]:
     targets = draw(texts)
     predicted = [draw(st.one_of(st.just(target), text)) for target in targets]
     return targets, predicted
-
-
-# -- the interval --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("total", [1, 2, 10, 37, 400])
-def test_the_wilson_interval_inverts_the_score_test(total: int) -> None:
-    """It contains p if |correct/total - p| is at most 1.96 standard deviations under p."""
-    grid = np.linspace(0, 1, 20_001)
-    for correct in {0, 1, total // 3, total // 2, total - 1, total}:
-        accepted = grid[np.abs(correct / total - grid) <= 1.959964 * np.sqrt(grid * (1 - grid) / total)]
-        low, high = wilson_interval(correct, total)
-        assert low == pytest.approx(accepted.min(), abs=1e-4)
-        assert high == pytest.approx(accepted.max(), abs=1e-4)
-
-
-def test_the_wilson_interval_has_published_values() -> None:
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
-    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-
-
-@given(total=st.integers(1, 10**6), fraction=st.floats(0, 1))
-def test_the_wilson_interval_contains_the_proportion(total: int, fraction: float) -> None:
-    correct = round(fraction * total)
-    low, high = wilson_interval(correct, total)
-    assert 0 <= low <= correct / total <= high <= 1
-    assert low < high
-    assert wilson_interval(total - correct, total) == pytest.approx((1 - high, 1 - low), abs=1e-9)
-
-
-@pytest.mark.parametrize("total", [1, 3, 49, 1000])
-def test_the_wilson_interval_ends_exactly_at_0_and_1(total: int) -> None:
-    assert wilson_interval(0, total)[0] == 0.0
-    assert wilson_interval(total, total)[1] == 1.0
 
 
 # -- metrics -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from captcha_exp.model.evaluate import wilson_interval
+from captcha_exp.model.proportions import wilson_interval
 from captcha_exp.report.advice import Figures, suggest
 from captcha_exp.report.run_content import Confusion, RecordedMisread, TestResult
 

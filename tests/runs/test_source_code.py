@@ -12,9 +12,10 @@ import torch
 
 from captcha_exp.config import Config
 from captcha_exp.runs import Run, RunInfo, source_code
-from captcha_exp.runs.environment import collect_environment, numerics_variables, parse_cpu_name
+from captcha_exp.runs.environment import collect_environment, numerics_variables
 from captcha_exp.runs.info import now, running_fields
 from captcha_exp.runtime import paths
+from captcha_exp.runtime.cpu_name import parse_cpu_name
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
     Raises:
         UserError: the folder does not exist or has no images, or a table cannot be read.
     """
-    folders = [_read_labels(data, Path(path)) for path in data.paths]
+    folders = [read_labels(data, Path(path)) for path in data.paths]
     folder, files = (
         (folders[0], folders[0].files)
         if len(folders) == 1
@@ -96,7 +96,7 @@ def scan_folder(data: FolderConfig, captcha: CaptchaConfig) -> FolderScan:
 
 
 @dataclass(frozen=True)
-class _LabeledFolder:
+class LabeledFolder:
     """A folder or archive with the labels of its images."""
 
     files: Files
@@ -107,7 +107,7 @@ class _LabeledFolder:
     has_tables: bool  # the labels are from tables, not from names
 
 
-def _read_labels(data: FolderConfig, path: Path) -> _LabeledFolder:
+def read_labels(data: FolderConfig, path: Path) -> LabeledFolder:
     """Find the labels of a folder or archive, with corrections.
 
     Raises:
@@ -124,10 +124,10 @@ def _read_labels(data: FolderConfig, path: Path) -> _LabeledFolder:
         candidates, corrected = corrections.apply_corrections(files, correction_table, candidates)
     used = {*tables, correction_table}
     ignored = [name for name in listing.ignored if files.path / name not in used]
-    return _LabeledFolder(files, candidates, ignored, corrected, advice, bool(tables))
+    return LabeledFolder(files, candidates, ignored, corrected, advice, bool(tables))
 
 
-def _join(folders: Sequence[_LabeledFolder]) -> _LabeledFolder:
+def _join(folders: Sequence[LabeledFolder]) -> LabeledFolder:
     """Return the images of several folders as those of one, named by `JoinedFiles`."""
     numbered = list(enumerate(folders, 1))
     return replace(
@@ -140,7 +140,7 @@ def _join(folders: Sequence[_LabeledFolder]) -> _LabeledFolder:
     )
 
 
-def _advise(data: FolderConfig, folder: _LabeledFolder, captcha: CaptchaConfig) -> list[str]:
+def _advise(data: FolderConfig, folder: LabeledFolder, captcha: CaptchaConfig) -> list[str]:
     """Return what is odd about the labels of a folder, and what to do about it."""
     if data.labels == "folders":
         return []
