@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": "evaluate a run: accuracy per label, character and position, confusions",
     "reproduce": "train a finished run again from its saved config and compare the results",
     "predict": "predict the text in images; without images, prompt for them",
-    "export": "write a run as one ONNX file, with preprocessing and decoding, and prove it",
+    "export": "write a run as one ONNX file, prove it, and log it to MLflow as a model",
     "runs": "list the runs in outputs/",
     "diff": "compare two runs: config, environment, dataset, metrics",
     "sync": "deliver to MLflow what it does not have of earlier runs",
@@ -157,7 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", type=expand_user, help=RUN_HELP)
     text = "file to write; default: model.onnx in the run directory"
     export.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
-    export.epilog = "exit codes: 0 proven and written; 1 it reads otherwise than the run; 2 usage error"
+    text = "also register the file in MLflow, as a version of the model NAME with the alias newest"
+    export.add_argument("--register", metavar="NAME", help=text)
+    export.epilog = (
+        "exit codes: 0 proven and written; 1 it reads otherwise than the run, or --register failed; "
+        "2 usage error"
+    )
     _add_runs_arguments(add_command("runs"))
     _add_diff_arguments(add_command("diff"))
     sync = add_command("sync")
