@@ -267,7 +267,8 @@ def _register(store: str, run_id: str, model_id: str, model: OnnxModel, name: st
 def _global_tracking_uri(store: str) -> Iterator[None]:
     """Set MLflow's global tracking URI for a while: its registry looks for the source of a version there."""
     variable = os.environ.get(URI_VARIABLE)
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    is_set: bool = mlflow.is_tracking_uri_set()  # type: ignore[no-untyped-call]  # MLflow has no types for it
+    before: Any = mlflow.get_tracking_uri() if is_set else None
     mlflow.set_tracking_uri(store)
     try:
         yield
