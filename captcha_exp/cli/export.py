@@ -61,7 +61,7 @@ def export(arguments: argparse.Namespace) -> LoggedExport:
 
 
 def check_registered(arguments: argparse.Namespace, result: LoggedExport) -> None:
-    """Check that MLflow has what --register asked for.
+    """Check that MLflow has the version that --register asks for.
 
     Raises:
         RunFailed: it does not; the file is written.
@@ -74,7 +74,7 @@ def check_registered(arguments: argparse.Namespace, result: LoggedExport) -> Non
 
 
 def print_export(result: LoggedExport, program: str) -> None:
-    """Print what was written, its proof, and where MLflow has it."""
+    """Print the file, its proof, and where MLflow has it."""
     out, manifest = get_console(), result.exported.manifest
     path, model = result.exported.path, result.model
     test, parity = manifest.test, manifest.parity

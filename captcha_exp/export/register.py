@@ -53,7 +53,7 @@ def register_after_training(run_dir: Path) -> None:
 
 
 def to_onnx_model(exported: Export) -> OnnxModel:
-    """Return an exported file as a model for MLflow, with what its page shows."""
+    """Return an exported file as a model for MLflow, with its description."""
     content, manifest = exported.path.read_bytes(), exported.manifest
     graph = onnx.load_model_from_string(content).graph
     images = OnnxPredictor(exported.path, content=content).proof_images()
@@ -77,7 +77,7 @@ def to_onnx_model(exported: Export) -> OnnxModel:
 
 
 def _describe(manifest: Manifest) -> str:
-    """Return what the page of a version says."""
+    """Return the description of a version."""
     test, parity = manifest.test, manifest.parity
     interval = f"95% confidence interval {test['accuracy_low']:.2%} to {test['accuracy_high']:.2%}"
     labels = f"{test['correct']:,} of {test['images']:,} labels fully correct"

@@ -62,7 +62,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An ONNX file, and what MLflow shows of it."""
+    """An ONNX file with its description for MLflow."""
 
     content: bytes
     inputs: Sequence[TensorType]
@@ -135,7 +135,7 @@ def log_model(run_dir: Path, model: OnnxModel, name: str | None = None) -> Model
 
 
 def _deliver_run(run_dir: Path) -> tuple[str, str]:
-    """Deliver what is owed of the run, and return its store and its ID there.
+    """Deliver the rest of the run, and return its store and its ID there.
 
     Raises:
         ModelNotLogged: the run is not in MLflow.
