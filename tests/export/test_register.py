@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import yaml
@@ -195,6 +196,20 @@ def test_an_upload_that_fails_leaves_no_model(
     assert len(after.outputs.model_outputs) == len(before.outputs.model_outputs)
     found = trained.client.search_logged_models([before.info.experiment_id])
     assert {str(each.status) for each in found} == {"READY"}
+
+
+def test_the_global_store_of_a_notebook_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    unset: Any = None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "restored by the test")
+    mlflow.set_tracking_uri("http://127.0.0.1:1")
+    os.environ.pop("MLFLOW_TRACKING_URI")
+    try:
+        with models._global_tracking_uri("http://127.0.0.1:2"):
+            assert mlflow.get_tracking_uri() == "http://127.0.0.1:2"
+        assert mlflow.get_tracking_uri() == "http://127.0.0.1:1"
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+    finally:
+        mlflow.set_tracking_uri(unset)
 
 
 # -- the command ---------------------------------------------------------------------------------------------
