@@ -174,8 +174,9 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from captcha_exp.cli import export
 
-    exported = export.export(arguments)
-    _print_result(arguments, exported.to_json(), export.print_export, exported, _program_name())
+    result = export.export(arguments)
+    _print_result(arguments, result.to_json(), export.print_export, result, _program_name())
+    export.check_registered(arguments, result)
     return 0
 
 

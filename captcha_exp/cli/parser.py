@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": "evaluate a run, or an exported model on labeled images and against a baseline",
     "reproduce": "train a finished run again from its saved config and compare the results",
     "predict": "predict the text in images; without images, prompt for them",
-    "export": "write a run as one ONNX file, with preprocessing and decoding, and prove it",
+    "export": "write a run as one ONNX file, prove it, and log it to MLflow as a model",
     "report": "write the report of a run or a sweep as one HTML page",
     "watch": "find out without labels whether images are still those a model was trained on",
     "runs": "list the runs in outputs/",
@@ -167,7 +167,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", type=expand_user, help=RUN_HELP)
     text = "file to write; default: model.onnx in the run directory"
     export.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
-    export.epilog = "exit codes: 0 proven and written; 1 it reads otherwise than the run; 2 usage error"
+    text = "also register the file in MLflow, as a version of the model NAME with the alias newest"
+    export.add_argument("--register", metavar="NAME", help=text)
+    export.epilog = (
+        "exit codes: 0 proven and written; 1 it reads otherwise than the run, or --register failed; "
+        "2 usage error"
+    )
     report = add_command("report")
     text = f"{RUN_HELP}; or a sweep directory"
     report.add_argument("run", metavar="RUN|SWEEP", type=expand_user, help=text)

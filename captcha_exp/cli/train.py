@@ -12,7 +12,7 @@ from captcha_exp.config import Machine
 from captcha_exp.errors import UserError
 from captcha_exp.runs import RunInfo
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
-from captcha_exp.tracking import check_tracking, make_tracker
+from captcha_exp.tracking import check_tracking, make_tracker, registered_name
 from captcha_exp.tracking.sync import close_stale_runs
 
 
@@ -61,6 +61,10 @@ def _train(plan: resume.ResumePlan, resumed: str) -> Path:
     else:
         stop = ShutdownHandler(config.train.max_minutes)  # may differ from that of the run
         result = resume_training(plan.run_dir, tracker, extend_from=plan.extend_from, shutdown=stop)
+    if registered_name(result.config) is not None:
+        from captcha_exp.export.register import register_after_training
+
+        register_after_training(result.run_dir)
     return result.run_dir
 
 

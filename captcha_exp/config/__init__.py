@@ -43,6 +43,7 @@ from captcha_exp.config.schema import ResNet18Config as ResNet18Config
 from captcha_exp.config.schema import TextKind as TextKind
 from captcha_exp.config.schema import WheezyLibraryConfig as WheezyLibraryConfig
 from captcha_exp.config.tracking import MlflowConfig as MlflowConfig
+from captcha_exp.config.tracking import check_model_name as check_model_name
 from captcha_exp.config.train import CHECKPOINT_EVERY_PATTERN as CHECKPOINT_EVERY_PATTERN
 from captcha_exp.config.train import AugmentConfig as AugmentConfig
 from captcha_exp.config.train import TrainConfig as TrainConfig

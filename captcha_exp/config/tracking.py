@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 from captcha_exp.config.gpu import STRICT
 from captcha_exp.config.validators import expand_user
 
+MAX_MODEL_NAME = 200
+
 
 def _check_uri(value: str) -> str:
     try:
@@ -34,6 +36,19 @@ def _check_uri(value: str) -> str:
     return f"{scheme}{slashes}{expand_user(path)}" if slashes and not scheme else value
 
 
+def check_model_name(value: str) -> str:
+    """Return the name of a registered model.
+
+    Raises:
+        ValueError: MLflow does not accept it, or it would not show as typed.
+    """
+    if not value.strip() or len(value) > MAX_MODEL_NAME or not value.isprintable():
+        raise ValueError(f"must be a name of 1 to {MAX_MODEL_NAME} printable characters")
+    if set(value) & set("/:@\\") or value != value.strip() or value in (".", ".."):
+        raise ValueError("must not contain / : @ or \\, or start or end with a space, or be . or ..")
+    return value
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class MlflowConfig:
     """Tracking in MLflow, in addition to the run directory."""
@@ -45,6 +60,8 @@ class MlflowConfig:
     """name of the MLflow experiment"""
     required: bool
     """fail at the start if the store does not answer; false: train, and send to MLflow once it does"""
+    register: Annotated[str, AfterValidator(check_model_name)] | None = None
+    """after the test, export the model and register it in MLflow under this name"""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

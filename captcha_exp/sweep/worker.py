@@ -31,7 +31,7 @@ def worker_main() -> None:
     from captcha_exp.runs import Lineage, RunInfo
     from captcha_exp.runtime.console import set_up_logging
     from captcha_exp.runtime.shutdown import ShutdownHandler
-    from captcha_exp.tracking import make_tracker
+    from captcha_exp.tracking import make_tracker, registered_name
     from captcha_exp.training.train import resume, train
 
     set_up_logging(job["log_level"])
@@ -46,6 +46,10 @@ def worker_main() -> None:
         else:
             lineage = Lineage.model_validate(job["lineage"])
             train(config, tracker, run_dir=run_dir, lineage=lineage, extend_from=extend_from, shutdown=stop)
+        if registered_name(config) is not None:
+            from captcha_exp.export.register import register_after_training
+
+            register_after_training(run_dir)
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)

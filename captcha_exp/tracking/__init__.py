@@ -1,5 +1,5 @@
 """MLflow tracking: send a run or sweep while it runs (`tracker`) or later (`sync`), both by `delivery`; the
-backend store (`store`, `problems`), the UI (`server`, `views`) and artifacts (`download`).
+backend store (`store`, `problems`), the UI (`server`, `views`), artifacts (`download`) and models (`models`).
 
 Import from the modules: MLflow is imported only where it is needed, in a training by the sending thread.
 """
@@ -62,3 +62,10 @@ def make_tracker(
     from captcha_exp.tracking.tracker import MlflowTracker
 
     return MlflowTracker(choices, run_name)
+
+
+def registered_name(config: "Config") -> str | None:
+    """Return the name under which the model is registered after its training, if any."""
+    from captcha_exp.config import MlflowConfig
+
+    return config.tracking.register if isinstance(config.tracking, MlflowConfig) else None

@@ -130,7 +130,26 @@ def move_artifacts(path: Path) -> None:
                 if uri.startswith(start) and ((here / run_id).is_dir() or not there.exists())
             ]
             database.executemany("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", uris)
+            _move_models(database, experiment_id, there, here)
         logger.info(f"{path}: was moved; the artifacts of {len(uris)} runs are now found in {here}")
+
+
+def _move_models(database: sqlite3.Connection, experiment_id: str, there: Path, here: Path) -> None:
+    """Let the models of an experiment, and their versions, have their files in a moved directory."""
+    start = f"{there.as_uri()}/"
+    rows = database.execute(
+        "SELECT model_id, artifact_location FROM logged_models WHERE experiment_id = ?", (experiment_id,)
+    )
+    for model_id, location in rows.fetchall():
+        rest = location.removeprefix(start)
+        if rest != location and ((here / "models" / model_id).is_dir() or not there.exists()):
+            new = f"{here.as_uri()}/{rest}"
+            database.execute(
+                "UPDATE logged_models SET artifact_location = ? WHERE model_id = ?", (new, model_id)
+            )
+            database.execute(
+                "UPDATE model_versions SET storage_location = ? WHERE storage_location = ?", (new, location)
+            )
 
 
 @contextlib.contextmanager
