@@ -476,10 +476,12 @@ def test_a_saved_config_loads_as_the_same_config(choice: str, tmp_path: Path) ->
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("machine", [CPU_ONLY, TWO_GPUS])
 def test_resolve_replaces_every_auto(choice: str, machine: Machine) -> None:
-    resolved = resolve(load(composed(*with_required(choice))), machine)
-    # Those of the captcha group are inferred from the images; they choose the head.
+    requested = load(composed(*with_required(choice)))
+    resolved = resolve(requested, machine)
+    # Those of the captcha group are inferred from the images; they choose the head. The precision is tried.
     inferred = [*resolved.captcha.inferred_keys, *(["model.head"] if resolved.captcha.inferred_keys else [])]
-    assert [key for key, value in flatten(resolved).items() if value == "auto"] == inferred
+    tried = ["device.precision"] if requested.device.precision == "auto" else []
+    assert {key for key, value in flatten(resolved).items() if value == "auto"} == {*inferred, *tried}
     assert resolve(resolved, machine) == resolved
 
 
