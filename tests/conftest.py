@@ -17,6 +17,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from support.exported import exported as exported
 
 from captcha_exp import compose, load, runs
 from captcha_exp.cli import main

@@ -20,6 +20,7 @@ from captcha_exp import runs
 from captcha_exp.config import to_dict
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import RunFailed
+from captcha_exp.export import quantize
 from captcha_exp.export.graph import OPSET, to_onnx
 from captcha_exp.export.manifest import (
     FORMAT,
@@ -59,8 +60,11 @@ class Export:
         return {"path": str(self.path), "bytes": self.num_bytes, **values}
 
 
-def export_run(run_dir: Path, path: Path) -> Export:
+def export_run(run_dir: Path, path: Path, quantization: str = "none") -> Export:
     """Write the ONNX file of a finished run, and prove it.
+
+    With quantization "int8", the fp32 file is proven but not written; the int8 file says how many texts it
+    gives of PyTorch's, and contains its own answers.
 
     Raises:
         RunFailed: the file does not read as the run does; the lines name the images, and nothing is written.
@@ -101,11 +105,20 @@ def export_run(run_dir: Path, path: Path) -> Export:
             "accuracy_high": high,
         },
         parity={},
+        quantization="none",
     )
     largest = prove(OnnxPredictor(path, content=_to_bytes(graph, manifest, [])), expected)
     manifest = replace(manifest, parity={"images": len(expected), "max_confidence_difference": largest})
     step = max(1, len(expected) // NUM_IMAGES)
     content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
+    if quantization == quantize.INT8:
+        logger.info("Quantizing to int8")
+        chosen = quantize.choose_images(data.split("validation", device, 0).indices.tolist())
+        graph = quantize.to_int8(graph, spec.source.load_originals(spec.scan, chosen))
+        labels = [data.alphabet.decode(ids) for ids in test.targets]
+        unproven = OnnxPredictor(path, content=_to_bytes(graph, manifest, []))
+        manifest, expected = quantize.measure(unproven, expected, labels, len(content))
+        content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
     predictor = OnnxPredictor(path, content=content)
     if problems := predictor.self_test():
         raise RunFailed(f"{path}: not written, as the self-test fails", *problems)

@@ -46,6 +46,7 @@ class Manifest:
     torch: str  # version that wrote the file
     test: Mapping[str, float]  # images, correct, accuracy, accuracy_low, accuracy_high
     parity: Mapping[str, float]  # images, max_confidence_difference: in ONNX Runtime, against PyTorch
+    quantization: str  # none or int8; parity then has equal_texts as well, and the figures of fp32
     sha256: str = NO_DIGEST
 
     def to_json(self) -> str:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,8 @@ from captcha_exp.export.graph import ExportedRecognizer
 from captcha_exp.export.manifest import Manifest, ProofImage
 from captcha_exp.model import networks
 from captcha_exp.runtime.device import detect_machine
-from captcha_exp.training.train import train
 
 SIZES = st.integers(1, 200)
-OVERRIDES = (
-    *("data=folder", "tracking=none", "device.name=cpu", "device.threads=1", "device.precision=fp32"),
-    *("captcha.width=48", "captcha.height=16", "captcha.channels=1", "augment=none"),
-    *("model.channels=[16,16,16]", "train=constant_lr", "train.epochs=10", "train.batch_size=16"),
-    *("train.learning_rate=0.01", "train.patience=null", "train.label_smoothing=0.1"),
-)
 
 # -- the graph -----------------------------------------------------------------------------------------------
 
@@ -111,28 +104,6 @@ def test_the_graph_names_nothing_of_the_machine_that_made_it() -> None:
 
 
 # -- the file ------------------------------------------------------------------------------------------------
-
-
-def bars(text: str, seed: int) -> Image.Image:
-    """Return a colored image of a dark or a bright bar for each character of 0 and 1, with noise."""
-    columns = np.repeat([60 if c == "0" else 190 for c in text], 11)
-    noise = np.random.default_rng(seed).integers(-25, 26, (22, 66, 3))
-    colored = np.stack([255 - columns, columns, np.full(66, 128)], axis=-1)
-    return Image.fromarray((colored[None] + noise).clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """Return the directory of a run that has learned something, and its exported file."""
-    root = tmp_path_factory.mktemp("exported")
-    (root / "images").mkdir()
-    for n in range(384):
-        bars(f"{n % 64:06b}", n).save(root / "images" / f"{n:05}-{n % 64:06b}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CAPTCHA_EXP_ROOT", str(root))
-        run_dir = train(load(compose(*OVERRIDES, f"data.path={root}/images"))).run_dir
-        export.export_run(run_dir, root / "model.onnx")
-        yield run_dir, root / "model.onnx"
 
 
 @pytest.mark.long
@@ -263,6 +234,7 @@ def a_manifest(**values: Any) -> Manifest:
         **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
         "test": numbers,
         "parity": numbers,
+        "quantization": "none",
     }
     return Manifest(**(given | values))
 
