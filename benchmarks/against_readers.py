@@ -12,6 +12,7 @@ ddddocr is installed once, into a virtual environment of its own below --environ
 per set and reader.
 
     python benchmarks/against_readers.py RUN [RUN ...] [--model MODEL.onnx] [--rounds 7] [--count 256]
+        [--images N]
 """
 
 import argparse
@@ -102,12 +103,12 @@ def install(environments: Path) -> str:
     return str(python)
 
 
-def write_images(run_dir: Path, path: Path) -> tuple[list[str], bool]:
-    """Write the test images of a run as JSON lines; return their labels, and whether they have one case."""
+def write_images(run_dir: Path, path: Path, most: int | None) -> tuple[list[str], bool]:
+    """Write test images of a run as JSON lines; return their labels, and whether they have one case."""
     run = runs.load(run_dir)
     config = devices.for_inference(run.config(), "cpu")
     spec, data = load_images_of(run, config)
-    indices = data.split("test", torch.device("cpu"), 0).indices.tolist()
+    indices = data.split("test", torch.device("cpu"), 0).indices.tolist()[:most]
     labels = [data.labels[n] for n in indices]
     if isinstance(config.data, FolderConfig):
         contents = [Path(str(config.data.path), data.image_name(n)).read_bytes() for n in indices]
@@ -174,7 +175,7 @@ def compare(run_dir: Path, model: Path | None, arguments: argparse.Namespace) ->
     core = min(os.sched_getaffinity(0)) if arguments.core is None else arguments.core
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         images = Path(folder, "images.jsonl")
-        labels, folded = write_images(run_dir, images)
+        labels, folded = write_images(run_dir, images, arguments.images)
         if model is None:
             model = export_run(run_dir, Path(folder, "model.onnx")).path
         python = install(arguments.environments)
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an exported file of the run, instead of a new one")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--count", type=int, default=256, help="images per round")
+    parser.add_argument("--images", type=int, help="test images for the accuracy; default: all")
     parser.add_argument("--core", type=int, help="default: the first one")
     parser.add_argument("--environments", type=Path, default=root_dir() / "build" / "readers")
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ a file of JSON lines: the label, and the content of the image file in base64. A 
 """
 
 import base64
+import importlib
 import io
 import json
 import os
@@ -41,22 +42,19 @@ def make_ddddocr(model: str) -> tuple[Read, Callable[[bytes], Any], int]:
         def __init__(self, path: str, **options: Any) -> None:
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-            nonlocal size
-            size = Path(path).stat().st_size
+            sizes.append(Path(path).stat().st_size)
             super().__init__(path, settings, **options)
 
-    size = 0
+    sizes: list[int] = []
     onnxruntime.InferenceSession = OneThread
-    import ddddocr
-
-    reader = ddddocr.DdddOcr(show_ad=False, beta=model == "beta")
+    reader = importlib.import_module("ddddocr").DdddOcr(show_ad=False, beta=model == "beta")
 
     def decode(content: bytes) -> Any:
         image = Image.open(io.BytesIO(content))
         image.load()
         return image
 
-    return lambda batch: [reader.classification(each) for each in batch], decode, size
+    return lambda batch: [reader.classification(each) for each in batch], decode, sizes[0]
 
 
 def main() -> None:

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
 
+from captcha_exp.config import CaptchaConfig
 from captcha_exp.errors import RunFailed
 from captcha_exp.export import export, graph
 from captcha_exp.export.graph import ExportedRecognizer
 from captcha_exp.model.heads import PositionHead
+from captcha_exp.model.networks import Recognizer
 
 NUM_POSITIONS = 200
 SELF_TESTS = """
@@ -60,30 +63,31 @@ def swapped_channels(self: ExportedRecognizer, images: Tensor) -> tuple[Tensor, 
     return self.recognizer.head.decode(logits)
 
 
-def other_classes(logits: Tensor) -> Tensor:
-    return logits.flip(-1)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("difference", ["channels", "classes", "weight"])
 def test_a_difference_in_the_graph_is_not_written(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: str
 ) -> None:
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(exported[1].parent))
-    to_onnx = graph.to_onnx
 
-    def weaker(recognizer: torch.nn.Module, *captcha: object) -> object:
+    def weaker(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
         assert isinstance(recognizer.head, PositionHead)
+        bias = recognizer.head.classifier.bias
         with torch.no_grad():
-            recognizer.head.classifier.bias += torch.linspace(-9, 9, recognizer.head.classifier.bias.numel())
-        return to_onnx(recognizer, *captcha)  # type: ignore[arg-type]
+            bias.add_(torch.linspace(-9, 9, len(bias)))
+        return graph.to_onnx(recognizer, captcha)
+
+    def reordered(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
+        decode = recognizer.head.decode
+        with monkeypatch.context() as patch:
+            patch.setattr(recognizer.head, "decode", lambda logits: decode(logits.flip(-1)))
+            return graph.to_onnx(recognizer, captcha)
 
     match difference:
         case "channels":
             monkeypatch.setattr(ExportedRecognizer, "forward", swapped_channels)
         case "classes":
-            decode = PositionHead.decode
-            monkeypatch.setattr(PositionHead, "decode", lambda self, logits: decode(self, logits.flip(-1)))
+            monkeypatch.setattr(export, "to_onnx", reordered)
         case _:
             monkeypatch.setattr(export, "to_onnx", weaker)
     with pytest.raises(RunFailed) as error:

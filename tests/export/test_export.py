@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import onnx
 import pytest
 import torch
 from conftest import TINY, Call
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.exported import a_manifest
 from torch import Tensor
 
 from captcha_exp import OnnxPredictor, compose, load, runs
@@ -34,6 +35,7 @@ SIZES = st.integers(1, 200)
 # -- the graph -----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(source=SIZES, target=st.integers(16, 120))
 def test_the_resize_has_the_weights_of_training(source: int, target: int) -> None:
     expected = images.resize_weights(source, target)
@@ -44,6 +46,7 @@ def random_images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+@settings(deadline=None)
 @given(height=SIZES, width=SIZES, seed=st.integers(0, 9))
 def test_the_resize_gives_the_bytes_of_training(height: int, width: int, seed: int) -> None:
     pixels = random_images(2, height, width, 3, seed=seed)
@@ -224,19 +227,6 @@ def test_the_model_of_another_program_is_an_error(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(UserError, match=r"has no metadata; captcha-exp export RUN writes one"):
         OnnxPredictor(tmp_path / "other.onnx")
-
-
-def a_manifest(**values: Any) -> Manifest:
-    numbers: Mapping[str, float] = {"images": 1, "accuracy": 1.0}
-    given: dict[str, Any] = {
-        "format": 1,
-        **dict.fromkeys(("min_length", "length", "width", "height", "channels", "opset"), 1),
-        **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
-        "test": numbers,
-        "parity": numbers,
-        "quantization": "none",
-    }
-    return Manifest(**(given | values))
 
 
 @pytest.mark.parametrize(

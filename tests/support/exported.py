@@ -1,13 +1,15 @@
-"""A fixture: a run that has learned something, and its exported file."""
+"""A run that has learned something, and its exported file, as a fixture; manifests of models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from captcha_exp import compose, load
+from captcha_exp.export.manifest import Manifest
 
 OVERRIDES = (
     *("data=folder", "tracking=none", "device.name=cpu", "device.threads=1", "device.precision=fp32"),
@@ -41,3 +43,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, P
         run_dir = train(load(compose(*OVERRIDES, f"data.path={root}/images"))).run_dir
         export_run(run_dir, root / "model.onnx")
         yield run_dir, root / "model.onnx"
+
+
+def a_manifest(**values: Any) -> Manifest:
+    """Return a manifest with these values."""
+    numbers: Mapping[str, float] = {"images": 1, "accuracy": 1.0}
+    given: dict[str, Any] = {
+        "format": 1,
+        **dict.fromkeys(("min_length", "length", "width", "height", "channels", "opset"), 1),
+        **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
+        "test": numbers,
+        "parity": numbers,
+        "quantization": "none",
+    }
+    return Manifest(**(given | values))
