@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 from omegaconf import DictConfig
 from PIL import Image
+from support.exported import exported as exported
 
 from captcha_exp import compose, load, runs
 from captcha_exp.cli import main

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from captcha_exp.cli.output import format_accuracy, get_console
 from captcha_exp.config import check_model_name
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.export.export import Export, export_run
+from captcha_exp.export.manifest import MANIFEST_KEY
 from captcha_exp.export.register import FILE, log_export
 from captcha_exp.runs import find_run
 from captcha_exp.tracking.models import ModelNotLogged, ModelRef, UntrackedRun
@@ -46,10 +48,13 @@ def export(arguments: argparse.Namespace) -> LoggedExport:
         except ValueError as error:
             raise UserError(f"--register {name}: {error}") from None
     run_dir = find_run(arguments.run, finished=True)
-    path = run_dir / FILE if arguments.output is None else Path(arguments.output)
+    file = FILE if arguments.quantize == "none" else f"model.{arguments.quantize}.onnx"
+    path = run_dir / file if arguments.output is None else Path(arguments.output)
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: the directory {path.parent} does not exist")
-    exported = export_run(run_dir, path)
+    if path.exists() and not (path.is_file() and MANIFEST_KEY.encode() in path.read_bytes()):
+        raise UserError(f"--output {path}: exists and is not an exported model; choose another name")
+    exported = export_run(run_dir, path, arguments.quantize)
     try:
         return LoggedExport(exported, log_export(exported, run_dir, name), None)
     except ModelNotLogged as error:
@@ -77,16 +82,22 @@ def print_export(result: LoggedExport, program: str) -> None:
     """Print the file, its proof, and where MLflow has it."""
     out, manifest = get_console(), result.exported.manifest
     path, model = result.exported.path, result.model
-    test, parity = manifest.test, manifest.parity
-    interval = (test["accuracy_low"], test["accuracy_high"])
-    accuracy = format_accuracy(test["accuracy"], interval, int(test["correct"]), int(test["images"]))
+    parity, fp32 = manifest.parity, ""
     size = f"{result.exported.num_bytes / 1e6:.2f} MB"
+    if manifest.quantization != "none":
+        size += f", {manifest.quantization}, instead of {parity['fp32_bytes'] / 1e6:.2f} MB"
+        fp32 = "fp32_"
     out.print(f"{path}: {size}, ONNX opset {manifest.opset}", markup=False)
     out.print(
-        f"proven on the {parity['images']:,} images of the test split: ONNX Runtime gives every text of "
-        f"PyTorch, and confidences differ by at most {parity['max_confidence_difference']:.1e}"
+        f"{'the fp32 model is ' if fp32 else ''}proven on the {parity['images']:,} images of the test split: "
+        "ONNX Runtime gives every text of PyTorch, and confidences differ by at most "
+        f"{parity[f'{fp32}max_confidence_difference']:.1e}"
     )
-    out.print(f"test accuracy {accuracy}")
+    if fp32:
+        equal = f"{parity['equal_texts']:,} of {parity['images']:,}"
+        out.print(f"test accuracy of fp32 {_format_accuracy(parity, fp32, parity['images'])}")
+        out.print(f"{manifest.quantization} gives {equal} texts of fp32")
+    out.print(f"test accuracy {_format_accuracy(manifest.test, '', manifest.test['images'])}")
     if model is not None:
         version = "" if model.name is None else f", version {model.version} of {model.name}"
         out.print(f"in MLflow at {model.store} as {model.uri}{version}", markup=False)
@@ -100,3 +111,9 @@ def print_export(result: LoggedExport, program: str) -> None:
             f"MLFLOW_TRACKING_URI={store} mlflow models serve --env-manager local --host 127.0.0.1 -m {uri}"
         )
         out.print(f"  {serve}  # as a service, see docs/serving.md", markup=False)
+
+
+def _format_accuracy(figures: Mapping[str, float], prefix: str, images: float) -> str:
+    low, high = figures[f"{prefix}accuracy_low"], figures[f"{prefix}accuracy_high"]
+    correct = int(figures[f"{prefix}correct"])
+    return format_accuracy(figures[f"{prefix}accuracy"], (low, high), correct, int(images))

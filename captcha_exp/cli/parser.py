@@ -165,8 +165,10 @@ def build_parser() -> argparse.ArgumentParser:
         inference.add_argument("--device", default="auto", metavar="NAME", help=text)
     export = add_command("export")
     export.add_argument("run", metavar="RUN", type=expand_user, help=RUN_HELP)
-    text = "file to write; default: model.onnx in the run directory"
+    text = "file to write; default: model.onnx, with --quantize model.int8.onnx, in the run directory"
     export.add_argument("--output", "-o", metavar="FILE", type=expand_user, help=text)
+    text = "int8: a smaller and faster file; its accuracy is measured beside that of fp32 (default: none)"
+    export.add_argument("--quantize", choices=("none", "int8"), default="none", help=text)
     text = "also register the file in MLflow, as a version of the model NAME with the alias newest"
     export.add_argument("--register", metavar="NAME", help=text)
     export.epilog = (

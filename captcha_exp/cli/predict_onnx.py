@@ -61,9 +61,10 @@ def _self_test(predictor: OnnxPredictor, as_json: bool) -> int:
     else:
         test, count = predictor.manifest.test, len(predictor.proof_images())
         interval = f"{test['accuracy_low']:.2%} to {test['accuracy_high']:.2%}"
+        earlier = "PyTorch did" if predictor.manifest.quantization == "none" else "at its quantization"
         print(
             f"{escape_unprintable(str(predictor.path))}: proven here: it reads {count} images of its test "
-            f"split as PyTorch did; test accuracy {test['accuracy']:.2%} (95% confidence interval {interval})"
+            f"split as {earlier}; test accuracy {test['accuracy']:.2%} (95% confidence interval {interval})"
         )
     return 1 if problems else 0
 

@@ -17,9 +17,10 @@ import onnx
 import torch
 
 from captcha_exp import runs
-from captcha_exp.config import to_dict
+from captcha_exp.config import Config, to_dict
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import RunFailed
+from captcha_exp.export import quantize
 from captcha_exp.export.graph import OPSET, to_onnx
 from captcha_exp.export.image_statistics import make_reference
 from captcha_exp.export.manifest import (
@@ -34,8 +35,10 @@ from captcha_exp.export.manifest import (
 )
 from captcha_exp.export.predictor import OnnxPredictor, confidence_difference, describe_difference
 from captcha_exp.model.evaluate import Evaluation, evaluate
+from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.saved import load_images_of
 from captcha_exp.model.weights import load_weights, max_file_bytes, weights_sha256
+from captcha_exp.runs import SavedRun
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime.console import progress_bar
 from captcha_exp.runtime.files import sha256_of_json, write_atomically
@@ -61,8 +64,11 @@ class Export:
         return {"path": str(self.path), "bytes": self.num_bytes, **values}
 
 
-def export_run(run_dir: Path, path: Path) -> Export:
+def export_run(run_dir: Path, path: Path, quantization: str = "none") -> Export:
     """Write the ONNX file of a finished run, and prove it.
+
+    With quantization "int8", the fp32 file is proven but not written; the int8 file says how many texts it
+    gives of PyTorch's, and contains its own answers.
 
     Raises:
         RunFailed: the file does not read as the run does; the lines name the images, and nothing is written.
@@ -78,8 +84,33 @@ def export_run(run_dir: Path, path: Path) -> Export:
     expected = _expected(test, data, originals)
     logger.info(f"Exporting {run_dir}")
     graph = to_onnx(model, config.captcha)
+    manifest = _describe(run, model, config, test)
+    unproven = OnnxPredictor(path, content=_to_bytes(graph, manifest, []))
+    largest = prove(unproven, expected)
+    parity = {"images": len(expected), "max_confidence_difference": largest}
+    manifest = replace(manifest, parity=parity, reference=make_reference(unproven, originals))
+    step = max(1, len(expected) // NUM_IMAGES)
+    content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
+    if quantization == quantize.INT8:
+        logger.info("Quantizing to int8")
+        chosen = quantize.choose_images(data.split("validation", device, 0).indices.tolist())
+        graph = quantize.to_int8(graph, spec.source.load_originals(spec.scan, chosen))
+        labels = [data.alphabet.decode(ids) for ids in test.targets]
+        unproven = OnnxPredictor(path, content=_to_bytes(graph, manifest, []))
+        manifest, expected = quantize.measure(unproven, expected, labels, len(content))
+        manifest = replace(manifest, reference=make_reference(unproven, originals))
+        content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
+    predictor = OnnxPredictor(path, content=content)
+    if problems := predictor.self_test():
+        raise RunFailed(f"{path}: not written, as the self-test fails", *problems)
+    write_atomically(path, content)
+    return Export(path, predictor.manifest, len(content))
+
+
+def _describe(run: SavedRun, model: Recognizer, config: Config, test: Evaluation) -> Manifest:
+    """Return the manifest of a file that is not proven yet."""
     low, high = test.accuracy_interval
-    manifest = Manifest(
+    return Manifest(
         format=FORMAT,
         alphabet=config.captcha.alphabet,
         min_length=config.captcha.shortest_length,
@@ -90,7 +121,7 @@ def export_run(run_dir: Path, path: Path) -> Export:
         height=config.captcha.height,
         channels=config.captcha.channels,
         opset=OPSET,
-        run=run_dir.name,
+        run=run.run_dir.name,
         config_sha256=sha256_of_json(to_dict(run.config())),
         weights_sha256=weights_sha256(model),
         torch=torch.__version__,
@@ -104,18 +135,8 @@ def export_run(run_dir: Path, path: Path) -> Export:
         },
         parity={},
         reference={},
+        quantization="none",
     )
-    unproven = OnnxPredictor(path, content=_to_bytes(graph, manifest, []))
-    largest = prove(unproven, expected)
-    parity = {"images": len(expected), "max_confidence_difference": largest}
-    manifest = replace(manifest, parity=parity, reference=make_reference(unproven, originals))
-    step = max(1, len(expected) // NUM_IMAGES)
-    content = sign(_to_bytes(graph, manifest, expected[::step][:NUM_IMAGES]))
-    predictor = OnnxPredictor(path, content=content)
-    if problems := predictor.self_test():
-        raise RunFailed(f"{path}: not written, as the self-test fails", *problems)
-    write_atomically(path, content)
-    return Export(path, predictor.manifest, len(content))
 
 
 def _expected(

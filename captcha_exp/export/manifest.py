@@ -22,6 +22,7 @@ OUTPUTS = ("ids", "confidences", "text_confidences", "log_probs")
 MANIFEST_KEY, IMAGES_KEY = "captcha_exp", "captcha_exp.images"
 NUM_IMAGES = 32  # embedded images
 TOLERANCE = 1e-3  # of a confidence, between runtimes
+INT8_TOLERANCE = 1e-2  # of int8 models: rounding to 8 bits turns the last bit of a sum into a step of 1/255
 NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 MAX_IMAGE_BYTES = 2**26  # of all embedded images
@@ -49,6 +50,7 @@ class Manifest:
     test: Mapping[str, float]  # images, correct, accuracy, accuracy_low, accuracy_high
     parity: Mapping[str, float]  # images, max_confidence_difference: in ONNX Runtime, against PyTorch
     reference: Mapping[str, Sequence[float]]  # statistics of images of the test split, for `watch`
+    quantization: str  # none or int8; parity then has equal_texts as well, and the figures of fp32
     sha256: str = NO_DIGEST
 
     def to_json(self) -> str:

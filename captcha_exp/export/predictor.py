@@ -15,6 +15,7 @@ from captcha_exp.errors import UserError, one_line
 from captcha_exp.export.manifest import (
     IMAGES_KEY,
     INPUT,
+    INT8_TOLERANCE,
     MANIFEST_KEY,
     TOLERANCE,
     Manifest,
@@ -60,8 +61,8 @@ class OnnxPredictor:
         self.path = Path(path)
         self.content = _read(self.path) if content is None else content
         self._session = _start_session(self.path, self.content, num_threads)
-        metadata = self._session.get_modelmeta().custom_metadata_map
         try:
+            metadata = self._session.get_modelmeta().custom_metadata_map  # damaged text is a ValueError
             self.manifest = Manifest.from_json(metadata[MANIFEST_KEY])
             self._calibration = Calibration.from_json(self.manifest.calibration)
         except (KeyError, ValueError) as error:
@@ -150,18 +151,19 @@ class OnnxPredictor:
         if not expected:
             return [*problems, "it has no test images"]
         answers = self.predict_arrays([each.pixels for each in expected])
+        tolerance = INT8_TOLERANCE if self.manifest.quantization == "int8" else TOLERANCE
         for image, answer in zip(expected, answers, strict=True):
-            problems += describe_difference(image, answer)
+            problems += describe_difference(image, answer, tolerance)
         return problems
 
 
-def describe_difference(expected: ProofImage, answer: Answer) -> list[str]:
+def describe_difference(expected: ProofImage, answer: Answer, tolerance: float = TOLERANCE) -> list[str]:
     """Return how an answer differs from what PyTorch predicted for an image; empty if it does not."""
     if answer.text != expected.text:
         return [f"{expected.name}: reads {answer.text!r} instead of {expected.text!r}"]
     difference = confidence_difference(expected, answer)
-    if not difference <= TOLERANCE:  # NaN is a difference, too
-        return [f"{expected.name}: a confidence differs by {difference:.4f}; the limit is {TOLERANCE}"]
+    if not difference <= tolerance:  # NaN is a difference, too
+        return [f"{expected.name}: a confidence differs by {difference:.4f}; the limit is {tolerance}"]
     return []
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import onnx
 import pytest
 import torch
 from conftest import TINY, Call
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.exported import a_manifest
 from torch import Tensor
 
 from captcha_exp import OnnxPredictor, compose, load, runs
@@ -29,19 +30,13 @@ from captcha_exp.export.manifest import Manifest, ProofImage
 from captcha_exp.model import networks
 from captcha_exp.model.answer import Answer
 from captcha_exp.runtime.device import detect_machine
-from captcha_exp.training.train import train
 
 SIZES = st.integers(1, 200)
-OVERRIDES = (
-    *("data=folder", "tracking=none", "device.name=cpu", "device.threads=1", "device.precision=fp32"),
-    *("captcha.width=48", "captcha.height=16", "captcha.channels=1", "augment=none"),
-    *("model.channels=[16,16,16]", "train=constant_lr", "train.epochs=10", "train.batch_size=16"),
-    *("train.learning_rate=0.01", "train.patience=null", "train.label_smoothing=0.1"),
-)
 
 # -- the graph -----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(source=SIZES, target=st.integers(16, 120))
 def test_the_resize_has_the_weights_of_training(source: int, target: int) -> None:
     expected = images.resize_weights(source, target)
@@ -52,6 +47,7 @@ def random_images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+@settings(deadline=None)
 @given(height=SIZES, width=SIZES, seed=st.integers(0, 9))
 def test_the_resize_gives_the_bytes_of_training(height: int, width: int, seed: int) -> None:
     pixels = random_images(2, height, width, 3, seed=seed)
@@ -112,28 +108,6 @@ def test_the_graph_names_nothing_of_the_machine_that_made_it() -> None:
 
 
 # -- the file ------------------------------------------------------------------------------------------------
-
-
-def bars(text: str, seed: int) -> Image.Image:
-    """Return a colored image of a dark or a bright bar for each character of 0 and 1, with noise."""
-    columns = np.repeat([60 if c == "0" else 190 for c in text], 11)
-    noise = np.random.default_rng(seed).integers(-25, 26, (22, 66, 3))
-    colored = np.stack([255 - columns, columns, np.full(66, 128)], axis=-1)
-    return Image.fromarray((colored[None] + noise).clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """Return the directory of a run that has learned something, and its exported file."""
-    root = tmp_path_factory.mktemp("exported")
-    (root / "images").mkdir()
-    for n in range(384):
-        bars(f"{n % 64:06b}", n).save(root / "images" / f"{n:05}-{n % 64:06b}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CAPTCHA_EXP_ROOT", str(root))
-        run_dir = train(load(compose(*OVERRIDES, f"data.path={root}/images"))).run_dir
-        export.export_run(run_dir, root / "model.onnx")
-        yield run_dir, root / "model.onnx"
 
 
 @pytest.mark.long
@@ -254,20 +228,6 @@ def test_the_model_of_another_program_is_an_error(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(UserError, match=r"has no metadata; captcha-exp export RUN writes one"):
         OnnxPredictor(tmp_path / "other.onnx")
-
-
-def a_manifest(**values: Any) -> Manifest:
-    numbers: Mapping[str, float] = {"images": 1, "accuracy": 1.0}
-    given: dict[str, Any] = {
-        "format": 1,
-        **dict.fromkeys(("min_length", "length", "width", "height", "channels", "opset"), 1),
-        **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
-        "calibration": {},
-        "test": numbers,
-        "parity": numbers,
-        "reference": {},
-    }
-    return Manifest(**(given | values))
 
 
 @pytest.mark.parametrize(
@@ -448,3 +408,16 @@ def test_the_command_exports_into_the_run_directory(
         "--output /nowhere/model.onnx: the directory /nowhere does not exist\n",
     )
     assert call("evaluate", "latest")[0] == 0  # the file does not disturb the record
+
+
+@pytest.mark.long
+def test_another_file_is_not_overwritten(
+    exported: tuple[Path, Path], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(exported[1].parent))
+    path = tmp_path / "thesis.doc"
+    path.write_bytes(b"a year of work")
+    code, out, err = call("export", "latest", "--output", str(path))
+    assert (code, out) == (2, "")
+    assert err == f"--output {path}: exists and is not an exported model; choose another name\n"
+    assert path.read_bytes() == b"a year of work"

@@ -39,6 +39,7 @@ def write_reader(
         "test": numbers,
         "parity": numbers,
         "reference": {},
+        "quantization": "none",
     }
     manifest = Manifest(**(known | values))
     if arrays:
