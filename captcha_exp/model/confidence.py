@@ -100,4 +100,7 @@ def operating_points(confidences: npt.ArrayLike) -> tuple[OperatingPoint, ...]:
     total = len(ordered)
     means = np.cumsum(ordered) / np.arange(1, total + 1)
     counts = np.unique(np.linspace(1, total, min(MAX_POINTS, total)).round().astype(int))
-    return tuple(OperatingPoint(float(ordered[n - 1]), float(n / total), float(means[n - 1])) for n in counts)
+    thresholds = np.append(ordered[:-1], 0.0)  # to answer all images is to have no threshold
+    return tuple(
+        OperatingPoint(float(thresholds[n - 1]), float(n / total), float(means[n - 1])) for n in counts
+    )

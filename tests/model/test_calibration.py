@@ -87,7 +87,7 @@ def test_calibrated_outputs_are_those_of_the_formula(tiny: Config) -> None:
 
 def test_operating_points_are_means_over_the_most_confident() -> None:
     points = operating_points([0.5, 0.9, 0.7])
-    assert [point.threshold for point in points] == [0.9, 0.7, 0.5]
+    assert [point.threshold for point in points] == [0.9, 0.7, 0.0]
     assert [point.coverage for point in points] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [point.accuracy for point in points] == pytest.approx([0.9, 0.8, 0.7])
     fitted = Calibration(images=30, points=points)
