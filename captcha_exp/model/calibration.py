@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
 from captcha_exp.config import Config
@@ -55,6 +54,8 @@ def fit_temperature(head: Head, logits: Tensor, targets: Tensor) -> float:
     has a normal prior around 0: where all labels are predicted, the temperature does not fall to its limit.
     """
 
+    from scipy.optimize import minimize_scalar  # not before the first step of a training
+
     def loss(log_temperature: float) -> float:
         likelihood = head.log_likelihood(logits / math.exp(log_temperature), targets)
         return log_temperature**2 / 2 - float(likelihood.double().sum())
@@ -72,6 +73,8 @@ def fit_confidence(
     Slope and intercept have a normal prior around 1 and 0. As in Platt's method, n right answers make the
     next one right with probability (n + 1) / (n + 2), not with certainty.
     """
+    from scipy.optimize import minimize
+
     odds, found = logit(probabilities), np.asarray(is_correct, np.bool_)
     num_right = int(found.sum())
     right = np.where(found, (num_right + 1) / (num_right + 2), 1 / (len(found) - num_right + 2))

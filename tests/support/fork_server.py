@@ -157,7 +157,8 @@ def serve() -> Callable[[], object] | None:
     import captcha_exp
 
     for module in pkgutil.walk_packages(captcha_exp.__path__, "captcha_exp."):
-        if not module.name.endswith("__main__"):
+        # The threads of ONNX Runtime do not exist in a child, which would abort at its end.
+        if not module.name.endswith("__main__") and not module.name.startswith("captcha_exp.export"):
             importlib.import_module(module.name)
     for name in HEAVY:
         importlib.import_module(name)
