@@ -188,21 +188,21 @@ def compare(run_dir: Path, model: Path | None, arguments: argparse.Namespace) ->
             stack.callback(reader.close)
         count = min(arguments.count, len(labels))
         times = measure(readers, arguments.rounds, count)
-        disturbed = interference()
-        for reader in readers:
-            texts = reader.read(CASES[reader.kind][-1], len(labels))["texts"]
-            yield {
-                "benchmark": "against_readers",
-                "run": run_dir.name,
-                "reader": reader.name,
-                **reader.about,
-                **accuracy(labels, texts, folded),
-                "rounds": arguments.rounds,
-                "images_per_round": count,
-                "ratios_to": readers[0].name,
-                "speed": dict(speeds(times, reader, readers[0].name, count)),
-                **disturbed,
-            }
+        texts = [reader.read(CASES[reader.kind][-1], len(labels))["texts"] for reader in readers]
+    disturbed = interference()  # now that the readers have ended, their time counts as that of children
+    for reader, read in zip(readers, texts, strict=True):
+        yield {
+            "benchmark": "against_readers",
+            "run": run_dir.name,
+            "reader": reader.name,
+            **reader.about,
+            **accuracy(labels, read, folded),
+            "rounds": arguments.rounds,
+            "images_per_round": count,
+            "ratios_to": readers[0].name,
+            "speed": dict(speeds(times, reader, readers[0].name, count)),
+            **disturbed,
+        }
 
 
 def main() -> None:

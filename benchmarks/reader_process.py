@@ -65,7 +65,12 @@ def main() -> None:
     read, decode, size = (make_captcha_exp if kind == "captcha_exp" else make_ddddocr)(model)
     starts = {"encoded": encoded, "decoded": [decode(each) for each in encoded]}
     packages = ("onnxruntime", "numpy", "pillow", *([kind] if kind == "ddddocr" else []))
-    print(json.dumps({"bytes": size, "versions": {name: version(name) for name in packages}}), flush=True)
+    print(
+        json.dumps(
+            {"model": Path(model).name, "bytes": size, "versions": {name: version(name) for name in packages}}
+        ),
+        flush=True,
+    )
     for line in sys.stdin:
         request = json.loads(line)
         batch = request["batch_size"]
