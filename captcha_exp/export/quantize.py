@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnxruntime import quantization
 
 from captcha_exp.export.manifest import INPUT, Manifest, ProofImage
 from captcha_exp.export.predictor import OnnxPredictor, confidence_difference
@@ -37,6 +36,8 @@ def to_int8(model: onnx.ModelProto, images: Sequence[npt.NDArray[np.uint8]]) -> 
     Weights have 7 bits: with 8, sums of two products overflow on x86 CPUs without VNNI, which would then
     read otherwise than those with it.
     """
+    from onnxruntime import quantization  # starts threads, which a forked process would not have
+
     with tempfile.TemporaryDirectory() as folder, _silent():
         path = Path(folder, "int8.onnx")
         quantization.quantize_static(
@@ -111,8 +112,8 @@ def measure(
     return manifest, own
 
 
-class _Batches(quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """The batches of images that calibrate a model; a batch has images of one size."""
+class _Batches:
+    """The batches that calibrate a model, as ONNX Runtime reads them; a batch has images of one size."""
 
     def __init__(self, images: Sequence[npt.NDArray[np.uint8]]) -> None:
         self._batches = _batch(images)

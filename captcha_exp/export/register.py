@@ -3,10 +3,10 @@
 import logging
 import shlex
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx
-import onnxruntime
 
 from captcha_exp import runs
 from captcha_exp.config import MlflowConfig
@@ -63,7 +63,7 @@ def to_onnx_model(exported: Export) -> OnnxModel:
         inputs=[_tensor_type(each) for each in graph.input],
         outputs=[_tensor_type(each) for each in graph.output],
         example={INPUT: images[0].pixels[None]},
-        requirements=[f"onnx=={onnx.__version__}", f"onnxruntime=={onnxruntime.__version__}"],
+        requirements=[f"onnx=={onnx.__version__}", f"onnxruntime=={version('onnxruntime')}"],
         metadata={name: value for name, value in asdict(manifest).items() if name != "format"},
         tags={
             "run": manifest.run,

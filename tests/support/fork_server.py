@@ -157,11 +157,12 @@ def serve() -> Callable[[], object] | None:
     import captcha_exp
 
     for module in pkgutil.walk_packages(captcha_exp.__path__, "captcha_exp."):
-        # The threads of ONNX Runtime do not exist in a child, which would abort at its end.
-        if not module.name.endswith("__main__") and not module.name.startswith("captcha_exp.export"):
+        if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     for name in HEAVY:
         importlib.import_module(name)
+    # Its threads do not exist in a child, which would abort at its end.
+    assert "onnxruntime" not in sys.modules
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")}
     # Only the forking thread exists in a child. The background thread of jemalloc handles forks itself.
     assert len(threads - {"jemalloc_bg_thd"}) == 1, f"unexpected threads: {threads}"
