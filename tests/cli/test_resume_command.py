@@ -55,7 +55,7 @@ class FakeTrain:
         if run_dir is None:
             run_dir = runs.create_run(requested, requested, None, lineage).run_dir
         edit_record(run_dir, status="FINISHED")
-        return SimpleNamespace(run_dir=run_dir)
+        return SimpleNamespace(run_dir=run_dir, config=requested)
 
     def resume(
         self,
