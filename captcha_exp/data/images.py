@@ -148,7 +148,7 @@ def decode(content: bytes) -> DecodedImage:
     if image.format == "PNG":  # Pillow accepts both
         if b"IEND" not in content:
             raise InvalidImage("is truncated: a PNG without its IEND chunk")
-        if not _has_all_rows(content):
+        if not _has_last_row(image) and not _has_all_rows(content):
             raise InvalidImage("is damaged: a PNG with fewer rows of pixels than its header says")
     remarks = [f"has {frames} frames; only the first is used"] if frames > 1 else []
     if image.mode == "I;16":  # Pillow would clip every value above 255 to white
@@ -166,6 +166,15 @@ def decode(content: bytes) -> DecodedImage:
     if has_transparency(image):
         remarks.append("has transparent pixels, which become white")
     return DecodedImage(image, tuple(remarks), kind)
+
+
+def _has_last_row(png: Image.Image) -> bool:
+    """Return whether an image has a last row that is not 0; Pillow leaves missing rows 0.
+
+    An interlaced image may have its last row and miss others.
+    """
+    last_row = png.crop((0, png.height - 1, *png.size))
+    return not png.info.get("interlace") and last_row.getbbox(alpha_only=False) is not None
 
 
 def _has_all_rows(png: bytes) -> bool:

@@ -2,10 +2,12 @@
 
 The proof compares the file in ONNX Runtime, given the original images of the whole test split, with the run
 in PyTorch, given the resized images that it was trained on: every text has to be equal, every confidence
-within `TOLERANCE`.
+within `TOLERANCE`. The same has to hold for some of the images after cropping, as the file resizes images of
+the usual size by other nodes than those of any other size.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from PIL import Image
 
 from captcha_exp import runs
 from captcha_exp.config import Config, to_dict
+from captcha_exp.data import images
+from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.errors import RunFailed
 from captcha_exp.export import quantize
@@ -83,10 +88,12 @@ def export_run(run_dir: Path, path: Path, quantization: str = "none") -> Export:
     originals = spec.source.load_originals(spec.scan, test.indices.tolist())
     expected = _expected(test, data, originals)
     logger.info(f"Exporting {run_dir}")
-    graph = to_onnx(model, config.captcha)
+    graph = to_onnx(model, config.captcha, _usual_size(originals))
     manifest = _describe(run, model, config, test)
     unproven = OnnxPredictor(path, content=_to_bytes(graph, manifest, []))
-    largest = prove(unproven, expected)
+    largest = max(
+        prove(unproven, each) for each in (expected, _cropped(model, config, expected[:NUM_IMAGES]))
+    )
     parity = {"images": len(expected), "max_confidence_difference": largest}
     manifest = replace(manifest, parity=parity, reference=make_reference(unproven, originals))
     step = max(1, len(expected) // NUM_IMAGES)
@@ -139,6 +146,13 @@ def _describe(run: SavedRun, model: Recognizer, config: Config, test: Evaluation
     )
 
 
+def _usual_size(images: Sequence[npt.NDArray[np.uint8]]) -> tuple[int, int]:
+    """Return the most frequent height and width."""
+    ((size, _),) = Counter(image.shape[:2] for image in images).most_common(1)
+    height, width = size
+    return height, width
+
+
 def _expected(
     test: Evaluation, data: Dataset, originals: Sequence[npt.NDArray[np.uint8]]
 ) -> list[ProofImage]:
@@ -150,6 +164,31 @@ def _expected(
         confidence = float(test.text_confidences[n])
         name, label = data.image_name(index), data.labels[index]
         rows.append(ProofImage(name, pixels, label, text, confidence, confidences))
+    return rows
+
+
+@torch.inference_mode()
+def _cropped(model: Recognizer, config: Config, originals: Sequence[ProofImage]) -> list[ProofImage]:
+    """Return cropped images, with what PyTorch predicts; their size is not the usual one."""
+    captcha, rows = config.captcha, []
+    for each in originals:
+        pixels = each.pixels[:-1, :-1] if min(each.pixels.shape[:2]) > 1 else each.pixels
+        array = images.to_array(Image.fromarray(pixels), captcha.channels)
+        resized = images.resize(array[None], captcha.height, captcha.width)
+        ids, confidences, (confidence,) = model.decode(model(torch.from_numpy(resized)))
+        text = Alphabet(captcha.alphabet).decode(ids[0].tolist())
+        of_characters = tuple(map(float, confidences[0, : len(text)]))
+        name = f"{each.name}, cropped by a pixel"
+        rows.append(
+            replace(
+                each,
+                name=name,
+                pixels=pixels,
+                text=text,
+                confidence=float(confidence),
+                confidences=of_characters,
+            )
+        )
     return rows
 
 

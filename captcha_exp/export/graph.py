@@ -11,20 +11,39 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from captcha_exp.config import CaptchaConfig
+from captcha_exp.data import images
 from captcha_exp.data.images import WEIGHT_SCALE
 from captcha_exp.export.manifest import INPUT, OUTPUTS
 from captcha_exp.model.networks import Recognizer
 
 OPSET = 18
 MAX_SIDE = 4096  # pixels; of the declared dimensions of an image
+WEIGHTS = ("rows", "columns")  # that resize images
 LUMA = (19595, 38470, 7471)  # red, green, blue, in 1/65536
+
+
+class ResizeWeights(nn.Module):
+    """The weights that resize images to the size of a recognizer."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height = height
+        self.width = width
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights (height, H) and (width, W) for images (B, H, W, 3)."""
+        return resize_weights(images.shape[1], self.height), resize_weights(images.shape[2], self.width)
 
 
 class ExportedRecognizer(nn.Module):
@@ -35,14 +54,14 @@ class ExportedRecognizer(nn.Module):
         self.recognizer = recognizer
         self.captcha = captcha
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return class ids (B, T), probabilities of the characters (B, T) and of the texts (B,).
 
-        The last output has the log probabilities (B, T or S, classes) that these are from.
+        The last output has the log probabilities (B, T or S, classes) that these are from. `rows` and
+        `columns` are the weights to resize the images.
         """
-        captcha = self.captcha
-        pixels = to_gray(images) if captcha.channels == 1 else images
-        logits = self.recognizer(resize(pixels, captcha.height, captcha.width))
+        pixels = to_gray(images) if self.captcha.channels == 1 else images
+        logits = self.recognizer(resize(pixels, rows, columns))
         ids, confidences, text_confidences = self.recognizer.decode(logits)
         return ids, confidences, text_confidences, self.recognizer.log_probs(logits)
 
@@ -56,10 +75,12 @@ def to_gray(images: Tensor) -> Tensor:
     return ((red + green + blue + 0x8000) >> 16).to(torch.uint8)
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resize images (B, H, W, C) uint8, with the bytes of `data.images.resize`."""
+def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Resize images (B, H, W, C) uint8 by the weights (height, H) and (width, W).
+
+    The bytes are those of `data.images.resize`.
+    """
     planes = images.movedim(-1, 1).float()
-    rows, columns = resize_weights(planes.shape[2], height), resize_weights(planes.shape[3], width)
     resized = rows @ planes @ columns.T  # (height, H) @ (B, C, H, W) @ (W, width)
     return torch.floor((resized + WEIGHT_SCALE**2 / 2) / WEIGHT_SCALE**2).to(torch.uint8).movedim(1, -1)
 
@@ -91,28 +112,83 @@ def resize_weights(source_size: int, target_size: int) -> Tensor:
     return dense.scatter_add(1, index.clamp(0, source_size - 1), weights).float()
 
 
-def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
-    """Return the ONNX model of a recognizer in evaluation mode, whose weights are fp32 on the CPU."""
-    module = ExportedRecognizer(recognizer.eval(), captcha).eval()
-    sizes = {n: torch.export.Dim(name, min=1, max=MAX_SIDE) for n, name in enumerate("BHW")}
+def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig, usual_size: tuple[int, int]) -> onnx.ModelProto:
+    """Return the ONNX model of a recognizer in evaluation mode, whose weights are fp32 on the CPU.
+
+    It takes images of any size. Only for those of another size than `usual_size`, their height and width, it
+    computes the weights to resize them, which takes up to half of the time of a small image.
+    """
+    batch, height, width = (torch.export.Dim(name, min=1, max=MAX_SIDE) for name in "BHW")
     example = torch.zeros(2, captcha.height + 1, captcha.width + 1, 3, dtype=torch.uint8)
     example[:, ::2] = 255  # not blank
+    compute_weights = ResizeWeights(captcha.height, captcha.width)
+    weights = compute_weights(example)
+    inputs: dict[str, tuple[Tensor, Any]] = {
+        INPUT: (example, (batch, height, width, None)),
+        WEIGHTS[0]: (weights[0], (None, height)),
+        WEIGHTS[1]: (weights[1], (None, width)),
+    }
+    model = _export(ExportedRecognizer(recognizer, captcha), inputs, OUTPUTS)
+    computed = _export(compute_weights, {INPUT: inputs[INPUT]}, WEIGHTS)
+    targets = (captcha.height, captcha.width)
+    usual = [images.resize_weights(*sizes) for sizes in zip(usual_size, targets, strict=True)]
+    _choose_weights(model.graph, usual, computed.graph)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _export(
+    module: nn.Module, inputs: dict[str, tuple[Tensor, Any]], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """Return the ONNX model of a module; each input has an example and the names of its axes."""
     with torch.no_grad(), _silent():
         program = torch.onnx.export(
-            module,
-            (example,),
+            module.eval(),
+            tuple(example for example, _ in inputs.values()),
             dynamo=True,
-            input_names=[INPUT],
-            output_names=list(OUTPUTS),
-            dynamic_shapes=(sizes,),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple(axes for _, axes in inputs.values()),
             opset_version=OPSET,
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
     _strip(model)
-    onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _choose_weights(
+    graph: onnx.GraphProto, usual: Sequence[npt.NDArray[np.float32]], computed: onnx.GraphProto
+) -> None:
+    """Replace the inputs `WEIGHTS`: by constants for images of the usual size, by computations for others."""
+    names = [f"usual_{name}" for name in WEIGHTS]
+    constants = [numpy_helper.from_array(each, name) for each, name in zip(usual, names, strict=True)]
+    outputs = [helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in constants]
+    nodes = [helper.make_node("Constant", [], [each.name], value=each) for each in constants]
+    otherwise = onnx.compose.add_prefix_graph(computed, "computed_")
+    del otherwise.input[:]  # the images are those of the whole graph
+    for node in otherwise.node:
+        node.input[:] = [INPUT if name == f"computed_{INPUT}" else name for name in node.input]
+    choice = [
+        helper.make_node("Shape", [INPUT], ["size"], start=1, end=3),
+        helper.make_node("Equal", ["size", "usual_size"], ["are_usual_sides"]),
+        helper.make_node("Cast", ["are_usual_sides"], ["side_flags"], to=TensorProto.INT32),
+        helper.make_node("ReduceMin", ["side_flags"], ["size_flag"], keepdims=0),
+        helper.make_node("Cast", ["size_flag"], ["is_usual_size"], to=TensorProto.BOOL),
+        helper.make_node(
+            "If",
+            ["is_usual_size"],
+            WEIGHTS,
+            then_branch=helper.make_graph(nodes, "usual", [], outputs),
+            else_branch=otherwise,
+        ),
+    ]
+    all_nodes = [*choice, *graph.node]
+    del graph.node[:], graph.input[1:]
+    graph.node.extend(all_nodes)
+    size = np.array([each.shape[1] for each in usual])
+    graph.initializer.append(numpy_helper.from_array(size, "usual_size"))
 
 
 @contextlib.contextmanager
@@ -133,14 +209,21 @@ def _silent() -> Iterator[None]:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Remove what the exporter notes about the source code, with the paths of this machine."""
+    assert not model.functions
     model.doc_string = ""
     del model.metadata_props[:]
-    for graph in (model.graph, *model.functions):
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for node in graph.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+    _strip_graph(model.graph)
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _strip_graph(attribute.g)
+    for value in (*graph.input, *graph.output):
         del value.metadata_props[:]
-    del model.graph.value_info[:]
+    del graph.value_info[:]

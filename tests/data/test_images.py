@@ -361,6 +361,7 @@ def test_the_first_image_of_a_jpeg_with_several_is_used() -> None:
 
 
 PAGE = Image.fromarray(noise(6, 10, 3))
+FEWER_ROWS = r"is damaged: a PNG with fewer rows of pixels than its header says"
 
 
 @pytest.mark.parametrize(
@@ -375,10 +376,9 @@ PAGE = Image.fromarray(noise(6, 10, 3))
         (saved(PAGE, "PNG")[:8], r"is not an image in a supported format .+, or is truncated"),
         (saved(PAGE, "PNG")[:60], r"is damaged or truncated: .+"),
         (saved(PAGE, "PNG")[:-12], r"is truncated: a PNG without its IEND chunk"),
-        (
-            png(8, 4, 8, 0, [[bytes(8)] * 3]),
-            r"is damaged: a PNG with fewer rows of pixels than its header says",
-        ),
+        (png(8, 4, 8, 0, [[bytes(8)] * 3]), FEWER_ROWS),
+        (png(8, 4, 8, 0, [[b"w" * 8] * 3]), FEWER_ROWS),
+        (interlaced(noise(11, 13), num_passes=6), FEWER_ROWS),  # with all pixels of the last row
         (saved(PAGE, "JPEG")[:-40], r"is damaged or truncated: .+"),
     ],
 )

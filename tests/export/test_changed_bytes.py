@@ -8,12 +8,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import Tensor
 
 from captcha_exp.config import CaptchaConfig
 from captcha_exp.errors import RunFailed
 from captcha_exp.export import export, graph
-from captcha_exp.export.graph import ExportedRecognizer
 from captcha_exp.model.heads import PositionHead
 from captcha_exp.model.networks import Recognizer
 
@@ -57,35 +55,35 @@ def test_no_changed_bit_is_proven(exported: tuple[Path, Path], tmp_path: Path) -
     assert ": proven here" not in done.stdout
 
 
-def swapped_channels(self: ExportedRecognizer, images: Tensor) -> tuple[Tensor, ...]:
-    pixels = graph.to_gray(images.flip(-1))
-    logits = self.recognizer(graph.resize(pixels, self.captcha.height, self.captcha.width))
-    return self.recognizer.head.decode(logits)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("difference", ["channels", "classes", "weight"])
+@pytest.mark.parametrize("difference", ["channels", "classes", "weight", "size"])
 def test_a_difference_in_the_graph_is_not_written(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: str
 ) -> None:
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(exported[1].parent))
 
-    def weaker(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
+    def weaker(recognizer: Recognizer, captcha: CaptchaConfig, size: tuple[int, int]) -> onnx.ModelProto:
         assert isinstance(recognizer.head, PositionHead)
         bias = recognizer.head.classifier.bias
         with torch.no_grad():
             bias.add_(torch.linspace(-9, 9, len(bias)))
-        return graph.to_onnx(recognizer, captcha)
+        return graph.to_onnx(recognizer, captcha, size)
 
-    def reordered(recognizer: Recognizer, captcha: CaptchaConfig) -> onnx.ModelProto:
+    def reordered(recognizer: Recognizer, captcha: CaptchaConfig, size: tuple[int, int]) -> onnx.ModelProto:
         decode = recognizer.head.decode
         with monkeypatch.context() as patch:
             patch.setattr(recognizer.head, "decode", lambda logits: decode(logits.flip(-1)))
-            return graph.to_onnx(recognizer, captcha)
+            return graph.to_onnx(recognizer, captcha, size)
 
     match difference:
         case "channels":
-            monkeypatch.setattr(ExportedRecognizer, "forward", swapped_channels)
+            to_gray = graph.to_gray
+            monkeypatch.setattr(graph, "to_gray", lambda images: to_gray(images.flip(-1)))
+        case "size":
+            weights = graph.resize_weights
+            monkeypatch.setattr(
+                graph, "resize_weights", lambda source, target: weights(source, target).roll(1, 0)
+            )
         case "classes":
             monkeypatch.setattr(export, "to_onnx", reordered)
         case _:
@@ -94,5 +92,6 @@ def test_a_difference_in_the_graph_is_not_written(
         export.export_run(exported[0], tmp_path / "model.onnx")
     first, *lines = error.value.lines
     assert first.startswith(f"{tmp_path}/model.onnx: not written: ONNX Runtime reads ")
-    assert all(line.split(":")[0].endswith(".png") for line in lines[:10])
+    end = ".png, cropped by a pixel" if difference == "size" else ".png"
+    assert all(line.split(":")[0].endswith(end) for line in lines[:10])
     assert list(tmp_path.iterdir()) == []

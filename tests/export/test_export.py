@@ -51,7 +51,8 @@ def random_images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 @given(height=SIZES, width=SIZES, seed=st.integers(0, 9))
 def test_the_resize_gives_the_bytes_of_training(height: int, width: int, seed: int) -> None:
     pixels = random_images(2, height, width, 3, seed=seed)
-    resized = graph.resize(torch.from_numpy(pixels), 24, 56).numpy()
+    rows, columns = graph.resize_weights(height, 24), graph.resize_weights(width, 56)
+    resized = graph.resize(torch.from_numpy(pixels), rows, columns).numpy()
     assert np.array_equal(resized, images.resize(pixels, 24, 56))
 
 
@@ -86,13 +87,22 @@ def test_onnx_runtime_answers_like_torch_for_images_of_any_size(head: HeadName, 
 
     config = config_of(head, f"captcha.channels={channels}")
     recognizer = decisive(config)
-    model = graph.to_onnx(recognizer, config.captcha)
+    model = graph.to_onnx(recognizer, config.captcha, (30, 70))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     module = ExportedRecognizer(recognizer, config.captcha)
-    for shape in [(1, 30, 70), (5, 24, 56), (2, 7, 300), (3, 100, 20), (64, 25, 57)]:
+    for shape in [
+        (1, 30, 70),
+        (3, 30, 71),
+        (3, 31, 70),
+        (5, 24, 56),
+        (2, 7, 300),
+        (3, 100, 20),
+        (64, 25, 57),
+    ]:
         pixels = random_images(*shape, 3)
+        weights = [graph.resize_weights(shape[1], 24), graph.resize_weights(shape[2], 56)]
         with torch.inference_mode():
-            expected = module(torch.from_numpy(pixels))
+            expected = module(torch.from_numpy(pixels), *weights)
         ids, *confidences = session.run(manifest.OUTPUTS, {manifest.INPUT: pixels})
         assert np.array_equal(ids, expected[0].numpy()), shape
         for one, other in zip(confidences, expected[1:], strict=True):
@@ -102,7 +112,7 @@ def test_onnx_runtime_answers_like_torch_for_images_of_any_size(head: HeadName, 
 @pytest.mark.long
 def test_the_graph_names_nothing_of_the_machine_that_made_it() -> None:
     config = config_of("position")
-    content = graph.to_onnx(decisive(config), config.captcha).SerializeToString()
+    content = graph.to_onnx(decisive(config), config.captcha, (24, 56)).SerializeToString()
     assert str(Path(graph.__file__).parents[2]).encode() not in content
     assert b"forward(" not in content
 
@@ -158,8 +168,9 @@ def test_a_changed_byte_fails_the_self_test(exported: tuple[Path, Path], tmp_pat
     assert problems[0] == "the file has changed since its export: its SHA-256 differs"
 
 
-def nearest(pixels: Tensor, height: int, width: int) -> Tensor:
+def nearest(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Resize to the nearest pixel."""
+    height, width = rows.shape[0], columns.shape[0]
     rows = torch.arange(height) * pixels.shape[1] // height
     columns = torch.arange(width) * pixels.shape[2] // width
     return pixels[:, rows][:, :, columns]

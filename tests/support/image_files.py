@@ -52,9 +52,10 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def interlaced(pixels: Bytes) -> bytes:
-    """Return a PNG of (H, W) uint8 in the seven passes of Adam7."""
-    passes = [[row.tobytes() for row in pixels[y::dy, x::dx] if row.size] for x, y, dx, dy in ADAM7]
+def interlaced(pixels: Bytes, num_passes: int = 7) -> bytes:
+    """Return a PNG of (H, W) uint8 in the seven passes of Adam7, or only the first ones."""
+    used = ADAM7[:num_passes]
+    passes = [[row.tobytes() for row in pixels[y::dy, x::dx] if row.size] for x, y, dx, dy in used]
     return png(pixels.shape[1], pixels.shape[0], 8, 0, passes, interlaced=True)
 
 
