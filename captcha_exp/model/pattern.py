@@ -4,6 +4,7 @@ A mask is a sequence of characters, `.` for any, sets `[a-z0-9]` and `[^0-9]`, e
 `{3}`, `{2,4}` or `?`. A backslash takes the meaning from the next character. It describes the whole text.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class _Element(NamedTuple):
     is_optional: bool
 
 
+@functools.lru_cache(maxsize=64)
 def compile_pattern(alphabet: str, min_length: int, max_length: int, mask: str | None) -> Pattern:
     """Return the pattern of the texts of these lengths that a mask, if there is one, allows.
 
@@ -69,6 +71,7 @@ def compile_pattern(alphabet: str, min_length: int, max_length: int, mask: str |
     if not is_final.any():
         lengths = f"{min_length} to {max_length}" if min_length < max_length else str(max_length)
         raise UserError(f"--mask {mask}: allows no text of {lengths} characters, which the model predicts")
+    next_state.flags.writeable = is_final.flags.writeable = False  # cached, and shared by all callers
     return Pattern(next_state, is_final)
 
 
