@@ -56,6 +56,7 @@ TINY = (
     "train.epochs=2",
     "device.name=cpu",
     "device.threads=1",
+    "device.precision=fp32",
 )
 
 

@@ -43,6 +43,7 @@ class GpuPlans:
 
     name: Annotated[str, described("name or path of its file, as given to --gpu")]
     gpu: GpuFigures
+    precision: TrainingPrecision
     memory_mib: Annotated[MiBRange | None, described("memory of the GPU; null: unknown")]
     budget_mib: Budget
     plans: Annotated[list[Plan], described("one plan for each batch size, in the order of the call")]
@@ -53,7 +54,6 @@ class GpuPlans:
 class ManyGpusOutput:
     """Output of --gpu all, or of a list."""
 
-    precision: TrainingPrecision
     images: SplitSizes
     gpus: Annotated[list[GpuPlans], described("the GPUs, by memory and then name")]
 

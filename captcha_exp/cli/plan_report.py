@@ -17,7 +17,8 @@ from captcha_exp.config import (
     Precision,
     resolve,
     with_captcha,
-    with_untuned_defaults,
+    with_default_batch_size,
+    with_planned_precision,
 )
 from captcha_exp.errors import UserError
 from captcha_exp.memory.advisor import advise
@@ -66,7 +67,7 @@ def run(
         )
     elif compares_gpus:
         rows = _compare_gpus(resolved, sizes, split_sizes)
-        output = plan_json.ManyGpusOutput(precision, split_sizes, rows)
+        output = plan_json.ManyGpusOutput(split_sizes, rows)
         plans = [(row.gpu.name, plan) for row in rows for plan in row.plans]
     else:
         planner = Planner(config, split_sizes, total_mib)
@@ -116,7 +117,7 @@ def _resolve_for_plan(config: Config) -> Config:
     """Resolve the config, whether or not its device is available: nothing runs on it."""
     machine = detect_machine()
     machine = replace(machine, devices=(*machine.devices, "cuda", "mps", config.device.name))
-    return with_untuned_defaults(resolve(config, machine))
+    return with_planned_precision(with_default_batch_size(resolve(config, machine)), config)
 
 
 def parse_batch_sizes(
@@ -142,8 +143,12 @@ def _compare_gpus(
     configs: Mapping[str, Config], sizes: Sequence[int], split_sizes: Mapping[str, int]
 ) -> list[plan_json.GpuPlans]:
     """Return the plans of each GPU, sorted by memory; GPUs of unknown memory come last."""
-    cache = PlannerCache(next(iter(configs.values())), split_sizes)
-    planners = {name: Planner(config, split_sizes, cache=cache) for name, config in configs.items()}
+    by_precision = {config.device.precision: config for config in configs.values()}
+    caches = {precision: PlannerCache(config, split_sizes) for precision, config in by_precision.items()}
+    planners = {
+        name: Planner(config, split_sizes, cache=caches[config.device.precision])
+        for name, config in configs.items()
+    }
     names = list(planners)
 
     def find_max_batch_sizes(names: Sequence[str]) -> dict[str, int | None]:
@@ -151,7 +156,8 @@ def _compare_gpus(
 
     # Once the shared traces exist, a child process searches for half of the GPUs.
     half = partial(find_max_batch_sizes, names[1::2])
-    start = fork.run_in_child if cache.traces.can_interpolate else nullcontext
+    has_traces = all(cache.traces.can_interpolate for cache in caches.values())
+    start = fork.run_in_child if has_traces else nullcontext
     plans, max_batch_sizes = {}, dict[str, int | None]()
     with start(half) as wait, progress_bar("planning", len(names)) as bar:
         for index, name in enumerate(names):
@@ -164,8 +170,9 @@ def _compare_gpus(
     def row(name: str, config: Config) -> plan_json.GpuPlans:
         total, budget_mib = config.gpu.total_mib, planners[name].budget_mib
         memory_mib = MiBRange(total.min, total.max) if total else None
+        precision = cast(Precision, config.device.precision)
         return plan_json.GpuPlans(
-            name, config.gpu, memory_mib, budget_mib, plans[name], max_batch_sizes[name] or None
+            name, config.gpu, precision, memory_mib, budget_mib, plans[name], max_batch_sizes[name] or None
         )
 
     return sorted(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from captcha_exp.cli.output import get_console, make_table
-from captcha_exp.cli.plan_json import AdviceOutput, ManyGpusOutput, OneGpuOutput, PlanOutput
+from captcha_exp.cli.plan_json import AdviceOutput, GpuPlans, ManyGpusOutput, OneGpuOutput, PlanOutput
 from captcha_exp.config import Config
 from captcha_exp.memory.advisor import speedup
 from captcha_exp.memory.interval import MiBRange
@@ -81,33 +81,39 @@ def _max_searched_batch_size(config: Config) -> int:
 
 def _print_comparison(output: ManyGpusOutput, config: Config, requested: Config) -> None:
     """Print a row for each GPU and batch size, and what the columns mean."""
-    out = get_console()
-    out.print(f"{config.name} in {output.precision}", markup=False)
-    speedups = (
-        [] if output.precision == "fp32" else [speedup(row.gpu, output.precision) for row in output.gpus]
-    )
+    out, has_speeds = get_console(), any(row.precision != "fp32" for row in output.gpus)
+    out.print(config.name, markup=False)
     rows: list[tuple[str | Text, ...]] = [
         (
             row.gpu.name,
             str(row.memory_mib or "unknown"),
+            row.precision,
             f"{plan.batch_size:,}",
             str(plan.process_mib),
             Text(plan.fits or "unknown", COLORS[plan.fits]),
             f"{row.max_batch_size:,}" if row.max_batch_size else "none" if row.budget_mib else "unknown",
-            *(f"{speed.min:g} to {speed.max:g}" for speed in speedups[index : index + 1]),
+            *([_format_speed(row)] if has_speeds else []),
         )
-        for index, row in enumerate(output.gpus)
+        for row in output.gpus
         for plan in row.plans
     ]
-    columns = ["GPU", "memory", "batch", "process", "verdict", "largest", *(["speed"] if speedups else [])]
+    columns = ["GPU", "memory", "precision", "batch", "process", "verdict", "largest"]
+    columns += ["speed"] if has_speeds else []
     out.print(make_table(columns, rows, "MiB", right=("memory", "batch", "process", "largest")))
-    if speedups:
-        out.print(f"speed: of training in {output.precision}, relative to fp32")
-    for row, speed in zip(output.gpus, speedups, strict=False):
-        if speed.min < 1:
+    if has_speeds:
+        out.print("speed: of training, relative to fp32")
+    for row in output.gpus:
+        if row.precision != "fp32" and (speed := speedup(row.gpu, row.precision)).min < 1:
             out.print(f"{row.gpu.name}: {speed.source}", markup=False)
     for note in _comparison_notes(output, requested):
         out.print(note)
+
+
+def _format_speed(row: GpuPlans) -> str:
+    if row.precision == "fp32":
+        return "1"
+    speed = speedup(row.gpu, row.precision)
+    return f"{speed.min:g} to {speed.max:g}"
 
 
 def _comparison_notes(output: ManyGpusOutput, requested: Config) -> Iterator[str]:
@@ -119,8 +125,6 @@ def _comparison_notes(output: ManyGpusOutput, requested: Config) -> Iterator[str
         "largest: the largest batch size that fits; unsure is treated as does not fit; a desktop and other "
         "programs use some of the memory (other_processes_mib in a GPU's file)"
     )
-    if requested.device.precision == "auto":
-        yield "device.precision=auto is planned as fp32, which needs the most memory"
     if requested.train.batch_size == "auto":
         yield "train.batch_size=auto is planned as the batch sizes above; set others with --batch-sizes"
     train_images, max_searched = output.images["train"], _max_searched_batch_size(requested)

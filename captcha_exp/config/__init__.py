@@ -2,6 +2,7 @@
 
 - `schema`: all groups of conf/, except `train` and `augment`, which are in `train`, `gpu` and `tracking`
 - `validators`: rules for single values that need more than a type and limits
+- `precision`: the precision that `auto` becomes on a device
 - `loading`: `load` checks types and values, `resolve` replaces each `auto` that needs no trial
 - `documents`: reads YAML and JSON with limits
 - `uri`: addresses of stores; `trust`: those that a saved config may write to
@@ -23,10 +24,15 @@ from captcha_exp.config.loading import resolve as resolve
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml
 from captcha_exp.config.loading import with_captcha as with_captcha
+from captcha_exp.config.loading import with_default_batch_size as with_default_batch_size
 from captcha_exp.config.loading import with_gpu as with_gpu
 from captcha_exp.config.loading import with_moved_store as with_moved_store
 from captcha_exp.config.loading import with_tracking_uri as with_tracking_uri
-from captcha_exp.config.loading import with_untuned_defaults as with_untuned_defaults
+from captcha_exp.config.precision import fast_precisions as fast_precisions
+from captcha_exp.config.precision import has_tensor_cores as has_tensor_cores
+from captcha_exp.config.precision import precision_of_cpu as precision_of_cpu
+from captcha_exp.config.precision import precision_of_gpu as precision_of_gpu
+from captcha_exp.config.precision import with_planned_precision as with_planned_precision
 from captcha_exp.config.schema import ArticleConfig as ArticleConfig
 from captcha_exp.config.schema import BaseGeneratorConfig as BaseGeneratorConfig
 from captcha_exp.config.schema import CaptchaConfig as CaptchaConfig

@@ -30,6 +30,7 @@ from captcha_exp.config.schema import (
     FolderConfig,
     HeadName,
     ModelConfig,
+    Precision,
 )
 from captcha_exp.config.tracking import MlflowConfig
 from captcha_exp.config.uri import absolute_uri, local_store_uri, moved_store_uri
@@ -55,6 +56,8 @@ class Machine:
     """device type -> likely reason why it is not available"""
     tracking_uri: str | None = None
     """MLFLOW_TRACKING_URI, if it is set: the store of tracking.uri=auto"""
+    precisions: Mapping[str, Precision] = dataclasses.field(default_factory=dict)
+    """device name -> device.precision=auto; fp32 for those that are not listed"""
 
 
 def load(
@@ -104,8 +107,8 @@ def resolve(config: Config, machine: Machine) -> Config:
 
     Those of the captcha group remain: `dataset.inspect_dataset` infers them from the images of a folder.
 
-    device.precision=auto and train.batch_size=auto remain: they need trials on the device. Training runs them
-    (training.autotune); a command that only plans takes `with_untuned_defaults`.
+    train.batch_size=auto remains: it needs trials on the device. Training runs them (training.autotune); a
+    command that only plans takes `with_default_batch_size`.
 
     Raises:
         ConfigError: the device is not available, or a path or MLFLOW_TRACKING_URI is not valid; the line says
@@ -119,6 +122,8 @@ def resolve(config: Config, machine: Machine) -> Config:
         device = dataclasses.replace(device, name=machine.devices[0])
     if device.threads == "auto":
         device = dataclasses.replace(device, threads=machine.num_cores)
+    if device.precision == "auto":
+        device = dataclasses.replace(device, precision=machine.precisions.get(device.name, "fp32"))
     if isinstance(data, FolderConfig):
         try:
             data = dataclasses.replace(data, path=absolute_paths(data.path))
@@ -159,18 +164,15 @@ def choose_head(model: ModelConfig, captcha: CaptchaConfig) -> HeadName:
     return "ctc" if num_columns >= 2 * captcha.length - 1 else "end_class"
 
 
-def with_untuned_defaults(config: Config) -> Config:
-    """Replace the `auto` values that `resolve` leaves, for a plan, which runs no trials.
+def with_default_batch_size(config: Config) -> Config:
+    """Replace train.batch_size=auto, which `resolve` leaves, for a plan, which runs no trials.
 
-    The precision becomes fp32, which needs the most memory; the batch size a placeholder larger than the
-    micro-batch, which the planner replaces by each size it plans.
+    It becomes a placeholder larger than the micro-batch; the planner replaces it by each size it plans.
     """
-    device, train = config.device, config.train
-    if device.precision == "auto":
-        device = dataclasses.replace(device, precision="fp32")
+    train = config.train
     if train.batch_size == "auto":
         train = dataclasses.replace(train, batch_size=(train.micro_batch_size or 0) + 1)
-    return dataclasses.replace(config, device=device, train=train)
+    return dataclasses.replace(config, train=train)
 
 
 def with_tracking_uri(config: Config, root: Path, environment_uri: str | None) -> Config:

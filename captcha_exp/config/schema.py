@@ -268,8 +268,8 @@ class DeviceConfig:
     name: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")]
     """auto, cpu, mps, cuda, cuda:1 ...; auto: cuda if available, else mps, else cpu"""
     precision: Precision | Auto
-    """precision of autocast inside the network; weights and loss are always fp32; auto: the fastest with
-    correct results in a test step on the device"""
+    """precision of autocast inside the network; weights and loss are always fp32; auto: 16 bits
+    where the device computes faster with them, and its results in a test step are right"""
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto
     """number of CPU threads of torch; auto: every physical core that the process may use, or its share of
     them for jobs of a sweep in parallel"""

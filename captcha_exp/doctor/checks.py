@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from captcha_exp.config import precision_of_cpu
 from captcha_exp.doctor.gpu_checks import check_gpus
 from captcha_exp.doctor.machine_info import DirectoryInfo, Finding, MachineInfo
 from captcha_exp.tracking.problems import describe_problem
@@ -92,16 +93,12 @@ def _check_cpu(info: MachineInfo) -> Iterator[Finding]:
     trains_on_cpu = "cpu" in (info.device_name, *(info.devices[:1] if info.device_name == "auto" else ()))
     if info.torch is None or not info.torch.cpu_flags or not trains_on_cpu:
         return
-    cpu, flags = f"CPU: {info.torch.cpu_capability}", info.torch.cpu_flags
-    if {"amx_tile", "amx_bf16"} <= flags:
-        yield Finding("ok", f"{cpu} and AMX: device.precision=bf16 is faster than fp32")
-    elif flags & {"avx512_bf16", "bf16"}:
-        yield Finding("ok", f"{cpu} and bf16, no AMX: the speed of device.precision=bf16 was not measured")
-    elif info.precision in ("fp32", "auto"):
-        yield Finding("ok", f"{cpu}, no bf16 instructions: 16-bit types are slower than fp32")
+    fast = precision_of_cpu(info.torch.cpu_flags)
+    text = f"CPU: {info.torch.cpu_capability}, {'AMX' if fast == 'bf16' else 'no AMX'}: device.precision="
+    if info.precision in ("auto", fast):
+        yield Finding("ok", f"{text}auto is {fast}")
     else:
-        text = f"{cpu}, no bf16 instructions: device.precision={info.precision} is slower than fp32"
-        yield Finding("info", text, "device.precision=fp32")
+        yield Finding("info", f"{text}{info.precision} is slower than {fast}", "device.precision=auto")
 
 
 def _check_memory(info: MachineInfo) -> Iterator[Finding]:

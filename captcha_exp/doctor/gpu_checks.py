@@ -1,8 +1,8 @@
 """Check the build of torch, the NVIDIA driver, and each GPU."""
 
-import re
 from collections.abc import Iterator
 
+from captcha_exp.config import fast_precisions, has_tensor_cores
 from captcha_exp.doctor.machine_info import Finding, GpuInfo, Level, MachineInfo
 
 TORCH_INSTALL_PAGE = "pytorch.org, 'Get started'"
@@ -10,9 +10,6 @@ DRIVER_DOWNLOAD_PAGE = "nvidia.com/drivers"
 MIN_FREE_FRACTION = 0.5
 MIN_FREE_MIB = 512
 UNATTRIBUTED_MIB = 1024  # more than the driver and a desktop use
-
-# Turing without tensor cores (TU116, TU117); other GPUs with compute capability 7.5 have them.
-_WITHOUT_TENSOR_CORES = re.compile(r"GTX 16\d\d|\bMX ?[45]50\b|\bT(400|500|550|600|1000|1200|2000)\b")
 
 
 def check_gpus(info: MachineInfo) -> Iterator[Finding]:
@@ -92,11 +89,10 @@ def _check_gpu(info: MachineInfo, gpu: GpuInfo, is_selected: bool) -> Iterator[F
         text = f"{name}{_format_capability(gpu)} is not supported by this build of torch"
         yield Finding(problem, text, f"install another build ({TORCH_INSTALL_PAGE}), or device.name=cpu")
     yield from _check_memory(info, gpu, name, is_selected)
-    types = [kind for kind, since in (("bf16", (8, 0)), ("fp16", (7, 0))) if gpu.capability >= since]
-    if gpu.capability == (7, 5) and _WITHOUT_TENSOR_CORES.search(gpu.name):
-        types = []
+    types = fast_precisions(gpu.capability, gpu.name)
+    if gpu.capability >= (7, 0) and not has_tensor_cores(gpu.capability, gpu.name):
         text = f"{name} has no tensor cores: in fp16 some convolutions return NaN or are 2 to 4 times slower"
-        remedy = "device.precision=auto (tests fp16 first), or fp32"
+        remedy = "device.precision=auto, which is fp32 on this GPU"
         yield Finding(problem if info.precision == "fp16" else "info", text, remedy)
     if is_selected and info.precision == "bf16" and "bf16" not in types:
         text = f"{name}: device.precision=bf16 is only emulated on this GPU, and slower than fp32"

@@ -74,6 +74,8 @@ def query_torch_build() -> TorchInfo:
     """Return the build of torch, and its warning if it cannot use CUDA."""
     import torch
 
+    from captcha_exp.runtime.device import cpu_flags
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.is_available()
@@ -81,13 +83,12 @@ def query_torch_build() -> TorchInfo:
     if torch.version.cuda or torch.version.hip:
         rocm = f"ROCm {torch.version.hip}, which is not supported here"
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else rocm
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return TorchInfo(
         version=torch.__version__,
         build=build,
         warning=one_line(caught[0].message) if caught else "",
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        cpu_flags=frozenset(name for name, value in capabilities.items() if value is True),
+        cpu_flags=cpu_flags(),
     )
 
 

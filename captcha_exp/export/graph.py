@@ -119,14 +119,15 @@ def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig, usual_size: tuple[in
     computes the weights to resize them, which takes up to half of the time of a small image.
     """
     batch, height, width = (torch.export.Dim(name, min=1, max=MAX_SIDE) for name in "BHW")
+    static = torch.export.Dim.STATIC
     example = torch.zeros(2, captcha.height + 1, captcha.width + 1, 3, dtype=torch.uint8)
     example[:, ::2] = 255  # not blank
     compute_weights = ResizeWeights(captcha.height, captcha.width)
     weights = compute_weights(example)
     inputs: dict[str, tuple[Tensor, Any]] = {
-        INPUT: (example, (batch, height, width, None)),
-        WEIGHTS[0]: (weights[0], (None, height)),
-        WEIGHTS[1]: (weights[1], (None, width)),
+        INPUT: (example, (batch, height, width, static)),
+        WEIGHTS[0]: (weights[0], (static, height)),
+        WEIGHTS[1]: (weights[1], (static, width)),
     }
     model = _export(ExportedRecognizer(recognizer, captcha), inputs, OUTPUTS)
     computed = _export(compute_weights, {INPUT: inputs[INPUT]}, WEIGHTS)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from captcha_exp.config import Config, Machine, Precision, resolve
+from captcha_exp.config import Config, Machine, Precision, precision_of_cpu, precision_of_gpu, resolve
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 
@@ -43,8 +43,20 @@ def detect_machine() -> Machine:
         "cuda": f"this machine has {len(gpus)} CUDA GPUs" if gpus else no_cuda,
         "mps": "mps requires a Mac with Apple silicon",
     }
+    precisions: dict[str, Precision] = {"cpu": precision_of_cpu(cpu_flags())}
+    for number, name in reversed(list(enumerate(gpus))):
+        with contextlib.suppress(RuntimeError, AssertionError):  # a lost GPU, which `doctor` reports
+            properties = torch.cuda.get_device_properties(number)
+            found = precision_of_gpu((properties.major, properties.minor), properties.name)
+            precisions |= {name: found, "cuda": found}  # cuda is the first GPU
     uri = tracking_uri_variable()
-    return Machine(tuple(devices), num_physical_cores(), root_dir(), unavailable_reason, uri)
+    return Machine(tuple(devices), num_physical_cores(), root_dir(), unavailable_reason, uri, precisions)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets of the CPU, as torch names them."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return frozenset(name for name, value in capabilities.items() if value is True)
 
 
 def _is_cuda_available() -> bool:
@@ -176,15 +188,6 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
     """Autocast to the precision of the config; for the forward pass only, the loss is computed in fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def half_precisions(device: torch.device) -> tuple[Precision, ...]:
-    """Return the 16-bit precisions to try on a device."""
-    if device.type == "cpu":
-        return ("bf16",)  # fp16 training is slow on CPUs
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return ("fp16",)
-    return ("bf16", "fp16")
 
 
 def gpu_total_mib(config: Config) -> float | None:

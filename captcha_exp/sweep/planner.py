@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captcha_exp import runs
-from captcha_exp.config import CaptchaConfig, Config, DataConfig, resolve, with_captcha, with_untuned_defaults
+from captcha_exp.config import (
+    CaptchaConfig,
+    Config,
+    DataConfig,
+    resolve,
+    with_captcha,
+    with_default_batch_size,
+    with_planned_precision,
+)
 from captcha_exp.data import dataset
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.memory.plan import Plan, Planner
@@ -54,7 +62,9 @@ def plan_jobs(jobs: Sequence[Job]) -> list[PlannedJob]:
     errors: dict[str, None] = {}  # without duplicates
     with progress_bar("planning", len(jobs)) as bar:
         for job in jobs:
-            config = with_untuned_defaults(resolve(job.requested, machine))
+            config = with_default_batch_size(resolve(job.requested, machine))
+            if not config.device.name.startswith("cuda"):
+                config = with_planned_precision(config, job.requested)
             key = (config.data, config.captcha)
             try:
                 if key not in inspected:

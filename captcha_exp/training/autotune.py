@@ -1,14 +1,13 @@
-"""Choosing the precision and the batch size by trials on the device.
+"""Checking the precision that device.precision=auto becomes, and choosing the batch size by trials.
 
-Data sheets are no proof: on some GPUs 16-bit convolutions return NaN, or are emulated and slow. Therefore
-each precision runs the training step of this project, from the same weights on the same images, and is chosen
-only if its results are finite, its gradient agrees with that of fp32, and it is faster.
+The hardware decides the precision (`config.precision`). But data sheets are no proof: on some GPUs 16-bit
+convolutions return NaN. Therefore the precision runs the training step of this project, from the same weights
+on the same images as fp32, and is used only if its results are finite and its gradient agrees with that of
+fp32. No speed is measured, so that the same command trains in the same precision on a busy machine.
 
 The batch size at which the device is fully used depends on the device as well. Batch sizes that fit are tried
-from small to large until the throughput stops improving.
-
-A trial that other processes disturb is repeated a few times. A precision whose speed stays disturbed is not
-chosen; of the batch sizes, those with an undisturbed speed are compared if there are any.
+from small to large until the throughput stops improving. A trial that other processes disturb is repeated a
+few times; those with an undisturbed speed are compared if there are any.
 """
 
 import functools
@@ -17,7 +16,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +34,8 @@ from captcha_exp.runtime.cpu_time import measure_undisturbed
 logger = logging.getLogger(__name__)
 
 MIN_COSINE = 0.9  # between the gradients of fp32 and of the precision; 0 for unrelated ones
-MIN_SPEEDUP = 1.1  # over fp32: less does not justify the rounding
-MAX_TRIAL_IMAGES = {"cpu": 32, "cuda": 256, "mps": 64}  # per step: enough to use the device fully
+MAX_TRIAL_IMAGES = 32  # of the step in each precision
+TRIAL_STEPS = 6  # in each precision, in which the loss scale of fp16 has time to adapt
 TIMED_STEPS = 5
 
 INITIAL_BATCH_SIZE = 8  # doubled after each trial
@@ -49,8 +48,10 @@ FREE_FRACTION = 0.8  # of the free memory without a GPU, as a step needs more th
 Trials: TypeAlias = list[dict[str, object]]
 
 
-def autotune(config: Config, split_sizes: Mapping[str, int]) -> tuple[Config, dict[str, Trials]]:
-    """Replace device.precision=auto and train.batch_size=auto of a resolved config by the fastest values.
+def autotune(
+    config: Config, requested: Config, split_sizes: Mapping[str, int]
+) -> tuple[Config, dict[str, Trials]]:
+    """Check the precision of a resolved config if it was `auto`, and replace train.batch_size=auto.
 
     Returns the trials for environment.json as well; empty for a value that was not `auto`.
 
@@ -58,8 +59,8 @@ def autotune(config: Config, split_sizes: Mapping[str, int]) -> tuple[Config, di
         UserError: train.batch_size=auto, and not even the smallest batch fits; the line says what it needs.
     """
     trials: dict[str, Trials] = {"precisions_tried": [], "batch_sizes_tried": []}
-    if config.device.precision == "auto":
-        precision, trials["precisions_tried"] = choose_precision(config)
+    if requested.device.precision == "auto":
+        precision, trials["precisions_tried"] = check_precision(config)
         config = replace(config, device=replace(config.device, precision=precision))
     if config.train.batch_size == "auto":
         batch_size, trials["batch_sizes_tried"] = choose_batch_size(config, split_sizes)
@@ -74,51 +75,32 @@ class PrecisionTrial:
     precision: Precision
     finite: bool
     cosine: float  # between its gradient and that of fp32
-    step_seconds: float  # median
-    disturbed: bool = False  # whether other processes took cores meanwhile
-
-    def describe(self, baseline: "PrecisionTrial") -> str:
-        """Return the result in a few words, relative to fp32."""
-        if not self.finite:
-            return f"{self.precision} is not finite on this device"
-        speedup = f"{baseline.step_seconds / self.step_seconds:.2f}x the speed of fp32"
-        text = (
-            f"{self.precision} {speedup}, gradient {'close' if self.is_close else 'off'} ({self.cosine:.3f})"
-        )
-        if self.is_close and (self.disturbed or baseline.disturbed):
-            text += f", not chosen as other processes disturbed it; device.precision={self.precision} sets it"
-        return text
 
     @property
-    def is_close(self) -> bool:
-        """Whether its gradient agrees with that of fp32."""
-        return self.cosine >= MIN_COSINE
+    def is_right(self) -> bool:
+        """Whether its numbers are finite, and its gradient agrees with that of fp32."""
+        return self.finite and self.cosine >= MIN_COSINE
 
 
-def choose_precision(config: Config) -> tuple[Precision, Trials]:
-    """Return the fastest precision with correct results on the device, and all trials."""
+def check_precision(config: Config) -> tuple[Precision, Trials]:
+    """Return the precision of the config, or fp32 if its results on the device are wrong; and the trials."""
+    precision = cast(Precision, config.device.precision)
+    if precision == "fp32":
+        return precision, []
     device = devices.setup_device(config)
-    num_images, batch_size = MAX_TRIAL_IMAGES[device.type], config.train.batch_size
-    if batch_size != "auto":
-        num_images = min(batch_size, num_images)
+    batch_size = config.train.batch_size
+    num_images = MAX_TRIAL_IMAGES if batch_size == "auto" else min(batch_size, MAX_TRIAL_IMAGES)
     batch = dataset.random_batch(config, num_images, device)
-    baseline, gradient = _try_precision("fp32", config, batch, None)
-    trials = [baseline]
-    for precision in devices.half_precisions(device):
-        trials.append(_try_precision(precision, config, batch, gradient)[0])
-        logger.debug(f"tried {trials[-1]}")
+    _, reference = _try_precision("fp32", config, batch, None)
+    trial, _ = _try_precision(precision, config, batch, reference)
+    logger.debug(f"tried {trial}")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # keep the trials out of the peaks of the training
-    undisturbed = [] if baseline.disturbed else [t for t in trials if not t.disturbed]
-    good = [
-        t
-        for t in undisturbed
-        if t.finite and t.is_close and t.step_seconds * MIN_SPEEDUP <= baseline.step_seconds
-    ]
-    best = min(good, key=lambda t: t.step_seconds, default=baseline).precision
-    results = "; ".join(t.describe(baseline) for t in trials[1:]) or "no other precision on this device"
-    logger.info(f"precision {best}: {results}")
-    return best, [asdict(t) for t in trials]
+    if not trial.is_right:
+        reason = "is not finite" if not trial.finite else f"has another gradient (cosine {trial.cosine:.3f})"
+        logger.warning(f"device.precision=auto: {precision} {reason} on this device; the training is in fp32")
+        precision = "fp32"
+    return precision, [asdict(trial)]
 
 
 @dataclass(frozen=True)
@@ -232,17 +214,12 @@ def _try_precision(
     forward_and_backward(state, batch, config)
     parts = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     gradient = torch.cat(parts).cpu().double()  # the loss scale does not change its direction
+    if reference is None:
+        return PrecisionTrial(precision, True, 1.0), gradient
     state.optimizer.zero_grad(set_to_none=True)
-
-    def time_steps() -> list[tuple[Step, float]]:
-        return [_time_step(state, batch, config) for _ in range(1 + TIMED_STEPS)]
-
-    timed, disturbed = measure_undisturbed(time_steps, batch.images.device)
-    steps, seconds = zip(*timed, strict=True)
-    cosine = 1.0 if reference is None else float(torch.cosine_similarity(gradient, reference, dim=0))
-    finite = bool(steps[-1].finite)  # after the loss scale had time to adapt
-    median = statistics.median(seconds[1:])  # the first step loads kernels
-    return PrecisionTrial(precision, finite, cosine, median, disturbed), gradient
+    steps = [train_step(state, batch, config) for _ in range(TRIAL_STEPS)]
+    cosine = float(torch.cosine_similarity(gradient, reference, dim=0))
+    return PrecisionTrial(precision, bool(steps[-1].finite), cosine), gradient
 
 
 def _synchronize(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from captcha_exp import runs
-from captcha_exp.config import Config, resolve
+from captcha_exp.config import Config, resolve, with_planned_precision
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
@@ -218,9 +218,10 @@ def _prepare(requested: Config) -> _PreparedTraining:
     device = devices.setup_device(config)
     spec = dataset.inspect_dataset(config)
     heads.report_choice(requested, spec.config)
-    config, trials = autotune.autotune(spec.config, spec.split_sizes)
+    config, trials = autotune.autotune(spec.config, requested, spec.split_sizes)
     devices.set_memory_limit(config, device)
-    planner = Planner(config, spec.split_sizes, devices.gpu_total_mib(config))
+    planned = config if device.type == "cuda" else with_planned_precision(config, requested)
+    planner = Planner(planned, spec.split_sizes, devices.gpu_total_mib(config))
     return _PreparedTraining(config, device, spec, planner.plan_for(int(config.train.batch_size)), trials)
 
 

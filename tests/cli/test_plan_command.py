@@ -347,8 +347,10 @@ def test_several_gpus_are_a_table(call: Call, monkeypatch: pytest.MonkeyPatch, r
     words = ("--gpu", "h200,gtx1650", "device.precision=fp16")
     code, out, err = call(*MANY, *words, "device.vram_budget_mib=40")
     assert (code, err) == (0, "")
-    assert out.startswith("tiny in fp16\n")
-    rows = re.findall(r"│ (NVIDIA .*?) +│ +([\d,]+ to [\d,]+) │ +8 │.*│ (.*?) +│ +(\S+) │ (.*?) +│", out)
+    assert out.startswith("tiny\n")
+    rows = re.findall(
+        r"│ (NVIDIA .*?) +│ +([\d,]+ to [\d,]+) │ fp16 +│ +8 │.*│ (.*?) +│ +(\S+) │ (.*?) +│", out
+    )
     assert rows == [
         ("NVIDIA GeForce GTX 1650", "3,707 to 3,911", "does not fit", "none", "0.12 to 1.1"),
         ("NVIDIA H200", "143,073 to 143,771", "does not fit", "none", "0.7 to 2.8"),
@@ -441,13 +443,21 @@ def test_must_fit_and_advise_exclude_each_other(call: Call) -> None:
     assert "argument --advise: not allowed with argument --must-fit" in err
 
 
+def test_auto_is_the_precision_of_the_gpu_of_the_plan(call: Call) -> None:
+    code, out, _ = call(*MANY, "--gpu", "h200,gtx1650,t4", "device.precision=auto", "--json")
+    precisions = {row["name"]: row["precision"] for row in json.loads(out)["gpus"]}
+    assert (code, precisions) == (0, {"gtx1650": "fp32", "t4": "fp16", "h200": "bf16"})
+    assert json_of(call, *SIZES, "--gpu", "gtx1650", "device.precision=auto")["precision"] == "fp32"
+    assert json_of(call, *SIZES, "--gpu", "h200", "device.precision=auto")["precision"] == "bf16"
+    assert json_of(call, *SIZES, "device.precision=auto")["precision"] == "fp32"
+
+
 def test_assumptions_are_printed(call: Call) -> None:
     words = ("device.precision=auto", "train.micro_batch_size=2", "train.batch_size=auto", "data.count=200")
     code, out, _ = call("plan", "--gpu", "gtx1650,h200", *words, "--batch-sizes", "4,1000000")
 
     assert code == 0
     text = unwrap(out)
-    assert "device.precision=auto is planned as fp32, which needs the most memory" in text
     assert "train.batch_size=auto is planned as the batch sizes above" in text
     assert "a batch is limited to the training split" in text
     assert "largest is searched up to 16 micro-batches, 32 images" in text

@@ -478,10 +478,9 @@ def test_a_saved_config_loads_as_the_same_config(choice: str, tmp_path: Path) ->
 def test_resolve_replaces_every_auto(choice: str, machine: Machine) -> None:
     requested = load(composed(*with_required(choice)))
     resolved = resolve(requested, machine)
-    # Those of the captcha group are inferred from the images; they choose the head. The precision is tried.
+    # Those of the captcha group are inferred from the images; they choose the head.
     inferred = [*resolved.captcha.inferred_keys, *(["model.head"] if resolved.captcha.inferred_keys else [])]
-    tried = ["device.precision"] if requested.device.precision == "auto" else []
-    assert {key for key, value in flatten(resolved).items() if value == "auto"} == {*inferred, *tried}
+    assert {key for key, value in flatten(resolved).items() if value == "auto"} == set(inferred)
     assert resolve(resolved, machine) == resolved
 
 

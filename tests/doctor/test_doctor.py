@@ -298,7 +298,7 @@ def test_turing_without_tensor_cores(name: str) -> None:
     assert finding.message.startswith(
         f"cuda:0 ({name}) has no tensor cores: in fp16 some convolutions return NaN"
     )
-    assert finding.remedy == "device.precision=auto (tests fp16 first), or fp32"
+    assert finding.remedy == "device.precision=auto, which is fp32 on this GPU"
     assert only_finding(replace(HEALTHY, gpus=(gpu,), precision="fp16")).level == "problem"
 
 
@@ -367,11 +367,12 @@ def test_available_device() -> None:
 @pytest.mark.parametrize(
     ("flags", "precision", "text", "level"),
     [
-        ({"amx_tile", "amx_bf16", "avx512_bf16"}, "fp32", "AMX: device.precision=bf16 is faster", "ok"),
-        ({"avx512_bf16"}, "fp32", "bf16, no AMX", "ok"),
-        ({"avx2"}, "fp32", "16-bit types are slower than fp32", "ok"),
-        ({"avx2"}, "bf16", "device.precision=bf16 is slower", "info"),
-        ({"amx_tile", "amx_bf16"}, "bf16", "device.precision=bf16 is faster", "ok"),
+        ({"amx_tile", "amx_bf16", "avx512_bf16"}, "auto", "AMX: device.precision=auto is bf16", "ok"),
+        ({"amx_tile", "amx_bf16"}, "bf16", "AMX: device.precision=auto is bf16", "ok"),
+        ({"amx_tile", "amx_bf16"}, "fp32", "device.precision=fp32 is slower than bf16", "info"),
+        ({"avx512_bf16"}, "auto", "no AMX: device.precision=auto is fp32", "ok"),
+        ({"avx2"}, "fp32", "no AMX: device.precision=auto is fp32", "ok"),
+        ({"avx2"}, "bf16", "device.precision=bf16 is slower than fp32", "info"),
     ],
 )
 def test_16_bit_types_on_the_cpu(flags: set[str], precision: str, text: str, level: str) -> None:
@@ -379,7 +380,7 @@ def test_16_bit_types_on_the_cpu(flags: set[str], precision: str, text: str, lev
     info = replace(NO_GPU, torch=build, precision=precision)
     (finding,) = [finding for finding in run_checks(info) if finding.message.startswith("CPU: AVX2")]
     assert text in finding.message
-    assert (finding.level, finding.remedy) == (level, "device.precision=fp32" if level == "info" else "")
+    assert (finding.level, finding.remedy) == (level, "device.precision=auto" if level == "info" else "")
 
 
 def test_cpu_precision_is_not_checked_with_a_gpu() -> None:

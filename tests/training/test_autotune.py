@@ -1,18 +1,18 @@
-"""Autotuning: the fastest correct precision, and the smallest batch size close to the best throughput."""
+"""Autotuning: the check of the precision, and the smallest batch size close to the best throughput."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import CPU, infos, warnings, with_train
 
 from captcha_exp import load
-from captcha_exp.config import Config, Precision, resolve, to_dict, with_untuned_defaults
+from captcha_exp.config import Config, Precision, resolve, to_dict, with_default_batch_size
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.runtime import cpu_time
@@ -23,52 +23,46 @@ from captcha_exp.training import autotune, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def trial(precision: Precision, finite: bool, cosine: float, seconds: float) -> autotune.PrecisionTrial:
-    return autotune.PrecisionTrial(precision, finite, cosine, seconds)
-
-
-BASELINE = trial("fp32", True, 1.0, 1.0)
+def with_precision(config: Config, precision: Precision | Literal["auto"]) -> Config:
+    return replace(config, device=replace(config.device, precision=precision))
 
 
 @pytest.mark.parametrize(
-    ("bf16", "fp16", "chosen"),
+    ("finite", "cosine", "problem"),
     [
-        (trial("bf16", True, 0.99, 0.5), trial("fp16", True, 0.99, 0.6), "bf16"),
-        (trial("bf16", True, 0.99, 0.6), trial("fp16", True, 0.99, 0.5), "fp16"),
-        (trial("bf16", True, 0.99, 0.6), trial("fp16", False, 0.0, 0.5), "bf16"),
-        (trial("bf16", True, 0.10, 0.5), trial("fp16", True, float("nan"), 0.5), "fp32"),
-        (trial("bf16", True, 0.99, 0.95), trial("fp16", True, 0.99, 3.0), "fp32"),
+        (True, 0.99, ""),
+        (False, 0.99, "is not finite"),
+        (True, 0.10, "has another gradient (cosine 0.100)"),
+        (True, float("nan"), "has another gradient (cosine nan)"),
     ],
-    ids=["bf16 faster", "fp16 faster", "not finite", "wrong gradient", "not faster"],
 )
-def test_the_fastest_correct_precision_is_chosen(
+def test_a_precision_with_wrong_results_becomes_fp32(
     tiny: Config,
     monkeypatch: pytest.MonkeyPatch,
-    bf16: autotune.PrecisionTrial,
-    fp16: autotune.PrecisionTrial,
-    chosen: str,
+    finite: bool,
+    cosine: float,
+    problem: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    trials = {"fp32": BASELINE, "bf16": bf16, "fp16": fp16}
-    monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16", "fp16"))
-    monkeypatch.setattr(autotune, "_try_precision", lambda name, *_: (trials[name], torch.zeros(1)))
+    trial = autotune.PrecisionTrial("bf16", finite, cosine)
+    monkeypatch.setattr(autotune, "_try_precision", lambda *_: (trial, torch.zeros(1)))
     caplog.clear()
 
-    precision, recorded = autotune.choose_precision(tiny)
+    precision, recorded = autotune.check_precision(with_precision(tiny, "bf16"))
 
-    assert precision == chosen
-    assert [row["precision"] for row in recorded] == ["fp32", "bf16", "fp16"]
-    assert infos(caplog)[0].startswith(f"precision {chosen}: bf16 ")
+    assert precision == ("fp32" if problem else "bf16")
+    assert [row["precision"] for row in recorded] == ["bf16"]
+    warning = f"device.precision=auto: bf16 {problem} on this device; the training is in fp32"
+    assert warnings(caplog) == ([warning] if problem else [])
 
 
 def test_the_bf16_gradient_on_the_cpu_agrees_with_fp32(tiny: Config) -> None:
-    _, (baseline, half) = autotune.choose_precision(tiny)
+    precision, (trial,) = autotune.check_precision(with_precision(tiny, "bf16"))
 
-    assert baseline["cosine"] == 1.0
-    assert half["precision"] == "bf16"
-    assert half["finite"]
-    assert isinstance(half["cosine"], float)
-    assert 0.9 < half["cosine"] < 1.0
+    assert precision == trial["precision"] == "bf16"
+    assert trial["finite"]
+    assert isinstance(trial["cosine"], float)
+    assert 0.9 < trial["cosine"] < 1.0
 
 
 def test_a_non_finite_precision_is_rejected(
@@ -83,32 +77,38 @@ def test_a_non_finite_precision_is_rejected(
     monkeypatch.setattr(autotune, "train_step", step)
     caplog.clear()
 
-    assert autotune.choose_precision(tiny)[0] == "fp32"
-    assert infos(caplog) == ["precision fp32: bf16 is not finite on this device"]
+    assert autotune.check_precision(with_precision(tiny, "bf16"))[0] == "fp32"
+    assert warnings(caplog)[0].startswith("device.precision=auto: bf16 is not finite on this device; ")
 
 
-def test_precision_auto_trains_like_the_chosen_precision(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
+def test_fp32_needs_no_check(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_try_precision", pytest.fail)
+    assert autotune.check_precision(tiny) == ("fp32", [])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_auto_trains_like_the_precision_of_the_hardware(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
-    """The weights are equal, and the trials are recorded."""
-    monkeypatch.setattr(autotune, "MIN_SPEEDUP", 0.0)  # the test does not depend on the speed
-    monkeypatch.setattr("captcha_exp.training.autotune.devices.half_precisions", lambda _: ("bf16",))
-    requested = replace(tiny, device=replace(tiny.device, precision="auto"))
+    """The weights are equal, whatever else runs, and the check is recorded."""
+    monkeypatch.setattr("captcha_exp.runtime.device.precision_of_cpu", lambda _: precision)
+    monkeypatch.setattr(cpu_time, "is_disturbed", lambda *_: True)
+    requested = with_precision(tiny, "auto")
 
     result = train.train(requested)
-    chosen = result.config.device.precision
-    again = train.train(replace(tiny, device=replace(tiny.device, precision=chosen)))
+    again = train.train(with_precision(tiny, precision))
 
-    assert chosen in ("fp32", "bf16")
+    assert result.config.device.precision == precision
     assert result.weights_sha256 == again.weights_sha256
-    assert '"precision": "bf16"' in (result.run_dir / "environment.json").read_text()
+    recorded = json.loads((result.run_dir / "environment.json").read_text())["precisions_tried"]
+    assert [row["precision"] for row in recorded] == (["bf16"] if precision == "bf16" else [])
     assert to_dict(requested)["device"]["precision"] == "auto"
     assert sha256_of(result.run_dir / "config.yaml") == sha256_of(again.run_dir / "config.yaml")
 
 
 def test_autotuning_does_not_change_the_initial_weights(tiny: Config) -> None:
     before = init_train_state(tiny, torch.device("cpu")).model.state_dict()
-    autotune.choose_precision(tiny)
+    autotune.check_precision(with_precision(tiny, "bf16"))
     after = init_train_state(tiny, torch.device("cpu")).model.state_dict()
 
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -176,32 +176,6 @@ def test_the_smallest_batch_size_close_to_the_best_is_chosen(
 def busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call every speed disturbed, whatever the machine does."""
     monkeypatch.setattr(cpu_time, "is_disturbed", lambda *_: True)
-
-
-def test_a_precision_is_not_chosen_by_a_disturbed_speed(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, busy: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(autotune, "MIN_SPEEDUP", 0.0)  # the test does not depend on the speed
-    monkeypatch.setattr("captcha_exp.training.autotune.devices.half_precisions", lambda _: ("bf16",))
-    caplog.clear()
-
-    precision, recorded = autotune.choose_precision(tiny)
-
-    assert precision == "fp32"
-    assert [row["disturbed"] for row in recorded] == [True, True]
-    assert infos(caplog)[0].startswith("precision fp32: bf16 ")
-    assert infos(caplog)[0].endswith(
-        ", not chosen as other processes disturbed it; device.precision=bf16 sets it"
-    )
-
-
-@pytest.mark.parametrize("which", ["fp32", "bf16"])
-def test_one_disturbed_trial_keeps_fp32(tiny: Config, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
-    trials = {"fp32": BASELINE, "bf16": trial("bf16", True, 0.99, 0.1)}
-    trials[which] = replace(trials[which], disturbed=True)
-    monkeypatch.setattr("captcha_exp.runtime.device.half_precisions", lambda _: ("bf16",))
-    monkeypatch.setattr(autotune, "_try_precision", lambda name, *_: (trials[name], torch.zeros(1)))
-    assert autotune.choose_precision(tiny)[0] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -320,13 +294,13 @@ def test_batch_size_auto_trains_like_the_chosen_batch_size(
 
 def test_resolve_runs_no_trials(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_time_step", pytest.fail)
-    requested = auto(replace(tiny, device=replace(tiny.device, precision="auto")))
-    resolved = resolve(requested, detect_machine())
-    assert (resolved.device.precision, resolved.train.batch_size) == ("auto", "auto")
+    machine = replace(detect_machine(), precisions={"cpu": "bf16"})
+    resolved = resolve(auto(with_precision(tiny, "auto")), machine)
+    assert (resolved.device.precision, resolved.train.batch_size) == ("bf16", "auto")
 
 
 def test_values_that_are_not_auto_are_not_tuned(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
-    assert autotune.autotune(tiny, SPLIT_SIZES) == (
+    assert autotune.autotune(tiny, tiny, SPLIT_SIZES) == (
         tiny,
         {"precisions_tried": [], "batch_sizes_tried": []},
     )
@@ -334,13 +308,12 @@ def test_values_that_are_not_auto_are_not_tuned(tiny: Config, caplog: pytest.Log
 
 
 @pytest.mark.parametrize(("micro", "size"), [(None, 1), (7, 8)])
-def test_untuned_defaults_are_fp32_and_a_batch_larger_than_the_micro_batch(
+def test_the_default_batch_size_is_larger_than_the_micro_batch(
     tiny: Config, micro: int | None, size: int
 ) -> None:
     config = with_train(tiny, batch_size="auto", micro_batch_size=micro)
-    config = with_untuned_defaults(replace(config, device=replace(config.device, precision="auto")))
-    assert (config.device.precision, config.train.batch_size) == ("fp32", size)
-    assert with_untuned_defaults(tiny) == tiny
+    assert with_default_batch_size(config).train.batch_size == size
+    assert with_default_batch_size(tiny) == tiny
 
 
 def test_a_missing_gpu_is_reported_before_any_trial(
@@ -361,5 +334,5 @@ def test_a_micro_batch_larger_than_the_chosen_batch_is_dropped(
 ) -> None:
     monkeypatch.setattr(autotune, "choose_batch_size", lambda *_: (size, []))
     config = with_train(tiny, batch_size="auto", micro_batch_size=micro)
-    tuned, _ = autotune.autotune(config, SPLIT_SIZES)
+    tuned, _ = autotune.autotune(config, config, SPLIT_SIZES)
     assert (tuned.train.batch_size, tuned.train.micro_batch_size) == (size, expected)
