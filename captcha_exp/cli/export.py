@@ -11,8 +11,7 @@ from typing import Any
 from captcha_exp.cli.output import format_accuracy, get_console
 from captcha_exp.config import check_model_name
 from captcha_exp.errors import RunFailed, UserError
-from captcha_exp.export.export import Export, export_run
-from captcha_exp.export.manifest import MANIFEST_KEY
+from captcha_exp.export.export import Export, export_run, is_exported
 from captcha_exp.export.register import FILE, log_export
 from captcha_exp.runs import find_run
 from captcha_exp.tracking.models import ModelNotLogged, ModelRef, UntrackedRun
@@ -50,10 +49,8 @@ def export(arguments: argparse.Namespace) -> LoggedExport:
     run_dir = find_run(arguments.run, finished=True)
     file = FILE if arguments.quantize == "none" else f"model.{arguments.quantize}.onnx"
     path = run_dir / file if arguments.output is None else Path(arguments.output)
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: the directory {path.parent} does not exist")
-    if path.exists() and not (path.is_file() and MANIFEST_KEY.encode() in path.read_bytes()):
-        raise UserError(f"--output {path}: exists and is not an exported model; choose another name")
+    if arguments.output is not None:
+        _check_output(path)
     exported = export_run(run_dir, path, arguments.quantize)
     try:
         return LoggedExport(exported, log_export(exported, run_dir, name), None)
@@ -63,6 +60,24 @@ def export(arguments: argparse.Namespace) -> LoggedExport:
         elif name is None:
             logger.warning(f"{path}: is written, but not in MLflow: {error}; the same command tries again")
         return LoggedExport(exported, None, str(error))
+
+
+def _check_output(path: Path) -> None:
+    """Check that a file can be written, and that none is lost but an exported model.
+
+    Raises:
+        UserError: it cannot; the line says why.
+    """
+    if path.suffix != ".onnx":
+        raise UserError(f"--output {path}: predict knows an exported model by its name; let it end in .onnx")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"--output {path}: the directory {path.parent} does not exist")
+        is_other = path.exists() and not (path.is_file() and is_exported(path))
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written: {error.strerror}") from None
+    if is_other:
+        raise UserError(f"--output {path}: exists and is not an exported model; choose another name")
 
 
 def check_registered(arguments: argparse.Namespace, result: LoggedExport) -> None:

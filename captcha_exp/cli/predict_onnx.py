@@ -11,7 +11,7 @@ from typing import Any
 from captcha_exp.cli.parser import reading_options
 from captcha_exp.data.images import InvalidImage, has_signature, is_image_name
 from captcha_exp.errors import UserError
-from captcha_exp.export.predictor import OnnxPredictor, to_pixels
+from captcha_exp.export.predictor import OnnxPredictor, read_model, to_pixels
 from captcha_exp.model.answer import Answer, ReadingOptions
 from captcha_exp.runtime.text import escape_unprintable
 
@@ -27,9 +27,12 @@ def predict(arguments: argparse.Namespace) -> int:
     """
     if arguments.device not in ("auto", "cpu"):
         raise UserError(f"--device={arguments.device}: an exported model runs on the CPU; leave this out")
-    predictor = OnnxPredictor(arguments.run)
     if arguments.self_test:
-        return _self_test(predictor, arguments.json)
+        if arguments.images:
+            raise UserError("--self-test: reads the images in the file; leave out those on the command line")
+        path = Path(arguments.run)
+        return _self_test(OnnxPredictor(path, content=read_model(path)), arguments.json)
+    predictor = OnnxPredictor(arguments.run)
     options = reading_options(arguments)
     predictor.reader(options)  # a mistake is reported before images are read
     if not arguments.images:

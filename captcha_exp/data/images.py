@@ -151,6 +151,34 @@ def decode(content: bytes) -> DecodedImage:
         if not _has_last_row(image) and not _has_all_rows(content):
             raise InvalidImage("is damaged: a PNG with fewer rows of pixels than its header says")
     remarks = [f"has {frames} frames; only the first is used"] if frames > 1 else []
+    image, more = _standardize(image, transpose_method, frame)
+    return DecodedImage(image, (*remarks, *more), kind)
+
+
+def from_pillow(image: Image.Image) -> Image.Image:
+    """Return an image that Pillow has opened as `decode` returns it from the bytes of its file.
+
+    Raises:
+        InvalidImage: the image is damaged, or its mode is not supported.
+    """
+    try:
+        image.load()
+    except Exception as error:  # any, as in decode
+        raise InvalidImage(f"is damaged or truncated: {one_line(error)}") from None
+    return _standardize(image, _exif_transpose_method(image))[0]
+
+
+def _standardize(
+    image: Image.Image,
+    transpose_method: Image.Transpose | None,
+    frame: tuple[int, int, int, int] | None = None,
+) -> tuple[Image.Image, list[str]]:
+    """Return an upright image with 8 bits per channel, and how it differs; `frame` is the part that it has.
+
+    Raises:
+        InvalidImage: its mode is not supported.
+    """
+    remarks = []
     if image.mode == "I;16":  # Pillow would clip every value above 255 to white
         remarks.append("has 16 bits per pixel; only the upper 8 are used")
         image = _to_8_bit(image)
@@ -165,7 +193,7 @@ def decode(content: bytes) -> DecodedImage:
         )
     if has_transparency(image):
         remarks.append("has transparent pixels, which become white")
-    return DecodedImage(image, tuple(remarks), kind)
+    return image, remarks
 
 
 def _has_last_row(png: Image.Image) -> bool:
@@ -227,6 +255,12 @@ def _paste_on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Im
     canvas = Image.new("RGBA", image.size, (0, 0, 0, 0))
     canvas.paste(image.crop(frame).convert("RGBA"), frame)
     return canvas
+
+
+def is_blank(pixels: npt.NDArray[np.uint8]) -> bool:
+    """Return whether an image (H, W, C) has one color."""
+    middle = pixels[len(pixels) // 2]  # decides for almost all images
+    return bool((middle == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all())
 
 
 def has_transparency(image: Image.Image) -> bool:

@@ -114,6 +114,16 @@ def export_run(run_dir: Path, path: Path, quantization: str = "none") -> Export:
     return Export(path, predictor.manifest, len(content))
 
 
+def is_exported(path: Path) -> bool:
+    """Return whether a file is an exported model, perhaps of another version."""
+    content = path.read_bytes()
+    try:
+        model = onnx.load_from_string(content)
+    except Exception:  # that of protobuf has no types
+        return False
+    return any(each.key == MANIFEST_KEY for each in model.metadata_props)
+
+
 def _describe(run: SavedRun, model: Recognizer, config: Config, test: Evaluation) -> Manifest:
     """Return the manifest of a file that is not proven yet."""
     low, high = test.accuracy_interval

@@ -181,6 +181,7 @@ def _choose_weights(
             "If",
             ["is_usual_size"],
             WEIGHTS,
+            name="choose_weights",
             then_branch=helper.make_graph(nodes, "usual", [], outputs),
             else_branch=otherwise,
         ),
@@ -216,12 +217,20 @@ def _strip(model: onnx.ModelProto) -> None:
     _strip_graph(model.graph)
 
 
+def _is_empty_list(attribute: onnx.AttributeProto) -> bool:
+    """Return whether an optional list of numbers is empty, which ONNX Runtime's quantization cannot copy."""
+    return attribute.type == onnx.AttributeProto.INTS and not attribute.ints
+
+
 def _strip_graph(graph: onnx.GraphProto) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
     for node in graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
+        kept = [each for each in node.attribute if not _is_empty_list(each)]
+        del node.attribute[:]
+        node.attribute.extend(kept)
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _strip_graph(attribute.g)

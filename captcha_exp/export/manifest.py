@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,6 +23,9 @@ MANIFEST_KEY, IMAGES_KEY = "captcha_exp", "captcha_exp.images"
 NUM_IMAGES = 32  # embedded images
 TOLERANCE = 1e-3  # of a confidence, between runtimes
 INT8_TOLERANCE = 1e-2  # of int8 models: rounding to 8 bits turns the last bit of a sum into a step of 1/255
+HEADS = ("position", "grouped_softmax", "end_class", "ctc")
+QUANTIZATIONS = ("none", "int8")
+MAX_LENGTH = 32  # characters of a label
 NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 MAX_IMAGE_BYTES = 2**26  # of all embedded images
@@ -75,7 +78,21 @@ class Manifest:
             raise ValueError(f"lacks {', '.join(missing)}")
         if wrong := [name for name, kind in types.items() if not isinstance(values[name], kind)]:
             raise ValueError(f"has a wrong {wrong[0]}: {str(values[wrong[0]])[:40]}")
-        return cls(**{name: values[name] for name in types})
+        found = cls(**{name: values[name] for name in types})
+        if problem := next(found._problems(), None):
+            raise ValueError(f"has {problem}")
+        return found
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what no exported model has."""
+        if not 1 <= self.min_length <= self.length <= MAX_LENGTH:
+            yield f"labels of {self.min_length} to {self.length} characters"
+        if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
+            yield f"the alphabet {self.alphabet[:40]!r}"
+        if self.head not in HEADS:
+            yield f"the head {self.head[:40]!r}"
+        if self.quantization not in QUANTIZATIONS:
+            yield f"the quantization {self.quantization[:40]!r}"
 
     def decode(self, ids: npt.NDArray[np.int64]) -> str:
         """Return the text of class ids (T,), -1 after the last character."""

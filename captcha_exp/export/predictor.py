@@ -52,14 +52,14 @@ class OnnxPredictor:
         Args:
             path: The file.
             num_threads: Threads of ONNX Runtime; by default one per core.
-            content: The content of the file, which is then not read.
+            content: The content of the file, which is then neither read nor checked for changes.
 
         Raises:
-            UserError: the file is missing, damaged, or not written by `captcha-exp export`; or onnxruntime is
-                not installed.
+            UserError: the file is missing, damaged, changed, or not written by `captcha-exp export`; or
+                onnxruntime is not installed.
         """
         self.path = Path(path)
-        self.content = _read(self.path) if content is None else content
+        self.content = read_model(self.path) if content is None else content
         self._session = _start_session(self.path, self.content, num_threads)
         try:
             metadata = self._session.get_modelmeta().custom_metadata_map  # damaged text is a ValueError
@@ -70,6 +70,10 @@ class OnnxPredictor:
             raise UserError(
                 f"{path}: is not a model that this version reads: {reason}; captcha-exp export RUN writes one"
             ) from None
+        if content is None and not is_unchanged(self.content):
+            raise UserError(
+                f"{path}: has changed since its export (its SHA-256 is another one); export the run again"
+            )
         self._packed_images = metadata.get(IMAGES_KEY, "")
 
     def __call__(
@@ -92,10 +96,21 @@ class OnnxPredictor:
 
         Raises:
             InvalidImage: an image cannot be read.
+            TypeError: an argument has the wrong type, such as one image instead of a list.
             UserError: the model cannot read in this way.
         """
         options = ReadingOptions(min_confidence, length, mask, top)
-        return list(self.predict_arrays([to_pixels(each) for each in inputs], options))
+        is_one_array = isinstance(inputs, np.ndarray) and inputs.ndim < 4
+        if is_one_array or isinstance(inputs, str | bytes | os.PathLike | Image.Image):
+            raise TypeError("inputs must be a list of images, as in predictor([image])")
+        arrays = []
+        for number, each in enumerate(inputs):
+            try:
+                arrays.append(to_pixels(each))
+            except InvalidImage as reason:
+                name = each if isinstance(each, str | os.PathLike) else f"image {number}"
+                raise InvalidImage(f"{name}: {reason}") from None
+        return list(self.predict_arrays(arrays, options))
 
     def predict_arrays(
         self, arrays: Sequence[npt.NDArray[np.uint8]], options: ReadingOptions | None = None
@@ -180,20 +195,33 @@ def to_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
 
     Raises:
         InvalidImage: the image cannot be read, or is blank.
+        TypeError: it is no image.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+        is_gray = image.ndim == 2 or image.shape[2:] == (1,)
+        if image.dtype != np.uint8 or not (is_gray or image.shape[2:] == (3,)) or 0 in image.shape:
             raise InvalidImage(f"must have pixels (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
-        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
-    elif not isinstance(image, Image.Image):
-        image = images.decode(image if isinstance(image, bytes) else images.read_bytes(Path(image))).image
+        image = Image.fromarray(image[..., 0] if is_gray and image.ndim == 3 else image)
+    elif isinstance(image, Image.Image):
+        image = images.from_pillow(image)
+    elif isinstance(image, bytes):
+        image = images.decode(image).image
+    elif isinstance(image, str | os.PathLike):
+        image = images.decode(images.read_bytes(Path(image))).image
+    else:
+        raise TypeError(f"an image must be a path, bytes, an image of Pillow or an array, not {type(image)}")
     pixels = images.to_array(image, 3)
-    if pixels.min() == pixels.max():
+    if images.is_blank(pixels):
         raise InvalidImage("is blank: all pixels are equal")
     return pixels
 
 
-def _read(path: Path) -> bytes:
+def read_model(path: Path) -> bytes:
+    """Read an ONNX file.
+
+    Raises:
+        UserError: it cannot be read, or is too large.
+    """
     try:
         if path.stat().st_size > MAX_MODEL_BYTES:
             raise UserError(f"{path}: has more than 2 GiB; it is not an exported recognizer")

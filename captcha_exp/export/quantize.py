@@ -54,8 +54,35 @@ def to_int8(model: onnx.ModelProto, images: Sequence[npt.NDArray[np.uint8]]) -> 
         )
         quantized = onnx.load(path)
     del quantized.metadata_props[:]
+    _sort_nodes(quantized.graph)
     onnx.checker.check_model(quantized, full_check=True)
     return quantized
+
+
+def _sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put each node behind those that it needs; the quantization overlooks the needs of graphs inside nodes."""
+    known = {"", *(each.name for each in (*graph.initializer, *graph.input))}
+    waiting, ordered = list(graph.node), []
+    while waiting:
+        ready = next(node for node in waiting if _needed_by(node) <= known)
+        waiting.remove(ready)
+        ordered.append(ready)
+        known.update(ready.output)
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
+def _needed_by(node: onnx.NodeProto) -> set[str]:
+    """Return the names of the values that a node takes from the graph around it."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            inner = attribute.g
+            own = {each.name for each in (*inner.initializer, *inner.input)}
+            own.update(name for each in inner.node for name in each.output)
+            names |= {name for each in inner.node for name in _needed_by(each)} - own
+            names |= {each.name for each in inner.output} - own
+    return names
 
 
 def find_layers(model: onnx.ModelProto) -> list[str]:

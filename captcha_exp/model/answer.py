@@ -1,5 +1,6 @@
 """Answers: constraints on the texts, alternatives, and abstaining. Imports no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from captcha_exp.model.pattern import compile_pattern
 from captcha_exp.model.search import find_texts, make_scorer
 
 MAX_ALTERNATIVES = 100
+MAX_MASK = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,19 @@ class ReadingOptions:
     length: int | None = None  # characters of every text
     mask: str | None = None  # of every text, as in `model.pattern`
     top: int = 1  # the most likely texts
+
+    def __post_init__(self) -> None:
+        """Check the types, which a caller in Python may mistake.
+
+        Raises:
+            TypeError: a value has the wrong type; the line names it.
+        """
+        kinds = {"min_confidence": int | float, "length": int, "mask": str, "top": int}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if (value is None and name != "top") or (isinstance(value, kind) and not isinstance(value, bool)):
+                continue
+            raise TypeError(f"{name} must be {getattr(kind, '__name__', 'a number')}, not {value!r}")
 
     @property
     def needs_search(self) -> bool:
@@ -93,6 +108,8 @@ class Reader:
             raise UserError(f"--length {options.length}: the model predicts texts of {lengths} characters")
         if not 1 <= options.top <= MAX_ALTERNATIVES:
             raise UserError(f"--top {options.top}: use 1 to {MAX_ALTERNATIVES}")
+        if options.mask is not None and len(options.mask) > MAX_MASK:
+            raise UserError(f"--mask: has {len(options.mask):,} characters; use at most {MAX_MASK}")
         shortest, longest = (min_length, length) if options.length is None else (options.length,) * 2
         self._pattern = compile_pattern(alphabet, shortest, longest, options.mask)
         self._threshold = _threshold(calibration, options.min_confidence)
@@ -121,12 +138,17 @@ class Reader:
             )
             for each, confidence in zip(found, confidences, strict=True)
         )
-        return self.answer(alternatives)
+        return self.answer(alternatives, math.exp(min(log_total, 0.0)) if is_constrained else 1.0)
 
-    def answer(self, alternatives: tuple[Alternative, ...]) -> Answer:
-        """Return the answer with the most likely text, the first one, or abstain."""
+    def answer(self, alternatives: tuple[Alternative, ...], allowed: float = 1.0) -> Answer:
+        """Return the answer with the most likely text, the first one, or abstain.
+
+        `allowed` is the probability that the image has one of the texts that length and mask allow. With
+        min_confidence=0.99 the model abstains where it is 99 % sure that it does not.
+        """
         best = alternatives[0] if alternatives else Alternative("", 0.0, ())
-        abstains = best.confidence < self._threshold
+        is_excluded = allowed < 1 - (self._options.min_confidence or 1.0)
+        abstains = best.confidence < self._threshold or is_excluded
         shown = alternatives if self._options.top > 1 or abstains else ()
         return Answer("" if abstains else best.text, best.confidence, best.confidences, abstains, shown)
 

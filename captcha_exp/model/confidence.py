@@ -95,12 +95,12 @@ def logit(probabilities: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def operating_points(confidences: npt.ArrayLike) -> tuple[OperatingPoint, ...]:
-    """Return up to MAX_POINTS operating points for calibrated confidences (N,)."""
+    """Return up to MAX_POINTS operating points for calibrated confidences (N,).
+
+    The last one answers all these images, but none with a lower confidence, as of another kind of image.
+    """
     ordered = np.sort(np.asarray(confidences, np.float64))[::-1]
     total = len(ordered)
     means = np.cumsum(ordered) / np.arange(1, total + 1)
     counts = np.unique(np.linspace(1, total, min(MAX_POINTS, total)).round().astype(int))
-    thresholds = np.append(ordered[:-1], 0.0)  # to answer all images is to have no threshold
-    return tuple(
-        OperatingPoint(float(thresholds[n - 1]), float(n / total), float(means[n - 1])) for n in counts
-    )
+    return tuple(OperatingPoint(float(ordered[n - 1]), float(n / total), float(means[n - 1])) for n in counts)

@@ -17,7 +17,7 @@ from captcha_exp.errors import UserError
 
 NO_STATE = -1
 MAX_ELEMENTS = 64  # characters of the longest text of a mask
-_REPEAT = re.compile(r"\{(\d{1,3})(?:,(\d{1,3}))?\}|\?")
+_REPEAT = re.compile(r"\{([0-9]{1,3})(?:,([0-9]{1,3}))?\}|\?")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_calibrated_outputs_are_those_of_the_formula(tiny: Config) -> None:
 
 def test_operating_points_are_means_over_the_most_confident() -> None:
     points = operating_points([0.5, 0.9, 0.7])
-    assert [point.threshold for point in points] == [0.9, 0.7, 0.0]
+    assert [point.threshold for point in points] == [0.9, 0.7, 0.5]
     assert [point.coverage for point in points] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [point.accuracy for point in points] == pytest.approx([0.9, 0.8, 0.7])
     fitted = Calibration(images=30, points=points)
@@ -155,6 +155,20 @@ def test_an_unsure_model_abstains() -> None:
     assert answer.to_line() == "abstains  (ab  42.0%)"
     assert answer.to_json()["abstains"] is True
     assert not read(ReadingOptions(min_confidence=0.8, mask="ab")).abstains
+
+
+def test_a_model_abstains_where_it_is_sure_that_a_mask_does_not_hold() -> None:
+    """The texts of this mask have a probability of 0.01, and the only one of them is sure."""
+    excluded = read(ReadingOptions(min_confidence=0.8, mask="cc"))
+    assert excluded.abstains
+    assert excluded.confidence == pytest.approx(1.0, abs=1e-5)
+    assert read(ReadingOptions(mask="cc")).text == "cc"
+
+
+def test_an_image_less_certain_than_all_of_the_validation_is_not_answered() -> None:
+    calibrated = Calibration(images=30, points=operating_points([0.9, 0.95, 0.99]))
+    assert calibrated.operating_point(0.9) == calibrated.points[-1]
+    assert read(ReadingOptions(min_confidence=0.9, top=2), calibrated).abstains
 
 
 @pytest.mark.parametrize(

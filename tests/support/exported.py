@@ -51,7 +51,8 @@ def a_manifest(**values: Any) -> Manifest:
     given: dict[str, Any] = {
         "format": 1,
         **dict.fromkeys(("min_length", "length", "width", "height", "channels", "opset"), 1),
-        **dict.fromkeys(("alphabet", "case", "head", "run", "config_sha256", "weights_sha256", "torch"), "x"),
+        "head": "position",
+        **dict.fromkeys(("alphabet", "case", "run", "config_sha256", "weights_sha256", "torch"), "x"),
         "calibration": {},
         "test": numbers,
         "parity": numbers,

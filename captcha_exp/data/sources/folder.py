@@ -218,7 +218,7 @@ def decode_image(content: bytes, captcha: CaptchaConfig) -> tuple[images.Decoded
     """
     decoded = images.decode(content)
     array = images.to_array(decoded.image, captcha.channels)
-    if array.min() == array.max():
+    if images.is_blank(array):
         raise images.InvalidImage("is blank: all pixels are equal")
     return decoded, images.resize(array[None], captcha.height, captcha.width)[0]
 
