@@ -60,7 +60,7 @@ def to_int8(model: onnx.ModelProto, images: Sequence[npt.NDArray[np.uint8]]) -> 
 
 
 def _sort_nodes(graph: onnx.GraphProto) -> None:
-    """Put each node behind those that it needs; the quantization overlooks the needs of graphs inside nodes."""
+    """Put each node behind those that it needs; the quantization overlooks those of graphs inside nodes."""
     known = {"", *(each.name for each in (*graph.initializer, *graph.input))}
     waiting, ordered = list(graph.node), []
     while waiting:
