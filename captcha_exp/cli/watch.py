@@ -126,8 +126,7 @@ def _print(
     since = result.movements[name].since
     where = f"from about image {since:,} on ({escape_unprintable(used[since - 1])})"
     print(
-        f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, "
-        f"{where}"
+        f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, {where}"
     )
     print(f"found after {result.found_at:,} of {count} ({odds})")
     if others:

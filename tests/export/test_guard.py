@@ -107,9 +107,9 @@ def test_a_baseline_without_its_images_must_not_hold(folder: Path, call: Call) -
     code, out, err = run(call, folder, *words, "--must-hold")
     assert (code, out) == (2, "")
     assert err == (
-        f"--must-hold: 19 of the 40 images of --baseline {baseline} are in --data {folder}/images, and at least "
-        "half are needed; name the folder of the baseline, or write a baseline of these images with the model "
-        "that it is for: --save-baseline FILE\n"
+        f"--must-hold: 19 of the 40 images of --baseline {baseline} are in --data {folder}/images, and at "
+        "least half are needed; name the folder of the baseline, or write a baseline of these images with "
+        "the model that it is for: --save-baseline FILE\n"
     )
     code, out, _ = run(call, folder, *words)
     assert code == 0
