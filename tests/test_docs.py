@@ -21,8 +21,8 @@ of dots stands for any text:
     <!-- test: no output -->                not compared
 
 A command that occurs on several pages is run on the first one, and checked on the others.
-The working directory has a folder my_captchas/, the same as held_out/, an image captcha.png, and a folder captchas/ in which five
-images cannot be used; `latest` is a tiny finished run.
+The working directory has a folder my_captchas/, the same as held_out/, an image captcha.png, and a folder
+captchas/ in which five images cannot be used; `latest` is a tiny finished run.
 """
 
 import ast

@@ -308,9 +308,9 @@ def python_of_docs() -> str:
 def curl_of_docs() -> str:
     """Return the lines that write request.json and send it."""
     text = (PROJECT / "docs" / "serving.md").read_text(encoding="utf-8")
-    block = re.search(r"```bash\n(echo .*?^curl .*?)```", text, re.DOTALL | re.MULTILINE)
+    block = re.search(r"```bash\n(python -c .*?^curl .*?)```", text, re.DOTALL | re.MULTILINE)
     assert block is not None
-    return block[1].replace("| python >", f"| {sys.executable} >")
+    return block[1].replace("python -c", f"{sys.executable} -c")
 
 
 @pytest.mark.slow
