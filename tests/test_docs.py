@@ -21,8 +21,8 @@ of dots stands for any text:
     <!-- test: no output -->                not compared
 
 A command that occurs on several pages is run on the first one, and checked on the others.
-The working directory has a folder my_captchas/, an image captcha.png, and a folder captchas/ in which five
-images cannot be used; `latest` is a tiny finished run.
+The working directory has a folder my_captchas/, the same as held_out/, an image captcha.png, and a folder
+captchas/ in which five images cannot be used; `latest` is a tiny finished run.
 """
 
 import ast
@@ -221,7 +221,7 @@ def check_program(words: Sequence[str]) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with my_captchas/ and captcha.png."""
+    """A folder with my_captchas/, held_out/ and captcha.png."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "my_captchas").mkdir()
     config = load(compose("experiment=quickstart", "tracking=none"))
@@ -232,6 +232,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rng = image_rng(config.data, index)
         label = spec.sample_label(config.captcha, rng)
         render(label, rng).save(folder / "my_captchas" / f"{index:05}-{label}.png")
+    shutil.copytree(folder / "my_captchas", folder / "held_out")
     shutil.copy(next(iter((folder / "my_captchas").iterdir())), folder / "captcha.png")
     (folder / "captchas").mkdir()
     names = [f"{1000 + number * 37 % 9000}" for number in range(220)]

@@ -52,6 +52,8 @@ def test_train_prints_the_accuracy_and_the_next_commands(trained: tuple[Path, st
         "run directory ",
         "next:",
         "evaluate latest",
+        "export latest",
+        "report/run.html",
     ):
         assert part in printed
 

@@ -2,8 +2,11 @@
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import os
+import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 
 WORSE_EXIT_CODE = 3
 MAX_SHOWN = 10  # images that cannot be used
+PACKAGES = (
+    *("numpy", "pillow", "onnxruntime", "pydantic", "hydra-core", "omegaconf", "pyyaml", "rich"),
+    *("psutil", "scipy"),
+)
+"""that this command imports"""
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -52,27 +60,43 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.device not in ("auto", "cpu"):
         raise UserError(f"--device={arguments.device}: an exported model runs on the CPU; leave this out")
     if arguments.data is None:
-        raise UserError(f"{arguments.run}: name a folder of labeled images, as in --data my_captchas")
+        raise UserError(f"{arguments.run}: name a folder of labeled images, as in --data held_out")
     if arguments.must_hold and arguments.baseline is None:
         raise UserError("--must-hold: needs --baseline FILE; --save-baseline FILE writes one")
     target = None if arguments.save_baseline is None else Path(arguments.save_baseline)
-    if target is not None:
-        _check_target(target, arguments.force)
     try:
+        if target is not None:
+            _check_target(target, arguments.force)
         return _evaluate(arguments, target)
     except ImportError as error:
         raise UserError(
-            f"evaluate: finds the labels of {arguments.data} with packages that are not installed: "
-            f"{one_line(error)}; pip install captcha-exp with its dependencies (torch is not needed)"
+            f"evaluate: needs packages that are not installed ({one_line(error)}): "
+            f"pip install {shlex.join(required_packages())}"
         ) from None
 
 
+def required_packages() -> list[str]:
+    """Return the packages that this command needs, with the versions that pyproject.toml allows."""
+    try:
+        lines = importlib.metadata.requires("captcha-exp") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    limits = {name[0]: line for line in lines if ";" not in line and (name := re.match(r"[\w.-]+", line))}
+    return [limits.get(name, name) for name in PACKAGES]
+
+
 def _check_target(path: Path, force: bool) -> None:
+    from captcha_exp.export.guard import is_baseline
+
     if not os.path.isdir(path.parent):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         raise UserError(f"--save-baseline {path}: the directory {path.parent} does not exist")
     if os.path.isdir(path):  # noqa: PTH112 - as above
         raise UserError(f"--save-baseline {path}: is a directory; name a file")
-    if os.path.lexists(path) and not force:
+    if not os.path.lexists(path):
+        return
+    if not is_baseline(path):
+        raise UserError(f"--save-baseline {path}: exists and is not a baseline; choose another name")
+    if not force:
         raise UserError(f"--save-baseline {path}: exists; add --force to overwrite it")
 
 
@@ -87,6 +111,8 @@ def _evaluate(arguments: argparse.Namespace, target: Path | None) -> int:
     predictor = OnnxPredictor(arguments.run)
     guard.check_alphabet(predictor)
     images = load_labeled_images(arguments.data, arguments.overrides)
+    if before is not None and arguments.must_hold:
+        guard.check_shared(before, images, arguments.baseline, arguments.data)
     impossible = check_labels(images, predictor.manifest, arguments.data)
     measured = guard.measure(predictor, hashlib.sha256(predictor.content).hexdigest(), images)
     findings = [] if before is None else guard.compare(before, measured)

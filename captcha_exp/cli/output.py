@@ -16,7 +16,6 @@ from rich.text import Text
 
 from captcha_exp.cli.parser import PROGRAM
 from captcha_exp.data.alphabet import NO_CHARACTER
-from captcha_exp.runs import RunInfo
 from captcha_exp.runs.info import MlflowRef
 from captcha_exp.runtime.console import SafeConsole
 from captcha_exp.runtime.text import escape_unprintable
@@ -32,6 +31,7 @@ if TYPE_CHECKING:  # some import torch, which takes seconds
     from captcha_exp.tracking.sync import SyncResult
 
 MAX_SUSPECTS = 20  # rows of the table of suspected labels
+MAX_ROWS = 12  # of a table of `evaluate`
 MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
 
 
@@ -112,43 +112,6 @@ def finite_or_none(value: Any) -> Any:
 def to_text(value: Any) -> str:
     """Return a value as one line: a string unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
-    """Print test accuracy, cost, weights and location of a finished run, and suggested next commands."""
-    test, result = json.loads((run_dir / "test.json").read_text(encoding="utf-8")), info.result
-    assert result is not None  # the run has finished
-    interval = (test["accuracy_low"], test["accuracy_high"])
-    accuracy = format_accuracy(test["accuracy"], interval, test["correct"], test["images"])
-    out = get_console()
-    out.print()
-    out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result.best_epoch}")
-    if not test["correct"]:
-        out.print(
-            f"the model cannot read yet: it has {test['char_accuracy']:.1%} of the characters, "
-            f"{test['char_accuracy_at_chance']:.1%} would be chance; train for more epochs (train.epochs)"
-        )
-    out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
-    if result.speed_disturbed:
-        out.print("training speed disturbed: other processes took cores that the training asked for")
-    out.print(f"weights {result.weights_sha256}", markup=False)
-    if info.run_id:
-        out.print(f"run {info.run_id}", markup=False)
-    if info.mlflow is not None:
-        print_owed(info.mlflow)
-    out.print(f"run directory {run_dir}", markup=False)
-    other = "experiment=alnum" if info.name != "alnum" else "experiment=quickstart"
-    last = (f"{program} train {other}", "another alphabet; see conf/experiment/ for more")
-    if json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))["files"]:
-        last = (f"{program} data --folds 5 data=folder data.path=...", "wrong labels")
-    out.print("\nnext:")
-    for command, description in (
-        (f"{program} evaluate latest", "accuracy per character and position, confusions"),
-        (f"{program} predict latest IMAGE", "the text of an image"),
-        (f"{program} ui", "learning curves of all runs, in MLflow"),
-        last,
-    ):
-        out.print(f"  {command:<50} {description}", markup=False)
 
 
 def print_owed(mlflow: MlflowRef) -> None:
@@ -237,7 +200,11 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
         for path, (count, part) in evaluation.accuracy_by_folder(data).items()
     ]
     known = [(c, part) for c, part in evaluation.accuracy_by_character(alphabet).items() if part is not None]
-    characters = [(c, f"{part:.2%}") for c, part in sorted(known, key=lambda item: item[1])]
+    known.sort(key=lambda item: item[1])
+    characters = [(c, f"{part:.2%}") for c, part in known[:MAX_ROWS]]
+    if more := known[MAX_ROWS:]:
+        worst, best = f"{more[0][1]:.2%}", f"{more[-1][1]:.2%}"
+        characters.append((f"{len(more)} more", worst if worst == best else f"{worst} to {best}"))
     confusions = [
         (label or NO_CHARACTER, read or NO_CHARACTER, str(count))
         for label, read, count in evaluation.confused_pairs(alphabet)
@@ -246,22 +213,29 @@ def print_evaluation(evaluation: "Evaluation", data: "Dataset", run_dir: Path, s
     if evaluation.calibration.images:
         out.print(f"calibration error {evaluation.calibration_error:.2%}")
     answers = [
-        (f"{each['min_confidence']:.1%}", f"{each['coverage']:.1%}", f"{each['accuracy']:.2%}")
+        (
+            f"{each['min_confidence']:.1%}",
+            f"{each['threshold']:.4f}",
+            f"{each['coverage']:.1%}",
+            f"{each['accuracy']:.2%}",
+        )
         for each in evaluation.operating_points()
         if "accuracy" in each
     ]
     for title, columns, rows in (
-        ("predict --min-confidence", ("to be right in", "answers", "right of these"), answers),
+        ("predict --min-confidence", ("to be right in", "threshold", "answers", "right of these"), answers),
         ("per position", ("position", "accuracy"), positions),
         ("per position from the end", ("position", "accuracy"), from_end),
         ("per length of the label", ("characters", "images", "accuracy"), lengths),
         ("per folder", ("folder", "images", "accuracy"), folders),
-        ("per character, worst first", ("character", "accuracy"), characters[:12]),
-        ("most frequent confusions", ("label", "predicted", "count"), confusions[:12]),
-        ("worst misreads", ("image", "label", "predicted", "confidence"), misreads[:12]),
+        ("per character, worst first", ("character", "accuracy"), characters),
+        ("most frequent confusions", ("label", "predicted", "count"), confusions),
+        ("worst misreads", ("image", "label", "predicted", "confidence"), misreads),
     ):
+        shown = rows if rows is characters else rows[:MAX_ROWS]
+        count = f" ({len(shown)} of {len(rows):,})" if len(rows) > len(shown) else ""
         if rows:
-            out.print(make_table(columns, rows, title))
+            out.print(make_table(columns, shown, title + count))
 
 
 def _numbered(fractions: Iterable[float]) -> list[tuple[str, str]]:

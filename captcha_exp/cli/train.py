@@ -1,6 +1,9 @@
 """The command `train`: one training, new or resumed, or a sweep."""
 
 import argparse
+import json
+import re
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +11,15 @@ from pathlib import Path
 from captcha_exp import runs
 from captcha_exp.cli import output, resume
 from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.cli.overrides import quote
 from captcha_exp.config import Machine
 from captcha_exp.errors import UserError
 from captcha_exp.runs import RunInfo
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 from captcha_exp.tracking import check_tracking, make_tracker, registered_name
 from captcha_exp.tracking.sync import close_stale_runs
+
+MAX_COMMAND = 60  # characters of a suggested command that the descriptions are aligned to
 
 
 def train(arguments: argparse.Namespace, detect_machine: Callable[[], Machine], program: str) -> int:
@@ -74,7 +80,60 @@ def _report(run_dir: Path, as_json: bool, program: str) -> int:
         result = {} if info.result is None else info.result.model_dump()
         output.print_json({"run_dir": str(run_dir), "status": info.status, **result})
     elif info.result is not None:
-        output.print_training(run_dir, info, program)
+        print_training(run_dir, info, program)
     if info.stop_reason == "time limit":  # raised in a child process
         return TimeLimitReached.exit_code
     return 0 if info.status == "FINISHED" else 1
+
+
+def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
+    """Print test accuracy, cost, weights and location of a finished run, and suggested next commands."""
+    test, result = json.loads((run_dir / "test.json").read_text(encoding="utf-8")), info.result
+    assert result is not None  # the run has finished
+    interval = (test["accuracy_low"], test["accuracy_high"])
+    accuracy = output.format_accuracy(test["accuracy"], interval, test["correct"], test["images"])
+    out = output.get_console()
+    out.print()
+    out.print(f"[bold]test accuracy {accuracy}[/bold], best epoch {result.best_epoch}")
+    if not test["correct"]:
+        out.print(
+            f"the model cannot read yet: it has {test['char_accuracy']:.1%} of the characters, "
+            f"{test['char_accuracy_at_chance']:.1%} would be chance; train for more epochs (train.epochs)"
+        )
+    out.print(f"time {result.seconds:.0f} s, peak memory {result.process_peak_mib:,.0f} MiB (whole process)")
+    if result.speed_disturbed:
+        out.print("training speed disturbed: other processes took cores that the training asked for")
+    out.print(f"weights {result.weights_sha256}", markup=False)
+    if info.run_id:
+        out.print(f"run {info.run_id}", markup=False)
+    if info.mlflow is not None:
+        output.print_owed(info.mlflow)
+    out.print(f"run directory {run_dir}", markup=False)
+    if (page := run_dir / "report" / "run.html").is_file():
+        out.print(f"report {page}", markup=False)
+    out.print("\nnext:")
+    commands = [
+        ("evaluate latest", "accuracy per character and position, confusions"),
+        ("predict latest IMAGE", "the text of an image"),
+        ("export latest", "one ONNX file for use without torch"),
+        ("ui", "learning curves of all runs, in MLflow"),
+        _suggest_data(run_dir, info.name),
+    ]
+    width = max(len(words) for words, _ in commands if len(words) <= MAX_COMMAND)
+    for words, description in commands:
+        out.print(f"  {program} {words:<{width}}  {description}", markup=False)
+
+
+def _suggest_data(run_dir: Path, name: str) -> tuple[str, str]:
+    """Return the command that looks for wrong labels; for rendered images, another training."""
+    if not json.loads((run_dir / "dataset.json").read_text(encoding="utf-8"))["files"]:
+        other = "experiment=alnum" if name != "alnum" else "experiment=quickstart"
+        return f"train {other}", "another alphabet; see conf/experiment/ for more"
+    paths = runs.load(run_dir).flat_config()["data.path"]
+    value = _quote(paths) if isinstance(paths, str) else f"[{','.join(map(_quote, paths))}]"
+    return shlex.join(["data", "--folds", "5", "data=folder", f"data.path={value}"]), "wrong labels"
+
+
+def _quote(path: str) -> str:
+    """Return a path as the value of an override, with quotes where Hydra needs them."""
+    return path if re.fullmatch(r"[\w./-]+", path) else quote(path)

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from captcha_exp.runtime.text import escape_unprintable
 CHANGED_EXIT_CODE = 3
 COPY_SECONDS = 60  # images that were all written within this time are taken for a copy
 NUM_TO_LABEL = 100  # images of a new source that are enough to measure the accuracy
+NUM_FEW = 20  # images; fewer show only a large change
 
 
 def watch(arguments: argparse.Namespace) -> int:
@@ -114,26 +116,33 @@ def _print(
     odds = f"order: {order}; false alarms: at most {ALPHA:.0%}"
     count = f"{result.num_images:,} image{'s' * (result.num_images != 1)}"
     if not result.is_changed:
+        few = "; so few images show only a large change" if result.num_images < NUM_FEW else ""
         print(
-            f"{shown}: no change found in {count}, compared with "
-            f"{result.num_reference:,} of the test ({odds})"
+            f"{shown}: no change found in {count}, compared with the {result.num_reference:,} test images in "
+            f"the model file ({odds}){few}"
         )
         return
     name, *others = result.moved
     since = result.movements[name].since
     where = f"from about image {since:,} on ({escape_unprintable(used[since - 1])})"
     print(
-        f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, "
-        f"{where}; label about {NUM_TO_LABEL} of them"
+        f"{shown}: these are not the images that the model was trained on: {describe(result, name)}, {where}"
     )
     print(f"found after {result.found_at:,} of {count} ({odds})")
     if others:
         print(f"moved, too: {', '.join(others)}")
+    if order == "name":
+        print("the order may be the cause, if it is that of labels: --order random does not depend on names")
+    model = escape_unprintable(shlex.quote(arguments.model))
+    print(
+        f"to see what it costs, label about {NUM_TO_LABEL} of them, and run captcha-exp evaluate {model} "
+        "--data DIR"
+    )
 
 
 def describe(result: WatchResult, name: str) -> str:
-    """Return the values of a statistic in the test, and its median now."""
+    """Return the values of a statistic in the test, their median, and its median now."""
     each: Movement = result.movements[name]
     low, high = (format(value, ".4g") for value in each.usual)
-    usual = low if low == high else f"mostly {low} to {high}"
+    usual = low if low == high else f"mostly {low} to {high}, in the median {each.usual_median:.4g},"
     return f"{name} ({STATISTICS[name]}) was {usual} in the test, and is {each.median:.4g} in the median"

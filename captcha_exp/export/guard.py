@@ -154,6 +154,30 @@ def read_baseline(path: Path) -> Measurement:
     raise UserError(f"--baseline {path}: cannot be used: {problem}; {remedy}")
 
 
+def check_shared(before: Measurement, images: Sequence[LabeledImage], baseline: str, folder: str) -> None:
+    """Check that most images of a baseline are in a folder, with any label.
+
+    Raises:
+        UserError: they are not, so a model could be worse without being compared in pairs.
+    """
+    shared = len(before.images.keys() & {each.sha256 for each in images})
+    if shared < MIN_SHARED * len(before.images):
+        raise UserError(
+            f"--must-hold: {shared:,} of the {len(before.images):,} images of --baseline {baseline} are in "
+            f"--data {folder}, and at least half are needed; name the folder of the baseline, or write a "
+            "baseline of these images with the model that it is for: --save-baseline FILE"
+        )
+
+
+def is_baseline(path: Path) -> bool:
+    """Return whether a file is a baseline, or empty."""
+    try:
+        read_baseline(path)
+    except UserError:
+        return path.is_file() and not path.stat().st_size
+    return True
+
+
 @plain_dataclass(frozen=True)
 class Finding:
     """One property of a model in comparison with the baseline."""

@@ -28,6 +28,7 @@ class Movement:
     found_at: int | None  # number of images after which it had moved; None if it has not
     since: int  # number of the image from which on it had moved, estimated; 1 if it has not
     usual: tuple[float, float]  # 5% and 95% quantiles of the test images
+    usual_median: float  # of the test images
     median: float  # of the images since then
 
 
@@ -71,6 +72,7 @@ class WatchResult:
                     "found_at": each.found_at,
                     "since": each.since,
                     "usual": list(each.usual),
+                    "usual_median": each.usual_median,
                     "median": each.median,
                 }
                 for name, each in self.movements.items()
@@ -108,6 +110,6 @@ def _follow(
             lowest, since = log_wealth, number
     if found_at is None:
         since = 0
-    low, high = np.quantile(reference, [0.05, 0.95]).tolist()
+    low, usual, high = np.quantile(reference, [0.05, 0.5, 0.95]).tolist()
     median = float(np.median(values[since:]))
-    return Movement(math.exp(min(largest, MAX_LOG_WEALTH)), found_at, since + 1, (low, high), median)
+    return Movement(math.exp(min(largest, MAX_LOG_WEALTH)), found_at, since + 1, (low, high), usual, median)

@@ -102,7 +102,7 @@ def line_chart(
     *,
     x_label: str,
     y_format: Format,
-    x_format: Format = "{:,.0f}".format,
+    x_format: Format | None = None,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     x_values: Sequence[float] = (),
@@ -116,7 +116,7 @@ def line_chart(
         series: What to draw; colors follow their order.
         x_label: Shown below the x axis.
         y_format: Formats a value of the y axis.
-        x_format: The same for the x axis.
+        x_format: The same for the x axis; by default its values are whole numbers, as epochs are.
         x_range: Of the x axis; by default that of the points.
         y_range: Of the y axis; by default that of the points and their intervals.
         x_values: Positive values to be labeled on a logarithmic x axis, as batch sizes are.
@@ -132,7 +132,9 @@ def line_chart(
     y_low, y_high = y_range or _padded(_range_of([y for _, y in points] + ends), y_limits)
     x_axis = Axis(x_low, x_high, LEFT, WIDTH - RIGHT, is_log=bool(x_values))
     y_axis = Axis(y_low, y_high, HEIGHT - BOTTOM, TOP)
-    x_texts = _spaced(x_values, x_axis) if x_values else nice_ticks(x_low, x_high, 6)
+    min_step = 0.0 if x_format else 1.0
+    x_texts = _spaced(x_values, x_axis) if x_values else nice_ticks(x_low, x_high, 6, min_step)
+    x_format = x_format or "{:,.0f}".format
     return Chart(
         title=title,
         x_label=x_label,
@@ -230,11 +232,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}".rstrip("0").rstrip(".") + "%"
 
 
-def nice_ticks(low: float, high: float, max_ticks: int) -> list[float]:
+def nice_ticks(low: float, high: float, max_ticks: int, min_step: float = 0.0) -> list[float]:
     """Return multiples of 1, 2 or 5 times a power of ten in a range; its ends if it is empty."""
     if not high > low:
         return [low]
-    rough = (high - low) / max(1, max_ticks - 1)
+    rough = max((high - low) / max(1, max_ticks - 1), min_step)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)

@@ -17,7 +17,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -182,14 +182,14 @@ def find_run(name: str, *, finished: bool = False) -> Path:
     """Find a run by its directory, by a prefix of its MLflow run ID, or as `latest`.
 
     With `finished`, `latest` is the newest run that has finished and is neither a reproduction nor one of
-    several folds, or without any such run, the newest.
+    several folds; without any such run, the newest that has finished; without that, the newest. One that has
+    not finished, found or named, is a warning.
 
     Raises:
         UserError: No run matches, or several do; `captcha-exp runs` lists them.
     """
     if run_dir := resolve_dir(name, RunInfo.filename):
-        load(run_dir)  # rejects a damaged or older record
-        return run_dir
+        return _checked(load(run_dir), finished)  # `load` rejects a damaged or older record
     if sweep_dir := resolve_dir(name, "sweep.json"):
         first = min((path.parent.name for path in sweep_dir.glob("*/run.json")), default=None)
         example = f", e.g. {shlex.quote(str(sweep_dir / first))}" if first else " (none has started yet)"
@@ -198,9 +198,8 @@ def find_run(name: str, *, finished: bool = False) -> Path:
     if name == "latest":
         if not known:
             raise UserError(f"latest: no runs in {root_dir() / 'outputs'} yet; captcha-exp train creates one")
-        preferred = (run for run in reversed(known) if _is_result(run)) if finished else ()
-        return next(iter(preferred), known[-1]).run_dir
-    matches = [run.run_dir for run in known if name and (run.info.run_id or "").startswith(name)]
+        return _checked(_latest(known) if finished else known[-1], finished)
+    matches = [run for run in known if name and (run.info.run_id or "").startswith(name)]
     if len(matches) > 1:
         raise UserError(f"{name!r} matches {len(matches)} MLflow run IDs; give a longer prefix")
     if not matches:
@@ -208,14 +207,33 @@ def find_run(name: str, *, finished: bool = False) -> Path:
             f"{name!r} is not a run: give a run directory, a prefix of an MLflow run ID, or latest "
             "(captcha-exp runs lists all runs)"
         )
-    return matches[0]
+    return _checked(matches[0], finished)
+
+
+def _checked(run: SavedRun, finished: bool) -> Path:
+    """Return the directory of a run; warn if it should have finished and has not."""
+    if finished and run.info.status != "FINISHED":
+        epochs = "?"
+        with contextlib.suppress(UserError):
+            epochs = run.flat_config().get("train.epochs", epochs)
+        done = run.info.num_metrics_rows
+        logger.warning(
+            f"{run.run_dir}: unfinished ({run.info.status} after epoch {done} of {epochs}), not calibrated"
+        )
+    return run.run_dir
+
+
+def _latest(known: Sequence[SavedRun]) -> SavedRun:
+    """Return the newest run that has finished, if there is one."""
+    newest_first = list(reversed(known))
+    ended = [run for run in newest_first if run.info.status == "FINISHED"]
+    return next(filter(_is_result, ended), (ended or newest_first)[0])
 
 
 def _is_result(run: SavedRun) -> bool:
-    """Return whether a run has finished, with a model that somebody would want to use."""
-    is_model = run.info.status == "FINISHED" and run.info.lineage.reproduces is None
+    """Return whether a finished run has a model that somebody would want to use."""
     with contextlib.suppress(UserError):
-        return is_model and run.flat_config().get("data.folds") is None
+        return run.info.lineage.reproduces is None and run.flat_config().get("data.folds") is None
     return False
 
 

@@ -76,6 +76,18 @@ def test_javascript_reads_png_files(exported: tuple[Path, Path], script: Path, t
         assert float(line.split()[2]) == pytest.approx(answer.confidence, abs=1e-5)
 
 
+def test_mistakes_in_javascript_are_one_line(
+    exported: tuple[Path, Path], script: Path, tmp_path: Path
+) -> None:
+    bars("010110", 1000).save(tmp_path / "photo.png", "JPEG")
+    for words, line in (
+        ([], "usage: node predict.mjs MODEL.onnx [IMAGE.png ...]\n"),
+        ([exported[1], tmp_path / "photo.png"], f"{tmp_path}/photo.png: is not a PNG file; convert it\n"),
+    ):
+        done = subprocess.run(["node", script, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
 def test_javascript_notices_a_changed_weight(
     exported: tuple[Path, Path], script: Path, tmp_path: Path
 ) -> None:

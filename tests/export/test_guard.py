@@ -2,8 +2,11 @@
 
 import base64
 import json
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 from support.onnx_reader import draw, save_images, sha256_of_images, write_reader
 from test_export import run_bare
 
+from captcha_exp.cli.evaluate_onnx import PACKAGES
 from captcha_exp.errors import UserError
 from captcha_exp.export import guard, speed
 from captcha_exp.export.guard import Measurement, Reading
@@ -23,6 +27,7 @@ from captcha_exp.export.predictor import OnnxPredictor
 from captcha_exp.export.speed import Rate, Speed
 from captcha_exp.model.proportions import wilson_interval
 
+PROJECT = Path(__file__).resolve().parents[2]
 LABELS = [f"{n * 7919 % 10_000:04}" for n in range(40)]
 TEXTS = [*LABELS[:-3], "0000", "0000", "0000"]  # the last three are misread
 
@@ -65,13 +70,50 @@ def test_a_model_is_evaluated_and_its_baseline_written(folder: Path, call: Call)
 
 def test_a_baseline_is_not_overwritten_without_force(folder: Path, call: Call) -> None:
     baseline = folder / "baseline.json"
-    baseline.write_text("mine")
+    old = replace(measurement("+-"), num_bytes=7).to_json()
+    baseline.write_bytes(old)
     words = ("--save-baseline", str(baseline))
     line = f"--save-baseline {baseline}: exists; add --force to overwrite it\n"
     assert run(call, folder, *words) == (2, "", line)
-    assert baseline.read_text() == "mine"
+    assert baseline.read_bytes() == old
+    assert run(call, folder, *words, "--force")[0] == 0
+    assert json.loads(baseline.read_text())["num_bytes"] == (folder / "model.onnx").stat().st_size
+    baseline.write_text("")
     assert run(call, folder, *words, "--force")[0] == 0
     assert json.loads(baseline.read_text())["format"] == 1
+
+
+def test_force_overwrites_no_other_file(folder: Path, call: Call) -> None:
+    (folder / "mine.json").write_text('{"format": 1}')
+    (folder / "link.json").symlink_to(folder / "nowhere.json")
+    for name in ("model.onnx", "mine.json", "link.json"):
+        path = folder / name
+        before = path.read_bytes() if path.is_file() else None
+        line = f"--save-baseline {path}: exists and is not a baseline; choose another name\n"
+        for words in ((), ("--force",)):
+            assert run(call, folder, "--save-baseline", str(path), *words) == (2, "", line)
+        assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_a_baseline_without_its_images_must_not_hold(folder: Path, call: Call) -> None:
+    baseline = folder / "baseline.json"
+    run(call, folder, "--save-baseline", str(baseline))
+    names = sorted((folder / "images").iterdir())
+    words = ("--baseline", str(baseline))
+    for name in names[:20]:
+        name.unlink()
+    assert run(call, folder, *words, "--must-hold")[0] == 0  # half of them are enough
+    names[20].unlink()
+    code, out, err = run(call, folder, *words, "--must-hold")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"--must-hold: 19 of the 40 images of --baseline {baseline} are in --data {folder}/images, and at "
+        "least half are needed; name the folder of the baseline, or write a baseline of these images with "
+        "the model that it is for: --save-baseline FILE\n"
+    )
+    code, out, _ = run(call, folder, *words)
+    assert code == 0
+    assert "21 missing since the baseline" in out
 
 
 def test_a_worse_model_has_exit_code_3(folder: Path, call: Call) -> None:
@@ -204,7 +246,32 @@ def test_a_model_is_evaluated_without_torch(folder: Path) -> None:
     assert json.loads(done.stdout)["correct"] == 37
     code, out, err = run_bare(*words)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert "with packages that are not installed" in err
+    assert "needs packages that are not installed (pydantic is not installed): pip install 'numpy>=2' " in err
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    limits = {parse_requirement(each) for each in project["dependencies"]}
+    named = {parse_requirement(each) for each in shlex.split(err.partition("pip install ")[2])}
+    assert named <= limits
+    assert {name for name, _ in named} == set(PACKAGES)
+
+
+def parse_requirement(text: str) -> tuple[str, frozenset[str]]:
+    """Return the name and the limits of a requirement."""
+    name = re.match(r"[\w.-]+", text)
+    assert name is not None
+    return name[0], frozenset(text[name.end() :].split(","))
+
+
+@pytest.mark.long
+def test_the_packages_of_the_guard_are_all_that_it_imports(folder: Path) -> None:
+    """Of the project's dependencies, the others are blocked."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    others = {parse_requirement(each)[0] for each in project["dependencies"]} - set(PACKAGES)
+    blocked = {"nvidia-ml-py": "pynvml", "wheezy.captcha": "wheezy"}
+    modules = {blocked.get(name, name): None for name in others - {"packaging"}}  # Hydra needs packaging
+    script = f"import sys; sys.modules |= {modules!r}; from captcha_exp.cli.main import main; main()"
+    words = ("evaluate", str(folder / "model.onnx"), "--data", str(folder / "images"), "--json")
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- hostile and mistaken input ------------------------------------------------------------------------------
@@ -258,7 +325,7 @@ def test_each_mistake_is_one_line(folder: Path, call: Call) -> None:
     (folder / "empty").mkdir()
     save_images(folder / "named", ["IMG", "photo"], ["1234", "1235"])
     for words, message in (
-        ((), "name a folder of labeled images, as in --data my_captchas"),
+        ((), "name a folder of labeled images, as in --data held_out"),
         (("--data", images, "--must-hold"), "--must-hold: needs --baseline FILE"),
         (("--data", images, "--device=cuda"), "an exported model runs on the CPU"),
         (("--data", images, "--baseline", "no.json"), "no.json: cannot be used: No such file or directory"),

@@ -306,10 +306,11 @@ def python_of_docs() -> str:
 
 
 def curl_of_docs() -> str:
+    """Return the lines that write request.json and send it."""
     text = (PROJECT / "docs" / "serving.md").read_text(encoding="utf-8")
-    line = re.search(r"^curl .*$", text, re.MULTILINE)
-    assert line is not None
-    return line[0]
+    block = re.search(r"```bash\n(python -c .*?^curl .*?)```", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    return block[1].replace("python -c", f"{sys.executable} -c")
 
 
 @pytest.mark.slow
@@ -318,7 +319,6 @@ def test_the_server_answers_as_documented(trained: Trained, tmp_path: Path) -> N
     images, manifest = predictor.proof_images(), predictor.manifest
     bodies, expected = [to_body(each.pixels.tolist()) for each in images], [each.text for each in images]
     Image.fromarray(images[0].pixels).save(tmp_path / "captcha.png")
-    (tmp_path / "request.json").write_bytes(bodies[0])
     with serve("models:/digits@newest", trained.store) as port:
         curl = curl_of_docs().replace(":5001/", f":{port}/")
         answer = subprocess.run(["sh", "-c", curl], cwd=tmp_path, capture_output=True, check=True).stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_the_wealth_that_is_needed_is_shared_by_all_statistics() -> None:
     assert grain.wealth >= 550
     assert 25 <= grain.since <= 33
     assert grain.median > 4
+    assert grain.usual_median == np.median(rows[:200, k])
 
 
 @pytest.mark.parametrize(
@@ -90,9 +92,15 @@ def test_unchanged_images_are_not_called_changed(model: Path, tmp_path: Path) ->
     code, out, err = run_bare("watch", str(model), str(tmp_path / "same"))
     assert (code, err) == (0, "")
     assert out == (
-        f"{tmp_path}/same: no change found in 80 images, compared with 200 of the test (order: random; "
-        "false alarms: at most 2%)\n"
+        f"{tmp_path}/same: no change found in 80 images, compared with the 200 test images in the model file "
+        "(order: random; false alarms: at most 2%)\n"
     )
+    for path in sorted((tmp_path / "same").iterdir())[19:]:
+        path.unlink()
+    code, out, _ = run_bare("watch", str(model), str(tmp_path / "same"))
+    assert code == 0
+    assert ": no change found in 19 images, " in out
+    assert out.endswith("; so few images show only a large change\n")
 
 
 def test_changed_images_are_named_with_the_statistic_that_moved(
@@ -101,10 +109,18 @@ def test_changed_images_are_named_with_the_statistic_that_moved(
     save_images(tmp_path / "bright", TEXTS[:60], brightness=160)
     code, out, err = run_bare("watch", str(model), str(tmp_path / "bright"))
     assert (code, err) == (3, "")
-    first, second, *_ = out.splitlines()
+    first, second, *_, last = out.splitlines()
     assert ": these are not the images that the model was trained on: brightness (mean gray value) " in first
-    assert first.endswith("; label about 100 of them")
+    assert re.search(
+        r" was mostly [\d.]+ to [\d.]+, in the median [\d.]+, in the test, and is [\d.]+ ", first
+    )
     assert second.startswith("found after ")
+    assert last == (
+        f"to see what it costs, label about 100 of them, and run captcha-exp evaluate {model} --data DIR"
+    )
+    assert "the order may be the cause" not in out
+    _, out, _ = call("watch", str(model), str(tmp_path / "bright"), "--order=name")
+    assert "the order may be the cause" in out
     save_images(tmp_path / "doubtful", TEXTS[:60], confidence=120)
     code, out, _ = call("watch", str(model), str(tmp_path / "doubtful"), "--json")
     values = json.loads(out)

@@ -20,6 +20,7 @@ from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.model import networks
 from captcha_exp.model.alignment import align
+from captcha_exp.model.confidence import Calibration, OperatingPoint
 from captcha_exp.model.evaluate import Evaluation, evaluate
 from captcha_exp.model.heads import PositionHead
 from captcha_exp.model.networks import Recognizer
@@ -197,6 +198,20 @@ def test_missing_and_added_characters_are_confusions(capsys: pytest.CaptureFixtu
     assert "per length of the label" in text
     assert "per position from the end" in text
     assert "∅" in text
+
+
+def test_rows_that_are_left_out_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """20 characters, of which two are misread half of the time; 2 of 40 images without the threshold."""
+    characters = "abcdefghijklmnopqrst"
+    targets = [[n % 20] for n in range(40)]
+    result = evaluation(targets, [[2], [3], *targets[2:]])
+    calibration = Calibration(images=200, points=(OperatingPoint(0.75, 0.95, 0.995),))
+    confidences = np.array([0.3] * 2 + [0.9] * 38, np.float32)
+    result = replace(result, text_confidences=confidences, calibration=calibration)
+    output.print_evaluation(result, dataset_with(characters), Path("run"), "test")
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert ["", "8 more", "100.00%", ""] in rows
+    assert ["", "99.0%", "0.7500", "95.0%", "100.00%", ""] in rows
 
 
 @pytest.mark.parametrize("label", ["[b]", "[/b]"])

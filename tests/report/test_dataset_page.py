@@ -95,6 +95,7 @@ def test_the_page_shows_every_image_and_escapes_names(tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert not {name for name in page.attributes if name.startswith("on")}
     assert "<script>.txt" in page.text
+    assert "1 file that is not an image" in page.text
     assert r"\x1b[31m.png" in page.text
     assert not re.search(r"(https?:)?//\w", re.sub(r"data:image/png;base64,[^\"]*", "", text))
 

@@ -22,6 +22,7 @@ from captcha_exp.data.alphabet import END, Alphabet
 from captcha_exp.data.dataset import Dataset
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.report import predictions, run_page
+from captcha_exp.report.run_content import RunContent
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.training.train import train
 
@@ -123,6 +124,14 @@ def test_the_figures_are_those_of_the_files(run: Run) -> None:
     ]
     assert rows[2][8] == "best"
     assert len(header) == 9
+    assert "predict --min-confidence 0.99 applies a threshold" in page.text
+    charts = run_page._curves(RunContent(run, None, None, []))
+    for chart in charts:  # three epochs
+        assert [(tick.text, tick.position) for tick in chart.x_ticks] == [
+            ("1", chart.left),
+            ("2", (chart.left + chart.right) / 2),
+            ("3", chart.right),
+        ]
     assert page.tables["memory"] == [
         ["predicted GPU memory of the process", "200 to 1,300 MiB on any CUDA GPU"],
         ["memory budget", "1,500 MiB: fits"],

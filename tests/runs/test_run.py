@@ -268,7 +268,9 @@ def test_latest_without_runs_is_rejected(root: Path) -> None:
         runs.find_run("latest")
 
 
-def test_the_latest_finished_run_is_no_reproduction_and_no_fold(tiny: Config) -> None:
+def test_the_latest_finished_run_is_no_reproduction_and_no_fold(
+    tiny: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     fold = replace(tiny, data=replace(tiny.data, folds=2))
     killed, good, other, part = (runs.create_run(each, each) for each in (tiny, tiny, tiny, fold))
     for run in (good, other, part):
@@ -279,7 +281,19 @@ def test_the_latest_finished_run_is_no_reproduction_and_no_fold(tiny: Config) ->
     assert runs.find_run("latest", finished=True) == good.run_dir
     good.update(status="KILLED")
     killed.update(status="KILLED")
+    newest = runs.create_run(tiny, tiny)
+    newest.update(status="KILLED")
     assert runs.find_run("latest", finished=True) == part.run_dir  # better than none
+    assert not caplog.messages
+    for run in (part, other):
+        run.update(status="KILLED")
+    runs.find_run(str(part.run_dir))
+    assert not caplog.messages
+    for name in ("latest", str(newest.run_dir)):
+        assert runs.find_run(name, finished=True) == newest.run_dir
+        (line,) = caplog.messages
+        assert line == f"{newest.run_dir}: unfinished (KILLED after epoch 0 of 2), not calibrated"
+        caplog.clear()
 
 
 def test_latest_compares_start_times_across_time_zones(tiny: Config) -> None:
