@@ -27,10 +27,13 @@ GPU_CONFIG = "h200"  # conf/gpu/ file of the measured configs; has no effect on 
 STREAMED = "device.preload_limit_mib=0"  # images stay on the host
 NETWORKS = {"resnet18": "experiment=article", "compact": "experiment=alnum"}
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "fp32": (),
+    "fp32": ("device.precision=fp32",),
     "bf16": ("device.precision=bf16",),
     "fp16": ("device.precision=fp16",),
-    "fp32-again": ("train.activation_checkpointing=true",),  # activation checkpointing
+    "fp32-again": (
+        "device.precision=fp32",
+        "train.activation_checkpointing=true",
+    ),  # activation checkpointing
     "bf16-again": ("device.precision=bf16", "train.activation_checkpointing=true"),
 }
 _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # the driver, cuBLAS, cuDNN

@@ -43,6 +43,7 @@ TINY = (
     "train.checkpoint_every='3 steps'",
     "device.name=cpu",
     "device.threads=1",
+    "device.precision=fp32",
 )
 TRAININGS: Mapping[str, tuple[str, ...]] = {
     "onecycle": ("augment=mild",),

@@ -77,6 +77,7 @@ def main() -> None:
         f"experiment={arguments.experiment}",
         f"train.batch_size={size}",
         f"device.name={arguments.device}",
+        "device.precision=fp32",
     )
 
     def config(*options: str) -> Config:

@@ -39,7 +39,13 @@ SMALL = (
         "captcha.alphabet='01234'",
     ),
     *("captcha.length=2", "captcha.width=32", "captcha.height=16", "model.channels=[4,8,8]"),
-    *("train.batch_size=64", "train.epochs=2", "device.name=cpu", "device.threads=2"),
+    *(
+        "train.batch_size=64",
+        "train.epochs=2",
+        "device.name=cpu",
+        "device.threads=2",
+        "device.precision=fp32",
+    ),
 )
 OF_A_FOLDER = (*SMALL[1:3], *SMALL[4:], "captcha.channels=1", "data=folder", "captcha.alphabet='0123456789'")
 
