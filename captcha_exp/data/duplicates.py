@@ -16,8 +16,6 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
 
 from captcha_exp.data import images
 
@@ -81,6 +79,9 @@ def split_keys(labels: Sequence[str], groups: Iterable[DuplicateGroup]) -> list[
 
 def _smallest_connected(count: int, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return for each of `count` numbers the smallest that pairs (P, 2) connect it with."""
+    from scipy import sparse  # only to scan a folder, not to start every training
+    from scipy.sparse import csgraph
+
     edges = sparse.coo_array((np.ones(len(pairs), np.bool_), pairs.T), shape=(count, count))
     _, component = csgraph.connected_components(edges, directed=False)
     first = np.full(count, count, np.int64)
@@ -106,6 +107,8 @@ def _find_similar(arrays: npt.NDArray[np.uint8]) -> list[tuple[int, ...]]:
 
 def _small_versions(arrays: npt.NDArray[np.uint8]) -> Floats:
     """Return (N, D) vectors of length 1: the details of small gray versions, minus their mean."""
+    from scipy import ndimage  # as above
+
     parts = []
     for start in range(0, len(arrays), BLOCK):
         gray = arrays[start : start + BLOCK].mean(axis=3, keepdims=True).astype(np.uint8)

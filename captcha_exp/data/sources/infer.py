@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 from captcha_exp.config import CaptchaConfig
 from captcha_exp.data import images
@@ -209,6 +208,8 @@ def stroke_width(array: npt.NDArray[np.uint8]) -> float | None:
     Ink differs from the mean of its neighborhood, so a gradient is none. The width of a long stroke is twice
     its area divided by its perimeter.
     """
+    from scipy import ndimage  # only to scan a folder, not to start every training
+
     gray = array.astype(np.float32).mean(axis=2)
     contrast = np.abs(gray - ndimage.uniform_filter(gray, 2 * max(3, gray.shape[0] // 4) + 1, mode="nearest"))
     ink = contrast > max(12.0, 0.5 * float(np.quantile(contrast, 0.98)))
