@@ -73,7 +73,7 @@ def print_reproduction(reproduction: Reproduction) -> None:
 def _find_run_dir(name: str) -> Iterator[tuple[Path, str | None]]:
     """Yield the run directory and None; for a run that only MLflow has, a temporary copy and the store."""
     try:
-        run_dir = runs.find_run(name, finished=True)
+        run_dir = runs.find_run(name, finished=True, warns=False)
     except UserError:
         if not re.fullmatch(r"[0-9a-f]{32}", name):
             raise

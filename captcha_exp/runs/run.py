@@ -178,18 +178,18 @@ def list_runs(warn: Callable[[str], None] | None = None) -> list[SavedRun]:
     return sorted(found, key=lambda run: run.info.started)
 
 
-def find_run(name: str, *, finished: bool = False) -> Path:
+def find_run(name: str, *, finished: bool = False, warns: bool = True) -> Path:
     """Find a run by its directory, by a prefix of its MLflow run ID, or as `latest`.
 
     With `finished`, `latest` is the newest run that has finished and is neither a reproduction nor one of
     several folds; without any such run, the newest that has finished; without that, the newest. One that has
-    not finished, found or named, is a warning.
+    not finished, found or named, is a warning, unless the caller rejects it and has no use for one.
 
     Raises:
         UserError: No run matches, or several do; `captcha-exp runs` lists them.
     """
     if run_dir := resolve_dir(name, RunInfo.filename):
-        return _checked(load(run_dir), finished)  # `load` rejects a damaged or older record
+        return _checked(load(run_dir), finished and warns)  # `load` rejects a damaged or older record
     if sweep_dir := resolve_dir(name, "sweep.json"):
         first = min((path.parent.name for path in sweep_dir.glob("*/run.json")), default=None)
         example = f", e.g. {shlex.quote(str(sweep_dir / first))}" if first else " (none has started yet)"
@@ -198,7 +198,7 @@ def find_run(name: str, *, finished: bool = False) -> Path:
     if name == "latest":
         if not known:
             raise UserError(f"latest: no runs in {root_dir() / 'outputs'} yet; captcha-exp train creates one")
-        return _checked(_latest(known) if finished else known[-1], finished)
+        return _checked(_latest(known) if finished else known[-1], finished and warns)
     matches = [run for run in known if name and (run.info.run_id or "").startswith(name)]
     if len(matches) > 1:
         raise UserError(f"{name!r} matches {len(matches)} MLflow run IDs; give a longer prefix")
@@ -207,12 +207,12 @@ def find_run(name: str, *, finished: bool = False) -> Path:
             f"{name!r} is not a run: give a run directory, a prefix of an MLflow run ID, or latest "
             "(captcha-exp runs lists all runs)"
         )
-    return _checked(matches[0], finished)
+    return _checked(matches[0], finished and warns)
 
 
-def _checked(run: SavedRun, finished: bool) -> Path:
-    """Return the directory of a run; warn if it should have finished and has not."""
-    if finished and run.info.status != "FINISHED":
+def _checked(run: SavedRun, warns: bool) -> Path:
+    """Return the directory of a run; with `warns`, warn if it has not finished."""
+    if warns and run.info.status != "FINISHED":
         epochs = "?"
         with contextlib.suppress(UserError):
             epochs = run.flat_config().get("train.epochs", epochs)
