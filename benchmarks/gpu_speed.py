@@ -132,7 +132,8 @@ def graphs(batches: dict[str, int], variants: Sequence[str], steps: int, device:
                 continue
             for group in state.optimizer.param_groups:
                 group["capturable"] = True
-            stream = torch.cuda.Stream(torch_device)  # type: ignore[no-untyped-call]  # no capture on the default one
+            # The default stream cannot be captured.
+            stream = torch.cuda.Stream(torch_device)  # type: ignore[no-untyped-call]  # torch has no types for it
             stream.wait_stream(torch.cuda.current_stream(torch_device))
             with torch.cuda.stream(stream):
                 step_seconds(step, 5, torch_device)

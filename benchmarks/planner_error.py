@@ -19,7 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-from article_table import RESULTS, sessions  # noqa: E402 - benchmarks/ is not a package
+from article_table import RESULTS, sessions  # noqa: E402 - found only through the path above
 
 HEADER = HERE.parent / "captcha_exp" / "memory" / "__init__.py"
 START = "On a GPU: "

@@ -38,7 +38,8 @@ def make_ddddocr(model: str) -> tuple[Read, Callable[[bytes], Any], int]:
     import onnxruntime
     from PIL import Image
 
-    class OneThread(onnxruntime.InferenceSession):  # type: ignore[misc]  # ddddocr has no option for it
+    # ddddocr has no option for the threads.
+    class OneThread(onnxruntime.InferenceSession):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self, path: str, **options: Any) -> None:
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = settings.inter_op_num_threads = 1

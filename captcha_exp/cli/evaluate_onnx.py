@@ -90,7 +90,7 @@ def _check_target(path: Path, force: bool) -> None:
 
     if not os.path.isdir(path.parent):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         raise UserError(f"--save-baseline {path}: the directory {path.parent} does not exist")
-    if os.path.isdir(path):  # noqa: PTH112 - as above
+    if os.path.isdir(path):  # noqa: PTH112 - as for its parent
         raise UserError(f"--save-baseline {path}: is a directory; name a file")
     if not os.path.lexists(path):
         return

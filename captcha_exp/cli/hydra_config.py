@@ -115,7 +115,7 @@ def compose_overrides(
         try:
             override = _parse_override(text, groups)
             if _is_gpu_file(override):
-                gpu_file = Path(os.path.expanduser(plain_value(override)))  # noqa: PTH111 - does not raise
+                gpu_file = Path(os.path.expanduser(plain_value(override)))  # noqa: PTH111 - Path's raises for ~unknown
                 continue
         except ConfigError as error:
             mistakes += error.lines

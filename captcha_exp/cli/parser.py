@@ -280,7 +280,10 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --min-confidence, --length, --mask and --top."""
-    text = "abstain where it is needed for this fraction of the answers to be right, as in 0.99"
+    text = (
+        "abstain where it is needed for this fraction of the answers to be right, as in 0.99; not a limit of "
+        "the printed confidence"
+    )
     parser.add_argument("--min-confidence", metavar="FRACTION", type=float, help=text)
     parser.add_argument("--length", metavar="N", type=int, help="only texts of N characters")
     text = "only texts such as '[0-9]{2}[A-Z]{3}': characters, ., sets, each perhaps with {2}, {2,4} or ?"

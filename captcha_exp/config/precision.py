@@ -1,7 +1,7 @@
 """The precision that `device.precision=auto` becomes: 16 bits where the hardware computes with them.
 
 It depends on the hardware alone and not on a measured speed, so that a command gives the same bits whatever
-else a machine does. A training checks the precision in one step (`training.autotune`).
+else a machine does. A training checks the precision in a few steps (`training.autotune`).
 """
 
 import re

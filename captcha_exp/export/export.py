@@ -119,7 +119,7 @@ def is_exported(path: Path) -> bool:
     content = path.read_bytes()
     try:
         model = onnx.load_from_string(content)
-    except Exception:  # that of protobuf has no types
+    except Exception:  # the class of protobuf's error has no types
         return False
     return any(each.key == MANIFEST_KEY for each in model.metadata_props)
 
@@ -179,7 +179,10 @@ def _expected(
 
 @torch.inference_mode()
 def _cropped(model: Recognizer, config: Config, originals: Sequence[ProofImage]) -> list[ProofImage]:
-    """Return cropped images, with what PyTorch predicts; their size is not the usual one."""
+    """Return cropped images, whose size is not the usual one, with what PyTorch predicts.
+
+    An image whose side is one pixel stays as it is.
+    """
     captcha, rows = config.captcha, []
     for each in originals:
         pixels = each.pixels[:-1, :-1] if min(each.pixels.shape[:2]) > 1 else each.pixels
