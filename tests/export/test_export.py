@@ -124,6 +124,24 @@ def test_models_with_other_heads_are_quantized(head: HeadName) -> None:
         assert ids.shape == (1, 4)
 
 
+@pytest.mark.long
+def test_many_pixels_of_one_brightness_are_read_like_in_torch() -> None:
+    """Sums of pixels in fp32, one after another, would differ by 7e-4."""
+    import onnxruntime
+
+    config = config_of("position", "captcha.width=256", "captcha.height=28", "captcha.channels=3")
+    recognizer = decisive(config)
+    pixels = 200 + random_images(4, 28, 256, 3) // 8
+    weights = graph.resize_weights(28, 28), graph.resize_weights(256, 256)
+    with torch.inference_mode():
+        *_, expected = ExportedRecognizer(recognizer, config.captcha)(torch.from_numpy(pixels), *weights)
+    session = onnxruntime.InferenceSession(
+        graph.to_onnx(recognizer, config.captcha, (28, 256)).SerializeToString()
+    )
+    (log_probs,) = session.run(["log_probs"], {manifest.INPUT: pixels})
+    np.testing.assert_allclose(log_probs, expected.numpy(), atol=1e-4)
+
+
 @settings(deadline=None)
 @given(height=st.integers(1, 64), width=st.integers(2, 256), seed=st.integers(0, 9))
 def test_the_statistics_of_the_pixels_are_exact(height: int, width: int, seed: int) -> None:
