@@ -193,6 +193,8 @@ def _standardize(
         )
     if has_transparency(image):
         remarks.append("has transparent pixels, which become white")
+    elif image.mode == "RGBA":
+        image = image.convert("RGB")
     return image, remarks
 
 
@@ -274,12 +276,12 @@ def has_transparency(image: Image.Image) -> bool:
 
 def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
     """Convert an image to (H, W, C) uint8 on a white background."""
-    is_opaque = image.mode == "RGBA" and not has_transparency(image)  # compositing would change no pixel
-    if ("A" in image.getbands() or "transparency" in image.info) and not is_opaque:
+    if "A" in image.getbands() or "transparency" in image.info:
         foreground = image.convert("RGBA")
         image = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image.alpha_composite(foreground)
-    array = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+    mode = "L" if channels == 1 else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
     return array.reshape(image.height, image.width, channels)
 
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from captcha_exp.config import CaptchaConfig
-from captcha_exp.data import images
+from captcha_exp.data import images as image_data
 from captcha_exp.data.images import WEIGHT_SCALE
 from captcha_exp.export.manifest import INPUT, OUTPUTS
 from captcha_exp.model.networks import Recognizer
@@ -30,7 +30,8 @@ from captcha_exp.model.networks import Recognizer
 OPSET = 18
 MAX_SIDE = 4096  # pixels; of the declared dimensions of an image
 WEIGHTS = ("rows", "columns")  # that resize images
-LUMA = (19595, 38470, 7471)  # red, green, blue, in 1/65536
+PLANES = "planes"  # of resized images
+LUMA = (19595.0, 38470.0, 7471.0)  # red, green, blue, in 1/65536
 
 
 class ResizeWeights(nn.Module):
@@ -46,22 +47,31 @@ class ResizeWeights(nn.Module):
         return resize_weights(images.shape[1], self.height), resize_weights(images.shape[2], self.width)
 
 
-class ExportedRecognizer(nn.Module):
-    """A recognizer with preprocessing and decoding: (B, H, W, 3) uint8 RGB images of any size -> texts."""
+class Resize(nn.Module):
+    """The preprocessing of a recognizer: images (B, H, W, 3) uint8 -> planes (B, C, height, width)."""
 
-    def __init__(self, recognizer: Recognizer, captcha: CaptchaConfig) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the planes, given the weights of `ResizeWeights`."""
+        return resize(to_gray(images) if self.channels == 1 else images, rows, columns)
+
+
+class ExportedRecognizer(nn.Module):
+    """A recognizer with decoding: planes (B, C, height, width) -> texts."""
+
+    def __init__(self, recognizer: Recognizer) -> None:
         super().__init__()
         self.recognizer = recognizer
-        self.captcha = captcha
 
-    def forward(self, images: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, planes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return class ids (B, T), probabilities of the characters (B, T) and of the texts (B,).
 
-        The last output has the log probabilities (B, T or S, classes) that these are from. `rows` and
-        `columns` are the weights to resize the images.
+        The last output has the log probabilities (B, T or S, classes) that these are from.
         """
-        pixels = to_gray(images) if self.captcha.channels == 1 else images
-        logits = self.recognizer(resize(pixels, rows, columns))
+        logits = self.recognizer(planes.movedim(1, -1))
         ids, confidences, text_confidences = self.recognizer.decode(logits)
         return ids, confidences, text_confidences, self.recognizer.log_probs(logits)
 
@@ -69,24 +79,24 @@ class ExportedRecognizer(nn.Module):
 def to_gray(images: Tensor) -> Tensor:
     """Convert (B, H, W, 3) uint8 to (B, H, W, 1), as Pillow converts RGB to L.
 
+    The result has integers in fp32, which represents all sums exactly: they are below 2**24.
+
     Source: ITU-R 601-2 luma transform, in fixed-point numbers.
     """
-    red, green, blue = (images[..., n : n + 1].int() * weight for n, weight in enumerate(LUMA))
-    return ((red + green + blue + 0x8000) >> 16).to(torch.uint8)
+    return torch.floor((images.float() @ torch.tensor(LUMA)[:, None] + 0x8000) / 0x10000)
 
 
 def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Resize images (B, H, W, C) uint8 by the weights (height, H) and (width, W).
+    """Resize images (B, H, W, C) by the weights (height, H) and (width, W) to planes (B, C, height, width).
 
-    The bytes are those of `data.images.resize`.
+    The pixels are integers in fp32, those of `data.images.resize`.
     """
     planes = images.movedim(-1, 1).float()
-    resized = rows @ planes @ columns.T  # (height, H) @ (B, C, H, W) @ (W, width)
-    return torch.floor((resized + WEIGHT_SCALE**2 / 2) / WEIGHT_SCALE**2).to(torch.uint8).movedim(1, -1)
+    return torch.floor(rows @ planes @ columns.T + 0.5)  # (height, H) @ (B, C, H, W) @ (W, width)
 
 
 def resize_weights(source_size: int, target_size: int) -> Tensor:
-    """Return (target, source) integers, the weights of `data.images.resize_weights`, as fp32.
+    """Return the weights (target, source) of `data.images.resize_weights` as fractions, which are exact.
 
     Only the source pixels of which the filter reaches a target pixel are computed.
     """
@@ -109,7 +119,7 @@ def resize_weights(source_size: int, target_size: int) -> Tensor:
     missing = WEIGHT_SCALE - rounded.sum(dim=1, keepdim=True)
     weights = rounded + torch.zeros_like(rounded).scatter(1, order, (number < missing).long())
     dense = torch.zeros(target_size, source_size, dtype=torch.int64)
-    return dense.scatter_add(1, index.clamp(0, source_size - 1), weights).float()
+    return dense.scatter_add(1, index.clamp(0, source_size - 1), weights).float() / WEIGHT_SCALE
 
 
 def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig, usual_size: tuple[int, int]) -> onnx.ModelProto:
@@ -120,20 +130,24 @@ def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig, usual_size: tuple[in
     """
     batch, height, width = (torch.export.Dim(name, min=1, max=MAX_SIDE) for name in "BHW")
     static = torch.export.Dim.STATIC
-    example = torch.zeros(2, captcha.height + 1, captcha.width + 1, 3, dtype=torch.uint8)
-    example[:, ::2] = 255  # not blank
-    compute_weights = ResizeWeights(captcha.height, captcha.width)
-    weights = compute_weights(example)
-    inputs: dict[str, tuple[Tensor, Any]] = {
-        INPUT: (example, (batch, height, width, static)),
-        WEIGHTS[0]: (weights[0], (static, height)),
-        WEIGHTS[1]: (weights[1], (static, width)),
-    }
-    model = _export(ExportedRecognizer(recognizer, captcha), inputs, OUTPUTS)
-    computed = _export(compute_weights, {INPUT: inputs[INPUT]}, WEIGHTS)
     targets = (captcha.height, captcha.width)
-    usual = [images.resize_weights(*sizes) for sizes in zip(usual_size, targets, strict=True)]
-    _choose_weights(model.graph, usual, computed.graph)
+    images = torch.zeros(2, captcha.height + 1, captcha.width + 1, 3, dtype=torch.uint8)
+    compute_weights, resize = ResizeWeights(*targets), Resize(captcha.channels)
+    weights = compute_weights(images)
+    planes = resize(images, *weights)
+    planes[..., ::2] = 255.0  # not blank
+    image_input = (images, (batch, height, width, static))
+    weight_inputs = ((weights[0], (static, height)), (weights[1], (static, width)))
+    weights_graph = _export(compute_weights, {INPUT: image_input}, WEIGHTS).graph
+    inputs = {INPUT: image_input, **dict(zip(WEIGHTS, weight_inputs, strict=True))}
+    resize_graph = _export(resize, inputs, (PLANES,)).graph
+    model = _export(
+        ExportedRecognizer(recognizer), {PLANES: (planes, (batch, static, static, static))}, OUTPUTS
+    )
+    usual_weights = [
+        image_data.resize_weights(*each) / WEIGHT_SCALE for each in zip(usual_size, targets, strict=True)
+    ]
+    _prepend_resize(model.graph, resize_graph, weights_graph, usual_size, usual_weights)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -159,18 +173,25 @@ def _export(
     return model
 
 
-def _choose_weights(
-    graph: onnx.GraphProto, usual: Sequence[npt.NDArray[np.float32]], computed: onnx.GraphProto
+def _prepend_resize(
+    graph: onnx.GraphProto,
+    resize: onnx.GraphProto,
+    weights: onnx.GraphProto,
+    usual_size: tuple[int, int],
+    usual_weights: Sequence[npt.NDArray[np.floating]],
 ) -> None:
-    """Replace the inputs `WEIGHTS`: by constants for images of the usual size, by computations for others."""
-    names = [f"usual_{name}" for name in WEIGHTS]
-    constants = [numpy_helper.from_array(each, name) for each, name in zip(usual, names, strict=True)]
-    outputs = [helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in constants]
-    nodes = [helper.make_node("Constant", [], [each.name], value=each) for each in constants]
-    otherwise = onnx.compose.add_prefix_graph(computed, "computed_")
-    del otherwise.input[:]  # the images are those of the whole graph
-    for node in otherwise.node:
-        node.input[:] = [INPUT if name == f"computed_{INPUT}" else name for name in node.input]
+    """Make a graph take images instead of planes: constants resize those of the usual size."""
+    usual = onnx.compose.add_prefix_graph(resize, "usual_", rename_inputs=False)
+    constants = zip(WEIGHTS, usual_weights, strict=True)
+    usual.initializer.extend(numpy_helper.from_array(each, name) for name, each in constants)
+    other = onnx.compose.add_prefix_graph(resize, "other_", rename_inputs=False)
+    computed = onnx.compose.add_prefix_graph(weights, "weights_", rename_inputs=False, rename_outputs=False)
+    nodes = [*computed.node, *other.node]
+    del other.node[:]
+    other.node.extend(nodes)
+    other.initializer.extend(computed.initializer)
+    for branch in (usual, other):
+        del branch.input[:]  # the images are those of the whole graph
     choice = [
         helper.make_node("Shape", [INPUT], ["size"], start=1, end=3),
         helper.make_node("Equal", ["size", "usual_size"], ["are_usual_sides"]),
@@ -178,19 +199,14 @@ def _choose_weights(
         helper.make_node("ReduceMin", ["side_flags"], ["size_flag"], keepdims=0),
         helper.make_node("Cast", ["size_flag"], ["is_usual_size"], to=TensorProto.BOOL),
         helper.make_node(
-            "If",
-            ["is_usual_size"],
-            WEIGHTS,
-            name="choose_weights",
-            then_branch=helper.make_graph(nodes, "usual", [], outputs),
-            else_branch=otherwise,
+            "If", ["is_usual_size"], [PLANES], name="resize", then_branch=usual, else_branch=other
         ),
     ]
-    all_nodes = [*choice, *graph.node]
-    del graph.node[:], graph.input[1:]
-    graph.node.extend(all_nodes)
-    size = np.array([each.shape[1] for each in usual])
-    graph.initializer.append(numpy_helper.from_array(size, "usual_size"))
+    nodes = [*choice, *graph.node]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.append(resize.input[0])
+    graph.initializer.append(numpy_helper.from_array(np.array(usual_size), "usual_size"))
 
 
 @contextlib.contextmanager

@@ -122,7 +122,9 @@ class OnnxPredictor:
             end = start + 1
             while end < min(len(arrays), start + BATCH_SIZE) and arrays[end].shape == arrays[start].shape:
                 end += 1
-            yield from self._predict_batch(np.stack(arrays[start:end]), reader)
+            same = arrays[start:end]
+            batch = np.stack(same) if len(same) > 1 else np.ascontiguousarray(same[0])[None]
+            yield from self._predict_batch(batch, reader)
             start = end
 
     def reader(self, options: ReadingOptions) -> Reader:
@@ -198,22 +200,30 @@ def to_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
         TypeError: it is no image.
     """
     if isinstance(image, np.ndarray):
-        is_gray = image.ndim == 2 or image.shape[2:] == (1,)
-        if image.dtype != np.uint8 or not (is_gray or image.shape[2:] == (3,)) or 0 in image.shape:
-            raise InvalidImage(f"must have pixels (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
-        image = Image.fromarray(image[..., 0] if is_gray and image.ndim == 3 else image)
+        pixels = _check_array(image)
     elif isinstance(image, Image.Image):
-        image = images.from_pillow(image)
+        pixels = images.to_array(images.from_pillow(image), 3)
     elif isinstance(image, bytes):
-        image = images.decode(image).image
+        pixels = images.to_array(images.decode(image).image, 3)
     elif isinstance(image, str | os.PathLike):
-        image = images.decode(images.read_bytes(Path(image))).image
+        pixels = images.to_array(images.decode(images.read_bytes(Path(image))).image, 3)
     else:
         raise TypeError(f"an image must be a path, bytes, an image of Pillow or an array, not {type(image)}")
-    pixels = images.to_array(image, 3)
     if images.is_blank(pixels):
         raise InvalidImage("is blank: all pixels are equal")
     return pixels
+
+
+def _check_array(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the pixels (H, W, 3) of an array.
+
+    Raises:
+        InvalidImage: it has another shape or type.
+    """
+    pixels = image[..., None] if image.ndim == 2 else image
+    if image.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)) or 0 in image.shape:
+        raise InvalidImage(f"must have pixels (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def read_model(path: Path) -> bytes:

@@ -99,28 +99,32 @@ class CompactNet(nn.Module):
         self.stages = CheckpointedSequential(*stages)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.movedim(-1, 1).float() / 255
-        if torch.compiler.is_exporting():
-            deviation, mean = exact_std_mean(images)
-        else:
-            deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), keepdim=True)
-        features: Tensor = self.stages((pixels - mean) / (deviation + 1e-3))
+        normalize = normalize_exactly if torch.compiler.is_exporting() else normalize_images
+        features: Tensor = self.stages(normalize(images.movedim(-1, 1)))
         return features.flatten(1, 2)  # height becomes features: (B, C, H, W) -> (B, C*H, W)
 
 
-def exact_std_mean(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return standard deviation and mean (B, 1, 1, 1) of images (B, H, W, C) uint8 scaled to [0, 1].
+def normalize_images(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) with mean 0 and standard deviation 1; a blank one with zeros."""
+    pixels = images.float() / 255
+    deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), keepdim=True)
+    return (pixels - mean) / (deviation + 1e-3)
 
-    The sums are those of integers. ONNX Runtime would add all pixels in fp32 one after another, with an error
-    of the mean of 2e-5 that moves confidences by 1e-3.
+
+def normalize_exactly(images: Tensor) -> Tensor:
+    """Normalize images like `normalize_images`, with sums that are exact in any order.
+
+    ONNX Runtime adds all pixels in fp32 one after another, with an error of the mean of 2e-5 that moves
+    confidences by 1e-3. Here a row of up to 1,024 pixels is summed exactly, as the squares are at most 2**14,
+    and rows are added in fp64.
     """
-    values = images.int()
-    number = values[0].numel()
-    rows = torch.stack([values, values * values]).sum(dim=(3, 4), dtype=torch.int32)  # (2, B, H)
-    total, squares = rows.double().sum(dim=2)
-    variance = (squares - total * total / number) / (number - 1)
+    centered = images.float() - 128
+    number = centered[0].numel()
+    total, squares = (each.sum(dim=3).double().sum(dim=(1, 2)) for each in (centered, centered * centered))
+    variance = (squares - total * total / number).clamp(min=0) / (number - 1)
+    mean, scale = (total / number).float(), (1 / (variance.sqrt() + 0.255)).float()
     shape = (-1, 1, 1, 1)
-    return (variance.sqrt() / 255).float().view(shape), (total / number / 255).float().view(shape)
+    return (centered - mean.view(shape)) * scale.view(shape)
 
 
 class CompactResidual(nn.Module):

@@ -40,7 +40,7 @@ SIZES = st.integers(1, 200)
 @given(source=SIZES, target=st.integers(16, 120))
 def test_the_resize_has_the_weights_of_training(source: int, target: int) -> None:
     expected = images.resize_weights(source, target)
-    assert np.array_equal(graph.resize_weights(source, target).numpy(), expected)
+    assert np.array_equal(graph.resize_weights(source, target).numpy() * images.WEIGHT_SCALE, expected)
 
 
 def random_images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -53,7 +53,7 @@ def test_the_resize_gives_the_bytes_of_training(height: int, width: int, seed: i
     pixels = random_images(2, height, width, 3, seed=seed)
     rows, columns = graph.resize_weights(height, 24), graph.resize_weights(width, 56)
     resized = graph.resize(torch.from_numpy(pixels), rows, columns).numpy()
-    assert np.array_equal(resized, images.resize(pixels, 24, 56))
+    assert np.array_equal(np.moveaxis(resized, 1, -1), images.resize(pixels, 24, 56))
 
 
 def test_gray_is_that_of_pillow() -> None:
@@ -89,7 +89,7 @@ def test_onnx_runtime_answers_like_torch_for_images_of_any_size(head: HeadName, 
     recognizer = decisive(config)
     model = graph.to_onnx(recognizer, config.captcha, (30, 70))
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    module = ExportedRecognizer(recognizer, config.captcha)
+    module = ExportedRecognizer(recognizer)
     for shape in [
         (1, 30, 70),
         (3, 30, 71),
@@ -102,7 +102,7 @@ def test_onnx_runtime_answers_like_torch_for_images_of_any_size(head: HeadName, 
         pixels = random_images(*shape, 3)
         weights = [graph.resize_weights(shape[1], 24), graph.resize_weights(shape[2], 56)]
         with torch.inference_mode():
-            expected = module(torch.from_numpy(pixels), *weights)
+            expected = module(graph.Resize(channels)(torch.from_numpy(pixels), *weights))
         ids, *confidences = session.run(manifest.OUTPUTS, {manifest.INPUT: pixels})
         assert np.array_equal(ids, expected[0].numpy()), shape
         for one, other in zip(confidences, expected[1:], strict=True):
@@ -132,9 +132,9 @@ def test_many_pixels_of_one_brightness_are_read_like_in_torch() -> None:
     config = config_of("position", "captcha.width=256", "captcha.height=28", "captcha.channels=3")
     recognizer = decisive(config)
     pixels = 200 + random_images(4, 28, 256, 3) // 8
-    weights = graph.resize_weights(28, 28), graph.resize_weights(256, 256)
+    planes = torch.from_numpy(pixels).movedim(-1, 1)
     with torch.inference_mode():
-        *_, expected = ExportedRecognizer(recognizer, config.captcha)(torch.from_numpy(pixels), *weights)
+        *_, expected = ExportedRecognizer(recognizer)(planes)
     session = onnxruntime.InferenceSession(
         graph.to_onnx(recognizer, config.captcha, (28, 256)).SerializeToString()
     )
@@ -143,12 +143,22 @@ def test_many_pixels_of_one_brightness_are_read_like_in_torch() -> None:
 
 
 @settings(deadline=None)
-@given(height=st.integers(1, 64), width=st.integers(2, 256), seed=st.integers(0, 9))
-def test_the_statistics_of_the_pixels_are_exact(height: int, width: int, seed: int) -> None:
-    pixels = torch.from_numpy(random_images(2, height, width, 3, seed=seed))
-    found = networks.exact_std_mean(pixels)
-    for one, other in zip(found, torch.std_mean(pixels.double() / 255, dim=(1, 2, 3)), strict=True):
-        assert torch.allclose(one.flatten().double(), other, rtol=1e-6, atol=1e-7)
+@given(height=st.integers(1, 64), width=st.integers(2, 1024), seed=st.integers(0, 9), low=st.integers(0, 254))
+def test_images_are_normalized_exactly(height: int, width: int, seed: int, low: int) -> None:
+    values = low + random_images(2, 3, height, width, seed=seed).astype(np.int64) % (256 - low)
+    pixels = torch.from_numpy(values.astype(np.uint8))
+    deviation, mean = torch.std_mean(pixels.double() / 255, dim=(1, 2, 3), keepdim=True)
+    expected = (pixels / 255 - mean) / (deviation + 1e-3)
+    for normalize in (networks.normalize_exactly, networks.normalize_images):
+        torch.testing.assert_close(normalize(pixels).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [networks.normalize_exactly, networks.normalize_images])
+@pytest.mark.parametrize("width", [16, 2048])
+def test_a_blank_image_is_normalized_to_zeros(normalize: Callable[[Tensor], Tensor], width: int) -> None:
+    for value in (0, 1, 77, 128, 255):
+        found = normalize(torch.full((1, 3, 16, width), value, dtype=torch.uint8))
+        assert found.abs().max() <= 1e-2, value
 
 
 @pytest.mark.long
@@ -218,7 +228,7 @@ def nearest(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     height, width = rows.shape[0], columns.shape[0]
     rows = torch.arange(height) * pixels.shape[1] // height
     columns = torch.arange(width) * pixels.shape[2] // width
-    return pixels[:, rows][:, :, columns]
+    return pixels[:, rows][:, :, columns].movedim(-1, 1).float()
 
 
 def first_channel(pixels: Tensor) -> Tensor:
@@ -532,13 +542,15 @@ def test_another_file_is_not_overwritten(
 ) -> None:
     monkeypatch.setenv("CAPTCHA_EXP_ROOT", str(exported[1].parent))
     exists = "exists and is not an exported model; choose another name"
-    for name, message in (
-        ("thesis.doc", "predict knows an exported model by its name; let it end in .onnx"),
-        ("thesis.onnx", exists),
-        ("captcha_exp.onnx", exists),
-        ("n" * 300 + ".onnx", "cannot be written: File name too long"),
+    text = b"captcha_exp: a year of work"
+    of_another_project = onnx.helper.make_model(onnx.helper.make_graph([], "resnet", [], []))
+    for name, content, message in (
+        ("thesis.doc", text, "predict knows an exported model by its name; let it end in .onnx"),
+        ("thesis.onnx", text, exists),
+        ("resnet.onnx", of_another_project.SerializeToString(), exists),
+        ("n" * 300 + ".onnx", text, "cannot be written: File name too long"),
     ):
-        path, content = tmp_path / name, b"captcha_exp: a year of work"
+        path = tmp_path / name
         if len(name) < 255:
             path.write_bytes(content)
         code, out, err = call("export", "latest", "--output", str(path))
