@@ -309,8 +309,7 @@ def predict_split(
     """
     was_training = model.training
     model.eval()
-    dtype = torch.float32 if split.device.type == "mps" else torch.float64  # mps has no float64
-    loss = torch.zeros((), dtype=dtype, device=split.device)
+    loss = torch.zeros((), dtype=devices.widest_float(split.device), device=split.device)
     found = Predictions(loss, [], [], [], [], [])
     for batch in split.batches(config.train.eval_batch_size):
         with devices.autocast(config, split.device):

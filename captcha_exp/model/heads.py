@@ -97,8 +97,12 @@ class PositionHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, T, K)."""
-        attention = (self.attn_score(features) + self.pos_bias).softmax(dim=-1)  # (B, T, S)
-        logits: Tensor = self.classifier(attention @ features.mT)  # (B, T, S) @ (B, S, D)
+        columns = features.mT  # (B, S, D)
+        scores = F.linear(
+            columns, self.attn_score.weight[..., 0]
+        )  # in the memory format of the products below
+        attention = (scores.mT + self.pos_bias).softmax(dim=-1)  # (B, T, S)
+        logits: Tensor = self.classifier(attention @ columns)
         return logits
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

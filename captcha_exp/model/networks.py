@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet18Config, choose_head
 from captcha_exp.model.confidence import EPSILON, NOT_CALIBRATED, Calibration
 from captcha_exp.model.heads import Decoded, Head, build_head
+from captcha_exp.runtime import device as devices
 
 
 class CheckpointedSequential(nn.Sequential):
@@ -99,28 +100,27 @@ class CompactNet(nn.Module):
         self.stages = CheckpointedSequential(*stages)
 
     def forward(self, images: Tensor) -> Tensor:
-        normalize = normalize_exactly if torch.compiler.is_exporting() else normalize_images
         features: Tensor = self.stages(normalize(images.movedim(-1, 1)))
-        return features.flatten(1, 2)  # height becomes features: (B, C, H, W) -> (B, C*H, W)
+        if features.requires_grad:
+            # In the memory format of the head, the backward passes of ReLU and batch norm are slow.
+            features.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
+                lambda gradient: gradient.contiguous(memory_format=torch.channels_last)
+            )
+        # Height becomes features: (B, C, H, W) -> (B, C*H, W), in memory column by column, as heads need it.
+        return features.permute(0, 3, 1, 2).flatten(2).mT
 
 
-def normalize_images(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W) with mean 0 and standard deviation 1; a blank one with zeros."""
-    pixels = images.float() / 255
-    deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), keepdim=True)
-    return (pixels - mean) / (deviation + 1e-3)
+def normalize(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) with mean 0 and standard deviation 1; a blank one with zeros.
 
-
-def normalize_exactly(images: Tensor) -> Tensor:
-    """Normalize images like `normalize_images`, with sums that are exact in any order.
-
-    ONNX Runtime adds all pixels in fp32 one after another, with an error of the mean of 2e-5 that moves
-    confidences by 1e-3. Here a row of up to 1,024 pixels is summed exactly, as the squares are at most 2**14,
-    and rows are added in fp64.
+    The sums over a row of up to 1,024 pixels are integers below 2**24, which fp32 adds exactly in any order,
+    and those of rows are added in fp64: every runtime finds the same mean and deviation. ONNX Runtime would
+    add all pixels in fp32 one after another, and move confidences by 1e-3; `torch.std_mean` is slow.
     """
     centered = images.float() - 128
     number = centered[0].numel()
-    total, squares = (each.sum(dim=3).double().sum(dim=(1, 2)) for each in (centered, centered * centered))
+    rows = (each.sum(dim=3).to(devices.widest_float(images.device)) for each in (centered, centered**2))
+    total, squares = (each.sum(dim=(1, 2)) for each in rows)
     variance = (squares - total * total / number).clamp(min=0) / (number - 1)
     mean, scale = (total / number).float(), (1 / (variance.sqrt() + 0.255)).float()
     shape = (-1, 1, 1, 1)

@@ -184,6 +184,11 @@ def describe(config: Config) -> str:
     return f"{name}{gpu}, {config.device.precision}, {config.device.threads} CPU threads"
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return fp64, or fp32 on MPS, which has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to the precision of the config; for the forward pass only, the loss is computed in fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
