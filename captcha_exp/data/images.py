@@ -279,7 +279,8 @@ def to_array(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
         foreground = image.convert("RGBA")
         image = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image.alpha_composite(foreground)
-    array = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+    mode = "L" if channels == 1 else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
     return array.reshape(image.height, image.width, channels)
 
 
