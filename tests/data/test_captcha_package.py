@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import captcha.image
 import pytest
+from test_sources import LIBRARY
 
 from captcha_exp.data.sources.captcha_package import Renderer
 from captcha_exp.data.sources.generators import font_files, get_renderer_spec, make_package_renderer
-from test_sources import CAPTCHA, LIBRARY, replace
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 

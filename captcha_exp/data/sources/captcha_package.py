@@ -12,7 +12,6 @@ import functools
 import hashlib
 import math
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import captcha.image
 import numpy as np
 import numpy.typing as npt
 from captcha.image import ImageCaptcha
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, _imaging
 
 KNOWN_SOURCE = "9bf0c6b25c81ce8199ca84c911152f53cf16f0bfb5cd41b3b9d2b96d7ffdbda2"  # of captcha/image.py
 MAX_GLYPHS = 4096  # that are kept, of about 1,500 bytes each
@@ -168,7 +167,7 @@ def _warp(pixels: Any, w: int, h: int, x1: int, y1: int, x2: int, y2: int) -> An
 
 def _transform(pixels: Any, size: Size, method: int, data: tuple[float, ...], resample: int) -> Any:
     """Return transformed pixels, transparent where there are none."""
-    result = Image.core.new(pixels.mode, size)
+    result = _imaging.new(pixels.mode, size)
     result.transform((0, 0, *size), pixels, method, data, resample, True)
     return result
 
@@ -200,7 +199,7 @@ _COVERAGES = Image.frombytes("L", (256, 1), bytes(range(256)))
 
 
 def _smooth(image: Pixels) -> Pixels:
-    """Apply Pillow's filter SMOOTH to an image (H, W, 3): its weights are 5 in the center, 1 around, of 13."""
+    """Apply Pillow's filter SMOOTH to an image (H, W, 3): weights of 5 in the center and 1 around, of 13."""
     height, width, channels = image.shape
     wide = image.reshape(height, width * channels).astype(np.uint16)
     rows = wide[:, : -2 * channels] + wide[:, channels:-channels] + wide[:, 2 * channels :]
