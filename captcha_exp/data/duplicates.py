@@ -26,7 +26,7 @@ MAX_DETAIL = 10.0  # gray levels: a thick stroke that all images have weighs no 
 NUM_BANDS, BITS_PER_BAND = 24, 12
 MIN_CORRELATION = 0.93  # on three collected sets, distinct images have at most 0.90, recompressed ones 0.95
 MAX_BUCKET = 200  # images in a bucket that are compared pair by pair; more are no evidence of equality
-BLOCK = 4096  # images, or pairs, at a time
+BLOCK = 256  # images, or pairs, at a time: what they take fits into the cache of a core
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -79,15 +79,15 @@ def split_keys(labels: Sequence[str], groups: Iterable[DuplicateGroup]) -> list[
 
 def _smallest_connected(count: int, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return for each of `count` numbers the smallest that pairs (P, 2) connect it with."""
-    from scipy import sparse  # only to scan a folder, not to start every training
-    from scipy.sparse import csgraph
-
-    edges = sparse.coo_array((np.ones(len(pairs), np.bool_), pairs.T), shape=(count, count))
-    _, component = csgraph.connected_components(edges, directed=False)
-    first = np.full(count, count, np.int64)
-    np.minimum.at(first, component, np.arange(count))
-    smallest: npt.NDArray[np.int64] = first[component]
-    return smallest
+    smallest = np.arange(count)
+    while True:
+        roots = smallest[pairs]
+        low, high = roots.min(axis=1), roots.max(axis=1)
+        if (low == high).all():
+            return smallest
+        np.minimum.at(smallest, high, low)
+        while (smallest != (next_smallest := smallest[smallest])).any():
+            smallest = next_smallest
 
 
 def _find_similar(arrays: npt.NDArray[np.uint8]) -> list[tuple[int, ...]]:
@@ -107,21 +107,26 @@ def _find_similar(arrays: npt.NDArray[np.uint8]) -> list[tuple[int, ...]]:
 
 def _small_versions(arrays: npt.NDArray[np.uint8]) -> Floats:
     """Return (N, D) vectors of length 1: the details of small gray versions, minus their mean."""
-    from scipy import ndimage  # as above
-
     parts = []
     for start in range(0, len(arrays), BLOCK):
-        gray = arrays[start : start + BLOCK].mean(axis=3, keepdims=True).astype(np.uint8)
-        small = images.resize(gray, *SMALL_SIZE)[..., 0].astype(np.float32)
+        small = images.resize(_to_gray(arrays[start : start + BLOCK]), *SMALL_SIZE)[..., 0].astype(np.float32)
         # Brightness and gradients of the background are no evidence of equality.
-        details = small - ndimage.uniform_filter(small, (1, NEIGHBORHOOD, NEIGHBORHOOD), mode="nearest")
-        parts.append(details.clip(-MAX_DETAIL, MAX_DETAIL))
+        parts.append((small - images.box_mean(small, NEIGHBORHOOD)).clip(-MAX_DETAIL, MAX_DETAIL))
     vectors = np.concatenate(parts).reshape(len(arrays), -1)
     if len(vectors) > 10:  # the mean of few images is the images themselves
         vectors -= vectors.mean(axis=0)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: Floats = vectors / np.maximum(norms, 1e-6)
     return unit
+
+
+def _to_gray(arrays: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return (N, H, W, 1): the mean of the channels, rounded down."""
+    total = sum(
+        (arrays[..., n].astype(np.uint16) for n in range(1, arrays.shape[3])), arrays[..., :1][..., 0]
+    )
+    gray: npt.NDArray[np.uint8] = (total // arrays.shape[3]).astype(np.uint8)[..., None]
+    return gray
 
 
 def _candidate_pairs(vectors: Floats) -> Iterator[npt.NDArray[np.int64]]:
@@ -134,11 +139,13 @@ def _candidate_pairs(vectors: Floats) -> Iterator[npt.NDArray[np.int64]]:
     for band in range(NUM_BANDS):
         order = np.argsort(codes[:, band], kind="stable")
         changes = np.flatnonzero(np.diff(codes[order, band])) + 1
+        starts = np.concatenate([[0], changes])
+        sizes = np.diff(starts, append=len(order))
         pairs: list[npt.NDArray[np.int64]] = []
-        for bucket in np.split(order, changes):
-            if 1 < len(bucket) <= MAX_BUCKET:
-                one, other = np.triu_indices(len(bucket), 1)
-                pairs.append(np.stack([bucket[one], bucket[other]], axis=1))
+        for size in np.unique(sizes[(sizes > 1) & (sizes <= MAX_BUCKET)]).tolist():
+            buckets = order[starts[sizes == size][:, None] + np.arange(size)]  # (buckets, size)
+            one, other = np.triu_indices(size, 1)
+            pairs.append(np.stack([buckets[:, one].ravel(), buckets[:, other].ravel()], axis=1))
         if pairs:
             joined = np.concatenate(pairs)
             yield from (joined[start : start + BLOCK] for start in range(0, len(joined), BLOCK))

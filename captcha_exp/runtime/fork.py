@@ -1,4 +1,4 @@
-"""Compute a value in a forked child process, on a second core."""
+"""Compute a value in a forked child process, on another core."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ def run_in_child(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
     fork is not safe, or if the child fails, the yielded function calls the function in this process instead,
     which also raises its exceptions here.
     """
-    if not _can_fork():
+    if count_usable_cores() == 1:
         yield function
         return
     context = multiprocessing.get_context("fork")
@@ -46,11 +46,14 @@ def run_in_child(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
         process.close()
 
 
-def _can_fork() -> bool:
-    """Return whether this process has a second core and no other threads, which a fork would lose."""
+def count_usable_cores() -> int:
+    """Return on how many cores this process and forked children can run; 1 if a fork is not safe.
+
+    It is not if this process has other threads, which a fork would lose.
+    """
     if sys.platform != "linux" or threading.active_count() > 1:
-        return False
-    return len(os.sched_getaffinity(0)) > 1
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
 def _send_result(function: Callable[[], T], sender: Connection) -> None:

@@ -1,28 +1,36 @@
 """Decode the images of a folder that was scanned, and find those that are the same."""
 
+import contextlib
 import hashlib
 import logging
+import math
+import mmap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import features
 
+from captcha_exp.config import CaptchaConfig
 from captcha_exp.data import images
 from captcha_exp.data.duplicates import DuplicateGroup, find_duplicates
-from captcha_exp.data.sources.files import Content
+from captcha_exp.data.sources.files import Content, ImageFiles
 from captcha_exp.data.sources.folder import FolderScan, decode_image
 from captcha_exp.data.sources.labels import Candidate
 from captcha_exp.errors import UserError
-from captcha_exp.runtime.console import progress_bar
+from captcha_exp.runtime.console import ProgressBar, progress_bar
+from captcha_exp.runtime.fork import count_usable_cores, run_in_child
 from captcha_exp.runtime.text import escape_unprintable
 
 logger = logging.getLogger(__name__)
+
+MIN_PART = 100  # images for which a process is worth its start
 
 
 @dataclass(frozen=True)
@@ -64,32 +72,24 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
     start_time, captcha = time.perf_counter(), scan.captcha
     usable = {candidate.name: candidate for candidate in scan.candidates if not candidate.reason}
     rejected = [candidate for candidate in scan.candidates if candidate.reason]
-    found: dict[str, npt.NDArray[np.uint8]] = {}
-    sizes, formats, remarks_of = dict[str, str](), dict[str, str](), dict[str, tuple[str, ...]]()
-    with progress_bar(f"Decoding {len(usable):,} images", len(usable)) as bar:
-        for name, content in scan.files.read(usable):
-            bar.advance(1)
-            try:
-                decoded, array = decode_image(_check_unchanged(usable[name], content), captcha)
-            except images.InvalidImage as reason:
-                rejected.append(replace(usable[name], reason=str(reason)))
-                continue
-            found[name], remarks_of[name] = array, decoded.remarks
-            sizes[name], formats[name] = f"{decoded.image.width}x{decoded.image.height}", decoded.format
-    accepted = [candidate for name, candidate in usable.items() if name in found]
-    arrays = [found[candidate.name] for candidate in accepted]
-    hashes = [hashlib.sha256(array.tobytes()).digest() for array in arrays]
+    pixels, found = _decode_in_parts(scan.files, list(usable.values()), captcha)
+    rejected += [replace(usable[name], reason=each) for name, each in found.items() if isinstance(each, str)]
+    rows, accepted, facts = [], list[Candidate](), list[_Facts]()
+    for row, name in enumerate(usable):
+        if not isinstance(each := found[name], str):
+            rows.append(row)
+            accepted.append(usable[name])
+            facts.append(each)
+    hashes = [hashlib.sha256(pixels[row].data).digest() for row in rows]
     conflicts, repeated = _find_equal_pixels(hashes, accepted)
     dropped = conflicts if keep_duplicates else conflicts | repeated
     keep = [n for n, candidate in enumerate(accepted) if candidate.name not in dropped]
-    kept_images = np.array([arrays[n] for n in keep], np.uint8)
-    kept_images = kept_images.reshape(-1, captcha.height, captcha.width, captcha.channels)
+    kept_images = pixels[[rows[n] for n in keep]]
     rejected = sorted([*rejected, *dropped.values()], key=lambda c: c.name)
-    kept = [accepted[n].name for n in keep]
     remarks: dict[str, list[str]] = defaultdict(list)
-    for name in kept:
-        for remark in remarks_of[name]:
-            remarks[remark].append(name)
+    for n in keep:
+        for remark in facts[n].remarks:
+            remarks[remark].append(accepted[n].name)
     groups = find_duplicates([accepted[n].sha256 for n in keep], [hashes[n] for n in keep], kept_images)
     logger.info(f"Decoded {len(keep):,} images in {time.perf_counter() - start_time:.1f} s")
     return kept_images, ScanResult(
@@ -101,9 +101,56 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
         duplicates=groups,
         splits=[accepted[n].split for n in keep] if any(each.split for each in accepted) else [],
         remarks=dict(remarks),
-        sizes=dict(Counter(sizes[name] for name in kept).most_common()),
-        formats=dict(Counter(formats[name] for name in kept).most_common()),
+        sizes=dict(Counter(facts[n].size for n in keep).most_common()),
+        formats=dict(Counter(facts[n].format for n in keep).most_common()),
     )
+
+
+class _Facts(NamedTuple):
+    """What is known of a decoded image in addition to its pixels."""
+
+    size: str  # of the original, "WxH"
+    format: str
+    remarks: Sequence[str]
+
+
+def _decode_in_parts(
+    files: ImageFiles, candidates: Sequence[Candidate], captcha: CaptchaConfig
+) -> tuple[npt.NDArray[np.uint8], dict[str, _Facts | str]]:
+    """Decode images in a process per core; returns them (N, H, W, C), and by name why one cannot be used.
+
+    Raises:
+        UserError: a file has changed since it was hashed.
+    """
+    shape = len(candidates), captcha.height, captcha.width, captcha.channels
+    memory = mmap.mmap(-1, max(1, math.prod(shape)))  # shared with the children, which write to it
+    pixels = np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
+    num_parts = max(1, min(count_usable_cores(), len(candidates) // MIN_PART))
+    size = -(-len(candidates) // num_parts)
+
+    def decode_part(part: int, bar: ProgressBar | None = None) -> dict[str, _Facts | str]:
+        rows = {candidates[row].name: row for row in range(len(candidates))[part * size : (part + 1) * size]}
+        found: dict[str, _Facts | str] = {}
+        for name, content in files.read(rows):
+            content = _check_unchanged(candidates[rows[name]], content)
+            try:
+                decoded, pixels[rows[name]] = decode_image(content, captcha)
+            except images.InvalidImage as reason:
+                found[name] = str(reason)
+            else:
+                width, height = decoded.image.size
+                found[name] = _Facts(f"{width}x{height}", decoded.format, decoded.remarks)
+            if bar is not None:
+                bar.advance(num_parts)
+        return found
+
+    with contextlib.ExitStack() as children:  # before the progress bar, which may start a thread
+        waits = [children.enter_context(run_in_child(partial(decode_part, n))) for n in range(1, num_parts)]
+        with progress_bar(f"Decoding {len(candidates):,} images", len(candidates)) as bar:
+            found = decode_part(0, bar)
+        for wait in waits:
+            found |= {n: each if isinstance(each, str) else _Facts(*each) for n, each in wait().items()}
+    return pixels, found
 
 
 def _check_unchanged(candidate: Candidate, content: Content) -> bytes:

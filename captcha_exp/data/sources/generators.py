@@ -166,11 +166,20 @@ def check_rendering(data: GeneratorConfig, captcha: CaptchaConfig) -> None:
 
 
 def _make_captcha_renderer(data: CaptchaLibraryConfig) -> RenderFn:
-    """Return a function (text, rng) -> image that uses a seeded version of the module's `secrets`."""
+    """Return a function (text, rng) -> image: that of the package, or a faster one with the same pixels."""
+    from captcha_exp.data.sources import captcha_package
+
+    fonts = [str(path) for path in font_files(data)] or None
+    if captcha_package.is_known():
+        return captcha_package.Renderer(data.width, data.height, fonts)
+    return make_package_renderer(data.width, data.height, fonts)
+
+
+def make_package_renderer(width: int, height: int, fonts: list[str] | None) -> RenderFn:
+    """Return a function (text, rng) -> image that uses a seeded version of the package's `secrets`."""
     import captcha.image
 
-    fonts = [str(path) for path in font_files(data)]
-    generator = captcha.image.ImageCaptcha(data.width, data.height, fonts=fonts or None)
+    generator = captcha.image.ImageCaptcha(width, height, fonts=fonts)
 
     def render(text: str, rng: random.Random) -> Image.Image:
         seeded = SimpleNamespace(randbelow=rng.randrange, choice=rng.choice, randbits=rng.getrandbits)

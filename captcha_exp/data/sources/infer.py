@@ -208,10 +208,8 @@ def stroke_width(array: npt.NDArray[np.uint8]) -> float | None:
     Ink differs from the mean of its neighborhood, so a gradient is none. The width of a long stroke is twice
     its area divided by its perimeter.
     """
-    from scipy import ndimage  # only to scan a folder, not to start every training
-
     gray = array.astype(np.float32).mean(axis=2)
-    contrast = np.abs(gray - ndimage.uniform_filter(gray, 2 * max(3, gray.shape[0] // 4) + 1, mode="nearest"))
+    contrast = np.abs(gray - images.box_mean(gray, 2 * max(3, gray.shape[0] // 4) + 1))
     ink = contrast > max(12.0, 0.5 * float(np.quantile(contrast, 0.98)))
     edges = (ink[:, 1:] != ink[:, :-1]).sum() + (ink[1:] != ink[:-1]).sum()
     return 2 * float(ink.sum()) / float(edges) if edges else None
