@@ -13,7 +13,6 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
-from captcha_exp.report import dataset_page, figures, run_page
 from captcha_exp.runs import MetricsRow, Run, RunEnd, list_checkpoints, now_ms, training_speed
 from captcha_exp.runs.fields import changed_values, to_short_text
 from captcha_exp.runs.info import ResultSummary
@@ -109,6 +108,8 @@ def record_test_results(
     result: TrainResult, data: Dataset, plan: Plan, state: TrainState, recorder: RunRecorder
 ) -> None:
     """Record the test results, the figures of the report and the summary of the run."""
+    from captcha_exp.report import dataset_page, figures, run_page  # matplotlib, which no step needs
+
     run, test = recorder.run, result.test
     low, high = test.accuracy_interval
     metrics = test.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}

@@ -20,6 +20,7 @@ from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
 from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan, Planner
+from captcha_exp.memory.torch_patches import without_compiler
 from captcha_exp.model import heads, optim
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.calibration import calibrate
@@ -30,6 +31,7 @@ from captcha_exp.model.weights import max_file_bytes, weights_sha256, weights_to
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.environment import collect_environment
 from captcha_exp.runtime import device as devices
+from captcha_exp.runtime import startup
 from captcha_exp.runtime.console import ProgressBar, progress_bar
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
 from captcha_exp.training import autotune, oom, sanity
@@ -128,6 +130,7 @@ def train_epoch(
     for batch in training.batches(size, order):
         optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, total_steps))
         step = train_step(state, augmenter(batch), config)
+        startup.first_step.set()
         sanity_checker.observe(state.step, step.loss, step.diverged)
         state.step += 1
         if meter.update(step, len(batch.indices)):
@@ -137,6 +140,7 @@ def train_epoch(
     return meter.metrics()
 
 
+@without_compiler()
 def train(
     requested: Config,
     tracker: Tracker | None = None,
@@ -172,6 +176,7 @@ def train(
         return _record_training(prepared, run, tracker, shutdown, start_time, extend_from, on_complete)
 
 
+@without_compiler()
 def resume(
     run_dir: Path,
     tracker: Tracker | None = None,
