@@ -8,20 +8,17 @@ not been interrupted.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from captcha_exp import runs
-from captcha_exp.config import Config, resolve, with_planned_precision
+from captcha_exp.config import Config
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
-from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
+from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.errors import UserError
-from captcha_exp.memory.plan import Plan, Planner
+from captcha_exp.memory.plan import Plan
 from captcha_exp.memory.torch_patches import without_compiler
-from captcha_exp.model import heads, optim
+from captcha_exp.model import optim
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.calibration import calibrate
 from captcha_exp.model.evaluate import evaluate
@@ -34,8 +31,9 @@ from captcha_exp.runtime import device as devices
 from captcha_exp.runtime import startup
 from captcha_exp.runtime.console import ProgressBar, progress_bar
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
-from captcha_exp.training import autotune, oom, sanity
+from captcha_exp.training import oom, sanity
 from captcha_exp.training.checkpointer import Checkpointer
+from captcha_exp.training.prepare import PreparedTraining, prepare
 from captcha_exp.training.progress import EpochMeter, format_epoch, log_plan, num_images_seen
 from captcha_exp.training.recorder import (
     NullTracker,
@@ -168,12 +166,12 @@ def train(
     """
     start_time = time.perf_counter()
     shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
-    prepared = _prepare(requested)
-    if extend_from is not None:
-        _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
-    with shutdown:
-        run = runs.create_run(prepared.config, requested, run_dir, lineage)
-        return _record_training(prepared, run, tracker, shutdown, start_time, extend_from, on_complete)
+    with prepare(requested) as prepared:
+        if extend_from is not None:
+            _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
+        with shutdown:
+            run = runs.create_run(prepared.config, requested, run_dir, lineage)
+            return _record_training(prepared, run, tracker, shutdown, start_time, extend_from, on_complete)
 
 
 @without_compiler()
@@ -200,34 +198,9 @@ def resume(
     config = runs.load(run_dir).config_to_resume()
     dataset.check_images_exist(config)
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
-    with shutdown:
-        prepared = _prepare(dataset.with_trusted_cache(config))
+    with shutdown, prepare(dataset.with_trusted_cache(config)) as prepared:
         run = runs.reopen_run(run_dir)
         return _record_training(prepared, run, tracker, shutdown, start_time, extend_from)
-
-
-@dataclass(frozen=True)
-class _PreparedTraining:
-    """A training that is ready to start."""
-
-    config: Config  # without any `auto`
-    device: torch.device
-    dataset_spec: DatasetSpec
-    plan: Plan
-    trials: dict[str, autotune.Trials]  # for environment.json
-
-
-def _prepare(requested: Config) -> _PreparedTraining:
-    """Resolve and autotune the config, inspect the dataset and plan the memory."""
-    config = resolve(requested, devices.detect_machine())
-    device = devices.setup_device(config)
-    spec = dataset.inspect_dataset(config)
-    heads.report_choice(requested, spec.config)
-    config, trials = autotune.autotune(spec.config, requested, spec.split_sizes)
-    devices.set_memory_limit(config, device)
-    planned = config if device.type == "cuda" else with_planned_precision(config, requested)
-    planner = Planner(planned, spec.split_sizes, devices.gpu_total_mib(config))
-    return _PreparedTraining(config, device, spec, planner.plan_for(int(config.train.batch_size)), trials)
 
 
 def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
@@ -264,7 +237,7 @@ def _is_epoch_row(row: MetricsRow) -> bool:
 
 
 def _record_training(
-    prepared: _PreparedTraining,
+    prepared: PreparedTraining,
     run: Run,
     tracker: Tracker | None,
     shutdown: ShutdownHandler,
@@ -285,7 +258,7 @@ def _record_training(
 
 
 def _run_training(
-    prepared: _PreparedTraining,
+    prepared: PreparedTraining,
     recorder: RunRecorder,
     shutdown: ShutdownHandler,
     start_time: float,
@@ -334,15 +307,24 @@ def _run_training(
     return result
 
 
-def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Dataset:
+def _record_inputs(prepared: PreparedTraining, recorder: RunRecorder) -> Dataset:
     """Record the environment, the memory plan and the dataset; return the dataset."""
     config, run = prepared.config, recorder.run
     logger.info(f"run {run.run_dir} on {devices.describe(config)}")
-    log_plan(prepared.plan, config)
     environment = collect_environment(config) | prepared.trials
     record_environment(environment, recorder)
-    run.write_json("memory.json", prepared.plan.to_json())
+    is_cached = prepared.dataset_spec.cache_path.is_file()
+    if not is_cached:  # rendering may take minutes
+        _record_plan(prepared.plan, config, run)
     data = dataset.load_or_build(prepared.dataset_spec)
+    if is_cached:  # the plan may still be in the making
+        _record_plan(prepared.plan, config, run)
     check_dataset_unchanged(data.manifest, run)
     run.write_json("dataset.json", data.manifest)
     return data
+
+
+def _record_plan(plan: Plan, config: Config, run: Run) -> None:
+    """Log the memory plan, and write it."""
+    log_plan(plan, config)
+    run.write_json("memory.json", plan.to_json())
