@@ -37,6 +37,7 @@ from captcha_exp.training.prepare import PreparedTraining, prepare
 from captcha_exp.training.progress import EpochMeter, format_epoch, log_plan, num_images_seen
 from captcha_exp.training.recorder import (
     NullTracker,
+    OnResult,
     RunRecorder,
     Tracker,
     TrainResult,
@@ -148,6 +149,7 @@ def train(
     extend_from: Path | None = None,
     on_complete: Callable[[Run], None] | None = None,
     shutdown: ShutdownHandler | None = None,
+    on_result: OnResult | None = None,
 ) -> TrainResult:
     """Train, test and record a model in a new run.
 
@@ -159,6 +161,7 @@ def train(
         extend_from: The directory of a finished run whose final state this one starts from.
         on_complete: Called with the complete run before it is closed, to add to its record.
         shutdown: Decides when to stop; by default a signal or train.max_minutes.
+        on_result: Called with the directory and the results before the figures are drawn.
 
     Raises:
         TrainingOutOfMemoryError: out of memory; train.on_oom says whether the run counts as failed.
@@ -171,7 +174,8 @@ def train(
             _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
         with shutdown:
             run = runs.create_run(prepared.config, requested, run_dir, lineage)
-            return _record_training(prepared, run, tracker, shutdown, start_time, extend_from, on_complete)
+            recorder = RunRecorder(run, tracker or NullTracker(), on_result)
+            return _record_training(prepared, recorder, shutdown, start_time, extend_from, on_complete)
 
 
 @without_compiler()
@@ -181,6 +185,7 @@ def resume(
     *,
     extend_from: Path | None = None,
     shutdown: ShutdownHandler | None = None,
+    on_result: OnResult | None = None,
 ) -> TrainResult:
     """Resume an interrupted run from its latest checkpoint, with its own config and in its own record.
 
@@ -189,6 +194,7 @@ def resume(
         tracker: As in `train`.
         extend_from: The finished run that this one extends, if any; used if it has no checkpoint yet.
         shutdown: As in `train`.
+        on_result: As in `train`.
 
     Raises:
         TrainingOutOfMemoryError: as in `train`.
@@ -200,7 +206,8 @@ def resume(
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
     with shutdown, prepare(dataset.with_trusted_cache(config)) as prepared:
         run = runs.reopen_run(run_dir)
-        return _record_training(prepared, run, tracker, shutdown, start_time, extend_from)
+        recorder = RunRecorder(run, tracker or NullTracker(), on_result)
+        return _record_training(prepared, recorder, shutdown, start_time, extend_from)
 
 
 def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
@@ -238,15 +245,14 @@ def _is_epoch_row(row: MetricsRow) -> bool:
 
 def _record_training(
     prepared: PreparedTraining,
-    run: Run,
-    tracker: Tracker | None,
+    recorder: RunRecorder,
     shutdown: ShutdownHandler,
     start_time: float,
     extend_from: Path | None,
     on_complete: Callable[[Run], None] | None = None,
 ) -> TrainResult:
     """Train from the latest checkpoint, the final state of another run, or scratch; record the outcome."""
-    recorder = RunRecorder(run, tracker or NullTracker())
+    run = recorder.run
     with record_outcome(recorder, prepared.config):
         recorded_epochs = {row.step for row in run.metrics_rows() if _is_epoch_row(row)}
         saved = checkpoint.load_latest(run.checkpoint_dir, prepared.config, recorder.warn, recorded_epochs)
