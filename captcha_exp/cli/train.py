@@ -7,15 +7,17 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from captcha_exp import runs
 from captcha_exp.cli import output, resume
-from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.cli.hydra_config import ComposedConfig, try_compose
 from captcha_exp.cli.overrides import quote
-from captcha_exp.config import Machine
-from captcha_exp.errors import UserError
+from captcha_exp.config import Machine, plain_values
+from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.runs import RunInfo
 from captcha_exp.runs.info import ResultSummary
+from captcha_exp.runtime.fork import run_in_child
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 from captcha_exp.tracking import check_tracking, make_tracker, registered_name
 from captcha_exp.tracking.sync import close_stale_runs
@@ -32,7 +34,7 @@ def train(arguments: argparse.Namespace, detect_machine: Callable[[], Machine], 
     close_stale_runs()
     composed = None
     if not arguments.multirun:
-        composed = try_compose(arguments.overrides, arguments.config_dir)
+        composed = _compose_and_import_torch(arguments)
     if composed is None or composed.multirun:
         from captcha_exp.cli.sweep import train_sweep
 
@@ -45,6 +47,25 @@ def train(arguments: argparse.Namespace, detect_machine: Callable[[], Machine], 
     with resume.plan_resume(arguments, composed, detect_machine()) as plan:
         run_dir = _train(plan, arguments.resume, printer)
     return _report(run_dir, arguments.json, program, printer)
+
+
+def _compose_and_import_torch(arguments: argparse.Namespace) -> ComposedConfig:
+    """Compose the config in a child process, while this one imports torch."""
+
+    def compose() -> dict[str, Any] | None:
+        composed = try_compose(arguments.overrides, arguments.config_dir)
+        try:
+            return {**vars(composed), "config": plain_values(composed.config)}
+        except ConfigError:  # of an interpolation; `to_config` reports it with all other mistakes
+            return None
+
+    with run_in_child(compose) as wait:
+        import torch  # noqa: F401
+
+        values = wait()
+    if values is None:
+        return try_compose(arguments.overrides, arguments.config_dir)
+    return ComposedConfig(**values)
 
 
 class ResultPrinter:
