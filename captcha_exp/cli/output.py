@@ -97,14 +97,14 @@ def print_rows(columns: Sequence[str], rows: Iterable[Iterable[str]], right: Con
     with out.capture() as capture:
         print_table(make_table(columns, [map(Text, placeholders)]), out)
     above, row, below = re.split(rf"(?m)^(.*{placeholders[0]}.*\n)", capture.get())
-    print(above, end="", file=out.file)
+    lines = []
     for cells in texts:
         line = row
         for column, cell, placeholder, width in zip(columns, cells, placeholders, widths, strict=True):
             padding = " " * (width - cell_len(cell))
             line = line.replace(placeholder, padding + cell if column in right else cell + padding)
-        print(line, end="", file=out.file)
-    print(below, end="", file=out.file)
+        lines.append(line)
+    print("".join([above, *lines, below]), end="", file=out.file)
 
 
 def format_value(key: str, value: Any) -> str:
