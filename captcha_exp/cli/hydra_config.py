@@ -42,7 +42,7 @@ HYDRA_KEYS = {  # beginning of a key that has no effect -> what to do
 class ComposedConfig:
     """A composed config, and the mistakes in its overrides."""
 
-    config: "DictConfig"
+    config: Any  # a DictConfig, or the plain values of one
     choices: dict[str, str]  # config group -> selected file
     raw_overrides: dict[str, str]  # key -> value as typed
     errors: list[str]
@@ -83,7 +83,8 @@ def compose(*overrides: str, config_dir: str | None = None) -> "DictConfig":
     composed = try_compose(list(overrides), config_dir)
     if composed.errors:
         raise ConfigError(*composed.errors)
-    return composed.config
+    config: DictConfig = composed.config
+    return config
 
 
 def try_compose(overrides: Sequence[str], config_dir: str | None) -> ComposedConfig:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # some import torch, which takes seconds
 MAX_SUSPECTS = 20  # rows of the table of suspected labels
 MAX_ROWS = 12  # of a table of `evaluate`
 MAX_WIDTH = 10_000  # characters of a line in a file or a pipe
+PRIVATE_USE = 0xE000  # code points of no character
 
 
 def get_console() -> SafeConsole:
@@ -73,14 +75,36 @@ def make_table(
     return table
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, out: SafeConsole | None = None) -> None:
     """Print a table without truncation: one wider than the terminal has no frame and long lines."""
-    out = get_console()
+    out = out or get_console()
     width = out.width if out.is_terminal else MAX_WIDTH
     out.width = MAX_WIDTH
     if out.measure(table).maximum > width:
         table.box, table.pad_edge = None, False
     out.print(table)
+
+
+def print_rows(columns: Sequence[str], rows: Iterable[Iterable[str]], right: Container[str] = ()) -> None:
+    """Print a table of many rows as `print_table` does.
+
+    Rich renders the frame and one row, whose placeholders are replaced: it would take 1 ms for each row.
+    """
+    texts = [[escape_unprintable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *texts, strict=True)]
+    placeholders = [chr(PRIVATE_USE + number) * width for number, width in enumerate(widths)]
+    out = get_console()
+    with out.capture() as capture:
+        print_table(make_table(columns, [map(Text, placeholders)]), out)
+    above, row, below = re.split(rf"(?m)^(.*{placeholders[0]}.*\n)", capture.get())
+    lines = []
+    for cells in texts:
+        line = row
+        for column, cell, placeholder, width in zip(columns, cells, placeholders, widths, strict=True):
+            padding = " " * (width - cell_len(cell))
+            line = line.replace(placeholder, padding + cell if column in right else cell + padding)
+        lines.append(line)
+    print("".join([above, *lines, below]), end="", file=out.file)
 
 
 def format_value(key: str, value: Any) -> str:

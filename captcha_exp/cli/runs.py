@@ -194,7 +194,7 @@ def _print_runs(selected: Sequence[RunFields], keys: Sequence[str]) -> None:
             )
         )
     columns = ("run", "status", *RESULT_COLUMNS, "MLflow id", *keys)
-    output.print_table(output.make_table(columns, rows, right=keys))
+    output.print_rows(columns, rows, right=keys)
 
 
 def _format_cell(run: RunFields, key: str) -> str:

@@ -7,14 +7,17 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from captcha_exp import runs
 from captcha_exp.cli import output, resume
-from captcha_exp.cli.hydra_config import try_compose
+from captcha_exp.cli.hydra_config import ComposedConfig, try_compose
 from captcha_exp.cli.overrides import quote
-from captcha_exp.config import Machine
-from captcha_exp.errors import UserError
+from captcha_exp.config import Machine, plain_values
+from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.runs import RunInfo
+from captcha_exp.runs.info import ResultSummary
+from captcha_exp.runtime.fork import run_in_child
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
 from captcha_exp.tracking import check_tracking, make_tracker, registered_name
 from captcha_exp.tracking.sync import close_stale_runs
@@ -31,7 +34,7 @@ def train(arguments: argparse.Namespace, detect_machine: Callable[[], Machine], 
     close_stale_runs()
     composed = None
     if not arguments.multirun:
-        composed = try_compose(arguments.overrides, arguments.config_dir)
+        composed = _compose_and_import_torch(arguments)
     if composed is None or composed.multirun:
         from captcha_exp.cli.sweep import train_sweep
 
@@ -40,12 +43,50 @@ def train(arguments: argparse.Namespace, detect_machine: Callable[[], Machine], 
         raise UserError(
             "--rerun-disturbed: trains jobs of a sweep again; add -m and the overrides of the sweep"
         )
+    printer = ResultPrinter(arguments.json)
     with resume.plan_resume(arguments, composed, detect_machine()) as plan:
-        run_dir = _train(plan, arguments.resume)
-    return _report(run_dir, arguments.json, program)
+        run_dir = _train(plan, arguments.resume, printer)
+    return _report(run_dir, arguments.json, program, printer)
 
 
-def _train(plan: resume.ResumePlan, resumed: str) -> Path:
+def _compose_and_import_torch(arguments: argparse.Namespace) -> ComposedConfig:
+    """Compose the config in a child process, while this one imports torch."""
+
+    def compose() -> dict[str, Any] | None:
+        composed = try_compose(arguments.overrides, arguments.config_dir)
+        try:
+            return {**vars(composed), "config": plain_values(composed.config)}
+        except ConfigError:  # of an interpolation; `to_config` reports it with all other mistakes
+            return None
+
+    with run_in_child(compose) as wait:
+        import torch  # noqa: F401
+
+        values = wait()
+    if values is None:
+        return try_compose(arguments.overrides, arguments.config_dir)
+    return ComposedConfig(**values)
+
+
+class ResultPrinter:
+    """Prints the results of a training, by default before its figures are drawn."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.error: OSError | SystemExit | None = None
+        self._is_done = as_json  # as a part of the JSON
+
+    def __call__(self, run_dir: Path, result: ResultSummary) -> None:
+        """Print the results, once; an error is kept, as a closed pipe is no reason to fail the run."""
+        if self._is_done:
+            return
+        self._is_done = True
+        try:
+            print_result(run_dir, result)
+        except (OSError, SystemExit) as error:
+            self.error = error
+
+
+def _train(plan: resume.ResumePlan, resumed: str, on_result: ResultPrinter) -> Path:
     """Train one run; return its directory."""
     from captcha_exp.training.train import resume as resume_training
     from captcha_exp.training.train import train as start_training
@@ -63,10 +104,14 @@ def _train(plan: resume.ResumePlan, resumed: str) -> Path:
         return train_with_oom_retry(job, resume.run_dir_factory(plan, resumed))
     tracker = make_tracker(config, plan.choices)
     if plan.run_dir is None:
-        result = start_training(config, tracker, lineage=plan.lineage, extend_from=plan.extend_from)
+        result = start_training(
+            config, tracker, lineage=plan.lineage, extend_from=plan.extend_from, on_result=on_result
+        )
     else:
         stop = ShutdownHandler(config.train.max_minutes)  # may differ from that of the run
-        result = resume_training(plan.run_dir, tracker, extend_from=plan.extend_from, shutdown=stop)
+        result = resume_training(
+            plan.run_dir, tracker, extend_from=plan.extend_from, shutdown=stop, on_result=on_result
+        )
     if registered_name(result.config) is not None:
         from captcha_exp.export.register import register_after_training
 
@@ -74,22 +119,24 @@ def _train(plan: resume.ResumePlan, resumed: str) -> Path:
     return result.run_dir
 
 
-def _report(run_dir: Path, as_json: bool, program: str) -> int:
+def _report(run_dir: Path, as_json: bool, program: str, printer: ResultPrinter) -> int:
     info = RunInfo.load(run_dir)
     if as_json:
         result = {} if info.result is None else info.result.model_dump()
         output.print_json({"run_dir": str(run_dir), "status": info.status, **result})
     elif info.result is not None:
-        print_training(run_dir, info, program)
+        printer(run_dir, info.result)  # unless it has: another process may have trained
+        if printer.error is not None:
+            raise printer.error
+        print_record(run_dir, info, program)
     if info.stop_reason == "time limit":  # raised in a child process
         return TimeLimitReached.exit_code
     return 0 if info.status == "FINISHED" else 1
 
 
-def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
-    """Print test accuracy, cost, weights and location of a finished run, and suggested next commands."""
-    test, result = json.loads((run_dir / "test.json").read_text(encoding="utf-8")), info.result
-    assert result is not None  # the run has finished
+def print_result(run_dir: Path, result: ResultSummary) -> None:
+    """Print test accuracy, cost and weights of a training."""
+    test = json.loads((run_dir / "test.json").read_text(encoding="utf-8"))
     interval = (test["accuracy_low"], test["accuracy_high"])
     accuracy = output.format_accuracy(test["accuracy"], interval, test["correct"], test["images"])
     out = output.get_console()
@@ -104,6 +151,11 @@ def print_training(run_dir: Path, info: RunInfo, program: str) -> None:
     if result.speed_disturbed:
         out.print("training speed disturbed: other processes took cores that the training asked for")
     out.print(f"weights {result.weights_sha256}", markup=False)
+
+
+def print_record(run_dir: Path, info: RunInfo, program: str) -> None:
+    """Print where a finished run is recorded, and suggested next commands."""
+    out = output.get_console()
     if info.run_id:
         out.print(f"run {info.run_id}", markup=False)
     if info.mlflow is not None:

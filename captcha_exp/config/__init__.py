@@ -20,6 +20,7 @@ from captcha_exp.config.loading import frozen_without as frozen_without
 from captcha_exp.config.loading import gpu_to_yaml as gpu_to_yaml
 from captcha_exp.config.loading import load as load
 from captcha_exp.config.loading import load_gpu as load_gpu
+from captcha_exp.config.loading import plain_values as plain_values
 from captcha_exp.config.loading import resolve as resolve
 from captcha_exp.config.loading import to_dict as to_dict
 from captcha_exp.config.loading import to_yaml as to_yaml

@@ -73,7 +73,7 @@ def load(
     Raises:
         ConfigError: the config is invalid; one line per error: the key, the value, the limits.
     """
-    raw = _load_raw(source)
+    raw = plain_values(source)
     errors: list[str] = []
     config: Config | None = None
     try:
@@ -94,7 +94,7 @@ def load_gpu(path: Path) -> GpuSpec:
     Raises:
         ConfigError: the file is invalid; one line per error: the file, the key, the value, the limits.
     """
-    raw = _load_raw(path)
+    raw = plain_values(path)
     try:
         return _GPU_ADAPTER.validate_json(json.dumps(raw, default=lambda value: [repr(value)]))
     except ValidationError as error:
@@ -257,8 +257,8 @@ def flatten_mapping(node: object, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _load_raw(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
-    """Return the plain values of a composed config or a file, with the types that YAML gave them.
+def plain_values(source: Mapping[str, Any] | omegaconf.DictConfig | Path) -> Any:
+    """Return the plain values of a composed config or a file, with the types that YAML gave them; unchecked.
 
     Raises:
         ConfigError: the source cannot be read; the line says why.
@@ -310,7 +310,7 @@ def with_gpu(config: omegaconf.DictConfig, path: Path, overrides: Mapping[str, A
     Raises:
         ConfigError: the file cannot be read; the line says why.
     """
-    gpu = _load_raw(path)
+    gpu = plain_values(path)
     with omegaconf.open_dict(config):
         config.gpu = gpu
         for key, value in overrides.items():

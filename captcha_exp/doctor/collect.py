@@ -181,7 +181,8 @@ def _inspect_store(config: Config) -> dict[str, Any]:
     from captcha_exp.tracking.problems import source_of
 
     try:
-        from captcha_exp.tracking.store import find_moved_artifacts, inspect_store
+        from captcha_exp.tracking.inspection import inspect_store
+        from captcha_exp.tracking.store import find_moved_artifacts
     except Exception as error:  # a missing library raises ImportError, OSError and others
         return {"store_error": f"cannot import MLflow: {_describe(error)}"}
     uri = tracking.uri

@@ -97,6 +97,20 @@ class Plan:
         """Return values that `json` can write; a range is a list of two."""
         return asdict(self)
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Plan":
+        """Return the plan with these values, those of `to_json` after a round trip through `json`."""
+
+        def restore(value: Any) -> Any:
+            match value:
+                case [low, high]:
+                    return MiBRange(low, high)
+                case {}:
+                    return Peak(**{name: restore(each) for name, each in value.items()})
+            return value
+
+        return Plan(**{name: restore(value) for name, value in values.items()})
+
 
 class PlannerCache:
     """Traces and replays for planners whose configs differ only in the GPU or the budget."""

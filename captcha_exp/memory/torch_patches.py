@@ -1,8 +1,8 @@
-"""Changes to torch while a trace runs.
+"""Changes to torch while a trace or a training runs.
 
 `without_compiler` runs torch's optimizers without importing torch's compiler, which takes longer than several
-traces. An optimizer's `step` imports `torch._dynamo` the first time it runs, only to exclude itself from
-compilation. A trace compiles nothing, so a stub suffices.
+traces. An optimizer imports `torch._dynamo` when it is built and in each step, only to exclude itself from
+compilation. Neither a trace nor a training compiles anything, so a stub suffices.
 
 Source: torch/_compile.py, `_disable_dynamo`, and torch/optim/optimizer.py, `_use_grad_for_differentiable`.
 """

@@ -3,6 +3,7 @@
 Fields that may contain the name of a file are of type `Text`.
 """
 
+import functools
 import shlex
 import threading
 from datetime import datetime
@@ -155,29 +156,19 @@ class Record(ProcessIdentity):
         if (weights := directory / WEIGHTS).is_file():
             hint += f"; captcha-exp predict {shlex.quote(str(weights))} still works"
         try:
-            values = parse_json(read_document(path))
-            if not isinstance(values, dict):
-                raise ValueError("not an object with keys and values")
-            checksum, found = values.pop(CHECKSUM_KEY, None), values.get("format")
-            if checksum is None and found is None and "status" in values:
-                writer = "captcha_exp 0.1"
-            elif checksum != sha256_of_json(values):
-                problem = "has no checksum" if checksum is None else "does not match its checksum"
-                raise ValueError(f"{problem}: it was edited, or is damaged")
-            elif found != RECORD_FORMAT:
-                writer = f"a version with record format {found!r}"
-            else:
-                return cls.model_validate(values)
+            record: Self = _parse(cls, read_document(path))
+            return record
+        except _OtherVersionError as error:
+            raise UserError(
+                f"{directory}: was written by {error}, which this version cannot read; train again, or use "
+                f"{error}"
+            ) from None
         except ValidationError as error:
             located = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
             mistakes = "; ".join(f"{key or 'content'}: {message}" for key, message in located)
             raise DamagedFile(f"{path}: is not a valid {cls.filename}: {mistakes}; {hint}") from None
         except (OSError, ValueError) as error:
             raise DamagedFile(f"{path}: cannot be read: {error}; {hint}") from None
-        raise UserError(
-            f"{directory}: was written by {writer}, which this version cannot read; "
-            f"train again, or use {writer}"
-        )
 
     @property
     def is_running(self) -> bool:
@@ -192,6 +183,30 @@ class Record(ProcessIdentity):
     def run_id(self) -> str | None:
         """MLflow run ID."""
         return None if self.mlflow is None else self.mlflow.run_id
+
+
+InfoT = TypeVar("InfoT", bound=Record)
+
+
+class _OtherVersionError(Exception):
+    """The record was written by the version that the message names."""
+
+
+@functools.lru_cache(maxsize=2**16)  # a command reads each record up to three times
+def _parse(kind: type[InfoT], content: bytes) -> InfoT:
+    """Return the record in the content of a file; raises as `Record.load` describes."""
+    values = parse_json(content)
+    if not isinstance(values, dict):
+        raise ValueError("not an object with keys and values")
+    checksum, found = values.pop(CHECKSUM_KEY, None), values.get("format")
+    if checksum is None and found is None and "status" in values:
+        raise _OtherVersionError("captcha_exp 0.1")
+    if checksum != sha256_of_json(values):
+        problem = "has no checksum" if checksum is None else "does not match its checksum"
+        raise ValueError(f"{problem}: it was edited, or is damaged")
+    if found != RECORD_FORMAT:
+        raise _OtherVersionError(f"a version with record format {found!r}")
+    return kind.model_validate(values)
 
 
 class RunInfo(Record):
@@ -251,9 +266,6 @@ class SweepInfo(Record):
         if len(self.predicted) != len(self.jobs):
             raise ValueError(f"{len(self.predicted)} plans of {len(self.jobs)} jobs")
         return self
-
-
-InfoT = TypeVar("InfoT", bound=Record)
 
 
 class RecordedDir(Generic[InfoT]):

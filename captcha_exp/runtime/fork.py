@@ -34,6 +34,7 @@ def run_in_child(function: Callable[[], T]) -> Iterator[Callable[[], T]]:
     def wait() -> T:
         with contextlib.suppress(EOFError):
             value: T = json.loads(receiver.recv_bytes())
+            process.join()
             return value
         return function()
 
@@ -59,5 +60,6 @@ def count_usable_cores() -> int:
 def _send_result(function: Callable[[], T], sender: Connection) -> None:
     """Call the function in the child and send its result to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and kills this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the handler of the parent would report it twice
     with contextlib.suppress(Exception):
         sender.send_bytes(json.dumps(function()).encode())

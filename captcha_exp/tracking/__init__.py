@@ -1,5 +1,6 @@
 """MLflow tracking: send a run or sweep while it runs (`tracker`) or later (`sync`), both by `delivery`; the
-backend store (`store`, `problems`), the UI (`server`, `views`), artifacts (`download`) and models (`models`).
+backend store (`store`, `inspection`, `problems`), the UI (`server`, `views`), artifacts (`download`) and
+models (`models`).
 
 Import from the modules: MLflow is imported only where it is needed, in a training by the sending thread.
 """
@@ -42,7 +43,7 @@ def check_tracking(config: "Config") -> None:
     from captcha_exp.tracking.problems import source_of
 
     if not tracking.uri.startswith(("http://", "https://")):
-        from captcha_exp.tracking.store import check_store
+        from captcha_exp.tracking.inspection import check_store
 
         check_store(tracking.uri, tracking.experiment)
     logger.info(f"Recording in MLflow at {tracking.uri} ({source_of(tracking.uri)})")

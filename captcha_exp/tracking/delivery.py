@@ -123,7 +123,7 @@ class Delivery:
             if self._store_file != self._file_identity():  # SQLite would write to the deleted file
                 raise StoreError("the store was deleted or replaced")
             return
-        from captcha_exp.tracking.store import inspect_store, open_store
+        from captcha_exp.tracking.inspection import inspect_store
 
         ref, path = self.content.ref, sqlite_path(self.content.ref.uri)
         is_new_run = ref.run_id is None or self._may_recreate
@@ -135,6 +135,8 @@ class Delivery:
             raise RunDeletedError
         if status not in ("new", "current", "locked"):  # `open_store` waits for a lock
             raise StoreError(f"the store is {status}" + (f" ({shorten(detail)})" if detail else ""))
+        from captcha_exp.tracking.store import open_store
+
         self._client = open_store(ref.uri)
         self._store_file = self._file_identity()
         self.progress += 1

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from captcha_exp.errors import UserError, first_line
+from captcha_exp.tracking.inspection import inspect_store
 from captcha_exp.tracking.problems import describe_problem
-from captcha_exp.tracking.store import inspect_store, open_store, run_exists
+from captcha_exp.tracking.store import open_store, run_exists
 
 
 def download_artifacts(run_id: str, uri: str, names: Iterable[str], dst_dir: Path) -> bool:

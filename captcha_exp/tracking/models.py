@@ -30,8 +30,9 @@ from captcha_exp.runs import RunInfo, stale_in
 from captcha_exp.runtime.paths import root_dir
 from captcha_exp.tracking.content import current_ref
 from captcha_exp.tracking.delivery import shorten
+from captcha_exp.tracking.inspection import inspect_store
 from captcha_exp.tracking.problems import describe_problem, source_of
-from captcha_exp.tracking.store import inspect_store, open_store, run_exists
+from captcha_exp.tracking.store import open_store, run_exists
 from captcha_exp.tracking.sync import sync_owed
 
 MODEL_NAME = "onnx"  # of the model within its run

@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from captcha_exp.config import MlflowConfig, sqlite_path
 from captcha_exp.errors import UserError, first_line
 from captcha_exp.tracking import views
+from captcha_exp.tracking.inspection import inspect_store
 from captcha_exp.tracking.problems import describe_problem
-from captcha_exp.tracking.store import inspect_store, open_store
+from captcha_exp.tracking.store import open_store
 
 logger = logging.getLogger(__name__)
 

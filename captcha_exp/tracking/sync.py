@@ -144,8 +144,8 @@ def redirect(owed: Sequence[StaleRun[Any]], uri: str) -> None:
     Raises:
         UserError: the store cannot be used now; nothing has been changed.
     """
+    from captcha_exp.tracking.inspection import inspect_store
     from captcha_exp.tracking.problems import describe_problem
-    from captcha_exp.tracking.store import inspect_store
 
     status, detail = inspect_store(uri, "")
     path = sqlite_path(uri)
@@ -194,7 +194,7 @@ def _sync_run(stale: StaleRun[Any], unreachable: dict[str, str]) -> SyncResult:
         is_deleted = True
         run.update_mlflow(closed=True, owed=[])
     except Exception as error:  # MLflow does not wrap SQL, HTTP and file errors
-        from captcha_exp.tracking.store import inspect_store
+        from captcha_exp.tracking.inspection import inspect_store
 
         problem = shorten(error)
         if inspect_store(uri, "")[0] != "current":

@@ -2,7 +2,8 @@
 
 The run directory is written first and is complete without MLflow. The thread sends its new content, so a
 store that is slow, away or absent costs a training nothing: no queue can overflow, and what a killed process
-did not send is still in the directory. MLflow is imported in the thread.
+did not send is still in the directory. MLflow is imported in the thread, after the first step of a training:
+the import would take as long as all before that step, and slow it down.
 """
 
 import logging
@@ -14,12 +15,15 @@ from typing import Any
 from captcha_exp.config import Config, MlflowConfig, sqlite_path
 from captcha_exp.runs import MetricsRow, RecordedDir, Run
 from captcha_exp.runs.info import MlflowRef
+from captcha_exp.runtime import startup
 from captcha_exp.tracking.content import ParentMissingError, current_ref
 from captcha_exp.tracking.delivery import Delivery, RunDeletedError, shorten
 from captcha_exp.tracking.sync import sync_reachable
 
 logger = logging.getLogger(__name__)
 
+MAX_START_SECONDS = 10.0
+"""maximum wait for the first step: a training that renders its images first is in MLflow meanwhile"""
 SEND_INTERVAL_SECONDS = 2.0  # epochs that follow each other faster are sent together
 RETRY_INTERVAL_SECONDS = 5.0  # after the first failure; doubled by each further one
 MAX_RETRY_INTERVAL_SECONDS = 60.0
@@ -41,8 +45,9 @@ class Sender:
         tracking: MlflowConfig,
         run_name: str | None = None,
         tags: Mapping[str, str] | None = None,
+        start: threading.Event | None = None,
     ) -> None:
-        """Record where the run will be in MLflow, and start to send it.
+        """Record where the run will be in MLflow, and start to send it, once `start` is set if it is given.
 
         Raises:
             RunFailed: tracking.required is set, and the store cannot be used.
@@ -55,6 +60,7 @@ class Sender:
         self._recorded, self._delivery = recorded, Delivery(recorded)
         self._has_news, self._is_ending = threading.Event(), threading.Event()
         self._was_lost = self._was_back = False
+        self._start = start
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         if tracking.required:
             from captcha_exp.tracking.store import raise_run_failed
@@ -73,6 +79,8 @@ class Sender:
         limit = END_SECONDS if sqlite_path(info.mlflow.uri) is None else LOCAL_END_SECONDS
         self._is_ending.set()
         self._has_news.set()
+        if self._start is not None:
+            self._start.set()
         if info.status == "KILLED":
             limit = min(limit, STOP_END_SECONDS)
         try:
@@ -84,6 +92,8 @@ class Sender:
                 self._recorded.update_mlflow(owed=self._delivery.describe_owed())
 
     def _run(self) -> None:
+        if self._start is not None:
+            self._start.wait(MAX_START_SECONDS)
         has_synced_others = is_last = False
         pause = RETRY_INTERVAL_SECONDS
         while not is_last:
@@ -165,7 +175,7 @@ class MlflowTracker:
             RunFailed: tracking.required is set, and the store cannot be used.
         """
         assert isinstance(config.tracking, MlflowConfig)  # `make_tracker` checks this
-        self._sender = Sender(run, config.tracking, self._run_name, self._tags)
+        self._sender = Sender(run, config.tracking, self._run_name, self._tags, startup.first_step)
 
     def log_metrics(self, row: MetricsRow) -> None:  # noqa: ARG002  the thread reads it from the run
         """Let the thread send the new row."""

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 MIN_COSINE = 0.9  # between the gradients of fp32 and of the precision; 0 for unrelated ones
 MAX_TRIAL_IMAGES = 32  # of the step in each precision
-TRIAL_STEPS = 6  # in each precision, in which the loss scale of fp16 has time to adapt
+TRIAL_STEPS = 6  # in fp16, in which its loss scale has time to adapt
 TIMED_STEPS = 5
 
 INITIAL_BATCH_SIZE = 8  # doubled after each trial
@@ -217,7 +217,8 @@ def _try_precision(
     if reference is None:
         return PrecisionTrial(precision, True, 1.0), gradient
     state.optimizer.zero_grad(set_to_none=True)
-    steps = [train_step(state, batch, config) for _ in range(TRIAL_STEPS)]
+    num_steps = 1 if state.loss_scale is None else TRIAL_STEPS
+    steps = [train_step(state, batch, config) for _ in range(num_steps)]
     cosine = float(torch.cosine_similarity(gradient, reference, dim=0))
     return PrecisionTrial(precision, bool(steps[-1].finite), cosine), gradient
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from captcha_exp.config import Config, flatten_mapping
 from captcha_exp.data.dataset import Dataset
@@ -13,7 +13,6 @@ from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan
 from captcha_exp.model.evaluate import Evaluation
 from captcha_exp.model.state import TrainState
-from captcha_exp.report import dataset_page, figures, run_page
 from captcha_exp.runs import MetricsRow, Run, RunEnd, list_checkpoints, now_ms, training_speed
 from captcha_exp.runs.fields import changed_values, to_short_text
 from captcha_exp.runs.info import ResultSummary
@@ -25,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 NUMERICS_KEYS = {"python", "packages", "code_sha256", "device", "variables"}
 """groups of environment.json that can affect the numbers of a training"""
+
+
+OnResult: TypeAlias = Callable[[Path, ResultSummary], object]
+"""called with the directory of a run and its results before the figures are drawn; test.json is complete"""
 
 
 class Tracker(Protocol):
@@ -56,6 +59,7 @@ class RunRecorder:
 
     run: Run
     tracker: Tracker
+    on_result: OnResult | None = None
 
     def log_metrics(self, row: MetricsRow) -> None:
         """Log a row of metrics; one that was logged before an interruption is not logged again."""
@@ -108,7 +112,7 @@ def record_outcome(recorder: RunRecorder, config: Config) -> Iterator[None]:
 def record_test_results(
     result: TrainResult, data: Dataset, plan: Plan, state: TrainState, recorder: RunRecorder
 ) -> None:
-    """Record the test results, the figures of the report and the summary of the run."""
+    """Record the test results and the summary of the run, and draw the figures of its report in between."""
     run, test = recorder.run, result.test
     low, high = test.accuracy_interval
     metrics = test.metrics("test") | {"test/accuracy_low": low, "test/accuracy_high": high}
@@ -116,6 +120,20 @@ def record_test_results(
     recorder.log_metrics(MetricsRow(state.epoch, now_ms(), metrics))
     run.write_json("test.json", test.to_json(data))
     speed = training_speed(run.metrics_rows())
+    summary = ResultSummary(
+        epochs=state.epoch,
+        best_epoch=state.best_epoch,
+        val_accuracy=state.best_accuracy,
+        test_accuracy=test.accuracy,
+        weights_sha256=result.weights_sha256,
+        seconds=result.seconds,
+        process_peak_mib=result.process_peak_mib,
+        speed_disturbed=speed is not None and speed.is_disturbed,
+    )
+    if recorder.on_result is not None:
+        recorder.on_result(run.run_dir, summary)
+    from captcha_exp.report import dataset_page, figures, run_page  # matplotlib, which no step needs
+
     if data.manifest["files"]:
         page = run.report_dir / "dataset.html"
         figures.try_to_plot(dataset_page.write_page, data, (), page, warn=recorder.warn)
@@ -126,18 +144,7 @@ def record_test_results(
         ("images", figures.plot_samples, data.images[:30].numpy(), data.labels[:30]),
     ):
         figures.try_to_plot(plot, *arguments, run.report_dir / f"{name}.png", warn=recorder.warn)
-    run.update(
-        result=ResultSummary(
-            epochs=state.epoch,
-            best_epoch=state.best_epoch,
-            val_accuracy=state.best_accuracy,
-            test_accuracy=test.accuracy,
-            weights_sha256=result.weights_sha256,
-            seconds=result.seconds,
-            process_peak_mib=result.process_peak_mib,
-            speed_disturbed=speed is not None and speed.is_disturbed,
-        )
-    )
+    run.update(result=summary)
     page = run.report_dir.parent / run_page.RUN_PAGE
     figures.try_to_plot(run_page.write_page, run, test, data, page, warn=recorder.warn)
 

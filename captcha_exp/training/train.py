@@ -8,19 +8,17 @@ not been interrupted.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from captcha_exp import runs
-from captcha_exp.config import Config, resolve, with_planned_precision
+from captcha_exp.config import Config
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
-from captcha_exp.data.dataset import Dataset, DatasetSpec, Split
+from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.errors import UserError
-from captcha_exp.memory.plan import Plan, Planner
-from captcha_exp.model import heads, optim
+from captcha_exp.memory.plan import Plan
+from captcha_exp.memory.torch_patches import without_compiler
+from captcha_exp.model import optim
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.calibration import calibrate
 from captcha_exp.model.evaluate import evaluate
@@ -30,13 +28,16 @@ from captcha_exp.model.weights import max_file_bytes, weights_sha256, weights_to
 from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.environment import collect_environment
 from captcha_exp.runtime import device as devices
+from captcha_exp.runtime import startup
 from captcha_exp.runtime.console import ProgressBar, progress_bar
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
-from captcha_exp.training import autotune, oom, sanity
+from captcha_exp.training import oom, sanity
 from captcha_exp.training.checkpointer import Checkpointer
+from captcha_exp.training.prepare import PreparedTraining, prepare
 from captcha_exp.training.progress import EpochMeter, format_epoch, log_plan, num_images_seen
 from captcha_exp.training.recorder import (
     NullTracker,
+    OnResult,
     RunRecorder,
     Tracker,
     TrainResult,
@@ -128,6 +129,7 @@ def train_epoch(
     for batch in training.batches(size, order):
         optim.set_learning_rate(state.optimizer, optim.learning_rate(config.train, state.step, total_steps))
         step = train_step(state, augmenter(batch), config)
+        startup.first_step.set()
         sanity_checker.observe(state.step, step.loss, step.diverged)
         state.step += 1
         if meter.update(step, len(batch.indices)):
@@ -137,6 +139,7 @@ def train_epoch(
     return meter.metrics()
 
 
+@without_compiler()
 def train(
     requested: Config,
     tracker: Tracker | None = None,
@@ -146,6 +149,7 @@ def train(
     extend_from: Path | None = None,
     on_complete: Callable[[Run], None] | None = None,
     shutdown: ShutdownHandler | None = None,
+    on_result: OnResult | None = None,
 ) -> TrainResult:
     """Train, test and record a model in a new run.
 
@@ -157,6 +161,7 @@ def train(
         extend_from: The directory of a finished run whose final state this one starts from.
         on_complete: Called with the complete run before it is closed, to add to its record.
         shutdown: Decides when to stop; by default a signal or train.max_minutes.
+        on_result: Called with the directory and the results before the figures are drawn.
 
     Raises:
         TrainingOutOfMemoryError: out of memory; train.on_oom says whether the run counts as failed.
@@ -164,20 +169,23 @@ def train(
     """
     start_time = time.perf_counter()
     shutdown = shutdown or ShutdownHandler(requested.train.max_minutes)
-    prepared = _prepare(requested)
-    if extend_from is not None:
-        _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
-    with shutdown:
-        run = runs.create_run(prepared.config, requested, run_dir, lineage)
-        return _record_training(prepared, run, tracker, shutdown, start_time, extend_from, on_complete)
+    with prepare(requested) as prepared:
+        if extend_from is not None:
+            _load_final_state(extend_from, prepared.config)  # a mistake does not create a run
+        with shutdown:
+            run = runs.create_run(prepared.config, requested, run_dir, lineage)
+            recorder = RunRecorder(run, tracker or NullTracker(), on_result)
+            return _record_training(prepared, recorder, shutdown, start_time, extend_from, on_complete)
 
 
+@without_compiler()
 def resume(
     run_dir: Path,
     tracker: Tracker | None = None,
     *,
     extend_from: Path | None = None,
     shutdown: ShutdownHandler | None = None,
+    on_result: OnResult | None = None,
 ) -> TrainResult:
     """Resume an interrupted run from its latest checkpoint, with its own config and in its own record.
 
@@ -186,6 +194,7 @@ def resume(
         tracker: As in `train`.
         extend_from: The finished run that this one extends, if any; used if it has no checkpoint yet.
         shutdown: As in `train`.
+        on_result: As in `train`.
 
     Raises:
         TrainingOutOfMemoryError: as in `train`.
@@ -195,34 +204,10 @@ def resume(
     config = runs.load(run_dir).config_to_resume()
     dataset.check_images_exist(config)
     shutdown = shutdown or ShutdownHandler(config.train.max_minutes)
-    with shutdown:
-        prepared = _prepare(dataset.with_trusted_cache(config))
+    with shutdown, prepare(dataset.with_trusted_cache(config)) as prepared:
         run = runs.reopen_run(run_dir)
-        return _record_training(prepared, run, tracker, shutdown, start_time, extend_from)
-
-
-@dataclass(frozen=True)
-class _PreparedTraining:
-    """A training that is ready to start."""
-
-    config: Config  # without any `auto`
-    device: torch.device
-    dataset_spec: DatasetSpec
-    plan: Plan
-    trials: dict[str, autotune.Trials]  # for environment.json
-
-
-def _prepare(requested: Config) -> _PreparedTraining:
-    """Resolve and autotune the config, inspect the dataset and plan the memory."""
-    config = resolve(requested, devices.detect_machine())
-    device = devices.setup_device(config)
-    spec = dataset.inspect_dataset(config)
-    heads.report_choice(requested, spec.config)
-    config, trials = autotune.autotune(spec.config, requested, spec.split_sizes)
-    devices.set_memory_limit(config, device)
-    planned = config if device.type == "cuda" else with_planned_precision(config, requested)
-    planner = Planner(planned, spec.split_sizes, devices.gpu_total_mib(config))
-    return _PreparedTraining(config, device, spec, planner.plan_for(int(config.train.batch_size)), trials)
+        recorder = RunRecorder(run, tracker or NullTracker(), on_result)
+        return _record_training(prepared, recorder, shutdown, start_time, extend_from)
 
 
 def _load_final_state(run_dir: Path, config: Config) -> Checkpoint:
@@ -259,16 +244,15 @@ def _is_epoch_row(row: MetricsRow) -> bool:
 
 
 def _record_training(
-    prepared: _PreparedTraining,
-    run: Run,
-    tracker: Tracker | None,
+    prepared: PreparedTraining,
+    recorder: RunRecorder,
     shutdown: ShutdownHandler,
     start_time: float,
     extend_from: Path | None,
     on_complete: Callable[[Run], None] | None = None,
 ) -> TrainResult:
     """Train from the latest checkpoint, the final state of another run, or scratch; record the outcome."""
-    recorder = RunRecorder(run, tracker or NullTracker())
+    run = recorder.run
     with record_outcome(recorder, prepared.config):
         recorded_epochs = {row.step for row in run.metrics_rows() if _is_epoch_row(row)}
         saved = checkpoint.load_latest(run.checkpoint_dir, prepared.config, recorder.warn, recorded_epochs)
@@ -280,7 +264,7 @@ def _record_training(
 
 
 def _run_training(
-    prepared: _PreparedTraining,
+    prepared: PreparedTraining,
     recorder: RunRecorder,
     shutdown: ShutdownHandler,
     start_time: float,
@@ -329,15 +313,24 @@ def _run_training(
     return result
 
 
-def _record_inputs(prepared: _PreparedTraining, recorder: RunRecorder) -> Dataset:
+def _record_inputs(prepared: PreparedTraining, recorder: RunRecorder) -> Dataset:
     """Record the environment, the memory plan and the dataset; return the dataset."""
     config, run = prepared.config, recorder.run
     logger.info(f"run {run.run_dir} on {devices.describe(config)}")
-    log_plan(prepared.plan, config)
     environment = collect_environment(config) | prepared.trials
     record_environment(environment, recorder)
-    run.write_json("memory.json", prepared.plan.to_json())
+    is_cached = prepared.dataset_spec.cache_path.is_file()
+    if not is_cached:  # rendering may take minutes
+        _record_plan(prepared.plan, config, run)
     data = dataset.load_or_build(prepared.dataset_spec)
+    if is_cached:  # the plan may still be in the making
+        _record_plan(prepared.plan, config, run)
     check_dataset_unchanged(data.manifest, run)
     run.write_json("dataset.json", data.manifest)
     return data
+
+
+def _record_plan(plan: Plan, config: Config, run: Run) -> None:
+    """Log the memory plan, and write it."""
+    log_plan(plan, config)
+    run.write_json("memory.json", plan.to_json())

@@ -42,8 +42,9 @@ class FakeTrain:
         run_dir: Path | None = None,
         lineage: Lineage | None = None,
         extend_from: Path | None = None,
+        on_result: Any = None,
     ) -> Any:
-        del tracker
+        del tracker, on_result
         self.calls.append(
             {
                 "requested": requested,
@@ -63,6 +64,7 @@ class FakeTrain:
         tracker: Any,
         extend_from: Path | None = None,
         shutdown: ShutdownHandler | None = None,
+        on_result: Any = None,
     ) -> Any:
         """A replacement for `resume`, whose time limit is stored as part of the requested config."""
         assert shutdown is not None

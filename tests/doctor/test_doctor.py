@@ -37,8 +37,9 @@ from captcha_exp.doctor.machine_info import (
     TorchInfo,
 )
 from captcha_exp.runtime import device, environment
+from captcha_exp.tracking.inspection import inspect_store
 from captcha_exp.tracking.problems import StoreStatus
-from captcha_exp.tracking.store import find_moved_artifacts, inspect_store, open_store
+from captcha_exp.tracking.store import find_moved_artifacts, open_store
 
 MIB, GIB = 2**20, 2**30
 ADA = GpuInfo("NVIDIA GeForce RTX 4090", "cuda:0", (8, 9), 24_000, 23_000)
@@ -875,7 +876,7 @@ def test_files_that_are_not_a_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["EXCLUSIVE", "IMMEDIATE"])
 def test_locked_store(store: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.tracking.store.LOCK_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("captcha_exp.tracking.inspection.LOCK_TIMEOUT_SECONDS", 0.05)
     with closing(sqlite3.connect(store, isolation_level=None)) as other:
         other.execute(f"BEGIN {kind}")
         assert inspect_file(store) == ("locked", "database is locked")
@@ -944,8 +945,8 @@ def test_experiment_deleted_on_a_server(server: tuple[str, type[_Server]]) -> No
 
 
 def test_store_that_does_not_respond(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.tracking.store.RESPONSE_TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr("captcha_exp.tracking.store._inspect_file", lambda *_: time.sleep(1))
+    monkeypatch.setattr("captcha_exp.tracking.inspection.RESPONSE_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("captcha_exp.tracking.inspection._inspect_file", lambda *_: time.sleep(1))
     assert inspect_file(store) == ("unreachable", "no answer within 0 s")
 
 

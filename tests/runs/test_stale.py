@@ -442,7 +442,7 @@ def test_rows_artifacts_and_status_are_synced_to_mlflow(
     assert state["mlflow"] == {**before, "closed": True}
     assert len(infos(caplog)) == 2
     assert re.search(r": delivered metrics of steps \d-3, 5 files, status KILLED$", infos(caplog)[1])
-    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
+    monkeypatch.setattr("captcha_exp.tracking.inspection.inspect_store", must_not_be_called)
     assert close_and_sync() == []
 
 
@@ -526,7 +526,7 @@ def test_an_unreachable_store_is_one_warning_and_synced_later(
     stale_runs = [make_stale(start_run(tracked)[0]) for _ in range(3)]
     caplog.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("captcha_exp.tracking.store.inspect_store", unreachable)
+        patch.setattr("captcha_exp.tracking.inspection.inspect_store", unreachable)
         assert len(close_and_sync()) == 3
     assert infos(caplog)[-1].endswith(
         "mlflow.db: lacks the end of 3 earlier runs: the store is unreachable (no answer within 8 s); "
@@ -563,7 +563,7 @@ def test_an_error_of_one_run_does_not_affect_the_others_if_the_store_is_reachabl
         return unreachable() if failures and not reachable else ("current", "")
 
     monkeypatch.setattr(MlflowClient, "get_run", fail_first)
-    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", inspect)
+    monkeypatch.setattr("captcha_exp.tracking.inspection.inspect_store", inspect)
     caplog.clear()
     close_and_sync()
 
@@ -581,7 +581,7 @@ def test_a_missing_store_is_neither_created_nor_inspected(
     (root / "mlruns").rename(root / "elsewhere")
     caplog.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
+        patch.setattr("captcha_exp.tracking.inspection.inspect_store", must_not_be_called)
         assert close_and_sync() == [run.run_dir]
         assert close_and_sync() == []
     assert not (root / "mlruns").exists()
@@ -622,7 +622,7 @@ def test_a_run_deleted_in_mlflow_is_not_retried(
     assert state_of(run.run_dir)["mlflow"]["closed"] is True
     if deleted == "tables":
         assert path.read_bytes() == b""
-    monkeypatch.setattr("captcha_exp.tracking.store.inspect_store", must_not_be_called)
+    monkeypatch.setattr("captcha_exp.tracking.inspection.inspect_store", must_not_be_called)
     assert close_and_sync() == []
 
 

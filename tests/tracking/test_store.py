@@ -17,12 +17,11 @@ from captcha_exp.config import MlflowConfig, local_store_uri
 from captcha_exp.errors import UserError
 from captcha_exp.tracking import check_tracking
 from captcha_exp.tracking.download import download_artifacts
+from captcha_exp.tracking.inspection import check_store, inspect_store
 from captcha_exp.tracking.server import serve_ui
 from captcha_exp.tracking.store import (
-    check_store,
     find_moved_artifacts,
     get_or_create_experiment,
-    inspect_store,
     open_store,
     send_artifact,
 )
@@ -170,7 +169,7 @@ def test_a_store_on_a_disk_that_is_not_mounted_is_named(root: Path) -> None:
 
 
 def test_a_locked_store_delays_no_run(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.tracking.store.LOCK_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("captcha_exp.tracking.inspection.LOCK_TIMEOUT_SECONDS", 0.05)
     uri = f"sqlite:///{store}"
     tracking = MlflowConfig(backend="mlflow", uri=uri, experiment="captcha_exp", required=False)
     with closing(sqlite3.connect(store, isolation_level=None)) as other:
@@ -185,7 +184,7 @@ def test_a_locked_store_delays_no_run(store: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_large_store_is_checked_in_part(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captcha_exp.tracking.store.INTEGRITY_SECONDS", -1.0)
+    monkeypatch.setattr("captcha_exp.tracking.inspection.INTEGRITY_SECONDS", -1.0)
     edit(
         store,
         "CREATE TABLE filler (i, t)",

@@ -42,6 +42,7 @@ from captcha_exp.model.step import Step, init_train_state, train_step
 from captcha_exp.model.weights import load_weights, weights_sha256
 from captcha_exp.report import figures
 from captcha_exp.runs import MetricsRow, Run, RunInfo, Status, read_metrics_rows
+from captcha_exp.runs.info import ResultSummary
 from captcha_exp.runtime.device import MemoryMeter
 from captcha_exp.runtime.paths import root_dir as root_of_runs
 from captcha_exp.runtime.shutdown import ShutdownHandler, TimeLimitReached
@@ -752,6 +753,19 @@ def test_a_failed_rendering_process_fails_the_run(
     with pytest.raises(RunFailed, match="font error"):
         train.train(config, tracker)
     assert state_of(tracker.run_dir)["status"] == tracker.status == "FAILED"
+
+
+def test_the_results_come_before_the_figures(config: Config) -> None:
+    seen = []
+
+    def on_result(run_dir: Path, result: ResultSummary) -> None:
+        figures_drawn = list((run_dir / "report").glob("*.png"))
+        seen.append((json.loads((run_dir / "test.json").read_text())["accuracy"], result, figures_drawn))
+
+    trained = train.train(config, on_result=on_result)
+    info = RunInfo.load(trained.run_dir)
+    assert seen == [(trained.test.accuracy, info.result, [])]
+    assert list((trained.run_dir / "report").glob("*.png"))
 
 
 def test_a_tracker_that_cannot_start_fails_the_run(config: Config) -> None:
