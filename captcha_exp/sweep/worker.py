@@ -5,6 +5,8 @@ exits. At the end of standard input its parent has exited, and it exits immediat
 """
 
 import _thread
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -14,13 +16,40 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from captcha_exp.runtime.fork_server import serve
+
 STOP = b"stop"
+
+LATE_IMPORTS = (
+    "captcha_exp.training.train",
+    "captcha.image",
+    "matplotlib.backends.backend_agg",
+    "numpy.ctypeslib",
+    "torch._dynamo",
+)
+MLFLOW_IMPORTS = (
+    "captcha_exp.tracking.store",
+    "captcha_exp.tracking.tracker",
+    "alembic.command",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "sqlalchemy.dialects.sqlite",
+)
+"""modules that a job imports, the last ones while it trains; a missing one costs time for each job"""
 
 
 def worker_main() -> None:
-    """Train the job read from standard input; the result is the record in its run directory."""
+    """Train the job read from standard input; with the argument `serve`, in a child of a fork server.
+
+    The result is the record in its run directory.
+    """
+    if sys.argv[1:2] == ["serve"]:
+        modules, sys.argv[1:] = sys.argv[2:], []
+        serve(lambda: preload("mlflow" in modules))
     lines = _read_lines()
-    job = json.loads(next(lines))
+    first = next(lines, None)
+    if first is None:  # the parent has exited
+        sys.exit(1)
+    job = json.loads(first)
     # Ctrl-C reaches the process group; the supervisor handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -53,6 +82,13 @@ def worker_main() -> None:
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)
+
+
+def preload(uses_mlflow: bool) -> None:
+    """Import what a job imports, also late; one that cannot be imported fails in the job, which has a log."""
+    for name in [*LATE_IMPORTS, *(MLFLOW_IMPORTS if uses_mlflow else ())]:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def _watch_stdin(lines: Iterator[bytes]) -> None:
