@@ -49,7 +49,7 @@ class ForkServer:
         self._control, remote = _socket_pair()
         with remote:
             # Standard output is reserved for results.
-            self._process = subprocess.Popen(command, stdin=remote, stdout=2, env=environment)
+            self._process = subprocess.Popen(command, stdin=remote.fileno(), stdout=2, env=environment)
 
     def fork(self, captures_output: bool) -> "ForkedProcess":
         """Fork a child; the first time, after the imports.
@@ -61,8 +61,8 @@ class ForkServer:
         """
         (channel, remote), (stdin, stdin_writer) = _socket_pair(), os.pipe()
         reader, output = os.pipe() if captures_output else (None, 2)
-        stdout = None if reader is None else open(reader, "rb")  # noqa: SIM115 - closed by the process
-        process = ForkedProcess(self._process, channel, open(stdin_writer, "wb"), stdout)  # noqa: SIM115
+        stdout = None if reader is None else os.fdopen(reader, "rb")
+        process = ForkedProcess(self._process, channel, os.fdopen(stdin_writer, "wb"), stdout)
         try:
             with remote, contextlib.suppress(ConnectionError):  # the server has exited, which `wait` reports
                 socket.send_fds(self._control, [_FORK], [remote.fileno(), stdin, output])

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -199,7 +198,7 @@ class _ChildProcess:
 
     def describe_exit(self) -> str:
         """Return why the process exited, in one line."""
-        code = self._process.returncode
+        code = self._process.wait()
         if self._was_killed:
             return f"did not stop within {STOP_TIMEOUT_SECONDS:g} s; killed"
         if code >= 0:
