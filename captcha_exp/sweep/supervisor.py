@@ -1,7 +1,8 @@
 """Train each job of a sweep in a worker process; forward its output and close its run if it could not.
 
 A crash, a segmentation fault or the OOM killer ends that process only. Its memory figures are its own, and no
-random state, thread count or CUDA context carries over to the next job.
+random state, thread count or CUDA context carries over to the next job: what the processes of a fork server
+share is imported modules.
 """
 
 import contextlib

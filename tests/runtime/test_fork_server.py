@@ -17,7 +17,8 @@ if sys.platform != "linux":
 
 from captcha_exp.runtime.fork_server import ForkedProcess, ForkServer
 
-ROOT = Path(__file__).resolve().parents[2]
+# Not as it is later: pytest writes the name of the test to it.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 SERVER = """
 import os, sys
 from captcha_exp.runtime.fork_server import serve
@@ -28,7 +29,7 @@ exec(sys.stdin.read())
 
 @pytest.fixture
 def server() -> Iterator[ForkServer]:
-    server = ForkServer([sys.executable, "-c", SERVER], {**os.environ, "PYTHONPATH": str(ROOT)})
+    server = ForkServer([sys.executable, "-c", SERVER], ENVIRONMENT)
     yield server
     server.close()
 
@@ -118,7 +119,7 @@ def test_a_child_has_the_state_of_a_new_process(server: ForkServer) -> None:
     new = subprocess.run(
         [sys.executable, "-c", "import captcha_exp, sys; exec(sys.stdin.read())"],
         input=STATE.encode(),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        env=ENVIRONMENT | {"OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         check=True,
     )
@@ -152,7 +153,7 @@ def test_a_server_that_fails_has_its_own_exit_code() -> None:
     server.close()
 
 
-def test_a_server_that_cannot_fork_says_why_and_lives_on(tmp_path: Path) -> None:
+def test_a_server_that_cannot_fork_says_why_and_lives_on() -> None:
     code = f"""
 import os
 fork = os.fork
@@ -161,7 +162,7 @@ def fail():
     raise OSError(12, "no memory")
 os.fork = fail
 {SERVER}"""
-    server = ForkServer([sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)})
+    server = ForkServer([sys.executable, "-c", code], ENVIRONMENT)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         server.fork(captures_output=True)
     assert output(start(server, "print('next')")) == "next"
@@ -195,7 +196,7 @@ def test_the_server_ends_with_its_client(program: str, act: str) -> None:
     program = program.replace('__import__("numpy")', "time.sleep(600)") if not act else program
     with subprocess.Popen(
         [sys.executable, "-c", CLIENT.format(act=act), program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
     ) as client:
         assert client.stdout is not None
