@@ -1,6 +1,7 @@
 """The report of a dataset: its content in numbers, and one HTML page with images that needs no network."""
 
 import base64
+import functools
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -78,6 +79,7 @@ def write_page(data: Dataset, augmented: Sequence[npt.NDArray[np.uint8]], path: 
     write_atomically(path, page.encode())
 
 
+@functools.cache  # with the compiled templates
 def template_environment() -> Environment:
     """Return the templates; file names and labels are hostile input, and are escaped."""
     loader = PackageLoader("captcha_exp.report", "templates")

@@ -16,6 +16,7 @@ from captcha_exp.runs.run import CONFIG_FILES, INPUT_FILES, Run, config_sha256
 from captcha_exp.runs.saved import METRICS, load, read_metrics_rows
 from captcha_exp.runtime.files import describe_broken_link, is_abandoned_part, sha256_of, write_atomically
 from captcha_exp.runtime.paths import root_dir
+from captcha_exp.runtime.process import parent_pids
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ def reopen_run(run_dir: Path) -> Run:
     check_has_no_links(run_dir)
     if info.status == "FINISHED":
         raise UserError(f"{run_dir}: has finished; add epochs with --resume={run_dir} train.epochs=N")
-    # The process that claimed the run (`claim.claim`) may resume it in a child process.
-    if info.has_live_process() and info.pid not in (os.getpid(), os.getppid()):
+    # The process that claimed the run (`claim.claim`) may resume it in a child, or in one of a fork server.
+    if info.has_live_process() and info.pid not in (os.getpid(), *parent_pids()):
         raise UserError(f"{run_dir}: process {info.pid} is still running on {info.host}; stop it first")
     inputs = {name: sha256 for name, sha256 in info.files.items() if name in INPUT_FILES}
     for name in inputs:

@@ -3,10 +3,12 @@
 The hashes are recorded because an installed package has no commit, and a checkout may differ from its commit.
 """
 
+import functools
 import hashlib
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from captcha_exp.runs.run import Run
 from captcha_exp.runtime.files import sha256_of_json
@@ -22,6 +24,35 @@ _DIFF_COMMAND = (
 )
 
 
+_keeps_info = False
+
+T = TypeVar("T")
+
+
+def _kept(read: Callable[[], T]) -> Callable[[], T]:
+    """Decorate a function without arguments whose result is kept after `keep_source_info`."""
+    read_once = functools.cache(read)
+
+    @functools.wraps(read)
+    def read_unless_kept() -> T:
+        return read_once() if _keeps_info else read()
+
+    return read_unless_kept
+
+
+def keep_source_info() -> None:
+    """Let the functions of this module return the present state from now on.
+
+    A process that imports the package once and forks later runs this code, whatever is edited meanwhile.
+    """
+    global _keeps_info
+    _keeps_info = True
+    hash_source_files()
+    if git_info():
+        _git_diff()
+
+
+@_kept
 def hash_source_files() -> dict[str, str]:
     """Return name -> SHA-256 of each source file of the package and each YAML file of conf/.
 
@@ -54,6 +85,7 @@ def write_source_info(run: Run) -> None:
         run.write("code.diff", diff)
 
 
+@_kept
 def git_info() -> dict[str, Any] | None:
     """Return commit, branch and state of the checkout that the code runs from; None without git."""
     here = Path(__file__)
@@ -71,6 +103,7 @@ def git_info() -> dict[str, Any] | None:
         return None  # git is not installed
 
 
+@_kept
 def _git_diff() -> bytes:
     """Return the diff from the commit to the working tree, with untracked files of the package and conf/."""
     top = Path(_git_text("rev-parse", "--show-toplevel") or Path(__file__).parent)

@@ -67,6 +67,11 @@ def identify_process(pid: int | None = None) -> ProcessIdentity:
     )
 
 
+def parent_pids() -> list[int]:
+    """Return the PIDs of the parent of this process, of its parent, and so on."""
+    return [process.pid for process in psutil.Process().parents()]
+
+
 def _start_time(pid: int) -> float:
     """Return the start time of a process in seconds: since boot on Linux, since 1970 elsewhere."""
     try:

@@ -1,4 +1,4 @@
-"""Entry point of the worker process; `supervisor` starts it and sends it one job."""
+"""Entry point of the worker process; `workers` starts it, and `supervisor` sends it one job."""
 
 from captcha_exp.sweep.worker import worker_main
 

@@ -1,7 +1,8 @@
 """Train each job of a sweep in a worker process; forward its output and close its run if it could not.
 
 A crash, a segmentation fault or the OOM killer ends that process only. Its memory figures are its own, and no
-random state, thread count or CUDA context carries over to the next job.
+random state, thread count or CUDA context carries over to the next job: what the processes of a fork server
+share is imported modules.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from captcha_exp import runs
-from captcha_exp.config import Config, to_dict, with_tracking_uri
+from captcha_exp.config import Config, MlflowConfig, to_dict, with_tracking_uri
 from captcha_exp.errors import RunFailed
 from captcha_exp.runs import SweepInfo, claim
 from captcha_exp.runtime.console import console, get_log_level
@@ -28,6 +28,7 @@ from captcha_exp.runtime.paths import root_dir, tracking_uri_variable
 from captcha_exp.runtime.shutdown import defer_signals
 from captcha_exp.sweep.record import Job, Sweep
 from captcha_exp.sweep.worker import STOP
+from captcha_exp.sweep.workers import start_worker
 from captcha_exp.tracking import make_tracker
 from captcha_exp.tracking.sync import finalize_run
 
@@ -143,7 +144,7 @@ def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None]
     }
     error = None
     try:
-        with _ChildProcess(run_dir, on_line) as child:
+        with _ChildProcess(run_dir, on_line, isinstance(job.requested.tracking, MlflowConfig)) as child:
             child.send(json.dumps(message, default=str).encode())
             child.wait()
         error = child.describe_exit()
@@ -154,21 +155,14 @@ def _train_in_child(job: TrainJob, run_dir: Path, on_line: Callable[[str], None]
 class _ChildProcess:
     """A worker process, seen from its parent."""
 
-    def __init__(self, run_dir: Path, on_line: Callable[[str], None] | None) -> None:
-        source_root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")]))
+    def __init__(
+        self, run_dir: Path, on_line: Callable[[str], None] | None, uses_mlflow: bool = False
+    ) -> None:
         self._last_line = ""
         self._stop_requested = self._was_killed = False
         self._on_line = on_line
         self._log_path = run_dir.with_name(f"{run_dir.name}.log")
-        self._process = subprocess.Popen(
-            # -P: do not import packages from the working directory.
-            [sys.executable, "-P", "-X", "faulthandler", "-m", "captcha_exp.sweep"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if on_line else 2,  # standard output is reserved for results
-            stderr=subprocess.STDOUT if on_line else None,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:replace"},
-        )
+        self._process = start_worker(on_line is not None, uses_mlflow)
         logger.debug(f"started process {self._process.pid} for {run_dir}")
         self._reader = threading.Thread(target=self._forward_output)
         self._reader.start()
@@ -205,7 +199,7 @@ class _ChildProcess:
 
     def describe_exit(self) -> str:
         """Return why the process exited, in one line."""
-        code = self._process.returncode
+        code = self._process.wait()
         if self._was_killed:
             return f"did not stop within {STOP_TIMEOUT_SECONDS:g} s; killed"
         if code >= 0:

@@ -5,22 +5,64 @@ exits. At the end of standard input its parent has exited, and it exits immediat
 """
 
 import _thread
+import atexit
+import contextlib
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from captcha_exp.runtime.fork_server import serve
 
 STOP = b"stop"
 
+LATE_IMPORTS = (
+    "captcha_exp.training.train",
+    "captcha.image",
+    "matplotlib.backends.backend_agg",
+    "numpy.ctypeslib",
+    "torch._dynamo",
+)
+MLFLOW_IMPORTS = (
+    "captcha_exp.tracking.store",
+    "captcha_exp.tracking.tracker",
+    "alembic.command",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "sqlalchemy.dialects.sqlite",
+)
+"""modules that a job imports, the last ones while it trains; a missing one costs time for each job"""
+
 
 def worker_main() -> None:
-    """Train the job read from standard input; the result is the record in its run directory."""
+    """Train the job read from standard input; with the argument `serve`, in a child of a fork server.
+
+    The result is the record in its run directory.
+    """
+    exit_code = [1]
+    atexit.register(_exit_at_once, exit_code)  # first, so that it is called last
+    if sys.argv[1:2] == ["serve"]:
+        modules, sys.argv[1:] = sys.argv[2:], []
+        serve(lambda: preload("mlflow" in modules))
+    try:
+        _train_job()
+        exit_code[0] = 0
+    except SystemExit as error:
+        exit_code[0] = error.code if isinstance(error.code, int) else 1
+        raise
+
+
+def _train_job() -> None:
     lines = _read_lines()
-    job = json.loads(next(lines))
+    first = next(lines, None)
+    if first is None:  # the parent has exited
+        sys.exit(1)
+    job = json.loads(first)
     # Ctrl-C reaches the process group; the supervisor handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -53,6 +95,29 @@ def worker_main() -> None:
     except UserError as error:
         sys.stderr.writelines(f"{line}\n" for line in error.lines)
         sys.exit(error.exit_code)
+
+
+def _exit_at_once(exit_code: Sequence[int]) -> NoReturn:
+    """Exit without clearing thousands of modules one by one, which takes half a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(exit_code[0])
+
+
+def preload(uses_mlflow: bool) -> None:
+    """Import what a job imports, also late; one that cannot be imported fails in the job, which has a log."""
+    from captcha_exp.runs.source_code import keep_source_info
+
+    keep_source_info()
+    for name in [*LATE_IMPORTS, *(MLFLOW_IMPORTS if uses_mlflow else ())]:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    with contextlib.suppress(Exception):
+        from captcha_exp.report.dataset_page import template_environment
+
+        for name in template_environment().list_templates():
+            template_environment().get_template(name)  # compiles it
 
 
 def _watch_stdin(lines: Iterator[bytes]) -> None:

@@ -40,6 +40,7 @@ from captcha_exp.errors import ConfigError, RunFailed, UserError
 from captcha_exp.memory.interval import MiBRange
 from captcha_exp.runs import RecordedDir
 from captcha_exp.runs.info import Skipped, running_fields
+from captcha_exp.runtime import fork_server
 from captcha_exp.runtime.device import detect_machine
 from captcha_exp.runtime.shutdown import StopReason, TimeLimitReached, defer_signals
 from captcha_exp.sweep import record, supervisor
@@ -717,6 +718,7 @@ def child_process(script: str, directory: Path, on_line: Callable[[str], None], 
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
+    monkeypatch.setattr(fork_server, "is_supported", lambda: False)
     return supervisor._ChildProcess(directory / "missing" / "1-x", on_line)
 
 

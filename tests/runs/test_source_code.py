@@ -200,3 +200,15 @@ def test_the_version_of_torch_is_recorded_with_its_build(
     monkeypatch.setattr(torch, "__version__", build)
 
     assert collect_environment(tiny)["packages"]["torch"] == build
+
+
+def test_a_process_that_forks_later_records_the_code_that_it_has_imported(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_code, "_keeps_info", False)  # restores it
+    before = source_code.code_sha256()
+    source_code.keep_source_info()
+    (package / "__init__.py").write_bytes(b"x = 2\n")
+    assert source_code.code_sha256() == before
+    source_code._keeps_info = False
+    assert source_code.code_sha256() != before
