@@ -1,8 +1,9 @@
 """Measure the time that the loader takes from a training of `compact`.
 
 A batch is loaded in the main thread, from images in memory: it is indexed, copied to the device and
-augmented. That takes turns with the training steps on these batches. Prints one JSON line: milliseconds of both, and the
-loader as a fraction of a step, without augmentation (experiment=quickstart) and with `augment=mild`.
+augmented. That takes turns with the training steps on these batches. Prints one JSON line: milliseconds of
+both, and the loader as a fraction of a step, without augmentation (experiment=quickstart) and with
+`augment=mild`.
 
     python benchmarks/loader.py [--steps 30] [--rounds 7] [--threads 1] [OVERRIDE ...]
 """

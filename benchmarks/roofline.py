@@ -3,8 +3,9 @@
 The fastest convolution is the best forward rate over a few shapes, in channels_last and in the precision that
 trainings use. A step of the article's network (batch size 100) and one of `compact` (batch size 128) take
 turns with it in one process: loader, forward, backward, update. Their rates count the operations of
-convolutions and matrix products alone. Prints tables of torch's profiler and of oneDNN to standard error, and one
-JSON line: GFLOP/s, the steps as fractions of the fastest convolution, the share of each kind of operation.
+convolutions and matrix products alone. Prints tables of torch's profiler and of oneDNN to standard error, and
+one JSON line: GFLOP/s, the steps as fractions of the fastest convolution, and the shares of the kinds of
+operation.
 
     python benchmarks/roofline.py [--rounds 5] [--threads 1] [--networks article compact] [OVERRIDE ...]
 
