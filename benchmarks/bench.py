@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).resolve().parent
+FRESH = "{FRESH}"
 ERROR_LINES = 5  # shown of a benchmark that fails
 
 Line = dict[str, Any]
@@ -95,7 +97,7 @@ def _numbers(line: Line) -> list[Row]:
     ]
 
 
-# Name, short arguments.
+# Short arguments, in which {FRESH} is an empty folder, and the rows of the output.
 BENCHMARKS: dict[str, tuple[tuple[str, ...], Callable[[Line], list[Row]]]] = {
     "startup": (("--runs", "3"), _numbers),
     "same_network": (("--images", "200", "--rounds", "3"), _same_network),
@@ -106,7 +108,7 @@ BENCHMARKS: dict[str, tuple[tuple[str, ...], Callable[[Line], list[Row]]]] = {
     "time_to_accuracy": (
         (
             *("--task", "digits", "--target", "0.3", "--seeds", "1", "--max-article-epochs", "12"),
-            *("--results", "build/bench_time_to_accuracy.jsonl"),
+            *("--results", f"{FRESH}/results.jsonl"),
             *("data.count=3000", "captcha.alphabet='012'", "captcha.width=40", "captcha.height=16"),
         ),
         _time_to_accuracy,
@@ -117,8 +119,10 @@ BENCHMARKS: dict[str, tuple[tuple[str, ...], Callable[[Line], list[Row]]]] = {
 
 def run(name: str, arguments: tuple[str, ...]) -> Line | str:
     """Run a benchmark; return its last line of JSON, or the error."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as fresh:  # no result of an earlier call is reused
+        words = [word.replace(FRESH, fresh) for word in arguments]
+        command = [sys.executable, str(FOLDER / f"{name}.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         return "\n".join(done.stderr.splitlines()[-ERROR_LINES:]) or f"exit code {done.returncode}"
