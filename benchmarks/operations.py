@@ -68,11 +68,12 @@ def reorder_shares(step: Callable[[], object]) -> dict[str, float]:
     Reorders of layout or precision, which happen inside the operators of torch, are primitives of their own.
     Empty where torch has no oneDNN.
     """
-    if not torch.backends.mkldnn.is_available():
+    mkldnn: Any = torch.backends.mkldnn  # without types
+    if not mkldnn.is_available():
         return {}
     step()
     start = time.perf_counter()
-    with _captured_stdout() as lines, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+    with _captured_stdout() as lines, mkldnn.verbose(mkldnn.VERBOSE_ON):
         for _ in range(NUM_STEPS):
             step()
     wall = time.perf_counter() - start

@@ -84,9 +84,7 @@ def seconds_of(timing: Timing) -> float:
     return timing.cpu if is_single else timing.wall
 
 
-def best_shape(
-    dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, float], tuple[int, int, int, int]]:
+def best_shape(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, int], tuple[int, int, int, int]]:
     """Return the best rate of each shape in GFLOP/s, and the fastest shape."""
     rates = {}
     for shape in SHAPES:

@@ -212,7 +212,9 @@ def summary(options: argparse.Namespace, results: Results) -> tuple[Row, float |
         program: [results.find(seed, program) or {} for seed in range(options.seeds)]
         for program in ("article", "ours")
     }
-    seconds = {program: [row.get("seconds") for row in rows] for program, rows in found.items()}
+    seconds: dict[str, list[Any]] = {
+        program: [row.get("seconds") for row in rows] for program, rows in found.items()
+    }
     figures: Row = {"task": options.task, "target": options.target, "seeds": options.seeds}
     figures["reached"] = {p: sum(s is not None for s in values) for p, values in seconds.items()}
     if None in seconds["article"] + seconds["ours"]:
@@ -260,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         is_complete = True
     figures, ratio = summary(options, results)
-    conclusion = {"goal": None, "met": None, **interference()}
+    conclusion: dict[str, object] = {"goal": None, "met": None, **interference()}
     if ratio is not None:
         conclusion = conclude(ratio, at_least=options.min_ratio)
         conclusion["met"] = None if figures["disturbed_trainings"] else conclusion["met"]
