@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all test-ui check docs ui lock
+.PHONY: train test test-all test-ui bench check docs ui lock
 train: .venv/installed
 	$(BIN)/captcha-exp train experiment=quickstart
 
@@ -21,6 +21,10 @@ test-all: .venv/installed
 test-ui: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'
 	$(BIN)/pytest -m ui
+
+# Short forms of the benchmarks of speed, in one table: some minutes on two idle cores.
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
