@@ -9,6 +9,8 @@ import numpy.typing as npt
 import pytest
 from conftest import warnings
 from PIL import Image
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from captcha_exp import compose, load
 from captcha_exp.config import CaptchaLibraryConfig, resolve
@@ -106,3 +108,14 @@ def test_near_duplicates_with_other_labels_never_cross_a_split(
     for group in groups:
         assert len({split_of[n] for n in group.indices}) == 1
     assert any("groups of nearly equal images have different labels" in line for line in warnings(caplog))
+
+
+def test_connected_components_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(rng.integers(1, 60))
+        pairs = rng.integers(0, count, (int(rng.integers(0, 80)), 2))
+        edges = sparse.coo_array((np.ones(len(pairs), np.bool_), pairs.T), shape=(count, count))
+        _, component = csgraph.connected_components(edges, directed=False)
+        smallest = [int(np.flatnonzero(component == each)[0]) for each in component]
+        assert duplicates._smallest_connected(count, pairs).tolist() == smallest

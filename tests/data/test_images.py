@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from scipy import ndimage
 from support.image_files import Bytes, bomb, chunk, gif_with_a_margin, interlaced, noise, png, saved
 
 from captcha_exp.data.images import (
     FORMATS,
     WEIGHT_SCALE,
     InvalidImage,
+    box_mean,
     decode,
     resize,
     resize_weights,
@@ -430,3 +432,22 @@ def test_random_bytes_give_an_image_or_a_reason(kind: str) -> None:
             reason = str(error)
         assert reason.isprintable()
         assert " at 0x" not in reason
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 96), (60, 250), (7, 9)])
+@pytest.mark.parametrize("size", [7, 31])
+def test_the_mean_of_a_neighborhood_is_that_of_scipy(shape: tuple[int, ...], size: int) -> None:
+    """Bit for bit, for gray levels and thirds of them."""
+    gray = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float32).mean(axis=-1)
+    sizes = (*(1 for _ in shape[:-2]), size, size)
+    assert (box_mean(gray, size) == ndimage.uniform_filter(gray, sizes, mode="nearest")).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 60, 250, 3), (3, 50, 200, 1), (70, 61, 155, 3), (1, 700, 900, 3)])
+def test_a_resize_is_the_product_with_all_weights(shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rows, columns = resize_weights(shape[1], 36), resize_weights(shape[2], 144)
+    exact = np.einsum(
+        "ah,nhwc,bw->nabc", rows.astype(int), array.astype(int), columns.astype(int), optimize=True
+    )
+    assert (resize(array, 36, 144) == (exact + 2**15) // 2**16).all()
