@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 # does not affect results.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+# ONNX Runtime would report each use to its maker. Read once, when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 if TYPE_CHECKING:
     from captcha_exp.cli.main import compose as compose
     from captcha_exp.config import load as load

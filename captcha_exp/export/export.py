@@ -24,6 +24,7 @@ from captcha_exp.config import Config, to_dict
 from captcha_exp.data import images
 from captcha_exp.data.alphabet import Alphabet
 from captcha_exp.data.dataset import Dataset
+from captcha_exp.data.resize import resize
 from captcha_exp.errors import RunFailed
 from captcha_exp.export import quantize
 from captcha_exp.export.graph import OPSET, to_onnx
@@ -110,7 +111,7 @@ def export_run(run_dir: Path, path: Path, quantization: str = "none") -> Export:
     predictor = OnnxPredictor(path, content=content)
     if problems := predictor.self_test():
         raise RunFailed(f"{path}: not written, as the self-test fails", *problems)
-    write_atomically(path, content)
+    write_atomically(path.resolve(), content)  # the target of a symbolic link
     return Export(path, predictor.manifest, len(content))
 
 
@@ -187,7 +188,7 @@ def _cropped(model: Recognizer, config: Config, originals: Sequence[ProofImage])
     for each in originals:
         pixels = each.pixels[:-1, :-1] if min(each.pixels.shape[:2]) > 1 else each.pixels
         array = images.to_array(Image.fromarray(pixels), captcha.channels)
-        resized = images.resize(array[None], captcha.height, captcha.width)
+        resized = resize(array[None], captcha.height, captcha.width)
         ids, confidences, (confidence,) = model.decode(model(torch.from_numpy(resized)))
         text = Alphabet(captcha.alphabet).decode(ids[0].tolist())
         of_characters = tuple(map(float, confidences[0, : len(text)]))

@@ -2,7 +2,7 @@
 
 Axes: B batch, C channels, H height, W width, T positions in the longest label.
 
-The graph is that of a torch module: conversion to grayscale as in Pillow, the resize of `data.images`,
+The graph is that of a torch module: conversion to grayscale as in Pillow, the resize of `data.resize`,
 normalization, network, and the decoding of the head. Resizing and grayscale are integer arithmetic, so that
 the network receives the same bytes in every runtime.
 """
@@ -22,8 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from captcha_exp.config import CaptchaConfig
-from captcha_exp.data import images as image_data
-from captcha_exp.data.images import WEIGHT_SCALE
+from captcha_exp.data import resize as numpy_resize
+from captcha_exp.data.resize import WEIGHT_SCALE
 from captcha_exp.export.manifest import INPUT, OUTPUTS
 from captcha_exp.model.networks import Recognizer
 
@@ -89,14 +89,14 @@ def to_gray(images: Tensor) -> Tensor:
 def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Resize images (B, H, W, C) by the weights (height, H) and (width, W) to planes (B, C, height, width).
 
-    The pixels are integers in fp32, those of `data.images.resize`.
+    The pixels are integers in fp32, those of `data.resize.resize`.
     """
     planes = images.movedim(-1, 1).float()
     return torch.floor(rows @ planes @ columns.T + 0.5)  # (height, H) @ (B, C, H, W) @ (W, width)
 
 
 def resize_weights(source_size: int, target_size: int) -> Tensor:
-    """Return the weights (target, source) of `data.images.resize_weights` as fractions, which are exact.
+    """Return the weights (target, source) of `data.resize.resize_weights` as fractions, which are exact.
 
     Only the source pixels of which the filter reaches a target pixel are computed.
     """
@@ -145,7 +145,7 @@ def to_onnx(recognizer: Recognizer, captcha: CaptchaConfig, usual_size: tuple[in
         ExportedRecognizer(recognizer), {PLANES: (planes, (batch, static, static, static))}, OUTPUTS
     )
     usual_weights = [
-        image_data.resize_weights(*each) / WEIGHT_SCALE for each in zip(usual_size, targets, strict=True)
+        numpy_resize.resize_weights(*each) / WEIGHT_SCALE for each in zip(usual_size, targets, strict=True)
     ]
     _prepend_resize(model.graph, resize_graph, weights_graph, usual_size, usual_weights)
     onnx.checker.check_model(model, full_check=True)

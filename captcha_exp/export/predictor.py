@@ -1,6 +1,7 @@
 """Predict with an exported model: imports numpy, Pillow and onnxruntime, and no torch."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -123,7 +124,7 @@ class OnnxPredictor:
             while end < min(len(arrays), start + BATCH_SIZE) and arrays[end].shape == arrays[start].shape:
                 end += 1
             same = arrays[start:end]
-            batch = np.stack(same) if len(same) > 1 else np.ascontiguousarray(same[0])[None]
+            batch = np.stack(same) if len(same) > 1 else same[0][None]
             yield from self._predict_batch(batch, reader)
             start = end
 
@@ -223,7 +224,7 @@ def _check_array(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     pixels = image[..., None] if image.ndim == 2 else image
     if image.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)) or 0 in image.shape:
         raise InvalidImage(f"must have pixels (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")  # callers reuse their buffers
 
 
 def read_model(path: Path) -> bytes:
@@ -233,7 +234,10 @@ def read_model(path: Path) -> bytes:
         UserError: it cannot be read, or is too large.
     """
     try:
-        if path.stat().st_size > MAX_MODEL_BYTES:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise UserError(f"{path}: is not a file")
+        if state.st_size > MAX_MODEL_BYTES:
             raise UserError(f"{path}: has more than 2 GiB; it is not an exported recognizer")
         return path.read_bytes()
     except (OSError, ValueError) as error:

@@ -114,12 +114,13 @@ def normalize(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) with mean 0 and standard deviation 1; a blank one with zeros.
 
     The sums over a row of up to 1,024 pixels are integers below 2**24, which fp32 adds exactly in any order,
-    and those of rows are added in fp64: every runtime finds the same mean and deviation. ONNX Runtime would
+    and all others are added in fp64: every runtime finds the same mean and deviation. ONNX Runtime would
     add all pixels in fp32 one after another, and move confidences by 1e-3; `torch.std_mean` is slow.
     """
     centered = images.float() - 128
-    number = centered[0].numel()
-    rows = (each.sum(dim=3).to(devices.widest_float(images.device)) for each in (centered, centered**2))
+    number, fp64 = centered[0].numel(), devices.widest_float(images.device)
+    dtype = torch.float32 if images.shape[3] <= 1024 else fp64
+    rows = (each.sum(dim=3, dtype=dtype).to(fp64) for each in (centered, centered**2))
     total, squares = (each.sum(dim=(1, 2)) for each in rows)
     variance = (squares - total * total / number).clamp(min=0) / (number - 1)
     mean, scale = (total / number).float(), (1 / (variance.sqrt() + 0.255)).float()

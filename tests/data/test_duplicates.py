@@ -16,6 +16,7 @@ from captcha_exp import compose, load
 from captcha_exp.config import CaptchaLibraryConfig, resolve
 from captcha_exp.data import dataset, duplicates, images
 from captcha_exp.data.duplicates import DuplicateGroup, find_duplicates, split_keys
+from captcha_exp.data.resize import resize
 from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
 from captcha_exp.runtime.device import detect_machine
 
@@ -34,7 +35,7 @@ def drawn(count: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
 
 
 def resized(sample: Sequence[Image.Image]) -> npt.NDArray[np.uint8]:
-    arrays = [images.resize(images.to_array(image, 3)[None], 28, 76)[0] for image in sample]
+    arrays = [resize(images.to_array(image, 3)[None], 28, 76)[0] for image in sample]
     return np.stack(arrays)
 
 

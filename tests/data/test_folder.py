@@ -25,7 +25,8 @@ from captcha_exp.cli import main
 from captcha_exp.config import Config, resolve
 from captcha_exp.data import dataset, sources
 from captcha_exp.data.dataset import Dataset, DatasetSpec
-from captcha_exp.data.images import SUFFIXES, resize
+from captcha_exp.data.images import SUFFIXES
+from captcha_exp.data.resize import resize
 from captcha_exp.data.sources import ScanResult
 from captcha_exp.errors import ConfigError, UserError
 from captcha_exp.model.saved import evaluate_run

@@ -15,16 +15,8 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
 from scipy import ndimage
 from support.image_files import Bytes, bomb, chunk, gif_with_a_margin, interlaced, noise, png, saved
 
-from captcha_exp.data.images import (
-    FORMATS,
-    WEIGHT_SCALE,
-    InvalidImage,
-    box_mean,
-    decode,
-    resize,
-    resize_weights,
-    to_array,
-)
+from captcha_exp.data.images import FORMATS, InvalidImage, decode, from_pillow, to_array
+from captcha_exp.data.resize import WEIGHT_SCALE, box_mean, resize, resize_weights
 
 # source height, source width, target height, target width
 SHAPES = [(60, 160, 24, 56), (50, 120, 24, 56), (37, 91, 16, 17), (24, 56, 48, 100), (16, 16, 16, 33)]
@@ -451,3 +443,13 @@ def test_a_resize_is_the_product_with_all_weights(shape: tuple[int, ...]) -> Non
         "ah,nhwc,bw->nabc", rows.astype(int), array.astype(int), columns.astype(int), optimize=True
     )
     assert (resize(array, 36, 144) == (exact + 2**15) // 2**16).all()
+
+
+def test_an_opaque_image_has_no_transparent_color_of_an_earlier_mode() -> None:
+    pixels = np.full((8, 9, 3), 255, np.uint8)
+    pixels[2:5] = 0
+    for key in ((0, 0, 0), b"\0"):
+        image = Image.fromarray(pixels)
+        image.putalpha(255)
+        image.info["transparency"] = key
+        assert np.array_equal(to_array(from_pillow(image), 3), pixels)

@@ -29,6 +29,7 @@ from captcha_exp.config import (
     WheezyLibraryConfig,
 )
 from captcha_exp.data import images, sources
+from captcha_exp.data.resize import resize
 from captcha_exp.data.sources import article, rendering
 from captcha_exp.errors import RunFailed, UserError
 from captcha_exp.runtime import seeding
@@ -198,7 +199,7 @@ def test_the_label_is_the_rendered_text(data: GeneratorConfig, monkeypatch: pyte
         rng = seeding.rng(data.seed, "picture", index)
         label = spec.sample_label(CAPTCHA, rng)  # drawn before the image
         image = render_one(label, rng)
-        pixels = images.resize(images.to_array(image, 3)[None], 16, 32)[0]
+        pixels = resize(images.to_array(image, 3)[None], 16, 32)[0]
         assert (pixels == expected[index]).all()
 
 

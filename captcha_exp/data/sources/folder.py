@@ -19,6 +19,7 @@ import numpy.typing as npt
 from captcha_exp.config import CaptchaConfig, FolderConfig
 from captcha_exp.data import images
 from captcha_exp.data.alphabet import Alphabet
+from captcha_exp.data.resize import resize
 from captcha_exp.data.sources import corrections, infer, labels
 from captcha_exp.data.sources.advice import advise
 from captcha_exp.data.sources.archive import open_files
@@ -220,7 +221,7 @@ def decode_image(content: bytes, captcha: CaptchaConfig) -> tuple[images.Decoded
     array = images.to_array(decoded.image, captcha.channels)
     if images.is_blank(array):
         raise images.InvalidImage("is blank: all pixels are equal")
-    return decoded, images.resize(array[None], captcha.height, captcha.width)[0]
+    return decoded, resize(array[None], captcha.height, captcha.width)[0]
 
 
 def _check_candidate(

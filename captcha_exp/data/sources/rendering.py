@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from captcha_exp.config import CaptchaConfig, FolderConfig, GeneratorConfig, data_from_json, to_dict
 from captcha_exp.data import images
+from captcha_exp.data.resize import resize
 from captcha_exp.data.sources.generators import get_renderer_spec, image_rng
 from captcha_exp.errors import RunFailed
 from captcha_exp.runtime.console import progress_bar
@@ -120,5 +121,5 @@ def worker_main() -> None:
         for index in json.loads(line):
             rng = image_rng(data, index)
             pixels = images.to_array(render(generator.sample_label(captcha, rng), rng), captcha.channels)
-            output.write(images.resize(pixels[None], captcha.height, captcha.width).tobytes())
+            output.write(resize(pixels[None], captcha.height, captcha.width).tobytes())
         output.flush()
