@@ -372,7 +372,7 @@ def test_onnx_runtime_reports_nothing(exported: tuple[Path, Path], tmp_path: Pat
     )
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     done = subprocess.run(
-        [sys.executable, "-c", script, exported[1]],
+        [sys.executable, "-c", code, exported[1]],
         capture_output=True,
         text=True,
         check=True,
