@@ -367,9 +367,7 @@ def test_a_difference_names_its_image(answer: Answer, problem: list[str]) -> Non
 @pytest.mark.long
 def test_onnx_runtime_reports_nothing(exported: tuple[Path, Path], tmp_path: Path) -> None:
     """Its telemetry would keep a database in the home directory."""
-    script = (
-        "import sys; from captcha_exp import OnnxPredictor; print(OnnxPredictor(sys.argv[1]).self_test())"
-    )
+    code = "import sys; from captcha_exp import OnnxPredictor as P; print(P(sys.argv[1]).self_test())"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     done = subprocess.run(
         [sys.executable, "-c", code, exported[1]],
