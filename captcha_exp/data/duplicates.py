@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captcha_exp.data import images
+from captcha_exp.data.filters import box_mean
 
 KINDS = {"bytes": "equal files", "pixels": "equal pixels", "similar": "nearly equal images"}
 SMALL_SIZE = (32, 96)  # height and width of the small version
@@ -111,7 +112,7 @@ def _small_versions(arrays: npt.NDArray[np.uint8]) -> Floats:
     for start in range(0, len(arrays), BLOCK):
         small = images.resize(_to_gray(arrays[start : start + BLOCK]), *SMALL_SIZE)[..., 0].astype(np.float32)
         # Brightness and gradients of the background are no evidence of equality.
-        parts.append((small - images.box_mean(small, NEIGHBORHOOD)).clip(-MAX_DETAIL, MAX_DETAIL))
+        parts.append((small - box_mean(small, NEIGHBORHOOD)).clip(-MAX_DETAIL, MAX_DETAIL))
     vectors = np.concatenate(parts).reshape(len(arrays), -1)
     if len(vectors) > 10:  # the mean of few images is the images themselves
         vectors -= vectors.mean(axis=0)

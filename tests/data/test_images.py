@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
 from scipy import ndimage
 from support.image_files import Bytes, bomb, chunk, gif_with_a_margin, interlaced, noise, png, saved
 
+from captcha_exp.data.filters import box_mean
 from captcha_exp.data.images import (
     FORMATS,
     WEIGHT_SCALE,
     InvalidImage,
-    box_mean,
     decode,
     resize,
     resize_weights,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from captcha_exp.config import CaptchaConfig
 from captcha_exp.data import images
+from captcha_exp.data.filters import box_mean
 from captcha_exp.errors import UserError
 
 MAX_ODD_SHARE = 0.005  # of the labels that may have a length, or a case, that does not count
@@ -209,7 +210,7 @@ def stroke_width(array: npt.NDArray[np.uint8]) -> float | None:
     its area divided by its perimeter.
     """
     gray = array.astype(np.float32).mean(axis=2)
-    contrast = np.abs(gray - images.box_mean(gray, 2 * max(3, gray.shape[0] // 4) + 1))
+    contrast = np.abs(gray - box_mean(gray, 2 * max(3, gray.shape[0] // 4) + 1))
     ink = contrast > max(12.0, 0.5 * float(np.quantile(contrast, 0.98)))
     edges = (ink[:, 1:] != ink[:, :-1]).sum() + (ink[1:] != ink[:-1]).sum()
     return 2 * float(ink.sum()) / float(edges) if edges else None
