@@ -27,10 +27,9 @@ from unittest import mock
 
 import torch
 from interference import conclude, exit_code
-from loops import Step, prepare, temporary_root
+from loops import Step, prepare, requested_config, temporary_root
 from rounds import compare, interleave
 
-from captcha_exp import compose, load
 from captcha_exp.config import Config
 from captcha_exp.data import dataset
 from captcha_exp.model.state import TrainState
@@ -158,7 +157,7 @@ def main() -> None:
     if options.pairs < 0 or (options.threads is not None and options.threads < 1):
         parser.error("--pairs must be at least 0 and --threads at least 1")
     overrides = [*options.overrides, *([f"device.threads={options.threads}"] if options.threads else [])]
-    requested = load(compose(f"experiment={options.experiment}", *overrides))
+    requested = requested_config(f"experiment={options.experiment}", *overrides, tracking="mlflow")
     with temporary_root():
         config, data = prepare(requested)  # renders the images
         seconds, inside, around = train_measured(requested)

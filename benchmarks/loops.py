@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from captcha_exp.config import Config, resolve
 from captcha_exp.data import dataset
 from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Batch, Dataset, Split
+from captcha_exp.errors import UserError
 from captcha_exp.model.evaluate import evaluate
 from captcha_exp.model.step import init_train_state, train_step
 from captcha_exp.runtime import device as devices
@@ -38,9 +40,13 @@ def temporary_root() -> Iterator[Path]:
         yield Path(folder)
 
 
-def requested_config(*overrides: str) -> Config:
-    """Return a config as a user asks for it, without MLflow."""
-    return load(compose(*overrides, "tracking=none"))
+def requested_config(*overrides: str, tracking: str = "none") -> Config:
+    """Return a config as a user asks for it; exit with code 2 if it is invalid."""
+    try:
+        return load(compose(f"tracking={tracking}", *overrides))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def prepare(requested: Config) -> tuple[Config, Dataset]:

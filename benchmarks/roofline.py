@@ -9,8 +9,8 @@ operation.
 
     python benchmarks/roofline.py [--rounds 5] [--threads 1] [--networks article compact] [OVERRIDE ...]
 
-A rate counts CPU seconds with one thread and wall seconds with more. Other processes change both: those on
-the other hyper-thread of a core share its matrix unit.
+A rate counts CPU seconds with one thread and wall seconds with more. Both depend on other processes: a
+convolution on one thread has been seen at a quarter of its CPU rate on a busy machine.
 """
 
 import argparse
