@@ -10,6 +10,7 @@ child there is another socket, its channel, on which the server sends the PID an
 
 import contextlib
 import gc
+import logging
 import os
 import select
 import signal
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO
 
 from captcha_exp.runtime.resident import find_file_pages, map_pages
+
+logger = logging.getLogger(__name__)
 
 _FORK = b"fork"
 _MAX_MESSAGE_BYTES = 64
@@ -50,6 +53,7 @@ class ForkServer:
         with remote:
             # Standard output is reserved for results.
             self._process = subprocess.Popen(command, stdin=remote.fileno(), stdout=2, env=environment)
+        logger.debug(f"started fork server {self._process.pid}")
 
     def fork(self, captures_output: bool) -> "ForkedProcess":
         """Fork a child; the first time, after the imports.
@@ -76,7 +80,7 @@ class ForkServer:
         return self._process.poll() is not None
 
     def close(self) -> None:
-        """Let the server exit, and wait for it."""
+        """Let the server exit after its children, and wait for it."""
         self._control.close()
         self._process.wait()
 
@@ -182,15 +186,17 @@ def serve(prepare: Callable[[], None]) -> None:
     gc.freeze()  # a collection in a child would copy the memory that it shares with the server
     file_pages = find_file_pages()
     children: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> PID, channel
-    while True:
-        ready = _wait_for_any([control.fileno(), *children])
+    is_closed = False
+    while not is_closed or children:
+        ready = _wait_for_any([*children] if is_closed else [control.fileno(), *children])
         for pidfd in children.keys() & ready:
             _report_exit(pidfd, *children.pop(pidfd))
         if control.fileno() not in ready:
             continue
         request, descriptors, _, _ = socket.recv_fds(control, _MAX_MESSAGE_BYTES, 3)
         if not request:
-            os._exit(0)
+            is_closed = True  # the children read the end of their input, if the client was killed
+            continue
         channel, streams = socket.socket(fileno=descriptors[0]), descriptors[1:]
         pid = _fork(channel)
         if pid == 0:
@@ -205,6 +211,7 @@ def serve(prepare: Callable[[], None]) -> None:
             children[pidfd] = pid, channel
             with contextlib.suppress(ConnectionError):
                 socket.send_fds(channel, [b"%d" % pid], [pidfd])
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def worker_main() -> None:
         _train_job()
         exit_code[0] = 0
     except SystemExit as error:
-        exit_code[0] = error.code if isinstance(error.code, int) else 1
+        exit_code[0] = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
 
 

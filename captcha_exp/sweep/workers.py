@@ -29,7 +29,8 @@ def start_worker(captures_output: bool, uses_mlflow: bool) -> "ForkedProcess | s
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "captcha_exp.sweep"]
     if fork_server.is_supported():
         modules = ["mlflow"] if uses_mlflow else []  # which count in the memory of a job
-        return _get_server([*command, "serve", *modules], environment).fork(captures_output)
+        with _lock:
+            return _get_server([*command, "serve", *modules], environment).fork(captures_output)
     return subprocess.Popen(  # each job pays for its imports: several seconds
         command,
         stdin=subprocess.PIPE,
@@ -44,13 +45,12 @@ def _get_server(command: list[str], environment: dict[str, str]) -> ForkServer:
     global _server
     directory = os.stat(".")  # noqa: PTH116 - it may have been deleted
     key = command, environment, (directory.st_dev, directory.st_ino)
-    with _lock:
-        if _server is not None and (_server[0] != key or _server[1].has_exited()):
-            _server[1].close()
-            _server = None
-        if _server is None:
-            _server = key, ForkServer(command, environment)
-        return _server[1]
+    if _server is not None and (_server[0] != key or _server[1].has_exited()):
+        _server[1].close()
+        _server = None
+    if _server is None:
+        _server = key, ForkServer(command, environment)
+    return _server[1]
 
 
 @atexit.register
