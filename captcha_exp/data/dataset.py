@@ -1,8 +1,7 @@
 """Datasets: images in one uint8 tensor, cached in a file, split by label, and iterated in batches.
 
 The name of the cache file is a hash of everything that the images depend on: size, alphabet, generator and
-its version. It is written once, under a file lock, verified by its SHA-256 and memory-mapped. Images are
-normalized on the device, per batch.
+its version. It is written once, under a file lock, verified by its SHA-256 and memory-mapped.
 """
 
 import hashlib
@@ -91,9 +90,13 @@ class Split:
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """Yield batches in the given order (n,), else in dataset order; the last one may be smaller."""
         for start in range(0, len(self) if order is None else len(order), size):
-            rows = slice(start, start + size) if order is None else order[start : start + size]
-            images, targets, indices = (x[rows] for x in (self.images, self.targets, self.indices))
-            yield Batch(*map(self._to_device, (images, targets, indices)))
+            parts = [self.images, self.targets, self.indices]
+            if order is None:
+                parts = [part[start : start + size] for part in parts]
+            else:  # ten times as fast as part[rows]
+                rows = order[start : start + size]
+                parts = [part.index_select(0, rows.to(part.device)) for part in parts]
+            yield Batch(*map(self._to_device, parts))
 
     def _to_device(self, part: Tensor) -> Tensor:
         # Compare types: "cuda" != "cuda:0", the device of preloaded splits.
@@ -148,7 +151,7 @@ class Dataset:
     def split(self, name: str, device: torch.device, preload_limit_mib: int) -> Split:
         """Return a split, on the device if it is not larger than the limit."""
         rows = self.split_indices[name]
-        images, targets = self.images[rows], self.targets[rows]
+        images, targets = self.images.index_select(0, rows), self.targets.index_select(0, rows)
         quotas = self._quotas(rows) if name == "train" and self.shares else ()
         if images.nbytes <= preload_limit_mib * 2**20:
             images, targets, rows = images.to(device), targets.to(device), rows.to(device)
