@@ -39,7 +39,7 @@ NOT_FOR_A_STEP = (
     *("mlflow", "sqlalchemy", "alembic", "pandas", "scipy", "matplotlib", "onnx", "onnxruntime"),
     *("torch._dynamo.eval_frame", "torch._inductor", "torch.onnx", "captcha_exp.report"),
 )
-NOT_WITH_A_SECOND_CORE = ("sympy", "torch._decomp.decompositions")  # a child process makes the plan
+NOT_WITH_A_SECOND_CORE = ("sympy",)  # a child process makes the plan
 NOT_FOR_A_LIST = (*NOT_FOR_A_STEP, "torch", "numpy", "PIL", "hydra")
 
 
