@@ -184,7 +184,7 @@ class CtcHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, S, K + 1), the blank last."""
-        logits: Tensor = self.classifier(features)
+        logits: Tensor = self.classifier(features.contiguous())  # else it would copy them unseen by a trace
         return logits.mT
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -541,7 +541,7 @@ def test_each_distinct_convolution_is_listed_once() -> None:
     assert [tuple(conv.input_shape) for conv in article[:2]] == [(3, 24, 56), (64, 24, 56)]
     assert [tuple(conv.input_shape) for conv in article].count((512, 3, 7)) == 1
     compact = gpu_probe.list_conv_layers(load(compose("experiment=article", "model=compact")))
-    assert [type(conv.layer).__name__ for conv in compact] == ["Conv2d"] * 6 + ["Conv1d"]
+    assert [type(conv.layer).__name__ for conv in compact] == ["Conv2d"] * 6
 
 
 def test_transient_bytes_are_the_peak_minus_the_remaining_memory(fake_gpu: FakeGpu) -> None:
