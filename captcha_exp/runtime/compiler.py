@@ -1,7 +1,7 @@
 """Run torch without importing its compiler, which takes longer than several traces of a training.
 
-An optimizer imports `torch._dynamo` when it is built and in each step, and a kernel for the device `meta` when
-it is called, only to exclude themselves from compilation. Nothing here is compiled, so a stub suffices.
+An optimizer imports `torch._dynamo` when it is built and in each step, a kernel of the device `meta` when
+it is called, only to exclude themselves from compilation. Nothing here is compiled: a stub suffices.
 
 Source: torch/_compile.py, `_disable_dynamo`, and torch/optim/optimizer.py, `_use_grad_for_differentiable`.
 """
