@@ -69,3 +69,13 @@ def test_the_list_of_runs_imports_no_torch(tmp_path: Path) -> None:
     imported = imported_by(["runs"], tmp_path)
     assert "captcha_exp.cli.runs" in imported
     assert imported.isdisjoint(NOT_FOR_A_LIST)
+
+
+@pytest.mark.long
+def test_an_evaluation_does_not_import_the_compiler(tmp_path: Path) -> None:
+    environment = {**os.environ, "CAPTCHA_EXP_ROOT": str(tmp_path)}
+    command = [sys.executable, "-m", "captcha_exp", "train", *TINY, "train.epochs=1", "tracking=none"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    imported = imported_by(["evaluate", "latest"], tmp_path)
+    assert "torch" in imported
+    assert imported.isdisjoint(NOT_FOR_A_STEP)

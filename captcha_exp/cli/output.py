@@ -95,7 +95,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Iterable[str]], right: Con
     placeholders = [chr(PRIVATE_USE + number) * width for number, width in enumerate(widths)]
     out = get_console()
     with out.capture() as capture:
-        print_table(make_table(columns, [map(Text, placeholders)]), out)
+        print_table(make_table(columns, [map(Text, placeholders)], right=right), out)
     above, row, below = re.split(rf"(?m)^(.*{placeholders[0]}.*\n)", capture.get())
     lines = []
     for cells in texts:

@@ -25,8 +25,9 @@ from captcha_exp.memory.module_copy import (
     preserve_gradients,
     to_fake_device,
 )
-from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc, without_compiler
+from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc
 from captcha_exp.memory.trace import NUM_FIRST_EPOCH_STEPS, Trace, make_trace, state_bytes
+from captcha_exp.runtime.compiler import without_compiler
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 LossFunction: TypeAlias = Callable[..., Tensor]

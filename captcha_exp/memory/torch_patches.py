@@ -1,25 +1,17 @@
-"""Changes to torch while a trace or a training runs.
+"""Changes to torch while a trace runs.
 
-`without_compiler` runs torch's optimizers without importing torch's compiler, which takes longer than several
-traces. An optimizer imports `torch._dynamo` when it is built and in each step, only to exclude itself from
-compilation. Neither a trace nor a training compiles anything, so a stub suffices.
-
-Source: torch/_compile.py, `_disable_dynamo`, and torch/optim/optimizer.py, `_use_grad_for_differentiable`.
+Source: torch/optim/optimizer.py and the modules of torch.optim.
 """
 
 import gc
-import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType
 from typing import Any
 
 from torch.optim import Optimizer
 
 from captcha_exp.memory.fake_device import DEVICE
-
-DYNAMO_MODULE = "torch._dynamo"
 
 
 @contextmanager
@@ -34,50 +26,6 @@ def replace_attributes(replacements: Iterable[tuple[Any, str, Any]]) -> Iterator
     finally:
         for owner, name, value in originals:
             setattr(owner, name, value)
-
-
-class _DynamoStub(ModuleType):
-    """A stub with the two functions that an optimizer calls; any other attribute imports the real module."""
-
-    def __init__(self) -> None:
-        super().__init__(DYNAMO_MODULE)
-        self._disabled_functions: list[Any] = []
-
-    def disable(self, function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
-        """Return the function itself, because nothing is compiled."""
-        self._disabled_functions.append(function)
-        return function
-
-    def graph_break(self, *_: Any, **__: Any) -> None:
-        """Do nothing, as in code that is not compiled."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self.uninstall()
-        return getattr(importlib.import_module(DYNAMO_MODULE), name)
-
-    def uninstall(self) -> None:
-        """Restore torch, whose later calls import the real module."""
-        if sys.modules.get(DYNAMO_MODULE) is self:
-            del sys.modules[DYNAMO_MODULE]
-        for function in self._disabled_functions:
-            if getattr(function, "__dynamo_disable", None) is function:
-                delattr(function, "__dynamo_disable")  # `del` would mangle the name
-        self._disabled_functions.clear()
-
-
-@contextmanager
-def without_compiler() -> Iterator[None]:
-    """Replace `torch._dynamo` by a stub unless the process has imported it already."""
-    if DYNAMO_MODULE in sys.modules:
-        yield
-        return
-    sys.modules[DYNAMO_MODULE] = stub = _DynamoStub()
-    try:
-        yield
-    finally:
-        stub.uninstall()
 
 
 @contextmanager

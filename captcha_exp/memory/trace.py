@@ -31,12 +31,13 @@ from captcha_exp.data.augment import Augmenter, is_off
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.memory.allocator import MemoryEvent
 from captcha_exp.memory.fake_device import DEVICE, HOST, Convolution, TensorRecorder
-from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc, without_compiler
+from captcha_exp.memory.torch_patches import allow_device_step_counts, disable_gc
 from captcha_exp.model import networks
 from captcha_exp.model.evaluate import predict_split
 from captcha_exp.model.networks import Recognizer
 from captcha_exp.model.state import TrainState
 from captcha_exp.model.step import make_train_state, train_step
+from captcha_exp.runtime.compiler import without_compiler
 
 NUM_FIRST_EPOCH_STEPS, NUM_LATER_EPOCH_STEPS = 3, 1  # of the first epoch, and of a later one
 NUM_EVAL_BATCHES = 2  # full batches of an evaluation

@@ -22,6 +22,7 @@ from captcha_exp.config import CaptchaConfig, CompactConfig, ModelConfig, ResNet
 from captcha_exp.model.confidence import EPSILON, NOT_CALIBRATED, Calibration
 from captcha_exp.model.heads import Decoded, Head, build_head
 from captcha_exp.runtime import device as devices
+from captcha_exp.runtime.compiler import without_compiler
 
 
 class CheckpointedSequential(nn.Sequential):
@@ -209,6 +210,7 @@ class Recognizer(nn.Module):
                 module.activation_checkpointing = enabled
 
 
+@without_compiler()  # which a network without values would import
 def build(model: ModelConfig, captcha: CaptchaConfig) -> Recognizer:
     """Build the recognizer of a config; its weights are drawn from torch's global RNG.
 

@@ -17,7 +17,6 @@ from captcha_exp.data.augment import Augmenter
 from captcha_exp.data.dataset import Dataset, Split
 from captcha_exp.errors import UserError
 from captcha_exp.memory.plan import Plan
-from captcha_exp.memory.torch_patches import without_compiler
 from captcha_exp.model import optim
 from captcha_exp.model import state as checkpoint
 from captcha_exp.model.calibration import calibrate
@@ -29,6 +28,7 @@ from captcha_exp.runs import MetricsRow, Run
 from captcha_exp.runs.environment import collect_environment
 from captcha_exp.runtime import device as devices
 from captcha_exp.runtime import startup
+from captcha_exp.runtime.compiler import without_compiler
 from captcha_exp.runtime.console import ProgressBar, progress_bar
 from captcha_exp.runtime.shutdown import ShutdownHandler, StopRequested
 from captcha_exp.training import oom, sanity

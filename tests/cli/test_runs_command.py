@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from captcha_exp import runs
+from captcha_exp.cli import output
 from captcha_exp.cli.diff import format_difference, is_equal
 from captcha_exp.cli.output import format_value
 from captcha_exp.cli.runs import Condition, parse_number
@@ -786,3 +787,12 @@ def test_runs_and_diff_import_neither_torch_nor_mlflow(make: Make, root: Path) -
     loaded = {name.partition(".")[0] for name in done.stdout.rpartition("loaded:")[2].split()}
     assert "yaml" in loaded
     assert loaded & {"torch", "mlflow", "hydra", "matplotlib", "numpy"} == set()
+
+
+def test_many_rows_are_printed_as_rich_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    columns, rows = ("run", "値", "n"), [("a", "日本", "1"), ("bcd", "", "1,000"), ("\x1b[1m", "x", "")]
+    output.print_table(output.make_table(columns, rows, right=("n",)))
+    expected = capsys.readouterr().out
+    output.print_rows(columns, rows, right=("n",))
+    assert capsys.readouterr().out == expected
+    assert len(expected.splitlines()) == len(rows) + 4

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = """
 import sys
 import torch
-from captcha_exp.memory.torch_patches import DYNAMO_MODULE, without_compiler
+from captcha_exp.runtime.compiler import DYNAMO_MODULE, without_compiler
 
 def step():
     weight = torch.nn.Parameter(torch.ones(2))
@@ -88,7 +88,7 @@ print(sys.modules[DYNAMO_MODULE] is torch._dynamo)
 def test_any_other_attribute_imports_the_real_compiler() -> None:
     code = """
 with without_compiler():
-    print(sys.modules[DYNAMO_MODULE].is_compiling.__module__ != "captcha_exp.memory.torch_patches")
+    print(sys.modules[DYNAMO_MODULE].is_compiling.__module__ != "captcha_exp.runtime.compiler")
 print(DYNAMO_MODULE in sys.modules)
 """
     assert run_code(code).split() == ["True", "True"]
