@@ -40,10 +40,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def seconds(source: Path, root: Path, num_jobs: int, tracking: str) -> tuple[float, float, float]:
     """Return the wall and CPU seconds of a sweep over `num_jobs` seeds, and those of its epochs."""
     seeds = f"seed={','.join(map(str, range(num_jobs)))}"
-    command = [sys.executable, "-m", "captcha_exp", "train", "-m", *SMALL, seeds, f"tracking={tracking}"]
+    words = ["train", "-m", *SMALL, seeds, f"tracking={tracking}", "--json"]
+    command = [sys.executable, "-P", "-m", "captcha_exp", *words]  # -P: not that of the working directory
     environment = os.environ | {"CAPTCHA_EXP_ROOT": str(root), "PYTHONPATH": str(source)}
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([*command, "--json"], env=environment, check=True, capture_output=True)
+    done = subprocess.run(command, env=environment, check=True, capture_output=True)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = [
         json.loads(line)
@@ -84,6 +85,7 @@ def main() -> None:
                         per_job -= training if kind == "wall" else 0.0
                         measured[source, f"job_{kind}_seconds_{tracking}"].append(per_job)
                         measured[source, f"around_{kind}_seconds_{tracking}"].append(around)
+    others = interference()
     for source in options.sources:
         figures = {
             name: round(statistics.median(values), 2)
@@ -91,7 +93,7 @@ def main() -> None:
             if each == source
         }
         jobs = {"benchmark": "sweeping", "source": str(source), "jobs": [options.few, options.more]}
-        print(json.dumps({**jobs, "rounds": options.rounds, **figures, **interference()}))
+        print(json.dumps({**jobs, "rounds": options.rounds, **figures, **others}))
 
 
 if __name__ == "__main__":
