@@ -262,8 +262,8 @@ def _begin_child(stdin: int, output: int) -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]  # a TextIOWrapper
-    if "numpy" in sys.modules:  # Python's own generator is seeded by the fork, torch's is constant
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # Python's own generator is seeded by the fork, torch's is constant
+        sys.modules["numpy.random"].seed()
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:
