@@ -22,13 +22,7 @@ from captcha_exp.runtime.fork_server import serve
 
 STOP = b"stop"
 
-LATE_IMPORTS = (
-    "captcha_exp.training.train",
-    "captcha.image",
-    "matplotlib.backends.backend_agg",
-    "numpy.ctypeslib",
-    "torch._dynamo",
-)
+IMPORTS = ("captcha_exp.training.train", "numpy.ctypeslib")
 MLFLOW_IMPORTS = (
     "captcha_exp.tracking.store",
     "captcha_exp.tracking.tracker",
@@ -36,7 +30,7 @@ MLFLOW_IMPORTS = (
     "mlflow.store.tracking.sqlalchemy_workspace_store",
     "sqlalchemy.dialects.sqlite",
 )
-"""modules that a job imports, the last ones while it trains; a missing one costs time for each job"""
+"""modules that a job has imported before its peak memory is read; others, as matplotlib, would add to it"""
 
 
 def worker_main() -> None:
@@ -110,14 +104,9 @@ def preload(uses_mlflow: bool) -> None:
     from captcha_exp.runs.source_code import keep_source_info
 
     keep_source_info()
-    for name in [*LATE_IMPORTS, *(MLFLOW_IMPORTS if uses_mlflow else ())]:
+    for name in [*IMPORTS, *(MLFLOW_IMPORTS if uses_mlflow else ())]:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    with contextlib.suppress(Exception):
-        from captcha_exp.report.dataset_page import template_environment
-
-        for name in template_environment().list_templates():
-            template_environment().get_template(name)  # compiles it
 
 
 def _watch_stdin(lines: Iterator[bytes]) -> None:

@@ -213,7 +213,7 @@ LARGE_EVALUATION = (*GPU, *TENSORS_ONLY, "train.batch_size=2", "train.eval_batch
     ("split_sizes", "budget_mib"),
     [
         ({"train": 20, "validation": 300, "test": 10}, 50),
-        ({"train": 20, "validation": 300, "test": 300}, 60),
+        ({"train": 20, "validation": 300, "test": 300}, 50),
         ({"train": 20, "validation": 300}, 50),
     ],
     ids=["validation", "validation and test", "no test"],
