@@ -39,7 +39,7 @@ def worker_main() -> None:
     The result is the record in its run directory.
     """
     exit_code = [1]
-    atexit.register(_exit_at_once, exit_code)  # first, so that it is called last
+    atexit.register(_exit_at_once, exit_code)  # called last, as the first one registered
     if sys.argv[1:2] == ["serve"]:
         modules, sys.argv[1:] = sys.argv[2:], []
         serve(lambda: preload("mlflow" in modules))

@@ -107,7 +107,7 @@ def decode_folder(scan: FolderScan, keep_duplicates: bool = True) -> tuple[npt.N
 
 
 class _Facts(NamedTuple):
-    """What is known of a decoded image in addition to its pixels."""
+    """Size, format and remarks of a decoded image."""
 
     size: str  # of the original, "WxH"
     format: str
